@@ -1,0 +1,170 @@
+"""What an architecture library must supply, and the registry that finds it.
+
+An adapter is a class registered under the entry-point group ``mergeid.adapters``. It knows how to recognise,
+build and feed the models of one library. The neuron graph does not come from the adapter: it is traced.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from mergeid.errors import MergeidError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+ENTRY_POINT_GROUP = "mergeid.adapters"
+
+
+class TensorInfo(NamedTuple):
+    """What a checkpoint's header says of one tensor: safetensors dtype name (``"F32"``) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+TensorTable = Mapping[str, TensorInfo]
+Batch = dict[str, Any]
+"""Keyword inputs of one forward pass, first dimension = examples; ``"labels"`` holds the targets, if any."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model structure that an adapter can build.
+
+    Attributes:
+        adapter: name of the adapter (``"timm"``).
+        name: the library's own name (``"resnet18"``, ``"bert"``).
+        options: everything else that `Adapter.build` needs (number of classes, image size, config dict).
+        candidates: all names that fit equally well, `name` included, when inferred from a tensor table.
+    """
+
+    adapter: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.adapter}/{self.name}"
+
+
+class LossParts(NamedTuple):
+    """Sums over the examples (or tokens) of a batch, one entry per example, so that sums stay exact.
+
+    Attributes:
+        loss: float tensor [examples], summed over the tokens of an example where there are several.
+        correct: int tensor [examples], number of correct predictions (all zero where accuracy has no meaning).
+        count: int tensor [examples], number of scored predictions.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    count: Tensor
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """The protocol. All methods may raise `MergeidError` for input they can name as wrong."""
+
+    name: str
+
+    def architectures(self) -> Iterable[str]:
+        """All names that ``--arch <adapter>/<name>`` accepts (may be long)."""
+        ...
+
+    def recognise(
+        self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
+    ) -> Architecture | None:
+        """The architecture of a checkpoint from its tensor names and shapes, the ``config.json`` beside it and
+        the file's metadata, without building a model (≤ 2 s). None: not one of this library's.
+        """
+        ...
+
+    def resolve(
+        self, name: str, table: TensorTable | None, config: Mapping[str, Any] | None
+    ) -> Architecture:
+        """The architecture that the user named. Options (classes, image size) are read off `table` if given.
+        Raises `MergeidError` for an unknown name."""
+        ...
+
+    def build(self, arch: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
+        """A fresh model in eval mode with random weights; ``device="meta"`` builds without memory."""
+        ...
+
+    def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
+        """Checkpoint tensor name -> key of ``model.state_dict()``, for every tensor of `table` that the model
+        has. Identity for most libraries."""
+        ...
+
+    def example_inputs(
+        self, arch: Architecture, model: nn.Module, generator: torch.Generator, batch_size: int = 2
+    ) -> Batch:
+        """A small random batch (with labels where there is a task head) that drives every branch."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task output of one forward pass (logits where there is a head), ``batch["labels"]`` unused."""
+        ...
+
+    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
+        """Loss of a task output against ``batch["labels"]``; None where the model has no task loss."""
+        ...
+
+    def preprocessing(self, arch: Architecture) -> Mapping[str, Any]:
+        """How raw data becomes a batch: ``{"kind": "image", "size": (C, H, W), "mean": …, "std": …, …}`` or
+        ``{"kind": "text", "max_length": …}``."""
+        ...
+
+    def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
+        """A human label for the space that lives on these (tensor, axis) pairs ("layers.3 MLP hidden"), or None
+        to keep the default."""
+        ...
+
+    def companion_files(self, folder: Path) -> list[Path]:
+        """Config, tokenizer and preprocessor files that belong beside the weights of a checkpoint folder."""
+        ...
+
+
+_registered: dict[str, Adapter] = {}
+
+
+def register(adapter: Adapter) -> None:
+    """Add an adapter by hand (notebooks, tests). Raises ValueError on a duplicate name."""
+    if adapter.name in _registered:
+        raise ValueError(f"adapter {adapter.name!r} is registered already")
+    _registered[adapter.name] = adapter
+
+
+@cache
+def _entry_points() -> dict[str, Any]:
+    return {e.name: e for e in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)}
+
+
+def adapter_names() -> list[str]:
+    """Names of all installed adapters, without importing them."""
+    return sorted({*_entry_points(), *_registered})
+
+
+def get_adapter(name: str) -> Adapter:
+    """The adapter of that name, imported on first use. Raises `MergeidError` for an unknown one."""
+    if name not in _registered:
+        found = _entry_points().get(name)
+        if found is None:
+            raise MergeidError(
+                f"no adapter named {name!r} is installed; expected one of {', '.join(adapter_names())}"
+            )
+        _registered[name] = found.load()()
+    return _registered[name]
+
+
+def near_names(name: str, names: Iterable[str], n: int = 5) -> list[str]:
+    """Known names that look like a mistyped one, best first."""
+    return difflib.get_close_matches(name, list(names), n=n, cutoff=0.5)
