@@ -1,0 +1,49 @@
+"""Elements of the nested permutation group: draw, compose, invert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Structure = tuple[tuple[int, int], tuple[int, ...], np.ndarray]
+"""((blocks, members per block), indices of the parents, [blocks, parents] flat member positions)."""
+
+
+class NoImage(Exception):
+    """A block of `cell` has no image under the permutation of its parents."""
+
+    def __init__(self, cell: int) -> None:
+        super().__init__(cell)
+        self.cell = cell
+
+
+def block_images(structure: Structure, parent_perms: Sequence[np.ndarray], cell: int = 0) -> np.ndarray:
+    """For every block the block that it takes its members from, given its parents' permutations."""
+    (blocks, _), parents, block_parents = structure
+    if not parents:
+        return np.arange(blocks)
+    sizes = [len(p) for p in parent_perms]
+    code = np.ravel_multi_index(tuple(block_parents.T), sizes)
+    image = np.ravel_multi_index(tuple(p[block_parents[:, k]] for k, p in enumerate(parent_perms)), sizes)
+    order = np.argsort(code)
+    at = np.searchsorted(code[order], image)
+    at[at == blocks] = 0
+    found = order[at]
+    if not np.array_equal(code[found], image):
+        raise NoImage(cell)
+    return found
+
+
+def random_permutations(
+    structures: Sequence[Structure], permutation: Callable[[int], np.ndarray]
+) -> list[np.ndarray]:
+    """A random group element: for every cell (parents first) an array ``perm`` over its flat members, where the
+    member at position i is taken from position ``perm[i]``. Raises `NoImage`."""
+    perms: list[np.ndarray] = []
+    for i, structure in enumerate(structures):
+        (blocks, size), parents, _ = structure
+        images = block_images(structure, [perms[p] for p in parents], i)
+        inner = np.stack([permutation(size) for _ in range(blocks)]) if blocks else np.zeros((0, size), int)
+        perms.append((images[:, None] * size + inner).reshape(-1))
+    return perms

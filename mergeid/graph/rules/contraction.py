@@ -1,0 +1,127 @@
+"""Matrix products, convolutions and attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergeid.graph.combine import combine, elementwise
+from mergeid.graph.layout import FROZEN, Fine, Layout, view
+from mergeid.graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.graph.recorder import Call
+
+
+@rule("mm")
+def mm(call: Call) -> Layout:
+    return combine(call.facts, [(call.layout("self"), "nk"), (call.layout("mat2"), "km")], "nm", call.why)
+
+
+@rule("addmm")
+def addmm(call: Call) -> Layout:
+    product = combine(call.facts, [(call.layout("mat1"), "nk"), (call.layout("mat2"), "km")], "nm", call.why)
+    return elementwise(call.facts, [product, call.layout("self")], 2, call.why)
+
+
+@rule("bmm")
+def bmm(call: Call) -> Layout:
+    return combine(call.facts, [(call.layout("self"), "bnk"), (call.layout("mat2"), "bkm")], "bnm", call.why)
+
+
+@rule("baddbmm")
+def baddbmm(call: Call) -> Layout:
+    product = combine(
+        call.facts, [(call.layout("batch1"), "bnk"), (call.layout("batch2"), "bkm")], "bnm", call.why
+    )
+    return elementwise(call.facts, [product, call.layout("self")], 3, call.why)
+
+
+@rule("mv")
+def mv(call: Call) -> Layout:
+    return combine(call.facts, [(call.layout("self"), "nk"), (call.layout("vec"), "k")], "n", call.why)
+
+
+@rule("addmv")
+def addmv(call: Call) -> Layout:
+    product = combine(call.facts, [(call.layout("mat"), "nk"), (call.layout("vec"), "k")], "n", call.why)
+    return elementwise(call.facts, [product, call.layout("self")], 1, call.why)
+
+
+@rule("dot", "vdot")
+def dot(call: Call) -> Layout:
+    names = [s.name for s in call.func._schema.arguments[:2]]
+    return combine(call.facts, [(call.layout(n), "k") for n in names], "", call.why)
+
+
+@rule("linear")
+def linear(call: Call) -> Layout:
+    x = call.layout("input")
+    lead = list(range(len(x.dims) - 1))
+    out = combine(
+        call.facts, [(x, [*lead, "k"]), (call.layout("weight"), ["o", "k"])], [*lead, "o"], call.why
+    )
+    if call.get("bias") is not None:
+        out = elementwise(call.facts, [out, call.layout("bias")], len(out.dims), call.why)
+    return out
+
+
+@rule("convolution", "_convolution", "convolution_overrideable")
+def convolution(call: Call) -> Layout:
+    """Contracts the channels inside each group; kernel and spatial positions are fixed."""
+    x, w = call.layout("input"), call.layout("weight")
+    spatial = range(2, len(x.dims))
+    x, w = call.freeze_dims(x, spatial), call.freeze_dims(w, range(2, len(w.dims)))
+    groups = call["groups"]
+    n, c = x.shape[:2]
+    a, b, *kernel = w.shape
+    x = view(call.facts, x, [n, groups, c // groups, *x.shape[2:]], call.why)
+    w = view(call.facts, w, [groups, a // groups, b, *kernel], call.why)
+    places = [f"s{d}" for d in spatial]
+    taps = [f"k{d}" for d in range(len(kernel))]
+    inner = "io" if call["transposed"] else "oi"
+    out = combine(
+        call.facts, [(x, ["n", "g", "i", *places]), (w, ["g", *inner, *taps])], ["n", "g", "o"], call.why
+    )
+    shape = call.out.shape
+    out = view(call.facts, out, shape[:2], call.why)
+    if call.get("bias") is not None:
+        out = combine(call.facts, [(out, "nc"), (call.layout("bias"), "c")], "nc", call.why)
+    return out.with_dims((*out.dims, *(((Fine(s, FROZEN),) if s != 1 else ()) for s in shape[2:])))
+
+
+@rule(
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+def attention(call: Call) -> list[Layout | None]:
+    """softmax(q kᵀ) v, for the kernels that hide it; query heads may share a key head."""
+    q, k, v = call.layout("query"), call.layout("key"), call.layout("value")
+    hq, hk = q.shape[-3], k.shape[-3]
+    r = max(hq // hk, 1)
+    q = view(call.facts, q, [*q.shape[:-3], hk, r, *q.shape[-2:]], call.why)
+    lead = [f"b{d}" for d in range(len(k.dims) - 3)]
+    heads = [*lead, "h"]
+    scores = combine(
+        call.facts,
+        [(q, [*heads, "r", "l", "e"]), (k, [*heads, "m", "e"])],
+        [*heads, "r", "l", "m"],
+        call.why,
+    )
+    mask = call.get("attn_mask") if call.get("attn_mask") is not None else call.get("attn_bias")
+    if mask is not None:
+        m = call.layout_of(mask)
+        flat = view(call.facts, scores, [*scores.shape[: len(lead)], hq, *scores.shape[-2:]], call.why)
+        flat = elementwise(call.facts, [flat, m], len(flat.dims), call.why)
+        scores = view(call.facts, flat, scores.shape, call.why)
+    out = combine(
+        call.facts,
+        [(scores, [*heads, "r", "l", "m"]), (v, [*heads, "m", "d"])],
+        [*heads, "r", "l", "d"],
+        call.why,
+    )
+    first = view(call.facts, out, call.outputs()[0].shape, call.why)
+    return [first, *(None for _ in call.outputs()[1:])]

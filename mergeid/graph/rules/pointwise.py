@@ -1,0 +1,73 @@
+"""Elementwise operations with broadcasting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mergeid.graph.combine import elementwise
+from mergeid.graph.layout import FREE, FROZEN, Layout, take, uniform
+from mergeid.graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.graph.recorder import Call
+
+
+@rule(
+    "pointwise",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "alias",
+    "detach",
+    "to",
+    "copy_",
+    "copy",
+    "native_dropout",
+    "dropout",
+    "masked_fill",
+    "where",
+    "_conj",
+    "nan_to_num",
+    "hardtanh",
+    "prelu",
+    "_prelu_kernel",
+    "rrelu_with_noise",
+)
+def pointwise(call: Call) -> list[Layout]:
+    out = call.outputs()
+    n = max(t.dim() for t in out)
+    layout = elementwise(call.facts, [call.layout_of(t) for t in call.tensors()], n, call.why)
+    return [layout for _ in out]
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+def constant_like(call: Call) -> Layout:
+    return uniform(call.out.shape, FREE)
+
+
+@rule("fill", "zero")
+def fill(call: Call) -> Layout:
+    layout = call.layout("self")
+    value = call.get("value")
+    if isinstance(value, torch.Tensor):
+        return elementwise(call.facts, [layout, call.layout_of(value)], len(layout.dims), call.why)
+    return layout
+
+
+@rule("rand_like", "randn_like", "bernoulli", "uniform_", "normal_", "random_", "exponential_")
+def noise(call: Call) -> Layout:
+    return uniform(call.out.shape, FROZEN)
+
+
+@rule("glu")
+def glu(call: Call) -> Layout:
+    layout = call.layout("self")
+    dim = call["dim"] % len(layout.dims)
+    half = call.out.shape[dim]
+    parts = [take(call.facts, layout, dim, np.arange(k * half, (k + 1) * half), call.why) for k in range(2)]
+    return elementwise(call.facts, parts, len(layout.dims), call.why)

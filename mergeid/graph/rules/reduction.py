@@ -1,0 +1,101 @@
+"""Sums, means, extrema and what is built of them: softmax, sorting, scans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeid.graph.combine import elementwise, reduce
+from mergeid.graph.layout import FROZEN, Fine, Layout, uniform
+from mergeid.graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.graph.recorder import Call
+
+
+def dims_of(value: Any, n: int) -> list[int]:
+    """A ``dim`` argument as a list; None and () mean all."""
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return list(range(n))
+    return [value] if isinstance(value, int) else list(value)
+
+
+def normalised(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:
+    """x scaled by statistics of x over `dims`."""
+    statistic = reduce(call.facts, layout, dims, True, call.why)
+    return elementwise(call.facts, [layout, statistic], len(layout.dims), call.why)
+
+
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "std",
+    "var",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "any",
+    "all",
+    "nansum",
+    "nanmean",
+    "count_nonzero",
+)
+def reduction(call: Call) -> list[Layout]:
+    layout = call.layout("self")
+    n = len(layout.dims)
+    if not n:
+        return [layout for _ in call.outputs()]
+    out = reduce(call.facts, layout, dims_of(call.get("dim"), n), bool(call.get("keepdim", False)), call.why)
+    return [out for _ in call.outputs()]
+
+
+@rule("max", "min", "aminmax", "median", "mode", "cummax", "cummin")
+def extremum(call: Call) -> list[Layout | None]:
+    layout = call.layout("self")
+    if call.get("other") is not None:
+        out = elementwise(call.facts, [layout, call.layout("other")], call.out.dim(), call.why)
+        return [out]
+    n = len(layout.dims)
+    if len(call.outputs()) > 1 and n:
+        # the second output is an index: positions of that dimension become values
+        layout = call.freeze_dims(layout, dims_of(call.get("dim"), n))
+    out = reduce(call.facts, layout, dims_of(call.get("dim"), n), bool(call.get("keepdim", False)), call.why)
+    return [out for _ in call.outputs()]
+
+
+@rule("argmax", "argmin")
+def arg_extremum(call: Call) -> Layout:
+    layout = call.layout("self")
+    dims = dims_of(call.get("dim"), len(layout.dims))
+    return reduce(call.facts, call.freeze_dims(layout, dims), dims, bool(call.get("keepdim")), call.why)
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def softmax(call: Call) -> Layout:
+    return normalised(call, call.layout("self"), [call["dim"]])
+
+
+@rule("topk", "sort", "argsort", "kthvalue", "cumsum", "cumprod", "logcumsumexp")
+def ordered(call: Call) -> list[Layout]:
+    """The dimension is read in order, so its positions are fixed."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    if not n:
+        return [layout for _ in call.outputs()]
+    dim = call.get("dim", -1) % n
+    layout = call.freeze_dims(layout, [dim])
+    results = []
+    for out in call.outputs():
+        rest = reduce(call.facts, layout, [dim], True, call.why)
+        if out.dim() != n:
+            results.append(uniform(out.shape, FROZEN, layout.data))
+            continue
+        size = out.shape[dim]
+        new = ((Fine(size, FROZEN),) if size != 1 else (),)
+        results.append(rest.with_dims((*rest.dims[:dim], *new, *rest.dims[dim + 1 :])))
+    return results

@@ -1,0 +1,145 @@
+"""Prove a neuron graph on the spot: random group elements must leave the model's outputs unchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest relative output error that counts as unchanged (rounding of deep networks is far below it)."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Attributes:
+    graph: the graph that holds (smaller than the one given if some spaces failed).
+    error: worst relative error of the accepted group elements.
+    failed: ids of the spaces that had to be frozen.
+    """
+
+    graph: NeuronGraph
+    error: float
+    failed: tuple[str, ...]
+
+
+def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """A state dict in which no wrong permutation can hide: constant tensors (fresh BatchNorm statistics, LayerScale,
+    zero-initialised layers) get values that differ from neuron to neuron."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.numel() > 1:
+            noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+            spread = value.double().std()
+            if "running_var" in name:
+                value = (value.double().abs() + 0.1) * (0.5 + noise)
+            elif not torch.isfinite(spread) or spread < 1e-6:
+                value = value.double() + 0.4 * (noise - 0.5)
+            else:
+                value = value.double() + 0.1 * spread * (noise - 0.5)
+            value = value.to(model.state_dict()[name].dtype)
+        state[name] = value.clone()
+    return state
+
+
+def verify(
+    graph: NeuronGraph,
+    model: nn.Module,
+    inputs: Any,
+    forward: Callable[[nn.Module, Any], Any],
+    *,
+    generator: torch.Generator,
+    samples: int = 2,
+    dtype: torch.dtype = torch.float64,
+    randomise: bool = True,
+) -> Verification:
+    """Apply random group elements to the model and compare its outputs; freeze the smallest set of spaces that fails.
+
+    Args:
+        model: not modified (a copy of it runs in `dtype`).
+        forward: ``forward(model, inputs)`` returns the task output.
+        samples: group elements tried (and again after something was frozen).
+        randomise: disturb the weights first, see `randomised`.
+
+    Returns:
+        a `Verification`; its graph carries ``verified`` with the error seen.
+    """
+    probe = copy.deepcopy(model).eval()
+    state = (
+        randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
+    )
+    probe = probe.to(dtype)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    inputs = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+
+    def run(values: Mapping[str, Tensor]) -> list[Tensor]:
+        probe.load_state_dict(values, strict=False)
+        with torch.no_grad():
+            out = forward(probe, inputs)
+        return [t.double() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    reference = run(state)
+    tolerance = TOLERANCE[dtype]
+
+    def error(g: NeuronGraph, element: Element) -> float:
+        return relative_error(reference, run(g.apply_state(element, state)))
+
+    failed: list[str] = []
+    worst = 0.0
+    done = 0
+    while done < samples and graph.spaces:
+        found = error(graph, graph.random_element(generator))
+        if found <= tolerance:
+            worst = max(worst, found)
+            done += 1
+            continue
+        bad = _bisect(graph, [s.id for s in graph.spaces], error, tolerance, generator)
+        if not bad:
+            bad = [s.id for s in graph.spaces]
+        failed += bad
+        graph = graph.without(bad, "verification: the output changed under a permutation")
+        worst, done = 0.0, 0
+    graph.verified = {
+        "max_relative_error": worst,
+        "samples": samples,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return Verification(graph, worst, tuple(failed))
+
+
+def _bisect(
+    graph: NeuronGraph,
+    ids: list[str],
+    error: Callable[[NeuronGraph, Element], float],
+    tolerance: float,
+    generator: torch.Generator,
+) -> list[str]:
+    """The spaces among `ids` that change the output when they alone move."""
+    if error(graph, graph.random_element(generator, only=ids)) <= tolerance:
+        return []
+    if len(ids) == 1:
+        return ids
+    half = len(ids) // 2
+    return [
+        *_bisect(graph, ids[:half], error, tolerance, generator),
+        *_bisect(graph, ids[half:], error, tolerance, generator),
+    ]
+
+
+def relative_error(reference: list[Tensor], other: list[Tensor]) -> float:
+    """max |a − b| / max |a| over the outputs; infinite where one of them is not finite."""
+    worst = 0.0
+    for a, b in zip(reference, other, strict=True):
+        if a.numel() == 0:
+            continue
+        scale = a.abs().max()
+        value = ((a - b).abs().max() / scale).item() if scale > 0 else (a - b).abs().max().item()
+        worst = max(worst, value if value == value else float("inf"))
+    return worst
