@@ -35,9 +35,7 @@ def block_images(structure: Structure, parent_perms: Sequence[np.ndarray], cell:
     return found
 
 
-def random_permutations(
-    structures: Sequence[Structure], permutation: Callable[[int], np.ndarray]
-) -> list[np.ndarray]:
+def random_permutations(structures: Sequence[Structure], permutation: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     """A random group element: for every cell (parents first) an array ``perm`` over its flat members, where the
     member at position i is taken from position ``perm[i]``. Raises `NoImage`."""
     perms: list[np.ndarray] = []

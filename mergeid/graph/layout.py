@@ -102,9 +102,7 @@ def of_axes(labels: Sequence[Labels | None], shape: Sequence[int]) -> Layout:
 
 def replace_fine(layout: Layout, old: Fine, new: Sequence[Fine], labels: Labels | None = None) -> Layout:
     """Put `new` fine dimensions in the place of one; `labels` is the group's array in the new arrangement."""
-    dims = tuple(
-        tuple(g for f in d for g in (new if f is old else (f,))) if old in d else d for d in layout.dims
-    )
+    dims = tuple(tuple(g for f in d for g in (new if f is old else (f,))) if old in d else d for d in layout.dims)
     groups = layout.groups
     if old.kind == LABELLED:
         assert labels is not None
@@ -168,9 +166,7 @@ def merge(facts: Facts, layout: Layout, run: Sequence[Fine], why: str) -> tuple[
                 facts.par(labels, facts.frozen([f.size for f in frozen], why).reshape(shape))
         labels = labels.reshape(size, *(f.size for f in rest))
     first = run[0]
-    dims = tuple(
-        tuple(fine if f is first else f for f in d if f is first or f not in run) for d in layout.dims
-    )
+    dims = tuple(tuple(fine if f is first else f for f in d if f is first or f not in run) for d in layout.dims)
     groups = [g for g in layout.groups if g not in involved]
     if labels is not None:
         groups.append(Group(labels, (fine, *rest)))

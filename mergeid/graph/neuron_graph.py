@@ -168,9 +168,7 @@ class NeuronGraph:
     @cached_property
     def structures(self) -> list[Structure]:
         at = {s.id: i for i, s in enumerate(self.spaces)}
-        return [
-            ((s.blocks, s.members), tuple(at[p] for p in s.parents), s.block_parents) for s in self.spaces
-        ]
+        return [((s.blocks, s.members), tuple(at[p] for p in s.parents), s.block_parents) for s in self.spaces]
 
     def identity(self) -> Element:
         return {s.id: np.arange(s.size) for s in self.spaces}
@@ -209,9 +207,7 @@ class NeuronGraph:
             if not np.array_equal(np.sort(perm), np.arange(s.size)):
                 return False
             images = block_images(self.structures[i], [element[p] for p in s.parents], i)
-            if not np.array_equal(
-                perm.reshape(s.blocks, -1) // s.members, np.repeat(images[:, None], s.members, 1)
-            ):
+            if not np.array_equal(perm.reshape(s.blocks, -1) // s.members, np.repeat(images[:, None], s.members, 1)):
                 return False
         return True
 
@@ -249,9 +245,7 @@ class NeuronGraph:
                 value = value.index_select(axis, torch.from_numpy(index).to(value.device))
         return value
 
-    def apply_state(
-        self, element: Mapping[str, np.ndarray], state: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def apply_state(self, element: Mapping[str, np.ndarray], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole state dict under a group element."""
         return {name: self.apply(element, name, value) for name, value in state.items()}
 
@@ -281,9 +275,7 @@ class NeuronGraph:
         lost = [s for s in self.spaces if s.id in gone]
         frozen = self.frozen + [(a.tensor, a.axis, why) for s in lost for a in s.axes]
         taps = {k: v for k, v in self.taps.items() if k not in gone}
-        graph = NeuronGraph(
-            self.model, self.tensors, kept, frozen, taps, self.versions, None, self.unknown_ops
-        )
+        graph = NeuronGraph(self.model, self.tensors, kept, frozen, taps, self.versions, None, self.unknown_ops)
         # a frozen parent may leave children whose blocks cannot tell themselves apart: check that they still can
         random_permutations(graph.structures, np.arange)
         return graph
@@ -322,10 +314,7 @@ class NeuronGraph:
                     "blocks": s.blocks,
                     "parents": list(s.parents),
                     "block_parents": s.block_parents.tolist(),
-                    "axes": [
-                        {"tensor": a.tensor, "axis": a.axis, "index": _pairs(a.index, s.members)}
-                        for a in s.axes
-                    ],
+                    "axes": [{"tensor": a.tensor, "axis": a.axis, "index": _pairs(a.index, s.members)} for a in s.axes],
                     "taps": [
                         {
                             "module": t.module,
@@ -390,9 +379,7 @@ class NeuronGraph:
                 )
             )
             taps[s["id"]] = [
-                TapMap(
-                    t["module"], t["kind"], t["call"], t["ndim"], tuple(t["dims"]), _flat(t["index"], members)
-                )
+                TapMap(t["module"], t["kind"], t["call"], t["ndim"], tuple(t["dims"]), _flat(t["index"], members))
                 for t in s.get("taps", [])
             ]
         frozen = [(f["tensor"], int(f["axis"]), f["why"]) for f in data.get("frozen", [])]

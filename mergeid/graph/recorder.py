@@ -186,9 +186,7 @@ class Recorder(TorchDispatchMode):
                     kinds.append(FREE if same else FROZEN)
                 else:
                     kinds.append(FROZEN)
-        return Layout(
-            tuple((Fine(n, k),) if n != 1 else () for n, k in zip(tensor.shape, kinds, strict=True))
-        )
+        return Layout(tuple((Fine(n, k),) if n != 1 else () for n, k in zip(tensor.shape, kinds, strict=True)))
 
     # -- calls -------------------------------------------------------------------------------------------
 
@@ -196,9 +194,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         call = Call(self, func, args, kwargs)
         written = [
-            call.bound.get(s.name)
-            for s in func._schema.arguments
-            if s.alias_info is not None and s.alias_info.is_write
+            call.bound.get(s.name) for s in func._schema.arguments if s.alias_info is not None and s.alias_info.is_write
         ]
         written = [t for t in tree_leaves(written) if isinstance(t, Tensor)]
         call.out = func(*args, **kwargs)
@@ -321,9 +317,7 @@ def _flat(result: Result) -> list[Layout | None]:
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-def record(
-    model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: Callable[[], Any]
-) -> Recorder:
+def record(model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: Callable[[], Any]) -> Recorder:
     """Run `forward` once and return what was seen.
 
     Args:

@@ -309,9 +309,7 @@ def _cells(solver: _Solver, atoms: np.ndarray) -> tuple[list[Cell], set[int]]:
     return cells, _misfits(cells)
 
 
-def _cell(
-    group: np.ndarray, parents: dict[int, set[int]], cell_at: dict[int, tuple[int, int]]
-) -> Cell | set[int]:
+def _cell(group: np.ndarray, parents: dict[int, set[int]], cell_at: dict[int, tuple[int, int]]) -> Cell | set[int]:
     blocks: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for c in group.tolist():
         mine = parents.get(c, set())
@@ -342,9 +340,5 @@ def _misfits(cells: list[Cell], trials: int = 3) -> set[int]:
             )
         except NoImage as e:
             cell = cells[e.cell]
-            return {
-                int(cells[p].members.reshape(-1)[m])
-                for p in cell.parents
-                for m in range(cells[p].members.size)
-            }
+            return {int(cells[p].members.reshape(-1)[m]) for p in cell.parents for m in range(cells[p].members.size)}
     return set()

@@ -37,9 +37,7 @@ def trace(
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     recorder = record(model, state, inputs, forward)
-    atoms = (
-        np.unique(np.concatenate(list(recorder.axes.values()))) if recorder.axes else np.zeros(0, np.int64)
-    )
+    atoms = np.unique(np.concatenate(list(recorder.axes.values()))) if recorder.axes else np.zeros(0, np.int64)
     solution = solve(recorder.facts, atoms)
     tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
     return _lay_out(recorder, solution, tensors, name, label)
@@ -83,9 +81,7 @@ def _simplified(cells: list[Cell]) -> list[_Draft | None]:
         implied = set().union(*(above[p] for p in columns)) if columns else set()
         names = tuple(sorted(p for p in columns if p not in implied))
         above.append(set(names) | implied)
-        where = (
-            np.stack([columns[p] for p in names], 1) if names else np.zeros((len(cell.members), 0), np.int64)
-        )
+        where = np.stack([columns[p] for p in names], 1) if names else np.zeros((len(cell.members), 0), np.int64)
         drafts.append(_Draft(cell.members, names, where, []) if m else None)
     return drafts
 
@@ -178,9 +174,7 @@ def _merged(drafts: list[_Draft | None], home: dict[int, tuple[int, int]], i: in
     return not (d.parents and home[i][0] != i)
 
 
-def _homes(
-    drafts: list[_Draft | None], on_axis: Mapping[tuple[str, int], np.ndarray]
-) -> dict[int, tuple[int, int]]:
+def _homes(drafts: list[_Draft | None], on_axis: Mapping[tuple[str, int], np.ndarray]) -> dict[int, tuple[int, int]]:
     """draft -> (the draft whose space it belongs to, offset of its flat members there).
 
     Parentless drafts on the same axes are blocks of one space. A draft that only follows one parent is folded into
@@ -220,9 +214,7 @@ def _same_order(at: np.ndarray, drafts: list[int]) -> bool:
     """Whether the drafts' positions on an axis repeat in one pattern per member (contiguous members)."""
     sequence = at[np.isin(at, drafts)]
     count = len(sequence) // len(np.flatnonzero(sequence == sequence[0])) if len(sequence) else 0
-    return bool(
-        count and len(sequence) % count == 0 and (sequence.reshape(-1, count) == sequence[:count]).all()
-    )
+    return bool(count and len(sequence) % count == 0 and (sequence.reshape(-1, count) == sequence[:count]).all())
 
 
 def _label_roots(spaces: list[Space], label: SpaceLabeller | None) -> None:
@@ -232,9 +224,7 @@ def _label_roots(spaces: list[Space], label: SpaceLabeller | None) -> None:
             below = [(a.tensor, a.axis) for c in spaces if s.id in c.parents for a in c.axes]
             if below:
                 text = (label(below) if label else None) or f"{below[0][0]}[{below[0][1]}]"
-                spaces[k] = Space(
-                    s.id, f"blocks of {text}", s.size, s.blocks, s.parents, s.block_parents, s.axes
-                )
+                spaces[k] = Space(s.id, f"blocks of {text}", s.size, s.blocks, s.parents, s.block_parents, s.axes)
 
 
 def _frozen_axes(

@@ -72,9 +72,7 @@ def verify(
         a `Verification`; its graph carries ``verified`` with the error seen.
     """
     probe = copy.deepcopy(model).eval()
-    state = (
-        randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
-    )
+    state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
     probe = probe.to(dtype)
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     inputs = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)

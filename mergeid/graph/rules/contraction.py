@@ -30,9 +30,7 @@ def bmm(call: Call) -> Layout:
 
 @rule("baddbmm")
 def baddbmm(call: Call) -> Layout:
-    product = combine(
-        call.facts, [(call.layout("batch1"), "bnk"), (call.layout("batch2"), "bkm")], "bnm", call.why
-    )
+    product = combine(call.facts, [(call.layout("batch1"), "bnk"), (call.layout("batch2"), "bkm")], "bnm", call.why)
     return elementwise(call.facts, [product, call.layout("self")], 3, call.why)
 
 
@@ -57,9 +55,7 @@ def dot(call: Call) -> Layout:
 def linear(call: Call) -> Layout:
     x = call.layout("input")
     lead = list(range(len(x.dims) - 1))
-    out = combine(
-        call.facts, [(x, [*lead, "k"]), (call.layout("weight"), ["o", "k"])], [*lead, "o"], call.why
-    )
+    out = combine(call.facts, [(x, [*lead, "k"]), (call.layout("weight"), ["o", "k"])], [*lead, "o"], call.why)
     if call.get("bias") is not None:
         out = elementwise(call.facts, [out, call.layout("bias")], len(out.dims), call.why)
     return out
@@ -79,9 +75,7 @@ def convolution(call: Call) -> Layout:
     places = [f"s{d}" for d in spatial]
     taps = [f"k{d}" for d in range(len(kernel))]
     inner = "io" if call["transposed"] else "oi"
-    out = combine(
-        call.facts, [(x, ["n", "g", "i", *places]), (w, ["g", *inner, *taps])], ["n", "g", "o"], call.why
-    )
+    out = combine(call.facts, [(x, ["n", "g", "i", *places]), (w, ["g", *inner, *taps])], ["n", "g", "o"], call.why)
     shape = call.out.shape
     out = view(call.facts, out, shape[:2], call.why)
     if call.get("bias") is not None:

@@ -89,9 +89,7 @@ def gather(call: Call) -> Layout:
     chosen = reduce(call.facts, chosen, [dim], True, call.why)
     cut = [d for d in range(n) if d != dim and layout.shape[d] != call.out.shape[d]]
     layout = call.freeze_dims(layout, cut)
-    layout = layout.with_dims(
-        _frozen(call.out.shape[d]) if d in cut else x for d, x in enumerate(layout.dims)
-    )
+    layout = layout.with_dims(_frozen(call.out.shape[d]) if d in cut else x for d, x in enumerate(layout.dims))
     letters = range(n)
     out = combine(call.facts, [(layout, letters), (chosen, letters)], letters, call.why)
     return out.with_dims(_frozen(call.out.shape[dim]) if d == dim else x for d, x in enumerate(out.dims))

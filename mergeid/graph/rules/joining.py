@@ -84,8 +84,7 @@ def concatenate(call: Call, layouts: Sequence[Layout], dim: int) -> Layout:
     order = sorted(joint)
     size_of = {s: f.size for m in slots for f, s in m.items()}
     arrays = [
-        _joint_labels(call, o, m, dim, size, order, size_of)
-        for o, m, size in zip(ops, slots, sizes, strict=True)
+        _joint_labels(call, o, m, dim, size, order, size_of) for o, m, size in zip(ops, slots, sizes, strict=True)
     ]
     labels = np.concatenate(arrays, axis=0)
 
@@ -153,9 +152,7 @@ def _joint_labels(
     return labels
 
 
-def _restricted(
-    layout: Layout, slots: dict[Fine, tuple[int, int]], joint: set[tuple[int, int]], dim: int
-) -> Layout:
+def _restricted(layout: Layout, slots: dict[Fine, tuple[int, int]], joint: set[tuple[int, int]], dim: int) -> Layout:
     """The dimensions and groups that are not part of the joint labels."""
     gone = {f for f, s in slots.items() if s in joint or s[0] == dim}
     groups = tuple(g for g in layout.groups if not set(g.fines) & gone)

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from mergeid.graph.recorder import Call
 
 
-@rule(
-    "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy", "_reshape_copy"
-)
+@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy", "_reshape_copy")
 def reshape(call: Call) -> Layout:
     layout = call.layout("self")
     if call.out.numel() == 0 or prod(layout.shape) != call.out.numel():
@@ -77,9 +75,7 @@ def expand(call: Call) -> Layout:
     shape = call.out.shape
     lead = len(shape) - len(layout.dims)
     dims = [()] * lead + list(layout.dims)
-    return layout.with_dims(
-        (Fine(n, FREE),) if not d and n != 1 else d for n, d in zip(shape, dims, strict=True)
-    )
+    return layout.with_dims((Fine(n, FREE),) if not d and n != 1 else d for n, d in zip(shape, dims, strict=True))
 
 
 @rule("repeat")
@@ -87,9 +83,7 @@ def repeat(call: Call) -> Layout:
     layout = call.layout("self")
     repeats = call["repeats"]
     dims = [()] * (len(repeats) - len(layout.dims)) + list(layout.dims)
-    return layout.with_dims(
-        ((Fine(r, FREE), *d) if r != 1 else d) for r, d in zip(repeats, dims, strict=True)
-    )
+    return layout.with_dims(((Fine(r, FREE), *d) if r != 1 else d) for r, d in zip(repeats, dims, strict=True))
 
 
 def _drop(layout: Layout, dim: int) -> Layout:
@@ -108,9 +102,7 @@ def select(call: Call) -> Layout:
 def unbind(call: Call) -> list[Layout]:
     layout = call.layout("self")
     dim = call["dim"] % len(layout.dims)
-    return [
-        _drop(take(call.facts, layout, dim, np.array([i]), call.why), dim) for i in range(layout.shape[dim])
-    ]
+    return [_drop(take(call.facts, layout, dim, np.array([i]), call.why), dim) for i in range(layout.shape[dim])]
 
 
 @rule("slice", "slice_copy")
