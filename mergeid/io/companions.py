@@ -1,0 +1,103 @@
+"""The small files that belong beside the weights: config, tokenizer, preprocessor, labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.io.weights import read_json
+
+if TYPE_CHECKING:
+    from mergeid.io.checkpoint import Checkpoint
+
+_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".spm", ".vocab", ".bpe", ".tiktoken", ".sentencepiece")
+_NOT_COMPANIONS = (
+    "mergeid.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
+    "requirements.txt", "README.txt",
+)  # fmt: skip
+"""Records of another run, not of the merged model."""
+
+_LARGEST = 200 << 20
+"""A file beyond this many bytes is data that happens to lie there."""
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of a model folder belongs beside its weights, judged by its name (``sub/file.json`` too)."""
+    base = name.rsplit("/", 1)[-1]
+    if base.startswith(".") or base in _NOT_COMPANIONS or base.endswith(".index.json"):
+        return False
+    if "/" in name:
+        return name.count("/") == 1 and base.endswith(".json") and not name.startswith(("onnx/", "openvino/"))
+    return base.endswith(_ENDINGS)
+
+
+def default_companions(checkpoint: Checkpoint) -> list[Path]:
+    """Config, tokenizer and preprocessor files of a checkpoint folder (for a single file: `config.json` only)."""
+    folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
+    if not checkpoint.is_folder:
+        return [folder / "config.json"] if checkpoint.config is not None else []
+    found = [p for p in sorted(folder.iterdir()) if p.is_file() and is_companion(p.name)]
+    found = [p for p in found if p.stat().st_size <= _LARGEST]
+    modules = folder / "modules.json"
+    if modules.is_file():
+        found += _module_files(folder, modules)
+    return found
+
+
+def _module_files(folder: Path, modules: Path) -> list[Path]:
+    """Files of the subfolders that a ``modules.json`` lists (a pooling or normalising step, for instance)."""
+    try:
+        steps = json.loads(modules.read_text(encoding="utf-8"))
+        names = [s["path"] for s in steps if s["path"]]
+    except (ValueError, TypeError, KeyError):
+        return []
+    inside = [folder / n for n in names if Path(n).name == n and (folder / n).is_dir()]
+    return [p for sub in inside for p in sorted(sub.iterdir()) if p.is_file() and not p.name.startswith(".")]
+
+
+def label_map(config: dict[str, Any] | None) -> dict[str, str] | None:
+    """Class index -> label, from a config's ``id2label`` or ``label_names``; None where it has neither."""
+    if not config:
+        return None
+    labels = config.get("id2label", config.get("label_names"))
+    if isinstance(labels, dict):
+        return {str(k): str(v) for k, v in labels.items()}
+    if isinstance(labels, list):
+        return {str(k): str(v) for k, v in enumerate(labels)}
+    return None
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Token -> row of the embedding, from the folder's tokenizer files; None where it has none that can be read."""
+    if not checkpoint.is_folder:
+        return None
+    folder = checkpoint.path
+    if (folder / "tokenizer.json").is_file():
+        parsed = read_json(folder / "tokenizer.json")
+        model = parsed.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocab, list):  # unigram models list (token, score) in order
+            vocab = {str(entry[0]): i for i, entry in enumerate(vocab)}
+        if isinstance(vocab, dict):
+            added = {t["content"]: t["id"] for t in parsed.get("added_tokens") or []}
+            return {**vocab, **added}
+    if (folder / "vocab.json").is_file():
+        return read_json(folder / "vocab.json")
+    if (folder / "vocab.txt").is_file():
+        return {t: i for i, t in enumerate((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())}
+    return None
+
+
+def same_tokenizer_files(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both folders hold the same tokenizer files byte for byte (then there is nothing to parse)."""
+    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    for name in names:
+        first, second = a.path / name, b.path / name
+        if first.is_file() != second.is_file():
+            return False
+        if first.is_file() and (
+            first.stat().st_size != second.stat().st_size or first.read_bytes() != second.read_bytes()
+        ):
+            return False
+    return True

@@ -1,0 +1,129 @@
+"""Models on the Hugging Face hub: only the weights that will be read and the small files beside them."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mergeid.errors import MergeidError
+from mergeid.io.companions import is_companion
+from mergeid.io.weights import PICKLES, SAFETENSORS, find_weights, read_index
+
+_ID = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
+
+
+def download(source: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """Fetch a model into the local cache (or find it there) and return its folder.
+
+    Honours ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME`` and the stored token, as huggingface_hub does. Where
+    the hub cannot be reached, a copy in the cache is used.
+
+    Args:
+        source: ``org/name`` or ``org/name@revision``.
+        revision: branch, tag or commit; wins over nothing, clashes with ``@revision``.
+        allow_pickle: fetch ``.bin`` weights where there are no others.
+
+    Raises:
+        MergeidError: not an id, not found, no such revision, gated, offline, or no weights in it.
+    """
+    match = _ID.match(source)
+    if match is None:
+        raise MergeidError(
+            f"no such file or folder: {source}; and it is no hub id either (org/name or org/name@revision)"
+        )
+    repo, named = match["id"], match["revision"]
+    if named and revision and named != revision:
+        raise MergeidError(f"{source} names the revision {named} and --revision names {revision}; give one")
+    revision = revision or named
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        siblings = HfApi().model_info(repo, revision=revision).siblings or []
+    except Exception as error:  # huggingface_hub, its HTTP client (which has changed) and the socket layer
+        if _unreachable(error):
+            return _cached(repo, revision, error)
+        raise MergeidError(_explain(error, repo, revision)) from None
+    names = [s.rfilename for s in siblings]
+    weights = find_weights([n for n in names if "/" not in n], repo, allow_pickle=allow_pickle)
+    wanted = [n for n in names if is_companion(n)] + [weights.name]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_exactly(wanted)))
+        if weights.listing is not None:
+            shards = set(read_index(folder / weights.listing)[0].values())
+            snapshot_download(repo, revision=revision, allow_patterns=_exactly(shards))
+    except MergeidError:
+        raise
+    except Exception as error:
+        raise MergeidError(_explain(error, repo, revision)) from None
+    return folder
+
+
+def _exactly(names: Iterable[str]) -> list[str]:
+    return [glob.escape(name) for name in names]
+
+
+def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
+    """The folder of an earlier download, if it has weights."""
+    from huggingface_hub import snapshot_download
+
+    folder: str | None
+    try:
+        folder = snapshot_download(repo, revision=revision, local_files_only=True)
+    except OSError as error:
+        # Newer versions know that we never fetch the whole repository, and hand over what there is.
+        folder = getattr(error, "snapshot_path", None)
+    if folder is None or not any(p.name.endswith((SAFETENSORS, *PICKLES)) for p in Path(folder).iterdir()):
+        raise MergeidError(_explain(reason, repo, revision)) from None
+    return Path(folder)
+
+
+def _unreachable(error: Exception) -> bool:
+    """Whether the hub did not answer (offline mode, no network, time-out, server error)."""
+    if (status := _status(error)) is not None:
+        return status >= 500
+    client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return client or isinstance(error, (ConnectionError, TimeoutError))
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _explain(error: Exception, repo: str, revision: str | None) -> str:
+    """One sentence for what went wrong."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    if constants.HF_HUB_OFFLINE:
+        return f"{repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or name a folder on this machine"
+    if isinstance(error, GatedRepoError):  # before its parent, "not found"
+        return f"{repo} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no such file or folder: {repo}; and {constants.ENDPOINT} has no model of that id, or it is private "
+            "(then log in with `hf auth login` or set HF_TOKEN)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}; expected a branch, tag or commit listed at {page}"
+    if isinstance(error, HFValidationError):
+        return f"no such file or folder: {repo}; and it is no valid hub id either (org/name)"
+    if isinstance(error, LocalEntryNotFoundError) or _unreachable(error):
+        status = _status(error)
+        why = f"answered with status {status}" if status else "cannot be reached"
+        return (
+            f"no such file or folder: {repo}; as a hub id it is not in the local cache and {constants.ENDPOINT} {why}: "
+            "check the path or the network"
+        )
+    if (status := _status(error)) is not None:
+        return f"{page} could not be read: the hub answered with status {status}; check the id and your token"
+    reason = str(error).split("\n", 1)[0]
+    return f"{repo} could not be fetched from {constants.ENDPOINT}: {reason or type(error).__name__}"

@@ -1,0 +1,318 @@
+"""Writing a checkpoint as a stream, whole or not at all.
+
+Headers are written first (all sizes are known), then one tensor after the other, into a hidden temporary file or
+folder beside the output. Only when everything is on the disk does it get its final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Union
+
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.dtypes import dtype_name, tensor_bytes
+from mergeid.io.output import check_output, is_single_file, record_path
+from mergeid.io.shards import Shard, index_text, lay_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Chunks = Union["Tensor", Iterable["Tensor"]]
+"""A tensor, or its elements in row-major order in pieces."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointWriter:
+    """Context manager that writes one checkpoint; leaving it without an exception makes the output appear.
+
+    Args:
+        output: a ``.safetensors`` file or a folder.
+        like: gives names, shapes, order, sharding, metadata and (where `dtypes` is silent) dtypes.
+        dtypes: tensor name -> dtype of the output (``"F32"``).
+        record: written as ``mergeid.json`` into the folder or beside the file, with the key ``output`` added.
+        companions: files that belong beside the weights; copied into a folder output.
+        replace: companion name -> new content, for those that must change (a config's dtype).
+        inputs: further files and folders that the output must not overwrite (those of `like` never are).
+        force: replace an earlier output.
+
+    Raises:
+        MergeidError: see `check_output`; disk full or not writable; a tensor missing, unknown, or of a wrong size.
+    """
+
+    def __init__(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        like: Checkpoint,
+        dtypes: Mapping[str, str] | None = None,
+        record: Mapping[str, Any] | None = None,
+        companions: Iterable[Path] = (),
+        replace: Mapping[str, str] | None = None,
+        inputs: Iterable[Path] = (),
+        force: bool = False,
+    ) -> None:
+        self._like = like
+        self._force = force
+        self._inputs = [like.path, *like.files, *inputs]
+        self.output = check_output(output, inputs=self._inputs, force=force)
+        self._single = is_single_file(self.output)
+        self._shards = lay_out(like, single=self.output.name if self._single else None, dtypes=dtypes or {})
+        self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
+        self._record = None if record is None else {**record, "output": self.output.name}
+        self._companions = [] if self._single else list(companions)
+        self._replace = dict(replace or {})
+        self._open: dict[str, IO[bytes]] = {}
+        self._written: set[str] = set()
+        token = secrets.token_hex(4)
+        self._temporary = self.output.parent / f".{self.output.name}.{token}.mergeid-tmp"
+        self._temporary_record = self.output.parent / f".{self.output.name}.{token}.json.mergeid-tmp"
+        self._old = self.output.parent / f".{self.output.name}.{token}.mergeid-old"
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            self._check_space()
+            with self._explained():
+                if not self._single:
+                    self._temporary.mkdir()
+                for shard in self._shards:
+                    file = open(self._place(shard), "xb", buffering=0)
+                    self._open[shard.name] = file
+                    _write_all(file, memoryview(shard.header))
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def write(self, name: str, tensor: Chunks) -> None:
+        """Write one tensor, whole or in pieces, in any order of tensors."""
+        if name not in self._shard_of:
+            raise MergeidError(f"tensor {name!r} has no place in {self.output}; expected the names of {self._like!r}")
+        shard = self._shard_of[name]
+        info = shard.tensors[name]
+        file = self._open[shard.name]
+        at, end = shard.spans[name]
+        file.seek(at)
+        for piece in _pieces(tensor):
+            if dtype_name(piece.dtype) != info.dtype:
+                raise MergeidError(f"tensor {name!r} is {piece.dtype}; the output's header says {info.dtype}")
+            view = tensor_bytes(piece)
+            at += len(view)
+            if at > end:
+                break
+            with self._explained():
+                _write_all(file, view)
+        if at != end:
+            raise MergeidError(f"tensor {name!r} has a wrong size; the output's header says {list(info.shape)}")
+        self._written.add(name)
+
+    def paths(self) -> list[Path]:
+        """The files that make up the output, record included."""
+        found = [self.output if self._single else self.output / s.name for s in self._shards]
+        if self._index is not None:
+            found.append(self.output / self._index)
+        found += [self.output / self._inside(path) for path in self._companions]
+        return found if self._record is None else [*found, record_path(self.output)]
+
+    def order(self) -> list[str]:
+        """All tensor names in the order of the bytes, file by file: the cheapest order to write in."""
+        return list(self._shard_of)
+
+    @property
+    def _index(self) -> str | None:
+        """Name of the index to write; only a folder output that keeps the input's shards has one."""
+        return None if self._single or not self._like.file_metadata else self._like.index
+
+    def _place(self, shard: Shard) -> Path:
+        return self._temporary if self._single else self._temporary / shard.name
+
+    def _inside(self, companion: Path) -> Path:
+        folder = self._like.path if self._like.is_folder else self._like.path.parent
+        return companion.relative_to(folder) if companion.is_relative_to(folder) else Path(companion.name)
+
+    def _check_space(self) -> None:
+        need = sum(shard.size for shard in self._shards)
+        free = shutil.disk_usage(self.output.parent)
+        if free.total and free.free < need:
+            raise MergeidError(
+                f"disk full: {self.output} needs {need:,} bytes and {self.output.parent} has {free.free:,} free; "
+                "nothing was written: free some space or choose another place (option -o)"
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the system says into one sentence."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                why = "disk full (or over a size limit) while writing"
+            else:
+                why = f"cannot write ({(error.strerror or str(error)).lower()})"
+            raise MergeidError(
+                f"{why} {self.output}; nothing was left behind: free some space or choose another place (option -o)"
+            ) from None
+
+    def _finish(self) -> None:
+        missing = [n for n in self._shard_of if n not in self._written]
+        if missing:
+            raise MergeidError(f"{len(missing)} tensors were never written to {self.output} (first {missing[0]!r})")
+        with self._explained():
+            for file in self._open.values():
+                os.fsync(file.fileno())
+            if self._single:
+                self._publish_file()
+            else:
+                self._fill_folder()
+                self._publish_folder()
+            _sync_folder(self.output.parent)
+
+    def _publish_file(self) -> None:
+        check_output(self.output, inputs=self._inputs, force=self._force)  # it may have appeared meanwhile
+        if self._record is not None:
+            _write_text(self._temporary_record, _json(self._record))
+            record = record_path(self.output)
+            before = record.exists()
+            os.replace(self._temporary_record, record)
+            try:
+                os.replace(self._temporary, self.output)
+            except BaseException:
+                if not before:
+                    record.unlink()
+                raise
+        else:
+            os.replace(self._temporary, self.output)
+
+    def _fill_folder(self) -> None:
+        own = {shard.name for shard in self._shards}
+        if self._index is not None:
+            own.add(self._index)
+            _write_text(self._temporary / self._index, index_text(self._like, self._shards))
+        for source in self._companions:
+            target = self._temporary / self._inside(source)
+            if str(self._inside(source)) in own:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.name in self._replace and target.parent == self._temporary:
+                _write_text(target, self._replace[source.name])
+            else:
+                _write_text(target, source.read_bytes())
+        if self._record is not None:
+            _write_text(self._temporary / record_path(self.output).name, _json(self._record))
+        _sync_folder(self._temporary)
+
+    def _publish_folder(self) -> None:
+        check_output(self.output, inputs=self._inputs, force=self._force)
+        if not self.output.is_dir() or not any(self.output.iterdir()):
+            os.rename(self._temporary, self.output)  # onto nothing, or onto an empty folder
+            return
+        os.rename(self.output, self._old)
+        try:
+            os.rename(self._temporary, self.output)
+        except BaseException:
+            os.rename(self._old, self.output)
+            raise
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _discard(self) -> None:
+        """Close and remove whatever is temporary; after a success there is nothing left to remove."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+        if self._temporary.is_dir():
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        else:
+            self._temporary.unlink(missing_ok=True)
+        self._temporary_record.unlink(missing_ok=True)
+
+
+def write_checkpoint(
+    output: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, Chunks]] | Callable[[str], Chunks],
+    *,
+    like: Checkpoint,
+    dtypes: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
+    companions: Iterable[Path] = (),
+    replace: Mapping[str, str] | None = None,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+) -> list[Path]:
+    """Write a checkpoint that has the names, shapes and sharding of `like`, one tensor at a time.
+
+    Args:
+        tensors: pairs of name and tensor in any order, or a function from name to tensor, called in file order.
+            In place of a tensor, its pieces (an iterable of tensors) will do.
+        output, like, dtypes, record, companions, replace, inputs, force: as in `CheckpointWriter`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        MergeidError: as in `CheckpointWriter`; then nothing is left behind.
+    """
+    writer = CheckpointWriter(
+        output,
+        like=like,
+        dtypes=dtypes,
+        record=record,
+        companions=companions,
+        replace=replace,
+        inputs=inputs,
+        force=force,
+    )
+    with writer:
+        pairs = ((name, tensors(name)) for name in writer.order()) if callable(tensors) else tensors
+        for name, tensor in pairs:
+            writer.write(name, tensor)
+    return writer.paths()
+
+
+def _pieces(tensor: Chunks) -> Iterable[Tensor]:
+    import torch
+
+    return [tensor] if isinstance(tensor, torch.Tensor) else tensor
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_all(file: IO[bytes], view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _write_text(path: Path, text: str | bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(text.encode("utf-8") if isinstance(text, str) else text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; some systems cannot open folders, and those need no such call."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

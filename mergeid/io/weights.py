@@ -1,0 +1,130 @@
+"""Which files of a model folder (or hub repository) are its weights. Works on names alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergeid.errors import MergeidError
+
+SAFETENSORS = ".safetensors"
+INDEX = ".safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_INDEX = ".bin.index.json"
+
+_NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
+"""Beginnings of pickle file names that trainers leave beside the weights."""
+
+
+class Weights(NamedTuple):
+    """The weight files of one model: their names, or the name of the index that lists them.
+
+    Attributes:
+        file: the only weight file; None if sharded.
+        listing: the index of a sharded checkpoint; None otherwise.
+        pickled: whether it takes a pickle to read them.
+    """
+
+    file: str | None
+    listing: str | None
+    pickled: bool
+
+    @property
+    def name(self) -> str:
+        return self.file or self.listing or ""
+
+
+def find_weights(names: Iterable[str], where: object, *, allow_pickle: bool = False) -> Weights:
+    """Choose the weight files among a folder's file names, as the libraries that write them do.
+
+    ``model.safetensors`` first, then its sharded form, then whatever single safetensors checkpoint there is;
+    pickles only when there is no safetensors file.
+
+    Args:
+        names: file names without a folder part.
+        where: the folder or repository, for the messages.
+
+    Raises:
+        MergeidError: no weights, several to choose from, shards without an index, or only pickles.
+    """
+    names = sorted(names)
+    if "model.safetensors" in names:
+        return Weights("model.safetensors", None, False)
+    files = [n for n in names if n.endswith(SAFETENSORS)]
+    indices = [n for n in names if n.endswith(INDEX)]
+    if "model" + INDEX in indices:
+        return Weights(None, "model" + INDEX, False)
+    loose = [n for n in files if not any(n.startswith(i.removesuffix(INDEX) + "-") for i in indices)]
+    if len(indices) + len(loose) > 1:
+        raise MergeidError(_ambiguous(where, [*indices, *loose]))
+    if indices:
+        return Weights(None, indices[0], False)
+    if loose:
+        return Weights(loose[0], None, False)
+    return _find_pickles(names, where, allow_pickle)
+
+
+def _ambiguous(where: object, names: list[str]) -> str:
+    if all("-of-" in n for n in names):
+        return (
+            f"{where} holds {len(names)} shards but no model.safetensors.index.json; "
+            "expected the index that came with them: copy or download it again"
+        )
+    return f"{where} holds several checkpoints ({', '.join(names)}); name the one file that is meant"
+
+
+def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weights:
+    pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_NOT_WEIGHTS)]
+    if not pickles:
+        raise MergeidError(
+            f"{where} holds no weights; expected model.safetensors, or shards with model.safetensors.index.json"
+        )
+    if not allow_pickle:
+        raise MergeidError(pickle_refused(f"{where} holds only", ", ".join(pickles[:3])))
+    if "pytorch_model.bin" in names:
+        return Weights("pytorch_model.bin", None, True)
+    if "pytorch_model" + PICKLE_INDEX in names:
+        return Weights(None, "pytorch_model" + PICKLE_INDEX, True)
+    if len(pickles) > 1:
+        raise MergeidError(_ambiguous(where, pickles))
+    return Weights(pickles[0], None, True)
+
+
+def pickle_refused(subject: str, names: str) -> str:
+    """The sentence that refuses a pickle."""
+    return (
+        f"{subject} {names}, a pickle that may run code when it is loaded; expected safetensors: "
+        "convert it, or pass --allow-pickle if you trust where it comes from"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `MergeidError` where it is none."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MergeidError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise MergeidError(f"{path} is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(parsed, dict):
+        raise MergeidError(f"{path} holds no JSON object; expected a table of names")
+    return parsed
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The weight map (tensor name -> shard's file name) and the metadata of an index file.
+
+    Raises:
+        MergeidError: broken JSON, no weight map, or a shard name that points outside the folder.
+    """
+    parsed = read_json(path)
+    weight_map = parsed.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MergeidError(f'{path} has no "weight_map"; expected the index that was written with the shards')
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise MergeidError(f"{path} places tensor {tensor!r} in {shard!r}; expected a file in the same folder")
+    metadata = parsed.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
