@@ -1,0 +1,130 @@
+"""Which examples go into which batch, and which process works on which batch.
+
+Batches are fixed by the data set and the batch size alone; process r of w takes the batches r, r + w, r + 2w, ….
+Nothing is padded and nothing is dropped, so that sums over all processes are sums over the data set, and every
+batch is computed exactly as it would be by one process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from mergeid.errors import MergeidError
+from mergeid.plugins import Batch
+
+Collate = Callable[[list[Any]], Batch]
+
+
+def dataset_length(dataset: Any) -> int:
+    """Number of examples. Raises `MergeidError` for a data set without a length or without examples."""
+    try:
+        count = len(dataset)
+    except TypeError as error:
+        raise MergeidError(
+            f"the data set {type(dataset).__name__} has no length; expected a map-style data set "
+            "(with __len__ and __getitem__), so turn a stream into a list first"
+        ) from error
+    if count == 0:
+        raise MergeidError("the data set holds no examples; expected at least one")
+    return count
+
+
+def consecutive(count: int, size: int) -> list[range]:
+    """0 … count−1 in runs of `size`, the last one shorter where it must be."""
+    if size < 1:
+        raise MergeidError(f"the batch size is {size}; expected at least 1")
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def balanced(count: int, size: int) -> list[range]:
+    """0 … count−1 in ⌈count / size⌉ runs whose lengths differ by one at most, so that no run is a small rest."""
+    pieces = math.ceil(count / max(size, 1)) if count else 0
+    bounds = [round(count * k / pieces) for k in range(pieces + 1)]
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+class FixedBatches(Sequence[Batch]):
+    """A data set as a sequence of batches of about `size` examples that depend on nothing else.
+
+    Loads a batch when it is asked for, so that each process reads only its own.
+    """
+
+    def __init__(self, dataset: Any, size: int = 128, collate: Collate | None = None) -> None:
+        if size < 1:
+            raise MergeidError(f"the calibration batch is {size}; expected at least 1")
+        self.dataset = dataset
+        self.slices = balanced(dataset_length(dataset), size)
+        self.collate = collate or default_collate
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.collate([self.dataset[i] for i in self.slices[index]])
+
+
+def loaded(
+    dataset: Any, slices: Sequence[range], *, rank: int, world: int, collate: Collate | None, workers: int = 0
+) -> Iterator[tuple[int, Batch]]:
+    """(index of the batch, batch) for the batches of process `rank` out of `world`."""
+    mine = range(rank, len(slices), world)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[list(slices[index]) for index in mine],
+        collate_fn=collate,
+        num_workers=min(workers, len(mine)),
+    )
+    return zip(mine, loader, strict=True)
+
+
+def shared_out(batches: Iterable[Batch], *, rank: int, world: int) -> Iterator[tuple[int, Batch]]:
+    """(index, batch) of the batches of one process. A sequence is asked only for those; any other iterable, which
+    must be the same on all processes, is read through."""
+    if isinstance(batches, Sequence):
+        return ((index, batches[index]) for index in range(rank, len(batches), world))
+    return islice(enumerate(batches), rank, None, world)
+
+
+def to_model(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
+    """The batch on `device`; floating inputs (never the labels) in the model's `dtype`."""
+
+    def place(key: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        as_input = dtype is not None and key != "labels" and value.is_floating_point()
+        return value.to(device=device, dtype=dtype if as_input else None, non_blocking=True)
+
+    if not isinstance(batch, Mapping):
+        raise MergeidError(
+            f"a batch is a {type(batch).__name__}; expected a mapping from the model's keywords (and 'labels') "
+            "to tensors, so give items of that form or a collate function that makes them"
+        )
+    return {key: place(key, value) for key, value in batch.items()}
+
+
+def input_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """The floating dtype that holds most of the model's parameters; None for a model without any."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def describe(batch: Batch) -> str:
+    """Names, shapes and dtypes of a batch, for error messages."""
+    parts = [
+        f"{key} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else f"{key} {type(value).__name__}"
+        for key, value in batch.items()
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,172 @@
+"""Plots as PNG or SVG files, drawn without a display; matplotlib is loaded when the first one is asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergeid.errors import MergeidError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mergeid.evaluate.result import BarrierResult
+
+# Okabe and Ito's colours, told apart by all kinds of colour vision; the markers tell them apart in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SUFFIXES = (".png", ".svg")
+
+
+def check_plot_path(path: str | Path) -> Path:
+    """The path, if its ending is one that can be drawn; to be called before long work.
+
+    Raises:
+        MergeidError: another ending, or a folder that is not there.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise MergeidError(
+            f"{path} does not end in {' or '.join(SUFFIXES)}; expected a plot file of one of these kinds"
+        )
+    if not path.parent.is_dir():
+        raise MergeidError(f"the folder of the plot {path} does not exist; create {path.parent} or choose another path")
+    return path
+
+
+def plot_barriers(results: BarrierResult | Sequence[BarrierResult], path: str | Path, title: str = "") -> Path:
+    """Loss, and accuracy where there is one, along the line from a to b; one line per labelled result.
+
+    The dotted straight line is the chord above which the loss counts as barrier. Replaces an older file at once.
+
+    Raises:
+        MergeidError: a path that cannot be written, or that is neither PNG nor SVG.
+    """
+    curves = [results] if not isinstance(results, Sequence) else list(results)
+
+    def draw(figure: Figure) -> None:
+        with_accuracy = any(curve.accuracies is not None for curve in curves)
+        axes = figure.subplots(1, 2 if with_accuracy else 1, squeeze=False)[0]
+        for k, curve in enumerate(curves):
+            style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+            name = curve.label or "a to b"
+            _line(axes[0], curve.lambdas, curve.losses, label=f"{name}: barrier {_short(curve.barrier)}", **style)
+            if curve.accuracies is not None:
+                drop = curve.barrier_accuracy or 0.0
+                shares = [100 * accuracy for accuracy in curve.accuracies]
+                _line(axes[1], curve.lambdas, shares, label=f"{name}: {drop:.1f} points lost", **style)
+        # Matched and direct lines share their ends, so that their chords would hide one another.
+        for first, last in dict.fromkeys((_near(c.losses[0]), _near(c.losses[-1])) for c in curves):
+            axes[0].plot([0, 1], [first, last], color="0.5", linestyle=":", linewidth=1, zorder=1)
+        axes[0].set_ylabel("loss (nats)")
+        if with_accuracy:
+            axes[1].set_ylabel("accuracy (%)")
+            axes[1].set_ylim(bottom=0, top=None)
+        for axis in axes:
+            axis.set_xlabel("λ  (0: a, 1: b)")
+            axis.set_xlim(-0.02, 1.02)
+            _dress(axis)
+        figure.set_size_inches(9.0 if with_accuracy else 5.0, 3.8)
+
+    return save_plot(draw, path, title)
+
+
+def plot_by_depth(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    path: str | Path,
+    *,
+    ylabel: str,
+    kind: Literal["line", "bar"] = "line",
+    intervals: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
+    title: str = "",
+) -> Path:
+    """One value per layer or space, in the order of depth.
+
+    Args:
+        names: of the layers, first to last; thinned out on the axis where they would overlap.
+        series: label to one value per layer; None or nan leaves a gap.
+        path: PNG or SVG file.
+        ylabel: what the values are, with their unit.
+        kind: lines with markers, or bars side by side.
+        intervals: label to (low, high) per layer, drawn as error bars.
+        title: above the plot.
+
+    Raises:
+        ValueError: a series of another length than `names`.
+        MergeidError: a path that cannot be written, or that is neither PNG nor SVG.
+    """
+    for label, values in series.items():
+        if len(values) != len(names):
+            raise ValueError(f"{label!r} has {len(values)} values for {len(names)} layers")
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        width = 0.8 / max(len(series), 1)
+        for k, (label, raw) in enumerate(series.items()):
+            values = [math.nan if value is None else value for value in raw]
+            colour = COLOURS[k % len(COLOURS)]
+            places = [float(i) for i in range(len(names))]
+            if kind == "bar":
+                places = [i + (k - (len(series) - 1) / 2) * width for i in places]
+                axis.bar(places, values, width, label=label, color=colour)
+            else:
+                _line(axis, places, values, label=label, color=colour, marker=MARKERS[k % len(MARKERS)])
+            for place, value, ends in zip(places, values, (intervals or {}).get(label, ()), strict=False):
+                if ends is not None and math.isfinite(value):
+                    axis.vlines(place, *ends, color="0.25" if kind == "bar" else colour, linewidth=1.2)
+        every = math.ceil(len(names) / 40)
+        axis.set_xticks(range(0, len(names), every), list(names)[::every], rotation=90, fontsize=7)
+        axis.set_xlim(-0.6, len(names) - 0.4)
+        axis.set_ylabel(ylabel)
+        _dress(axis, legend=len(series) > 1)
+        figure.set_size_inches(min(12.0, max(5.0, 2.0 + 0.25 * len(names))), 4.2)
+
+    return save_plot(draw, path, title)
+
+
+def save_plot(draw: Callable[[Figure], None], path: str | Path, title: str = "") -> Path:
+    """Draws into a new figure and writes it: whole or not at all, the same bytes for the same content."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    path = check_plot_path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with rc_context({"svg.hashsalt": "mergeid", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(layout="constrained", dpi=150)
+        draw(figure)
+        if title:
+            figure.suptitle(title, fontsize=10)
+        kind = path.suffix.lower().removeprefix(".")
+        try:
+            figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            partial.replace(path)
+        except OSError as error:
+            raise MergeidError(f"the plot {path} cannot be written: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return path
+
+
+def _line(axis: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    # matplotlib leaves a gap at nan, but would stretch the axis without end at inf.
+    axis.plot(x, [value if math.isfinite(value) else math.nan for value in y], markersize=4, linewidth=1.6, **style)
+
+
+def _dress(axis: Any, legend: bool = True) -> None:
+    axis.grid(axis="y", color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _near(value: float) -> float:
+    return round(value, 6) if math.isfinite(value) else math.nan
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "∞"
