@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ class Checkpoint:
         is_folder: bool = False,
     ) -> Checkpoint:
         """A checkpoint that lies in memory (a pickle that was loaded, a live module's state dict)."""
-        where = path or Path("model.safetensors")
+        where = path or Path(source)
         return cls(
             source=source,
             path=where,
@@ -123,10 +124,13 @@ class Checkpoint:
             first = begin - begin % mmap.PAGESIZE
             file.madvise(mmap.MADV_DONTNEED, first, end - first)
 
-    def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of every weight file, by file name (computed once)."""
+    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
+        """SHA-256 of every weight file, by file name (computed once). `stop` ends it early, with an empty answer."""
         if self._hashes is None:
-            self._hashes = {path.name: _sha256(path) for path in self.files}
+            hashes = {path.name: _sha256(path, stop) for path in self.files}
+            if stop is not None and stop.is_set():
+                return {}
+            self._hashes = hashes
         return dict(self._hashes)
 
     def _map(self, path: Path) -> mmap.mmap:
@@ -137,10 +141,10 @@ class Checkpoint:
         return self._maps[path]
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, stop: threading.Event | None) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while (block := file.read(1 << 20)) and not (stop is not None and stop.is_set()):
             digest.update(block)
     return digest.hexdigest()
 

@@ -34,6 +34,8 @@ def is_companion(name: str) -> bool:
 
 def default_companions(checkpoint: Checkpoint) -> list[Path]:
     """Config, tokenizer and preprocessor files of a checkpoint folder (for a single file: `config.json` only)."""
+    if not checkpoint.files:  # in memory
+        return []
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
     if not checkpoint.is_folder:
         return [folder / "config.json"] if checkpoint.config is not None else []

@@ -39,7 +39,8 @@ class CheckpointWriter:
         output: a ``.safetensors`` file or a folder.
         like: gives names, shapes, order, sharding, metadata and (where `dtypes` is silent) dtypes.
         dtypes: tensor name -> dtype of the output (``"F32"``).
-        record: written as ``mergeid.json`` into the folder or beside the file, with the key ``output`` added.
+        record: written as ``mergeid.json`` into the folder or beside the file, with the key ``output`` added. May
+            be set later, as the attribute `record`, until the context is left.
         companions: files that belong beside the weights; copied into a folder output.
         replace: companion name -> new content, for those that must change (a config's dtype).
         inputs: further files and folders that the output must not overwrite (those of `like` never are).
@@ -63,12 +64,12 @@ class CheckpointWriter:
     ) -> None:
         self._like = like
         self._force = force
-        self._inputs = [like.path, *like.files, *inputs]
+        self._inputs = [*([like.path] if like.files else []), *like.files, *inputs]
         self.output = check_output(output, inputs=self._inputs, force=force)
         self._single = is_single_file(self.output)
         self._shards = lay_out(like, single=self.output.name if self._single else None, dtypes=dtypes or {})
         self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
-        self._record = None if record is None else {**record, "output": self.output.name}
+        self.record = record
         self._companions = [] if self._single else list(companions)
         self._replace = dict(replace or {})
         self._open: dict[str, IO[bytes]] = {}
@@ -130,16 +131,27 @@ class CheckpointWriter:
         if self._index is not None:
             found.append(self.output / self._index)
         found += [self.output / self._inside(path) for path in self._companions]
-        return found if self._record is None else [*found, record_path(self.output)]
+        return found if self.record is None else [*found, record_path(self.output)]
 
     def order(self) -> list[str]:
         """All tensor names in the order of the bytes, file by file: the cheapest order to write in."""
         return list(self._shard_of)
 
+    def size(self, name: str | None = None) -> int:
+        """Bytes of one tensor, or of all weight files."""
+        if name is None:
+            return sum(shard.size for shard in self._shards)
+        begin, end = self._shard_of[name].spans[name]
+        return end - begin
+
     @property
     def _index(self) -> str | None:
         """Name of the index to write; only a folder output that keeps the input's shards has one."""
         return None if self._single or not self._like.file_metadata else self._like.index
+
+    def _record_text(self) -> str:
+        record = {**(self.record or {}), "output": self.output.name}
+        return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
     def _place(self, shard: Shard) -> Path:
         return self._temporary if self._single else self._temporary / shard.name
@@ -149,7 +161,7 @@ class CheckpointWriter:
         return companion.relative_to(folder) if companion.is_relative_to(folder) else Path(companion.name)
 
     def _check_space(self) -> None:
-        need = sum(shard.size for shard in self._shards)
+        need = self.size()
         free = shutil.disk_usage(self.output.parent)
         if free.total and free.free < need:
             raise MergeidError(
@@ -187,8 +199,8 @@ class CheckpointWriter:
 
     def _publish_file(self) -> None:
         check_output(self.output, inputs=self._inputs, force=self._force)  # it may have appeared meanwhile
-        if self._record is not None:
-            _write_text(self._temporary_record, _json(self._record))
+        if self.record is not None:
+            _write_text(self._temporary_record, self._record_text())
             record = record_path(self.output)
             before = record.exists()
             os.replace(self._temporary_record, record)
@@ -215,8 +227,8 @@ class CheckpointWriter:
                 _write_text(target, self._replace[source.name])
             else:
                 _write_text(target, source.read_bytes())
-        if self._record is not None:
-            _write_text(self._temporary / record_path(self.output).name, _json(self._record))
+        if self.record is not None:
+            _write_text(self._temporary / record_path(self.output).name, self._record_text())
         _sync_folder(self._temporary)
 
     def _publish_folder(self) -> None:
@@ -290,10 +302,6 @@ def _pieces(tensor: Chunks) -> Iterable[Tensor]:
     import torch
 
     return [tensor] if isinstance(tensor, torch.Tensor) else tensor
-
-
-def _json(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write_all(file: IO[bytes], view: memoryview) -> None:

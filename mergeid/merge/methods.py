@@ -1,0 +1,155 @@
+"""Merge methods: small pure functions on tensors, and the registry that finds them.
+
+A method takes the same tensor of every model (matched already) and one weight per model. Third-party methods
+register a `MergeMethod` under the entry-point group ``mergeid.methods``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from mergeid.errors import MergeidError
+from mergeid.plugins import near_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ENTRY_POINT_GROUP = "mergeid.methods"
+
+MethodFunction = Callable[["Sequence[Tensor]", Sequence[float]], "Tensor"]
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One way to combine the same tensor of several models.
+
+    Attributes:
+        name: what ``--method`` calls it.
+        function: (tensors of equal shape, one weight each) -> tensor of that shape, in the widest of their dtypes.
+        elementwise: whether each element of the result depends on that element of the inputs alone; then large
+            tensors are merged in pieces.
+    """
+
+    name: str
+    function: MethodFunction
+    elementwise: bool = True
+
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return self.function(tensors, weights)
+
+
+_registered: dict[str, MergeMethod] = {}
+
+
+def register_method(name: str, *, elementwise: bool = True) -> Callable[[MethodFunction], MethodFunction]:
+    """Decorator: register a merge function. Raises ValueError on a duplicate name."""
+
+    def add(function: MethodFunction) -> MethodFunction:
+        if name in _registered:
+            raise ValueError(f"merge method {name!r} is registered already")
+        _registered[name] = MergeMethod(name, function, elementwise)
+        return function
+
+    return add
+
+
+@cache
+def _entry_points() -> dict[str, Callable[[], MergeMethod]]:
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name)
+    return {e.name: e.load for e in found}
+
+
+def method_names() -> list[str]:
+    """Names of all merge methods, without importing third-party ones."""
+    return sorted({*_registered, *_entry_points()})
+
+
+def get_method(name: str) -> MergeMethod:
+    """The method of that name. Raises `MergeidError` for an unknown one."""
+    if name in _registered:
+        return _registered[name]
+    if name not in _entry_points():
+        names = method_names()
+        near = near_names(name, names, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise MergeidError(f"unknown merge method {name!r}{hint}; expected one of {', '.join(names)}")
+    _registered[name] = _entry_points()[name]()
+    return _registered[name]
+
+
+def check_weights(weights: Sequence[float], models: int, *, normalize: bool = False) -> list[float]:
+    """One finite weight per model, with sum 1 to the last digit.
+
+    Args:
+        weights: as given by the user.
+        models: how many models there are.
+        normalize: scale them to sum 1 instead of refusing them.
+
+    Raises:
+        MergeidError: a wrong number of weights, a weight that is no number, or a sum that is not 1 (within 1e-6;
+            what rounding leaves is scaled away).
+    """
+    shown = " + ".join(f"{w:g}" for w in weights)
+    if len(weights) != models:
+        raise MergeidError(
+            f"{len(weights)} weights given ({shown}) for {models} models; expected one per model (option --weights)"
+        )
+    if not all(math.isfinite(w) for w in weights):
+        raise MergeidError(f"weights {shown} are not all numbers; expected finite values (option --weights)")
+    total = math.fsum(weights)
+    if not normalize and abs(total - 1) > 1e-6:
+        raise MergeidError(
+            f"weights {shown} sum to {total:g}, expected 1; change them (option --weights) or pass --normalize"
+        )
+    if abs(total) < 1e-12:
+        raise MergeidError(f"weights {shown} sum to 0 and cannot be normalised; change them (option --weights)")
+    return [w / total for w in weights]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to add numbers of `dtype` in: float64 for 32 bits and more, float32 for 16 bits."""
+    import torch
+
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float32 if dtype.itemsize <= 2 else torch.float64
+
+
+@register_method("linear")
+def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum ``Σ_i w_i x_i``, rounded once.
+
+    Products and sums are separate roundings in a wider format (no fused multiply-add), so the result does not
+    depend on how the tensor is cut into pieces or on the number of threads. With weights in [0, 1] that sum to 1,
+    ``linear([x, x], w)`` is x bit for bit, and equal weights give the plain average ``(a + b) / 2`` bit for bit.
+    With float64 inputs, or weights outside [0, 1], no wider format guarantees the former: there elements on
+    which all models agree are kept as they are.
+
+    Args:
+        tensors: floating-point (or complex) tensors of equal shape.
+        weights: one per tensor.
+
+    Returns:
+        Tensor of that shape, in the narrowest dtype that holds all inputs exactly.
+    """
+    import torch
+
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    convex = all(0 <= w <= 1 for w in weights)
+    wide = accumulator(dtype) if convex or dtype.is_complex else torch.float64
+    total = tensors[0].to(wide, copy=True).mul_(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(tensor.to(wide, copy=True).mul_(weight))
+    result = total.to(dtype)
+    if (not convex or wide == dtype) and math.isclose(math.fsum(weights), 1, abs_tol=1e-9):
+        first = tensors[0].to(dtype)
+        agreed = functools.reduce(torch.logical_and, (first == t for t in tensors[1:]))
+        result = torch.where(agreed, first, result)
+    return result
