@@ -1,0 +1,202 @@
+"""The adapter: transformers' models seen through mergeid's protocol. transformers itself is imported on first use,
+since its import takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.plugins import Architecture, Batch, LossParts, MergeidError, TensorTable
+from mergeid_transformers import files, labels
+from mergeid_transformers.names import tensor_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+POOLER = "pooler"
+
+
+class TransformersAdapter:
+    """Any transformers folder with a ``config.json``. Code that comes with a checkpoint is never run.
+
+    `Architecture.options` holds ``config`` (the content of config.json, or None for the model type's defaults),
+    ``model_class`` (name of the class to build) and ``pooler`` (False where the checkpoint has no pooling head, so
+    that none with random weights is built).
+    """
+
+    name = "transformers"
+
+    def architectures(self) -> Iterable[str]:
+        """All model types of the installed transformers."""
+        from mergeid_transformers.configs import model_types
+
+        return model_types()
+
+    def recognise(
+        self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
+    ) -> Architecture | None:
+        """The architecture that a config.json states; tensor names alone are not enough (None)."""
+        if config is None or not isinstance(config.get("model_type"), str):
+            return None
+        return self._architecture(config["model_type"], table, config)
+
+    def resolve(self, name: str, table: TensorTable | None, config: Mapping[str, Any] | None) -> Architecture:
+        """The model type (``bert``) or class (``BertForMaskedLM``) that the user named.
+
+        Raises `MergeidError` for an unknown name, for a config.json of another model type, and for a checkpoint
+        without config.json (its sizes are not written in tensor names).
+        """
+        from mergeid_transformers.configs import library_config, model_class, model_types
+
+        model_type, chosen = name, None
+        if name not in model_types():
+            found = self._type_of_class(name)
+            if found is None:
+                library_config(name, config)  # raises with near names
+                raise MergeidError(f"transformers has no model type {name!r}")
+            model_type, chosen = found, name
+        if config is None and table is not None:
+            raise MergeidError(
+                f"--arch transformers/{name} needs the model's config.json (sizes and heads are not written in the "
+                "tensors); put it beside the checkpoint or give its path: --arch path/to/config.json"
+            )
+        if config is not None and config.get("model_type") not in (None, model_type):
+            raise MergeidError(
+                f"--arch transformers/{name} does not fit the config.json, whose model_type is "
+                f"{config['model_type']!r}; leave --arch out or name that one"
+            )
+        arch = self._architecture(model_type, table or {}, config)
+        if chosen is not None:
+            model_class(model_type, chosen)
+            arch = Architecture(self.name, model_type, {**arch.options, "model_class": chosen})
+        return arch
+
+    @staticmethod
+    def _type_of_class(name: str) -> str | None:
+        """Model type of one of the library's own class names (``"GPT2LMHeadModel"`` -> ``"gpt2"``)."""
+        from mergeid_transformers.configs import has_class, model_class, model_types
+
+        if not has_class(name) or not name[:1].isupper():
+            return None
+        config_class = getattr(model_class(name, name), "config_class", None)
+        model_type = getattr(config_class, "model_type", None)
+        return model_type if model_type in model_types() else None
+
+    def _architecture(self, model_type: str, table: TensorTable, config: Mapping[str, Any] | None) -> Architecture:
+        names = frozenset(table)
+        stated = (config or {}).get("architectures")
+        if isinstance(stated, list) and stated and not (config or {}).get("auto_map"):
+            chosen = stated[0]  # checked when it is built, so that recognising stays fast
+        else:
+            from mergeid_transformers.configs import choose_class
+
+            chosen = choose_class(model_type, config, names)
+        options: dict[str, Any] = {"config": None if config is None else dict(config), "model_class": chosen}
+        options["pooler"] = not names or any(f".{POOLER}." in f".{n}" for n in names)
+        return Architecture(self.name, model_type, options)
+
+    def build(self, arch: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
+        """A float32 model with random weights in eval mode, without caches.
+
+        Raises `MergeidError` where transformers has no such class, and where the class refuses the config.
+        """
+        import torch
+
+        from mergeid_transformers.configs import choose_class, library_config, model_class, text_config
+
+        given = arch.options.get("config")
+        name = str(arch.options.get("model_class") or choose_class(arch.name, given, frozenset()))
+        config = library_config(arch.name, given)
+        if name.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", None) is None:
+            # Decoders classify at the last token that is no padding, so they insist on a padding id.
+            text_config(config).pad_token_id = 0
+        kind = model_class(arch.name, name)
+        try:
+            with torch.device(device):
+                model: Any = kind(config)
+        except (ValueError, TypeError, AttributeError, AssertionError, ImportError) as error:
+            raise MergeidError(
+                f"transformers cannot build {name} from the config.json: {error}; check that config and "
+                "transformers version belong together"
+            ) from error
+        if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
+            model.pooler = None
+        return model.eval().float()
+
+    def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
+        """Checkpoint tensor name -> model tensor name; see `mergeid_transformers.names` for what is left out."""
+        return tensor_names(model, table)
+
+    def example_inputs(
+        self, arch: Architecture, model: nn.Module, generator: torch.Generator, batch_size: int = 2
+    ) -> Batch:
+        """Short random sequences and images of the model's own size, made from its forward signature."""
+        from mergeid_transformers.inputs import example_inputs
+
+        return example_inputs(model, self._task(arch), generator, batch_size)
+
+    def _task(self, arch: Architecture) -> str:
+        from mergeid_transformers.tasks import task_of
+
+        return task_of(str(arch.options["model_class"]), arch.options.get("config") or {})
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits where there is a head (start and end logits stacked), else hidden states; no cache.
+
+        Raises `MergeidError` where the batch has inputs that the model does not take or lacks all it needs.
+        """
+        from mergeid_transformers.inputs import parameters_of
+        from mergeid_transformers.tasks import task_output
+
+        accepted = parameters_of(model)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        unknown = [k for k in inputs if k not in accepted and "kwargs" not in accepted]
+        if unknown or not inputs:
+            raise MergeidError(
+                f"{type(model).__name__} takes no input {unknown[0]!r}" if unknown else "the batch has no inputs"
+            )
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        return task_output(model(**inputs, return_dict=True))
+
+    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
+        """Cross-entropy as transformers computes it, summed per example; None without labels or a task head."""
+        from mergeid_transformers.tasks import EXAMPLE_TASKS, TOKEN_TASKS, loss_parts
+
+        task = self._task(arch)
+        targets = batch.get("labels")
+        if targets is None or task not in TOKEN_TASKS | EXAMPLE_TASKS:
+            return None
+        config = arch.options.get("config") or {}
+        if task in EXAMPLE_TASKS and (
+            config.get("problem_type") not in (None, "single_label_classification") or output.shape[-1] == 1
+        ):
+            return None
+        return loss_parts(task, output, targets)
+
+    def preprocessing(self, arch: Architecture, folder: Path | None = None) -> Mapping[str, Any]:
+        """How raw data becomes a batch: from the folder's preprocessor and tokenizer files where it has them,
+        else from the config."""
+        from mergeid_transformers.preprocessing import preprocessing
+
+        return preprocessing(arch, self._task(arch), folder)
+
+    def check(self, arch: Architecture, batch: Batch) -> None:
+        """Raises `MergeidError` where a batch does not fit the model (token ids, channels, label range)."""
+        from mergeid_transformers.preprocessing import check
+
+        check(arch, self._task(arch), batch)
+
+    def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
+        """``"layer 3 MLP hidden"``, ``"layer 3 attention queries and keys"``, ``"residual stream"``, …"""
+        return labels.space_label(axes)
+
+    def companion_files(self, folder: Path) -> list[Path]:
+        """Config, tokenizer, processor and pipeline files beside the weights."""
+        return files.companion_files(folder)
+
+    def differences(self, a_folder: Path, b_folder: Path) -> list[str]:
+        """Label maps and tokenizers in which two checkpoints disagree, one sentence each."""
+        return files.differences(a_folder, b_folder)

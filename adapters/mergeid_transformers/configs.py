@@ -1,0 +1,171 @@
+"""From a ``config.json`` to the library's own configuration and model class, never running a checkpoint's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from mergeid.plugins import MergeidError, near_names
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# A checkpoint's storage choices that say nothing of the network: we always build in float32 on plain layers.
+STORAGE_KEYS = frozenset({"dtype", "torch_dtype", "quantization_config", "compression_config"})
+
+
+@cache
+def model_types() -> tuple[str, ...]:
+    """All model types of the installed transformers (``"bert"``, ``"llama"``, …)."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return tuple(sorted(CONFIG_MAPPING_NAMES))
+
+
+def _without_storage(config: Any) -> Any:
+    if isinstance(config, Mapping):
+        return {k: _without_storage(v) for k, v in config.items() if k not in STORAGE_KEYS}
+    return config
+
+
+def library_config(model_type: str, config: Mapping[str, Any] | None) -> PretrainedConfig:
+    """The library's configuration object, without caches and storage dtypes.
+
+    Raises `MergeidError` for a model type that the installed transformers does not have, and for a config that
+    its class refuses.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in model_types():
+        if config is not None and config.get("auto_map"):
+            raise MergeidError(
+                f"config.json (model_type {model_type!r}) asks for its own remote code through auto_map, and "
+                f"transformers {transformers.__version__} has no class of its own for it; mergeid never runs "
+                "code that comes with a checkpoint, so convert the checkpoint to a native class first"
+            )
+        near = near_names(model_type, model_types())
+        raise MergeidError(
+            f"transformers {transformers.__version__} has no model type {model_type!r}"
+            + (f"; near names are {', '.join(near)}" if near else "")
+            + "; name another one or install a version of transformers that has it"
+        )
+    kind = CONFIG_MAPPING[model_type]
+    try:
+        made = kind() if config is None else kind.from_dict(_without_storage(dict(config)))
+    except (TypeError, ValueError, KeyError) as error:
+        raise MergeidError(
+            f"config.json does not describe a {model_type!r} model for transformers {transformers.__version__}: {error}"
+        ) from error
+    for part in _parts(made):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+    return made
+
+
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """A configuration and all configurations nested in it (text, vision, decoder, …)."""
+    from transformers import PretrainedConfig
+
+    found = [config]
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            found += _parts(part)
+    return found
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that describes the text tower (the configuration itself where there is one)."""
+    for name in ("text_config", "text_encoder", "text", "llm_config", "language_config"):
+        part = getattr(config, name, None)
+        if part is not None and hasattr(part, "vocab_size"):
+            return part
+    return config
+
+
+def vision_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that describes the image tower (the configuration itself where there is one)."""
+    for name in ("vision_config", "vision", "encoder", "backbone_config"):
+        part = getattr(config, name, None)
+        if part is not None and not isinstance(part, Mapping):
+            return part
+    return config
+
+
+@cache
+def _default_classes(model_type: str) -> tuple[str, ...]:
+    """Names of the library's own classes for a model type, the base model first, then its usual heads."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, None] = {}
+    for mapping in (
+        "MODEL_MAPPING_NAMES",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+        "MODEL_FOR_CTC_MAPPING_NAMES",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    ):
+        names = getattr(modeling_auto, mapping, {}).get(model_type, ())
+        found.update(dict.fromkeys([names] if isinstance(names, str) else names))
+    return tuple(found)
+
+
+def has_class(name: str) -> bool:
+    """Whether transformers itself has a model class of that name."""
+    import transformers
+
+    return name.isidentifier() and isinstance(getattr(transformers, name, None), type)
+
+
+def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
+    """The model class of that name. Raises `MergeidError` where transformers has none."""
+    import transformers
+
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        known = ", ".join(_default_classes(model_type)) or "none"
+        raise MergeidError(
+            f"transformers {transformers.__version__} has no model class {name!r} of its own for model type "
+            f"{model_type!r} (it has: {known}); mergeid never runs code that comes with a checkpoint"
+        )
+    return found
+
+
+def choose_class(model_type: str, config: Mapping[str, Any] | None, names: frozenset[str]) -> str:
+    """The class to build: the first of ``config["architectures"]`` that transformers has, else the class whose
+    tensors cover `names` best (the base model where there are no names).
+
+    Raises `MergeidError` where the config names only classes that transformers does not have.
+    """
+    asked = [a for a in (config or {}).get("architectures") or [] if isinstance(a, str)]
+    for name in asked:
+        if has_class(name):
+            return name
+    known = _default_classes(model_type) if model_type in model_types() else ()
+    if asked or not known:
+        library_config(model_type, config)  # names the cause where the whole model type is unknown
+        return model_class(model_type, asked[0] if asked else "").__name__
+    if not names:
+        return known[0]
+    return max(known, key=lambda name: _coverage(model_type, name, config, names))
+
+
+def _coverage(model_type: str, name: str, config: Mapping[str, Any] | None, names: frozenset[str]) -> tuple[int, int]:
+    """How many of the checkpoint's tensors a class has, and (negated) how many it has besides."""
+    import torch
+
+    with torch.device("meta"):
+        model = model_class(model_type, name)(library_config(model_type, config))
+    prefix = f"{model.base_model_prefix}."
+    keys = set(model.state_dict())
+    both = keys & (names | {prefix + n for n in names} | {n.removeprefix(prefix) for n in names})
+    return len(both), -len(keys)
