@@ -131,7 +131,7 @@ def test_every_truncation_and_every_flipped_byte_is_caught_or_harmless(tmp_path:
     cut = data.draw(st.integers(0, len(whole) - 1))
     path = tmp_path / "cut.safetensors"
     path.write_bytes(whole[:cut])
-    with pytest.raises(MergeidError, match="empty|truncated|not a safetensors"):
+    with pytest.raises(MergeidError, match=r"empty|truncated|not a safetensors"):
         open_checkpoint(path)
     at, value = data.draw(st.integers(0, len(whole) - 15)), data.draw(st.integers(0, 255))
     path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
@@ -203,12 +203,12 @@ def test_index_that_is_no_json(tmp_path: Path) -> None:
 
 
 def test_shards_without_index_and_several_files_and_none(tmp_path: Path) -> None:
-    with pytest.raises(MergeidError, match="holds no weights; expected model.safetensors"):
+    with pytest.raises(MergeidError, match=r"holds no weights; expected model.safetensors"):
         open_checkpoint(tmp_path)
     save_file(W, tmp_path / FIRST)
     assert list(open_checkpoint(tmp_path).table) == ["w"]  # the only file there is
     save_file(V, tmp_path / SECOND)
-    with pytest.raises(MergeidError, match="holds 2 shards but no model.safetensors.index.json"):
+    with pytest.raises(MergeidError, match=r"holds 2 shards but no model.safetensors.index.json"):
         open_checkpoint(tmp_path)
     save_file(V, tmp_path / "other.safetensors")
     with pytest.raises(MergeidError, match=r"several checkpoints \(model-00001.*other.safetensors\); name the one"):
@@ -228,7 +228,7 @@ def test_config_beside_a_single_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "./missing", "a/b/c", "missing", "~/no/such"])
 def test_missing(name: str) -> None:
-    with pytest.raises(MergeidError, match="no such file or folder: .*hub id"):
+    with pytest.raises(MergeidError, match=r"no such file or folder: .*hub id"):
         open_checkpoint(name)
 
 
@@ -272,7 +272,7 @@ def test_bad_pickles_even_when_allowed(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "model.pt"
     for content in ({"w": Harmful()}, [1, 2], {"epoch": 3}):
         torch.save(content, path)
-        with pytest.raises(MergeidError, match="model.pt (cannot be read|holds)"):
+        with pytest.raises(MergeidError, match=r"model.pt (cannot be read|holds)"):
             open_checkpoint(path, allow_pickle=True)
     path.write_bytes(b"rubbish")
     with pytest.raises(MergeidError, match="cannot be read as a pickled state dict"):

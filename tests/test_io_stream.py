@@ -259,7 +259,7 @@ def test_disk_that_fills_up_while_writing(tmp_path: Path, tiny_disk: Path) -> No
         (tiny_disk / "somebody else").write_bytes(bytes(20_000))
         yield "v", like.tensor("v")
 
-    with pytest.raises(MergeidError, match="disk full .* while writing .*nothing was left behind"):
+    with pytest.raises(MergeidError, match=r"disk full .* while writing .*nothing was left behind"):
         write_checkpoint(tiny_disk / "o.safetensors", tensors(), like=like, record={})
     assert [p.name for p in tiny_disk.iterdir()] == ["somebody else"]
 
@@ -332,7 +332,7 @@ def test_wrong_tensors_are_refused(pair: Path) -> None:
     ):
         with pytest.raises(MergeidError, match=match):
             write_checkpoint(pair / "o", {**good, **change}.items(), like=like)
-    with pytest.raises(MergeidError, match="2 tensors were never written to .* .first 'v'.|2 tensors were never"):
+    with pytest.raises(MergeidError, match=r"2 tensors were never written to .*first 'v'"):
         write_checkpoint(pair / "o", [("w", good["w"])], like=like)
     assert sorted(p.name for p in pair.iterdir()) == ["a.safetensors", "m"]
 
