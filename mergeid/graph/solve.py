@@ -107,6 +107,7 @@ class _Solver:
             if not flow.any():
                 break
             self.reason[p[flow]] = self.reason[c[flow]]
+        self.label_reason = np.maximum(self.label_reason, self.reason[self.class_of])
         live = (self.reason[c] < 0) & (c != p)
         # facts whose children are all frozen say nothing any more
         self.child, self.parent, self.fact = self.child[live], self.parent[live], self.fact[live]

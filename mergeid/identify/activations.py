@@ -1,0 +1,229 @@
+"""Activations of both models on the same calibration data, streamed: nothing that grows with the data is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mergeid.graph.neuron_graph import NeuronGraph, TapMap
+
+CHUNK = 1024
+"""Rows that are added to the statistics at once, whatever the batch size."""
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def choose_taps(graph: NeuronGraph, model: nn.Module, most: int = 3) -> dict[str, list[TapMap]]:
+    """Where to read each space: the inputs of the layers that consume it, else outputs; at most `most` of them,
+    evenly over the depth."""
+    chosen: dict[str, list[TapMap]] = {}
+    for space, taps in graph.taps.items():
+        consumed = [t for t in taps if t.kind == "in" and _has_matrix(model.get_submodule(t.module))]
+        found = consumed or [t for t in taps if t.kind == "out"] or taps
+        whole = [t for t in found if len(np.unique(t.index[t.index >= 0])) == graph.by_id[space].size] or found
+        keep = np.unique(np.linspace(0, len(whole) - 1, min(most, len(whole))).round().astype(int))
+        if len(whole):
+            chosen[space] = [whole[i] for i in keep]
+    return chosen
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
+
+
+class TapReader:
+    """Runs a model and returns the tensors at the taps of interest."""
+
+    def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[TapMap]) -> None:
+        self.model, self.forward = model, forward
+        self.wanted = {(t.module, t.kind, t.call) for t in taps}
+        self._calls: dict[tuple[str, str], int] = {}
+        self._found: dict[tuple[str, str, int], Tensor] = {}
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+        for name in {m for m, _, _ in self.wanted}:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._reader(name, "in")))
+            handles.append(module.register_forward_hook(self._reader(name, "out")))
+        try:
+            yield
+        finally:
+            for h in handles:
+                h.remove()
+
+    def _reader(self, name: str, kind: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, output: Any = None) -> None:
+            call = self._calls.get((name, kind), 0)
+            self._calls[name, kind] = call + 1
+            if (name, kind, call) in self.wanted:
+                leaves = tree_leaves(args if kind == "in" else output)
+                tensor = next((t for t in leaves if isinstance(t, Tensor)), None)
+                if tensor is not None:
+                    # a later in-place operation must not change what was read
+                    self._found[name, kind, call] = tensor.detach().clone()
+
+        return read
+
+    def __call__(self, batch: Any) -> dict[tuple[str, str, int], Tensor]:
+        self._calls, self._found = {}, {}
+        with self._hooks(), torch.no_grad():
+            self.forward(self.model, batch)
+        return self._found
+
+
+@dataclass
+class Rows:
+    """Sampled activations at one tap: `values` float32 [rows, members on the tap], `example` int64 [rows]."""
+
+    values: Tensor
+    example: Tensor
+
+
+def sample_rows(
+    tensor: Tensor, tap: TapMap, examples: int, mask: Tensor | None, first: int, per_example: int, seed: int
+) -> Rows:
+    """At most `per_example` positions of every example, the same for any batch size.
+
+    Args:
+        tensor: the activation, examples (times windows, …) in dimension 0.
+        examples: number of examples in the batch.
+        mask: bool [examples, tokens] of real tokens, where there is one.
+        first: index of the batch's first example in the data.
+    """
+    present = torch.from_numpy(np.flatnonzero(tap.index >= 0)).to(tensor.device)
+    rest = [d for d in range(tensor.dim()) if d not in tap.dims]
+    flat = tensor.permute(*rest, *tap.dims).reshape(-1, len(tap.index))[:, present]
+    rows = flat.shape[0] // examples
+    flat = flat[: rows * examples].reshape(examples, rows, -1)
+    values, example = [], []
+    tokens = mask is not None and rows == mask.shape[1]
+    for e in range(examples):
+        valid = torch.nonzero(mask[e]).reshape(-1) if tokens and mask is not None else torch.arange(rows)
+        if len(valid) > per_example:
+            generator = torch.Generator().manual_seed(seed + 7919 * len(valid))
+            pick = torch.randperm(len(valid), generator=generator)[:per_example].sort().values
+            valid = valid[pick.to(valid.device)]
+        values.append(flat[e, valid.to(flat.device)])
+        example.append(torch.full((len(valid),), first + e))
+    return Rows(torch.cat(values).float().cpu(), torch.cat(example))
+
+
+class Moments:
+    """Means, variances and (if asked) the cross-covariance of two models' activations, in float64, shifted by the
+    first chunk's mean; rows are added in chunks of a fixed size."""
+
+    def __init__(self, n: int, cross: bool) -> None:
+        self.n, self.count = n, 0
+        self.shift: tuple[Tensor, Tensor] | None = None
+        self.sums = torch.zeros(2, n, dtype=torch.float64)
+        self.squares = torch.zeros(2, n, dtype=torch.float64)
+        self.cross = torch.zeros(n, n, dtype=torch.float64) if cross else None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        self._waiting.append((a, b))
+        if sum(len(x) for x, _ in self._waiting) >= CHUNK:
+            self._flush(False)
+
+    def _flush(self, everything: bool) -> None:
+        if not self._waiting:
+            return
+        a, b = (torch.cat([pair[k] for pair in self._waiting]) for k in range(2))
+        while len(a) >= CHUNK or (everything and len(a)):
+            self._chunk(a[:CHUNK], b[:CHUNK])
+            a, b = a[CHUNK:], b[CHUNK:]
+        self._waiting = [(a, b)] if len(a) else []
+
+    def _chunk(self, a: Tensor, b: Tensor) -> None:
+        if self.shift is None:
+            self.shift = (a.mean(0, dtype=torch.float64).float(), b.mean(0, dtype=torch.float64).float())
+        a, b = a - self.shift[0], b - self.shift[1]
+        self.count += len(a)
+        for k, x in enumerate((a, b)):
+            self.sums[k] += x.sum(0, dtype=torch.float64)
+            self.squares[k] += x.double().square().sum(0)
+        if self.cross is not None:
+            self.cross += (a.T @ b).double()
+
+    def finish(self) -> Moments:
+        self._flush(True)
+        return self
+
+    @property
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Means of A and B, float32 [n] each."""
+        assert self.shift is not None
+        return tuple(s + (m / max(self.count, 1)).float() for s, m in zip(self.shift, self.sums, strict=True))  # type: ignore[return-value]
+
+    @property
+    def std(self) -> tuple[Tensor, Tensor]:
+        """Standard deviations, float32 [n]; 0 for constant neurons."""
+        out = []
+        for k in range(2):
+            m = self.sums[k] / max(self.count, 1)
+            var = self.squares[k] / max(self.count, 1) - m.square()
+            noise = 1e-10 * (self.squares[k] / max(self.count, 1) + self.mean[k].double().square())
+            out.append(torch.where(var > noise, var, torch.zeros_like(var)).sqrt().float())
+        return out[0], out[1]
+
+    def correlation(self) -> np.ndarray:
+        """Pearson correlations [n, n] float64, A's neuron i with B's neuron j; 0 for constant neurons."""
+        assert self.cross is not None
+        n = max(self.count, 1)
+        cov = self.cross / n - torch.outer(self.sums[0] / n, self.sums[1] / n)
+        sa, sb = (s.double() for s in self.std)
+        scale = torch.outer(sa, sb)
+        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return torch.where(scale > 0, cov / safe, torch.zeros_like(cov)).clamp(-1, 1).numpy()
+
+
+def standardised(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x − mean) / std, 0 for constant neurons."""
+    return torch.where(std > 0, (values - mean) / torch.where(std > 0, std, torch.ones_like(std)), torch.zeros(()))
+
+
+@dataclass
+class PairStream:
+    """Both models over the calibration batches, tap by tap. B runs as it is; permutations are applied to what is read.
+
+    Attributes:
+        batches: starts a new pass; yields batches (first dimension = examples).
+        per_example: most positions (tokens, pixels) of an example that count as rows.
+    """
+
+    reader_a: TapReader
+    reader_b: TapReader
+    batches: Callable[[], Iterator[Mapping[str, Any]]]
+    per_example: int = 32
+    seed: int = 0
+
+    def rows(self, taps: Mapping[str, Sequence[TapMap]]) -> Iterator[tuple[str, int, Rows, Rows]]:
+        """(space, tap number, rows of A, rows of B) for every batch, space and tap."""
+        first = 0
+        for batch in self.batches():
+            values = self.reader_a(batch), self.reader_b(batch)
+            mask = batch.get("attention_mask")
+            keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+            for space, list_of in taps.items():
+                for k, tap in enumerate(list_of):
+                    key = (tap.module, tap.kind, tap.call)
+                    found = [v.get(key) for v in values]
+                    if any(x is None or x.dim() != tap.ndim for x in found):
+                        continue
+                    a, b = (
+                        sample_rows(x, tap, size, keep, first, self.per_example, self.seed)
+                        for x in found
+                        if x is not None
+                    )
+                    yield space, k, a, b
+            first += size

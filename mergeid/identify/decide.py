@@ -1,0 +1,288 @@
+"""Per space: merge directly, match first, or say that it will not merge.
+
+Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
+is at least as good within its interval: ties go to the identity. Without data only the weights speak, judged on a
+half of them that the match has not seen, and nothing is promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+from torch import Generator
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
+from mergeid.identify.evidence import ActivationEvidence, Judgement
+from mergeid.match.assignment import TreeAssignment, descendants
+from mergeid.match.weight import WeightSimilarity, weight_matching
+
+DIRECT, MATCH, WILL_NOT = "direct", "match", "will not merge"
+
+LEAST_CORRELATION = 0.1
+"""A space whose best assignment correlates less than this keeps under 55 % of its activations' variance at the
+midpoint, (1 + ρ)/2: nothing of the two networks is left to merge."""
+
+NULL_SIGMAS = 4.0
+"""Standard deviations of a random permutation's score that weight evidence must beat."""
+
+
+@dataclass(frozen=True)
+class SpaceEvidence:
+    """The decision for one space and every number that led there.
+
+    Attributes:
+        decision: "direct", "match" or "will not merge"; why: one line.
+        evidence: "activations", "weights" or "none".
+        j_identity, j_match, j_random: mean correlation of paired activations (or cosine of weights).
+        iota, iota_low, iota_high: identifiability index, 95 % interval.
+        deviation_identity, deviation_match: share of the activations' variance that the midpoint loses, (1 − J)/2.
+        gain, gain_low, gain_high: J(match) − J(identity inside the parents' blocks), held-out.
+        moved: neurons that the match moves.
+    """
+
+    id: str
+    label: str
+    size: int
+    blocks: int
+    parents: tuple[str, ...]
+    share: float
+    decision: str
+    why: str
+    evidence: str
+    moved: int = 0
+    j_identity: float | None = None
+    j_match: float | None = None
+    j_random: float | None = None
+    iota: float | None = None
+    iota_low: float | None = None
+    iota_high: float | None = None
+    deviation_identity: float | None = None
+    deviation_match: float | None = None
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Decisions:
+    """Attributes:
+    spaces: one record per space, in the graph's order.
+    element: the group element to apply to B.
+    """
+
+    spaces: list[SpaceEvidence]
+    element: Element
+
+
+def _record(graph: NeuronGraph, space: Space, **values: Any) -> SpaceEvidence:
+    return SpaceEvidence(
+        space.id, space.label, space.size, space.blocks, space.parents, graph.share_of(space), **values
+    )
+
+
+def decide_from_activations(
+    evidence: ActivationEvidence, scores: Mapping[str, np.ndarray], matched: Element, *, seed: int
+) -> Decisions:
+    """Decide parents first, each space judged with its parents at their current choice, to a fixed point.
+
+    Args:
+        evidence: collected moments; its held-out half judges.
+        scores: space id -> [size, size] similarities that the match maximises.
+        matched: the match of all spaces, fitted on the other half.
+    """
+    graph = evidence.graph
+    # an error of 5 % for the whole plan, whatever the number of spaces
+    z = float(norm.isf(0.025 / max(len(graph.spaces), 1)))
+    solver = TreeAssignment(graph, scores)
+    below = {s.id: [c for c in descendants(graph, s)[1:] if c.id in evidence.taps] for s in graph.spaces}
+    current = _first_guess(graph, scores, matched)
+    records: dict[str, SpaceEvidence] = {}
+    depth = 1 + max((len(_ancestors(graph, s)) for s in graph.spaces), default=0)
+    for _ in range(depth + 1):
+        direct, best = _candidates(graph, solver, current)
+        judged = evidence.judge_pass(direct, best, [s for s in graph.spaces if s.id in evidence.taps], z=z, seed=seed)
+        # a space without activations of its own (heads) is judged by what lies in it
+        for s in graph.spaces:
+            if s.id not in evidence.taps and below[s.id]:
+                without, with_ = _tree_candidates(graph, solver, s, current)
+                found = evidence.judge_pass(without, with_, below[s.id], z=z, seed=seed)
+                if found:
+                    judged[s.id] = max(found.values(), key=lambda j: abs(j.gain))
+        new: Element = {}
+        for s in graph.spaces:
+            follow = graph.follow(s, new)
+            choice = solver.solve(s, {**current, **new, s.id: follow})[s.id] if s.parents else best[s.id]
+            moved = int((choice != follow).sum())
+            records[s.id], matches = _decision(graph, s, judged.get(s.id), moved)
+            new[s.id] = choice if matches else follow
+        if all(np.array_equal(new[k], current[k]) for k in new):
+            break
+        current = new
+    return Decisions([records[s.id] for s in graph.spaces], current)
+
+
+def _ancestors(graph: NeuronGraph, space: Space) -> set[str]:
+    found: set[str] = set()
+    queue = list(space.parents)
+    while queue:
+        p = queue.pop()
+        if p not in found:
+            found.add(p)
+            queue += graph.by_id[p].parents
+    return found
+
+
+def _first_guess(graph: NeuronGraph, scores: Mapping[str, np.ndarray], matched: Element) -> Element:
+    """Parents as matched where the fitted gain is large, else as they are."""
+    guess: Element = {}
+    for s in graph.spaces:
+        follow = graph.follow(s, guess)
+        ok = all(np.array_equal(guess[p], matched[p]) for p in s.parents)
+        rows = np.arange(s.size)
+        score = scores.get(s.id)
+        if score is None or not score.any():
+            guess[s.id] = matched[s.id] if ok else follow
+            continue
+        gain = (score[rows, matched[s.id]] - score[rows, follow]).mean() if ok else 0.0
+        guess[s.id] = matched[s.id] if gain > 0 else follow
+    return guess
+
+
+def _candidates(graph: NeuronGraph, solver: TreeAssignment, current: Element) -> tuple[Element, Element]:
+    """For every space, with its parents as in `current`: members in order, and the best members."""
+    direct: Element = {}
+    best: Element = {}
+    for s in graph.spaces:
+        direct[s.id] = graph.follow(s, current)
+        best[s.id] = solver.solve(s, {**current, s.id: direct[s.id]})[s.id]
+    return direct, best
+
+
+def _tree_candidates(
+    graph: NeuronGraph, solver: TreeAssignment, space: Space, current: Element
+) -> tuple[Element, Element]:
+    """The tree under a space at its best, with the space itself in order or at its best."""
+    still = {**current, space.id: graph.follow(space, current)}
+    for child in descendants(graph, space)[1:]:
+        still[child.id] = graph.follow(child, still)
+        still = solver.solve(child, still)
+    return still, solver.solve(space, dict(current))
+
+
+def _decision(graph: NeuronGraph, space: Space, judged: Judgement | None, moved: int) -> tuple[SpaceEvidence, bool]:
+    if judged is None:
+        why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
+        return _record(graph, space, decision=DIRECT, why=why, evidence="none", moved=0), False
+    matches = moved > 0 and judged.gain_low > 0
+    chosen = judged.j_match if matches else judged.j_current
+    values = {
+        "evidence": "activations",
+        "moved": moved if matches else 0,
+        "j_identity": judged.j_identity,
+        "j_match": judged.j_match,
+        "j_random": judged.j_random,
+        "iota": judged.iota,
+        "iota_low": judged.iota_low,
+        "iota_high": judged.iota_high,
+        "deviation_identity": (1 - judged.j_current) / 2,
+        "deviation_match": (1 - judged.j_match) / 2,
+        "gain": judged.gain,
+        "gain_low": judged.gain_low,
+        "gain_high": judged.gain_high,
+    }
+    if judged.above_chance <= 0 or chosen < LEAST_CORRELATION:
+        why = f"no assignment makes the neurons correspond: correlation {chosen:.2f}, random {judged.j_random:.2f}"
+        return _record(graph, space, decision=WILL_NOT, why=why, **values), matches
+    if matches:
+        why = f"matching {moved} neurons raises the correlation from {judged.j_current:.2f} to {judged.j_match:.2f}"
+        return _record(graph, space, decision=MATCH, why=why, **values), True
+    if moved == 0:
+        why = "the neurons correspond: the best assignment is the identity"
+    else:
+        why = f"the identity is as good as the match within its interval (gain {judged.gain:+.3f})"
+    return _record(graph, space, decision=DIRECT, why=why, **values), False
+
+
+def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -> Decisions:
+    """Weight evidence alone: a space is matched only if a match fitted on one half of its weights beats, on the other
+    half, both the identity and random permutations."""
+    graph = similarity.graph
+    accepted: set[str] = {s.id for s in graph.spaces}
+    element = graph.identity()
+    records: dict[str, SpaceEvidence] = {}
+    for _ in range(3):
+        trees = {s.id for s in graph.spaces if not s.parents and s.id in accepted}
+        matched = weight_matching(similarity, generator=generator, only=trees)
+        halves = {s.id: similarity.halves(s, matched, generator) for s in graph.spaces}
+        fit = TreeAssignment(graph, {k: h[0] for k, h in halves.items()})
+        full = TreeAssignment(graph, {s.id: similarity.scores(s, matched) for s in graph.spaces})
+        element = {}
+        before = set(accepted)
+        for s in graph.spaces:
+            follow = graph.follow(s, element)
+            start = {**matched, **element, s.id: follow}
+            tree = [c for c in descendants(graph, s) if halves[c.id][1].any()]
+            still, fitted = _tree_candidates(graph, fit, s, start) if s.id in accepted else (start, start)
+            gain, sd, score, moved = 0.0, 0.0, 0.0, 0
+            for c in [s] if s in tree else tree:
+                held = halves[c.id][1]
+                rows = np.arange(c.size)
+                a = held[rows, follow] if c is s else held[rows, still[c.id]]
+                b = held[rows, fitted[c.id]]
+                mean, var = _null(held, c)
+                gain += float((b - a).sum())
+                score += float(b.sum()) - mean
+                sd = float(np.hypot(sd, np.sqrt(var)))
+                moved += int((fitted[c.id] != (follow if c is s else still[c.id])).sum())
+            total = sum(c.size for c in ([s] if s in tree else tree)) or 1
+            needed = NULL_SIGMAS * sd * np.sqrt(2 * max(moved, 1) / total)
+            matches = s.id in accepted and moved > 0 and gain > needed and score > NULL_SIGMAS * sd
+            choice = full.solve(s, start)[s.id] if matches else follow
+            element[s.id] = choice
+            z = score / sd if sd > 0 else 0.0
+            records[s.id] = _weight_record(graph, s, matches, int((choice != follow).sum()), gain, sd, z)
+            if not matches:
+                accepted.discard(s.id)
+        if accepted == before:
+            break
+    return Decisions([records[s.id] for s in graph.spaces], element)
+
+
+def _null(score: np.ndarray, space: Space) -> tuple[float, float]:
+    """Mean and variance of Σ score[i, π(i)] for π uniform inside every block (Hoeffding 1951)."""
+    mean = var = 0.0
+    m = space.members
+    for b in range(space.blocks):
+        block = score[b * m : (b + 1) * m, b * m : (b + 1) * m]
+        mean += float(block.mean()) * m
+        if m > 1:
+            centred = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
+            var += float((centred**2).sum()) / (m - 1)
+    return mean, var
+
+
+def _weight_record(
+    graph: NeuronGraph, space: Space, matches: bool, moved: int, gain: float, sd: float, z: float
+) -> SpaceEvidence:
+    if matches:
+        why = f"the match beats random permutations on unseen weights by {z:.0f} standard deviations"
+    elif sd == 0:
+        why = "no weights to judge by"
+    else:
+        why = "on unseen weights no match is better than the identity and better than chance"
+    return _record(
+        graph,
+        space,
+        decision=MATCH if matches else DIRECT,
+        why=why,
+        evidence="weights",
+        moved=moved,
+        gain=gain / sd if sd > 0 else None,
+    )

@@ -1,0 +1,211 @@
+"""Do neurons correspond? Identity, optimal and random objectives on held-out calibration data.
+
+For activations A, B [N, n] on the same inputs, R their Pearson correlations, J(π) = mean_i R[i, π(i)] and
+J_rand = mean(R); the identifiability index is ι = (J(id) − J_rand) / (J(π*) − J_rand) (after arXiv 2606.04754's
+comparison of identity, optimal and random assignments). π* is fitted on every other calibration example and judged
+on the rest, because a match fitted on its own judges is biased in its own favour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph, Space, TapMap
+from mergeid.identify.activations import Moments, PairStream, Rows, standardised
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Evidence:
+    """What the held-out examples say about one space; sums over the rows of every example.
+
+    Attributes:
+        identity, current, matched, random: {example: Σ_rows mean_i z_a[i] z_b[π(i)]} for the identity, the assignment
+            that only follows the parents, the matched one and the mean over all assignments.
+        rows: {example: number of rows}.
+    """
+
+    sums: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def add(self, example: Tensor, values: Tensor) -> None:
+        """values float64 [rows, 4], example int64 [rows]."""
+        ids, inverse = torch.unique(example, return_inverse=True)
+        out = torch.zeros(len(ids), 5, dtype=torch.float64)
+        out[:, :4].index_add_(0, inverse, values)
+        out[:, 4].index_add_(0, inverse, torch.ones(len(inverse), dtype=torch.float64))
+        for e, row in zip(ids.tolist(), out.numpy(), strict=True):
+            self.sums[e] = self.sums[e] + row if e in self.sums else row
+
+    def table(self) -> np.ndarray:
+        """[examples, 5] in order of the examples."""
+        return np.stack([self.sums[e] for e in sorted(self.sums)]) if self.sums else np.zeros((0, 5))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Objectives on the held-out half with bootstrap intervals over examples.
+
+    Attributes:
+        j_identity, j_current, j_match, j_random: mean correlations.
+        iota, iota_low, iota_high: identifiability index with a 95 % percentile interval; None where the match is not
+            significantly better than chance.
+        gain, gain_low, gain_high: j_match − j_current with its interval at the level asked for.
+        above_chance: lower end of the 95 % interval of max(j_current, j_match) − j_random.
+    """
+
+    j_identity: float
+    j_current: float
+    j_match: float
+    j_random: float
+    iota: float | None
+    iota_low: float | None
+    iota_high: float | None
+    gain: float
+    gain_low: float
+    gain_high: float
+    above_chance: float
+    examples: int
+
+
+def judge(table: np.ndarray, *, z: float, seed: int, resamples: int = 2000) -> Judgement:
+    """Bootstrap over whole examples, π* held fixed.
+
+    Args:
+        table: [examples, 5]: sums for identity, current, matched, random, and the number of rows.
+        z: standard errors that the interval of the gain extends to either side.
+    """
+    n = len(table)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    boot = weights @ table
+    boot = boot[:, :4] / np.maximum(boot[:, 4:], 1)
+    point = table.sum(0)
+    identity, current, match, random = (point[:4] / max(point[4], 1)).tolist()
+    gains = boot[:, 2] - boot[:, 1]
+    spread = float(gains.std(ddof=1))
+    span = boot[:, 2] - boot[:, 3]
+    best = boot[:, 2] if match > current else boot[:, 1]
+    above = float(np.quantile(best - boot[:, 3], 0.025))
+    iota = low = high = None
+    if np.quantile(span, 0.025) > 0:
+        iota = (identity - random) / (match - random)
+        low, high = np.quantile((boot[:, 0] - boot[:, 3]) / span, [0.025, 0.975]).tolist()
+    gain = match - current
+    return Judgement(
+        identity, current, match, random, iota, low, high, gain, gain - z * spread, gain + z * spread, above, n
+    )
+
+
+class ActivationEvidence:
+    """Correlations from the fitting half, judgements from the other half."""
+
+    def __init__(
+        self,
+        graph: NeuronGraph,
+        stream: PairStream,
+        taps: Mapping[str, Sequence[TapMap]],
+        progress: Progress | None = None,
+    ) -> None:
+        self.graph, self.stream, self.taps = graph, stream, taps
+        self.progress = progress or (lambda *_: None)
+        self.fit: dict[tuple[str, int], Moments] = {}
+        self.held: dict[tuple[str, int], Moments] = {}
+        self.members: dict[tuple[str, int], np.ndarray] = {
+            (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
+        }
+
+    def collect(self) -> None:
+        """One pass over the data: moments of both halves."""
+        for space, k, a, b in self.stream.rows(self.taps):
+            key = (space, k)
+            if key not in self.fit:
+                n = a.values.shape[1]
+                self.fit[key], self.held[key] = Moments(n, cross=True), Moments(n, cross=False)
+            half = a.example % 2 == 0
+            for moments, chosen in ((self.fit[key], half), (self.held[key], ~half)):
+                if chosen.any():
+                    moments.add(a.values[chosen], b.values[chosen])
+        for m in (*self.fit.values(), *self.held.values()):
+            m.finish()
+
+    def correlations(self) -> dict[str, np.ndarray]:
+        """Space id -> [size, size] mean over its taps of the correlations on the fitting half."""
+        out: dict[str, np.ndarray] = {}
+        seen: dict[str, np.ndarray] = {}
+        for (space, k), moments in self.fit.items():
+            if not moments.count:
+                continue
+            n = self.graph.by_id[space].size
+            members = self.members[space, k]
+            total = out.setdefault(space, np.zeros((n, n)))
+            count = seen.setdefault(space, np.zeros((n, n)))
+            # a member on several positions of the tap counts once for every position
+            np.add.at(total, (members[:, None], members[None, :]), moments.correlation() * _same_copy(members))
+            np.add.at(count, (members[:, None], members[None, :]), _same_copy(members))
+        return {s: np.divide(t, seen[s], out=np.zeros_like(t), where=seen[s] > 0) for s, t in out.items()}
+
+    def judge_pass(
+        self, current: Element, matched: Mapping[str, np.ndarray], spaces: Sequence[Space], *, z: float, seed: int
+    ) -> dict[str, Judgement]:
+        """One pass over the held-out half: `current` against `matched` for the given spaces."""
+        evidence = {s.id: Evidence() for s in spaces}
+        taps = {s.id: self.taps[s.id] for s in spaces if s.id in self.taps}
+        identity = self.graph.identity()
+        for space, k, a, b in self.stream.rows(taps):
+            held = self.held.get((space, k))
+            chosen = a.example % 2 == 1
+            if held is None or held.count < 2 or not chosen.any():
+                continue
+            perms = (identity[space], current[space], matched[space])
+            values = _row_values(_pick(a, chosen), _pick(b, chosen), held, self.members[space, k], perms)
+            evidence[space].add(a.example[chosen], values)
+        return {
+            s: judge(e.table(), z=z, seed=seed + self.graph.spaces.index(self.graph.by_id[s]))
+            for s, e in evidence.items()
+            if len(e.sums) >= 4
+        }
+
+
+def _same_copy(members: np.ndarray) -> np.ndarray:
+    """1 where two positions are the same occurrence of their members, else 0 (all ones without repeats)."""
+    copy = np.zeros(len(members), np.int64)
+    count: dict[int, int] = {}
+    for i, m in enumerate(members.tolist()):
+        copy[i] = count.get(m, 0)
+        count[m] = copy[i] + 1
+    return (copy[:, None] == copy[None, :]).astype(np.float64)
+
+
+def _pick(rows: Rows, chosen: Tensor) -> Tensor:
+    return rows.values[chosen]
+
+
+def _row_values(a: Tensor, b: Tensor, held: Moments, members: np.ndarray, perms: Sequence[np.ndarray]) -> Tensor:
+    """[rows, 4] float64: mean over neurons of z_a z_b[π] for every permutation, and the mean over all pairs."""
+    (mean_a, mean_b), (std_a, std_b) = held.mean, held.std
+    za, zb = standardised(a, mean_a, std_a).double(), standardised(b, mean_b, std_b).double()
+    # both models' live neurons count: a constant one correlates with nothing
+    live = torch.minimum((std_a > 0).sum(), (std_b > 0).sum()).clamp(min=1)
+    out = torch.empty(len(a), 4, dtype=torch.float64)
+    for k, perm in enumerate(perms):
+        index = _positions(members, perm)
+        out[:, k] = (za * zb[:, torch.from_numpy(index)]).sum(1) / live
+    out[:, 3] = za.sum(1) * zb.sum(1) / ((std_a > 0).sum() * (std_b > 0).sum()).clamp(min=1)
+    return out
+
+
+def _positions(members: np.ndarray, perm: np.ndarray) -> np.ndarray:
+    """For every position of the tap the position of B that a permutation of members puts there."""
+    order = np.argsort(members, kind="stable")
+    unique, counts = np.unique(members, return_counts=True)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    rank = np.empty(len(members), np.int64)
+    rank[order] = np.arange(len(members)) - np.repeat(starts, counts)
+    target = np.searchsorted(unique, perm[members])
+    return order[starts[target] + rank]

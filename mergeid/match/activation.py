@@ -1,0 +1,58 @@
+"""Activation matching: assign neurons by the correlation of their activations on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Generator
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
+from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.weight import WeightSimilarity, weight_matching
+
+TIE_BREAK = 0.1
+"""Weight of the weights' cosine beside the correlation: it places neurons that are silent on the calibration data or
+that others copy, and is too small to overrule a correlation that differs."""
+
+
+def activation_matching(graph: NeuronGraph, correlation: Mapping[str, np.ndarray]) -> Element:
+    """The element that maximises the sum of correlations (Li et al. 2016; Git Re-Basin section 3.1).
+
+    Args:
+        correlation: space id -> [size, size] Pearson correlations of A's and B's activations; spaces that are missing
+            follow their parents, or stay.
+    """
+    scores = {s.id: correlation.get(s.id, np.zeros((s.size, s.size))) for s in graph.spaces}
+    solver = TreeAssignment(graph, scores)
+    element = graph.identity()
+    for root in roots(graph):
+        element = solver.solve(root, element)
+    return element
+
+
+def combined_matching(
+    similarity: WeightSimilarity,
+    correlation: Mapping[str, np.ndarray],
+    *,
+    generator: Generator,
+    passes: int = 4,
+) -> Element:
+    """Activation matching, refined by the weights where activations leave a choice, and weight matching for spaces
+    whose activations cannot be read."""
+    graph = similarity.graph
+
+    def extra(space: Space) -> np.ndarray:
+        found = correlation.get(space.id)
+        return found if found is not None else np.zeros((space.size, space.size))
+
+    start = activation_matching(graph, correlation)
+    return weight_matching(
+        similarity,
+        generator=generator,
+        element=start,
+        extra=extra,
+        cosine=True,
+        weight=TIE_BREAK,
+        max_passes=passes,
+    )
