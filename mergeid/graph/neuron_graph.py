@@ -179,9 +179,7 @@ class NeuronGraph:
         import torch
 
         chosen = None if only is None else set(only)
-        index = iter(self.spaces)
         perms: list[np.ndarray] = []
-        del index
         for i, s in enumerate(self.spaces):
             moves = chosen is None or s.id in chosen
 
@@ -296,6 +294,10 @@ class NeuronGraph:
             self.verified,
             self.unknown_ops,
         )
+
+    def on_tensors(self, names: Iterable[str]) -> NeuronGraph:
+        """The graph over some of its tensors: the others are no longer permuted (nor evidence)."""
+        return self.renamed({n: n for n in names})
 
     # -- exchange format ---------------------------------------------------------------------------------
 

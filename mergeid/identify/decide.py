@@ -218,8 +218,7 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
     element = graph.identity()
     records: dict[str, SpaceEvidence] = {}
     for _ in range(3):
-        trees = {s.id for s in graph.spaces if not s.parents and s.id in accepted}
-        matched = weight_matching(similarity, generator=generator, only=trees)
+        matched = weight_matching(similarity, generator=generator, only=accepted)
         halves = {s.id: similarity.halves(s, matched, generator) for s in graph.spaces}
         fit = TreeAssignment(graph, {k: h[0] for k, h in halves.items()})
         full = TreeAssignment(graph, {s.id: similarity.scores(s, matched) for s in graph.spaces})

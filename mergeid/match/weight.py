@@ -97,7 +97,7 @@ def weight_matching(
         generator: order of the trees after the first pass.
         element: where to start (identity).
         extra: a further similarity per space, added to the weights' (activation correlations).
-        only: roots to move; the others stay.
+        only: spaces that may move (with all that lies in them); the others stay.
         cosine, weight: use `weight` · cosines instead of inner products.
 
     Returns:
@@ -105,9 +105,11 @@ def weight_matching(
     """
     graph = similarity.graph
     element = dict(element or graph.identity())
-    trees = [s for s in roots(graph) if only is None or s.id in only]
+    trees = roots(graph)
+    if only is not None:
+        trees = [s for s in graph.spaces if s.id in only and not only & set(s.parents)]
     order = list(range(len(trees)))
-    for n in range(max_passes):
+    for _ in range(max_passes):
         changed = False
         for k in order:
             tree = descendants(graph, trees[k])
@@ -123,7 +125,6 @@ def weight_matching(
         if not changed:
             break
         order = torch.randperm(len(trees), generator=generator).tolist()
-        del n
     return element
 
 

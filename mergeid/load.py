@@ -1,0 +1,280 @@
+"""From what the user names (file, folder, hub id, architecture, live module) to a model that runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.plugins import Adapter, Architecture, Batch, adapter_names, get_adapter, near_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mergeid.graph.neuron_graph import NeuronGraph
+
+
+@dataclass
+class Loaded:
+    """A runnable model and where it came from.
+
+    Attributes:
+        source: what the user named.
+        model: in eval mode.
+        adapter, arch: who built it; for a live module of no known library, a stand-in that calls it as it is.
+        checkpoint: its weights on disk; None for a live module or a bare architecture.
+        names: checkpoint tensor name -> key of the model's state dict.
+        example: the batch that traces the model.
+    """
+
+    source: str
+    model: nn.Module
+    adapter: Adapter
+    arch: Architecture
+    checkpoint: Checkpoint | None
+    names: dict[str, str]
+    example: Batch
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.adapter.forward(model, batch)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights under the model's keys."""
+        return dict(self.model.state_dict())
+
+    @property
+    def folder(self) -> Path | None:
+        """Where tokenizer and preprocessor files lie."""
+        if self.checkpoint is None:
+            return None
+        return self.checkpoint.path if self.checkpoint.is_folder else self.checkpoint.path.parent
+
+
+class _ModuleAdapter:
+    """Calls a live module of no known library: positional inputs in the batch's order."""
+
+    name = "torch"
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        from torch.utils._pytree import tree_leaves
+
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        positional = [inputs.pop(k) for k in sorted(k for k in inputs if k.startswith("arg"))]
+        leaves = tree_leaves(model(*positional, **inputs))
+        import torch
+
+        return next(t for t in leaves if isinstance(t, torch.Tensor))
+
+    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> None:
+        return None
+
+    def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> None:
+        return None
+
+    def preprocessing(self, arch: Architecture) -> Mapping[str, Any]:
+        return {}
+
+
+def as_batch(inputs: Any) -> Batch:
+    """Example inputs of a live module: a batch dict as it is, a tensor or tuple as positional arguments."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return {f"arg{i}": v for i, v in enumerate(values)}
+
+
+def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[Adapter, Architecture]:
+    """The architecture of a checkpoint: named, in its config or metadata, or read off its tensors.
+
+    Args:
+        arch: ``timm/resnet18``, ``transformers/bert``, a bare name, or the path of a config.json.
+
+    Raises `MergeidError` when nothing fits, when several libraries do, or for an unknown name."""
+    config = checkpoint.config
+    if arch is not None and arch.endswith(".json"):
+        from mergeid.io.weights import read_json
+
+        if not os.path.isfile(arch):
+            raise MergeidError(f"--arch {arch}: no such config file")
+        config, arch = read_json(Path(arch)), None
+    if arch is not None:
+        return resolve_name(arch, checkpoint.table, config)
+    found = []
+    for name in adapter_names():
+        adapter = get_adapter(name)
+        match = adapter.recognise(checkpoint.table, config, checkpoint.metadata)
+        if match is not None:
+            found.append((adapter, match))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise MergeidError(
+            f"{checkpoint.source} could be any of {', '.join(a.id for _, a in found)}; say which with --arch"
+        )
+    hints = [h(checkpoint.table) for n in adapter_names() if (h := getattr(get_adapter(n), "nearest", None))]
+    near = f" (nearest: {'; '.join(h for h in hints if h)})" if any(hints) else ""
+    raise MergeidError(
+        f"cannot tell the architecture of {checkpoint.source} from its {len(checkpoint.table)} tensors{near}; "
+        f"name it with --arch (timm/NAME, transformers/TYPE or a config.json), or put its config.json beside it"
+    )
+
+
+def resolve_name(
+    arch: str, table: Mapping[str, Any] | None, config: Mapping[str, Any] | None
+) -> tuple[Adapter, Architecture]:
+    """The architecture of that name: ``adapter/name``, or a name that one adapter knows.
+
+    Raises `MergeidError` for an unknown one, with near names."""
+    prefix, _, rest = arch.partition("/")
+    if rest and prefix in adapter_names():
+        adapter = get_adapter(prefix)
+        return adapter, adapter.resolve(rest, table, config)
+    names = {n: set(get_adapter(n).architectures()) for n in adapter_names()}
+    known = [n for n, names_of in names.items() if arch in names_of]
+    if len(known) == 1:
+        adapter = get_adapter(known[0])
+        return adapter, adapter.resolve(arch, table, config)
+    if known:
+        raise MergeidError(
+            f"{arch!r} is the name of several architectures; say {' or '.join(f'{k}/{arch}' for k in known)}"
+        )
+    near = [f"{n}/{x}" for n, names_of in names.items() for x in near_names(rest or arch, names_of, 3)]
+    raise MergeidError(
+        f"unknown architecture {arch!r}; "
+        + (f"did you mean {', '.join(near)}?" if near else f"expected ADAPTER/NAME, ADAPTER one of {', '.join(names)}")
+    )
+
+
+def load(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    arch: str | None = None,
+    example_inputs: Any = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Loaded:
+    """A runnable model with its weights.
+
+    Args:
+        source: ``.safetensors`` file, folder, hub id, or a live module.
+        arch: its architecture where it cannot be told.
+        example_inputs: for a live module of no known library: a tensor, a tuple, or a dict of keywords.
+        seed: of the example inputs.
+
+    Raises:
+        MergeidError: not found, not recognised, or weights that do not fit the architecture.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(source, torch.nn.Module):
+        return _live(source, arch, example_inputs, generator)
+    checkpoint = open_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
+    adapter, found = find_architecture(checkpoint, arch)
+    return load_checkpoint(checkpoint, adapter, found, device=device, generator=generator)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, adapter: Adapter, arch: Architecture, *, device: str, generator: torch.Generator
+) -> Loaded:
+    """Build the architecture and put the checkpoint's weights into it.
+
+    Raises `MergeidError` when a floating-point tensor of the model is missing or has another shape."""
+    model = adapter.build(arch, device=device)
+    names = adapter.tensor_names(arch, model, checkpoint.table)
+    own = model.state_dict()
+    state = {}
+    for name, key in names.items():
+        value = checkpoint.tensor(name)
+        if key in own and tuple(value.shape) != tuple(own[key].shape):
+            raise MergeidError(
+                f"tensor {name!r} of {checkpoint.source} has shape {tuple(value.shape)}, but {arch.id} expects "
+                f"{tuple(own[key].shape)}; name its architecture with --arch"
+            )
+        state[key] = value.to(own[key].dtype) if key in own else value
+    result = model.load_state_dict(state, strict=False)
+    tied = _tied(model)
+    missing = [k for k in result.missing_keys if own[k].is_floating_point() and not tied.get(k, set()) & set(state)]
+    if missing:
+        raise MergeidError(
+            f"{checkpoint.source} lacks {len(missing)} of the {len(own)} tensors of {arch.id} (first: {missing[0]!r}); "
+            "name its architecture with --arch"
+        )
+    model = model.to(device).eval()
+    example = adapter.example_inputs(arch, model, generator)
+    return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
+
+
+def _tied(model: nn.Module) -> dict[str, set[str]]:
+    """Key -> all keys that share its storage."""
+    groups: dict[int, set[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), set()).add(key)
+    return {k: g for g in groups.values() for k in g}
+
+
+def _live(module: nn.Module, arch: str | None, inputs: Any, generator: torch.Generator) -> Loaded:
+    source = type(module).__name__
+    checkpoint = Checkpoint.from_tensors(module.state_dict(), source=source)
+    names = {k: k for k in module.state_dict()}
+    if inputs is not None and arch is None:
+        adapter: Any = _ModuleAdapter()
+        found = Architecture("torch", source)
+        return Loaded(source, module.eval(), adapter, found, None, names, as_batch(inputs))
+    config = getattr(module, "config", None)
+    to_dict: Callable[[], dict[str, Any]] | None = getattr(config, "to_dict", None)
+    checkpoint.config = to_dict() if to_dict else None
+    try:
+        adapter, found = find_architecture(checkpoint, arch)
+    except MergeidError as error:
+        raise MergeidError(f"{error}; for a live module also: pass example_inputs") from None
+    example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, generator)
+    return Loaded(source, module.eval(), adapter, found, None, names, example)
+
+
+def bare(arch: str, *, seed: int = 0) -> Loaded:
+    """A model of that architecture with random weights."""
+    import torch
+
+    adapter, found = resolve_name(arch, None, None)
+    model = adapter.build(found).eval()
+    example = adapter.example_inputs(found, model, torch.Generator().manual_seed(seed))
+    return Loaded(arch, model, adapter, found, None, {k: k for k in model.state_dict()}, example)
+
+
+LARGE = 400_000_000
+"""Parameters above which verification runs in float32: a float64 copy would not fit beside the model."""
+
+
+def graph_of(loaded: Loaded, *, seed: int = 0, samples: int = 2) -> NeuronGraph:
+    """The verified neuron graph of a loaded model, over the keys of its state dict."""
+    import torch
+
+    from mergeid.graph.trace import trace
+    from mergeid.graph.verify import verify
+
+    model, batch = loaded.model, {k: v for k, v in loaded.example.items() if k != "labels"}
+    size = sum(p.numel() for p in model.parameters())
+    graph = trace(
+        model,
+        batch,
+        lambda: loaded.forward(model, batch),
+        name=loaded.arch.id,
+        label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
+    )
+    return verify(
+        graph,
+        model,
+        batch,
+        loaded.forward,
+        generator=torch.Generator().manual_seed(seed),
+        samples=samples,
+        dtype=torch.float64 if size < LARGE else torch.float32,
+    ).graph

@@ -1,0 +1,213 @@
+"""The plan of a merge: per space the decision with its evidence, and the group element that aligns B to A."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mergeid.errors import MergeidError
+from mergeid.graph.neuron_graph import Element, NeuronGraph
+from mergeid.identify.activations import PairStream, TapReader, choose_taps
+from mergeid.identify.decide import DIRECT, MATCH, WILL_NOT, SpaceEvidence, decide_from_activations, decide_from_weights
+from mergeid.identify.evidence import ActivationEvidence
+from mergeid.load import Loaded, graph_of
+from mergeid.match.activation import TIE_BREAK, combined_matching
+from mergeid.match.weight import WeightSimilarity, weight_matching
+
+Progress = Callable[[str, int, int], None]
+MODES = ("auto", "never", "always")
+
+
+@dataclass
+class Plan:
+    """What to do with a pair, and why.
+
+    Attributes:
+        verdict: "direct", "match" or "will not merge".
+        spaces: one record per space of the graph.
+        element: permutations of B, space id -> int array; the identity where the decision is direct.
+        notes: what the user should know besides.
+        evidence: "activations" or "weights".
+    """
+
+    a: str
+    b: str
+    arch: str
+    match: str
+    verdict: str
+    spaces: list[SpaceEvidence]
+    notes: list[str]
+    graph: NeuronGraph
+    element: Element
+    evidence: str
+    examples: int
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything of B is permuted."""
+        return any((p != range(len(p))).any() for p in self.element.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the activations; permutations as lists."""
+        return {
+            "format": "mergeid.plan/1",
+            "a": self.a,
+            "b": self.b,
+            "arch": self.arch,
+            "match": self.match,
+            "verdict": self.verdict,
+            "evidence": self.evidence,
+            "examples": self.examples,
+            "seed": self.seed,
+            "settings": self.settings,
+            "notes": self.notes,
+            "spaces": [s.to_json() for s in self.spaces],
+            "permutations": {k: p.tolist() for k, p in self.element.items() if (p != range(len(p))).any()},
+            "graph": {
+                "share": self.graph.share,
+                "verified": self.graph.verified,
+                "frozen": len(self.graph.frozen),
+                "unknown_ops": self.graph.unknown_ops,
+            },
+        }
+
+
+def make_plan(
+    a: Loaded,
+    b: Loaded,
+    *,
+    dataset: Any = None,
+    match: str = "auto",
+    seed: int = 0,
+    batch_size: int = 32,
+    collate: Callable[[Any], Any] | None = None,
+    graph: NeuronGraph | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Decide for every space of the pair.
+
+    Args:
+        a, b: loaded models of one architecture.
+        dataset: map-style calibration data; None: only the weights speak.
+        match: "auto" decides per space, "always" matches every space, "never" none.
+        batch_size: for speed and memory only.
+        graph: skip tracing (must be this architecture's).
+
+    Raises `MergeidError` for too few calibration examples or an unknown `match`.
+    """
+    if match not in MODES:
+        raise MergeidError(f"--match {match!r} is not one of {', '.join(MODES)}")
+    tell = progress or (lambda *_: None)
+    if graph is None:
+        tell("tracing and verifying the neuron graph", 0, 1)
+        graph = graph_of(a, seed=seed)
+    notes = _graph_notes(graph)
+    generator = torch.Generator().manual_seed(seed)
+    similarity = WeightSimilarity(graph, a.state(), b.state())
+    count = 0 if dataset is None else len(dataset)
+    if dataset is None:
+        notes.append(
+            "no calibration data: only the weights speak, which is weaker evidence, and nothing is promised; "
+            "give --data for activations"
+        )
+    elif count < 16:
+        raise MergeidError(f"--data holds {count} examples; the evidence needs at least 16")
+    settings = {"batch_size": batch_size, "tie_break": TIE_BREAK}
+    if match == "never":
+        element, records = graph.identity(), []
+    elif dataset is None:
+        if match == "always":
+            element, records = weight_matching(similarity, generator=generator), []
+        else:
+            tell("weight matching", 0, 1)
+            decided = decide_from_weights(similarity, generator=generator)
+            element, records = decided.element, decided.spaces
+    else:
+        evidence = _evidence(graph, a, b, dataset, collate, batch_size, seed, tell)
+        tell("matching", 0, 1)
+        correlation = evidence.correlations()
+        matched = combined_matching(similarity, correlation, generator=generator)
+        if match == "always":
+            element, records = matched, []
+        else:
+            scores = {
+                s.id: TIE_BREAK * similarity.cosines(s, matched) + correlation.get(s.id, 0.0) for s in graph.spaces
+            }
+            tell("judging on held-out examples", 0, 1)
+            decided = decide_from_activations(evidence, scores, matched, seed=seed)
+            element, records = decided.element, decided.spaces
+    verdict = _verdict(match, records, notes)
+    return Plan(
+        a.source,
+        b.source,
+        a.arch.id,
+        match,
+        verdict,
+        records,
+        notes,
+        graph,
+        element,
+        "weights" if dataset is None else "activations",
+        count,
+        seed,
+        settings,
+    )
+
+
+def _evidence(
+    graph: NeuronGraph,
+    a: Loaded,
+    b: Loaded,
+    dataset: Any,
+    collate: Callable[[Any], Any] | None,
+    batch_size: int,
+    seed: int,
+    tell: Progress,
+) -> ActivationEvidence:
+    taps = choose_taps(graph, a.model)
+    flat = [t for list_of in taps.values() for t in list_of]
+    device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(dataset), batch_size):
+            items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = collate(items) if collate else torch.utils.data.default_collate(items)
+            tell("calibration", start, len(dataset))
+            yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
+
+    stream = PairStream(TapReader(a.model, a.forward, flat), TapReader(b.model, b.forward, flat), batches, seed=seed)
+    evidence = ActivationEvidence(graph, stream, taps)
+    evidence.collect()
+    return evidence
+
+
+def _graph_notes(graph: NeuronGraph) -> list[str]:
+    notes = []
+    if graph.unknown_ops:
+        ops = ", ".join(f"{op} (at {where or 'the top'})" for op, where in graph.unknown_ops.items())
+        notes.append(f"operations without a rule froze what they touch: {ops}")
+    if not graph.spaces:
+        notes.append("no axis of this model can be permuted: it can only be merged as it is")
+    return notes
+
+
+def _verdict(match: str, records: list[SpaceEvidence], notes: list[str]) -> str:
+    if match == "never":
+        return DIRECT
+    if match == "always":
+        return MATCH
+    lost = [r for r in records if r.decision == WILL_NOT]
+    share = sum(r.share for r in lost) / max(sum(r.share for r in records), 1e-12)
+    if lost:
+        notes.append(
+            f"{len(lost)} of {len(records)} spaces ({share:.0%} of the weights on them) do not correspond under any "
+            "assignment"
+        )
+    if share > 0.5:
+        return WILL_NOT
+    return MATCH if any(r.decision == MATCH for r in records) else DIRECT
