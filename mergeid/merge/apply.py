@@ -279,7 +279,7 @@ def _warn(a: Checkpoint, b: Checkpoint, plan: TensorPlan, dtype: str | None) -> 
         name = plan.widened[0]
         more = f" and {len(plan.widened) - 1} more" if len(plan.widened) > 1 else ""
         warnings.warn(
-            f"tensor {name!r}{more} has different dtypes ({a.table[name].dtype} in {a.source}, {b.table[name].dtype} "
+            f"tensor {name!r}{more} {'have' if more else 'has'} different dtypes ({a.table[name].dtype} in {a.source}, {b.table[name].dtype} "
             f"in {b.source}); merged in the wider one (choose with --dtype)",
             MergeidWarning,
             stacklevel=3,
