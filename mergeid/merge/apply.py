@@ -276,11 +276,11 @@ def _warn(a: Checkpoint, b: Checkpoint, plan: TensorPlan, dtype: str | None) -> 
     if same:
         warnings.warn(f"both models are the same file ({a.path}); the result equals it", MergeidWarning, stacklevel=3)
     if plan.widened and dtype is None:
-        name = plan.widened[0]
-        more = f" and {len(plan.widened) - 1} more" if len(plan.widened) > 1 else ""
+        name, more = plan.widened[0], len(plan.widened) - 1
+        subject = f"tensor {name!r} and {more} more have" if more else f"tensor {name!r} has"
+        kinds = f"{a.table[name].dtype} in {a.source}, {b.table[name].dtype} in {b.source}"
         warnings.warn(
-            f"tensor {name!r}{more} {'have' if more else 'has'} different dtypes ({a.table[name].dtype} in {a.source}, {b.table[name].dtype} "
-            f"in {b.source}); merged in the wider one (choose with --dtype)",
+            f"{subject} different dtypes ({kinds}); merged in the wider one (choose with --dtype)",
             MergeidWarning,
             stacklevel=3,
         )
