@@ -73,7 +73,7 @@ def test_unaligned_header_is_read(tmp_path: Path) -> None:
 def test_nothing_imports_torch_before_a_tensor_is_read(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     code = (
-        "import sys, mergeid.io.stream, mergeid.merge.apply\n"
+        "import sys, mergeid.io.stream, mergeid.merge.compare, mergeid.merge.methods\n"
         "from mergeid.io.checkpoint import open_checkpoint\n"
         "open_checkpoint(sys.argv[1]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )

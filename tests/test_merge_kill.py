@@ -111,8 +111,8 @@ def test_killed_at_every_step_of_publishing(tmp_path: Path) -> None:
 
 
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
-    """300 MB, written as a file and as a folder, each killed ten times."""
-    both = attempts(tmp_path, "random", 10, tensors=24, rows=3072)
+    """Two models of 150 MB, written as a file and as a folder, each killed ten times."""
+    both = attempts(tmp_path, "random", 10, tensors=24, rows=1536)
     for answers in both:
         check(answers)
     assert sum(a["killed"] and bool(a["others"]) for answers in both for a in answers) >= 5, "killed while writing"

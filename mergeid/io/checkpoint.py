@@ -112,6 +112,16 @@ class Checkpoint:
         raw = torch.frombuffer(file, dtype=torch.uint8, count=end - begin, offset=begin)
         return raw.clone().view(kind).reshape(shape)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the tensors lie in files that can be mapped (not in memory, not pickled)."""
+        return self._tensors is None
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of one tensor of a mapped checkpoint, as they lie in the file. Do not write into them."""
+        begin, end = self._spans[name]
+        return memoryview(self._map(self.file_of[name]))[begin:end]
+
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, mapped, not copied."""
         return {name: self.tensor(name) for name in self.table}

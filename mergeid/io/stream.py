@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,8 @@ from mergeid.io.shards import Shard, index_text, lay_out
 if TYPE_CHECKING:
     from torch import Tensor
 
-Chunks = Union["Tensor", Iterable["Tensor"]]
-"""A tensor, or its elements in row-major order in pieces."""
+Chunks = Union["Tensor", Iterable[Union["Tensor", memoryview]]]
+"""A tensor, or its elements (or their bytes) in row-major order in pieces."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -113,9 +114,12 @@ class CheckpointWriter:
         at, end = shard.spans[name]
         file.seek(at)
         for piece in _pieces(tensor):
-            if dtype_name(piece.dtype) != info.dtype:
+            if isinstance(piece, memoryview):
+                view = piece
+            elif dtype_name(piece.dtype) == info.dtype:
+                view = tensor_bytes(piece)
+            else:
                 raise MergeidError(f"tensor {name!r} is {piece.dtype}; the output's header says {info.dtype}")
-            view = tensor_bytes(piece)
             at += len(view)
             if at > end:
                 break
@@ -298,10 +302,9 @@ def write_checkpoint(
     return writer.paths()
 
 
-def _pieces(tensor: Chunks) -> Iterable[Tensor]:
-    import torch
-
-    return [tensor] if isinstance(tensor, torch.Tensor) else tensor
+def _pieces(tensor: Chunks) -> Iterable[Tensor | memoryview]:
+    torch = sys.modules.get("torch")  # not imported for this: without it there are no tensors
+    return [tensor] if torch is not None and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _write_all(file: IO[bytes], view: memoryview) -> None:

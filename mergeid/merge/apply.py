@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
@@ -16,20 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.companions import default_companions
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
+from mergeid.merge.by_numpy import NumpyMerge
 from mergeid.merge.compare import TensorPlan, plan_tensors
-from mergeid.merge.methods import MergeMethod, check_weights, get_method
+from mergeid.merge.methods import check_weights, get_method
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-CHUNK = 1 << 15
-"""Elements merged at once: small enough for the cache, and for torch not to wake its threads (twice as fast)."""
+    from mergeid.merge.by_torch import TorchMerge
 
 _RELEASE = 1 << 20
 """Tensors of at least this many bytes are unmapped once they are merged."""
@@ -129,7 +127,13 @@ def merge_checkpoints(
     _warn(first, second, plan, dtype)
     extra = _checked_overrides(first, overrides or {})
     with _hashing(first, second) as hashes:
-        merge = _Merge(first, second, plan, scaled, chosen, transform_b, extra)
+        merge: NumpyMerge | TorchMerge
+        if method == "linear" and transform_b is None and not extra and NumpyMerge.can(first, second, plan):
+            merge = NumpyMerge(first, second, plan, scaled)
+        else:
+            from mergeid.merge.by_torch import TorchMerge
+
+            merge = TorchMerge(first, second, plan, scaled, chosen, transform_b, extra)
         writer = CheckpointWriter(
             output,
             like=first,
@@ -142,10 +146,11 @@ def merge_checkpoints(
         with writer:
             done = 0
             for name in writer.order():
-                writer.write(name, merge.tensor(name))
+                writer.write(name, merge.pieces(name))
                 done += writer.size(name)
                 if writer.size(name) >= _RELEASE:
-                    merge.release(name)
+                    for checkpoint in (first, second):
+                        checkpoint.release(name)
                 if progress is not None:
                     progress(done, writer.size())
             writer.record = {**_record(first, second, scaled, method, merge, hashes), **(record or {})}
@@ -158,104 +163,15 @@ def merge_checkpoints(
         taken_from_a=tuple(merge.taken_from_a),
         skipped=plan.skipped,
         left_out=plan.left_out,
-        overridden=tuple(extra),
+        overridden=merge.overridden,
         dtypes=plan.dtypes,
         seconds=time.perf_counter() - began,
     )
 
 
-class _Merge:
-    """Yields the tensors of the result, in pieces."""
-
-    def __init__(
-        self,
-        a: Checkpoint,
-        b: Checkpoint,
-        plan: TensorPlan,
-        weights: Sequence[float],
-        method: MergeMethod,
-        transform_b: Callable[[str, Tensor], Tensor] | None,
-        overrides: Mapping[str, Tensor],
-    ) -> None:
-        self.a, self.b, self.plan = a, b, plan
-        self.weights, self.method, self.transform_b, self.overrides = weights, method, transform_b, overrides
-        self.taken_from_a: list[str] = []
-        self._merged, self._compared = set(plan.merged), set(plan.compared)
-
-    def tensor(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor, flat, in pieces of at most `CHUNK` elements where the method allows."""
-        from mergeid.io.dtypes import torch_dtype
-
-        out = torch_dtype(self.plan.dtypes.get(name, self.a.table[name].dtype))
-        if name in self.overrides:
-            yield self.overrides[name].to(out)
-            return
-        ours = self.a.tensor(name)
-        if name in self._merged:
-            yield from self._merge(name, ours, self._theirs(name), out)
-            return
-        if name in self._compared and not _equal(ours, self._theirs(name)):
-            self.taken_from_a.append(name)
-        yield ours
-
-    def release(self, name: str) -> None:
-        """Give back the memory of a tensor that is not needed any more."""
-        for checkpoint in (self.a, self.b):
-            if name in checkpoint.table:
-                checkpoint.release(name)
-
-    def _theirs(self, name: str) -> Tensor:
-        tensor = self.b.tensor(name)
-        if self.transform_b is None:
-            return tensor
-        moved = self.transform_b(name, tensor)
-        if moved.shape != tensor.shape:
-            raise ValueError(f"transform_b made {tuple(moved.shape)} of {name!r} {tuple(tensor.shape)}")
-        return moved
-
-    def _merge(self, name: str, ours: Tensor, theirs: Tensor, out: torch.dtype) -> Iterator[Tensor]:
-        pairs: Iterable[tuple[Tensor, Tensor]] = [(ours, theirs)]
-        if self.method.elementwise:
-            pairs = zip(ours.reshape(-1).split(CHUNK), theirs.reshape(-1).split(CHUNK), strict=True)
-        for pair in pairs:
-            result = self.method(pair, self.weights).to(out)
-            # NaN and infinity in an input always show in a weighted sum; other methods may drop them.
-            seen = [result] if self.method.name == "linear" else [result, *pair]
-            if not all(_finite(t) for t in seen):
-                raise MergeidError(self._not_finite(name, pair, out))
-            yield result
-
-    def _not_finite(self, name: str, pair: tuple[Tensor, Tensor], out: torch.dtype) -> str:
-        import torch
-
-        for tensor, checkpoint in zip(pair, (self.a, self.b), strict=True):
-            if not _finite(tensor):
-                what = "NaN" if torch.isnan(tensor).any() else "an infinite number"
-                return (
-                    f"tensor {name!r} of {checkpoint.file_of[name]} holds {what}; expected finite weights: use "
-                    f"another checkpoint, or take this tensor from the first model as it is with --skip {name!r}"
-                )
-        return (
-            f"tensor {name!r} overflows {str(out).removeprefix('torch.')} when merged with weights "
-            f"{', '.join(f'{w:g}' for w in self.weights)}; choose a wider format (--dtype float32) or other weights"
-        )
-
-
-def _finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity: one pass without a temporary (both propagate into the extremes)."""
-    import torch
-
-    if tensor.numel() == 0:
-        return True
-    if tensor.is_complex():
-        return bool(torch.isfinite(tensor).all())
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
 @contextlib.contextmanager
 def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]:
-    """Hash the inputs beside the import of torch and the merge itself; stop when that fails."""
+    """Hash the inputs beside the merge; stop when that fails."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -263,12 +179,6 @@ def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]
         except BaseException:
             stop.set()
             raise
-
-
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    import torch
-
-    return torch.equal(ours, theirs) if ours.dtype == theirs.dtype else bool((ours == theirs).all())
 
 
 def _warn(a: Checkpoint, b: Checkpoint, plan: TensorPlan, dtype: str | None) -> None:
@@ -310,7 +220,7 @@ def _record(
     b: Checkpoint,
     weights: Sequence[float],
     method: str,
-    merge: _Merge,
+    merge: NumpyMerge | TorchMerge,
     hashes: Sequence[Future[dict[str, str]]],
 ) -> dict[str, Any]:
     from importlib.metadata import version
@@ -326,7 +236,7 @@ def _record(
         "skipped": list(merge.plan.skipped),
         "left_out": list(merge.plan.left_out),
         "taken_from_a": merge.taken_from_a,
-        "overridden": list(merge.overrides),
+        "overridden": list(merge.overridden),
         "dtypes": merge.plan.dtypes,
         "versions": {name: version(name) for name in ("mergeid", "torch", "safetensors")},
     }
