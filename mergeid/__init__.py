@@ -1,0 +1,78 @@
+"""Will these two models merge, and how?
+
+    import mergeid
+
+    plan = mergeid.plan("a.safetensors", "b.safetensors", data="images/")
+    result = mergeid.merge("a.safetensors", "b.safetensors", output="merged.safetensors", data="images/")
+
+Nothing heavy is imported until one of the verbs is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge
+
+if TYPE_CHECKING:
+    from mergeid.api import align as align
+    from mergeid.api import barrier as barrier
+    from mergeid.api import graph as graph
+    from mergeid.api import load as load
+    from mergeid.api import merge as merge
+    from mergeid.api import plan as plan
+    from mergeid.api import scramble as scramble
+
+    __version__: str
+
+VERBS = ("load", "graph", "plan", "align", "merge", "barrier", "scramble")
+__all__ = [
+    "MergeidError",
+    "MergeidWarning",
+    "WillNotMerge",
+    "align",
+    "barrier",
+    "graph",
+    "load",
+    "merge",
+    "plan",
+    "scramble",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in VERBS:
+        from mergeid import api
+
+        return getattr(api, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mergeid")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *VERBS, "__version__"})
+
+
+class _Verb(ModuleType):
+    """A subpackage that bears the name of a verb: calling ``mergeid.merge`` means the verb, always."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from mergeid import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing mergeid.merge.apply binds the subpackage mergeid.merge over the function of that name.
+        if name in VERBS and type(value) is ModuleType:
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,77 @@
+"""``mergeid adapters``: the libraries whose models are known."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+import typer
+
+from mergeid.commands import options as o
+from mergeid.commands.work import working
+
+
+def command(
+    find: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[GLOB]",
+            help="List the architecture names that match (resnet*, timm/vit_*) instead.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: o.Json = False,
+) -> int:
+    """List the installed adapters, or the architecture names that --arch accepts."""
+    from mergeid.plugins import adapter_names, get_adapter
+
+    with working(as_json) as work:
+        names = {name: sorted(get_adapter(name).architectures()) for name in adapter_names()}
+        if find is not None:
+            ids = [f"{adapter}/{name}" for adapter, all_of in names.items() for name in all_of]
+            found = [i for i in ids if fnmatchcase(i, find) or fnmatchcase(i.partition("/")[2], find)]
+            if as_json:
+                work.emit(found)
+            elif found:
+                work.say("\n".join(found))
+            else:
+                work.note(f"no architecture name matches {find!r}")
+            return 0 if found else 1
+        rows = [_row(name, all_of) for name, all_of in names.items()]
+        if as_json:
+            work.emit(rows)
+        else:
+            from mergeid.report.tables import Column, show
+
+            columns = [Column("adapter"), Column("package"), Column("version"), Column("architectures", "right")]
+            columns.append(Column("for example", shrink=True, min_width=20))
+            work.close()
+            show(
+                columns,
+                [
+                    [r["adapter"], r["package"], r["version"], r["architectures"], ", ".join(r["examples"])]
+                    for r in rows
+                ],
+                console=work.console,
+            )
+    return 0
+
+
+def _row(name: str, names: list[str]) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from mergeid.plugins import get_adapter
+
+    package = type(get_adapter(name)).__module__.partition(".")[0]
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        found = "–"
+    step = max(len(names) // 4, 1)
+    return {
+        "adapter": name,
+        "package": package,
+        "version": found,
+        "architectures": len(names),
+        "examples": names[::step][:4],
+    }

@@ -1,0 +1,161 @@
+"""``mergeid graph``: which neurons of a model may trade places, found and proven."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergeid.commands import options as o
+from mergeid.commands.work import check_text_output, to_text, working, write_text
+from mergeid.errors import MergeidError
+
+if TYPE_CHECKING:
+    from mergeid.graph.neuron_graph import NeuronGraph
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"{o.MODEL[0].upper()}{o.MODEL[1:]}, or an architecture's name (resnet18, timm/resnet18).",
+            show_default=False,
+        ),
+    ],
+    arch: o.Arch = None,
+    allow_pickle: o.AllowPickle = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the graph as JSON."),
+    ] = None,
+    json_target: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="[FILE]",
+            rich_help_panel=o.OUTPUT,
+            help="Write the graph as JSON to FILE instead of showing it; to stdout without FILE.",
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", rich_help_panel=o.OUTPUT, help="One row per space, with all of its axes.")
+    ] = False,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            "--why",
+            metavar="AXIS",
+            rich_help_panel=o.HOW,
+            help="Explain one axis, such as 'conv1.weight[1]': its space, or why it is frozen.",
+        ),
+    ] = None,
+    seed: o.Seed = 0,
+) -> int:
+    """Show which neurons of a model may trade places: its neuron graph, found by tracing and proven on the spot."""
+    from mergeid import api
+
+    files = [Path(f) for f in (json_target, output) if f not in (None, "-")]
+    for file in files:
+        check_text_output(file, "--json" if str(file) == json_target else "-o", inputs=(model,))
+    as_json = json_target is not None
+    with working(as_json) as work:
+        work.progress("tracing and verifying", 0, 0)
+        found = api.graph(model, arch=arch, seed=seed, allow_pickle=allow_pickle)
+        answer = explain(found, why) if why is not None else None
+        for file in files:
+            write_text(file, to_text(found.to_json() if answer is None else answer, indent=None) + "\n", "-o")
+        if json_target == "-":
+            work.emit(found.to_json() if answer is None else answer, indent=None)
+        elif answer is not None and not as_json:
+            work.say("\n".join(answer["text"]))
+        elif not as_json:
+            from mergeid.commands.show_graph import print_graph
+
+            work.close()
+            print_graph(found, work.console, every=every)
+        if files:
+            work.note("wrote " + ", ".join(map(str, files)))
+    return 0
+
+
+def spell_out_json(args: Sequence[str], command: Any) -> list[str]:
+    """``--json`` may stand alone or take a file; options of the parser below cannot do both.
+
+    It takes the next word unless that is an option, or is the only one left to name the model."""
+    valued = {o for p in command.params if not getattr(p, "is_flag", False) for o in p.opts if o.startswith("-")}
+    words = list(args)
+    for i, word in enumerate(words):
+        if word == "--":
+            break
+        if word == "--json":
+            following = words[i + 1 : i + 2]
+            others = [*words[:i], *words[i + 2 :]]
+            takes = following and (following[0] == "-" or not following[0].startswith("-"))
+            if takes and _positional(others, valued):
+                return [*words[:i], f"--json={following[0]}", *words[i + 2 :]]
+            return [*words[:i], "--json=-", *words[i + 1 :]]
+    return words
+
+
+def _positional(words: Sequence[str], valued: set[str]) -> bool:
+    """Whether one of the words is neither an option nor the value of one."""
+    after = [None, *words]
+    return any(not w.startswith("-") and before not in valued for before, w in zip(after, words, strict=False))
+
+
+def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
+    """What an axis belongs to.
+
+    Args:
+        axis: ``tensor[axis]``.
+
+    Returns:
+        ``{"tensor", "axis", "size", "spaces": [{"id", "label", "positions", "group", "also"}], "frozen": why or None,
+        "text": the same in sentences}``
+
+    Raises:
+        MergeidError: no such tensor or axis.
+    """
+    from mergeid.commands.show_graph import places
+    from mergeid.plugins import near_names
+
+    match = re.fullmatch(r"(.+)\[(\d+)\]", axis.strip())
+    if match is None:
+        raise MergeidError(f"--why {axis!r} is no axis; expected TENSOR[AXIS], such as 'conv1.weight[1]'")
+    tensor, number = match[1], int(match[2])
+    shape = graph.tensors.get(tensor)
+    if shape is None:
+        near = near_names(tensor, graph.tensors, 3)
+        hint = f"did you mean {', '.join(near)}" if near else f"expected one of its {len(graph.tensors)} tensors"
+        raise MergeidError(f"--why {axis!r}: {graph.model} has no tensor {tensor!r}; {hint}")
+    if number >= len(shape):
+        raise MergeidError(f"--why {axis!r}: {tensor!r} has shape {list(shape)}; expected an axis below {len(shape)}")
+    spaces, text = [], []
+    for space, where in graph.on_tensor.get(tensor, []):
+        if where.axis != number:
+            continue
+        positions = int((where.index >= 0).sum())
+        also = places([(a.tensor, a.axis) for a in space.axes if (a.tensor, a.axis) != (tensor, number)], graph.tensors)
+        spaces.append(
+            {"id": space.id, "label": space.label, "positions": positions, "group": space.group, "also": also}
+        )
+        text.append(
+            f"{tensor}[{number}]: {positions} of {shape[number]} positions belong to space {space.id} "
+            f"({space.label}), group {space.group}, which also lives on {', '.join(also) or 'no other axis'}."
+        )
+    frozen = next((why for t, a, why in graph.frozen if (t, a) == (tensor, number)), None)
+    if frozen is not None:
+        left = shape[number] - sum(s["positions"] for s in spaces)
+        text.append(f"{tensor}[{number}]: {left} of {shape[number]} positions are frozen ({frozen}).")
+    return {
+        "tensor": tensor,
+        "axis": number,
+        "size": shape[number],
+        "spaces": spaces,
+        "frozen": frozen,
+        "text": text or [f"{tensor}[{number}] has no position that could move."],
+    }

@@ -1,0 +1,70 @@
+"""``mergeid plan``: what merging would do, and why; no weights are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergeid.commands import options as o
+from mergeid.commands.work import check_text_output, to_text, working, write_text
+
+
+def command(
+    a: o.A,
+    b: o.B,
+    data: o.Data = None,
+    arch: o.Arch = None,
+    skip: o.Skip = None,
+    limit: o.Limit = 512,
+    allow_pickle: o.AllowPickle = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the plan as JSON."),
+    ] = None,
+    as_json: o.Json = False,
+    match: o.MatchOption = o.Match.auto,
+    strict: Annotated[
+        bool, typer.Option("--strict", rich_help_panel=o.HOW, help="Exit with 1 if the pair will not merge.")
+    ] = False,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = 32,
+    device: o.Device = "cpu",
+) -> int:
+    """Decide for every space of neurons: merge directly, match first, or will not merge.
+
+    Without --data only the weights are compared, which says less, and the plan says so. No weights are written.
+    """
+    from mergeid import api
+
+    if output is not None:
+        check_text_output(output, "-o", inputs=(a, b))
+    with working(as_json) as work:
+        found = api.plan(
+            a,
+            b,
+            data=data,
+            arch=arch,
+            match=match.value,
+            seed=seed,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            skip=skip or (),
+            allow_pickle=allow_pickle,
+            progress=work.progress,
+        )
+        result = found.to_json()
+        if output is not None:
+            write_text(output, to_text(result) + "\n", "-o")
+        if as_json:
+            work.emit(result)
+        else:
+            from mergeid.commands.show_plan import print_plan
+
+            work.close()
+            print_plan(found, work.console)
+            if output is not None:
+                work.say(f"Plan: {output}")
+    return 1 if strict and found.verdict == "will not merge" else 0

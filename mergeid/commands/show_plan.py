@@ -1,0 +1,141 @@
+"""The table of a plan: for every space the decision and the evidence in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from mergeid.report.tables import Column, make_table, number, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from rich.console import Console
+
+    from mergeid.api import MergeResult
+    from mergeid.identify.decide import SpaceEvidence
+    from mergeid.planning import Plan
+
+STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
+MEANING = {
+    "direct": "merge directly: the neurons correspond as they lie",
+    "match": "match first: average only after permuting B's neurons into A's order",
+    "will not merge": "will not merge: even matched, the pair deviates too much",
+}
+
+
+LEGEND = (
+    "J: mean correlation of paired neurons as they lie, matched, at random. ι: 1 where the neurons correspond as they "
+    "lie, 0 where no better than at random. lost: share of the activations' variance that the midpoint loses. moved: "
+    "neurons that trade places."
+)
+REMARKS = {
+    "taken_from_a": "Integer tensors that differ, taken from A",
+    "skipped": "Skipped, taken from A as they are",
+    "left_out": "Only in B, left out",
+    "dtypes": "Written in another number format than A's",
+}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The table, what its columns mean, the verdict and the notes."""
+    if plan.spaces:
+        numbers = any(s.j_identity is not None for s in plan.spaces)
+        columns, rows = _with_numbers(plan) if numbers else _with_reasons(plan)
+        title = f"{len(rows)} spaces of {plan.arch}, judged by {plan.evidence}"
+        console.print(make_table(columns, rows, width=console.width, title=title))
+        if numbers:
+            console.print(LEGEND, style="dim")
+    for line in verdict_lines(plan):
+        console.print(line, markup=False)
+
+
+def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
+    columns = [
+        Column("id", optional=3),
+        Column("space", shrink=True, min_width=10),
+        Column("size", "right", optional=2),
+        Column("decision"),
+        Column("moved", "right"),
+        Column("J as is", "right"),
+        Column("matched", "right"),
+        Column("random", "right", optional=4),
+        Column("ι [95 %]", "right"),
+        Column("lost as is", "right", optional=5),
+        Column("matched", "right", optional=5),
+    ]
+    rows: list[Sequence[Any]] = [
+        [
+            s.id,
+            s.label,
+            f"{s.size:,}",
+            _decision(s),
+            f"{s.moved:,}",
+            number(s.j_identity, 2),
+            number(s.j_match, 2),
+            number(s.j_random, 2),
+            interval(s.iota, s.iota_low, s.iota_high),
+            percent(s.deviation_identity, 0),
+            percent(s.deviation_match, 0),
+        ]
+        for s in plan.spaces
+    ]
+    return columns, rows
+
+
+def _with_reasons(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
+    columns = [
+        Column("id", optional=2),
+        Column("space", shrink=True, min_width=14),
+        Column("size", "right", optional=1),
+        Column("decision"),
+        Column("moved", "right"),
+        Column("why", shrink=True, min_width=20),
+    ]
+    rows: list[Sequence[Any]] = [
+        [s.id, s.label, f"{s.size:,}", _decision(s), f"{s.moved:,}", s.why] for s in plan.spaces
+    ]
+    return columns, rows
+
+
+def _decision(space: SpaceEvidence) -> Text:
+    return Text(space.decision, style=STYLES.get(space.decision, ""))
+
+
+def print_merge(result: MergeResult, console: Console) -> None:
+    """What was decided and where everything lies."""
+    if result.plan is None:
+        console.print("Plain merge: B's neurons were taken as they lie.")
+    else:
+        for line in verdict_lines(result.plan):
+            console.print(line, markup=False)
+    if result.repaired:
+        console.print(
+            f"BatchNorm statistics were re-estimated on the calibration data ({len(result.repaired)} tensors)."
+        )
+    report = result.report
+    for key, meaning in REMARKS.items():
+        if names := report.get(key):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            console.print(f"{meaning}: {next(iter(names))}{more}.", markup=False)
+    for file in result.files:
+        console.print(f"wrote {file}", markup=False, soft_wrap=True)
+
+
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """``0.31 [0.25, 0.36]``; a dash where nothing was measured."""
+    if value is None:
+        return number(None)
+    ends = f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
+    return f"{value:.2f}{ends}"
+
+
+def verdict_lines(plan: Plan) -> list[str]:
+    """The verdict in a sentence, how the spaces were decided, and the notes."""
+    counts = Counter(s.decision for s in plan.spaces)
+    shown = ", ".join(f"{n} {decision}" for decision, n in counts.most_common())
+    lines = [f"Verdict: {MEANING.get(plan.verdict, plan.verdict)}" + (f" ({shown})." if shown else ".")]
+    return lines + [f"Note: {note}" for note in plan.notes]
