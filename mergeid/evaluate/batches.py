@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -68,7 +69,8 @@ class FixedBatches(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.collate([self.dataset[i] for i in self.slices[index]])
+        with _can_be_batched(self.slices[index]):
+            return self.collate([self.dataset[i] for i in self.slices[index]])
 
 
 def loaded(
@@ -76,13 +78,35 @@ def loaded(
 ) -> Iterator[tuple[int, Batch]]:
     """(index of the batch, batch) for the batches of process `rank` out of `world`."""
     mine = range(rank, len(slices), world)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[list(slices[index]) for index in mine],
-        collate_fn=collate,
-        num_workers=min(workers, len(mine)),
+    loader = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=[list(slices[index]) for index in mine],
+            collate_fn=collate,
+            num_workers=min(workers, len(mine)),
+        )
     )
-    return zip(mine, loader, strict=True)
+    for index in mine:
+        with _can_be_batched(slices[index]):
+            batch = next(loader)
+        yield index, batch
+
+
+@contextmanager
+def _can_be_batched(examples: range) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        raise MergeidError(
+            f"examples {examples[0]} to {examples[-1]} of the data cannot be read as one batch: "
+            f"{type(error).__name__}: {first_line(error)}; "
+            "expected items of equal keys and shapes, or a collate function"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def shared_out(batches: Iterable[Batch], *, rank: int, world: int) -> Iterator[tuple[int, Batch]]:

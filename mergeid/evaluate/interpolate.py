@@ -64,8 +64,8 @@ def barrier_curve(
         repair: re-estimate the BatchNorm statistics on `calibration` at every point, the ends included (so that a pair
             with itself keeps barrier 0); `mergeid.merge.repair` says how.
         calibration: map-style data set, needed by `repair` where the model has BatchNorm.
-        calibration_batch: examples per calibration pass; as many as memory allows for None. The result does not
-            depend on it beyond rounding.
+        calibration_batch: runs all of `calibration` in batches of that size, exactly but in many passes. None takes as
+            many of its examples as one batch can hold, in one pass.
         batch_size: examples per forward pass; for speed and memory only.
         dtype: evaluates in this dtype, interpolating without rounding to the stored one (``torch.float64``).
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; by default the accelerator's.
@@ -94,14 +94,7 @@ def barrier_curve(
         )
     accelerator = accelerator or default_accelerator()
     precision = mixed_precision or accelerator.mixed_precision
-    settings = {
-        "model": type(model).__qualname__,
-        "dtype": str(dtype),
-        "precision": precision,
-        "repair": repair,
-        "device": accelerator.device.type,
-        "task": [getattr(part, "__qualname__", type(part).__qualname__) for part in (forward, loss)],
-    }
+    task = [getattr(part, "__qualname__", type(part).__qualname__) for part in (forward, loss)]
     forward = _in_precision(forward, mixed_precision, accelerator)
     work = model if inplace else copy.deepcopy(model)
     work.eval().to(device=accelerator.device, dtype=dtype)
@@ -111,6 +104,14 @@ def barrier_curve(
 
     points, file = {}, None
     if resume is not None:
+        settings = {
+            "model": type(model).__qualname__,
+            "dtype": str(dtype),
+            "precision": precision,
+            "repair": repair and len(batches.dataset),
+            "device": accelerator.device.type,
+            "task": task,
+        }
         digest = digest_of([state_a, state_b], [dataset, calibration if repair else None], settings)
         file = PointFile(resume, digest, accelerator)
         points = file.load()
@@ -128,7 +129,7 @@ def barrier_curve(
         [points[x] for x in grid],
         lambdas=grid,
         repair=repair,
-        calibration=dataset_length(calibration) if repair else 0,
+        calibration=dataset_length(batches.dataset) if repair else 0,
         dtype=precision if precision != "no" else _dtype_name(work),
         label=label,
     )

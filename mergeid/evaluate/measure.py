@@ -17,6 +17,7 @@ from mergeid.evaluate.batches import (
     consecutive,
     dataset_length,
     describe,
+    first_line,
     input_dtype,
     loaded,
     to_model,
@@ -69,7 +70,7 @@ def make_accelerator(device: str | None = None) -> Accelerator:
         if wanted.type == "cuda" and wanted.index is not None:
             torch.cuda.set_device(wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MergeidError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+        raise MergeidError(f"device {device!r} cannot be used here: {first_line(error)}") from error
     try:
         accelerator = Accelerator(cpu=wanted.type == "cpu")
     except ValueError as error:
@@ -148,10 +149,10 @@ def fits_the_model(batch: Batch) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise MergeidError(f"out of memory on a batch of {describe(batch)}; choose a smaller batch size") from error
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise MergeidError(
             f"the data does not fit the model: with a batch of {describe(batch)} it stops at "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -188,7 +189,3 @@ def _sums(parts: LossParts | None, examples: int) -> Tensor:
 
 def _exact_sum(values: list[float]) -> float:
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
