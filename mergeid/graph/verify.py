@@ -71,11 +71,17 @@ def verify(
     Returns:
         a `Verification`; its graph carries ``verified`` with the error seen.
     """
+    if dtype == torch.float64:
+        try:
+            with torch.no_grad():
+                forward(copy.deepcopy(model).to(dtype).eval(), _cast(inputs, dtype))
+        except (RuntimeError, NotImplementedError):
+            dtype = torch.float32  # a kernel that refuses float64
     probe = copy.deepcopy(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
     probe = probe.to(dtype)
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    inputs = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    inputs = _cast(inputs, dtype)
 
     def run(values: Mapping[str, Tensor]) -> list[Tensor]:
         probe.load_state_dict(values, strict=False)
@@ -110,6 +116,10 @@ def verify(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return Verification(graph, worst, tuple(failed))
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
 def _bisect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -104,17 +105,26 @@ def sample_rows(
     flat = tensor.permute(*rest, *tap.dims).reshape(-1, len(tap.index))[:, present]
     rows = flat.shape[0] // examples
     flat = flat[: rows * examples].reshape(examples, rows, -1)
-    values, example = [], []
-    tokens = mask is not None and rows == mask.shape[1]
+    if mask is None or rows != mask.shape[1]:
+        picked = _positions(rows, per_example, seed).to(flat.device)
+        values = flat[:, picked].reshape(-1, flat.shape[2])
+        return Rows(values.float().cpu(), torch.arange(first, first + examples).repeat_interleave(len(picked)))
+    parts, example = [], []
     for e in range(examples):
-        valid = torch.nonzero(mask[e]).reshape(-1) if tokens and mask is not None else torch.arange(rows)
-        if len(valid) > per_example:
-            generator = torch.Generator().manual_seed(seed + 7919 * len(valid))
-            pick = torch.randperm(len(valid), generator=generator)[:per_example].sort().values
-            valid = valid[pick.to(valid.device)]
-        values.append(flat[e, valid.to(flat.device)])
+        valid = torch.nonzero(mask[e]).reshape(-1)
+        valid = valid[_positions(len(valid), per_example, seed).to(valid.device)]
+        parts.append(flat[e, valid.to(flat.device)])
         example.append(torch.full((len(valid),), first + e))
-    return Rows(torch.cat(values).float().cpu(), torch.cat(example))
+    return Rows(torch.cat(parts).float().cpu(), torch.cat(example))
+
+
+@cache
+def _positions(count: int, most: int, seed: int) -> Tensor:
+    """At most `most` of `count` positions, drawn once per count."""
+    if count <= most:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(seed + 7919 * count)
+    return torch.randperm(count, generator=generator)[:most].sort().values
 
 
 class Moments:

@@ -116,6 +116,7 @@ class ActivationEvidence:
         self.progress = progress or (lambda *_: None)
         self.fit: dict[tuple[str, int], Moments] = {}
         self.held: dict[tuple[str, int], Moments] = {}
+        self._judged: dict[tuple[str, bytes, bytes], Judgement | None] = {}
         self.members: dict[tuple[str, int], np.ndarray] = {
             (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
         }
@@ -153,7 +154,17 @@ class ActivationEvidence:
     def judge_pass(
         self, current: Element, matched: Mapping[str, np.ndarray], spaces: Sequence[Space], *, z: float, seed: int
     ) -> dict[str, Judgement]:
-        """One pass over the held-out half: `current` against `matched` for the given spaces."""
+        """`current` against `matched` for the given spaces: one pass over the held-out half, for those of them that
+        were not judged on these very permutations before."""
+        keys = {s.id: (s.id, current[s.id].tobytes(), matched[s.id].tobytes()) for s in spaces}
+        new = [s for s in spaces if keys[s.id] not in self._judged]
+        if new:
+            self._judged.update({keys[s]: j for s, j in self._judge(current, matched, new, z, seed).items()})
+        return {s: j for s, key in keys.items() if (j := self._judged.get(key)) is not None}
+
+    def _judge(
+        self, current: Element, matched: Mapping[str, np.ndarray], spaces: Sequence[Space], z: float, seed: int
+    ) -> dict[str, Judgement | None]:
         evidence = {s.id: Evidence() for s in spaces}
         taps = {s.id: self.taps[s.id] for s in spaces if s.id in self.taps}
         identity = self.graph.identity()
@@ -165,11 +176,8 @@ class ActivationEvidence:
             perms = (identity[space], current[space], matched[space])
             values = _row_values(_pick(a, chosen), _pick(b, chosen), held, self.members[space, k], perms)
             evidence[space].add(a.example[chosen], values)
-        return {
-            s: judge(e.table(), z=z, seed=seed + self.graph.spaces.index(self.graph.by_id[s]))
-            for s, e in evidence.items()
-            if len(e.sums) >= 4
-        }
+        at = {s.id: i for i, s in enumerate(self.graph.spaces)}
+        return {s: judge(e.table(), z=z, seed=seed + at[s]) if len(e.sums) >= 4 else None for s, e in evidence.items()}
 
 
 def _same_copy(members: np.ndarray) -> np.ndarray:
@@ -189,14 +197,18 @@ def _pick(rows: Rows, chosen: Tensor) -> Tensor:
 def _row_values(a: Tensor, b: Tensor, held: Moments, members: np.ndarray, perms: Sequence[np.ndarray]) -> Tensor:
     """[rows, 4] float64: mean over neurons of z_a z_b[π] for every permutation, and the mean over all pairs."""
     (mean_a, mean_b), (std_a, std_b) = held.mean, held.std
-    za, zb = standardised(a, mean_a, std_a).double(), standardised(b, mean_b, std_b).double()
+    za, zb = standardised(a, mean_a, std_a), standardised(b, mean_b, std_b)
     # both models' live neurons count: a constant one correlates with nothing
     live = torch.minimum((std_a > 0).sum(), (std_b > 0).sum()).clamp(min=1)
     out = torch.empty(len(a), 4, dtype=torch.float64)
     for k, perm in enumerate(perms):
         index = _positions(members, perm)
-        out[:, k] = (za * zb[:, torch.from_numpy(index)]).sum(1) / live
-    out[:, 3] = za.sum(1) * zb.sum(1) / ((std_a > 0).sum() * (std_b > 0).sum()).clamp(min=1)
+        out[:, k] = (za * zb[:, torch.from_numpy(index)]).sum(1, dtype=torch.float64) / live
+    out[:, 3] = (
+        za.sum(1, dtype=torch.float64)
+        * zb.sum(1, dtype=torch.float64)
+        / ((std_a > 0).sum() * (std_b > 0).sum()).clamp(min=1)
+    )
     return out
 
 

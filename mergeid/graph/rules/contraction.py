@@ -34,6 +34,19 @@ def baddbmm(call: Call) -> Layout:
     return elementwise(call.facts, [product, call.layout("self")], 3, call.why)
 
 
+@rule("_grouped_mm")
+def grouped_mm(call: Call) -> Layout | None:
+    """Rows [N, K] by the matrix [E, K, M] of the expert that data chose for them: experts stay, widths are shared."""
+    x, w = call.layout("self"), call.layout("mat2")
+    if len(x.dims) != 2 or len(w.dims) != 3:
+        for layout in (x, w):
+            call.facts.freeze(layout.all_labels, call.why)
+        return None
+    w = call.freeze_dims(w, [0])
+    w = w.with_dims(w.dims[1:])
+    return combine(call.facts, [(x, "nk"), (w, "km")], "nm", call.why)
+
+
 @rule("mv")
 def mv(call: Call) -> Layout:
     return combine(call.facts, [(call.layout("self"), "nk"), (call.layout("vec"), "k")], "n", call.why)
