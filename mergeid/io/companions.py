@@ -54,7 +54,7 @@ def _module_files(folder: Path, modules: Path) -> list[Path]:
         names = [s["path"] for s in steps if s["path"]]
     except (ValueError, TypeError, KeyError):
         return []
-    inside = [folder / n for n in names if Path(n).name == n and (folder / n).is_dir()]
+    inside = [folder / n for n in names if Path(n).name == n != ".." and (folder / n).is_dir()]
     return [p for sub in inside for p in sorted(sub.iterdir()) if p.is_file() and not p.name.startswith(".")]
 
 
