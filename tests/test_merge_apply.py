@@ -17,6 +17,7 @@ from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.merge.apply import merge_checkpoints
 from mergeid.merge.by_numpy import CHUNK
+from mergeid.merge.by_torch import check_finite
 from mergeid.merge.methods import linear
 
 
@@ -215,6 +216,17 @@ def test_nan_and_inf_are_named(tmp_path: Path, value: float, where: str, dtype: 
     with pytest.raises(MergeidError, match=rf"tensor 'big.weight' of .*{where}.safetensors holds {what}; .*--skip"):
         merge_checkpoints(*paths, tmp_path / "o.safetensors", weights=weights)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_check_before_planning(tmp_path: Path) -> None:
+    tensors = network(1)
+    good = open_checkpoint(save(tmp_path / "good.safetensors", tensors))
+    check_finite(good, good.table)
+    tensors["scale"] = torch.tensor(math.inf)
+    bad = open_checkpoint(save(tmp_path / "bad.safetensors", tensors))
+    check_finite(bad, [n for n in bad.table if n != "scale"])
+    with pytest.raises(MergeidError, match=r"tensor 'scale' of .*bad.safetensors holds an infinite number"):
+        check_finite(bad, bad.table)
 
 
 def test_opposite_infinities_and_masks(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
         raise MergeidError(f"{path} is the index of a sharded checkpoint; name its folder instead: {path.parent}")
     if path.suffix in PICKLES and path.stat().st_size:
         if not allow_pickle:
-            raise MergeidError(pickle_refused(f"{path.parent} holds", path.name))
+            raise MergeidError(pickle_refused(f"{path} is"))
         return _open_pickles(source, path, [path], parsed)
     return _from_headers(source, path, {path: read_header(path)}, config=parsed)
 

@@ -180,11 +180,11 @@ class CheckpointWriter:
             yield
         except OSError as error:
             if error.errno in _FULL:
-                why = "disk full (or over a size limit) while writing"
+                why, cure = "disk full (or over a size limit) while writing", "free some space or "
             else:
-                why = f"cannot write ({(error.strerror or str(error)).lower()})"
+                why, cure = f"cannot write ({(error.strerror or str(error)).lower()})", ""
             raise MergeidError(
-                f"{why} {self.output}; nothing was left behind: free some space or choose another place (option -o)"
+                f"{why} {self.output}; nothing was left behind: {cure}choose another place (option -o)"
             ) from None
 
     def _finish(self) -> None:

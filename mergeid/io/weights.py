@@ -82,7 +82,7 @@ def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weight
             f"{where} holds no weights; expected model.safetensors, or shards with model.safetensors.index.json"
         )
     if not allow_pickle:
-        raise MergeidError(pickle_refused(f"{where} holds only", ", ".join(pickles[:3])))
+        raise MergeidError(pickle_refused(f"{where} holds only {', '.join(pickles[:3])},"))
     if "pytorch_model.bin" in names:
         return Weights("pytorch_model.bin", None, True)
     if "pytorch_model" + PICKLE_INDEX in names:
@@ -92,11 +92,11 @@ def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weight
     return Weights(pickles[0], None, True)
 
 
-def pickle_refused(subject: str, names: str) -> str:
+def pickle_refused(subject: str) -> str:
     """The sentence that refuses a pickle."""
     return (
-        f"{subject} {names}, a pickle that may run code when it is loaded; expected safetensors: "
-        "convert it, or pass --allow-pickle if you trust where it comes from"
+        f"{subject} a pickle that may run code when it is loaded; expected safetensors: convert it, or pass "
+        "--allow-pickle if you trust where it comes from"
     )
 
 

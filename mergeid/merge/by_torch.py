@@ -80,6 +80,22 @@ class TorchMerge:
         return overflows(name, dtype_name(out), self.weights)
 
 
+def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """To be called before models are built and compared: a merge without a plan checks while it writes.
+
+    Args:
+        checkpoint: whose tensors to read, one at a time.
+        names: those that will be merged; integers among them pass.
+
+    Raises:
+        MergeidError: one of them holds NaN or an infinite number.
+    """
+    for name in names:
+        tensor = checkpoint.tensor(name)
+        if (tensor.is_floating_point() or tensor.is_complex()) and not _finite(tensor):
+            raise MergeidError(not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any())))
+
+
 def _finite(tensor: Tensor) -> bool:
     """No NaN, no infinity: one pass without a temporary (both propagate into the extremes)."""
     if tensor.numel() == 0:
