@@ -269,10 +269,12 @@ def graph_of(loaded: Loaded, *, seed: int = 0, samples: int = 2) -> NeuronGraph:
         name=loaded.arch.id,
         label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
     )
+    size_of = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
+    one = {k: v[:1] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size_of else v for k, v in batch.items()}
     return verify(
         graph,
         model,
-        batch,
+        one,
         loaded.forward,
         generator=torch.Generator().manual_seed(seed),
         samples=samples,

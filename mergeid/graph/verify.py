@@ -71,25 +71,25 @@ def verify(
     Returns:
         a `Verification`; its graph carries ``verified`` with the error seen.
     """
-    if dtype == torch.float64:
-        try:
-            with torch.no_grad():
-                forward(copy.deepcopy(model).to(dtype).eval(), _cast(inputs, dtype))
-        except (RuntimeError, NotImplementedError):
-            dtype = torch.float32  # a kernel that refuses float64
     probe = copy.deepcopy(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
-    probe = probe.to(dtype)
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    inputs = _cast(inputs, dtype)
 
     def run(values: Mapping[str, Tensor]) -> list[Tensor]:
         probe.load_state_dict(values, strict=False)
         with torch.no_grad():
-            out = forward(probe, inputs)
+            out = forward(probe, _cast(inputs, dtype))
         return [t.double() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
-    reference = run(state)
+    try:
+        probe, state = probe.to(dtype), _cast(state, dtype)
+        reference = run(state)
+    except (RuntimeError, NotImplementedError):
+        if dtype == torch.float32:
+            raise
+        # some kernels refuse float64
+        dtype = torch.float32
+        probe, state = probe.to(dtype), _cast(state, dtype)
+        reference = run(state)
     tolerance = TOLERANCE[dtype]
 
     def error(g: NeuronGraph, element: Element) -> float:
