@@ -1,0 +1,304 @@
+"""The adapter: timm's models seen through mergeid's protocol. timm itself is imported on first use, since its import
+takes seconds; recognising needs only the shipped index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.plugins import Architecture, Batch, LossParts, MergeidError, TensorTable, near_names
+from mergeid_timm import names
+from mergeid_timm.index import bare_names, first_difference, load_index, nearest
+from mergeid_timm.labels import space_label
+from mergeid_timm.shapes import Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+HINTS = ("mergeid.arch", "architecture", "arch", "model_name")
+"""Metadata keys of a safetensors file that may name the architecture."""
+
+NOT_MODEL_OPTIONS = frozenset({"pretrained_cfg", "tag"})
+COMPANION_SUFFIXES = frozenset({".json", ".txt"})
+NOT_COMPANIONS = frozenset({"mergeid.json", "requirements.txt"})
+
+
+def shapes_of(table: TensorTable) -> dict[str, Shape]:
+    """Shapes by bare name: wrappers' prefixes taken off, computed buffers left out."""
+    return {bare: tuple(table[n].shape) for n, bare in bare_names(table).items()}
+
+
+class TimmAdapter:
+    """All of timm's architectures, with any number of classes (also none), input channels and image size.
+
+    `Architecture.options` are keywords of ``timm.create_model`` read off the tensors or the config, plus
+    ``pretrained_cfg`` (preprocessing facts from a config.json) and ``tag`` (``"a1_in1k"``).
+    """
+
+    name = "timm"
+
+    def architectures(self) -> Iterable[str]:
+        """All names in the shipped index (timm is not imported)."""
+        return sorted(load_index().by_name)
+
+    def recognise(
+        self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
+    ) -> Architecture | None:
+        """From a hub config.json (``"architecture"``), the file's metadata, or tensor names and shapes alone.
+
+        Several architectures may share one table; all are in `Architecture.candidates`, and the one with the
+        shortest name is chosen.
+        """
+        stated = (config or {}).get("architecture")
+        if isinstance(stated, str) and self._known(stated):
+            return self._stated(stated, table, config)
+        if (config or {}).get("model_type") is not None:
+            return None
+        for key in HINTS:
+            hint = metadata.get(key, "").removeprefix("timm/")
+            if hint and self._known(hint):
+                return self._stated(hint, table, None)
+        found = load_index().lookup(shapes_of(table))
+        if not found:
+            return None
+        best = found[0]
+        same = [m.name for m in found if m.options == best.options]
+        return Architecture(self.name, best.name, dict(best.options), tuple(dict.fromkeys(same)))
+
+    @staticmethod
+    def _known(name: str) -> bool:
+        return name.partition(".")[0] in load_index().by_name
+
+    def _stated(self, stated: str, table: TensorTable, config: Mapping[str, Any] | None) -> Architecture:
+        """An architecture that a config or the metadata names, with options read off the table where possible."""
+        name, _, tag = stated.partition(".")
+        options: dict[str, Any] = {}
+        if config is not None:
+            options |= dict(config.get("model_args") or {})
+            if isinstance(config.get("num_classes"), int):
+                options["num_classes"] = config["num_classes"]
+            facts = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k in names.DATA_FACTS}
+            if facts:
+                options["pretrained_cfg"] = dict(facts)
+                tag = tag or str(facts.get("tag") or "")
+        if tag:
+            options["tag"] = tag
+        read = load_index().read_options(name, shapes_of(table)) if table else None
+        return Architecture(self.name, name, options | (read or {}), (name,))
+
+    def resolve(self, name: str, table: TensorTable | None, config: Mapping[str, Any] | None) -> Architecture:
+        """The architecture that the user named (``resnet18``, ``resnet50.a1_in1k``), options read off the table.
+
+        Raises `MergeidError` for an unknown name and for a table that cannot be that architecture's.
+        """
+        name = name.removeprefix("timm/")
+        plain = name.partition(".")[0]
+        if not self._known(name) and not names.installed(plain):
+            near = near_names(plain, self.architectures())
+            raise MergeidError(
+                f"timm has no architecture {name!r}"
+                + (f"; near names are {', '.join(near)}" if near else "")
+                + "; `mergeid adapters` tells how to list all names"
+            )
+        theirs = config if config is not None and "architecture" in config else None
+        arch = self._stated(name, table or {}, theirs)
+        if table and self._known(name) and load_index().read_options(plain, shapes_of(table)) is None:
+            return self._despite_difference(arch, table, theirs is not None)
+        return arch
+
+    def _despite_difference(self, arch: Architecture, table: TensorTable, configured: bool) -> Architecture:
+        """The architecture for a table that is not in the index under this name: another pooling or size that the
+        config states, or names of an old timm version. Raises `MergeidError` where it is neither."""
+        model = self.build(arch, device="meta")
+        mapped = self.tensor_names(arch, model, table)
+        if len(mapped) == len(bare_names(table)) and (configured or not self.mismatch(arch, model, table)):
+            return arch
+        shapes = shapes_of(table)
+        classes = names.class_count(model, mapped, table)
+        if classes is not None and len(mapped) == len(bare_names(table)):
+            changed = replace(arch, options={**arch.options, "num_classes": classes})
+            if not self.mismatch(changed, self.build(changed, device="meta"), table):
+                return changed
+        difference = first_difference(arch.name, shapes) or "its tensors have other names or shapes"
+        raise MergeidError(f"the checkpoint is not {arch.id}: {difference}; {self._nearest_words(shapes, arch.name)}")
+
+    def _nearest_words(self, shapes: Mapping[str, Shape], named: str) -> str:
+        found = load_index().lookup(shapes)
+        if found:
+            return f"by its tensors it is timm/{found[0].name}"
+        near = nearest(shapes)
+        if near is None or near == named:
+            return "name another --arch"
+        return f"the nearest architecture by its tensors is timm/{near}"
+
+    def nearest(self, table: TensorTable) -> str | None:
+        """For error messages: the nearest architecture and the first tensor that differs, None where nothing is
+        near. Takes about a second."""
+        shapes = shapes_of(table)
+        name = nearest(shapes)
+        if name is None:
+            return None
+        difference = first_difference(name, shapes)
+        return f"timm/{name}" + (f" (but {difference})" if difference else "")
+
+    def build(self, arch: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
+        """``timm.create_model`` without pretrained weights, in eval mode.
+
+        Raises `MergeidError` where timm refuses the options.
+        """
+        import timm
+        import torch
+
+        options = {k: v for k, v in arch.options.items() if k not in NOT_MODEL_OPTIONS}
+        try:
+            with torch.device(device):
+                model: nn.Module = timm.create_model(arch.name, pretrained=False, **options)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise MergeidError(
+                f"timm {timm.__version__} cannot build {arch.name} with {options or 'its defaults'} ({said}); "
+                "check the architecture's name and the options in config.json"
+            ) from error
+        return model.eval()
+
+    def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
+        """Identity but for wrappers' prefixes and for names of old timm versions, which timm's own filters rename."""
+        return names.tensor_names(arch.name, model, table)
+
+    def mismatch(self, arch: Architecture, model: nn.Module, table: TensorTable) -> str | None:
+        """The first tensor in which a built model and a checkpoint's table differ, in words; None where they agree."""
+        mapped = self.tensor_names(arch, model, table)
+        return names.first_mismatch(model, mapped, table)
+
+    def example_inputs(
+        self, arch: Architecture, model: nn.Module, generator: torch.Generator, batch_size: int = 2
+    ) -> Batch:
+        """``{"x": [B, C, H, W], "labels": [B]}`` at the smallest size that the architecture runs at."""
+        import torch
+
+        channels, height, width = self._input_size(arch, model)
+        batch: Batch = {"x": torch.randn(batch_size, channels, height, width, generator=generator)}
+        classes = int(getattr(model, "num_classes", 0) or 0)
+        if classes > 0:
+            batch["labels"] = torch.randint(classes, (batch_size,), generator=generator)
+        return batch
+
+    def _input_size(self, arch: Architecture, model: Any) -> Shape:
+        facts = getattr(model, "pretrained_cfg", None) or {}
+        channels, height, width = facts.get("input_size", (3, 224, 224))
+        channels = int(arch.options.get("in_chans", channels))
+        size = arch.options.get("img_size")
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else tuple(size)
+            return channels, int(height), int(width)
+        entries = load_index().by_name.get(arch.name, ())
+        small = entries[0].small if entries else None
+        return (channels, small, small) if small is not None else (channels, int(height), int(width))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, classes], or pooled features where there is no head.
+
+        Raises `MergeidError` where the batch has no image ``"x"`` of four dimensions.
+        """
+        import torch
+
+        x = batch.get("x")
+        if not isinstance(x, torch.Tensor) or x.dim() != 4:
+            given = list(x.shape) if isinstance(x, torch.Tensor) else ", ".join(batch) or "nothing"
+            raise MergeidError(f"timm models take images 'x' [batch, channels, height, width]; the data has {given}")
+        output = model(x)
+        if isinstance(output, (tuple, list)):
+            output = torch.cat([o.flatten(1) for o in output], dim=1)
+        return output
+
+    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
+        """Cross-entropy per example; None without labels or without a head.
+
+        Raises `MergeidError` where labels do not fit the number of classes.
+        """
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        labels = batch.get("labels")
+        if labels is None or output.dim() != 2 or arch.options.get("num_classes") == 0:
+            return None
+        check_labels(arch.id, labels, output.shape[0], output.shape[1])
+        labels = labels.long()
+        right = output.argmax(dim=1) == labels
+        return LossParts(cross_entropy(output, labels, reduction="none"), right.long(), torch.ones_like(labels))
+
+    def preprocessing(self, arch: Architecture, folder: Path | None = None) -> Mapping[str, Any]:
+        """Size, mean, standard deviation, interpolation and crop that the architecture's weights were trained with."""
+        facts = names.data_facts(arch.name, str(arch.options.get("tag", "")), arch.options.get("pretrained_cfg"))
+        size = arch.options.get("img_size", facts["size"][1:])
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        channels = int(arch.options.get("in_chans", facts["size"][0]))
+        found: dict[str, Any] = {"kind": "image", "input": "x", **facts, "size": (channels, height, width)}
+        for key in ("mean", "std"):
+            if len(found[key]) != channels:
+                found[key] = (sum(found[key]) / len(found[key]),) * channels
+        found["fixed_size"] = self._fixed_size(arch)
+        if arch.options.get("num_classes") is not None:
+            found["classes"] = int(arch.options["num_classes"])
+        return found
+
+    @staticmethod
+    def _fixed_size(arch: Architecture) -> bool:
+        entries = load_index().by_name.get(arch.name, ())
+        return bool(entries) and entries[0].small is None
+
+    def check(self, arch: Architecture, batch: Batch) -> None:
+        """Raises `MergeidError` where a batch does not fit: channels, image size, label range."""
+        import torch
+
+        about = self.preprocessing(arch)
+        x = batch.get("x")
+        if not isinstance(x, torch.Tensor):
+            given = ", ".join(k for k in batch if k != "labels") or "none"
+            raise MergeidError(f"{arch.id} needs images under the key 'x', but the data has: {given}")
+        channels, height, width = about["size"]
+        wanted = f"[batch, {channels}, {height if about['fixed_size'] else 'height'}, "
+        wanted += f"{width if about['fixed_size'] else 'width'}]"
+        if x.dim() != 4 or x.shape[1] != channels or (about["fixed_size"] and tuple(x.shape[2:]) != (height, width)):
+            raise MergeidError(
+                f"{arch.id} takes images {wanted}, but the data has shape {list(x.shape)}; give images of that shape"
+            )
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and about.get("classes"):
+            check_labels(arch.id, labels, x.shape[0], about["classes"])
+
+    def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
+        """``"stage 2 block 1 conv1"``, ``"blocks.3 MLP hidden"``, ``"residual stream"``, …"""
+        return space_label(axes)
+
+    def companion_files(self, folder: Path) -> list[Path]:
+        """config.json and other small JSON and text files beside the weights."""
+        if not folder.is_dir():
+            return []
+        return [
+            p
+            for p in sorted(folder.iterdir())
+            if p.is_file()
+            and p.suffix in COMPANION_SUFFIXES
+            and not p.name.startswith(".")
+            and p.name not in NOT_COMPANIONS
+            and not p.name.endswith(".index.json")
+        ]
+
+
+def check_labels(model: str, labels: Tensor, examples: int, classes: int) -> None:
+    """Raises `MergeidError` unless labels are one class number per example."""
+    if labels.dim() != 1 or labels.shape[0] != examples or labels.is_floating_point():
+        raise MergeidError(
+            f"{model} needs one class number per image, but the labels are {labels.dtype} {list(labels.shape)} for "
+            f"{examples} images"
+        )
+    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        raise MergeidError(
+            f"label {low if low < 0 else high} in the data is out of range: {model} has {classes} classes, so labels "
+            f"go from 0 to {classes - 1}"
+        )

@@ -1,0 +1,137 @@
+"""Data that is tensors already: ``.safetensors`` and ``.npz`` files, dicts of tensors, datasets of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergeid.data.batching import IGNORED, Item, ItemDataset
+from mergeid.data.images import normalise
+from mergeid.data.targets import add_targets
+from mergeid.errors import MergeidError
+
+INPUT_NAMES = ("x", "inputs", "input", "images", "image", "pixel_values", "input_ids", "input_values",
+               "input_features", "data", "X")  # fmt: skip
+LABEL_NAMES = ("labels", "label", "y", "targets", "target")
+
+
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """All arrays of a ``.safetensors`` or ``.npz`` file. Raises `MergeidError` where it cannot be read."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: torch.from_numpy(np.ascontiguousarray(stored[name])) for name in stored.files}
+    except Exception as error:  # safetensors, zipfile and NumPy each raise kinds of their own
+        raise MergeidError(
+            f"{path} cannot be read as {path.suffix} data ({error}); write it again with arrays of inputs and labels"
+        ) from error
+
+
+def tensor_dataset(arrays: Mapping[str, Any], about: Mapping[str, Any], source: str) -> ItemDataset:
+    """A dataset from arrays whose first dimension counts the examples.
+
+    The input may have any of the usual names (`INPUT_NAMES`), labels too (`LABEL_NAMES`). Images as uint8 are scaled
+    and normalised, floats are taken as they are; [N, H, W, C] and [N, H, W] are rearranged.
+
+    Raises `MergeidError` where there is no input or the lengths differ.
+    """
+    named = rename(arrays, about, source)
+    tensors = {k: torch.as_tensor(v) for k, v in named.items()}
+    sizes = {k: v.shape[0] if v.dim() else 0 for k, v in tensors.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{k} {n}" for k, n in sizes.items())
+        raise MergeidError(f"the data {source} has arrays of different lengths ({told}); give one entry per example")
+    if "labels" in tensors:
+        tensors["labels"] = squeeze_labels(tensors["labels"], source)
+    whole = about["input"]
+    labels = tensors.get("labels")
+    per_example = labels if labels is not None and labels.dim() == 1 else None
+    if about.get("kind") == "image":
+        tensors[whole] = channels_first(tensors[whole], about)
+
+    def get(index: int) -> Item:
+        return finish(Item({k: v[index] for k, v in tensors.items()}), about)
+
+    return ItemDataset(next(iter(sizes.values())), get, source=source, labels=per_example)
+
+
+def rename(arrays: Mapping[str, Any], about: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Arrays under the names that the model and mergeid use: the input's keyword and ``"labels"``."""
+    wanted = about["input"]
+    found = dict(arrays)
+    if wanted not in found:
+        name = next((n for n in INPUT_NAMES if n in found), None)
+        if name is None:
+            given = ", ".join(found) or "nothing"
+            raise MergeidError(
+                f"the data {source} has no inputs: it holds {given}; expected one of {', '.join(INPUT_NAMES)}"
+            )
+        found = {(wanted if k == name else k): v for k, v in found.items()}
+    if "labels" not in found:
+        name = next((n for n in LABEL_NAMES if n in found), None)
+        if name is not None:
+            found["labels"] = found.pop(name)
+    return found
+
+
+def squeeze_labels(labels: Tensor, source: str) -> Tensor:
+    """Labels as integers; a trailing dimension of 1 is dropped. Raises `MergeidError` for fractions."""
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.is_floating_point():
+        if not bool((labels == labels.round()).all()):
+            raise MergeidError(f"the data {source} has fractional labels; expected class numbers (integers)")
+        labels = labels.long()
+    return labels.long()
+
+
+def channels_first(images: Tensor, about: Mapping[str, Any]) -> Tensor:
+    """[N, H, W] and [N, H, W, C] as [N, C, H, W], where the model's channel count says which is which."""
+    channels = about["size"][0]
+    if images.dim() == 3 and channels == 1:
+        return images[:, None]
+    if images.dim() == 4 and images.shape[1] != channels and images.shape[3] == channels:
+        return images.permute(0, 3, 1, 2)
+    return images
+
+
+def finish(item: Item, about: Mapping[str, Any]) -> Item:
+    """uint8 images normalised, float64 as float32, token ids as int64, targets of language models filled in."""
+    x = item[about["input"]]
+    if about.get("kind") == "image" and x.dtype == torch.uint8 and x.dim() == 3:
+        item[about["input"]] = normalise(x, about)
+    elif x.dtype == torch.float64:
+        item[about["input"]] = x.float()
+    elif about.get("kind") == "text" and not x.is_floating_point():
+        item[about["input"]] = x.long()
+    if about.get("kind") == "text":
+        item.pad_id = int(about.get("pad_id") or 0)
+        add_targets(item, about, ignored=IGNORED)
+    return item
+
+
+def object_dataset(data: Any, about: Mapping[str, Any], source: str) -> ItemDataset:
+    """A torch dataset, a list or any iterable of examples: dicts, (input, label) pairs or bare inputs."""
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        data = list(data)
+    rows: Sequence[Any] = data
+
+    def get(index: int) -> Item:
+        row = rows[index]
+        if isinstance(row, Mapping):
+            named = rename(row, about, source)
+        elif isinstance(row, (tuple, list)) and len(row) == 2:
+            named = {about["input"]: row[0], "labels": row[1]}
+        else:
+            named = {about["input"]: row}
+        return finish(Item({k: torch.as_tensor(v) for k, v in named.items()}), about)
+
+    return ItemDataset(len(rows), get, source=source)

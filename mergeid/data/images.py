@@ -1,0 +1,114 @@
+"""Image folders, and images as arrays: resized, cropped and normalised as the model's own weights expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergeid.data.batching import Item, ItemDataset
+from mergeid.errors import MergeidError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def image_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
+    """``folder/class/image.png`` with the class as label, or ``folder/image.png`` without labels.
+
+    Classes are numbered in the order of their names (numbers by value), as timm does, but by the model's own label
+    map where the sub-folders bear its names.
+
+    Raises `MergeidError` where there are no images.
+    """
+    classes = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    flat = _images(folder)
+    if flat:
+        return _files(flat, None, about, str(folder))
+    classes = [c for c in classes if _images(c)]
+    if not classes:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise MergeidError(
+            f"the folder {folder} holds no images ({kinds}), neither in class sub-folders nor directly; give an "
+            "image folder or another kind of data"
+        )
+    number = _class_numbers([c.name for c in classes], about)
+    paths = [p for c in classes for p in _images(c)]
+    labels = [number[c.name] for c in classes for _ in _images(c)]
+    return _files(paths, torch.tensor(labels), about, str(folder))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+
+
+def _natural(path: Path) -> tuple[bool, int, str]:
+    return (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name)
+
+
+def _class_numbers(names: Sequence[str], about: Mapping[str, Any]) -> dict[str, int]:
+    known: Mapping[str, int] = about.get("class_names") or {}
+    if all(n in known for n in names):
+        return {n: int(known[n]) for n in names}
+    classes = about.get("classes")
+    if classes and len(names) > classes:
+        raise MergeidError(
+            f"there are {len(names)} class sub-folders ({names[0]!r}, {names[1]!r}, …), but the model has {classes} "
+            "classes; give data of the model's own classes"
+        )
+    return {n: i for i, n in enumerate(names)}
+
+
+def _files(paths: list[Path], labels: Tensor | None, about: Mapping[str, Any], source: str) -> ItemDataset:
+    def get(index: int) -> Item:
+        item = Item({about["input"]: read_image(paths[index], about)})
+        if labels is not None:
+            item["labels"] = labels[index]
+        return item
+
+    return ItemDataset(len(paths), get, source=source, labels=labels)
+
+
+def read_image(path: Path, about: Mapping[str, Any]) -> Tensor:
+    """An image file as the model's input [C, H, W]. Raises `MergeidError` for a file that is no image."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return prepare(image, about)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise MergeidError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def prepare(image: Image, about: Mapping[str, Any]) -> Tensor:
+    """Resize the shorter side, crop the centre, scale to [0, 1] and normalise: [C, H, W] float32."""
+    from PIL.Image import Resampling
+
+    channels, height, width = about["size"]
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise MergeidError(
+            f"the model takes images with {channels} channels, but image files have 1, 3 or 4; give the data as "
+            ".safetensors or .npz"
+        )
+    image = image.convert(modes[channels])
+    how = getattr(Resampling, str(about.get("interpolation", "bilinear")).upper(), Resampling.BILINEAR)
+    scale = max(height / image.height, width / image.width) / float(about.get("crop_pct") or 1.0)
+    size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    image = image.resize(size, how).crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels))
+    return normalise(pixels.permute(2, 0, 1), about)
+
+
+def normalise(pixels: Tensor, about: Mapping[str, Any]) -> Tensor:
+    """uint8 [..., C, H, W] to float32, by the model's mean and standard deviation."""
+    mean = torch.tensor(about.get("mean", (0.0,)), dtype=torch.float32).reshape(-1, 1, 1)
+    std = torch.tensor(about.get("std", (1.0,)), dtype=torch.float32).reshape(-1, 1, 1)
+    return (pixels.float() / 255.0 - mean) / std

@@ -1,0 +1,194 @@
+"""Text through the checkpoint's own tokenizer: files of lines, jsonl records, lists of strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergeid.data.batching import IGNORED, Item, ItemDataset
+from mergeid.data.targets import add_targets, mask_tokens
+from mergeid.errors import MergeidError
+
+TEXT_NAMES = ("text", "sentence", "content", "input", "prompt", "question", "premise")
+SECOND_NAMES = ("text_pair", "sentence2", "hypothesis", "text2")
+TARGET_NAMES = ("target", "summary", "answer", "output", "completion")
+LABEL_NAMES = ("label", "labels", "y", "class")
+
+
+def load_tokenizer(folder: Path | None) -> Any:
+    """The tokenizer that lies beside the weights. Raises `MergeidError` where there is none; never runs its code."""
+    if folder is None:
+        raise MergeidError(
+            "text data needs the checkpoint's tokenizer, but the checkpoint is a single file without a folder; give a "
+            "folder with tokenizer files, or data that is token ids (input_ids in a .safetensors or .npz file)"
+        )
+    from transformers import AutoTokenizer
+
+    if not any(folder.glob("*token*")) and not any(
+        (folder / n).is_file() for n in ("vocab.txt", "vocab.json", "spiece.model")
+    ):
+        raise MergeidError(
+            f"{folder} holds no tokenizer (tokenizer.json, vocab.txt, …), which text data needs; add the files of the "
+            "model's tokenizer, or give data that is token ids (input_ids in a .safetensors or .npz file)"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise whatever their file formats' parsers raise
+        first = str(error).strip().partition("\n")[0]
+        raise MergeidError(f"the tokenizer in {folder} cannot be loaded ({first}); repair its files") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file's content. Raises `MergeidError` where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MergeidError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``.jsonl`` file (one JSON object per line) or ``.json`` file (a list of objects)."""
+    text = read_text(path)
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise MergeidError(f"{path} is not JSON ({error}); repair it") from error
+        rows = rows.get("data", rows) if isinstance(rows, dict) else rows
+        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+            raise MergeidError(f'{path} must hold a list of objects such as {{"text": …, "label": …}}')
+        return rows
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MergeidError(f"{path}, line {number}, is not JSON ({error}); repair it") from error
+        if not isinstance(row, dict):
+            raise MergeidError(f'{path}, line {number}, must be an object such as {{"text": …, "label": …}}')
+        rows.append(row)
+    return rows
+
+
+def text_file(
+    paths: Sequence[Path], about: Mapping[str, Any], folder: Path | None, seed: int, source: str
+) -> ItemDataset:
+    """Plain text. Causal models get the whole text in blocks of ``max_length`` tokens, others one line per example."""
+    texts = [read_text(p) for p in paths]
+    if about.get("task") == "causal":
+        return _blocks(texts, about, folder, source)
+    lines = [line.strip() for t in texts for line in t.splitlines() if line.strip()]
+    return record_dataset([{"text": line} for line in lines], about, folder, seed, source)
+
+
+def _blocks(texts: Sequence[str], about: Mapping[str, Any], folder: Path | None, source: str) -> ItemDataset:
+    tokenizer = load_tokenizer(folder)
+    length = int(about["max_length"])
+    ids: list[int] = []
+    for text in texts:
+        # verbose=False: a warning that the text is longer than the model is what the blocks are for
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    blocks = [ids[i : i + length] for i in range(0, len(ids), length)]
+    blocks = [b for b in blocks if len(b) == length or len(blocks) == 1]
+    blocks = [b for b in blocks if len(b) > 1]
+
+    def get(index: int) -> Item:
+        return _item(blocks[index], about)
+
+    return ItemDataset(len(blocks), get, source=source)
+
+
+def _item(ids: Sequence[int], about: Mapping[str, Any], mask: Sequence[int] | None = None) -> Item:
+    item = Item(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask if mask is not None else [1] * len(ids)))
+    item.pad_id = int(about.get("pad_id") or 0)
+    add_targets(item, about, ignored=IGNORED)
+    return item
+
+
+def record_dataset(
+    rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], folder: Path | None, seed: int, source: str
+) -> ItemDataset:
+    """Records such as ``{"text": …, "label": …}`` (also ``text_pair``, and ``target`` for encoder-decoders)."""
+    tokenizer = load_tokenizer(folder) if rows else None
+    text_name = _name_of(rows, TEXT_NAMES)
+    if rows and text_name is None:
+        given = ", ".join(rows[0]) or "nothing"
+        raise MergeidError(
+            f"the data {source} has no text: its records hold {given}; expected one of {', '.join(TEXT_NAMES)}"
+        )
+    pair_name = _name_of(rows, SECOND_NAMES)
+    target_name = _name_of(rows, TARGET_NAMES) if about.get("task") == "seq2seq" else None
+    labels = _labels(rows, about, source)
+
+    def get(index: int) -> Item:
+        row = rows[index]
+        return _encode(tokenizer, row, str(text_name), pair_name, target_name, about, labels, index, seed)
+
+    return ItemDataset(len(rows), get, source=source, labels=labels)
+
+
+def _encode(
+    tokenizer: Any,
+    row: Mapping[str, Any],
+    text_name: str,
+    pair_name: str | None,
+    target_name: str | None,
+    about: Mapping[str, Any],
+    labels: torch.Tensor | None,
+    index: int,
+    seed: int,
+) -> Item:
+    length, task = int(about["max_length"]), about.get("task")
+    texts = [str(row[text_name])] + ([str(row[pair_name])] if pair_name else [])
+    made = tokenizer(*texts, truncation=True, max_length=length, return_special_tokens_mask=True)
+    ids = made["input_ids"] or [int(about.get("pad_id") or 0)]
+    item = Item(input_ids=torch.tensor(ids), attention_mask=torch.ones(len(ids), dtype=torch.long))
+    if "token_type_ids" in made and pair_name:
+        item["token_type_ids"] = torch.tensor(made["token_type_ids"])
+    item.pad_id = int(about.get("pad_id") or 0)
+    if task == "masked":
+        if tokenizer.mask_token_id is None:
+            raise MergeidError("the tokenizer has no mask token, which a masked language model's loss needs")
+        special = torch.tensor(made["special_tokens_mask"], dtype=torch.bool)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        item["input_ids"], item["labels"] = mask_tokens(
+            item["input_ids"], special, tokenizer.mask_token_id, generator, ignored=IGNORED
+        )
+    elif target_name is not None:
+        target = tokenizer(text_target=str(row[target_name]), truncation=True, max_length=length)
+        item["labels"] = torch.tensor(target["input_ids"])
+        add_targets(item, about, ignored=IGNORED)
+    elif task in ("causal", "seq2seq"):
+        add_targets(item, about, ignored=IGNORED)
+    elif labels is not None:
+        item["labels"] = labels[index]
+    return item
+
+
+def _name_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
+    return next((n for n in names if rows and all(n in r for r in rows)), None)
+
+
+def _labels(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], source: str) -> torch.Tensor | None:
+    name = _name_of(rows, LABEL_NAMES)
+    if name is None or not about.get("classes"):
+        return None
+    known: Mapping[str, int] = about.get("class_names") or {}
+    found: list[int] = []
+    for row in rows:
+        label = row[name]
+        if isinstance(label, str) and label in known:
+            label = known[label]
+        if isinstance(label, bool) or not isinstance(label, int):
+            choices = ", ".join(known) if known else f"0 to {about['classes'] - 1}"
+            raise MergeidError(
+                f"the data {source} has the label {label!r}, which the model does not know; expected {choices}"
+            )
+        found.append(label)
+    return torch.tensor(found)
