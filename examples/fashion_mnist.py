@@ -165,7 +165,7 @@ def report(folder: Path, test_set: Images, calibration: Images, points: int) -> 
         )
         for mode, name in MODES.items()
     ]
-    closed = 1 - curves[-1].barrier / curves[0].barrier
+    closed = 1 - curves[-1].barrier / curves[0].barrier if curves[0].barrier else None
     console = Console()
     columns = [Column(""), *(Column(head, "right") for head in ("loss", "accuracy", "loss, BN", "accuracy, BN"))]
     rows = [
@@ -177,7 +177,7 @@ def report(folder: Path, test_set: Images, calibration: Images, points: int) -> 
     show(columns, rows, title="Networks, and merges at the midpoint", caption=about, console=console)
     print()
     console.print(barrier_summary(curves, width=console.width, title="Barriers, BatchNorm re-estimated"))
-    print(f"\nmergeid closes {closed:.1%} of the barrier of the direct average with the same re-estimation")
+    print(f"\nmergeid closes {percent(closed)} of the barrier of the direct average with the same re-estimation")
     plot_barriers(curves, folder / "barrier.png", f"{ARCHITECTURE} on Fashion-MNIST, BatchNorm re-estimated")
     return {
         "scores": {name: {"averaged": asdict(x), "re-estimated": asdict(y)} for name, (x, y) in scores.items()},

@@ -12,7 +12,7 @@ exactly one such set (the first layer's input does not depend on it, the second'
 know of batch size or device count, and it is the state in which the merged network will be used.
 
 How it is computed: one pass with all data in one batch, each layer normalising by that batch, gives exactly these
-statistics. So the automatic choice is as many examples as fit into one batch of `ACTIVATION_BUDGET` (2,000 images of 32
+statistics. So the automatic choice is as many examples as fit into one batch of `ACTIVATION_BUDGET` (6,500 images of 32
 pixels in a ResNet-18, 130 of 224 pixels in a ResNet-50: few examples exactly are worth more than many in pieces; in the
 case above 500 images at once gave 0.49, 2,000 in batches of 256 0.57). A batch size that is asked for is kept to, with
 the same result at a higher price: after such a pass over the pieces, eval-mode passes follow, each measuring all layers

@@ -51,7 +51,9 @@ def plot_barriers(results: BarrierResult | Sequence[BarrierResult], path: str | 
         with_accuracy = any(curve.accuracies is not None for curve in curves)
         axes = figure.subplots(1, 2 if with_accuracy else 1, squeeze=False)[0]
         for k, curve in enumerate(curves):
-            style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+            # A line that later ones lie on is broader, and shows around them.
+            hidden = sum(list(map(_near, curve.losses)) == list(map(_near, later.losses)) for later in curves[k + 1 :])
+            style = {**_style(k), "linewidth": 1.6 + 2.4 * hidden, "markersize": 4 + 3 * hidden}
             name = curve.label or "a to b"
             _line(axes[0], curve.lambdas, curve.losses, label=f"{name}: barrier {_short(curve.barrier)}", **style)
             if curve.accuracies is not None:
@@ -69,7 +71,7 @@ def plot_barriers(results: BarrierResult | Sequence[BarrierResult], path: str | 
             axis.set_xlabel("λ  (0: a, 1: b)")
             axis.set_xlim(-0.02, 1.02)
             _dress(axis)
-        figure.set_size_inches(9.0 if with_accuracy else 5.0, 3.8)
+        figure.set_size_inches(9.0 if with_accuracy else 5.0, 3.6 + 0.18 * len(curves))
 
     return save_plot(draw, path, title)
 
@@ -114,7 +116,7 @@ def plot_by_depth(
                 places = [i + (k - (len(series) - 1) / 2) * width for i in places]
                 axis.bar(places, values, width, label=label, color=colour)
             else:
-                _line(axis, places, values, label=label, color=colour, marker=MARKERS[k % len(MARKERS)])
+                _line(axis, places, values, label=label, **_style(k))
             for place, value, ends in zip(places, values, (intervals or {}).get(label, ()), strict=False):
                 if ends is not None and math.isfinite(value):
                     axis.vlines(place, *ends, color="0.25" if kind == "bar" else colour, linewidth=1.2)
@@ -151,17 +153,21 @@ def save_plot(draw: Callable[[Figure], None], path: str | Path, title: str = "")
     return path
 
 
+def _style(k: int) -> dict[str, Any]:
+    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linewidth": 1.6, "markersize": 4}
+
+
 def _line(axis: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     # matplotlib leaves a gap at nan, but would stretch the axis without end at inf.
-    axis.plot(x, [value if math.isfinite(value) else math.nan for value in y], markersize=4, linewidth=1.6, **style)
+    axis.plot(x, [value if math.isfinite(value) else math.nan for value in y], **style)
 
 
 def _dress(axis: Any, legend: bool = True) -> None:
     axis.grid(axis="y", color="0.9", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    if legend:
-        axis.legend(frameon=False, fontsize=8)
+    if legend:  # above the axes, where no line runs through it
+        axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
 def _near(value: float) -> float:
