@@ -27,7 +27,7 @@ NOT_COMPANIONS = frozenset({"mergeid.json", "requirements.txt"})
 
 
 def shapes_of(table: TensorTable) -> dict[str, Shape]:
-    """Shapes by bare name: wrappers' prefixes taken off, computed buffers left out."""
+    """Shapes by bare name: wrappers' prefixes taken off."""
     return {bare: tuple(table[n].shape) for n, bare in bare_names(table).items()}
 
 
@@ -106,22 +106,22 @@ class TimmAdapter:
         theirs = config if config is not None and "architecture" in config else None
         arch = self._stated(name, table or {}, theirs)
         if table and self._known(name) and load_index().read_options(plain, shapes_of(table)) is None:
-            return self._despite_difference(arch, table, theirs is not None)
+            return self._despite_difference(arch, table)
         return arch
 
-    def _despite_difference(self, arch: Architecture, table: TensorTable, configured: bool) -> Architecture:
+    def _despite_difference(self, arch: Architecture, table: TensorTable) -> Architecture:
         """The architecture for a table that is not in the index under this name: another pooling or size that the
         config states, or names of an old timm version. Raises `MergeidError` where it is neither."""
         model = self.build(arch, device="meta")
-        mapped = self.tensor_names(arch, model, table)
-        if len(mapped) == len(bare_names(table)) and (configured or not self.mismatch(arch, model, table)):
+        if not self.mismatch(arch, model, table):
             return arch
-        shapes = shapes_of(table)
+        mapped = self.tensor_names(arch, model, table)
         classes = names.class_count(model, mapped, table)
-        if classes is not None and len(mapped) == len(bare_names(table)):
+        if classes is not None:
             changed = replace(arch, options={**arch.options, "num_classes": classes})
             if not self.mismatch(changed, self.build(changed, device="meta"), table):
                 return changed
+        shapes = shapes_of(table)
         difference = first_difference(arch.name, shapes) or "its tensors have other names or shapes"
         raise MergeidError(f"the checkpoint is not {arch.id}: {difference}; {self._nearest_words(shapes, arch.name)}")
 
@@ -194,8 +194,8 @@ class TimmAdapter:
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else tuple(size)
             return channels, int(height), int(width)
-        entries = load_index().by_name.get(arch.name, ())
-        small = entries[0].small if entries else None
+        entry = next(iter(load_index().by_name.get(arch.name, [])), None)
+        small = None if entry is None else entry.small
         return (channels, small, small) if small is not None else (channels, int(height), int(width))
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -247,8 +247,8 @@ class TimmAdapter:
 
     @staticmethod
     def _fixed_size(arch: Architecture) -> bool:
-        entries = load_index().by_name.get(arch.name, ())
-        return bool(entries) and entries[0].small is None
+        entry = next(iter(load_index().by_name.get(arch.name, [])), None)
+        return entry is not None and (entry.has_size or (entry.sized and entry.small is None))
 
     def check(self, arch: Architecture, batch: Batch) -> None:
         """Raises `MergeidError` where a batch does not fit: channels, image size, label range."""

@@ -38,6 +38,9 @@ class Index:
 
     def lookup(self, table: Mapping[str, Shape]) -> list[Match]:
         """All readings of a table as an architecture of the index, the most usual and plainest name first."""
+        return self._lookup(table) or self._lookup({n: s for n, s in table.items() if not n.endswith(COMPUTED)})
+
+    def _lookup(self, table: Mapping[str, Shape]) -> list[Match]:
         hashes = {n: line_hash(n, s) for n, s in table.items() if counted(n)}
         total = sum(hashes.values())
         found: list[Match] = []
@@ -48,13 +51,7 @@ class Index:
 
     def read_options(self, name: str, table: Mapping[str, Shape]) -> dict[str, Any] | None:
         """Options of the named architecture that make its table this one, None where it cannot be."""
-        hashes = {n: line_hash(n, s) for n, s in table.items() if counted(n)}
-        total = sum(hashes.values())
-        for entry in self.by_name.get(name, ()):
-            rest = (total - sum(hashes.get(n, 0) for n in entry.variable)) % MODULUS
-            if rest == entry.digest and (match := entry.match(table)) is not None:
-                return dict(match.options)
-        return None
+        return next((dict(m.options) for m in self.lookup(table) if m.name == name), None)
 
 
 def _template(dims: Iterable[Any]) -> Template:
@@ -83,8 +80,7 @@ def load_index() -> Index:
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name -> name without a wrapper's prefix, for wrappers that all names share; computed buffers of
-    old files are left out."""
+    """Checkpoint name -> name without a wrapper's prefix, for wrappers that all names share."""
     found = {n: n for n in names}
     again = True
     while again and found:
@@ -93,7 +89,7 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
             if all(n.startswith(wrapper) and len(n) > len(wrapper) for n in found.values()):
                 found = {k: n.removeprefix(wrapper) for k, n in found.items()}
                 again = True
-    return {k: n for k, n in found.items() if not n.endswith(COMPUTED)}
+    return found
 
 
 @cache

@@ -20,6 +20,7 @@ PARTS = (
     ("attention", re.compile(r"(^|\.)(attn\w*|qkv|token_mixer|self_attn)\b")),
     ("MLP hidden", re.compile(r"(^|\.)(mlp\w*|ffn|fc1|fc2|pwconv1|pwconv2)\b")),
 )
+NORM = re.compile(r"(bn|norm|ln|gn)\w*\.(weight|bias)$")
 QKV = re.compile(r"(qkv|\bq\b|\bk\b|q_proj|k_proj|\bkv\b)")
 VALUES = re.compile(r"(attn\w*\.proj\b|attn\w*\.o_proj|out_proj)")
 
@@ -43,8 +44,14 @@ def space_label(axes: Iterable[tuple[str, int]]) -> str | None:
     if len(blocks) == 1:
         part = _part([r for p, r in places if p is not None], pairs)
         return f"{blocks.pop()} {part}"
-    module = next((n for n, axis in pairs if axis == 0 and n.endswith(".weight")), tensors[0])
-    return module.rpartition(".")[0] or module
+    return _writer(tensors, [n for n, axis in pairs if axis == 0])
+
+
+def _writer(names: list[str], written: list[str]) -> str:
+    """The module that makes the space: the first whose weight writes to it and that is no norm."""
+    weights = [n for n in written if n.endswith(".weight")]
+    chosen = next((n for n in weights if not NORM.search(n)), (weights or written or names)[0])
+    return chosen.rpartition(".")[0] or chosen
 
 
 def _place(name: str) -> tuple[str | None, str]:
@@ -81,5 +88,4 @@ def _part(rests: list[str], pairs: list[tuple[str, int]]) -> str:
                 return "attention values"
             return "attention queries and keys" if any(QKV.search(r) for r in rests) else "attention heads"
     writers = [_place(n)[1] for n, axis in pairs if axis == 0 and _place(n)[0] is not None]
-    convs = [w for w in writers if w.endswith(".weight")] or writers or rests
-    return convs[0].rpartition(".")[0] or convs[0]
+    return _writer(rests, writers)

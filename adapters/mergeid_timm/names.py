@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergeid.plugins import TensorTable
-from mergeid_timm.index import bare_names
+from mergeid_timm.index import COMPUTED, bare_names
 from mergeid_timm.shapes import counted
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def data_facts(name: str, tag: str, stated: Mapping[str, Any] | None) -> dict[st
     }
 
 
+def needed(name: str) -> bool:
+    """Whether a tensor says something: neither a step counter nor a buffer that the present timm computes."""
+    return counted(name) and not name.endswith(COMPUTED)
+
+
 def tensor_names(name: str, model: nn.Module, table: TensorTable) -> dict[str, str]:
     """Checkpoint name -> model key: bare names, and where these do not all fit, as timm's own filter renames them.
 
@@ -50,7 +55,7 @@ def tensor_names(name: str, model: nn.Module, table: TensorTable) -> dict[str, s
     keys = set(model.state_dict())
     bare = bare_names(table)
     found = {n: b for n, b in bare.items() if b in keys}
-    if len(found) == len(bare):
+    if not any(needed(b) for n, b in bare.items() if n not in found):
         return found
     renamed = _as_timm_renames(name, model, table, bare)
     return renamed if len(renamed) > len(found) else found
@@ -85,7 +90,7 @@ def first_mismatch(model: nn.Module, mapped: Mapping[str, str], table: TensorTab
         shape = tuple(table[of_key[key]].shape)
         if shape != tuple(tensor.shape):
             return f"tensor {of_key[key]!r} has shape {list(shape)}, expected {list(tensor.shape)}"
-    extra = next((n for n in bare_names(table) if n not in mapped and counted(n)), None)
+    extra = next((n for n, b in bare_names(table).items() if n not in mapped and needed(b)), None)
     return None if extra is None else f"tensor {extra!r} of the checkpoint is not part of the model"
 
 

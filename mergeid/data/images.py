@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,12 +100,19 @@ def prepare(image: Image, about: Mapping[str, Any]) -> Tensor:
         )
     image = image.convert(modes[channels])
     how = getattr(Resampling, str(about.get("interpolation", "bilinear")).upper(), Resampling.BILINEAR)
-    scale = max(height / image.height, width / image.width) / float(about.get("crop_pct") or 1.0)
-    size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    size = _resized((image.width, image.height), (width, height), float(about.get("crop_pct") or 1.0))
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     image = image.resize(size, how).crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels))
     return normalise(pixels.permute(2, 0, 1), about)
+
+
+def _resized(image: tuple[int, int], wanted: tuple[int, int], crop: float) -> tuple[int, int]:
+    """(width, height) to resize to, of which the centre is cropped. Rounding down as torchvision and timm do."""
+    enlarged = tuple(math.floor(side / crop) for side in wanted)
+    if enlarged[0] / image[0] >= enlarged[1] / image[1]:
+        return enlarged[0], max(int(image[1] * enlarged[0] / image[0]), wanted[1])
+    return max(int(image[0] * enlarged[1] / image[1]), wanted[0]), enlarged[1]
 
 
 def normalise(pixels: Tensor, about: Mapping[str, Any]) -> Tensor:
