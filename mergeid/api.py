@@ -140,6 +140,7 @@ def _open_pair(
     a: Source, b: Source, skip: Sequence[str], dtype: str | None, allow_pickle: bool
 ) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints, compared by their headers before anything is built."""
+    from mergeid.merge.by_torch import check_finite
     from mergeid.merge.compare import plan_tensors
 
     first, second = (
@@ -148,7 +149,9 @@ def _open_pair(
         else Checkpoint.from_tensors(x.state_dict(), source=type(x).__name__)
         for x in (a, b)
     )
-    plan_tensors(first, second, skip=skip, dtype=dtype)
+    tensors = plan_tensors(first, second, skip=skip, dtype=dtype)
+    for checkpoint in (first, second):
+        check_finite(checkpoint, tensors.merged)
     return first, second
 
 
@@ -382,7 +385,7 @@ def merge(
                 "them all the same)"
             )
         if repair and dataset is not None:
-            repaired = _repair(pair, made, dataset, collate, scaled, method, progress)
+            repaired = _repair(pair, made, dataset, collate, scaled, method, device, progress)
     verdict = made.verdict if made else "direct"
     result = MergeResult(verdict, plan=made, notes=notes, repaired=sorted(repaired))
     if live and target is None:
@@ -514,11 +517,13 @@ def _repair(
     collate: Callable[[Any], Any] | None,
     weights: Sequence[float],
     method: str,
+    device: str,
     progress: Progress | None,
 ) -> dict[str, Tensor]:
     """BatchNorm statistics of the merged network on the calibration data, by model key."""
     import copy
 
+    from mergeid.evaluate.measure import make_accelerator
     from mergeid.merge.repair import batchnorm_layers, calibration_batches, reestimate_batchnorm
 
     if not batchnorm_layers(pair.a.model):
@@ -527,8 +532,9 @@ def _repair(
         progress("estimating BatchNorm statistics", 0, 1)
     merged = copy.deepcopy(pair.a.model)
     merged.load_state_dict(_merged_state(pair.a.state(), pair.b.state(), made, weights, method), strict=False)
-    batches = calibration_batches(merged, dataset, forward=pair.a.forward, collate=collate)
-    return reestimate_batchnorm(merged, batches, forward=pair.a.forward)
+    accelerator = make_accelerator(device)
+    batches = calibration_batches(merged, dataset, forward=pair.a.forward, collate=collate, accelerator=accelerator)
+    return reestimate_batchnorm(merged, batches, forward=pair.a.forward, accelerator=accelerator)
 
 
 def align(

@@ -31,6 +31,9 @@ class Call:
         self.recorder, self.func, self.args, self.kwargs = recorder, func, args, kwargs
         self.facts = recorder.facts
         self.out: Any = None
+        self.strides: tuple[int, ...] = ()
+        self.offset = 0
+        """Strides and storage offset of the first tensor before the call."""
         self.rerun: Callable[[], Result] = lambda: None
         self.bound: dict[str, Any] = {}
         for i, spec in enumerate(func._schema.arguments):
@@ -76,15 +79,23 @@ class Call:
         fines = {f for d in dims for f in layout.dims[d % n] if f.kind == LABELLED}
         if not fines:
             return layout
-        hit = [g for g in layout.groups if fines & set(g.fines)]
-        new = {f: Fine(f.size, FROZEN) for g in hit for f in g.fines}
-        for g in hit:
-            self.facts.freeze(g.labels, self.why)
-        return Layout(
-            tuple(tuple(new.get(f, f) for f in d) for d in layout.dims),
-            tuple(g for g in layout.groups if g not in hit),
-            layout.data,
-        )
+        groups, new = [], {f: Fine(f.size, FROZEN) for f in fines}
+        for g in layout.groups:
+            held, rest = [f for f in g.fines if f in fines], [f for f in g.fines if f not in fines]
+            if held and rest:
+                # the neurons of the other dimensions move as one, whatever the frozen position
+                labels = g.ordered([*held, *rest])
+                free = self.facts.fresh([f.size for f in rest])
+                frozen = self.facts.frozen([f.size for f in held], self.why)
+                self.facts.par(labels, free)
+                self.facts.par(labels, frozen.reshape(*frozen.shape, *(1 for _ in rest)))
+                groups.append(Group(free, tuple(rest)))
+            elif held:
+                self.facts.freeze(g.labels, self.why)
+            else:
+                groups.append(g)
+        dims_now = tuple(tuple(new.get(f, f) for f in d) for d in layout.dims)
+        return Layout(dims_now, tuple(groups), layout.data)
 
 
 @dataclass
@@ -95,6 +106,8 @@ class _View:
     call: Call
     position: int
     version: int
+    steps: tuple[Call, ...] = ()
+    """In-place changes of its shape since (transpose_, squeeze_, …)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +185,8 @@ class Recorder(TorchDispatchMode):
         result = _flat(view.call.rerun())[view.position]
         if result is not None:
             self._layouts[tensor] = result
+            for step in view.steps:
+                self._layouts[tensor] = _flat(step.rerun())[0]
 
     def _constant(self, tensor: Tensor) -> Layout:
         """A tensor from outside: frozen along the dimensions in which its values vary."""
@@ -193,6 +208,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = Call(self, func, args, kwargs)
+        for tensor in call.tensors()[:1]:
+            call.strides, call.offset = tensor.stride(), tensor.storage_offset()
         written = [
             call.bound.get(s.name) for s in func._schema.arguments if s.alias_info is not None and s.alias_info.is_write
         ]
@@ -200,6 +217,9 @@ class Recorder(TorchDispatchMode):
         call.out = func(*args, **kwargs)
         results = _flat(self._apply(call))
         outputs = call.outputs()
+        if torch.Tag.inplace_view in func.tags and written and results:
+            self._reshaped(written[0], results[0], call)
+            return call.out
         if written:
             for tensor, result in zip(written, results, strict=False):
                 if result is not None:
@@ -238,6 +258,13 @@ class Recorder(TorchDispatchMode):
             self.facts.freeze(x.all_labels, f"no rule for {call.why}")
         data = any(x.data for x in layouts)
         return [uniform(t.shape, FROZEN, data) for t in call.outputs()]
+
+    def _reshaped(self, tensor: Tensor, new: Layout | None, call: Call) -> None:
+        """The same values under another shape; nothing was written."""
+        self._layouts[tensor] = new if new is not None else uniform(tensor.shape, FROZEN, data=True)
+        view: _View | None = self._views.get(tensor)
+        if view is not None:
+            view.steps = (*view.steps, call)
 
     def _write(self, tensor: Tensor, new: Layout, call: Call) -> None:
         """`tensor` now holds values laid out as `new`; its base and its other views follow."""

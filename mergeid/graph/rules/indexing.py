@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +34,8 @@ def _constant_values(call: Call, index: Tensor) -> np.ndarray | None:
 def embedding(call: Call) -> Layout:
     """[V, D] looked up at data: V is a vocabulary, D are neurons."""
     weight = call.freeze_dims(call.layout("weight"), [0])
-    return weight.with_dims((*(_frozen(n) for n in call["indices"].shape), *weight.dims[1:]))
+    found = weight.with_dims((*(_frozen(n) for n in call["indices"].shape), *weight.dims[1:]))
+    return replace(found, data=weight.data or call.layout("indices").data)
 
 
 @rule("index_select")
@@ -44,7 +46,8 @@ def index_select(call: Call) -> Layout:
     if index is not None:
         return take(call.facts, layout, dim, index.reshape(-1), call.why)
     layout = call.freeze_dims(layout, [dim])
-    return layout.with_dims((*layout.dims[:dim], _frozen(call.out.shape[dim]), *layout.dims[dim + 1 :]))
+    layout = layout.with_dims((*layout.dims[:dim], _frozen(call.out.shape[dim]), *layout.dims[dim + 1 :]))
+    return replace(layout, data=layout.data or call.layout("index").data)
 
 
 @rule("index", "_unsafe_index")
@@ -73,7 +76,8 @@ def index(call: Call) -> Layout:
     new = tuple(_frozen(n) for n in shape)
     rest = [x for d, x in enumerate(layout.dims) if d not in dims]
     at = dims[0] if adjacent else 0
-    return layout.with_dims((*rest[:at], *new, *rest[at:]))
+    layout = layout.with_dims((*rest[:at], *new, *rest[at:]))
+    return replace(layout, data=layout.data or any(call.layout_of(i).data for i in tensors))
 
 
 @rule("gather")

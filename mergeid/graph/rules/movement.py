@@ -216,12 +216,10 @@ def channel_shuffle(call: Call) -> Layout:
 def as_strided(call: Call) -> Layout:
     """Only the strides of size-1 dimensions changed (pooling does this for memory formats), or frozen."""
     layout = call.layout("self")
-    steps = [s for n, s in zip(call.out.shape, call.out.stride(), strict=True) if n > 1]
-    if (
-        layout.shape == tuple(call.out.shape)
-        and steps == sorted(steps, reverse=True)
-        and call["storage_offset"] in (None, 0)
-    ):
+    same = layout.shape == tuple(call.out.shape) and all(
+        old == new for n, old, new in zip(layout.shape, call.strides, call["stride"], strict=True) if n > 1
+    )
+    if same and call["storage_offset"] in (None, call.offset):
         return layout
     call.freeze_dims(layout, range(len(layout.dims)))
     return uniform(call.out.shape, FROZEN, layout.data)

@@ -54,7 +54,7 @@ def reduction(call: Call) -> list[Layout]:
     return [out for _ in call.outputs()]
 
 
-@rule("max", "min", "aminmax", "median", "mode", "cummax", "cummin")
+@rule("max", "min", "aminmax", "median", "mode")
 def extremum(call: Call) -> list[Layout | None]:
     layout = call.layout("self")
     if call.get("other") is not None:
@@ -80,7 +80,7 @@ def softmax(call: Call) -> Layout:
     return normalised(call, call.layout("self"), [call["dim"]])
 
 
-@rule("topk", "sort", "argsort", "kthvalue", "cumsum", "cumprod", "logcumsumexp")
+@rule("topk", "sort", "argsort", "kthvalue", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
 def ordered(call: Call) -> list[Layout]:
     """The dimension is read in order, so its positions are fixed."""
     layout = call.layout("self")
