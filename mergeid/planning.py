@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,7 @@ def make_plan(
         )
     elif count < 16:
         raise MergeidError(f"--data holds {count} examples; the evidence needs at least 16")
+    records: list[SpaceEvidence]
     settings = {"batch_size": batch_size, "tie_break": TIE_BREAK}
     if match == "never":
         element, records = graph.identity(), []
@@ -140,7 +141,8 @@ def make_plan(
             }
             tell("judging on held-out examples", 0, 1)
             decided = decide_from_activations(evidence, scores, matched, seed=seed)
-            element, records = decided.element, decided.spaces
+            element = decided.element
+            records = _with_chords(graph, evidence, decided.spaces, element, matched, a.state(), b.state())
     verdict = _verdict(match, records, notes)
     return Plan(
         a.source,
@@ -184,6 +186,26 @@ def _evidence(
     evidence = ActivationEvidence(graph, stream, taps)
     evidence.collect()
     return evidence
+
+
+def _with_chords(
+    graph: NeuronGraph,
+    evidence: ActivationEvidence,
+    records: list[SpaceEvidence],
+    element: Element,
+    matched: Element,
+    a: Mapping[str, torch.Tensor],
+    b: Mapping[str, torch.Tensor],
+) -> list[SpaceEvidence]:
+    """The records with the chord deviation under the identity and under the match."""
+    out = []
+    for space, record in zip(graph.spaces, records, strict=True):
+        direct = {**element, space.id: graph.follow(space, element)}
+        # a match fitted under other parents than the decided ones is no candidate
+        best = matched if record.decision != MATCH and not space.parents else element
+        chords = [evidence.chord(space.id, e, a, b) for e in (direct, {**element, space.id: best[space.id]})]
+        out.append(replace(record, chord_identity=chords[0], chord_match=chords[1]))
+    return out
 
 
 def _graph_notes(graph: NeuronGraph) -> list[str]:

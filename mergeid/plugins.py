@@ -67,7 +67,7 @@ class LossParts(NamedTuple):
 
     loss: Tensor
     correct: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
 
 
 @runtime_checkable

@@ -72,7 +72,9 @@ def check_pair(a: Path, b: Path, data: Any, work: Path, arch: str | None = None)
         assert (record.decision == "match") == moved, (record.label, record.decision, record.why)
     suffix = "" if b.is_dir() else ".safetensors"
     one = mergeid.merge(a, b, output=work / f"one{suffix}", data=data, arch=arch, limit=CALIBRATION, repair=False)
-    two = mergeid.merge(a, scrambled, output=work / f"two{suffix}", data=data, arch=arch, limit=CALIBRATION, repair=False)
+    two = mergeid.merge(
+        a, scrambled, output=work / f"two{suffix}", data=data, arch=arch, limit=CALIBRATION, repair=False
+    )
     assert one.verdict == "direct" and two.verdict == "match"
     first, second = load(work / f"one{suffix}", arch=arch), load(work / f"two{suffix}", arch=arch)
     batch = first.adapter.example_inputs(first.arch, first.model, torch.Generator().manual_seed(11), 4)

@@ -87,7 +87,8 @@ def uniform(shape: Sequence[int], kind: str, data: bool = False) -> Layout:
 
 def of_axes(labels: Sequence[Labels | None], shape: Sequence[int]) -> Layout:
     """One group per dimension (the layout of a parameter); None for a frozen dimension."""
-    dims, groups = [], []
+    dims: list[tuple[Fine, ...]] = []
+    groups: list[Group] = []
     for n, lab in zip(shape, labels, strict=True):
         if n == 1:
             dims.append(())

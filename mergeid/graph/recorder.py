@@ -208,7 +208,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = Call(self, func, args, kwargs)
-        for tensor in call.tensors()[:1]:
+        for tensor in [t for t in call.tensors()[:1] if t.layout == torch.strided]:
             call.strides, call.offset = tensor.stride(), tensor.storage_offset()
         written = [
             call.bound.get(s.name) for s in func._schema.arguments if s.alias_info is not None and s.alias_info.is_write

@@ -192,11 +192,10 @@ def _homes(drafts: list[_Draft | None], on_axis: Mapping[tuple[str, int], np.nda
             continue
         home[i] = (i, 0)
         if not d.parents:
-            key = (frozenset(lives.get(i, ())), d.members.shape[1], None if i not in has_children else i)
-            if key in first:
-                target, offset = first[key]
-                home[i] = (target, offset)
-            first[key] = (home[i][0], home[i][1] + d.members.size)
+            alike = (frozenset(lives.get(i, ())), d.members.shape[1], None if i not in has_children else i)
+            if alike in first:
+                home[i] = first[alike]
+            first[alike] = (home[i][0], home[i][1] + d.members.size)
         elif len(d.parents) == 1 and d.members.shape[1] == 1 and home[d.parents[0]][0] == d.parents[0]:
             home[i] = (d.parents[0], 0)
     # positions of every member must come in the same order of drafts

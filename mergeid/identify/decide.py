@@ -42,6 +42,8 @@ class SpaceEvidence:
         deviation_identity, deviation_match: share of the activations' variance that the midpoint loses, (1 − J)/2.
         gain, gain_low, gain_high: J(match) − J(identity inside the parents' blocks), held-out.
         moved: neurons that the match moves.
+        chord_identity, chord_match: relative chord deviation at the first layer that consumes the space, under the
+            identity and under the match, all other spaces as decided (`mergeid.identify.chord`).
     """
 
     id: str
@@ -65,6 +67,8 @@ class SpaceEvidence:
     gain: float | None = None
     gain_low: float | None = None
     gain_high: float | None = None
+    chord_identity: float | None = None
+    chord_match: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

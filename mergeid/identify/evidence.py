@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space, TapMap
 from mergeid.identify.activations import Moments, PairStream, Rows, standardised
+from mergeid.identify.chord import Consumer, chord_deviation, find_consumer
 
 Progress = Callable[[str, int, int], None]
 
@@ -116,6 +117,9 @@ class ActivationEvidence:
         self.progress = progress or (lambda *_: None)
         self.fit: dict[tuple[str, int], Moments] = {}
         self.held: dict[tuple[str, int], Moments] = {}
+        self.consumers: dict[str, tuple[int, Consumer]] = {
+            s: found for s, list_of in taps.items() if (found := find_consumer(graph, s, list_of)) is not None
+        }
         self._judged: dict[tuple[str, bytes, bytes], Judgement | None] = {}
         self.members: dict[tuple[str, int], np.ndarray] = {
             (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
@@ -132,8 +136,24 @@ class ActivationEvidence:
             for moments, chosen in ((self.fit[key], half), (self.held[key], ~half)):
                 if chosen.any():
                     moments.add(a.values[chosen], b.values[chosen])
+            if self.consumers.get(space, (-1,))[0] == k and (~half).any():
+                self.consumers[space][1].add(a.values[~half], b.values[~half])
         for m in (*self.fit.values(), *self.held.values()):
             m.finish()
+
+    def chord(self, space: str, element: Element, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float | None:
+        """Relative chord deviation at the first layer that consumes the space; None where there is none.
+
+        Args:
+            element: the assignment of B, all spaces.
+            a, b: both models' state dicts.
+        """
+        if space not in self.consumers:
+            return None
+        k, consumer = self.consumers[space]
+        positions = _positions(self.members[space, k], element[space])
+        name = consumer.axis.tensor
+        return chord_deviation(self.graph, consumer, a[name], b[name], element, positions)
 
     def correlations(self) -> dict[str, np.ndarray]:
         """Space id -> [size, size] mean over its taps of the correlations on the fitting half."""

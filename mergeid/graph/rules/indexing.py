@@ -65,7 +65,7 @@ def index(call: Call) -> Layout:
     values = [_constant_values(call, i) for i in tensors] if labelled and adjacent else [None]
     if labelled and all(v is not None for v in values):
         sizes = [layout.shape[d] for d in dims]
-        wide = [np.broadcast_to(v, shape) % n for v, n in zip(values, sizes, strict=True)]
+        wide = [np.broadcast_to(v, shape) % n for v, n in zip(values, sizes, strict=True) if v is not None]
         flat = np.ravel_multi_index(wide, sizes).reshape(-1)
         first, last = dims[0], dims[-1] + 1
         full = layout.shape
