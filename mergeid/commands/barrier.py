@@ -76,7 +76,15 @@ def command(
     ] = None,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 64,
-    device: o.Device = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            rich_help_panel=o.HOW,
+            help="cpu, cuda, cuda:1, mps …; as Accelerate chooses if not given.",
+        ),
+    ] = None,
 ) -> int:
     """Measure the loss barrier between A and B on labelled data, as they lie or matched.
 

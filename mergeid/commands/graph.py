@@ -103,8 +103,8 @@ def spell_out_json(args: Sequence[str], command: Any) -> list[str]:
 
 def _positional(words: Sequence[str], valued: set[str]) -> bool:
     """Whether one of the words is neither an option nor the value of one."""
-    after = [None, *words]
-    return any(not w.startswith("-") and before not in valued for before, w in zip(after, words, strict=False))
+    after = ["", *words]
+    return any(not w.startswith("-") and b not in valued for b, w in zip(after, words, strict=False))
 
 
 def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
 
 from mergeid.report.tables import Column, make_table, percent
 
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from mergeid.graph.neuron_graph import NeuronGraph, Space
 
 LINES = 3
-"""Lines that one space may take in the column of its axes."""
+"""Lines that one space may take for its axes."""
+
+WIDE = 110
+"""Columns of a terminal from which the axes get a column of their own."""
 
 
 def pattern(name: str) -> str:
@@ -68,31 +73,52 @@ def print_graph(graph: NeuronGraph, console: Console, *, every: bool = False) ->
     Args:
         every: one row for each space and all of its axes, nothing summarised.
     """
+    stacked = console.width < WIDE
     columns = [
         Column("id"),
-        Column("space", shrink=True, min_width=16),
+        Column("space and its tensor[axis]" if stacked else "space", shrink=True, min_width=16),
         Column("size", "right"),
-        Column("group", shrink=True, min_width=12),
+        Column("group"),
         Column("lives on (tensor[axis])", shrink=True, min_width=22),
         Column("share", "right"),
     ]
-    rows: list[Sequence[str]] = []
     groups = [[s] for s in graph.spaces] if every else alike(graph)
+    heads, below = [], []
     for spaces in groups:
         first = spaces[0]
         axes = [(a.tensor, a.axis) for a in first.axes]
         lines = [f"{t}[{a}]" for t, a in axes] if every else places(axes, graph.tensors)
         if not every and len(lines) > LINES:
             lines = [*lines[: LINES - 1], f"and {len(lines) - LINES + 1} more"]
-        lines = lines or ["what lies in it"]
+        below.append(lines or ["what lies in it"])
         label = first.label if len(spaces) == 1 else f"{len(spaces)} × {pattern(first.label)}"
         share = percent(_share(graph, spaces)) if first.axes else "–"
-        group = _group(first, len(spaces) > 1)
-        rows.append([_ids(spaces), label, f"{first.size:,}", group, lines[0], share])
-        rows += [["", "", "", "", line, ""] for line in lines[1:]]
+        heads.append([_ids(spaces), label, f"{first.size:,}", _group(first, len(spaces) > 1), share])
+    taken = sum(max((len(h[k]) for h in heads), default=0) for k in (0, 2, 3, 4)) + 10
+    room = max(console.width - taken, 20)
+    rows: list[list[Any]] = []
+    for head, lines in zip(heads, below, strict=True):
+        if stacked:
+            rows.append(head)
+            rows += [["", Text(f"  {ending(line, room - 2)}", style="dim"), "", "", ""] for line in lines]
+        else:
+            short = [ending(line, room * 3 // 5) for line in lines]
+            rows.append([*head[:4], short[0], head[4]])
+            rows += [["", "", "", "", line, ""] for line in short[1:]]
+    if stacked:
+        columns.pop(4)
     console.print(make_table(columns, rows, width=console.width, title=f"{graph.model}: {len(graph.spaces)} spaces"))
     for line in footer(graph, collapsed=len(groups) < len(graph.spaces)):
         console.print(line, markup=False)
+
+
+def ending(name: str, width: int) -> str:
+    """A dotted name in at most `width` cells where its parts allow: the first ones make place for an ellipsis."""
+    parts = name.split(".")
+    while len(name) > width and len(parts) > 2:
+        parts = parts[1:]
+        name = "…" + ".".join(parts)
+    return name
 
 
 def _ids(spaces: Sequence[Space]) -> str:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
 MEANING = {
-    "direct": "merge directly: the neurons correspond as they lie",
+    "direct": "merge directly: no space gains from another order of B's neurons",
     "match": "match first: average only after permuting B's neurons into A's order",
-    "will not merge": "will not merge: even matched, the pair deviates too much",
+    "will not merge": "will not merge: most of the two networks corresponds under no assignment",
 }
 
 
@@ -31,6 +31,10 @@ LEGEND = (
     "J: mean correlation of paired neurons as they lie, matched, at random. ι: 1 where the neurons correspond as they "
     "lie, 0 where no better than at random. lost: share of the activations' variance that the midpoint loses. moved: "
     "neurons that trade places."
+)
+LEGEND_WEIGHTS = (
+    "gain: by how much the match fits unseen weights better than the order as it is, in standard deviations of a "
+    "random permutation. moved: neurons that trade places."
 )
 REMARKS = {
     "taken_from_a": "Integer tensors that differ, taken from A",
@@ -44,11 +48,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     """The table, what its columns mean, the verdict and the notes."""
     if plan.spaces:
         numbers = any(s.j_identity is not None for s in plan.spaces)
-        columns, rows = _with_numbers(plan) if numbers else _with_reasons(plan)
+        columns, rows = _with_numbers(plan) if numbers else _without_data(plan)
         title = f"{len(rows)} spaces of {plan.arch}, judged by {plan.evidence}"
         console.print(make_table(columns, rows, width=console.width, title=title))
-        if numbers:
-            console.print(LEGEND, style="dim")
+        console.print(LEGEND if numbers else LEGEND_WEIGHTS, style="dim")
     for line in verdict_lines(plan):
         console.print(line, markup=False)
 
@@ -61,11 +64,11 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
         Column("decision"),
         Column("moved", "right"),
         Column("J as is", "right"),
-        Column("matched", "right"),
-        Column("random", "right", optional=4),
+        Column("J match", "right"),
+        Column("J random", "right", optional=4),
         Column("ι [95 %]", "right"),
         Column("lost as is", "right", optional=5),
-        Column("matched", "right", optional=5),
+        Column("lost match", "right", optional=5),
     ]
     rows: list[Sequence[Any]] = [
         [
@@ -74,9 +77,9 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
             f"{s.size:,}",
             _decision(s),
             f"{s.moved:,}",
-            number(s.j_identity, 2),
-            number(s.j_match, 2),
-            number(s.j_random, 2),
+            fixed(s.j_identity),
+            fixed(s.j_match),
+            fixed(s.j_random),
             interval(s.iota, s.iota_low, s.iota_high),
             percent(s.deviation_identity, 0),
             percent(s.deviation_match, 0),
@@ -86,17 +89,17 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
     return columns, rows
 
 
-def _with_reasons(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
+def _without_data(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
     columns = [
         Column("id", optional=2),
         Column("space", shrink=True, min_width=14),
-        Column("size", "right", optional=1),
+        Column("size", "right"),
         Column("decision"),
         Column("moved", "right"),
-        Column("why", shrink=True, min_width=20),
+        Column("gain (σ)", "right"),
     ]
     rows: list[Sequence[Any]] = [
-        [s.id, s.label, f"{s.size:,}", _decision(s), f"{s.moved:,}", s.why] for s in plan.spaces
+        [s.id, s.label, f"{s.size:,}", _decision(s), f"{s.moved:,}", number(s.gain, 1)] for s in plan.spaces
     ]
     return columns, rows
 
@@ -125,12 +128,17 @@ def print_merge(result: MergeResult, console: Console) -> None:
         console.print(f"wrote {file}", markup=False, soft_wrap=True)
 
 
+def fixed(value: float | None) -> str:
+    """A number with two decimals, without a negative zero; a dash where nothing was measured."""
+    return number(None) if value is None else f"{round(value, 2) + 0.0:.2f}"
+
+
 def interval(value: float | None, low: float | None, high: float | None) -> str:
     """``0.31 [0.25, 0.36]``; a dash where nothing was measured."""
     if value is None:
         return number(None)
-    ends = f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
-    return f"{value:.2f}{ends}"
+    ends = f" [{fixed(low)}, {fixed(high)}]" if low is not None and high is not None else ""
+    return fixed(value) + ends
 
 
 def verdict_lines(plan: Plan) -> list[str]:
