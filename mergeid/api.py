@@ -386,6 +386,11 @@ def merge(
             )
         if repair and dataset is not None:
             repaired = _repair(pair, made, dataset, collate, scaled, method, device, progress)
+        elif made.verdict == "match" and _has_batchnorm(pair.a.model):
+            notes.append(
+                "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
+                "accuracy: give --data (without --no-repair) to estimate them again"
+            )
     verdict = made.verdict if made else "direct"
     result = MergeResult(verdict, plan=made, notes=notes, repaired=sorted(repaired))
     if live and target is None:
@@ -508,6 +513,12 @@ def _merged_state(
         theirs = made.graph.apply(made.element, name, b[name]) if made is not None else b[name]
         out[name] = combine([ours, theirs.to(ours.dtype)], weights).to(ours.dtype)
     return out
+
+
+def _has_batchnorm(model: nn.Module) -> bool:
+    from mergeid.merge.repair import batchnorm_layers
+
+    return bool(batchnorm_layers(model))
 
 
 def _repair(

@@ -122,7 +122,7 @@ def decide_from_activations(
         new: Element = {}
         for s in graph.spaces:
             follow = graph.follow(s, new)
-            choice = solver.solve(s, {**current, **new, s.id: follow})[s.id] if s.parents else best[s.id]
+            choice = solver.choose(s, {**current, **new}) if s.parents else best[s.id]
             moved = int((choice != follow).sum())
             records[s.id], matches = _decision(graph, s, judged.get(s.id), moved)
             new[s.id] = choice if matches else follow
@@ -165,7 +165,7 @@ def _candidates(graph: NeuronGraph, solver: TreeAssignment, current: Element) ->
     best: Element = {}
     for s in graph.spaces:
         direct[s.id] = graph.follow(s, current)
-        best[s.id] = solver.solve(s, {**current, s.id: direct[s.id]})[s.id]
+        best[s.id] = solver.choose(s, current)
     return direct, best
 
 
@@ -175,8 +175,7 @@ def _tree_candidates(
     """The tree under a space at its best, with the space itself in order or at its best."""
     still = {**current, space.id: graph.follow(space, current)}
     for child in descendants(graph, space)[1:]:
-        still[child.id] = graph.follow(child, still)
-        still = solver.solve(child, still)
+        still[child.id] = solver.choose(child, still)
     return still, solver.solve(space, dict(current))
 
 
@@ -247,7 +246,7 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
             total = sum(c.size for c in ([s] if s in tree else tree)) or 1
             needed = NULL_SIGMAS * sd * np.sqrt(2 * max(moved, 1) / total)
             matches = s.id in accepted and moved > 0 and gain > needed and score > NULL_SIGMAS * sd
-            choice = full.solve(s, start)[s.id] if matches else follow
+            choice = full.choose(s, start) if matches else follow
             element[s.id] = choice
             z = score / sd if sd > 0 else 0.0
             records[s.id] = _weight_record(graph, s, matches, int((choice != follow).sum()), gain, sd, z)

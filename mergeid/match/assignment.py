@@ -41,29 +41,37 @@ class TreeAssignment:
         return block_images(self.graph.structures[i], [element[p] for p in space.parents], i)
 
     def solve(self, space: Space, element: Element) -> Element:
-        """`element` with this space and its descendants at their best, all else as it is."""
-        total = self._total(space, element)
+        """`element` with this space and its descendants at their best, parents first, all else as it is."""
+        element = dict(element)
+        for s in descendants(self.graph, space):
+            element[s.id] = self.choose(s, element)
+        return element
+
+    def choose(self, space: Space, element: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The best permutation of one space under its parents' permutations in `element`, counting the best of what
+        lies in it."""
         images = self.images(space, element)
+        total = self._total(space, element, images)
         m = space.members
         perm = np.empty(space.size, np.int64)
         for b, image in enumerate(images):
             mine, theirs = slice(b * m, (b + 1) * m), slice(image * m, (image + 1) * m)
             perm[mine] = image * m + assign(total[mine, theirs])
-        element = {**element, space.id: perm}
-        for child in self.children[space.id]:
-            if all(p in element for p in child.parents):
-                element = self.solve(child, element)
-        return element
+        return perm
 
-    def _total(self, space: Space, element: Element) -> np.ndarray:
-        """Similarity of members including the best of what lies in them."""
+    def _total(self, space: Space, element: Mapping[str, np.ndarray], images: np.ndarray | None = None) -> np.ndarray:
+        """Similarity of members including the best of what lies in them; only where `images` sends the blocks."""
         total = self.scores[space.id]
         for child in self.children[space.id]:
-            total = total + self._inside(space, child, element)
+            total = total + self._inside(space, child, element, images)
         return total
 
-    def _inside(self, space: Space, child: Space, element: Element) -> np.ndarray:
-        """[size, size]: best value of the child's blocks when member i of `space` takes from member j."""
+    def _inside(
+        self, space: Space, child: Space, element: Mapping[str, np.ndarray], images: np.ndarray | None
+    ) -> np.ndarray:
+        """[size, size]: best value of the child's blocks when member i of `space` takes from member j.
+
+        A block with further parents counts where their permutation in `element` leaves it an image."""
         inner = self._total(child, element)
         m = child.members
         column = child.parents.index(space.id)
@@ -77,7 +85,8 @@ class TreeAssignment:
         value = np.zeros((space.size, space.size))
         for b in range(child.blocks):
             i = int(mine[b])
-            for j in range(space.size):
+            first = 0 if images is None else int(images[i // space.members]) * space.members
+            for j in range(first, space.size if images is None else first + space.members):
                 target = index.get((j, *map(int, moved[b])))
                 if target is None:
                     continue
