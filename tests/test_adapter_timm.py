@@ -345,6 +345,13 @@ def test_digest_is_a_sum():
          "stage 2 block 1 squeeze-and-excite hidden"),
         ([("stages.1.blocks.0.mlp.fc1.weight", 0), ("stages.1.blocks.0.mlp.fc2.weight", 1)],
          "stage 1 block 0 MLP hidden"),
+        ([("stages.0.downsample.1.weight", 0), ("stages.0.blocks.0.mlp.fc2.weight", 0),
+          ("stages.0.blocks.1.conv_dw.weight", 0), ("stages.1.downsample.0.weight", 0)], "stage 0 residual stream"),
+        ([("blocks.2.0.conv_pwl.weight", 0), ("blocks.3.1.conv_pwl.weight", 0)], "stages 2-3 residual stream"),
+        ([("blocks.1.0.conv_pw.weight", 0), ("blocks.1.0.se.conv_expand.weight", 0)], "stage 1 block 0 conv_pw"),
+        ([("blocks.0.0.conv_pw.weight", 0), ("blocks.1.0.conv_pw.weight", 1)], "stage 0 block 0 output"),
+        ([("blocks.3.attn.qkv.weight", 0), ("blocks.3.attn.qkv.weight", 0), ("blocks.3.attn.proj.weight", 1)],
+         "blocks.3 attention heads"),
         ([("conv_head.weight", 0), ("bn2.weight", 0), ("classifier.weight", 1)], "conv_head"),
     ],
 )  # fmt: skip

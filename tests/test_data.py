@@ -392,3 +392,38 @@ def test_collate_misfits():
     item.pad_id = 9
     batch = collate([item, Item(input_ids=torch.tensor([7]), attention_mask=torch.tensor([1]))])
     assert batch["input_ids"].tolist() == [[5, 6], [7, 9]] and batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_live_modules_of_no_known_library():
+    """Without preprocessing facts a lone input goes by position, and keys of a dict are the module's own keywords."""
+
+    class Plain:
+        name = "torch"
+
+        def preprocessing(self, arch: Architecture) -> dict[str, object]:
+            return {}
+
+    x, y = torch.randn(4, 7), torch.arange(4)
+    arch = Architecture("torch", "Net")
+    for form in (x, (x, y), TensorDataset(x, y), {"x": x, "y": y}):
+        item = load_data(form, adapter=Plain(), arch=arch)[3]
+        assert torch.equal(item["arg0"], x[3]) and item.get("labels", 3) == 3
+    item = load_data({"left": x, "right": x + 1}, adapter=Plain(), arch=arch)[1]
+    assert torch.equal(item["right"], x[1] + 1)
+
+
+def test_adapters_without_a_check_of_their_own():
+    """A third party's adapter gets the shape and label checks from its preprocessing facts alone."""
+
+    class Simple:
+        name = "simple"
+
+        def preprocessing(self, arch: Architecture) -> dict[str, object]:
+            return {"kind": "image", "size": (3, 8, 8), "classes": 2}
+
+    arch = Architecture("simple", "net")
+    assert load_data(torch.zeros(1, 3, 8, 8), adapter=Simple(), arch=arch)[0]["x"].shape == (3, 8, 8)
+    with pytest.raises(MergeidError, match=r"simple/net takes images \[batch, 3, 8, 8\]"):
+        load_data(torch.zeros(1, 2, 8, 8), adapter=Simple(), arch=arch)
+    with pytest.raises(MergeidError, match="label 2 is out of range: simple/net has 2 classes"):
+        load_data((torch.zeros(2, 3, 8, 8), torch.tensor([0, 2])), adapter=Simple(), arch=arch)

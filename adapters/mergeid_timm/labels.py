@@ -10,17 +10,13 @@ STAGED = re.compile(
     r"^(?:layer(?P<a>\d+)\.(?P<b>\d+)|(?:stages?|layers|blocks|features)\.(?P<c>\d+)\.(?:blocks?\.|layers?\.)?(?P<d>\d+))\."
     r"(?P<rest>.+)$"
 )
-STAGE = re.compile(r"^(?:layer(?P<a>\d+)|(?:stages?|layers)\.(?P<c>\d+))\.")
 BLOCK = re.compile(
     r"^(?P<place>(?:\w+\.)?(?:blocks?|layers|stages|encoder)[._]?\d+|[a-z_]*blocks?\d*\.\d+)\.(?P<rest>.+)$"
 )
-# Which part of a block a tensor belongs to: first match wins.
-PARTS = (
-    ("squeeze-and-excite hidden", re.compile(r"(^|\.)(se|se_module|gate|attn_se)\.")),
-    ("attention", re.compile(r"(^|\.)(attn\w*|qkv|token_mixer|self_attn)\b")),
-    ("MLP hidden", re.compile(r"(^|\.)(mlp\w*|ffn|fc1|fc2|pwconv1|pwconv2)\b")),
-)
-NORM = re.compile(r"(bn|norm|ln|gn)\w*\.(weight|bias)$")
+SQUEEZE = re.compile(r"(^|\.)(se|se_module|gate|attn_se)\.")
+ATTENTION = re.compile(r"(^|\.)(attn\w*|qkv|token_mixer|self_attn)\b")
+MLP = re.compile(r"(^|\.)(mlp\w*|ffn|fc1|fc2|pwconv1|pwconv2)\b")
+NORM = re.compile(r"(bn|norm|ln|gn)\w*\.(weight|bias|running_mean|running_var)$")
 QKV = re.compile(r"(qkv|\bq\b|\bk\b|q_proj|k_proj|\bkv\b)")
 VALUES = re.compile(r"(attn\w*\.proj\b|attn\w*\.o_proj|out_proj)")
 
@@ -28,30 +24,47 @@ VALUES = re.compile(r"(attn\w*\.proj\b|attn\w*\.o_proj|out_proj)")
 def space_label(axes: Iterable[tuple[str, int]]) -> str | None:
     """A label for the space on these (tensor, axis) pairs, None where the names tell nothing.
 
-    A space inside one block is named after the block and the part of it; one that several blocks of a stage share is
-    the stage's residual stream.
+    A space inside one block is named after the block and the part of it; one that several blocks share is a residual
+    stream, named after its stages. A pair that is given twice belongs to several
+    spaces that share their blocks: attention heads.
     """
     pairs = sorted(axes)
-    tensors = sorted({n for n, _ in pairs})
-    if not tensors:
+    if not pairs:
         return None
-    places = [_place(n) for n in tensors]
-    blocks = {p for p, _ in places if p is not None}
-    outside = [n for n, (p, _) in zip(tensors, places, strict=True) if p is None]
-    if len(blocks) > 1 or (len(blocks) == 1 and outside and _starts_outside(pairs)):
-        stages = {_stage(n) for n in tensors if _stage(n) is not None and _writes(n, pairs)}
-        return f"{stages.pop()} residual stream" if len(stages) == 1 else "residual stream"
-    if len(blocks) == 1:
-        part = _part([r for p, r in places if p is not None], pairs)
-        return f"{blocks.pop()} {part}"
-    return _writer(tensors, [n for n, axis in pairs if axis == 0])
+    several = len(set(pairs)) < len(pairs)
+    tensors = sorted({n for n, _ in pairs})
+    written = [n for n, axis in pairs if axis == 0 and not NORM.search(n)]
+    writers = {_place(n)[0] for n in written}
+    if len(writers) > 1:
+        return _stream(written)
+    place = next(iter(writers)) if writers else _place(tensors[0])[0]
+    if place is None:
+        return _writer(tensors, written)
+    if {_place(n)[0] for n in tensors} != {place}:
+        return f"{place} output"
+    return f"{place} {_named_part(_rests(tensors), several) or _writer(_rests(tensors), _rests(written))}"
+
+
+def _stream(names: list[str]) -> str:
+    """ "stage 2 residual stream", "stages 2-3 residual stream", or plainly "residual stream" in a net without stages
+    (what writes from outside the blocks, stems and downsampling, does not count)."""
+    stages = sorted({int(s) for n in names if (s := _stage(n)) is not None})
+    if not stages:
+        return "residual stream"
+    if len(stages) == 1:
+        return f"stage {stages[0]} residual stream"
+    return f"stages {stages[0]}-{stages[-1]} residual stream"
 
 
 def _writer(names: list[str], written: list[str]) -> str:
-    """The module that makes the space: the first whose weight writes to it and that is no norm."""
+    """The module that makes the space: the first whose weight writes to it."""
     weights = [n for n in written if n.endswith(".weight")]
-    chosen = next((n for n in weights if not NORM.search(n)), (weights or written or names)[0])
+    chosen = (weights or written or names)[0]
     return chosen.rpartition(".")[0] or chosen
+
+
+def _rests(names: list[str]) -> list[str]:
+    return [_place(n)[1] for n in names]
 
 
 def _place(name: str) -> tuple[str | None, str]:
@@ -65,27 +78,19 @@ def _place(name: str) -> tuple[str | None, str]:
 
 
 def _stage(name: str) -> str | None:
-    if (m := STAGED.match(name)) is not None:
-        return f"stage {m['a'] if m['a'] is not None else m['c']}"
-    return f"stage {m['a'] or m['c']}" if (m := STAGE.match(name)) is not None else None
+    """Number of the stage whose block a tensor belongs to."""
+    m = STAGED.match(name)
+    return None if m is None else str(m["a"] if m["a"] is not None else m["c"])
 
 
-def _writes(name: str, pairs: list[tuple[str, int]]) -> bool:
-    return (name, 0) in pairs
-
-
-def _starts_outside(pairs: list[tuple[str, int]]) -> bool:
-    """Whether a tensor outside all blocks writes to the space (a stem or an embedding does, a norm or head reads)."""
-    return any(_place(n)[0] is None and axis == 0 for n, axis in pairs)
-
-
-def _part(rests: list[str], pairs: list[tuple[str, int]]) -> str:
-    for label, pattern in PARTS:
-        if any(pattern.search(r) for r in rests):
-            if label != "attention":
-                return label
-            if any(VALUES.search(r) for r in rests):
-                return "attention values"
-            return "attention queries and keys" if any(QKV.search(r) for r in rests) else "attention heads"
-    writers = [_place(n)[1] for n, axis in pairs if axis == 0 and _place(n)[0] is not None]
-    return _writer(rests, writers)
+def _named_part(rests: list[str], several: bool) -> str | None:
+    """What a block's part is commonly called, None for plain convolutions and the like."""
+    if all(SQUEEZE.search(r) for r in rests):
+        return "squeeze-and-excite hidden"
+    if any(ATTENTION.search(r) for r in rests):
+        if several:
+            return "attention heads"
+        if any(VALUES.search(r) for r in rests):
+            return "attention values"
+        return "attention queries and keys" if any(QKV.search(r) for r in rests) else "attention heads"
+    return "MLP hidden" if any(MLP.search(r) for r in rests) else None

@@ -9,64 +9,74 @@ NUMBERED = re.compile(
     r"^(?P<place>.*?\b(?:layers?|h|blocks?|block|stages?)\.\d+(?:\.(?:blocks?|layers?)\.\d+)*)\.(?P<rest>.+)$"
 )
 # Which part of a layer a tensor belongs to: first match wins.
-PARTS = (
-    ("attention queries and keys", re.compile(r"(\bq_proj|\bk_proj|query|\bkey\b|q_lin|k_lin|Attention\.[qk])\b")),
-    ("attention values", re.compile(r"(\bv_proj|\bvalue|v_lin|Attention\.v)\b")),
-    ("attention heads", re.compile(r"(attn|attention|c_attn|qkv)", re.IGNORECASE)),
-    ("MLP hidden", re.compile(r"(mlp|ffn|feed_forward|intermediate|DenseReluDense|fc1|fc2|lin1|lin2|c_fc)")),
+QUERIES = re.compile(r"(\bq_proj|query|q_lin|Attention\.q)\b")
+KEYS = re.compile(r"(\bk_proj|\bkey|k_lin|Attention\.k)\b")
+FUSED = re.compile(r"(c_attn|qkv|query_key_value|Wqkv|W_pack)")
+VALUES = re.compile(r"(\bv_proj|\bvalue|v_lin|Attention\.v)\b")
+OUTPUT = re.compile(
+    r"(attn\w*\.(c_proj|out_proj|o_proj|dense|proj)|attention\.(dense|out_lin|output\.dense)|Attention\.o)\b"
 )
-RESIDUAL = re.compile(r"(embed|wte|wpe|embeddings|shared|norm|layernorm|ln_|layer_norm)", re.IGNORECASE)
+ATTENTION = re.compile(r"(attn|attention)", re.IGNORECASE)
+MLP = re.compile(r"(mlp|ffn|feed_forward|intermediate|DenseReluDense|fc1|fc2|lin1|lin2|c_fc|dense_h_to_4h)")
+NORM = re.compile(r"(norm|ln|LayerNorm)\w*\.(weight|bias)$", re.IGNORECASE)
+TOWERS = {"vision_model": "vision", "vision_tower": "vision", "visual": "vision", "text_model": "text",
+          "language_model": "language", "encoder": "encoder", "decoder": "decoder"}  # fmt: skip
 
 
 def space_label(axes: Iterable[tuple[str, int]]) -> str | None:
     """A label for the space on these (tensor, axis) pairs, None where the names tell nothing.
 
-    A space that runs through several layers is a residual stream (named after its tower, if there are several); a
-    space inside one layer is named after the layer and the part of it.
+    A space that is written to from several layers is a residual stream (named after its tower, if there are several);
+    one inside a layer is named after the layer and the part of it. A pair that is given twice belongs to several spaces
+    that share their blocks: attention heads.
     """
-    names = sorted({name for name, _ in axes})
-    if not names:
+    pairs = sorted(axes)
+    if not pairs:
         return None
+    several = len(set(pairs)) < len(pairs)
+    names = sorted({n for n, _ in pairs})
     places = {m["place"] for n in names if (m := NUMBERED.match(n)) is not None}
-    if len(places) > 1 or (not places and any(RESIDUAL.search(n) for n in names)):
-        return _tower(names, places)
+    outside = [n for n in names if NUMBERED.match(n) is None and not NORM.search(n)]
+    if len(places) > 1 or (places and outside):
+        return _tower([n for n, axis in pairs if axis == 0] or names)
     if not places:
-        return f"{_common(names)} output" if _common(names) else None
-    place = next(iter(places))
+        module = (outside or names)[0]
+        return module.rpartition(".")[0] or module
     rests = [m["rest"] for n in names if (m := NUMBERED.match(n)) is not None]
-    return f"{_readable(place)} {_part(rests)}"
+    return f"{_readable(next(iter(places)))} {_part(rests, several)}"
 
 
-def _part(rests: list[str]) -> str:
-    found = [next((label for label, pattern in PARTS if pattern.search(rest)), None) for rest in rests]
-    for label, _ in PARTS:
-        if label in found:
-            return "attention heads" if label.startswith("attention") and _several(found) else label
-    return f"{rests[0].rsplit('.', 1)[0]} output"
+def _part(rests: list[str], several: bool) -> str:
+    def has(pattern: re.Pattern[str]) -> bool:
+        return any(pattern.search(r) for r in rests)
 
-
-def _several(found: list[str | None]) -> bool:
-    return len({f for f in found if f is not None and f.startswith("attention ")} - {"attention heads"}) > 1
+    if not has(ATTENTION) and has(MLP):
+        return "MLP hidden"
+    kinds = {"queries": has(QUERIES), "keys": has(KEYS), "values": has(VALUES)}
+    named = [k for k, found in kinds.items() if found]
+    if several or (kinds["values"] and len(named) > 1):
+        return "attention heads"
+    if named:
+        return f"attention {' and '.join(named)}"
+    if has(FUSED):
+        return "attention values" if has(OUTPUT) else "attention queries and keys"
+    if has(OUTPUT):
+        return "attention values"
+    if has(ATTENTION):
+        return "attention heads"
+    return rests[0].rpartition(".")[0] or rests[0]
 
 
 def _readable(place: str) -> str:
+    """``text_model.encoder.layers.0`` -> ``text layers.0``; names of the whole model are left out."""
     words = place.split(".")
-    keep = [w for w in words if w not in ("model", "transformer", "bert", "base_model")]
-    return ".".join(keep)
+    first = next((i for i, w in enumerate(words) if w in TOWERS), None)
+    count = next(i for i, w in enumerate(words) if w.isdigit())
+    tail = ".".join(words[count - 1 :])
+    return tail if first is None else f"{TOWERS[words[first]]} {tail}"
 
 
-def _common(names: list[str]) -> str:
-    stems = [n.rpartition(".")[0] for n in names]
-    return stems[0] if len(set(stems)) == 1 else ""
-
-
-def _tower(names: list[str], places: set[str]) -> str:
-    towers = {t for n in names if (t := _tower_of(n)) is not None}
-    return f"{towers.pop()} residual stream" if len(towers) == 1 else "residual stream"
-
-
-def _tower_of(name: str) -> str | None:
-    for tower in ("vision_model", "vision_tower", "text_model", "encoder", "decoder", "language_model"):
-        if name.startswith(f"{tower}.") or f".{tower}." in name:
-            return tower.removesuffix("_model").removesuffix("_tower")
-    return None
+def _tower(names: list[str]) -> str:
+    towers = {next((TOWERS[w] for w in n.split(".") if w in TOWERS), None) for n in names}
+    known = towers - {None}
+    return f"{known.pop()} residual stream" if len(known) == 1 and len(towers) == 1 else "residual stream"

@@ -60,15 +60,18 @@ def tensor_dataset(arrays: Mapping[str, Any], about: Mapping[str, Any], source: 
     def get(index: int) -> Item:
         return finish(Item({k: v[index] for k, v in tensors.items()}), about)
 
-    return ItemDataset(next(iter(sizes.values())), get, source=source, labels=per_example)
+    return ItemDataset(next(iter(sizes.values()), 0), get, source=source, labels=per_example)
 
 
 def rename(arrays: Mapping[str, Any], about: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Arrays under the names that the model and mergeid use: the input's keyword and ``"labels"``."""
+    """Arrays under the names that the model and mergeid use: the input's keyword and ``"labels"``. Keys that an
+    unknown module takes are left as they are."""
     wanted = about["input"]
     found = dict(arrays)
     if wanted not in found:
         name = next((n for n in INPUT_NAMES if n in found), None)
+        if name is None and about.get("kind") is None:
+            return found  # a live module: the keys are its own keywords
         if name is None:
             given = ", ".join(found) or "nothing"
             raise MergeidError(
@@ -105,7 +108,9 @@ def channels_first(images: Tensor, about: Mapping[str, Any]) -> Tensor:
 
 def finish(item: Item, about: Mapping[str, Any]) -> Item:
     """uint8 images normalised, float64 as float32, token ids as int64, targets of language models filled in."""
-    x = item[about["input"]]
+    x = item.get(about["input"])
+    if x is None:
+        return item
     if about.get("kind") == "image" and x.dtype == torch.uint8 and x.dim() == 3:
         item[about["input"]] = normalise(x, about)
     elif x.dtype == torch.float64:

@@ -14,6 +14,9 @@ from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture, Batch
 
 INPUT_OF_KIND = {"image": "x", "text": "input_ids"}
+POSITIONAL = "arg0"
+"""Key of the only input of a live module that no adapter knows: it is passed by position."""
+
 LOOKED_AT = 4
 """Examples that are made to check shapes; label ranges are checked on all where that costs nothing."""
 
@@ -23,7 +26,7 @@ def facts(adapter: Adapter, arch: Architecture, folder: Path | None) -> dict[str
     ask: Any = adapter.preprocessing
     takes_folder = "folder" in inspect.signature(ask).parameters
     found = dict(ask(arch, folder=folder) if takes_folder else ask(arch))
-    found.setdefault("input", INPUT_OF_KIND.get(str(found.get("kind")), "x"))
+    found.setdefault("input", INPUT_OF_KIND.get(str(found.get("kind")), POSITIONAL))
     return found
 
 
@@ -45,6 +48,8 @@ def check_batch(batch: Batch, adapter: Adapter, arch: Architecture, about: Mappi
     own = getattr(adapter, "check", None)
     if own is not None:
         own(arch, batch)
+        return
+    if about.get("kind") is None:
         return
     x = batch.get(about["input"])
     if not isinstance(x, torch.Tensor):
