@@ -140,6 +140,7 @@ def test_old_names(adapter):
 
 def test_converted_tensors_are_left_out(adapter, tmp_path):
     """Experts that the library stacks have no single counterpart; everything else is mapped."""
+    pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 loads experts as they are stored")
     model = adapter.build(recognised(adapter, MOE))
     stored, config = save(model, tmp_path)
     arch = recognised(adapter, config, table_of(stored))

@@ -114,9 +114,8 @@ class TransformersAdapter:
             text_config(config).pad_token_id = 0
         kind = model_class(arch.name, name)
         try:
-            with torch.device(device):
-                model: Any = kind(config)
-        except (ValueError, TypeError, AttributeError, AssertionError, ImportError) as error:
+            model = _instance(kind, config, torch.device(device))
+        except (ValueError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError) as error:
             raise MergeidError(
                 f"transformers cannot build {name} from the config.json: {error}; check that config and "
                 "transformers version belong together"
@@ -200,3 +199,20 @@ class TransformersAdapter:
     def differences(self, a_folder: Path, b_folder: Path) -> list[str]:
         """Label maps and tokenizers in which two checkpoints disagree, one sentence each."""
         return files.differences(a_folder, b_folder)
+
+
+def _instance(kind: Any, config: Any, device: torch.device) -> Any:
+    """A model made on a device. Some classes read numbers off tensors while they are made, which the meta device
+    refuses; then only their parameters are put there."""
+    import torch
+
+    try:
+        with torch.device(device):
+            return kind(config)
+    except (RuntimeError, NotImplementedError):
+        if device.type != "meta":
+            raise
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return kind(config)
