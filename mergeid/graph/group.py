@@ -26,10 +26,9 @@ def block_images(structure: Structure, parent_perms: Sequence[np.ndarray], cell:
     sizes = [len(p) for p in parent_perms]
     code = np.ravel_multi_index(tuple(block_parents.T), sizes)
     image = np.ravel_multi_index(tuple(p[block_parents[:, k]] for k, p in enumerate(parent_perms)), sizes)
-    order = np.argsort(code)
-    at = np.searchsorted(code[order], image)
-    at[at == blocks] = 0
-    found = order[at]
+    found = np.empty(blocks, np.int64)
+    # blocks in the same parents go in order
+    found[np.argsort(image, kind="stable")] = np.argsort(code, kind="stable")
     if not np.array_equal(code[found], image):
         raise NoImage(cell)
     return found

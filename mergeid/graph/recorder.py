@@ -208,26 +208,28 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = Call(self, func, args, kwargs)
-        for tensor in [t for t in call.tensors()[:1] if t.layout == torch.strided]:
-            call.strides, call.offset = tensor.stride(), tensor.storage_offset()
-        written = [
-            call.bound.get(s.name) for s in func._schema.arguments if s.alias_info is not None and s.alias_info.is_write
-        ]
-        written = [t for t in tree_leaves(written) if isinstance(t, Tensor)]
+        for first in call.tensors()[:1]:
+            if first.layout == torch.strided:
+                call.strides, call.offset = first.stride(), int(first.storage_offset())
+        targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
+        written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
         call.out = func(*args, **kwargs)
         results = _flat(self._apply(call))
-        outputs = call.outputs()
         if torch.Tag.inplace_view in func.tags and written and results:
             self._reshaped(written[0], results[0], call)
             return call.out
-        if written:
-            for tensor, result in zip(written, results, strict=False):
-                if result is not None:
-                    self._write(tensor, result, call)
-            return call.out
         sources = [t for t in call.tensors() if t is not None] if func.is_view else []
+        outputs = call.outputs()
+        for tensor in written:
+            if not any(tensor is t for t in outputs):
+                # on the side (statistics, noise): nothing that has to be known
+                self.facts.freeze(self.layout(tensor).all_labels, call.why)
         for i, tensor in enumerate(outputs):
             result = results[i] if i < len(results) else None
+            if any(tensor is t for t in written):
+                if result is not None:
+                    self._write(tensor, result, call)
+                continue
             if any(tensor is t for t in call.tensors()):
                 continue
             if result is None:
@@ -341,7 +343,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _flat(result: Result) -> list[Layout | None]:
-    return list(result) if isinstance(result, (list, tuple)) else [result]
+    return [result] if isinstance(result, Layout) or result is None else list(result)
 
 
 def record(model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: Callable[[], Any]) -> Recorder:

@@ -18,6 +18,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from mergeid.graph.facts import Facts
+from mergeid.graph.group import NoImage, random_permutations
 
 
 @dataclass
@@ -72,6 +73,7 @@ class _Solver:
         eqs = facts.eqs
         self.eq_a = np.concatenate([a for a, _ in eqs]) if eqs else np.zeros(0, np.int64)
         self.eq_b = np.concatenate([b for _, b in eqs]) if eqs else np.zeros(0, np.int64)
+        self.eq_fact = np.repeat(np.arange(len(eqs)), [len(a) for a, _ in eqs])
         self.class_of = np.zeros(0, np.int64)
         # every label's array of origin gives its initial colour
         starts = np.array(facts.starts, np.int64)
@@ -98,6 +100,7 @@ class _Solver:
         graph = coo_matrix((np.ones(len(self.eq_a), np.int8), (self.eq_a, self.eq_b)), shape=(self.n, self.n))
         count, self.class_of = connected_components(graph, directed=False)
         self.count = count
+        self.rank = _ranks(self.class_of)
         self.reason = np.full(count, -1, np.int64)
         hit = np.flatnonzero(self.label_reason >= 0)[::-1]
         self.reason[self.class_of[hit]] = self.label_reason[hit]
@@ -108,20 +111,48 @@ class _Solver:
                 break
             self.reason[p[flow]] = self.reason[c[flow]]
         self.label_reason = np.maximum(self.label_reason, self.reason[self.class_of])
-        live = (self.reason[c] < 0) & (c != p)
+        live = self.reason[c] < 0
         # facts whose children are all frozen say nothing any more
         self.child, self.parent, self.fact = self.child[live], self.parent[live], self.fact[live]
-        edges = np.stack([self.fact, c[live], p[live]], 1)
+        # a fact relates a class through one of its labels or through another: these are different maps
+        kind = np.stack([self.fact, self.rank[self.child], self.rank[self.parent]], 1)
+        kind = np.unique(kind, axis=0, return_inverse=True)[1].reshape(-1) if len(kind) else self.fact
+        edges = np.stack([kind, c[live], p[live]], 1)
+        inside = edges[:, 1] == edges[:, 2]
+        self.loops, edges = edges[inside], edges[~inside]
         if len(edges):
             _, first = np.unique(_rows(edges), return_index=True)
             first.sort()
             edges = edges[first]
         self.edges = edges
 
+    def cycles(self) -> bool:
+        """Unite classes that lie in each other: each decides where the other goes. True if there were any."""
+        live = self.edges[self.reason[self.edges[:, 2]] < 0] if len(self.edges) else self.edges
+        if not len(live):
+            return False
+        shape = (self.count, self.count)
+        graph = coo_matrix((np.ones(len(live), np.int8), (live[:, 1], live[:, 2])), shape=shape)
+        count, component = connected_components(graph, directed=True, connection="strong")
+        if count == self.count:
+            return False
+        first = self.representatives()
+        order = np.argsort(component, kind="stable")
+        same = component[order[1:]] == component[order[:-1]]
+        self.add_eq(first[order[1:][same]], first[order[:-1][same]])
+        return True
+
+    def representatives(self) -> np.ndarray:
+        """The first label of every class."""
+        first = np.zeros(self.count, np.int64)
+        first[self.class_of[::-1]] = np.arange(self.n)[::-1]
+        return first
+
     def add_eq(self, a: np.ndarray, b: np.ndarray) -> None:
         """Unite classes (given by any of their labels)."""
         self.eq_a = np.concatenate([self.eq_a, a])
         self.eq_b = np.concatenate([self.eq_b, b])
+        self.eq_fact = np.concatenate([self.eq_fact, np.full(len(a), self.eq_fact.max(initial=-1) + 1)])
 
     def add_par(self, child: np.ndarray, parent: np.ndarray) -> None:
         self.child = np.concatenate([self.child, child])
@@ -137,9 +168,16 @@ class _Solver:
         return labels
 
     def colours(self) -> None:
-        """Colour refinement; frozen classes have a colour each."""
+        """Colour refinement; frozen classes have a colour each.
+
+        Classes trade places label by label, in order of their labels. So they start with one colour only if the same
+        facts tie their labels together in that order.
+        """
         k = self.count
-        colour = _sum_by(self.class_of, _mix(self.origin, 0), k)
+        colour = _sum_by(self.class_of, _mix(self.origin, 0) ^ _mix(self.rank, 8), k)
+        ends = _mix(self.rank[self.eq_a], 9) + _mix(self.rank[self.eq_b], 10)
+        colour += _sum_by(self.class_of[self.eq_a], _mix(_mix(self.eq_fact, 11) ^ ends, 12), k)
+        colour += _sum_by(self.loops[:, 1], _mix(self.loops[:, 0], 13), k)
         frozen = self.reason >= 0
         colour[frozen] = _mix(np.flatnonzero(frozen), 1)
         fact, c, p = self.edges.T if len(self.edges) else np.zeros((3, 0), np.int64)
@@ -162,8 +200,7 @@ class _Solver:
         edges = self.edges[live]
         if not len(edges):
             return False
-        representative = np.zeros(self.count, np.int64)
-        representative[self.class_of[::-1]] = np.arange(self.n)[::-1]
+        representative = self.representatives()
         cells = self.cell_of[edges[:, 1]]
         order = np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0], cells))
         edges, cells = edges[order], cells[order]
@@ -226,6 +263,16 @@ class _Solver:
         return True
 
 
+def _ranks(class_of: np.ndarray) -> np.ndarray:
+    """The place of every label among the labels of its class."""
+    order = np.argsort(class_of, kind="stable")
+    sizes = np.bincount(class_of)
+    starts = np.cumsum(sizes) - sizes
+    rank = np.empty(len(class_of), np.int64)
+    rank[order] = np.arange(len(class_of)) - np.repeat(starts, sizes)
+    return rank
+
+
 def _rows(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).view([("", a.dtype)] * a.shape[1]).reshape(-1)
 
@@ -263,6 +310,8 @@ def solve(facts: Facts, atoms: np.ndarray) -> Solution:
         return Solution(np.zeros(0, np.int64), [], np.zeros(0, np.int64), solver.reasons)
     while True:
         solver.classes()
+        if solver.cycles():
+            continue
         solver.colours()
         if solver.close():
             continue
@@ -293,8 +342,18 @@ def _cells(solver: _Solver, atoms: np.ndarray) -> tuple[list[Cell], set[int]]:
         if np.array_equal(before[0], position) and np.array_equal(before[1], depth):
             break
     else:
-        return [], set(edges[:, 1].tolist())  # a cycle of parents
-    free = free[position[free] < np.iinfo(np.int64).max]
+        return [], set(edges[:, 1].tolist())  # deeper than any network
+    # no atom lies in these, but where they join two parents, those are bound to each other
+    nowhere = position == np.iinfo(np.int64).max
+    position[nowhere] = len(solver.class_of) + np.flatnonzero(nowhere)
+    wanted = ~nowhere
+    queue = [c for c in free[nowhere[free]].tolist() if len(parents.get(c, ())) > 1]
+    while queue:
+        c = queue.pop()
+        if not wanted[c]:
+            wanted[c] = True
+            queue += parents.get(c, ())
+    free = free[wanted[free]]
     free = free[np.lexsort((position[free], solver.cell_of[free]))]
     groups = np.split(free, np.flatnonzero(np.diff(solver.cell_of[free])) + 1) if len(free) else []
     groups.sort(key=lambda g: (depth[g[0]], position[g[0]]))
@@ -307,7 +366,14 @@ def _cells(solver: _Solver, atoms: np.ndarray) -> tuple[list[Cell], set[int]]:
         for k, c in enumerate(made.members.reshape(-1).tolist()):
             cell_at[c] = (len(cells), k)
         cells.append(made)
-    return cells, _misfits(cells)
+    bad = _misfits(cells)
+    return _with_atoms(cells, nowhere), bad
+
+
+def _with_atoms(cells: list[Cell], nowhere: np.ndarray) -> list[Cell]:
+    keep = [i for i, c in enumerate(cells) if not nowhere[c.members.flat[0]]]
+    at = {i: k for k, i in enumerate(keep)}
+    return [Cell(c.members, tuple(at[p] for p in c.parents), c.block_parents) for c in (cells[i] for i in keep)]
 
 
 def _cell(group: np.ndarray, parents: dict[int, set[int]], cell_at: dict[int, tuple[int, int]]) -> Cell | set[int]:
@@ -329,17 +395,25 @@ def _cell(group: np.ndarray, parents: dict[int, set[int]], cell_at: dict[int, tu
     return Cell(members, names, where)
 
 
-def _misfits(cells: list[Cell], trials: int = 3) -> set[int]:
-    """Classes whose blocks lack an image under random elements of the group."""
-    from mergeid.graph.group import NoImage, random_permutations
+def _misfits(cells: list[Cell], trials: int = 24) -> set[int]:
+    """Classes whose blocks lack an image under random elements of the group.
 
+    Elements that map the blocks onto themselves are a subgroup, so where it is not everything each trial shows it with
+    probability ½ or more. Blocks in at most one parent always have an image.
+    """
+    wanted: set[int] = set()
+    for i in reversed(range(len(cells))):
+        if len(cells[i].parents) > 1 or i in wanted:
+            wanted |= {i, *cells[i].parents}
+    some = sorted(wanted)
+    at = {i: k for k, i in enumerate(some)}
+    structures = [
+        (cells[i].members.shape, tuple(at[p] for p in cells[i].parents), cells[i].block_parents) for i in some
+    ]
     rng = np.random.default_rng(0)
-    for _ in range(trials):
+    for _ in range(trials if some else 0):
         try:
-            random_permutations(
-                [(c.members.shape, c.parents, c.block_parents) for c in cells], lambda n: rng.permutation(n)
-            )
+            random_permutations(structures, rng.permutation)
         except NoImage as e:
-            cell = cells[e.cell]
-            return {int(cells[p].members.reshape(-1)[m]) for p in cell.parents for m in range(cells[p].members.size)}
+            return {int(c) for p in cells[some[e.cell]].parents for c in cells[p].members.reshape(-1)}
     return set()

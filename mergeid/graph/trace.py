@@ -60,11 +60,24 @@ def _moving(cells: list[Cell]) -> list[bool]:
     return moves
 
 
+def _says(drafts: list[_Draft | None], p: int, in_p: np.ndarray, q: int, in_q: np.ndarray) -> bool:
+    """Whether lying in these members of draft p means lying in those of draft q."""
+    d = drafts[p]
+    if d is None or p == q:
+        return False
+    block = in_p // d.members.shape[1]
+    return any(
+        np.array_equal(d.block_parents[block, k], in_q)
+        if parent == q
+        else _says(drafts, parent, d.block_parents[block, k], q, in_q)
+        for k, parent in enumerate(d.parents)
+    )
+
+
 def _simplified(cells: list[Cell]) -> list[_Draft | None]:
     """Drop parents that stand still or follow from other parents; None for cells that never move."""
     moves = _moving(cells)
     drafts: list[_Draft | None] = []
-    above: list[set[int]] = []
     for cell, m in zip(cells, moves, strict=True):
         columns: dict[int, np.ndarray] = {}
         queue = [(p, cell.block_parents[:, k]) for k, p in enumerate(cell.parents)]
@@ -78,9 +91,8 @@ def _simplified(cells: list[Cell]) -> list[_Draft | None]:
                 queue += [(q, draft.block_parents[column, k]) for k, q in enumerate(draft.parents)]
             else:
                 columns.setdefault(p, column)
-        implied = set().union(*(above[p] for p in columns)) if columns else set()
+        implied = {q for q, column in columns.items() for p in columns if _says(drafts, p, columns[p], q, column)}
         names = tuple(sorted(p for p in columns if p not in implied))
-        above.append(set(names) | implied)
         where = np.stack([columns[p] for p in names], 1) if names else np.zeros((len(cell.members), 0), np.int64)
         drafts.append(_Draft(cell.members, names, where, []) if m else None)
     return drafts
@@ -101,8 +113,8 @@ def _lay_out(
             draft_of[d.members.reshape(-1)] = i
             flat_of[d.members.reshape(-1)] = np.arange(d.members.size)
     on_axis = {key: draft_of[solution.class_of[labels]] for key, labels in recorder.axes.items()}
-    home = _homes(drafts, on_axis)
     index_at = {key: flat_of[solution.class_of[labels]] for key, labels in recorder.axes.items()}
+    home = _homes(drafts, on_axis, index_at)
 
     spaces: list[Space] = []
     taps: dict[str, list[TapMap]] = {}
@@ -174,16 +186,20 @@ def _merged(drafts: list[_Draft | None], home: dict[int, tuple[int, int]], i: in
     return not (d.parents and home[i][0] != i)
 
 
-def _homes(drafts: list[_Draft | None], on_axis: Mapping[tuple[str, int], np.ndarray]) -> dict[int, tuple[int, int]]:
+def _homes(
+    drafts: list[_Draft | None],
+    on_axis: Mapping[tuple[str, int], np.ndarray],
+    index_at: Mapping[tuple[str, int], np.ndarray],
+) -> dict[int, tuple[int, int]]:
     """draft -> (the draft whose space it belongs to, offset of its flat members there).
 
     Parentless drafts on the same axes are blocks of one space. A draft that only follows one parent is folded into
     it, where each member's positions come in one order.
     """
-    lives: dict[int, set[tuple[str, int]]] = {}
+    lives: dict[int, set[tuple[tuple[str, int], int]]] = {}
     for key, at in on_axis.items():
-        for i in np.unique(at[at >= 0]).tolist():
-            lives.setdefault(i, set()).add(key)
+        for i, count in zip(*(x.tolist() for x in np.unique(at[at >= 0], return_counts=True)), strict=True):
+            lives.setdefault(i, set()).add((key, count))
     home: dict[int, tuple[int, int]] = {}
     first: dict[Any, tuple[int, int]] = {}
     has_children = {p for d in drafts if d is not None for p in d.parents}
@@ -199,21 +215,28 @@ def _homes(drafts: list[_Draft | None], on_axis: Mapping[tuple[str, int], np.nda
         elif len(d.parents) == 1 and d.members.shape[1] == 1 and home[d.parents[0]][0] == d.parents[0]:
             home[i] = (d.parents[0], 0)
     # positions of every member must come in the same order of drafts
-    for at in on_axis.values():
+    for key, at in on_axis.items():
         for target in {home[i][0] for i in np.unique(at[at >= 0]).tolist()}:
             mine = [i for i in np.unique(at[at >= 0]).tolist() if home[i][0] == target and i != target]
             mine = [i for i in mine if drafts[i] is not None and drafts[i].parents]  # type: ignore[union-attr]
-            if len(mine) > 1 and not _same_order(at, mine):
+            if mine and not _same_order(at, index_at[key], drafts, mine, target):
                 for i in mine:
                     home[i] = (i, 0)
     return home
 
 
-def _same_order(at: np.ndarray, drafts: list[int]) -> bool:
-    """Whether the drafts' positions on an axis repeat in one pattern per member (contiguous members)."""
-    sequence = at[np.isin(at, drafts)]
-    count = len(sequence) // len(np.flatnonzero(sequence == sequence[0])) if len(sequence) else 0
-    return bool(count and len(sequence) % count == 0 and (sequence.reshape(-1, count) == sequence[:count]).all())
+def _same_order(at: np.ndarray, index: np.ndarray, drafts: list[_Draft | None], folded: list[int], target: int) -> bool:
+    """Whether every member of `target` has the same sequence of drafts on its positions."""
+    where = np.flatnonzero(np.isin(at, [*folded, target]))
+    member = index[where].copy()
+    for i in folded:
+        d = drafts[i]
+        assert d is not None
+        here = at[where] == i
+        member[here] = d.block_parents[member[here], 0]
+    sequence = at[where][np.argsort(member, kind="stable")]
+    count = np.unique(member, return_counts=True)[1]
+    return bool((count == count[0]).all() and (sequence.reshape(len(count), -1) == sequence[: count[0]]).all())
 
 
 def _label_roots(spaces: list[Space], label: SpaceLabeller | None) -> None:

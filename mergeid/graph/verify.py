@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph
+from mergeid.state import load_weights
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative output error that counts as unchanged (rounding of deep networks is far below it)."""
@@ -75,7 +76,7 @@ def verify(
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
 
     def run(values: Mapping[str, Tensor]) -> list[Tensor]:
-        probe.load_state_dict(values, strict=False)
+        load_weights(probe, values)
         with torch.no_grad():
             out = forward(probe, _cast(inputs, dtype))
         return [t.double() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]

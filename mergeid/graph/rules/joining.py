@@ -86,6 +86,11 @@ def concatenate(call: Call, layouts: Sequence[Layout], dim: int) -> Layout:
     arrays = [
         _joint_labels(call, o, m, dim, size, order, size_of) for o, m, size in zip(ops, slots, sizes, strict=True)
     ]
+    for k, array in enumerate(arrays):
+        if any(np.isin(array, before).any() for before in arrays[:k]):
+            # the same neurons in another role: their second positions are neurons of their own that lie in them
+            arrays[k] = facts.fresh(array.shape)
+            facts.par(arrays[k], array)
     labels = np.concatenate(arrays, axis=0)
 
     left = [_restricted(o.layout, m, joint, dim) for o, m in zip(ops, slots, strict=True)]
