@@ -14,7 +14,7 @@ from mergeid.identify.activations import PairStream, TapReader, choose_taps
 from mergeid.identify.decide import DIRECT, MATCH, WILL_NOT, SpaceEvidence, decide_from_activations, decide_from_weights
 from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
-from mergeid.match.activation import TIE_BREAK, combined_matching
+from mergeid.match.activation import WEIGHT_SHARE, combined_matching
 from mergeid.match.weight import WeightSimilarity, weight_matching
 
 Progress = Callable[[str, int, int], None]
@@ -118,7 +118,7 @@ def make_plan(
     elif count < 16:
         raise MergeidError(f"--data holds {count} examples; the evidence needs at least 16")
     records: list[SpaceEvidence]
-    settings = {"batch_size": batch_size, "tie_break": TIE_BREAK}
+    settings = {"batch_size": batch_size, "weight_share": WEIGHT_SHARE}
     if match == "never":
         element, records = graph.identity(), []
     elif dataset is None:
@@ -136,11 +136,10 @@ def make_plan(
         if match == "always":
             element, records = matched, []
         else:
-            scores = {
-                s.id: TIE_BREAK * similarity.cosines(s, matched) + correlation.get(s.id, 0.0) for s in graph.spaces
-            }
+            cosines = {s.id: WEIGHT_SHARE * similarity.cosines(s, matched) for s in graph.spaces}
+            scores = {k: c + correlation.get(k, 0.0) for k, c in cosines.items()}
             tell("judging on held-out examples", 0, 1)
-            decided = decide_from_activations(evidence, scores, matched, seed=seed)
+            decided = decide_from_activations(evidence, scores, cosines, matched, seed=seed)
             element = decided.element
             records = _with_chords(graph, evidence, decided.spaces, element, matched, a.state(), b.state())
     verdict = _verdict(match, records, notes)

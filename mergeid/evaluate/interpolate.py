@@ -17,6 +17,7 @@ from mergeid.evaluate.result import BarrierResult
 from mergeid.evaluate.resume import PointFile, digest_of
 from mergeid.merge.repair import batchnorm_layers, calibration_batches, reestimate_batchnorm
 from mergeid.plugins import Batch
+from mergeid.state import forget_derived
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -151,6 +152,7 @@ def load_between(
     with torch.no_grad():
         for name, a in state_a.items():
             target[name].copy_(between(a, state_b[name], x, target[name].device, keep_precision))
+    forget_derived(model)
 
 
 def between(a: Tensor, b: Tensor, x: float, device: torch.device, keep_precision: bool = False) -> Tensor:

@@ -92,13 +92,20 @@ def _record(graph: NeuronGraph, space: Space, **values: Any) -> SpaceEvidence:
 
 
 def decide_from_activations(
-    evidence: ActivationEvidence, scores: Mapping[str, np.ndarray], matched: Element, *, seed: int
+    evidence: ActivationEvidence,
+    scores: Mapping[str, np.ndarray],
+    cosines: Mapping[str, np.ndarray],
+    matched: Element,
+    *,
+    seed: int,
 ) -> Decisions:
     """Decide parents first, each space judged with its parents at their current choice, to a fixed point.
 
     Args:
         evidence: collected moments; its held-out half judges.
         scores: space id -> [size, size] similarities that the match maximises.
+        cosines: the part of the scores that comes from the weights: what activations gain must outweigh what the
+            weights lose.
         matched: the match of all spaces, fitted on the other half.
     """
     graph = evidence.graph
@@ -124,7 +131,9 @@ def decide_from_activations(
             follow = graph.follow(s, new)
             choice = solver.choose(s, {**current, **new}) if s.parents else best[s.id]
             moved = int((choice != follow).sum())
-            records[s.id], matches = _decision(graph, s, judged.get(s.id), moved)
+            rows = np.arange(s.size)
+            lost = float((cosines[s.id][rows, follow] - cosines[s.id][rows, choice]).mean())
+            records[s.id], matches = _decision(graph, s, judged.get(s.id), moved, lost)
             new[s.id] = choice if matches else follow
         if all(np.array_equal(new[k], current[k]) for k in new):
             break
@@ -179,11 +188,13 @@ def _tree_candidates(
     return still, solver.solve(space, dict(current))
 
 
-def _decision(graph: NeuronGraph, space: Space, judged: Judgement | None, moved: int) -> tuple[SpaceEvidence, bool]:
+def _decision(
+    graph: NeuronGraph, space: Space, judged: Judgement | None, moved: int, lost: float
+) -> tuple[SpaceEvidence, bool]:
     if judged is None:
         why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
         return _record(graph, space, decision=DIRECT, why=why, evidence="none", moved=0), False
-    matches = moved > 0 and judged.gain_low > 0
+    matches = moved > 0 and judged.gain_low > 0 and judged.gain > lost
     chosen = judged.j_match if matches else judged.j_current
     values = {
         "evidence": "activations",
@@ -208,6 +219,8 @@ def _decision(graph: NeuronGraph, space: Space, judged: Judgement | None, moved:
         return _record(graph, space, decision=MATCH, why=why, **values), True
     if moved == 0:
         why = "the neurons correspond: the best assignment is the identity"
+    elif judged.gain_low > 0:
+        why = f"the match gains {judged.gain:.3f} in correlation but parts neurons whose weights correspond"
     else:
         why = f"the identity is as good as the match within its interval (gain {judged.gain:+.3f})"
     return _record(graph, space, decision=DIRECT, why=why, **values), False

@@ -11,9 +11,10 @@ from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.match.assignment import TreeAssignment, roots
 from mergeid.match.weight import WeightSimilarity, weight_matching
 
-TIE_BREAK = 0.1
-"""Weight of the weights' cosine beside the correlation: it places neurons that are silent on the calibration data or
-that others copy, and is too small to overrule a correlation that differs."""
+WEIGHT_SHARE = 1.0
+"""Weight of the cosine of the weights beside the correlation of the activations. A merge averages weights: two neurons
+that behave alike but are built differently (twins in a fine-tune) are no pair. Between independent seeds the cosines
+are near 0 for every pair, and the activations decide alone; silent neurons are placed by their weights."""
 
 
 def activation_matching(graph: NeuronGraph, correlation: Mapping[str, np.ndarray]) -> Element:
@@ -36,7 +37,7 @@ def combined_matching(
     correlation: Mapping[str, np.ndarray],
     *,
     generator: Generator,
-    passes: int = 4,
+    passes: int = 8,
 ) -> Element:
     """Activation matching, refined by the weights where activations leave a choice, and weight matching for spaces
     whose activations cannot be read."""
@@ -53,6 +54,6 @@ def combined_matching(
         element=start,
         extra=extra,
         cosine=True,
-        weight=TIE_BREAK,
+        weight=WEIGHT_SHARE,
         max_passes=passes,
     )

@@ -1,0 +1,170 @@
+"""Two models of one architecture, loaded and compared, with their common neuron graph and data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.load import Loaded, find_architecture, graph_of, load, load_checkpoint
+from mergeid.plugins import Adapter, Architecture
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mergeid.graph.neuron_graph import NeuronGraph
+
+Source = Union[str, "os.PathLike[str]", "nn.Module"]
+Progress = Callable[[str, int, int], None]
+LIMIT = 512
+"""Calibration examples that are used unless told otherwise."""
+
+
+@dataclass
+class Pair:
+    a: Loaded
+    b: Loaded
+    graph: NeuronGraph
+
+
+def is_module(source: Any) -> bool:
+    return not isinstance(source, (str, os.PathLike))
+
+
+def _open_pair(
+    a: Source, b: Source, skip: Sequence[str], dtype: str | None, allow_pickle: bool
+) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints, compared by their headers before anything is built."""
+    from mergeid.merge.by_torch import check_finite
+    from mergeid.merge.compare import plan_tensors
+
+    first, second = (
+        open_checkpoint(x, allow_pickle=allow_pickle)
+        if isinstance(x, (str, os.PathLike))
+        else Checkpoint.from_tensors(x.state_dict(), source=type(x).__name__)
+        for x in (a, b)
+    )
+    tensors = plan_tensors(first, second, skip=skip, dtype=dtype)
+    for checkpoint in (first, second):
+        check_finite(checkpoint, tensors.merged)
+    return first, second
+
+
+def load_pair(
+    a: Source,
+    b: Source,
+    *,
+    arch: str | None,
+    skip: Sequence[str],
+    allow_pickle: bool,
+    device: str,
+    seed: int,
+    dtype: str | None = None,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+) -> Pair:
+    from fnmatch import fnmatchcase
+
+    import torch
+
+    if is_module(a) != is_module(b):
+        raise MergeidError("one model is a live module and the other a path; load the path into a module first")
+    tell = progress or (lambda *_: None)
+    first, second = _open_pair(a, b, skip, dtype, allow_pickle)
+    if is_module(a):
+        one = load(a, arch=arch, example_inputs=example_inputs, seed=seed)
+        two = load(b, arch=arch, example_inputs=one.example if example_inputs is None else example_inputs, seed=seed)
+        two.adapter, two.arch = one.adapter, one.arch
+        found = graph_of(one, seed=seed)
+    else:
+        tell("loading", 0, 2)
+        adapter, found_arch = find_architecture(first, arch)
+        generator = torch.Generator().manual_seed(seed)
+        one = load_checkpoint(first, adapter, found_arch, device=device, generator=generator)
+        tell("loading", 1, 2)
+        same = skip == () or not skip
+        other = found_arch if same else find_architecture(second, arch)[1]
+        two = load_checkpoint(second, adapter, other, device=device, generator=generator)
+        tell("tracing and verifying the neuron graph", 0, 1)
+        found = _common_graph(adapter, found_arch, one, seed)
+    if skip:
+        keys = {one.names.get(n, n) for n in one.names if any(fnmatchcase(n, p) for p in skip)}
+        found = found.on_tensors([t for t in found.tensors if t not in keys])
+    return Pair(one, two, found)
+
+
+def _common_graph(adapter: Adapter, arch: Architecture, loaded: Loaded, seed: int) -> NeuronGraph:
+    """The graph on which all architectures that fit the tensors agree.
+
+    Raises `MergeidError` when they do not."""
+    import dataclasses
+    import warnings
+
+    import torch
+
+    from mergeid.errors import MergeidWarning
+
+    found = graph_of(loaded, seed=seed)
+    others = [c for c in arch.candidates if c != arch.name]
+    for name in others:
+        candidate = dataclasses.replace(arch, name=name, candidates=())
+        assert loaded.checkpoint is not None
+        other = load_checkpoint(
+            loaded.checkpoint, adapter, candidate, device="cpu", generator=torch.Generator().manual_seed(seed)
+        )
+        if _shape_of(graph_of(other, seed=seed)) != _shape_of(found):
+            raise MergeidError(
+                f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}, whose neuron graphs differ; "
+                f"say which with --arch, for example --arch {adapter.name}/{arch.name}"
+            )
+    if others:
+        warnings.warn(
+            f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}; their neuron graphs are the same, going "
+            f"on with {arch.name} (choose with --arch)",
+            MergeidWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _shape_of(found: NeuronGraph) -> Any:
+    return [(s.size, s.blocks, s.parents, [(a.tensor, a.axis, a.index.tolist()) for a in s.axes]) for s in found.spaces]
+
+
+def dataset_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> tuple[Any, Callable[[Any], Any] | None]:
+    """Map-style data and its collate function; (None, None) without data."""
+    if data is None:
+        return None, None
+    if loaded.adapter.name == "torch":
+        return data, None
+    from mergeid.data import collate, load_data
+
+    dataset = load_data(data, adapter=loaded.adapter, arch=loaded.arch, folder=loaded.folder, limit=limit, seed=seed)
+    return dataset, collate
+
+
+def open_plain(a: Source, b: Source, allow_pickle: bool) -> tuple[Checkpoint, Checkpoint]:
+    first, second = (
+        open_checkpoint(x, allow_pickle=allow_pickle)
+        if isinstance(x, (str, os.PathLike))
+        else Checkpoint.from_tensors(x.state_dict(), source=type(x).__name__)
+        for x in (a, b)
+    )
+    return first, second
+
+
+def output_path(output: str | os.PathLike[str] | None, a: Source, b: Source, force: bool) -> Path:
+
+    if output is None:
+        folder = isinstance(a, (str, os.PathLike)) and not str(a).endswith(
+            (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+        )
+        output = "merged" if folder else "merged.safetensors"
+    from mergeid.io.output import check_output
+
+    inputs = [Path(x) for x in (a, b) if isinstance(x, (str, os.PathLike)) and os.path.exists(x)]
+    return check_output(output, inputs=inputs, force=force)

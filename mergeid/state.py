@@ -1,0 +1,22 @@
+"""Put weights into a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `state` has and leave the model in eval mode.
+
+    Some models keep values derived from their weights (attention biases by position) until the mode changes, so the
+    mode is changed."""
+    model.load_state_dict(state, strict=False)
+    forget_derived(model)
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Make an eval-mode model drop values that it derived from earlier weights."""
+    model.train()
+    model.eval()
