@@ -95,8 +95,6 @@ def plan(
 
     Raises `MergeidError` for anything wrong with the input.
     """
-    from mergeid.planning import make_plan
-
     pair = load_pair(
         a,
         b,
@@ -109,6 +107,8 @@ def plan(
         progress=progress,
     )
     dataset, collate = dataset_of(data, pair.a, limit, seed)
+    from mergeid.planning import make_plan
+
     return make_plan(
         pair.a,
         pair.b,
@@ -160,12 +160,6 @@ def barrier(
 
     Raises `MergeidError` for anything wrong with the input.
     """
-    import numpy as np
-    import torch
-
-    from mergeid.evaluate.interpolate import barrier_curve
-    from mergeid.evaluate.measure import make_accelerator
-
     if points < 2:
         raise MergeidError(f"--points must be at least 2, got {points}")
     pair = load_pair(
@@ -179,6 +173,12 @@ def barrier(
         example_inputs=example_inputs,
         progress=progress,
     )
+    import numpy as np
+    import torch
+
+    from mergeid.evaluate.interpolate import barrier_curve
+    from mergeid.evaluate.measure import make_accelerator
+
     dataset, collate = dataset_of(data, pair.a, limit, seed)
     source = calibration if calibration is not None else data
     held, _ = dataset_of(source, pair.a, calibration_limit, seed) if (repair or match != "never") else (None, None)

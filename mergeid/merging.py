@@ -101,8 +101,6 @@ def merge(
     repaired: dict[str, Tensor] = {}
     notes: list[str] = []
     if match != "never" or (data is not None and repair):
-        from mergeid.planning import make_plan
-
         pair = load_pair(
             a,
             b,
@@ -116,6 +114,8 @@ def merge(
             progress=progress,
         )
         dataset, collate = dataset_of(data, pair.a, limit, seed)
+        from mergeid.planning import make_plan
+
         made = make_plan(
             pair.a,
             pair.b,
@@ -302,9 +302,6 @@ def align(
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
-    from mergeid.planning import make_plan
-    from mergeid.scrambling import rewrite
-
     live = is_module(b)
     target = None
     if not (live and output is None):
@@ -322,6 +319,9 @@ def align(
         progress=progress,
     )
     dataset, collate = dataset_of(data, pair.a, limit, seed)
+    from mergeid.planning import make_plan
+    from mergeid.scrambling import rewrite
+
     made = make_plan(
         pair.a,
         pair.b,

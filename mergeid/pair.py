@@ -39,7 +39,6 @@ def _open_pair(
     a: Source, b: Source, skip: Sequence[str], dtype: str | None, allow_pickle: bool
 ) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints, compared by their headers before anything is built."""
-    from mergeid.merge.by_torch import check_finite
     from mergeid.merge.compare import plan_tensors
 
     first, second = (
@@ -49,6 +48,8 @@ def _open_pair(
         for x in (a, b)
     )
     tensors = plan_tensors(first, second, skip=skip, dtype=dtype)
+    from mergeid.merge.by_torch import check_finite
+
     for checkpoint in (first, second):
         check_finite(checkpoint, tensors.merged)
     return first, second
@@ -69,12 +70,12 @@ def load_pair(
 ) -> Pair:
     from fnmatch import fnmatchcase
 
-    import torch
-
     if is_module(a) != is_module(b):
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
     tell = progress or (lambda *_: None)
     first, second = _open_pair(a, b, skip, dtype, allow_pickle)
+    import torch  # what is wrong with the files is said before torch is loaded
+
     if is_module(a):
         one = load(a, arch=arch, example_inputs=example_inputs, seed=seed)
         two = load(b, arch=arch, example_inputs=one.example if example_inputs is None else example_inputs, seed=seed)

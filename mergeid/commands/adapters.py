@@ -44,16 +44,9 @@ def command(
             from mergeid.report.tables import Column, show
 
             columns = [Column("adapter"), Column("package"), Column("version"), Column("architectures", "right")]
-            columns.append(Column("for example", shrink=True, min_width=20))
             work.close()
-            show(
-                columns,
-                [
-                    [r["adapter"], r["package"], r["version"], r["architectures"], ", ".join(r["examples"])]
-                    for r in rows
-                ],
-                console=work.console,
-            )
+            show(columns, [list(row.values()) for row in rows], console=work.console)
+            work.say("Their names: mergeid adapters 'GLOB', for example mergeid adapters 'resnet*'.")
     return 0
 
 
@@ -67,11 +60,9 @@ def _row(name: str, names: list[str]) -> dict[str, Any]:
         found = version(name)
     except PackageNotFoundError:
         found = "–"
-    step = max(len(names) // 4, 1)
     return {
         "adapter": name,
         "package": package,
         "version": found,
         "architectures": len(names),
-        "examples": names[::step][:4],
     }

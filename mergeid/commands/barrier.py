@@ -41,6 +41,7 @@ def command(
             "--limit", metavar="N", min=1, rich_help_panel=o.INPUT, help="Examples taken from DATA; all if not given."
         ),
     ] = None,
+    skip: o.Skip = None,
     allow_pickle: o.AllowPickle = False,
     output: Annotated[
         Path | None,
@@ -108,6 +109,7 @@ def command(
             repair=repair,
             points=points,
             arch=arch,
+            skip=skip or (),
             limit=limit,
             batch_size=batch_size,
             seed=seed,

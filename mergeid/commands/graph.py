@@ -62,6 +62,8 @@ def command(
     for file in files:
         check_text_output(file, "--json" if str(file) == json_target else "-o", inputs=(model,))
     as_json = json_target is not None
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or Path(model).suffix in o.WEIGHTS):
+        raise MergeidError(f"no such file or folder: {model}; expected {o.MODEL}, or an architecture's name")
     with working(as_json) as work:
         work.progress("tracing and verifying", 0, 0)
         found = api.graph(model, arch=arch, seed=seed, allow_pickle=allow_pickle)
@@ -134,7 +136,8 @@ def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
         raise MergeidError(f"--why {axis!r}: {graph.model} has no tensor {tensor!r}; {hint}")
     if number >= len(shape):
         raise MergeidError(f"--why {axis!r}: {tensor!r} has shape {list(shape)}; expected an axis below {len(shape)}")
-    spaces, text = [], []
+    spaces: list[dict[str, Any]] = []
+    text: list[str] = []
     for space, where in graph.on_tensor.get(tensor, []):
         if where.axis != number:
             continue

@@ -10,6 +10,8 @@ import typer
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
 
 MODEL = ".safetensors file, model folder, or hub id (org/name, org/name@revision)"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files of weights."""
 
 
 class Match(str, Enum):

@@ -146,7 +146,8 @@ def _share(graph: NeuronGraph, spaces: Sequence[Space]) -> float:
 
 def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
     """What the table adds up to, one sentence per line."""
-    lines = [f"On a free axis: {percent(graph.share, 2)} of {_parameters(graph):,} parameters."]
+    total = f"{_parameters(graph):,} parameters (running statistics included)"
+    lines = [f"On a free axis: {percent(graph.share, 2)} of {total}."]
     if graph.verified:
         lines.append(
             f"Verified: {graph.verified['samples']} random group elements, outputs equal to a relative error of "

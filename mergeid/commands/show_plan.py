@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from mergeid.report.tables import Column, make_table, number, percent
+from mergeid.report.tables import Column, make_table, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +29,8 @@ MEANING = {
 
 LEGEND = (
     "J: mean correlation of paired neurons as they lie, matched, at random. ι: 1 where the neurons correspond as they "
-    "lie, 0 where no better than at random. lost: share of the activations' variance that the midpoint loses. moved: "
-    "neurons that trade places."
+    "lie, 0 where no better than at random. chord: how far the next layer's output is off the average of the "
+    "two. moved: neurons that trade places."
 )
 LEGEND_WEIGHTS = (
     "gain: by how much the match fits unseen weights better than the order as it is, in standard deviations of a "
@@ -67,8 +67,8 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
         Column("J match", "right"),
         Column("J random", "right", optional=4),
         Column("ι [95 %]", "right"),
-        Column("lost as is", "right", optional=5),
-        Column("lost match", "right", optional=5),
+        Column("chord as is", "right", optional=5),
+        Column("chord match", "right", optional=5),
     ]
     rows: list[Sequence[Any]] = [
         [
@@ -81,8 +81,8 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
             fixed(s.j_match),
             fixed(s.j_random),
             interval(s.iota, s.iota_low, s.iota_high),
-            percent(s.deviation_identity, 0),
-            percent(s.deviation_match, 0),
+            fixed(s.chord_identity),
+            fixed(s.chord_match),
         ]
         for s in plan.spaces
     ]
@@ -113,7 +113,7 @@ def print_merge(result: MergeResult, console: Console) -> None:
     if result.plan is None:
         console.print("Plain merge: B's neurons were taken as they lie.")
     else:
-        for line in verdict_lines(result.plan):
+        for line in verdict_lines(result.plan, result.notes):
             console.print(line, markup=False)
     if result.repaired:
         console.print(
@@ -141,9 +141,9 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     return fixed(value) + ends
 
 
-def verdict_lines(plan: Plan) -> list[str]:
+def verdict_lines(plan: Plan, notes: Sequence[str] | None = None) -> list[str]:
     """The verdict in a sentence, how the spaces were decided, and the notes."""
     counts = Counter(s.decision for s in plan.spaces)
     shown = ", ".join(f"{n} {decision}" for decision, n in counts.most_common())
     lines = [f"Verdict: {MEANING.get(plan.verdict, plan.verdict)}" + (f" ({shown})." if shown else ".")]
-    return lines + [f"Note: {note}" for note in plan.notes]
+    return lines + [f"Note: {note}" for note in (plan.notes if notes is None else notes)]

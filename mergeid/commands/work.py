@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mergeid.commands.options import WEIGHTS
 from mergeid.errors import MergeidError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def check_text_output(path: Path, option: str, inputs: Iterable[str] = ()) -> No
 
     Raises:
         MergeidError: the place cannot be written, or holds weights."""
-    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+    if path.suffix in WEIGHTS:
         raise MergeidError(f"{option} {path} would be a file of weights; expected a name such as {path.stem}.json")
     if any(os.path.realpath(path) == os.path.realpath(given) for given in inputs):
         raise MergeidError(f"{option} {path} is an input; choose another name")
