@@ -64,6 +64,8 @@ def command(
     as_json = json_target is not None
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or Path(model).suffix in o.WEIGHTS):
         raise MergeidError(f"no such file or folder: {model}; expected {o.MODEL}, or an architecture's name")
+    if why is not None:
+        parse_axis(why)
     with working(as_json) as work:
         work.progress("tracing and verifying", 0, 0)
         found = api.graph(model, arch=arch, seed=seed, allow_pickle=allow_pickle)
@@ -109,6 +111,14 @@ def _positional(words: Sequence[str], valued: set[str]) -> bool:
     return any(not w.startswith("-") and b not in valued for b, w in zip(after, words, strict=False))
 
 
+def parse_axis(text: str) -> tuple[str, int]:
+    """``"conv1.weight[1]"`` as ("conv1.weight", 1). Raises `MergeidError` for anything else."""
+    match = re.fullmatch(r"(.+)\[(\d+)\]", text.strip())
+    if match is None:
+        raise MergeidError(f"--why {text!r} is no axis; expected TENSOR[AXIS], such as 'conv1.weight[1]'")
+    return match[1], int(match[2])
+
+
 def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
     """What an axis belongs to.
 
@@ -125,10 +135,7 @@ def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
     from mergeid.commands.show_graph import places
     from mergeid.plugins import near_names
 
-    match = re.fullmatch(r"(.+)\[(\d+)\]", axis.strip())
-    if match is None:
-        raise MergeidError(f"--why {axis!r} is no axis; expected TENSOR[AXIS], such as 'conv1.weight[1]'")
-    tensor, number = match[1], int(match[2])
+    tensor, number = parse_axis(axis)
     shape = graph.tensors.get(tensor)
     if shape is None:
         near = near_names(tensor, graph.tensors, 3)
