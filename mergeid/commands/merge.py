@@ -47,6 +47,9 @@ def command(
     normalize: Annotated[
         bool, typer.Option("--normalize", rich_help_panel=o.HOW, help="Scale the weights to sum 1.")
     ] = False,
+    method: Annotated[
+        str, typer.Option("--method", metavar="NAME", rich_help_panel=o.HOW, help="How tensors are combined.")
+    ] = "linear",
     no_repair: o.NoRepair = False,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 32,
@@ -68,6 +71,7 @@ def command(
             output=output,
             weights=parsed,
             normalize=normalize,
+            method=method,
             match=match.value,
             data=data,
             repair=not no_repair,
