@@ -41,6 +41,9 @@ def random_permutations(structures: Sequence[Structure], permutation: Callable[[
     for i, structure in enumerate(structures):
         (blocks, size), parents, _ = structure
         images = block_images(structure, [perms[p] for p in parents], i)
-        inner = np.stack([permutation(size) for _ in range(blocks)]) if blocks else np.zeros((0, size), int)
+        inner = np.zeros((blocks, size), np.int64)
+        if size > 1:
+            for b in range(blocks):
+                inner[b] = permutation(size)
         perms.append((images[:, None] * size + inner).reshape(-1))
     return perms

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -204,7 +205,9 @@ class _Solver:
         cells = self.cell_of[edges[:, 1]]
         order = np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0], cells))
         edges, cells = edges[order], cells[order]
-        known = {tuple(x) for x in np.unique(edges[:, 1:], axis=0).tolist()}
+        known: dict[int, set[int]] = {}
+        for c, p in np.unique(edges[:, 1:], axis=0).tolist():
+            known.setdefault(c, set()).add(p)
         learned = False
         bounds = np.flatnonzero(np.diff(cells)) + 1
         done: set[tuple[bytes, bytes]] = set()
@@ -227,7 +230,7 @@ class _Solver:
                     learned |= self._close_pair(pair, representative, known)
         return learned
 
-    def _close_pair(self, pair: np.ndarray, rep: np.ndarray, known: set[tuple[int, int]]) -> bool:
+    def _close_pair(self, pair: np.ndarray, rep: np.ndarray, known: dict[int, set[int]]) -> bool:
         """`pair` lists which parent under one map meets which parent under the other."""
         a, b = pair.T
         a_once = len(np.unique(a)) == len(a)
@@ -239,10 +242,11 @@ class _Solver:
             return True
         if a_once or b_once:
             child, parent = (a, b) if a_once else (b, a)
-            new = np.array([(x, y) not in known and x != y for x, y in zip(child, parent, strict=True)])
-            if not new.any():
+            pairs = list(zip(child.tolist(), parent.tolist(), strict=True))
+            if all(x == y or y in known.get(x, ()) for x, y in pairs):
                 return False
-            known.update(zip(child.tolist(), parent.tolist(), strict=True))
+            for x, y in pairs:
+                known.setdefault(x, set()).add(y)
             self.add_par(rep[child], rep[parent])
             return True
         ua, ia = np.unique(a, return_inverse=True)
@@ -253,10 +257,8 @@ class _Solver:
             return False
         qa, qb = part[: len(ua)], part[len(ua) :]
         # is that quotient known already (a common parent that induces it)?
-        parents_a = _parents_by(known, ua.tolist())
-        parents_b = _parents_by(known, ub.tolist())
-        for x in _common_maps(parents_a, parents_b, ua.tolist(), ub.tolist(), qa, qb):
-            return x
+        if _common_maps(known, [*ua.tolist(), *ub.tolist()], part):
+            return False
         quotient = self.fresh(count)
         self.add_par(rep[ua], quotient[qa])
         self.add_par(rep[ub], quotient[qb])
@@ -277,25 +279,13 @@ def _rows(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).view([("", a.dtype)] * a.shape[1]).reshape(-1)
 
 
-def _parents_by(known: set[tuple[int, int]], classes: list[int]) -> dict[int, set[int]]:
-    wanted = set(classes)
-    out: dict[int, set[int]] = {c: set() for c in classes}
-    for c, p in known:
-        if c in wanted:
-            out[c].add(p)
-    return out
-
-
-def _common_maps(pa, pb, ua, ub, qa, qb):  # type: ignore[no-untyped-def]
-    """Yields False once if every quotient component has a parent of its own in common."""
-    count = int(max(qa.max(), qb.max())) + 1
-    shared: list[set[int] | None] = [None] * count
-    for parents, classes, q in ((pa, ua, qa), (pb, ub, qb)):
-        for c, k in zip(classes, q.tolist(), strict=True):
-            shared[k] = parents[c] if shared[k] is None else shared[k] & parents[c]
-    own = [s or set() for s in shared]
-    if all(s - set().union(*(t for j, t in enumerate(own) if j != k)) for k, s in enumerate(own)):
-        yield False
+def _common_maps(known: dict[int, set[int]], classes: list[int], part: np.ndarray) -> bool:
+    """Whether the classes of every part have a parent in common that those of no other part have."""
+    shared: dict[int, set[int]] = {}
+    for c, k in zip(classes, part.tolist(), strict=True):
+        shared[k] = shared[k] & known.get(c, set()) if k in shared else known.get(c, set())
+    count = Counter(p for s in shared.values() for p in s)
+    return all(any(count[p] == 1 for p in s) for s in shared.values())
 
 
 def solve(facts: Facts, atoms: np.ndarray) -> Solution:
