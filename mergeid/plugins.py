@@ -88,9 +88,7 @@ class Adapter(Protocol):
         """
         ...
 
-    def resolve(
-        self, name: str, table: TensorTable | None, config: Mapping[str, Any] | None
-    ) -> Architecture:
+    def resolve(self, name: str, table: TensorTable | None, config: Mapping[str, Any] | None) -> Architecture:
         """The architecture that the user named. Options (classes, image size) are read off `table` if given.
         Raises `MergeidError` for an unknown name."""
         ...
@@ -158,9 +156,7 @@ def get_adapter(name: str) -> Adapter:
     if name not in _registered:
         found = _entry_points().get(name)
         if found is None:
-            raise MergeidError(
-                f"no adapter named {name!r} is installed; expected one of {', '.join(adapter_names())}"
-            )
+            raise MergeidError(f"no adapter named {name!r} is installed; expected one of {', '.join(adapter_names())}")
         _registered[name] = found.load()()
     return _registered[name]
 

@@ -250,6 +250,8 @@ def test_interrupt_is_quiet(networks: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a job in the background is born deaf to interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (tmp_path / "d").exists():
         time.sleep(0.1)
