@@ -2,7 +2,7 @@
 
 Every architecture is built a few times on the meta device (no memory, no download): as it is, without a head, with
 other input channels, other image sizes and other pooling. What changes becomes a template (`mergeid_timm.shapes`),
-what stays becomes a digest. Takes minutes.
+what stays becomes a digest. Takes about 20 minutes of one core, and gives the same bytes every time.
 """
 
 from __future__ import annotations
