@@ -2,7 +2,8 @@
 
 Every architecture is built a few times on the meta device (no memory, no download): as it is, without a head, with
 other input channels, other image sizes and other pooling. What changes becomes a template (`mergeid_timm.shapes`),
-what stays becomes a digest. Takes about 20 minutes of one core, and gives the same bytes every time.
+what stays becomes a digest. Takes a fraction of an hour on two cores, and gives the same
+bytes every time.
 """
 
 from __future__ import annotations
