@@ -11,6 +11,7 @@ from mergeid.errors import MergeidError
 from mergeid.load import bare, graph_of, load
 from mergeid.merging import MergeResult, align, merge
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, load_pair
+from mergeid.planned import plan_pair
 from mergeid.scrambling import ScrambleResult, scramble
 
 if TYPE_CHECKING:
@@ -95,31 +96,21 @@ def plan(
 
     Raises `MergeidError` for anything wrong with the input.
     """
-    pair = load_pair(
+    return plan_pair(
         a,
         b,
+        data=data,
         arch=arch,
-        skip=skip,
-        allow_pickle=allow_pickle,
-        device=device,
-        seed=seed,
-        example_inputs=example_inputs,
-        progress=progress,
-    )
-    dataset, collate = dataset_of(data, pair.a, limit, seed)
-    from mergeid.planning import make_plan
-
-    return make_plan(
-        pair.a,
-        pair.b,
-        dataset=dataset,
         match=match,
         seed=seed,
+        limit=limit,
         batch_size=batch_size,
-        collate=collate,
-        graph=pair.graph,
+        device=device,
+        skip=skip,
+        allow_pickle=allow_pickle,
+        example_inputs=example_inputs,
         progress=progress,
-    )
+    ).plan
 
 
 def barrier(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.pair import LIMIT, Pair, Progress, Source, dataset_of, is_module, load_pair, open_plain, output_path
+from mergeid.pair import LIMIT, Pair, Progress, Source, is_module, open_plain, output_path
+from mergeid.planned import plan_pair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,32 +102,23 @@ def merge(
     repaired: dict[str, Tensor] = {}
     notes: list[str] = []
     if match != "never" or (data is not None and repair):
-        pair = load_pair(
+        planned = plan_pair(
             a,
             b,
+            data=data,
             arch=arch,
-            skip=skip,
-            allow_pickle=allow_pickle,
-            device=device,
-            seed=seed,
-            dtype=dtype,
-            example_inputs=example_inputs,
-            progress=progress,
-        )
-        dataset, collate = dataset_of(data, pair.a, limit, seed)
-        from mergeid.planning import make_plan
-
-        made = make_plan(
-            pair.a,
-            pair.b,
-            dataset=dataset,
             match=match,
             seed=seed,
+            limit=limit,
             batch_size=batch_size,
-            collate=collate,
-            graph=pair.graph,
+            device=device,
+            skip=skip,
+            allow_pickle=allow_pickle,
+            example_inputs=example_inputs,
             progress=progress,
+            dtype=dtype,
         )
+        made, pair, dataset, collate = planned.plan, planned.pair, planned.dataset, planned.collate
         notes = list(made.notes)
         if made.verdict == "will not merge" and not force:
             raise WillNotMerge(
@@ -307,32 +299,24 @@ def align(
     if not (live and output is None):
         default = "aligned" if isinstance(b, (str, os.PathLike)) and os.path.isdir(b) else "aligned.safetensors"
         target = output_path(output or default, to, b, force)
-    pair = load_pair(
+    from mergeid.scrambling import rewrite
+
+    planned = plan_pair(
         to,
         b,
+        data=data,
         arch=arch,
+        match=match,
+        seed=seed,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
         skip=skip,
         allow_pickle=allow_pickle,
-        device=device,
-        seed=seed,
         example_inputs=example_inputs,
         progress=progress,
     )
-    dataset, collate = dataset_of(data, pair.a, limit, seed)
-    from mergeid.planning import make_plan
-    from mergeid.scrambling import rewrite
-
-    made = make_plan(
-        pair.a,
-        pair.b,
-        dataset=dataset,
-        match=match,
-        seed=seed,
-        batch_size=batch_size,
-        collate=collate,
-        graph=pair.graph,
-        progress=progress,
-    )
+    made, pair = planned.plan, planned.pair
     result = MergeResult(made.verdict, plan=made, notes=list(made.notes))
     if target is None:
         result.state = made.graph.apply_state(made.element, pair.b.state())

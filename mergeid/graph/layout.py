@@ -1,6 +1,7 @@
 """How the positions of a tensor are laid out over neuron labels.
 
-Every dimension of a tensor is a list of *fine* dimensions (row-major, outer first; empty for size 1). A fine
+Every dimension of a tensor is a list of *fine* dimensions (row-major, outer first; empty for size 1, and for size 0,
+so that a layer that got no rows still tells what its weights belong to). A fine
 dimension is *frozen* (batch, tokens, space: no permutation is wanted there), *free* (the values do not vary along
 it, it constrains nothing) or *labelled*. Labelled fine dimensions come in groups; a group carries one integer array
 of their shape. ``[B, T, C]`` has the group {C}; after ``view(B, T, 3, H, D)`` the group {3, H, D} has the same labels
@@ -82,7 +83,7 @@ class Layout:
 
 def uniform(shape: Sequence[int], kind: str, data: bool = False) -> Layout:
     """A layout without labels: every dimension larger than 1 is `kind`."""
-    return Layout(tuple((Fine(n, kind),) if n != 1 else () for n in shape), (), data)
+    return Layout(tuple((Fine(n, kind),) if n > 1 else () for n in shape), (), data)
 
 
 def of_axes(labels: Sequence[Labels | None], shape: Sequence[int]) -> Layout:
@@ -90,7 +91,7 @@ def of_axes(labels: Sequence[Labels | None], shape: Sequence[int]) -> Layout:
     dims: list[tuple[Fine, ...]] = []
     groups: list[Group] = []
     for n, lab in zip(shape, labels, strict=True):
-        if n == 1:
+        if n <= 1:
             dims.append(())
         elif lab is None:
             dims.append((Fine(n, FROZEN),))
@@ -243,6 +244,8 @@ def take(facts: Facts, layout: Layout, dim: int, index: np.ndarray, why: str) ->
     Repeated positions get fresh labels that lie in their source, so that positions frozen later do not unite.
     """
     layout = merged_dim(facts, layout, dim, why)
+    if not len(index):
+        return uniform([n if d != dim else 0 for d, n in enumerate(layout.shape)], FROZEN, layout.data)
     if not layout.dims[dim]:
         # all positions hold the same neuron of a size-1 dimension
         new: tuple[Fine, ...] = (Fine(len(index), FREE),) if len(index) != 1 else ()
@@ -250,7 +253,7 @@ def take(facts: Facts, layout: Layout, dim: int, index: np.ndarray, why: str) ->
     (fine,) = layout.dims[dim]
     n = len(index)
     if fine.kind != LABELLED:
-        new = (Fine(n, fine.kind),) if n != 1 else ()
+        new = (Fine(n, fine.kind),) if n > 1 else ()
         return layout.with_dims((*layout.dims[:dim], new, *layout.dims[dim + 1 :]))
     group = layout.group_of(fine)
     k = group.fines.index(fine)

@@ -201,7 +201,7 @@ class Recorder(TorchDispatchMode):
                     kinds.append(FREE if same else FROZEN)
                 else:
                     kinds.append(FROZEN)
-        return Layout(tuple((Fine(n, k),) if n != 1 else () for n, k in zip(tensor.shape, kinds, strict=True)))
+        return Layout(tuple((Fine(n, k),) if n > 1 else () for n, k in zip(tensor.shape, kinds, strict=True)))
 
     # -- calls -------------------------------------------------------------------------------------------
 

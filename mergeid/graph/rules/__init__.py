@@ -26,6 +26,7 @@ _FAMILIES = (
     "movement",
     "joining",
     "indexing",
+    "scatter",
     "contraction",
     "normalisation",
     "reduction",

@@ -93,7 +93,7 @@ def convolution(call: Call) -> Layout:
     out = view(call.facts, out, shape[:2], call.why)
     if call.get("bias") is not None:
         out = combine(call.facts, [(out, "nc"), (call.layout("bias"), "c")], "nc", call.why)
-    return out.with_dims((*out.dims, *(((Fine(s, FROZEN),) if s != 1 else ()) for s in shape[2:])))
+    return out.with_dims((*out.dims, *(((Fine(s, FROZEN),) if s > 1 else ()) for s in shape[2:])))
 
 
 @rule(

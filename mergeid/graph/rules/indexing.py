@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mergeid.graph.combine import combine, reduce
-from mergeid.graph.layout import FROZEN, LABELLED, Fine, Layout, take, view
+from mergeid.graph.layout import FROZEN, LABELLED, Fine, Layout, take, uniform, view
 from mergeid.graph.rules import rule
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _frozen(n: int) -> tuple[Fine, ...]:
-    return (Fine(n, FROZEN),) if n != 1 else ()
+    return (Fine(n, FROZEN),) if n > 1 else ()
 
 
 def _constant_values(call: Call, index: Tensor) -> np.ndarray | None:
@@ -54,9 +54,9 @@ def index_select(call: Call) -> Layout:
 def index(call: Call) -> Layout:
     layout = call.layout("self")
     indices: list[Tensor | None] = list(call["indices"])
-    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-        layout = call.freeze_dims(layout, range(len(layout.dims)))
-        return Layout(tuple(_frozen(n) for n in call.out.shape), (), True)
+    masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+    if masks:
+        return _masked(call, layout, indices, masks[0])
     dims = [d for d, i in enumerate(indices) if i is not None]
     tensors = [i for i in indices if i is not None]
     shape = torch.broadcast_shapes(*(i.shape for i in tensors))
@@ -78,6 +78,19 @@ def index(call: Call) -> Layout:
     at = dims[0] if adjacent else 0
     layout = layout.with_dims((*rest[:at], *new, *rest[at:]))
     return replace(layout, data=layout.data or any(call.layout_of(i).data for i in tensors))
+
+
+def _masked(call: Call, layout: Layout, indices: list[Tensor | None], mask: Tensor) -> Layout:
+    """Rows chosen by a mask: its dimensions are fixed and become one."""
+    first = next(d for d, i in enumerate(indices) if i is not None)
+    alone = sum(i is not None for i in indices) == 1
+    held = range(first, first + mask.dim()) if alone else range(len(layout.dims))
+    layout = call.freeze_dims(layout, held)
+    call.freeze_dims(call.layout_of(mask), range(mask.dim()))
+    if not alone:
+        return uniform(call.out.shape, FROZEN, True)
+    dims = (*layout.dims[:first], _frozen(call.out.shape[first]), *layout.dims[first + mask.dim() :])
+    return replace(layout.with_dims(dims), data=True)
 
 
 @rule("gather")

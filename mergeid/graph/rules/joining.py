@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @rule("cat", "concat", "concatenate")
 def cat(call: Call) -> Layout:
-    tensors = [t for t in call["tensors"] if t.dim() == call.out.dim() and t.numel()]
+    tensors = [t for t in call["tensors"] if t.dim() == call.out.dim() and t.numel()] or call["tensors"][:1]
     layouts = [call.layout_of(t) for t in tensors]
     return concatenate(call, layouts, call["dim"] % call.out.dim())
 

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy", "_reshape_copy")
 def reshape(call: Call) -> Layout:
     layout = call.layout("self")
-    if call.out.numel() == 0 or prod(layout.shape) != call.out.numel():
+    shape = [max(n, 1) for n in call.out.shape]
+    if prod(layout.shape) != prod(shape):
         # view(dtype) reinterprets values
         call.freeze_dims(layout, range(len(layout.dims)))
         return uniform(call.out.shape, FROZEN, layout.data)
-    return view(call.facts, layout, call.out.shape, call.why)
+    return view(call.facts, layout, shape, call.why)
 
 
 def permuted(layout: Layout, order: Sequence[int]) -> Layout:
@@ -66,6 +67,10 @@ def squeeze(call: Call) -> Layout:
     dims = call.get("dim")
     chosen = range(n) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % n for d in chosen if n and layout.shape[d % n] == 1}
+    if n - len(gone) != call.out.dim():
+        # an empty dimension stays
+        call.freeze_dims(layout, range(n))
+        return uniform(call.out.shape, FROZEN, layout.data)
     return layout.with_dims(x for d, x in enumerate(layout.dims) if d not in gone)
 
 
@@ -75,7 +80,7 @@ def expand(call: Call) -> Layout:
     shape = call.out.shape
     lead = len(shape) - len(layout.dims)
     dims = [()] * lead + list(layout.dims)
-    return layout.with_dims((Fine(n, FREE),) if not d and n != 1 else d for n, d in zip(shape, dims, strict=True))
+    return layout.with_dims((Fine(n, FREE),) if not d and n > 1 else d for n, d in zip(shape, dims, strict=True))
 
 
 @rule("repeat")
@@ -83,7 +88,7 @@ def repeat(call: Call) -> Layout:
     layout = call.layout("self")
     repeats = call["repeats"]
     dims = [()] * (len(repeats) - len(layout.dims)) + list(layout.dims)
-    return layout.with_dims(((Fine(r, FREE), *d) if r != 1 else d) for r, d in zip(repeats, dims, strict=True))
+    return layout.with_dims(((Fine(r, FREE), *d) if r > 1 else d) for r, d in zip(repeats, dims, strict=True))
 
 
 def _drop(layout: Layout, dim: int) -> Layout:

@@ -96,6 +96,6 @@ def ordered(call: Call) -> list[Layout]:
             results.append(uniform(out.shape, FROZEN, layout.data))
             continue
         size = out.shape[dim]
-        new = ((Fine(size, FROZEN),) if size != 1 else (),)
+        new = ((Fine(size, FROZEN),) if size > 1 else (),)
         results.append(rest.with_dims((*rest.dims[:dim], *new, *rest.dims[dim + 1 :])))
     return results

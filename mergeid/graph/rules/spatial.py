@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _frozen_dims(shape: tuple[int, ...]) -> tuple[tuple[Fine, ...], ...]:
-    return tuple((Fine(n, FROZEN),) if n != 1 else () for n in shape)
+    return tuple((Fine(n, FROZEN),) if n > 1 else () for n in shape)
 
 
 _POOLS = [

@@ -1,0 +1,99 @@
+"""Writes to places that an index or a mask chooses: these places are fixed, the other dimensions agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mergeid.graph.combine import Letter, combine
+from mergeid.graph.layout import FREE, Layout
+from mergeid.graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.graph.recorder import Call
+
+
+def _written(call: Call, held: Sequence[int], values: Layout, letters: Sequence[Letter]) -> Layout:
+    """`self` with its dimensions `held` fixed and values written over it; a letter of the values that is not a
+    dimension of `self` counts places."""
+    own = call.layout("self")
+    n = len(own.dims)
+    own = call.freeze_dims(own, held)
+    values = call.freeze_dims(values, [d for d, x in enumerate(letters) if x in held or x not in range(n)])
+    names = [x if x not in held else f"place {x}" for x in letters]
+    return combine(call.facts, [(own, range(n)), (values, names)], range(n), call.why)
+
+
+@rule("index_add", "index_copy", "index_reduce")
+def index_add(call: Call) -> Layout:
+    dim = call["dim"] % max(call.out.dim(), 1)
+    source = call.layout("source")
+    return _written(call, [dim], source, range(len(source.dims)))
+
+
+@rule("index_fill", "masked_fill")
+def index_fill(call: Call) -> Layout:
+    if "mask" in call.bound:
+        own, mask = call.layout("self"), call.layout("mask")
+        n = call.out.dim()
+        parts = [(x, range(n - len(x.dims), n)) for x in (own, mask)]
+        return combine(call.facts, parts, range(n), call.why)
+    return call.freeze_dims(call.layout("self"), [call["dim"]])
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(call: Call) -> Layout:
+    indices: list[Tensor | None] = list(call["indices"])
+    n = call.out.dim()
+    held: list[int] = []
+    for i in indices:
+        at = len(held) + sum(x is None for x in indices[: indices.index(None)]) if i is not None else -1
+        del at
+    held, dim, shape = [], 0, 0
+    for i in indices:
+        mask = i is not None and i.dtype in (torch.bool, torch.uint8)
+        width = i.dim() if mask and i is not None else 1
+        if i is not None:
+            held += range(dim, dim + width)
+            shape = max(shape, 1 if mask else i.dim())
+        dim += width
+    places: list[Letter] = [f"index {k}" for k in range(shape)]
+    rest = [d for d in range(n) if d not in held]
+    adjacent = held == list(range(held[0], held[-1] + 1))
+    before = [d for d in rest if adjacent and d < held[0]]
+    letters = [*before, *places, *(d for d in rest if d not in before)]
+    values = call.layout("values")
+    k = len(values.dims)
+    return _written(call, held, values, letters[len(letters) - k :] if k else [])
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scatter(call: Call) -> Layout:
+    """Also where the index does not reach the end of a dimension, its positions are fixed."""
+    n = call.out.dim()
+    shape = call["index"].shape
+    held = [d for d in range(n) if d == call["dim"] % n or shape[d] != call.out.shape[d]]
+    index = call.freeze_dims(call.layout("index"), held)
+    out = _written(call, held, index, range(n))
+    src = call.get("src")
+    if not isinstance(src, Tensor):
+        return out
+    cut = [d for d in range(n) if src.shape[d] != shape[d]]
+    source = call.freeze_dims(call.layout_of(src), [*held, *cut])
+    names = [x if x not in held else f"place {x}" for x in range(n)]
+    return combine(call.facts, [(out, range(n)), (source, names)], range(n), call.why)
+
+
+@rule("masked_scatter")
+def masked_scatter(call: Call) -> Layout:
+    """Values are taken in order; whole rows of them where the mask is the same along the row."""
+    n, source = call.out.dim(), call.layout("source")
+    mask = call.layout("mask")
+    row = n > 0 and len(mask.dims) == n and all(f.kind == FREE for f in mask.dims[-1]) and bool(source.dims)
+    if not row or source.shape[-1] != call.out.shape[-1] or mask.shape[-1] != call.out.shape[-1]:
+        return _written(call, range(n), source, [f"source {d}" for d in range(len(source.dims))])
+    letters = [*(f"source {d}" for d in range(len(source.dims) - 1)), n - 1]
+    return _written(call, range(n - 1), source, letters)

@@ -1,0 +1,69 @@
+"""From what the user named to a plan: load the pair and its data, then decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeid.pair import Pair, Progress, Source, dataset_of, load_pair
+
+if TYPE_CHECKING:
+    from mergeid.planning import Plan
+
+
+@dataclass
+class Planned:
+    """A plan with the pair and the data that it was made from (`dataset` and `collate` are None without data)."""
+
+    plan: Plan
+    pair: Pair
+    dataset: Any
+    collate: Callable[[Any], Any] | None
+
+
+def plan_pair(
+    a: Source,
+    b: Source,
+    *,
+    data: Any,
+    arch: str | None,
+    match: str,
+    seed: int,
+    limit: int | None,
+    batch_size: int,
+    device: str,
+    skip: Sequence[str],
+    allow_pickle: bool,
+    example_inputs: Any,
+    progress: Progress | None,
+    dtype: str | None = None,
+) -> Planned:
+    """Load both models and their data, and decide (`mergeid.planning.make_plan`)."""
+    pair = load_pair(
+        a,
+        b,
+        arch=arch,
+        skip=skip,
+        allow_pickle=allow_pickle,
+        device=device,
+        seed=seed,
+        dtype=dtype,
+        example_inputs=example_inputs,
+        progress=progress,
+    )
+    dataset, collate = dataset_of(data, pair.a, limit, seed)
+    from mergeid.planning import make_plan  # needs torch, which a pair that does not fit never loads
+
+    made = make_plan(
+        pair.a,
+        pair.b,
+        dataset=dataset,
+        match=match,
+        seed=seed,
+        batch_size=batch_size,
+        collate=collate,
+        graph=pair.graph,
+        progress=progress,
+    )
+    return Planned(made, pair, dataset, collate)
