@@ -231,9 +231,11 @@ class _Folder:
         from safetensors.torch import save
 
         missing = {n: s for n, s in seeds.items() if force or self._metadata(n) != self.recipe(s)}
-        steps, lock = itertools.count(1), threading.Lock()
+        steps, lock, stop = itertools.count(1), threading.Lock(), threading.Event()
 
         def tell() -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
             with lock:
                 progress("training two networks", next(steps), STEPS * len(missing))
 
@@ -244,7 +246,11 @@ class _Folder:
             partial.replace(path)
 
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(make, missing, missing.values()))
+            try:
+                list(pool.map(make, missing, missing.values()))
+            except BaseException:
+                stop.set()  # else the pool would wait for both to finish
+                raise
         return not missing
 
 

@@ -117,6 +117,7 @@ def combine(
         for g in o.layout.groups:
             fines = sorted(g.fines, key=lambda f: order[slot_of[f]])
             put(tuple(slot_of[f] for f in fines), g.ordered(fines))
+            facts.reads.append(g.labels.reshape(-1))
 
     # frozen dimensions of one operand against label groups of another
     for key in list(table):

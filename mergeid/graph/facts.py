@@ -32,6 +32,8 @@ class Facts:
     pars: list[tuple[Labels, Labels]] = field(default_factory=list)
     freezes: list[tuple[Labels, int]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    reads: list[Labels] = field(default_factory=list)
+    """Labels whose values an operation used (rather than moved)."""
 
     def fresh(self, shape: Sequence[int]) -> Labels:
         """New labels, one per position of `shape`, all of one initial colour."""

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -370,4 +371,14 @@ def record(model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: 
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor):
             recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
+    _freeze_unread(recorder)
     return recorder
+
+
+def _freeze_unread(recorder: Recorder) -> None:
+    """Rows of a table that this input never reached (positions beyond its length) may matter to another input."""
+    read = np.zeros(recorder.facts.count, bool)
+    for labels in recorder.facts.reads:
+        read[labels] = True
+    for labels in recorder.axes.values():
+        recorder.facts.freeze(labels[~read[labels]], "never read by the traced forward pass")

@@ -245,8 +245,8 @@ def _label_roots(spaces: list[Space], label: SpaceLabeller | None) -> None:
         if not s.axes:
             below = [(a.tensor, a.axis) for c in spaces if s.id in c.parents for a in c.axes]
             if below:
-                text = (label(below) if label else None) or f"{below[0][0]}[{below[0][1]}]"
-                spaces[k] = Space(s.id, f"blocks of {text}", s.size, s.blocks, s.parents, s.block_parents, s.axes)
+                text = (label(below) if label else None) or f"blocks of {below[0][0]}[{below[0][1]}]"
+                spaces[k] = Space(s.id, text, s.size, s.blocks, s.parents, s.block_parents, s.axes)
 
 
 def _frozen_axes(

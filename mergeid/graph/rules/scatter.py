@@ -34,13 +34,8 @@ def index_add(call: Call) -> Layout:
     return _written(call, [dim], source, range(len(source.dims)))
 
 
-@rule("index_fill", "masked_fill")
+@rule("index_fill")
 def index_fill(call: Call) -> Layout:
-    if "mask" in call.bound:
-        own, mask = call.layout("self"), call.layout("mask")
-        n = call.out.dim()
-        parts = [(x, range(n - len(x.dims), n)) for x in (own, mask)]
-        return combine(call.facts, parts, range(n), call.why)
     return call.freeze_dims(call.layout("self"), [call["dim"]])
 
 
@@ -49,10 +44,7 @@ def index_put(call: Call) -> Layout:
     indices: list[Tensor | None] = list(call["indices"])
     n = call.out.dim()
     held: list[int] = []
-    for i in indices:
-        at = len(held) + sum(x is None for x in indices[: indices.index(None)]) if i is not None else -1
-        del at
-    held, dim, shape = [], 0, 0
+    dim, shape = 0, 0
     for i in indices:
         mask = i is not None and i.dtype in (torch.bool, torch.uint8)
         width = i.dim() if mask and i is not None else 1
