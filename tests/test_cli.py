@@ -258,7 +258,8 @@ def test_interrupt_is_quiet(networks: Path, tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stdout == "" and "Traceback" not in stderr
+    # Python ends itself by the signal where it struck inside exec(); a shell calls both 130.
+    assert process.returncode in (130, -signal.SIGINT) and stdout == "" and "Traceback" not in stderr
 
 
 def test_reader_that_stops_reading(tmp_path: Path) -> None:
