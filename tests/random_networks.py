@@ -47,7 +47,9 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         have, self.used = [x], []
         for i, (name, a, b, c) in enumerate(self.steps):
-            new = OPERATIONS[name](self, f"s{i}", have, have[-1 - a % len(have)], b, c)
+            # mostly the last tensor
+            x = have[-1] if a < 8 else have[-1 - (a - 7) % len(have)]
+            new = OPERATIONS[name](self, f"s{i}", have, x, b, c)
             if new is not None and 0 < new.numel() <= MOST:
                 have.append(new)
         last = have[-1]
@@ -72,7 +74,7 @@ def _factors(n: int) -> list[tuple[int, int]]:
 @operation
 def linear(net, key, have, x, b, c):
     if x.dim():
-        return net.layer(key, lambda: nn.Linear(x.shape[-1], 2 + b % 7))(x)
+        return net.layer(key, lambda: nn.Linear(x.shape[-1], (6, 8, 12, 4, 3, 5)[b % 6]))(x)
 
 
 @operation
@@ -105,9 +107,26 @@ def activation(net, key, have, x, b, c):
 
 
 @operation
+def parts(net, key, have, x, b, c):
+    """Split the last dimension and treat its parts as neurons of their own."""
+    pairs = _factors(x.shape[-1]) if x.dim() else []
+    if not pairs:
+        return None
+    outer, inner = pairs[b % len(pairs)]
+    y = x.reshape(*x.shape[:-1], outer, inner)
+    if c % 4 == 0:
+        return (y * net.vector(key, (outer, 1))).flatten(-2)
+    if c % 4 == 1:
+        return (y * net.vector(key, (inner,)) - y.mean(-1, keepdim=True)).flatten(-2)
+    if c % 4 == 2:
+        return net.layer(key, lambda: nn.Linear(inner, inner))(y).mT.flatten(-2)
+    return (y * y.mean(-2, keepdim=True).tanh()).flatten(-2)
+
+
+@operation
 def split_dim(net, key, have, x, b, c):
     if x.dim():
-        d = b % x.dim()
+        d = x.dim() - 1 - b % x.dim()
         pairs = _factors(x.shape[d])
         return x.reshape(*x.shape[:d], *pairs[c % len(pairs)], *x.shape[d + 1 :]) if pairs else None
 
@@ -310,3 +329,31 @@ def pad(net, key, have, x, b, c):
     if x.dim() > 1:
         before = [0] * (2 * (b % x.dim()))
         return F.pad(x, (*before, c % 2, 1 + c % 3))
+
+
+@operation
+def scatter(net, key, have, x, b, c):
+    """Values written to places that data choose."""
+    if x.dim() < 2:
+        return None
+    d = b % x.dim()
+    with torch.no_grad():
+        order = have[0].flatten()[:3].argsort() % x.shape[d]
+        rows = have[0].flatten()[: x.shape[0]] > 0
+    kind = c % 6
+    y = x.clone() if c < 6 else x.exp().tanh()
+    if kind == 0:
+        return y.index_add(d, order, x.index_select(d, order).tanh())
+    if kind == 1:
+        return y.index_copy(d, order[:1], x.narrow(d, 0, 1).tanh())
+    if kind == 2:
+        y[(slice(None),) * d + (order[:1],)] = x.narrow(d, 0, 1).tanh()
+    if kind == 3 and len(rows) == len(x):
+        y[rows] += x[rows].tanh()
+    if kind == 4 and len(rows) == len(x):
+        y = y.masked_scatter(rows.view(-1, *[1] * (x.dim() - 1)).expand_as(y), x.tanh())
+    if kind == 5:
+        index = order.view([-1 if e == d else 1 for e in range(x.dim())])
+        shape = [len(order) if e == d else n for e, n in enumerate(x.shape)]
+        y = y.scatter_add(d, index.expand(shape), x.tanh().repeat_interleave(3, d).narrow(d, 0, 3))
+    return y

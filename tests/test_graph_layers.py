@@ -457,3 +457,52 @@ def test_ordered_operations_fix_their_dimension():
     ):
         graph = sound(lambda op=op: Net(op), ROWS)
         assert [(s.size, s.blocks) for s in graph.spaces] == [(8, 1)]
+
+
+def test_rows_that_data_choose():
+    class Net(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.a, self.b, self.c, self.how = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3), how
+
+        def forward(self, x):
+            y, z, chosen = self.a(x), self.b(x).tanh(), x[:, 0] > 0
+            places = chosen.nonzero()[:, 0]
+            if self.how == "mask":
+                y[chosen] += z[chosen]
+            elif self.how == "index":
+                y[places] = z[places]
+            elif self.how == "index_add":
+                y.index_add_(0, places, z[places])
+            elif self.how == "scatter":
+                y = y.scatter(0, x.argsort(0)[:2, :1].expand(2, 8), z[:2])
+            elif self.how == "masked_scatter":
+                y = y.masked_scatter(chosen[:, None].expand_as(y), z[chosen])
+            elif self.how == "gather":
+                y = y + z.gather(0, x.argsort(0)[:, :1].expand(len(x), 8))
+            return self.c(y)
+
+    for how in ("mask", "index", "index_add", "scatter", "masked_scatter", "gather"):
+        graph = sound(lambda how=how: Net(how), ROWS)
+        assert graph.unknown_ops == {}, how
+        (space,) = graph.spaces
+        assert space.size == 8 and only(graph, "a.weight", 0) is only(graph, "b.weight", 0), how
+
+
+def test_a_layer_without_rows_still_belongs_to_its_neurons():
+    """An expert that no token of the example chose must not be permuted on its own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.expert, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            none = x[:, 0] > 1e9
+            y[none] += self.expert(y[none]).relu()
+            return self.c(y + torch.cat([y[none], y[:0], y]))
+
+    graph = sound(Net, ROWS)
+    (space,) = graph.spaces
+    assert only(graph, "expert.weight", 0) is space and only(graph, "expert.weight", 1) is space

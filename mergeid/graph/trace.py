@@ -106,7 +106,7 @@ def _lay_out(
     label: SpaceLabeller | None,
 ) -> NeuronGraph:
     drafts = _simplified(solution.cells)
-    draft_of = np.full(solution.class_of.max(initial=-1) + 1, -1)
+    draft_of = np.full(len(solution.reason), -1)
     flat_of = np.full(len(draft_of), -1)
     for i, d in enumerate(drafts):
         if d is not None:
