@@ -44,7 +44,8 @@ def logits(model, inputs):
 def built(name: str, attention: str = "sdpa"):
     content = configs().get(name, MOE)
     config = transformers.AutoConfig.for_model(**copy.deepcopy(content))
-    config._attn_implementation = attention
+    if name != "ResNetForImageClassification":
+        config._attn_implementation = attention
     return getattr(transformers, name)(config)
 
 
