@@ -30,7 +30,7 @@ class Side(nn.Module):
     ("op", "name"),
     [
         (lambda x: x * torch.linalg.svdvals(x)[0], "aten._linalg_svd"),
-        (lambda x: torch.linalg.solve(x.T @ x + torch.eye(8), x.T).T, "aten._linalg_solve_ex"),
+        (lambda x: torch.linalg.solve(x.T @ x + 1, x.T).T, "aten._linalg_solve_ex"),
         (lambda x: torch.fft.rfft(x).abs().repeat(1, 2)[:, :8], "aten._fft_r2c"),
         (lambda x: x * torch.histc(x, 4)[1], "aten.histc"),
     ],
@@ -39,13 +39,15 @@ def test_an_unknown_operation_freezes_what_it_touches(op, name):
     graph = sound(lambda: Side(op), ROWS)
     assert name in graph.unknown_ops
     why = {(t, a): w for t, a, w in graph.frozen}
-    for key in (("a.weight", 0), ("a.bias", 0), ("b.weight", 1)):
-        assert "no rule for aten." in why[key], why
+    assert "no rule for aten." in why["a.weight", 0] and "no rule for aten." in why["a.bias", 0]
+    assert ("b.weight", 1) in why
     (space,) = graph.spaces
     assert space is only(graph, "c.weight", 0) and space.size == 7
 
 
-@pytest.mark.parametrize("name", ["aten.silu", "aten.mul", "aten.view", "aten.cat", "aten.native_layer_norm", "aten.sum"])
+@pytest.mark.parametrize(
+    "name", ["aten.silu", "aten.mul", "aten.view", "aten.cat", "aten.native_layer_norm", "aten.sum"]
+)
 def test_without_its_rule_a_common_operation_freezes_too(name, monkeypatch):
     class Net(nn.Module):
         def __init__(self):
@@ -60,7 +62,9 @@ def test_without_its_rule_a_common_operation_freezes_too(name, monkeypatch):
     known = sound(Net, ROWS)
     assert known.unknown_ops == {} and {s.size for s in on(known, "a.weight", 0)} <= {4, 8}
     found = rules.rule_for
-    monkeypatch.setattr("mergeid.graph.recorder.rule_for", lambda f: None if str(f.overloadpacket) == name else found(f))
+    monkeypatch.setattr(
+        "mergeid.graph.recorder.rule_for", lambda f: None if str(f.overloadpacket) == name else found(f)
+    )
     graph = sound(Net, ROWS)
     assert list(graph.unknown_ops) == [name]
     assert graph.share < known.share
