@@ -27,6 +27,10 @@ MEANING = {
 }
 
 
+ASKED = {
+    "always": "every space is matched, as asked with --match always",
+    "never": "B's neurons are taken as they lie, as asked with --match never",
+}
 LEGEND = (
     "J: mean correlation of paired neurons as they lie, matched, at random. ι: 1 where the neurons correspond as they "
     "lie, 0 where no better than at random. chord: how far the next layer's output is off the average of the "
@@ -145,5 +149,6 @@ def verdict_lines(plan: Plan, notes: Sequence[str] | None = None) -> list[str]:
     """The verdict in a sentence, how the spaces were decided, and the notes."""
     counts = Counter(s.decision for s in plan.spaces)
     shown = ", ".join(f"{n} {decision}" for decision, n in counts.most_common())
-    lines = [f"Verdict: {MEANING.get(plan.verdict, plan.verdict)}" + (f" ({shown})." if shown else ".")]
+    meaning = ASKED.get(plan.match) or MEANING.get(plan.verdict, plan.verdict)
+    lines = [f"Verdict: {meaning}" + (f" ({shown})." if shown else ".")]
     return lines + [f"Note: {note}" for note in (plan.notes if notes is None else notes)]
