@@ -1,0 +1,112 @@
+"""One model, checked: is its neuron graph found, does it hold before anything is bisected, and what is frozen?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeid.graph.neuron_graph import NeuronGraph
+from mergeid.graph.trace import trace
+from mergeid.graph.verify import verify
+
+Batch = dict[str, Any]
+FLOAT32_PARAMETERS = 400_000_000
+"""Above this size a float64 copy does not fit beside the model."""
+
+
+@dataclass
+class Case:
+    """A model to check.
+
+    Attributes:
+        model: in eval mode, random weights.
+        inputs: the batch that traces it.
+        forward: ``forward(model, batch)`` returns the task output, whose neurons are frozen.
+        another: ``another(generator, batch_size)`` draws other inputs, of another batch size.
+        note: what a reader of the table must know (a smaller config than the name's own, say).
+    """
+
+    model: nn.Module
+    inputs: Batch
+    forward: Callable[[nn.Module, Batch], Any]
+    another: Callable[[torch.Generator, int], Batch]
+    note: str = ""
+    label: Callable[[list[tuple[str, int]]], str | None] | None = field(default=None)
+
+
+def check(case: Case, seed: int = 0) -> dict[str, Any]:
+    """A row of the table: figures of the graph as traced, and the errors of two verifications of it.
+
+    The second takes another seed, other inputs and a larger batch. ``failed`` counts the spaces that either would have
+    to freeze: 0 in a graph that is right.
+    """
+    model = case.model.eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        began = time.perf_counter()
+        case.forward(model, case.inputs)
+        forward = time.perf_counter() - began
+    began = time.perf_counter()
+    graph = trace(model, case.inputs, lambda: case.forward(model, case.inputs), label=case.label)
+    seconds = max(time.perf_counter() - began - forward, 0.0)
+    row = {
+        "traced": 1,
+        "parameters": parameters,
+        "spaces": len(graph.spaces),
+        "share": round(graph.share, 6),
+        "seconds": round(seconds, 3),
+        "forward": round(forward, 3),
+        "frozen_by": main_reason(graph),
+        "unknown_ops": " ".join(sorted(graph.unknown_ops)),
+        "note": case.note,
+    }
+    first = verify(graph, model, _one(case.inputs), case.forward, generator=_seeded(seed), dtype=_dtype(parameters))
+    row["verified"] = int(not first.failed)
+    row["error"], row["dtype"] = f"{first.error:.1e}", (first.graph.verified or {})["dtype"]
+    if not first.failed:
+        # every pass in float64 where a pass is cheap
+        cheap = forward < 1.0 and parameters < FLOAT32_PARAMETERS
+        second = verify(
+            graph,
+            model,
+            case.another(_seeded(seed + 1), 3),
+            case.forward,
+            generator=_seeded(seed + 2),
+            samples=1,
+            dtype=torch.float64 if cheap else torch.float32,
+        )
+        row["held_again"], row["error_again"] = int(not second.failed), f"{second.error:.1e}"
+        first = second if second.failed else first
+    row["failed"] = " ".join(first.failed)
+    return row
+
+
+def main_reason(graph: NeuronGraph) -> str:
+    """Why most of the parameters that are not free are frozen: the reason on the axes of the largest such tensors."""
+    lost: dict[str, float] = {}
+    for tensor, axis, why in graph.frozen:
+        shape = graph.tensors[tensor]
+        stuck = (1 - graph.free_share(tensor)) * torch.Size(shape).numel()
+        if stuck:
+            text = f"{why} ({tensor}[{axis}])"
+            lost[text] = lost.get(text, 0.0) + stuck
+    return max(lost, key=lambda k: lost[k]) if lost else ""
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _dtype(parameters: int) -> torch.dtype:
+    return torch.float64 if parameters < FLOAT32_PARAMETERS else torch.float32
+
+
+def _one(batch: Batch) -> Batch:
+    """Its first example."""
+    size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
+    return {k: v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
