@@ -351,6 +351,8 @@ def _cells(solver: _Solver, atoms: np.ndarray) -> tuple[list[Cell], set[int]]:
     cells: list[Cell] = []
     for group in groups:
         made = _cell(group, parents, cell_at)
+        if isinstance(made, set) and nowhere[group[0]]:
+            made = _by_role(group, edges, cell_at) or made
         if isinstance(made, set):
             return [], made
         for k, c in enumerate(made.members.reshape(-1).tolist()):
@@ -383,6 +385,28 @@ def _cell(group: np.ndarray, parents: dict[int, set[int]], cell_at: dict[int, tu
     members = np.array([blocks[k] for k in keys], np.int64)
     where = np.array([[m for _, m in k] for k in keys], np.int64).reshape(len(keys), len(names))
     return Cell(members, names, where)
+
+
+def _by_role(group: np.ndarray, edges: np.ndarray, cell_at: dict[int, tuple[int, int]]) -> Cell | None:
+    """A cell whose members lie in two neurons of one cell, told apart by the map that each comes from: the products of
+    all pairs of channels, say. None where a map is not defined on every member."""
+    rows = edges[np.isin(edges[:, 1], group)]
+    order = np.argsort(group)
+    columns: dict[bytes, np.ndarray] = {}
+    for kind in np.unique(rows[:, 0]).tolist():
+        pairs = np.unique(rows[rows[:, 0] == kind, 1:], axis=0)
+        if not np.array_equal(pairs[:, 0], group[order]):
+            return None
+        columns.setdefault(pairs[:, 1].tobytes(), pairs[:, 1])
+    where = np.array([[cell_at[p] for p in column.tolist()] for column in columns.values()], np.int64)
+    names = where[:, 0, 0]
+    if (where[:, :, 0] != names[:, None]).any():
+        return None
+    blocks, counts = np.unique(where[:, :, 1], axis=1, return_counts=True)
+    if (counts != counts[0]).any():
+        return None
+    members = order[np.lexsort(where[::-1, :, 1])].reshape(-1, counts[0])
+    return Cell(group[members], tuple(names.tolist()), blocks.T.copy())
 
 
 def _misfits(cells: list[Cell], trials: int = 24) -> set[int]:

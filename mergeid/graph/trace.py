@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mergeid.graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
 from mergeid.graph.recorder import Recorder, record
 from mergeid.graph.solve import Cell, Solution, solve
+from mergeid.state import forget_derived
 
 SpaceLabeller = Callable[[list[tuple[str, int]]], "str | None"]
 
@@ -36,6 +37,7 @@ def trace(
         label: a human label for a space that lives on these (tensor, axis) pairs.
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    forget_derived(model)  # what the model computed from its weights earlier would look like a constant
     recorder = record(model, state, inputs, forward)
     atoms = np.unique(np.concatenate(list(recorder.axes.values()))) if recorder.axes else np.zeros(0, np.int64)
     solution = solve(recorder.facts, atoms)

@@ -5,7 +5,7 @@
 
 Every model runs in a process of its own with a time limit. A row is written to ``tests/bench/tables/LIBRARY.csv`` as
 soon as it is known, and a second run goes on where the first stopped; ``--again`` names rows to measure anew
-(``failed``, ``all`` or a pattern). Nothing is downloaded: weights are random and disturbed until no two neurons are
+(``failed``, ``stale``: of other code, ``all`` or a pattern). Nothing is downloaded: weights are random and disturbed until no two neurons are
 alike. Exit code 1 where an accepted graph failed.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
+import hashlib
 import importlib
 import json
 import multiprocessing as mp
@@ -27,12 +28,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import mergeid.graph
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 TABLES = HERE / "tables"
 COLUMNS = [
     *("name", "family", "traced", "verified", "held_again", "share", "spaces", "parameters", "seconds", "forward"),
-    *("error", "error_again", "dtype", "failed", "unknown_ops", "frozen_by", "note", "problem"),
+    *("error", "error_again", "dtype", "failed", "unknown_ops", "frozen_by", "note", "problem", "code"),
 ]
 LIBRARIES = ("timm", "transformers", "torchvision")
 
@@ -44,7 +47,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--smallest", action="store_true", help="timm: the smallest model of every module")
     parser.add_argument("--sample", type=int, help="that many models, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--again", help="measure rows anew: 'failed', 'all' or a glob of names")
+    parser.add_argument("--again", help="measure rows anew: 'failed', 'stale', 'all' or a glob")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
     parser.add_argument("--limit", type=float, default=300, help="seconds per model")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no model after this time")
@@ -88,6 +91,14 @@ def write(table: Path, rows: dict[str, dict[str, Any]]) -> None:
     os.replace(new, table)
 
 
+def code() -> str:
+    """A digest of the code that a row depends on."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(mergeid.graph.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def good(row: dict[str, Any]) -> bool:
     return str(row.get("verified")) == "1" and str(row.get("held_again")) == "1" and int(row.get("spaces") or 0) > 0
 
@@ -96,7 +107,7 @@ def run(library: str, names: list[str], table: Path, jobs: int, limit: float, de
     """Measure the named models, `jobs` at a time, each in a forked process."""
     rows: dict[str, dict[str, Any]] = dict(read(table))
     family = families(library)
-    context = mp.get_context("fork")
+    context, now = mp.get_context("fork"), code()
     waiting = list(names)
     running: dict[Connection, tuple[str, Any, float]] = {}
     done = 0
@@ -127,7 +138,7 @@ def run(library: str, names: list[str], table: Path, jobs: int, limit: float, de
             end.close()
             del running[end]
             done += 1
-            rows[name] = {"family": family.get(name, ""), **row}
+            rows[name] = {"family": family.get(name, ""), "code": now, **row}
             write(table, rows)
             say = "ok  " if good(row) else "FAIL"
             about = row.get("problem") or f"{row.get('spaces')} spaces, share {row.get('share')}"
@@ -143,13 +154,15 @@ def chosen(args: argparse.Namespace, rows: dict[str, dict[str, str]]) -> list[st
     names = [n for n in importlib.import_module(f"coverage_{args.library}").names() if fnmatch.fnmatch(n, args.only)]
     if args.smallest:
         smallest = json.loads((HERE.parent / "data" / "timm_smallest.json").read_text())
-        names = sorted(v["name"] for v in smallest)
+        names = sorted(smallest)
     if args.sample:
         names = sorted(random.Random(args.seed).sample(names, min(args.sample, len(names))))
     if args.again == "all":
         return names
     if args.again == "failed":
         return [n for n in names if n in rows and not good(rows[n])]
+    if args.again == "stale":
+        return [n for n in names if n in rows and rows[n]["code"] != code()]
     if args.again:
         return [n for n in names if fnmatch.fnmatch(n, args.again)]
     return [n for n in names if n not in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from coverage_check import Batch, Case
@@ -12,9 +13,13 @@ SHRINK_ABOVE = 1_000_000_000
 
 
 def names() -> list[str]:
+    """Small models first, so that a table that grows says most soonest."""
     import timm
+    from mergeid_timm.index import _full_tables
 
-    return timm.list_models()
+    tables = _full_tables()
+    size = {n: sum(prod(d for d in shape if isinstance(d, int)) for shape in t.values()) for n, t in tables.items()}
+    return sorted(timm.list_models(), key=lambda n: (size.get(n, 0), n))
 
 
 def families() -> dict[str, str]:

@@ -28,6 +28,7 @@ _FAMILIES = (
     "indexing",
     "scatter",
     "contraction",
+    "recurrent",
     "normalisation",
     "reduction",
     "spatial",

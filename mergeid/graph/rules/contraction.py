@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergeid.graph.combine import combine, elementwise
@@ -76,10 +77,12 @@ def linear(call: Call) -> Layout:
 
 @rule("convolution", "_convolution", "convolution_overrideable")
 def convolution(call: Call) -> Layout:
-    """Contracts the channels inside each group; kernel and spatial positions are fixed."""
+    """Contracts the channels inside each group; kernel and spatial positions are fixed, but along a dimension where the
+    kernel is one place wide every position goes its own way."""
     x, w = call.layout("input"), call.layout("weight")
     spatial = range(2, len(x.dims))
-    x, w = call.freeze_dims(x, spatial), call.freeze_dims(w, range(2, len(w.dims)))
+    alone = [d for d in spatial if w.shape[d] == 1 and _each(call["stride"], d) == 1 and _each(call["padding"], d) == 0]
+    x, w = call.freeze_dims(x, [d for d in spatial if d not in alone]), call.freeze_dims(w, range(2, len(w.dims)))
     groups = call["groups"]
     n, c = x.shape[:2]
     a, b, *kernel = w.shape
@@ -88,12 +91,22 @@ def convolution(call: Call) -> Layout:
     places = [f"s{d}" for d in spatial]
     taps = [f"k{d}" for d in range(len(kernel))]
     inner = "io" if call["transposed"] else "oi"
-    out = combine(call.facts, [(x, ["n", "g", "i", *places]), (w, ["g", *inner, *taps])], ["n", "g", "o"], call.why)
+    kept = [f"s{d}" for d in alone]
+    operands = [(x, ["n", "g", "i", *places]), (w, ["g", *inner, *taps])]
+    out = combine(call.facts, operands, ["n", "g", "o", *kept], call.why)
     shape = call.out.shape
-    out = view(call.facts, out, shape[:2], call.why)
+    out = view(call.facts, out, [*shape[:2], *(shape[d] for d in alone)], call.why)
     if call.get("bias") is not None:
-        out = combine(call.facts, [(out, "nc"), (call.layout("bias"), "c")], "nc", call.why)
-    return out.with_dims((*out.dims, *(((Fine(s, FROZEN),) if s > 1 else ()) for s in shape[2:])))
+        out = combine(call.facts, [(out, ["n", "c", *kept]), (call.layout("bias"), "c")], ["n", "c", *kept], call.why)
+    own = dict(zip(alone, out.dims[2:], strict=True))
+    frozen = {d: (Fine(shape[d], FROZEN),) if shape[d] > 1 else () for d in spatial}
+    return out.with_dims((*out.dims[:2], *({**frozen, **own}[d] for d in spatial)))
+
+
+def _each(value: Sequence[int] | int, dim: int) -> int:
+    """The entry of a stride or padding for a dimension of the input; one entry may stand for all."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values[dim - 2] if len(values) > 1 else values[0]
 
 
 @rule(

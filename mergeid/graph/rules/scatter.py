@@ -9,19 +9,28 @@ import torch
 from torch import Tensor
 
 from mergeid.graph.combine import Letter, combine
-from mergeid.graph.layout import FREE, Layout
+from mergeid.graph.layout import FREE, FROZEN, Fine, Layout
 from mergeid.graph.rules import rule
 
 if TYPE_CHECKING:
     from mergeid.graph.recorder import Call
 
 
+def _held(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:
+    """Dimensions in which some places are written: also where all were alike, they no longer are."""
+    layout = call.freeze_dims(layout, dims)
+    at = {d % len(layout.dims) for d in dims} if layout.dims else set()
+    return layout.with_dims(
+        tuple(Fine(f.size, FROZEN) if f.kind == FREE else f for f in fines) if d in at else fines
+        for d, fines in enumerate(layout.dims)
+    )
+
+
 def _written(call: Call, held: Sequence[int], values: Layout, letters: Sequence[Letter]) -> Layout:
     """`self` with its dimensions `held` fixed and values written over it; a letter of the values that is not a
     dimension of `self` counts places."""
-    own = call.layout("self")
+    own = _held(call, call.layout("self"), held)
     n = len(own.dims)
-    own = call.freeze_dims(own, held)
     values = call.freeze_dims(values, [d for d, x in enumerate(letters) if x in held or x not in range(n)])
     names = [x if x not in held else f"place {x}" for x in letters]
     return combine(call.facts, [(own, range(n)), (values, names)], range(n), call.why)
@@ -36,7 +45,7 @@ def index_add(call: Call) -> Layout:
 
 @rule("index_fill")
 def index_fill(call: Call) -> Layout:
-    return call.freeze_dims(call.layout("self"), [call["dim"]])
+    return _held(call, call.layout("self"), [call["dim"]])
 
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")

@@ -1,0 +1,35 @@
+"""Recurrent layers that a kernel runs over all time steps at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mergeid.graph.combine import combine, elementwise
+from mergeid.graph.layout import Layout, of_axes, take, view
+from mergeid.graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.graph.recorder import Call
+
+LSTM_GATES = 4
+
+
+@rule("mkldnn_rnn_layer")
+def lstm_layer(call: Call) -> list[Layout | None]:
+    """One direction of one LSTM layer, input [T, B, I]: a cell has one row in each of the four gates, and all gates
+    read the cells of the step before."""
+    facts, why, size = call.facts, call.why, call["hidden_size"]
+    cells = of_axes([facts.fresh([size])], [size])
+    read = combine(facts, [(call.layout("input"), "tbi"), (call.layout("weight0"), "gi")], "tbg", why)
+    again = combine(facts, [(cells, "h"), (call.layout("weight1"), "gh")], "g", why)
+    biases = [call.layout(n) for n in ("weight2", "weight3")] if call["has_biases"] else []
+    gates = elementwise(facts, [read, again, *biases], 3, why)
+    gates = view(facts, gates, [*gates.shape[:2], LSTM_GATES, size], why)
+    parts = [take(facts, gates, 2, np.array([k]), why) for k in range(LSTM_GATES)]
+    parts = [p.with_dims((*p.dims[:2], p.dims[3])) for p in parts]
+    states = [call.layout(n) for n in ("hx_", "cx_")]
+    out = elementwise(facts, [*parts, cells, *states], 3, why)
+    last = out.with_dims(out.dims[1:])
+    return [out, last, last, None]
