@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+from functools import cache
 from math import prod
 from typing import Any
 
 from coverage_check import Batch, Case
+
 from mergeid.plugins import get_adapter
 
 SHRINK_ABOVE = 1_000_000_000
 """Parameters above which a shallower model of the same code is built: this machine has 24 GB."""
+SMALL_IMAGE_ABOVE = 20_000_000
+"""Parameters above which a model that can be built for smaller images is: passes in float64 take most of the time."""
+IMAGES = (56, 64, 96, 112, 128, 160, 192)
+
+
+@cache
+def sizes() -> dict[str, int]:
+    """Parameters by name, from the adapter's shipped index."""
+    from mergeid_timm.index import _full_tables
+
+    tables = _full_tables()
+    return {n: sum(prod(d for d in shape if isinstance(d, int)) for shape in t.values()) for n, t in tables.items()}
 
 
 def names() -> list[str]:
     """Small models first, so that a table that grows says most soonest."""
     import timm
-    from mergeid_timm.index import _full_tables
 
-    tables = _full_tables()
-    size = {n: sum(prod(d for d in shape if isinstance(d, int)) for shape in t.values()) for n, t in tables.items()}
-    return sorted(timm.list_models(), key=lambda n: (size.get(n, 0), n))
+    get_adapter("timm").resolve("resnet18", None, None)  # loads what the forked processes share
+    return sorted(timm.list_models(), key=lambda n: (sizes().get(n, 0), n))
 
 
 def families() -> dict[str, str]:
@@ -29,19 +43,31 @@ def families() -> dict[str, str]:
     return {n: timm.models.model_entrypoint(n).__module__.rpartition(".")[2] for n in names()}
 
 
-def make(name: str) -> Case:
+def structure(name: str) -> str:
+    """Equal for names of one config: the same modules with the same settings, for the same images."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    facts = (model.pretrained_cfg or {}).get("input_size")
+    return hashlib.sha256(f"{type(model).__name__} {facts} {model}".encode()).hexdigest()[:12]
+
+
+def make(name: str, native: bool = False) -> Case:
+    """`native`: at the size of the name's own config."""
     import torch
 
     adapter: Any = get_adapter("timm")
     arch = adapter.resolve(name, None, None)
-    with torch.device("meta"):
-        import timm
-
-        size = sum(p.numel() for p in timm.create_model(name).parameters())
+    size = sizes().get(name, 0)
     torch.manual_seed(0)
     note = ""
     if size > SHRINK_ABOVE:
         arch, note = _shallower(adapter, arch, size)
+    if size > SMALL_IMAGE_ABOVE and not native:
+        arch, image = _smaller_image(adapter, arch)
+        note = "; ".join(x for x in (note, image) if x)
     model = adapter.build(arch)
 
     def another(generator: torch.Generator, batch_size: int) -> Batch:
@@ -54,14 +80,30 @@ def make(name: str) -> Case:
 
 def _shallower(adapter: Any, arch: Any, size: int) -> tuple[Any, str]:
     """The architecture with fewer blocks of the same width."""
-    from dataclasses import replace
-
     for options in ({"depth": 4}, {"depths": (1, 1, 2, 1)}, {"layers": (1, 1, 2, 1)}):
         smaller = replace(arch, options={**arch.options, **options})
         try:
             adapter.build(smaller, device="meta")
-        except Exception:
+        except Exception:  # this class has another name for its depth
             continue
         key, value = next(iter(options.items()))
         return smaller, f"{size / 1e9:.1f}B parameters, checked with {key}={value}"
+    return arch, ""
+
+
+def _smaller_image(adapter: Any, arch: Any) -> tuple[Any, str]:
+    """The architecture for the smallest image that its class can be built for and runs at."""
+    import torch
+
+    _, height, _ = adapter._input_size(arch, adapter.build(arch, device="meta"))
+    for size in IMAGES:
+        if size > 0.7 * height:
+            break
+        smaller = replace(arch, options={**arch.options, "img_size": size})
+        try:
+            model = adapter.build(smaller, device="meta")
+            model(torch.zeros(1, int(arch.options.get("in_chans", 3)), size, size, device="meta"))
+        except Exception:  # this class takes no image size, or not this one
+            continue
+        return smaller, f"images of {size}"
     return arch, ""
