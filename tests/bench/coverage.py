@@ -5,8 +5,9 @@
 
 Every model runs in a process of its own with a time limit. A row is written to ``tests/bench/tables/LIBRARY.csv`` as
 soon as it is known, and a second run goes on where the first stopped; ``--again`` names rows to measure anew
-(``failed``, ``stale``: of other code, ``all`` or a pattern). Nothing is downloaded: weights are random and disturbed until no two neurons are
-alike. Exit code 1 where an accepted graph failed.
+(``failed``, ``stale``: of other code, ``all`` or a pattern). Models of one structure (the same modules with the same
+settings) are measured once. Nothing is downloaded: weights are random and disturbed until no two neurons are alike.
+Exit code 1 where an accepted graph failed.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from typing import Any
 
 import mergeid.graph
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 from coverage_check import check
 
+HERE = Path(__file__).parent
 TABLES = HERE / "tables"
 COLUMNS = [
     *("name", "family", "traced", "verified", "held_again", "share", "spaces", "parameters", "seconds", "forward"),
@@ -106,6 +107,13 @@ def good(row: dict[str, Any]) -> bool:
     return str(row.get("verified")) == "1" and str(row.get("held_again")) == "1" and int(row.get("spaces") or 0) > 0
 
 
+def twin_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of another name with the same structure."""
+    note = str(row.get("note", ""))
+    text = note if "same structure" in note else "; ".join(x for x in (note, f"same structure as {row['name']}") if x)
+    return {**{c: row.get(c, "") for c in SAME}, "note": text}
+
+
 def run(library: str, names: list[str], table: Path, jobs: int, limit: float, deadline: float) -> None:
     """Measure the named models, `jobs` at a time, each in a forked process."""
     rows: dict[str, dict[str, Any]] = dict(read(table))
@@ -113,11 +121,7 @@ def run(library: str, names: list[str], table: Path, jobs: int, limit: float, de
     context, now = mp.get_context("fork"), code()
     waiting = list(names)
     running: dict[Connection, tuple[str, Any, float]] = {}
-    known = {
-        r["structure"]: {**{c: r[c] for c in SAME}, "note": r["note"] or f"same structure as {n}"}
-        for n, r in rows.items()
-        if r.get("structure") and good(r) and r["code"] == now
-    }
+    known = {r["structure"]: twin_of(r) for r in rows.values() if good(r) and r["code"] == now}
     done = 0
     while waiting or running:
         while waiting and len(running) < jobs and time.monotonic() < deadline:
@@ -151,10 +155,7 @@ def run(library: str, names: list[str], table: Path, jobs: int, limit: float, de
             done += 1
             rows[name] = {"family": family.get(name, ""), "code": now, **row}
             if good(rows[name]):
-                twin = {c: rows[name].get(c, "") for c in SAME}
-                known.setdefault(
-                    str(row["structure"]), {**twin, "note": row.get("note") or f"same structure as {name}"}
-                )
+                known.setdefault(str(row["structure"]), twin_of(rows[name]))
             write(table, rows)
             say = "ok  " if good(row) else "FAIL"
             about = row.get("problem") or f"{row.get('spaces')} spaces, share {row.get('share')}"

@@ -50,8 +50,11 @@ def structure(name: str) -> str:
 
     with torch.device("meta"):
         model = timm.create_model(name)
-    facts = (model.pretrained_cfg or {}).get("input_size")
-    return hashlib.sha256(f"{type(model).__name__} {facts} {model}".encode()).hexdigest()[:12]
+    facts = [str(model), str((model.pretrained_cfg or {}).get("input_size"))]
+    for module in model.modules():
+        plain = {k: v for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, str, tuple))}
+        facts.append(f"{type(module).__qualname__} {plain}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def make(name: str, native: bool = False) -> Case:
