@@ -23,6 +23,7 @@ from mergeid.graph.combine import relate
 from mergeid.graph.facts import Facts, Labels
 from mergeid.graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
 from mergeid.graph.rules import Result, rule_for
+from mergeid.graph.shadows import Shadows
 
 
 class Call:
@@ -137,6 +138,7 @@ class Recorder(TorchDispatchMode):
         self.taps: list[Tap] = []
         self.unknown: dict[str, str] = {}
         self.axes: dict[tuple[str, int], Labels] = {}
+        self.shadows = Shadows()
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -191,9 +193,10 @@ class Recorder(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor) -> Layout:
         """A tensor from outside: frozen along the dimensions in which its values vary."""
-        if tensor.is_meta or tensor.dim() == 0:
+        known = self.shadows.value(tensor)
+        if known is None or tensor.dim() == 0:
             return uniform(tensor.shape, FROZEN)
-        value = tensor.detach()
+        value = known.detach()
         kinds = []
         with _disable_current_modes():
             for d, n in enumerate(tensor.shape):
@@ -214,7 +217,7 @@ class Recorder(TorchDispatchMode):
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
         targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
         written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
-        call.out = func(*args, **kwargs)
+        call.out = self.shadows.run(func, args, kwargs)
         results = _flat(self._apply(call))
         if torch.Tag.inplace_view in func.tags and written and results:
             self._reshaped(written[0], results[0], call)
@@ -347,7 +350,9 @@ def _flat(result: Result) -> list[Layout | None]:
     return [result] if isinstance(result, Layout) or result is None else list(result)
 
 
-def record(model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: Callable[[], Any]) -> Recorder:
+def record(
+    model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: Callable[[], Any], values: Any = None
+) -> Recorder:
     """Run `forward` once and return what was seen.
 
     Args:
@@ -355,8 +360,12 @@ def record(model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: 
         state: its state dict with the live tensors (``keep_vars=True``).
         inputs: every tensor in this tree is an input: frozen in all dimensions.
         forward: returns the task's output; all labels on it are frozen.
+        values: for inputs on the meta device, the same tree with real tensors.
     """
     recorder = Recorder()
+    for tensor, value in zip(tree_leaves(inputs), tree_leaves(values), strict=True) if values is not None else ():
+        if isinstance(tensor, Tensor):
+            recorder.shadows.add(tensor, value)
     recorder.add_parameters(state)
     for tensor in tree_leaves(inputs):
         if isinstance(tensor, Tensor):

@@ -59,6 +59,19 @@ def _mix(x: np.ndarray, salt: int) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def _hash(*columns: np.ndarray) -> np.ndarray:
+    """One 64-bit hash per row."""
+    out = np.zeros(len(columns[0]), np.uint64)
+    for k, column in enumerate(columns):
+        out = _mix(out ^ _mix(column, 14 + k), 20)
+    return out
+
+
+def _number(keys: np.ndarray) -> np.ndarray:
+    """Equal keys get equal numbers from 0."""
+    return np.unique(keys, return_inverse=True)[1].reshape(-1)
+
+
 def _sum_by(index: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     """Sum of hashes by index modulo 2⁶⁴: a hash of the multiset."""
     out = np.zeros(n, np.uint64)
@@ -85,6 +98,9 @@ class _Solver:
         self.label_reason = label_reason
         self.par_child = [c for c, _ in facts.pars]
         self.par_parent = [p for _, p in facts.pars]
+        self.new_eqs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.new_pars: list[tuple[np.ndarray, np.ndarray]] = []
+        self.new_labels: list[int] = []
         self._uniq_pars()
 
     def _uniq_pars(self) -> None:
@@ -98,6 +114,7 @@ class _Solver:
         self.next_fact = len(self.par_child)
 
     def classes(self) -> None:
+        self.take_in()
         graph = coo_matrix((np.ones(len(self.eq_a), np.int8), (self.eq_a, self.eq_b)), shape=(self.n, self.n))
         count, self.class_of = connected_components(graph, directed=False)
         self.count = count
@@ -116,16 +133,13 @@ class _Solver:
         # facts whose children are all frozen say nothing any more
         self.child, self.parent, self.fact = self.child[live], self.parent[live], self.fact[live]
         # a fact relates a class through one of its labels or through another: these are different maps
-        kind = np.stack([self.fact, self.rank[self.child], self.rank[self.parent]], 1)
-        kind = np.unique(kind, axis=0, return_inverse=True)[1].reshape(-1) if len(kind) else self.fact
+        kind = _number(_hash(self.fact, self.rank[self.child], self.rank[self.parent]))
         edges = np.stack([kind, c[live], p[live]], 1)
         inside = edges[:, 1] == edges[:, 2]
         self.loops, edges = edges[inside], edges[~inside]
-        if len(edges):
-            _, first = np.unique(_rows(edges), return_index=True)
-            first.sort()
-            edges = edges[first]
-        self.edges = edges
+        _, first = np.unique(_hash(*edges.T), return_index=True)
+        first.sort()
+        self.edges = edges[first]
 
     def cycles(self) -> bool:
         """Unite classes that lie in each other: each decides where the other goes. True if there were any."""
@@ -151,22 +165,37 @@ class _Solver:
 
     def add_eq(self, a: np.ndarray, b: np.ndarray) -> None:
         """Unite classes (given by any of their labels)."""
-        self.eq_a = np.concatenate([self.eq_a, a])
-        self.eq_b = np.concatenate([self.eq_b, b])
-        self.eq_fact = np.concatenate([self.eq_fact, np.full(len(a), self.eq_fact.max(initial=-1) + 1)])
+        self.new_eqs.append((a, b))
 
     def add_par(self, child: np.ndarray, parent: np.ndarray) -> None:
-        self.child = np.concatenate([self.child, child])
-        self.parent = np.concatenate([self.parent, parent])
-        self.fact = np.concatenate([self.fact, np.full(len(child), self.next_fact)])
-        self.next_fact += 1
+        self.new_pars.append((child, parent))
 
     def fresh(self, count: int) -> np.ndarray:
         labels = np.arange(self.n, self.n + count)
         self.n += count
-        self.origin = np.concatenate([self.origin, np.full(count, self.origin.max(initial=-1) + 1)])
-        self.label_reason = np.concatenate([self.label_reason, np.full(count, -1)])
+        self.new_labels.append(count)
         return labels
+
+    def take_in(self) -> None:
+        """Append what was learned since the last round."""
+        if self.new_eqs:
+            first = self.eq_fact.max(initial=-1) + 1
+            number = np.repeat(np.arange(first, first + len(self.new_eqs)), [len(a) for a, _ in self.new_eqs])
+            self.eq_a = np.concatenate([self.eq_a, *(a for a, _ in self.new_eqs)])
+            self.eq_b = np.concatenate([self.eq_b, *(b for _, b in self.new_eqs)])
+            self.eq_fact = np.concatenate([self.eq_fact, number])
+        if self.new_pars:
+            number = np.repeat(np.arange(len(self.new_pars)), [len(c) for c, _ in self.new_pars]) + self.next_fact
+            self.child = np.concatenate([self.child, *(c for c, _ in self.new_pars)])
+            self.parent = np.concatenate([self.parent, *(p for _, p in self.new_pars)])
+            self.fact = np.concatenate([self.fact, number])
+            self.next_fact += len(self.new_pars)
+        if self.new_labels:
+            first = self.origin.max(initial=-1) + 1
+            number = np.repeat(np.arange(first, first + len(self.new_labels)), self.new_labels)
+            self.origin = np.concatenate([self.origin, number])
+            self.label_reason = np.concatenate([self.label_reason, np.full(len(number), -1)])
+        self.new_eqs, self.new_pars, self.new_labels = [], [], []
 
     def colours(self) -> None:
         """Colour refinement; frozen classes have a colour each.
@@ -197,38 +226,52 @@ class _Solver:
 
     def close(self) -> bool:
         """Unite, order or join the parent maps of every cell; True if something new was learned."""
-        live = self.reason[self.edges[:, 2]] < 0 if len(self.edges) else np.zeros(0, bool)
-        edges = self.edges[live]
+        edges = self.edges[self.reason[self.edges[:, 2]] < 0]
         if not len(edges):
             return False
-        representative = self.representatives()
         cells = self.cell_of[edges[:, 1]]
+        maps = _number(_hash(cells, edges[:, 0]))
+        # maps of one cell that agree in every member are one
+        pairs = _hash(edges[:, 1], edges[:, 2])
+        whole = _sum_by(maps, _mix(pairs, 30), maps.max() + 1)
+        _, first = np.unique(maps, return_index=True)
+        _, keep = np.unique(_hash(cells[first], whole), return_index=True)
+        alone = np.bincount(_number(cells[first[keep]]))[_number(cells[first[keep]])] == 1
+        chosen = np.zeros(len(whole), bool)
+        chosen[keep[~alone]] = True
+        edges, cells, maps = (x[chosen[maps]] for x in (edges, cells, maps))
+        if not len(edges):
+            return False
         order = np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0], cells))
         edges, cells = edges[order], cells[order]
-        known: dict[int, set[int]] = {}
-        for c, p in np.unique(edges[:, 1:], axis=0).tolist():
-            known.setdefault(c, set()).add(p)
+        representative = self.representatives()
+        known = self._parents_of(np.unique(edges[:, 2]))
         learned = False
-        bounds = np.flatnonzero(np.diff(cells)) + 1
         done: set[tuple[bytes, bytes]] = set()
-        for part in np.split(edges, bounds):
-            maps: dict[bytes, np.ndarray] = {}
-            for rows in np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1):
-                pairs = rows[:, 1:]
-                if len(np.unique(pairs[:, 0])) == len(pairs):
-                    maps.setdefault(pairs.tobytes(), pairs)
-            unique = list(maps.values())
+        for part in np.split(edges, np.flatnonzero(np.diff(cells)) + 1):
+            unique = [rows[:, 1:] for rows in np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1)]
+            unique = [f for f in unique if (np.diff(f[:, 0]) > 0).all()]
             for i, f in enumerate(unique):
                 for g in unique[i + 1 :]:
                     if len(f) != len(g) or not np.array_equal(f[:, 0], g[:, 0]):
                         continue
-                    pair = np.unique(np.stack([f[:, 1], g[:, 1]], 1), axis=0)
+                    pair = np.array(sorted(set(zip(f[:, 1].tolist(), g[:, 1].tolist(), strict=True))))
                     key = (pair[:, 0].tobytes(), pair[:, 1].tobytes())
                     if key in done:
                         continue
                     done.add(key)
                     learned |= self._close_pair(pair, representative, known)
         return learned
+
+    def _parents_of(self, classes: np.ndarray) -> dict[int, set[int]]:
+        """Class -> the classes that it lies in."""
+        live = np.zeros(self.count, bool)
+        live[classes] = True
+        edges = self.edges[live[self.edges[:, 1]] & (self.reason[self.edges[:, 2]] < 0)]
+        known: dict[int, set[int]] = {}
+        for c, p in edges[:, 1:].tolist():
+            known.setdefault(c, set()).add(p)
+        return known
 
     def _close_pair(self, pair: np.ndarray, rep: np.ndarray, known: dict[int, set[int]]) -> bool:
         """`pair` lists which parent under one map meets which parent under the other."""
@@ -275,10 +318,6 @@ def _ranks(class_of: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _rows(a: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(a).view([("", a.dtype)] * a.shape[1]).reshape(-1)
-
-
 def _common_maps(known: dict[int, set[int]], classes: list[int], part: np.ndarray) -> bool:
     """Whether the classes of every part have a parent in common that those of no other part have."""
     shared: dict[int, set[int]] = {}
@@ -313,50 +352,82 @@ def solve(facts: Facts, atoms: np.ndarray) -> Solution:
         solver.label_reason[hit & (solver.label_reason < 0)] = len(solver.reasons) - 1
 
 
+class _Parents:
+    """The classes that each class lies in, as sorted pairs; `direct` leaves out those that follow from the others."""
+
+    def __init__(self, edges: np.ndarray, count: int) -> None:
+        pairs = edges[:, 1:]
+        _, first = np.unique(_hash(*pairs.T), return_index=True)
+        pairs = pairs[first]
+        self.pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        self.start = np.searchsorted(self.pairs[:, 0], np.arange(count + 1))
+        # (c, p) and (p, q) say (c, q)
+        lengths = np.diff(self.start)[self.pairs[:, 1]]
+        child = np.repeat(self.pairs[:, 0], lengths)
+        at = np.arange(len(child)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        grand = self.pairs[np.repeat(self.start[self.pairs[:, 1]], lengths) + at, 1]
+        direct = self.pairs[~np.isin(_hash(*self.pairs.T), _hash(child, grand))]
+        self.direct = direct[:, 1]
+        self.direct_start = np.searchsorted(direct[:, 0], np.arange(count + 1))
+
+    def of(self, classes: np.ndarray) -> set[int]:
+        """All classes that some of these lie in."""
+        return {p for c in classes.tolist() for p in self.pairs[self.start[c] : self.start[c + 1], 1].tolist()}
+
+    def several(self, classes: np.ndarray) -> np.ndarray:
+        """Those that lie in more than one."""
+        return classes[self.start[classes + 1] - self.start[classes] > 1]
+
+    def matrix(self, classes: np.ndarray) -> np.ndarray | None:
+        """Direct parents [classes, parents]; None where the classes have different numbers of them."""
+        counts = self.direct_start[classes + 1] - self.direct_start[classes]
+        if (counts != counts[0]).any():
+            return None
+        return self.direct[self.direct_start[classes][:, None] + np.arange(counts[0])]
+
+
 def _cells(solver: _Solver, atoms: np.ndarray) -> tuple[list[Cell], set[int]]:
     """Cells parents first, and the classes to freeze because their blocks do not fit."""
     free = np.flatnonzero(solver.reason < 0)
-    edges = solver.edges[solver.reason[solver.edges[:, 2]] < 0] if len(solver.edges) else solver.edges
-    parents: dict[int, set[int]] = {}
-    for _, c, p in edges.tolist():
-        parents.setdefault(c, set()).add(p)
+    edges = solver.edges[solver.reason[solver.edges[:, 2]] < 0]
+    parents = _Parents(edges, solver.count)
+    child, parent = parents.pairs.T
     # the position of a class: its first atom, or the first below it
     position = np.full(solver.count, np.iinfo(np.int64).max)
     np.minimum.at(position, solver.class_of[atoms], atoms)
     depth = np.zeros(solver.count, np.int64)
     for _ in range(64):
         before = position.copy(), depth.copy()
-        if len(edges):
-            np.minimum.at(position, edges[:, 2], position[edges[:, 1]])
-            np.maximum.at(depth, edges[:, 1], depth[edges[:, 2]] + 1)
+        np.minimum.at(position, parent, position[child])
+        np.maximum.at(depth, child, depth[parent] + 1)
         if np.array_equal(before[0], position) and np.array_equal(before[1], depth):
             break
     else:
-        return [], set(edges[:, 1].tolist())  # deeper than any network
+        return [], set(child.tolist())  # deeper than any network
     # no atom lies in these, but where they join two parents, those are bound to each other
     nowhere = position == np.iinfo(np.int64).max
     position[nowhere] = len(solver.class_of) + np.flatnonzero(nowhere)
     wanted = ~nowhere
-    queue = [c for c in free[nowhere[free]].tolist() if len(parents.get(c, ())) > 1]
-    while queue:
-        c = queue.pop()
-        if not wanted[c]:
-            wanted[c] = True
-            queue += parents.get(c, ())
+    reached = parents.several(free[nowhere[free]])
+    while len(reached):
+        wanted[reached] = True
+        above = np.array(sorted(parents.of(reached)), np.int64)
+        reached = above[~wanted[above]]
     free = free[wanted[free]]
     free = free[np.lexsort((position[free], solver.cell_of[free]))]
     groups = np.split(free, np.flatnonzero(np.diff(solver.cell_of[free])) + 1) if len(free) else []
     groups.sort(key=lambda g: (depth[g[0]], position[g[0]]))
-    cell_at: dict[int, tuple[int, int]] = {}
+    cell_of = np.full(solver.count, -1)
+    place = np.full(solver.count, -1)
     cells: list[Cell] = []
     for group in groups:
-        made = _cell(group, parents, cell_at)
-        if isinstance(made, set) and nowhere[group[0]]:
-            made = _by_role(group, edges, cell_at) or made
-        if isinstance(made, set):
-            return [], made
-        for k, c in enumerate(made.members.reshape(-1).tolist()):
-            cell_at[c] = (len(cells), k)
+        made = _cell(group, parents, cell_of, place)
+        if made is None and nowhere[group[0]]:
+            made = _by_role(group, edges, cell_of, place)
+        if made is None:
+            return [], parents.of(group) or set(group.tolist())
+        flat = made.members.reshape(-1)
+        cell_of[flat], place[flat] = len(cells), np.arange(len(flat))
         cells.append(made)
     bad = _misfits(cells)
     return _with_atoms(cells, nowhere), bad
@@ -368,26 +439,28 @@ def _with_atoms(cells: list[Cell], nowhere: np.ndarray) -> list[Cell]:
     return [Cell(c.members, tuple(at[p] for p in c.parents), c.block_parents) for c in (cells[i] for i in keep)]
 
 
-def _cell(group: np.ndarray, parents: dict[int, set[int]], cell_at: dict[int, tuple[int, int]]) -> Cell | set[int]:
-    blocks: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for c in group.tolist():
-        mine = parents.get(c, set())
-        implied = {q for p in mine for q in parents.get(p, set())}
-        key = tuple(sorted(cell_at[p] for p in mine - implied))
-        blocks.setdefault(key, []).append(c)
-    keys = sorted(blocks)
-    shape = {(len(blocks[k]), tuple(cell for cell, _ in k)) for k in keys}
-    cells_of = keys[0]
-    names = tuple(cell for cell, _ in cells_of)
-    if len(shape) > 1 or len(set(names)) < len(names):
-        # unequal blocks, or two parents in one cell: no rule to move them by
-        return {p for c in group.tolist() for p in parents.get(c, set())} or set(group.tolist())
-    members = np.array([blocks[k] for k in keys], np.int64)
-    where = np.array([[m for _, m in k] for k in keys], np.int64).reshape(len(keys), len(names))
-    return Cell(members, names, where)
+def _cell(group: np.ndarray, parents: _Parents, cell_of: np.ndarray, place: np.ndarray) -> Cell | None:
+    """The group in blocks of the same parents; None for unequal blocks, or two parents in one cell: there is no rule to
+    move them by."""
+    above = parents.matrix(group)
+    if above is None:
+        return None
+    width = int(place.max(initial=0)) + 1
+    keys = np.sort(cell_of[above] * width + place[above], axis=1)
+    names, where = keys // width, keys % width
+    if (names != names[0]).any() or (np.diff(names[0]) == 0).any():
+        return None
+    if not keys.shape[1]:
+        return Cell(group[None], (), np.zeros((1, 0), np.int64))
+    order = np.lexsort(keys.T[::-1])
+    first = np.flatnonzero(np.r_[True, (np.diff(keys[order], axis=0) != 0).any(1)])
+    counts = np.diff(np.r_[first, len(group)])
+    if (counts != counts[0]).any():
+        return None
+    return Cell(group[order].reshape(len(first), -1), tuple(names[0].tolist()), where[order[first]])
 
 
-def _by_role(group: np.ndarray, edges: np.ndarray, cell_at: dict[int, tuple[int, int]]) -> Cell | None:
+def _by_role(group: np.ndarray, edges: np.ndarray, cell_of: np.ndarray, place: np.ndarray) -> Cell | None:
     """A cell whose members lie in two neurons of one cell, told apart by the map that each comes from: the products of
     all pairs of channels, say. None where a map is not defined on every member."""
     rows = edges[np.isin(edges[:, 1], group)]
@@ -398,15 +471,15 @@ def _by_role(group: np.ndarray, edges: np.ndarray, cell_at: dict[int, tuple[int,
         if not np.array_equal(pairs[:, 0], group[order]):
             return None
         columns.setdefault(pairs[:, 1].tobytes(), pairs[:, 1])
-    where = np.array([[cell_at[p] for p in column.tolist()] for column in columns.values()], np.int64)
-    names = where[:, 0, 0]
-    if (where[:, :, 0] != names[:, None]).any():
+    above = np.stack(list(columns.values()))
+    names, where = cell_of[above], place[above]
+    if (names != names[:, :1]).any():
         return None
-    blocks, counts = np.unique(where[:, :, 1], axis=1, return_counts=True)
+    blocks, counts = np.unique(where, axis=1, return_counts=True)
     if (counts != counts[0]).any():
         return None
-    members = order[np.lexsort(where[::-1, :, 1])].reshape(-1, counts[0])
-    return Cell(group[members], tuple(names.tolist()), blocks.T.copy())
+    members = order[np.lexsort(where[::-1])].reshape(-1, counts[0])
+    return Cell(group[members], tuple(names[:, 0].tolist()), blocks.T.copy())
 
 
 def _misfits(cells: list[Cell], trials: int = 24) -> set[int]:

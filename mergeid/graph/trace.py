@@ -24,23 +24,27 @@ def trace(
     inputs: Any,
     forward: Callable[[], Any],
     *,
+    values: Any = None,
     name: str = "",
     label: SpaceLabeller | None = None,
 ) -> NeuronGraph:
     """The neuron graph of a model, not yet verified.
 
     Args:
-        model: in eval mode, on any device.
+        model: in eval mode, on any device, also meta.
         inputs: the tree of input tensors that `forward` uses.
         forward: runs the model on them and returns the task output, whose neurons are frozen.
+        values: for a model on the meta device, the inputs with their real values (`mergeid.graph.shadows`).
         name: what the graph calls the model.
         label: a human label for a space that lives on these (tensor, axis) pairs.
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     forget_derived(model)  # what the model computed from its weights earlier would look like a constant
-    recorder = record(model, state, inputs, forward)
-    atoms = np.unique(np.concatenate(list(recorder.axes.values()))) if recorder.axes else np.zeros(0, np.int64)
-    solution = solve(recorder.facts, atoms)
+    recorder = record(model, state, inputs, forward, values)
+    is_atom = np.zeros(recorder.facts.count, bool)
+    for labels in recorder.axes.values():
+        is_atom[labels] = True
+    solution = solve(recorder.facts, np.flatnonzero(is_atom))
     tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
     return _lay_out(recorder, solution, tensors, name, label)
 
@@ -116,6 +120,7 @@ def _lay_out(
             flat_of[d.members.reshape(-1)] = np.arange(d.members.size)
     on_axis = {key: draft_of[solution.class_of[labels]] for key, labels in recorder.axes.items()}
     index_at = {key: flat_of[solution.class_of[labels]] for key, labels in recorder.axes.items()}
+    found = {key: _distinct(at) for key, at in on_axis.items()}
     home = _homes(drafts, on_axis, index_at)
 
     spaces: list[Space] = []
@@ -132,7 +137,7 @@ def _lay_out(
 
     def where(draft_at: np.ndarray, flat: np.ndarray, target: int) -> np.ndarray:
         index = np.full(len(draft_at), -1)
-        for i in np.unique(draft_at[draft_at >= 0]).tolist():
+        for i in _distinct(draft_at):
             if home[i][0] == target:
                 d = drafts[i]
                 assert d is not None
@@ -144,8 +149,8 @@ def _lay_out(
         return index
 
     lives: dict[int, list[tuple[str, int]]] = {i: [] for i in order}
-    for key, at in on_axis.items():
-        for t in sorted({home[i][0] for i in np.unique(at[at >= 0]).tolist()}):
+    for key, drafts_here in found.items():
+        for t in sorted({home[i][0] for i in drafts_here}):
             lives[t].append(key)
     for i in order:
         d = drafts[i]
@@ -166,9 +171,9 @@ def _lay_out(
     for tap in recorder.taps:
         at = draft_of[solution.class_of[tap.labels]]
         flat = flat_of[solution.class_of[tap.labels]]
-        for t in sorted({home[i][0] for i in np.unique(at[at >= 0]).tolist()}):
-            found = TapMap(tap.module, tap.kind, tap.call, tap.ndim, tap.dims, where(at, flat, t))
-            taps.setdefault(ids[t], []).append(found)
+        for t in sorted({home[i][0] for i in _distinct(at)}):
+            seen = TapMap(tap.module, tap.kind, tap.call, tap.ndim, tap.dims, where(at, flat, t))
+            taps.setdefault(ids[t], []).append(seen)
     return NeuronGraph(
         name,
         tensors,
@@ -179,6 +184,11 @@ def _lay_out(
         None,
         dict(recorder.unknown),
     )
+
+
+def _distinct(at: np.ndarray) -> list[int]:
+    """The small integers from 0 that occur, ascending."""
+    return np.flatnonzero(np.bincount(at[at >= 0])).tolist()
 
 
 def _merged(drafts: list[_Draft | None], home: dict[int, tuple[int, int]], i: int) -> bool:
@@ -200,8 +210,9 @@ def _homes(
     """
     lives: dict[int, set[tuple[tuple[str, int], int]]] = {}
     for key, at in on_axis.items():
-        for i, count in zip(*(x.tolist() for x in np.unique(at[at >= 0], return_counts=True)), strict=True):
-            lives.setdefault(i, set()).add((key, count))
+        counts = np.bincount(at[at >= 0])
+        for i in np.flatnonzero(counts).tolist():
+            lives.setdefault(i, set()).add((key, int(counts[i])))
     home: dict[int, tuple[int, int]] = {}
     first: dict[Any, tuple[int, int]] = {}
     has_children = {p for d in drafts if d is not None for p in d.parents}
@@ -218,8 +229,9 @@ def _homes(
             home[i] = (d.parents[0], 0)
     # positions of every member must come in the same order of drafts
     for key, at in on_axis.items():
-        for target in {home[i][0] for i in np.unique(at[at >= 0]).tolist()}:
-            mine = [i for i in np.unique(at[at >= 0]).tolist() if home[i][0] == target and i != target]
+        here = _distinct(at)
+        for target in {home[i][0] for i in here}:
+            mine = [i for i in here if home[i][0] == target and i != target]
             mine = [i for i in mine if drafts[i] is not None and drafts[i].parents]  # type: ignore[union-attr]
             if mine and not _same_order(at, index_at[key], drafts, mine, target):
                 for i in mine:

@@ -24,10 +24,11 @@ def _frozen(n: int) -> tuple[Fine, ...]:
 
 def _constant_values(call: Call, index: Tensor) -> np.ndarray | None:
     """The index as an array if it is the same for every input; None otherwise."""
-    if index.is_meta or call.layout_of(index).data:
+    value = call.recorder.shadows.value(index)
+    if value is None or call.layout_of(index).data:
         return None
     with _disable_current_modes():
-        return index.detach().cpu().numpy()
+        return value.detach().cpu().numpy()
 
 
 @rule("embedding")
