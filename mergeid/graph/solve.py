@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,45 +82,28 @@ def _sum_by(index: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 
 class _Solver:
     def __init__(self, facts: Facts) -> None:
-        self.facts = facts
         self.n = facts.count
         self.reasons = list(facts.reasons)
-        eqs = facts.eqs
-        self.eq_a = np.concatenate([a for a, _ in eqs]) if eqs else np.zeros(0, np.int64)
-        self.eq_b = np.concatenate([b for _, b in eqs]) if eqs else np.zeros(0, np.int64)
-        self.eq_fact = np.repeat(np.arange(len(eqs)), [len(a) for a, _ in eqs])
-        self.class_of = np.zeros(0, np.int64)
+        self.eq_a, self.eq_b, self.eq_fact = _flat([])
         # every label's array of origin gives its initial colour
-        starts = np.array(facts.starts, np.int64)
-        self.origin = np.searchsorted(starts, np.arange(self.n), side="right") - 1
-        label_reason = np.full(self.n, -1, np.int64)
+        self.origin = np.repeat(np.arange(len(facts.starts)), np.diff([*facts.starts, self.n]))
+        self.label_reason = np.full(self.n, -1, np.int64)
         for labels, why in reversed(facts.freezes):
-            label_reason[labels] = why
-        self.label_reason = label_reason
-        self.par_child = [c for c, _ in facts.pars]
-        self.par_parent = [p for _, p in facts.pars]
-        self.new_eqs: list[tuple[np.ndarray, np.ndarray]] = []
+            self.label_reason[labels] = why
+        self.child, self.parent, self.fact = _flat(facts.pars)
+        self.next_fact = len(facts.pars)
+        # the same pair of labels comes twice in one fact only where its children are not in order
+        self.repeated = bool(((np.diff(self.child) <= 0) & (np.diff(self.fact) == 0)).any())
+        self.class_of = np.arange(self.n)
+        self.count = self.n
+        self.new_eqs: list[tuple[np.ndarray, np.ndarray]] = list(facts.eqs)
         self.new_pars: list[tuple[np.ndarray, np.ndarray]] = []
         self.new_labels: list[int] = []
-        self._uniq_pars()
-
-    def _uniq_pars(self) -> None:
-        """All parent facts as three flat arrays (child label, parent label, fact)."""
-        if self.par_child:
-            self.child = np.concatenate(self.par_child)
-            self.parent = np.concatenate(self.par_parent)
-            self.fact = np.repeat(np.arange(len(self.par_child)), [len(c) for c in self.par_child])
-        else:
-            self.child = self.parent = self.fact = np.zeros(0, np.int64)
-        self.next_fact = len(self.par_child)
 
     def classes(self) -> None:
         self.take_in()
-        graph = coo_matrix((np.ones(len(self.eq_a), np.int8), (self.eq_a, self.eq_b)), shape=(self.n, self.n))
-        count, self.class_of = connected_components(graph, directed=False)
-        self.count = count
         self.rank = _ranks(self.class_of)
-        self.reason = np.full(count, -1, np.int64)
+        self.reason = np.full(self.count, -1, np.int64)
         hit = np.flatnonzero(self.label_reason >= 0)[::-1]
         self.reason[self.class_of[hit]] = self.label_reason[hit]
         c, p = self.class_of[self.child], self.class_of[self.parent]
@@ -133,17 +117,19 @@ class _Solver:
         # facts whose children are all frozen say nothing any more
         self.child, self.parent, self.fact = self.child[live], self.parent[live], self.fact[live]
         # a fact relates a class through one of its labels or through another: these are different maps
-        kind = _number(_hash(self.fact, self.rank[self.child], self.rank[self.parent]))
+        kind = _hash(self.fact, self.rank[self.child], self.rank[self.parent]).view(np.int64)
         edges = np.stack([kind, c[live], p[live]], 1)
         inside = edges[:, 1] == edges[:, 2]
         self.loops, edges = edges[inside], edges[~inside]
-        _, first = np.unique(_hash(*edges.T), return_index=True)
-        first.sort()
-        self.edges = edges[first]
+        if self.repeated:
+            _, first = np.unique(_hash(*edges.T), return_index=True)
+            first.sort()
+            edges = edges[first]
+        self.edges = edges
 
     def cycles(self) -> bool:
         """Unite classes that lie in each other: each decides where the other goes. True if there were any."""
-        live = self.edges[self.reason[self.edges[:, 2]] < 0] if len(self.edges) else self.edges
+        live = self.edges[self.reason[self.edges[:, 2]] < 0]
         if not len(live):
             return False
         shape = (self.count, self.count)
@@ -177,24 +163,26 @@ class _Solver:
         return labels
 
     def take_in(self) -> None:
-        """Append what was learned since the last round."""
-        if self.new_eqs:
-            first = self.eq_fact.max(initial=-1) + 1
-            number = np.repeat(np.arange(first, first + len(self.new_eqs)), [len(a) for a, _ in self.new_eqs])
-            self.eq_a = np.concatenate([self.eq_a, *(a for a, _ in self.new_eqs)])
-            self.eq_b = np.concatenate([self.eq_b, *(b for _, b in self.new_eqs)])
-            self.eq_fact = np.concatenate([self.eq_fact, number])
-        if self.new_pars:
-            number = np.repeat(np.arange(len(self.new_pars)), [len(c) for c, _ in self.new_pars]) + self.next_fact
-            self.child = np.concatenate([self.child, *(c for c, _ in self.new_pars)])
-            self.parent = np.concatenate([self.parent, *(p for _, p in self.new_pars)])
-            self.fact = np.concatenate([self.fact, number])
-            self.next_fact += len(self.new_pars)
+        """Append what was learned since the last round, and unite classes."""
         if self.new_labels:
-            first = self.origin.max(initial=-1) + 1
-            number = np.repeat(np.arange(first, first + len(self.new_labels)), self.new_labels)
+            number = np.repeat(self.origin.max(initial=-1) + 1 + np.arange(len(self.new_labels)), self.new_labels)
             self.origin = np.concatenate([self.origin, number])
             self.label_reason = np.concatenate([self.label_reason, np.full(len(number), -1)])
+            self.class_of = np.concatenate([self.class_of, self.count + np.arange(len(number))])
+            self.count += len(number)
+        a, b, fact = _flat(self.new_eqs)
+        a_class, b_class = self.class_of[a], self.class_of[b]
+        graph = coo_matrix((np.ones(len(a), np.int8), (a_class, b_class)), shape=(self.count, self.count))
+        self.count, component = connected_components(graph, directed=False)
+        self.class_of = component[self.class_of]
+        self.eq_a, self.eq_b = np.concatenate([self.eq_a, a]), np.concatenate([self.eq_b, b])
+        self.eq_fact = np.concatenate([self.eq_fact, fact + self.eq_fact.max(initial=-1) + 1])
+        if self.new_pars:
+            child, parent, fact = _flat(self.new_pars)
+            self.repeated |= any(len(np.unique(c)) < len(c) for c, _ in self.new_pars)
+            self.child, self.parent = np.concatenate([self.child, child]), np.concatenate([self.parent, parent])
+            self.fact = np.concatenate([self.fact, fact + self.next_fact])
+            self.next_fact += len(self.new_pars)
         self.new_eqs, self.new_pars, self.new_labels = [], [], []
 
     def colours(self) -> None:
@@ -210,23 +198,40 @@ class _Solver:
         colour += _sum_by(self.loops[:, 1], _mix(self.loops[:, 0], 13), k)
         frozen = self.reason >= 0
         colour[frozen] = _mix(np.flatnonzero(frozen), 1)
-        fact, c, p = self.edges.T if len(self.edges) else np.zeros((3, 0), np.int64)
+        # only classes that lie in others, or others in them, tell each other anything
+        fact, c, p = self.edges.T
+        active = np.zeros(k, bool)
+        active[c] = active[p] = True
+        within = np.cumsum(active) - 1
+        c, p, held = within[c], within[p], frozen[active]
         fact_hash = _mix(fact, 2)
-        ids, groups = np.unique(colour, return_inverse=True)
+        mine = colour[active]
+        count = len(np.unique(mine))
         while True:
-            up = _sum_by(c, _mix(colour[p] ^ fact_hash, 3), k)
-            down = _sum_by(p, _mix(colour[c] ^ fact_hash, 4), k)
-            new = _mix(colour ^ _mix(up, 5) ^ _mix(down, 6), 7)
-            new[frozen] = colour[frozen]
-            new_ids, groups = np.unique(new, return_inverse=True)
-            if len(new_ids) == len(ids):
+            up = _sum_by(c, _mix(mine[p] ^ fact_hash, 3), len(mine))
+            down = _sum_by(p, _mix(mine[c] ^ fact_hash, 4), len(mine))
+            new = _mix(mine ^ _mix(up, 5) ^ _mix(down, 6), 7)
+            new[held] = mine[held]
+            mine = new
+            finer = len(np.unique(mine))
+            if finer == count:
                 break
-            ids, colour = new_ids, new
-        self.cell_of = groups
+            count = finer
+        colour[active] = mine
+        self.cell_of = _number(colour)
 
     def close(self) -> bool:
         """Unite, order or join the parent maps of every cell; True if something new was learned."""
         edges = self.edges[self.reason[self.edges[:, 2]] < 0]
+        if not len(edges):
+            return False
+        # where every class of a cell lies in one other there is nothing to compare
+        low, high = np.full(self.count, self.count), np.full(self.count, -1)
+        np.minimum.at(low, edges[:, 1], edges[:, 2])
+        np.maximum.at(high, edges[:, 1], edges[:, 2])
+        several = np.zeros(self.cell_of.max() + 1, bool)
+        several[self.cell_of[low < high]] = True
+        edges = edges[several[self.cell_of[edges[:, 1]]]]
         if not len(edges):
             return False
         cells = self.cell_of[edges[:, 1]]
@@ -250,7 +255,16 @@ class _Solver:
         done: set[tuple[bytes, bytes]] = set()
         for part in np.split(edges, np.flatnonzero(np.diff(cells)) + 1):
             unique = [rows[:, 1:] for rows in np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1)]
-            unique = [f for f in unique if (np.diff(f[:, 0]) > 0).all()]
+            # maps of one partition are one map: unite them at once, so that only different partitions meet in pairs
+            partitions: dict[tuple[bytes, bytes], np.ndarray] = {}
+            for f in unique:
+                if not (np.diff(f[:, 0]) > 0).all():
+                    continue
+                first = partitions.setdefault((f[:, 0].tobytes(), _partition(f[:, 1]).tobytes()), f)
+                if first is not f:
+                    self.add_eq(representative[first[:, 1]], representative[f[:, 1]])
+                    learned = True
+            unique = list(partitions.values())
             for i, f in enumerate(unique):
                 for g in unique[i + 1 :]:
                     if len(f) != len(g) or not np.array_equal(f[:, 0], g[:, 0]):
@@ -267,9 +281,10 @@ class _Solver:
         """Class -> the classes that it lies in."""
         live = np.zeros(self.count, bool)
         live[classes] = True
-        edges = self.edges[live[self.edges[:, 1]] & (self.reason[self.edges[:, 2]] < 0)]
+        pairs = self.edges[live[self.edges[:, 1]] & (self.reason[self.edges[:, 2]] < 0), 1:]
+        _, first = np.unique(_hash(*pairs.T), return_index=True)
         known: dict[int, set[int]] = {}
-        for c, p in edges[:, 1:].tolist():
+        for c, p in pairs[first].tolist():
             known.setdefault(c, set()).add(p)
         return known
 
@@ -306,6 +321,20 @@ class _Solver:
         self.add_par(rep[ua], quotient[qa])
         self.add_par(rep[ub], quotient[qb])
         return True
+
+
+def _partition(parents: np.ndarray) -> np.ndarray:
+    """Numbers of the parents in order of first appearance: equal for maps that put the same children together."""
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(p, len(numbers)) for p in parents.tolist()], np.int64)
+
+
+def _flat(facts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of arrays as two long ones, and which fact each entry comes from."""
+    if not facts:
+        return (np.zeros(0, np.int64),) * 3
+    number = np.repeat(np.arange(len(facts)), [len(a) for a, _ in facts])
+    return np.concatenate([a for a, _ in facts]), np.concatenate([b for _, b in facts]), number
 
 
 def _ranks(class_of: np.ndarray) -> np.ndarray:
@@ -445,7 +474,7 @@ def _cell(group: np.ndarray, parents: _Parents, cell_of: np.ndarray, place: np.n
     above = parents.matrix(group)
     if above is None:
         return None
-    width = int(place.max(initial=0)) + 1
+    width = len(place)
     keys = np.sort(cell_of[above] * width + place[above], axis=1)
     names, where = keys // width, keys % width
     if (names != names[0]).any() or (np.diff(names[0]) == 0).any():
