@@ -225,15 +225,6 @@ class _Solver:
         edges = self.edges[self.reason[self.edges[:, 2]] < 0]
         if not len(edges):
             return False
-        # where every class of a cell lies in one other there is nothing to compare
-        low, high = np.full(self.count, self.count), np.full(self.count, -1)
-        np.minimum.at(low, edges[:, 1], edges[:, 2])
-        np.maximum.at(high, edges[:, 1], edges[:, 2])
-        several = np.zeros(self.cell_of.max() + 1, bool)
-        several[self.cell_of[low < high]] = True
-        edges = edges[several[self.cell_of[edges[:, 1]]]]
-        if not len(edges):
-            return False
         cells = self.cell_of[edges[:, 1]]
         maps = _number(_hash(cells, edges[:, 0]))
         # maps of one cell that agree in every member are one
