@@ -45,18 +45,20 @@ def graph(
     """The verified neuron graph of a model.
 
     Args:
-        source: live module, ``.safetensors`` file, folder, hub id, or the name of an architecture (``timm/resnet18``).
+        source: live module, ``.safetensors`` file, folder, hub id, the name of an architecture (``timm/resnet18``), or
+            the path of a config.json; a bare architecture too large to run is traced without weights.
         example_inputs: for a live module: a tensor, tuple or dict of keywords that drives every branch.
         arch: the architecture of a file that does not tell.
         seed: of example inputs and of the group elements that verify.
 
     Raises `MergeidError` when the model is not found or not recognised.
     """
-    if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
+    config = isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(".json")
+    if isinstance(source, (str, os.PathLike)) and (config or not os.path.exists(source)):
         try:
             loaded = bare(os.fspath(source), seed=seed)
         except MergeidError as error:
-            if "/" not in os.fspath(source):
+            if config or "/" not in os.fspath(source):
                 raise
             try:
                 loaded = load(source, arch=arch, allow_pickle=allow_pickle, revision=revision, seed=seed)

@@ -239,18 +239,65 @@ def _live(module: nn.Module, arch: str | None, inputs: Any, generator: torch.Gen
     return Loaded(source, module.eval(), adapter, found, None, names, example)
 
 
+def _of_config(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Architecture]:
+    """The architecture that a config.json alone describes. Raises `MergeidError` where it does not say which."""
+    for name in adapter_names():
+        adapter = get_adapter(name)
+        found = adapter.recognise({}, config, {})
+        if found is not None:
+            return adapter, found
+    raise MergeidError(
+        f'{path} names no architecture; expected a config.json with "model_type" (transformers) or "architecture" '
+        "(timm)"
+    )
+
+
 def bare(arch: str, *, seed: int = 0) -> Loaded:
-    """A model of that architecture with random weights."""
+    """A model of that architecture (a name, or the path of a config.json) with random weights; on the meta device
+    where it is too large to be run here and its adapter can make a smaller one to verify."""
     import torch
 
-    adapter, found = resolve_name(arch, None, None)
-    model = adapter.build(found).eval()
+    if arch.endswith(".json"):
+        from mergeid.io.weights import read_json
+
+        adapter, found = _of_config(arch, read_json(Path(arch)))
+    else:
+        adapter, found = resolve_name(arch, None, None)
+    model = adapter.build(found, device="meta")
+    if sum(p.numel() for p in model.parameters()) < HUGE or not hasattr(adapter, "shrink"):
+        model = adapter.build(found)
+    model = model.eval()
     example = adapter.example_inputs(found, model, torch.Generator().manual_seed(seed))
     return Loaded(arch, model, adapter, found, None, {k: k for k in model.state_dict()}, example)
 
 
+HUGE = 1_000_000_000
+"""Parameters above which a bare architecture is traced on the meta device."""
 LARGE = 400_000_000
 """Parameters above which verification runs in float32: a float64 copy would not fit beside the model."""
+
+
+def _proven_small(loaded: Loaded, graph: NeuronGraph, seed: int, samples: int) -> NeuronGraph:
+    """A graph traced on the meta device, verified on a smaller model of the same architecture."""
+    import torch
+
+    from mergeid.graph.scale import proven_on
+
+    shrink: Callable[[Architecture], Architecture] | None = getattr(loaded.adapter, "shrink", None)
+    if shrink is None:
+        raise MergeidError(
+            f"{loaded.source} is on the meta device, and adapter {loaded.adapter.name!r} cannot make a smaller model to "
+            "verify its graph on; load its weights first"
+        )
+    arch = shrink(loaded.arch)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = loaded.adapter.build(arch)
+    example = loaded.adapter.example_inputs(arch, model, torch.Generator().manual_seed(seed))
+    small = Loaded(arch.id, model, loaded.adapter, arch, None, {k: k for k in model.state_dict()}, example)
+    count = sum(p.numel() for p in model.parameters())
+    what = f"a smaller model of the same code ({count / 1e6:.1f}M parameters)"
+    return proven_on(graph, graph_of(small, seed=seed, samples=samples), what)
 
 
 def graph_of(loaded: Loaded, *, seed: int = 0, samples: int = 2) -> NeuronGraph:
@@ -262,13 +309,18 @@ def graph_of(loaded: Loaded, *, seed: int = 0, samples: int = 2) -> NeuronGraph:
 
     model, batch = loaded.model, {k: v for k, v in loaded.example.items() if k != "labels"}
     size = sum(p.numel() for p in model.parameters())
+    meta = any(p.is_meta for p in model.parameters())
+    inputs = {k: v.to("meta") if meta and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     graph = trace(
         model,
-        batch,
-        lambda: loaded.forward(model, batch),
+        inputs,
+        lambda: loaded.forward(model, inputs),
+        values=batch if meta else None,
         name=loaded.arch.id,
         label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
     )
+    if meta:
+        return _proven_small(loaded, graph, seed, samples)
     size_of = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
     one = {k: v[:1] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size_of else v for k, v in batch.items()}
     return verify(

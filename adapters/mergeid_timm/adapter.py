@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 HINTS = ("mergeid.arch", "architecture", "arch", "model_name")
 """Metadata keys of a safetensors file that may name the architecture."""
 
+SHALLOW: tuple[dict[str, Any], ...] = ({"depth": 4}, {"depths": (1, 1, 2, 1)}, {"layers": (1, 1, 2, 1)})
+"""What timm's classes call their depth."""
+
 NOT_MODEL_OPTIONS = frozenset({"pretrained_cfg", "tag"})
 COMPANION_SUFFIXES = frozenset({".json", ".txt"})
 NOT_COMPANIONS = frozenset({"mergeid.json", "requirements.txt"})
@@ -162,6 +165,19 @@ class TimmAdapter:
                 "check the architecture's name and the options in config.json"
             ) from error
         return model.eval()
+
+    def shrink(self, arch: Architecture) -> Architecture:
+        """The architecture with fewer blocks of the same width: what verifies the graph of a model too large to run.
+
+        Raises `MergeidError` where its class has no depth to set."""
+        for options in SHALLOW:
+            smaller = replace(arch, options={**arch.options, **options})
+            try:
+                self.build(smaller, device="meta")
+            except MergeidError:  # this class has another name for its depth
+                continue
+            return smaller
+        raise MergeidError(f"timm's {arch.name} cannot be built with fewer blocks; give a checkpoint of it")
 
     def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
         """Identity but for wrappers' prefixes and for names of old timm versions, which timm's own filters rename."""

@@ -97,6 +97,16 @@ class TransformersAdapter:
         options["pooler"] = not names or any(f".{POOLER}." in f".{n}" for n in names)
         return Architecture(self.name, model_type, options)
 
+    def shrink(self, arch: Architecture) -> Architecture:
+        """The same code with a few narrow layers: what verifies the graph of a model too large to run."""
+        from dataclasses import replace
+
+        from mergeid_transformers.configs import library_config
+        from mergeid_transformers.shrink import shrunken
+
+        small = shrunken(library_config(arch.name, arch.options.get("config")))
+        return replace(arch, options={**arch.options, "config": {**small.to_dict(), "model_type": arch.name}})
+
     def build(self, arch: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
         """A float32 model with random weights in eval mode, without caches.
 

@@ -151,7 +151,7 @@ def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
     if graph.verified:
         lines.append(
             f"Verified: {graph.verified['samples']} random group elements, outputs equal to a relative error of "
-            f"{graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']})."
+            f"{graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']})." + verified_on(graph.verified)
         )
     else:
         lines.append("Not verified.")
@@ -175,3 +175,13 @@ def frozen_summary(graph: NeuronGraph, most: int = 4) -> str:
 
 def _parameters(graph: NeuronGraph) -> int:
     return sum(prod(shape) for shape in graph.tensors.values())
+
+
+def verified_on(verified: Mapping[str, Any]) -> str:
+    """What was verified in place of a model too large to run here."""
+    if "on" not in verified:
+        return ""
+    return (
+        f" This model is too large to run here: traced without weights, verified on {verified['on']}, where neurons "
+        f"moved at {verified['places']} of the {verified['of']} kinds of places that are free here."
+    )

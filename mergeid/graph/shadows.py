@@ -48,7 +48,8 @@ class Shadows:
             return func(*args, **kwargs)
         values = self._on_values(func, args, kwargs) if known else None
         try:
-            out = func(*args, **kwargs)
+            # real constants that meet meta tensors
+            out = func(*_all_meta(tuple(args)), **{k: _all_meta(v) for k, v in kwargs.items()})
         except (RuntimeError, NotImplementedError) as error:
             if values is None:
                 raise MergeidError(
@@ -82,6 +83,10 @@ class Shadows:
             return out
 
         return tree_map(meta, values)
+
+
+def _all_meta(tree: Any) -> Any:
+    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) and not x.is_meta and x.dim() else x, tree)
 
 
 def _wants_meta(kwargs: Mapping[str, Any]) -> bool:

@@ -67,7 +67,8 @@ def make(name: str, native: bool = False) -> Case:
     torch.manual_seed(0)
     note = ""
     if size > SHRINK_ABOVE:
-        arch, note = _shallower(adapter, arch, size)
+        arch = adapter.shrink(arch)
+        note = f"{size / 1e9:.1f}B parameters, checked with fewer blocks"
     if size > SMALL_IMAGE_ABOVE and not native:
         arch, image = _smaller_image(adapter, arch)
         note = "; ".join(x for x in (note, image) if x)
@@ -79,19 +80,6 @@ def make(name: str, native: bool = False) -> Case:
         return batch
 
     return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.forward, another, note)
-
-
-def _shallower(adapter: Any, arch: Any, size: int) -> tuple[Any, str]:
-    """The architecture with fewer blocks of the same width."""
-    for options in ({"depth": 4}, {"depths": (1, 1, 2, 1)}, {"layers": (1, 1, 2, 1)}):
-        smaller = replace(arch, options={**arch.options, **options})
-        try:
-            adapter.build(smaller, device="meta")
-        except Exception:  # this class has another name for its depth
-            continue
-        key, value = next(iter(options.items()))
-        return smaller, f"{size / 1e9:.1f}B parameters, checked with {key}={value}"
-    return arch, ""
 
 
 def _smaller_image(adapter: Any, arch: Any) -> tuple[Any, str]:
