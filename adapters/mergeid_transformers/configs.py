@@ -93,31 +93,73 @@ def vision_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+BASE = "MODEL_MAPPING_NAMES"
+# Before the causal heads: encoders have both under the same names, and are masked models as a rule.
+HEADS = (
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+)
+
+
 @cache
-def _default_classes(model_type: str) -> tuple[str, ...]:
-    """Names of the library's own classes for a model type, the base model first, then its usual heads."""
+def classes_of(model_type: str, mapping: str) -> tuple[str, ...]:
+    """Names of the classes that one of the library's auto mappings gives for a model type."""
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, None] = {}
-    for mapping in (
-        "MODEL_MAPPING_NAMES",
-        # Before the causal heads: encoders have both under the same names, and are masked models as a rule.
-        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-        "MODEL_FOR_CTC_MAPPING_NAMES",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
-    ):
-        names = getattr(modeling_auto, mapping, {}).get(model_type, ())
-        found.update(dict.fromkeys([names] if isinstance(names, str) else names))
-    return tuple(found)
+    names = getattr(modeling_auto, mapping, {}).get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+@cache
+def _default_classes(model_type: str) -> tuple[str, ...]:
+    """Names of the library's own classes for a model type, the base model first, then its usual heads; for a type that
+    no auto mapping lists (a tower of a larger model) the classes of its module that are made from its config."""
+    found = dict.fromkeys(name for mapping in (BASE, *HEADS) for name in classes_of(model_type, mapping))
+    return tuple(found) or tuple(_by_config(model_type))
+
+
+@cache
+def _by_config(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    """Classes with a forward pass in the model type's own module whose configuration is this type's, largest part
+    last defined first."""
+    from importlib import import_module
+
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    try:
+        module = import_module(kind.__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return {}
+    found = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type)
+        and issubclass(c, transformers.PreTrainedModel)
+        and c.__module__ == module.__name__
+        and c.config_class is kind
+        and not c.__name__.endswith("PreTrainedModel")
+        and c.forward is not transformers.PreTrainedModel.forward
+    ]
+    return {c.__name__: c for c in reversed(found)}
 
 
 def has_class(name: str) -> bool:
@@ -132,6 +174,8 @@ def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not isinstance(found, type) and model_type in model_types():
+        found = _by_config(model_type).get(name)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         known = ", ".join(_default_classes(model_type)) or "none"
         raise MergeidError(
