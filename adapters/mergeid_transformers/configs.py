@@ -81,15 +81,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         part = getattr(config, name, None)
         if part is not None and hasattr(part, "vocab_size"):
             return part
-    return config
-
-
-def vision_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that describes the image tower (the configuration itself where there is one)."""
-    for name in ("vision_config", "vision", "encoder", "backbone_config"):
-        part = getattr(config, name, None)
-        if part is not None and not isinstance(part, Mapping):
-            return part
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        # composites of whole models, and those whose text part lies deeper
+        for name in ("encoder", "encoder_config", "thinker_config", "question_encoder", "vlm_config", "decoder"):
+            part = getattr(config, name, None)
+            if part is not None and hasattr(text_config(part), "vocab_size"):
+                return text_config(part)
     return config
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
+from mergeid_transformers.shrink_table import SECTIONS, SPECIAL
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -38,11 +40,11 @@ _NOT_HEADS = re.compile(r"head_dim|head_size|layers|dim_head")
 _DEPTH = re.compile(
     r"(^|_)(n_?layers?|n_layer|layers|depth|num_blocks|num_layers_per_stack|num_res_blocks|blocks_per_stage)$"
 )
-_NOT_DEPTH = re.compile(r"window_layers|feature|drop|_at_|proj_layers|prompt_layers|nextn|mtp|skip|shared_layers|vision_")
+_NOT_DEPTH = re.compile(r"window_layers|feat|drop|_at_|proj_layers|prompt_layers|nextn|mtp|skip|shared_layers|vision_")
 _EXPERTS = re.compile(r"(^|_)(n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts|zero_expert_num)$")
 _CHOSEN = re.compile(r"(experts_per_tok|moe_topk|top_k_experts|moe_top_k|topk|num_selects|num_experts_per_token)$")
 _SHARED_EXPERTS = re.compile(r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)$")
-_VOCABULARY = re.compile(r"(vocab_size|vocabulary_size|codebook_size|num_hash_buckets|vocab|num_embeds|num_embeddings)$")
+_VOCABULARY = re.compile(r"(vocab_size|vocabulary_size|codebook_size|num_hash_buckets|vocab|num_embeds|num_embeddings|vocab_size_per_layer_input)$")
 _ID = re.compile(r"(token_id|token_index|token_ids|token_idx|[a-z]_id|_ids|_bos_id|begin_suppress_tokens|suppress_tokens)$")
 _NOT_ID = re.compile(r"layer|gradient|hook|prompt_id")
 _IMAGE = re.compile(r"(^|_)(image_size|img_size|input_image_size|pretrain_image_size|crop_size|image_resolution)$")
@@ -56,6 +58,7 @@ _COUNTS = re.compile(
     r"soft_tokens_per_image|image_token_num|num_latents|latent_query_num|query_num|num_queries|num_query_tokens|"
     r"num_object_queries|num_detection_tokens|resampler_n_latents|num_global_tokens|num_landmarks|num_proposals)$"
 )
+_DERIVED = frozenset({"stage_names", "out_features", "ignore_keys_at_rope_validation"})
 _INTERVAL = re.compile(
     r"(_interval|_period|_frequency|_freq|_every_n_layers|_step|_pattern|_layer_step|sparse_step|layer_group_size)$"
 )
@@ -66,19 +69,23 @@ _LAYER_INDICES = re.compile(
     r"extract_layers|vision_layer|proj_layers|source_layers|scaling_layers|layer_index|layer_index_start|"
     r"layer_index_end|layer_start_index|layer_end_index|hidden_layer|subsample_layers|only_layers|fullatt_block)$"
 )
+_USED_LAYERS = re.compile(r"hook_ids|layers_indices|extract_layers|feature_layers|state_indices|target_layers")
 _WINDOW = re.compile(r"(sliding_window|attention_window|attention_window_size|local_attention|window_size|sliding_window_size)$")
-_CHUNK = re.compile(r"(chunk_size|chunk_length|block_size|index_topk|mamba_chunk_size)$")
+_CHUNK = re.compile(
+    r"^(chunk_size|block_size|index_topk|mamba_chunk_size|mamba_chunk_length|lsh_attn_chunk_length|"
+    r"local_attn_chunk_length|conv_chunksize|chunk_length)$"
+)
 _MEL = re.compile(r"(num_mel_bins|n_mel_bins|input_feat_per_channel|input_feat_size|num_mel_channels|feature_size)$")
 _LABELS = re.compile(r"(num_labels|num_classes|num_qa_labels|num_object_labels|num_attr_labels|num_ctc_classes)$")
 _WIDTH = re.compile(
     r"(size|dim|dims|width|channels?|inner|units|sizes|rank|features|ffn|d_[a-z]+|dff|d_ff|features_sizes|inplanes|"
     r"filters|embed_dims|hidden_dims|out_channel|n_inner|d_ssm|kv_channels|_planes|d_state|dim_base|dim_feedforward|"
-    r"attn_unit_dims|bottleneck|in_features|out_features_size)(_mlp|_2d|_1d)?$"
+    r"attn_unit_dims|bottleneck|n_embd|upsample_groups|in_features|out_features_size)(_mlp|_2d|_1d)?$"
 )
 _NOT_WIDTH = re.compile(
     r"kernel|stride|chunk|batch|step|vocab|window|image|patch|max_|merge|num_channels|temporal|pool|block|conv_size|"
-    r"^in_channels$|^out_channels$|audio_channels|num_mel|spatial|frame|cluster|type|crop|groups|min_|scale|eval|"
-    r"input_size|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init|logit"
+    r"^in_channels$|^out_channels$|audio_channels|num_mel|spatial|frame|cluster|type|crop|(?<!upsample_)groups|min_|scale|eval|"
+    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init|logit"
 )
 
 
@@ -127,12 +134,16 @@ class Shrinker:
         for part in _tree(config):
             self._anchor(part)
         given = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+        if given.get("stage_names"):
+            given["out_indices"] = list(config.out_indices)
         base = vars(PretrainedConfig())
         content: dict[str, Any] = {}
         own: dict[str, Any] = {}
         for name, value in given.items():
             if isinstance(value, PretrainedConfig):
-                content[name] = {**Shrinker.shrink(self, value), "model_type": value.model_type}
+                content[name] = {**self.shrink(value), "model_type": value.model_type}
+            elif name in _DERIVED - {"stage_names"}:
+                continue
             elif name in base and base[name] == value and name not in ("num_labels", "is_decoder"):
                 continue
             elif name not in ("transformers_version", "architectures", "dtype", "torch_dtype", "label2id", "id2label"):
@@ -140,7 +151,19 @@ class Shrinker:
         content.update(self._fields(config, own))
         if len(getattr(config, "id2label", None) or ()) > 5:
             content["num_labels"] = 5
-        return content
+        self._stages(config, own, content)
+        return {**content, **SPECIAL.get(config.model_type, {})}
+
+    def _stages(self, config: PretrainedConfig, own: Mapping[str, Any], content: dict[str, Any]) -> None:
+        """Backbones: `out_indices` count stages after the stem, which are layers in transformers."""
+        indices, names = getattr(config, "out_indices", None), vars(config).get("stage_names")
+        if not indices or not names:
+            return
+        layers = _layers(own)
+        if layers and len(names) == layers + 1:
+            kept = _kept_layers(own, layers)[0]
+            indices = [kept.index(i - 1) + 1 if i - 1 in kept else 0 if i == 0 else -1 for i in _from_start(indices, layers + 1)]
+        content["out_indices"] = list(indices)
 
     def _anchor(self, config: PretrainedConfig) -> None:
         """Fix the new hidden size of a configuration."""
@@ -149,7 +172,7 @@ class Shrinker:
             heads = _heads(config)
             taken = set(self.widths.values())
             new = next((w for w in WIDTHS if w not in taken), WIDTHS[-1])
-            if isinstance(getattr(config, name), (list, tuple)):
+            if isinstance(getattr(config, name), (list, tuple)) or vars(config).get("depths"):
                 new = 16
             self.widths[old] = new if old > 8 else old
             if heads and old % max(heads) == 0 and not isinstance(getattr(config, name), (list, tuple)):
@@ -169,14 +192,15 @@ class Shrinker:
     # -- the fields of one configuration --------------------------------------------------------------------------
 
     def _fields(self, config: PretrainedConfig, own: Mapping[str, Any]) -> dict[str, Any]:
-        content = dict(own)
+        content = {k: v for k, v in own.items() if k not in _DERIVED}
         layers = _layers(own)
         kept, depth = _kept_layers(own, layers)
         for name, value in own.items():
-            content[name] = self._field(config, own, name, value, layers, kept, depth)
+            if name in content:
+                content[name] = self._field(config, own, name, value, layers, kept, depth)
         self._heads(config, own, content)
         self._expand(own, content)
-        self._rotary(own, content)
+        self._rotary(config.model_type, own, content)
         return content
 
     def _field(
@@ -189,14 +213,15 @@ class Shrinker:
         kept: Sequence[int],
         depth: int,
     ) -> Any:
-        if _LAYER_INDICES.search(name) and (_integer(value) or _integers(value)):
-            return _indices(value, layers, depth)
-        if isinstance(value, (list, tuple)) and layers > 2 and len(value) in (layers, layers + 1):
-            if not _WIDTH.search(name) or not _integers(value):
-                extra = [value[-1]] if len(value) > layers else []
-                return [self._item(config, name, value[i]) for i in kept] + extra
+        if _LAYER_INDICES.search(name) and not name.startswith("num") and (_integer(value) or _integers(value)):
+            return _indices(name, value, kept, layers, depth)
+        if isinstance(value, (list, tuple)) and layers > 2 and len(value) == layers:
+            item = self.width if _WIDTH.search(name) and _integers(value) else None
+            return [item(config, value[i]) if item else self._item(config, name, value[i]) for i in kept]
         if isinstance(value, Mapping) and name in ("image_size", "patch_size", "size"):
             return {k: self._image(own, "image_size", v) if _integer(v) else v for k, v in value.items()}
+        if name == "backbone" and isinstance(value, str) and value.startswith("resnet"):
+            return "test_resnet"
         if _integers(value) and name in ("depths", "num_blocks", "stage_num_blocks", "layers", "layer_depths"):
             return [min(v, 2) for v in value]
         if _integers(value) and (_HEADS.search(name) and not _NOT_HEADS.search(name)):
@@ -219,12 +244,14 @@ class Shrinker:
     def _number(self, config: PretrainedConfig, own: Mapping[str, Any], name: str, value: int, depth: int) -> int:
         if _HEADS.search(name) and not _NOT_HEADS.search(name):
             return value  # with its relations, see _heads
-        if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            return min(value, depth)
+        if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth") and _layers(own) in (0, value):
+            return min(value, depth) if _layers(own) else value
         if _DEPTH.search(name) and not _NOT_DEPTH.search(name):
             return min(value, LAYERS)
         if _EXPERTS.search(name):
             return min(value, EXPERTS)
+        if _CHUNK.search(name) and value > 8 and "chunk_right_context" not in own:
+            return 8
         if _CHOSEN.search(name):
             return min(value, CHOSEN)
         if _SHARED_EXPERTS.search(name):
@@ -255,19 +282,19 @@ class Shrinker:
             return min(value, 32)
         if _WINDOW.search(name):
             return min(value, 8 if value > 16 else 4)
-        if _CHUNK.search(name) and value > 8:
-            return 8
         if _WIDTH.search(name) and not _NOT_WIDTH.search(name):
             return self.width(config, value)
         if name in ("num_conv_pos_embeddings", "max_length"):
             return min(value, 16 if name.startswith("num") else 64)
-        if name == "num_conv_pos_embedding_groups":
+        if name in ("num_conv_pos_embedding_groups", "num_groups", "norm_num_groups"):
             return min(value, 4)
         return value
 
     def _vocabulary(self, value: int) -> int:
         if value <= VOCABULARIES[0]:
             return value
+        if value & (value - 1) == 0 and value < 2**16:
+            return 128  # code books
         if value not in self.vocabularies:
             self.vocabularies[value] = VOCABULARIES[min(len(self.vocabularies), len(VOCABULARIES) - 1)]
         return self.vocabularies[value]
@@ -321,6 +348,8 @@ class Shrinker:
                 content[n] = self.widths[old] // min(count, HEADS) if count > 1 else self.widths[old]
             elif v > 8:
                 content[n] = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}.get(n, 24)
+        if own.get("head_dim") is not None and own["head_dim"] == own.get("qk_rope_head_dim"):
+            content["head_dim"] = content["qk_rope_head_dim"]
         if "qk_head_dim" in own and "qk_rope_head_dim" in content:
             content["qk_head_dim"] = content["qk_rope_head_dim"] + content["qk_nope_head_dim"]
 
@@ -342,14 +371,17 @@ class Shrinker:
         if _integer(own.get("intermediate_size")) and own["intermediate_size"] == int(expand * hidden):
             content["intermediate_size"] = int(expand * new)
 
-    def _rotary(self, own: Mapping[str, Any], content: dict[str, Any]) -> None:
+    def _rotary(self, model_type: str, own: Mapping[str, Any], content: dict[str, Any]) -> None:
         heads = content.get("num_attention_heads") or content.get("n_head") or content.get("num_heads")
         hidden = content.get("hidden_size") or content.get("d_model") or content.get("n_embd")
         size = content.get("head_dim") or (hidden // heads if _integer(hidden) and _integer(heads) and heads else None)
         size = content.get("qk_rope_head_dim") or size
         for name in ("rope_parameters", "rope_scaling"):
             if isinstance(own.get(name), Mapping) and size:
-                content[name] = _sections(own[name], int(size * float(own.get("partial_rotary_factor") or 1.0)))
+                rope = dict(own[name])
+                if model_type in SECTIONS:
+                    rope.setdefault("mrope_section", SECTIONS[model_type])
+                content[name] = _sections(rope, int(size * float(own.get("partial_rotary_factor") or 1.0)))
 
 
 def _sections(rope: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -381,7 +413,8 @@ def _tree(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 def _hidden(config: PretrainedConfig) -> tuple[str, int]:
     """Name and value of the field that holds the hidden size; ("", 0) where there is none."""
-    for name in _HIDDEN:
+    names = ("embed_dim", *_HIDDEN) if vars(config).get("depths") else _HIDDEN
+    for name in names:
         value = vars(config).get(name)
         if _integer(value) and value > 0:
             return name, value
@@ -395,6 +428,9 @@ def _heads(config: PretrainedConfig) -> list[int]:
 
 
 def _layers(own: Mapping[str, Any]) -> int:
+    """Number of layers; 0 where the network counts stages."""
+    if any(isinstance(own.get(n), (list, tuple)) for n in ("depths", "block_configs", "stage_num_blocks")):
+        return 0
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"):
         if _integer(own.get(name)):
             return int(own[name])
@@ -402,31 +438,52 @@ def _layers(own: Mapping[str, Any]) -> int:
 
 
 def _kept_layers(own: Mapping[str, Any], layers: int) -> tuple[list[int], int]:
-    """The layers that show every kind of layer, and their number."""
-    kinds = [
+    """The layers that show every kind of layer, and their number. A kind is a name in a list of layer types, or being
+    in a list of layer numbers or not; layers whose outputs are used are all kept."""
+    kinds: list[list[Any]] = [
         list(v)
         for v in own.values()
         if isinstance(v, (list, tuple)) and len(v) == layers and layers > 2 and all(isinstance(x, (str, bool)) for x in v)
     ]
-    kept = [
-        i for i in range(layers) if any(k[i] not in k[:i] for k in kinds) or (not kinds and i < LAYERS)
-    ]
-    kept += [i for i in range(layers) if i not in kept][: max(LAYERS - len(kept), 0)]
-    kept.sort()
+    kept: set[int] = set()
+    for name, numbers in _index_lists(own, layers).items():
+        if _USED_LAYERS.search(name):
+            kept |= set(numbers)
+        else:
+            kinds.append([i in numbers for i in range(layers)])
+    names, indices = own.get("stage_names"), own.get("out_indices")
+    if names and _integers(indices) and len(names) == layers + 1:
+        kept |= {i - 1 for i in _from_start(indices, layers + 1) if i > 0}
+    for k in kinds:
+        kept |= {i for i in range(layers) if k[i] not in k[:i]}
+    for i in range(layers):
+        if len(kept) < LAYERS:
+            kept.add(i)
+    chosen = sorted(kept)
     shared = own.get("num_kv_shared_layers")
     if _integer(shared) and shared:
-        kept += kept
-    return kept, max(len(kept), min(LAYERS, layers))
+        chosen += chosen
+    return chosen, max(len(chosen), min(LAYERS, layers))
 
 
-def _indices(value: Any, layers: int, depth: int) -> Any:
-    """Numbers of layers, brought into the range of the new depth."""
+def _from_start(indices: Sequence[int], count: int) -> list[int]:
+    return [i + count if i < 0 else i for i in indices]
 
-    def one(v: int) -> int:
-        if v < 0:
-            return max(v, -depth)
-        return min(v * depth // layers, depth) if layers > depth else v
 
-    if _integer(value):
-        return one(value)
-    return list(dict.fromkeys(one(v) for v in value))
+def _index_lists(own: Mapping[str, Any], layers: int) -> dict[str, list[int]]:
+    """Fields that list some of the layers by number."""
+    return {
+        n: list(v)
+        for n, v in own.items()
+        if _LAYER_INDICES.search(n) and _integers(v) and layers > 2 and all(0 <= i < layers for i in v)
+    }
+
+
+def _indices(name: str, value: Any, kept: Sequence[int], layers: int, depth: int) -> Any:
+    """Numbers of layers in the new count."""
+    if _integers(value) and layers > 2 and all(0 <= i < layers for i in value):
+        return [k for k, i in enumerate(kept) if i in value]
+    few = depth if layers else LAYERS
+    values = [value] if _integer(value) else list(value)
+    new = [max(v, -few) if v < 0 else min(v, few - (0 if name.endswith(("end", "end_index")) else 1)) for v in values]
+    return new[0] if _integer(value) else new

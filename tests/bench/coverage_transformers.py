@@ -55,12 +55,14 @@ def families() -> dict[str, str]:
 
 def task_class(model_type: str) -> str:
     """The class to check: with a head that gives logits where the type has one."""
-    from mergeid_transformers.configs import choose_class, classes_of
+    from mergeid_transformers.configs import choose_class, classes_of, model_class
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    kind = CONFIG_MAPPING[model_type]
     for task in ORDER:
-        found = classes_of(model_type, f"MODEL_FOR_{task}_MAPPING_NAMES")
-        if found:
-            return found[0]
+        for found in classes_of(model_type, f"MODEL_FOR_{task}_MAPPING_NAMES"):
+            if model_class(model_type, found).config_class is kind:
+                return found
     return choose_class(model_type, None, frozenset())
 
 

@@ -1,0 +1,232 @@
+"""The rarer arguments of a forward pass by name: how each is made. Those of `ALWAYS` are given to every model that takes
+them (without them a branch stays idle), the others only where the model insists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mergeid_transformers import media
+from mergeid_transformers.media import Draft, number, ones, vision_part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Maker = Callable[[Draft], Any]
+BOXES = 5
+REGIONS = 6
+
+
+def _hidden(config: Any) -> int:
+    return number(config, "hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim") or 64
+
+
+def _vectors(draft: Draft) -> Tensor:
+    """What comes before a tower without an embedding of its own."""
+    config = draft.config
+    if "grid_thw" in draft.names:
+        return media.patches(draft)
+    width = number(config, "input_dim", "input_size", "backbone_hidden_size") or _hidden(config)
+    return draft.random(draft.size, draft.length, width)
+
+
+def _encoder_states(draft: Draft) -> Tensor:
+    config = draft.config
+    width = number(config, "encoder_hidden_size", "cross_hidden_size", "vision_hidden_size") or _hidden(config)
+    return draft.random(draft.size, 7, width)
+
+
+def _boxes(draft: Draft) -> Tensor:
+    """[batch, tokens, 4]: left, top, right, bottom on a page."""
+    import torch
+
+    limit = number(draft.config, "max_2d_position_embeddings") or 100
+    corners = draft.integers(limit // 2, draft.size, draft.length, 2)
+    return torch.cat((corners, corners + draft.integers(limit // 4, draft.size, draft.length, 2)), -1)
+
+
+def _bros_boxes(draft: Draft) -> Tensor:
+    return _boxes(draft).float() / 100 if draft.config.model_type == "bros" else _boxes(draft)
+
+
+def _udop_boxes(draft: Draft) -> Tensor:
+    return _boxes(draft).float() / 100 if draft.config.model_type == "udop" else _bros_boxes(draft)
+
+
+def _flat_patches(draft: Draft) -> Tensor:
+    """[batch, patches, row and column and pixels] (Pix2Struct)."""
+    import torch
+
+    vision = vision_part(draft.config)
+    size = media.side(getattr(vision, "patch_size", None)) or 16
+    width = number(vision, "patch_embed_hidden_size") or 3 * size * size
+    n = media.SIDE
+    rows = torch.arange(1, n + 1).repeat_interleave(n).float()
+    columns = torch.arange(1, n + 1).repeat(n).float()
+    places = torch.stack((rows, columns), -1).expand(draft.size, -1, -1)
+    return torch.cat((places, draft.random(draft.size, n * n, _patch_width(draft, width))), -1)
+
+
+def _patch_width(draft: Draft, width: int) -> int:
+    from torch import nn
+
+    for name, module in draft.model.named_modules():
+        if isinstance(module, nn.Linear) and "patch_projection" in name:
+            return module.in_features
+    return width
+
+
+def _past(draft: Draft) -> Tensor:
+    """A time series: [batch, steps] or [batch, steps, channels]."""
+    config = draft.config
+    steps = number(config, "context_length") or 32
+    lags = getattr(config, "lags_sequence", None)
+    if lags:
+        steps += max(lags)
+    width = number(config, "num_input_channels")
+    shape = (draft.size, steps, width) if width else (draft.size, steps)
+    if width is None and (number(config, "input_size") or 1) > 1 and lags:
+        shape = (*shape, config.input_size)
+    return draft.random(*shape)
+
+
+def _time_features(draft: Draft) -> Tensor:
+    steps = draft.batch["past_values"].shape[1]
+    return draft.random(draft.size, steps, _time_width(draft))
+
+
+def _time_width(draft: Draft) -> int:
+    return int(getattr(draft.config, "num_time_features", 0) or 0)
+
+
+def _mel(draft: Draft, last: bool) -> Tensor:
+    width = number(draft.config, "model_in_dim", "num_mel_bins", "mel_dim", "spectrogram_bins") or 80
+    return draft.random(draft.size, 8, width) if last else draft.random(draft.size, width, 8)
+
+
+def _spatial(draft: Draft) -> Tensor:
+    import torch
+
+    return torch.full((draft.size, 2), media.SIDE)
+
+
+def _features_mask(draft: Draft) -> Tensor:
+    """[batch, frames] of ones."""
+    given = draft.batch["input_features"]
+    mel = media.mel_bins(draft.config)
+    return ones(draft, draft.size, given.shape[-1] if given.shape[1] == mel else given.shape[1])
+
+
+def _image_sizes(draft: Draft) -> Tensor:
+    import torch
+
+    _, height, width = media.image_shape(draft.config)
+    return torch.tensor([[height, width]]).repeat(draft.size, 1)
+
+
+def _trajectory(draft: Draft, width: int) -> Tensor:
+    return draft.random(draft.size, draft.length, width)
+
+
+def _tokens(field: str = "") -> Maker:
+    def make(draft: Draft) -> Tensor:
+        part = getattr(draft.config, field, None) if field else None
+        size = number(part, "vocab_size") or number(draft.config, "vocab_size") or 20
+        return 2 + draft.integers(size - 3, draft.size, 9)
+
+    return make
+
+
+def _prompts(draft: Draft) -> Tensor:
+    """Segment Anything: points [batch, objects, points, 2]."""
+    return draft.random(draft.size, 2, 3, 2).abs() * 16
+
+
+def _pixels_or_frames(draft: Draft) -> Tensor:
+    return media.pixels(draft)
+
+
+ALWAYS: dict[str, Maker] = {
+    "bbox": _udop_boxes,
+    "input_features_mask": _features_mask,
+    "feature_attention_mask": _features_mask,
+    "image_grid_thw": media.grid,
+    "pixel_attention_mask": lambda d: (
+        ones(d, d.size, media.SIDE**2) if "spatial_shapes" in d.names else None
+    ),
+    "spatial_shapes": _spatial,
+    "image_sizes": _image_sizes,
+    "visual_feats": lambda d: d.random(d.size, REGIONS, number(d.config, "visual_feat_dim") or 2048),
+    "visual_pos": lambda d: d.random(d.size, REGIONS, number(d.config, "visual_pos_dim") or 4).abs(),
+    "visual_embeds": lambda d: d.random(d.size, REGIONS, number(d.config, "visual_embedding_dim") or 512),
+    "flattened_patches": _flat_patches,
+    "input_points": _prompts,
+    "states": lambda d: _trajectory(d, d.config.state_dim),
+    "actions": lambda d: _trajectory(d, number(d.config, "act_dim") or 4),
+    "rewards": lambda d: _trajectory(d, 1),
+    "returns_to_go": lambda d: _trajectory(d, 1),
+    "timesteps": lambda d: d.integers(d.config.max_ep_len, d.size, d.length),
+    "task_inputs": lambda d: d.integers(40, d.size, number(d.config, "task_seq_len") or 9),
+    "qformer_input_ids": _tokens("qformer_config"),
+    "is_longer": lambda d: ones(d, d.size, 1).bool(),
+    "prompt_depth": lambda d: d.random(d.size, 1, 16, 16).abs(),
+    "target_sizes": lambda d: _spatial(d),
+    "future_values": lambda d: (
+        d.random(d.size, d.config.prediction_length) if _time_width(d) or hasattr(d.config, "lags_sequence") else None
+    ),
+    "future_time_features": lambda d: d.random(d.size, d.config.prediction_length, _time_width(d)),
+    "moe_mm_token_type_ids": lambda d: None,
+}
+REQUIRED: dict[str, Maker] = {
+    "past_values": _past,
+    "past_time_features": _time_features,
+    "past_observed_mask": lambda d: ones(d, *d.batch["past_values"].shape),
+    "grid_thw": media.grid,
+    "merge_sizes": lambda d: ones(d, d.size),
+    "hidden_states": _vectors,
+    "inputs_embeds": _vectors,
+    "noise_embeds": _vectors,
+    "query_embeds": lambda d: d.random(d.size, 8, _hidden(d.config)),
+    "encoder_hidden_states": _encoder_states,
+    "context": _encoder_states,
+    "context_hidden_states": _encoder_states,
+    "latents": lambda d: d.random(d.size, _hidden(d.config), 8),
+    "spectrogram": lambda d: _mel(d, True),
+    "mel_spectrogram": lambda d: _mel(d, False),
+    "audio_mel": lambda d: d.random(d.size, media.FRAMES, number(d.config, "input_feat_size") or 32),
+    "audio_mel_mask": lambda d: ones(d, d.size, media.FRAMES) == 0,
+    "chunk_sample_lengths": lambda d: ones(d, d.size) * media.SAMPLES,
+    "image": media.pixels,
+    "aspect_ratio_ids": lambda d: ones(d, d.size, 1),
+    "aspect_ratio_mask": lambda d: ones(d, d.size, 1, number(d.config, "max_num_tiles") or 4),
+    "audio_input_ids": lambda d: d.integers(16, d.size, d.length, number(d.config, "num_codebooks", "n_mel_bins") or 4),
+    "state": lambda d: d.random(d.size, number(d.config, "max_state_dim") or 32),
+    "prompt_pixel_values": media.pixels,
+    "prompt_masks": media.pixels,
+    "classes_input_ids": lambda d: d.text(d.size * 2, 5),
+    "classes_attention_mask": lambda d: ones(d, d.size * 2, 5),
+    "tasks_input_ids": lambda d: d.text(d.size, 7),
+    "tasks_attention_mask": lambda d: ones(d, d.size, 7),
+    "classes_structure": lambda d: ones(d, d.size) * 2,
+    "mask": lambda d: None,
+    "attention_mask": lambda d: ones(d, d.size, d.length),
+    "patch_embeds": _vectors,
+    "vision_features": _vectors,
+    "text_features": _encoder_states,
+    "vision_pos_encoding": _vectors,
+    "decoder_queries": _encoder_states,
+    "backbone_features": lambda d: [d.random(d.size, _hidden(d.config), n, n) for n in (16, 8, 4)],
+}
+
+
+def add(draft: Draft) -> None:
+    """Put into the batch what the model's forward takes besides text, images and sound."""
+    for name, maker in {**REQUIRED, **ALWAYS}.items():
+        if name in draft.batch or name not in draft.names or (name not in ALWAYS and name not in draft.required):
+            continue
+        try:
+            value = maker(draft)
+        except (AttributeError, KeyError, TypeError):
+            continue  # the configuration has nothing of this kind
+        if value is not None:
+            draft.batch[name] = value
