@@ -117,9 +117,17 @@ def _features_mask(draft: Draft) -> Tensor:
     return ones(draft, draft.size, given.shape[-1] if given.shape[1] == mel else given.shape[1])
 
 
-def _image_sizes(draft: Draft) -> Tensor:
+_OF_MANY_SIZES = ("emu3", "apertus1p5", "pixtral", "mistral3", "lighton_ocr", "aria", "chameleon")
+
+
+def _image_sizes(draft: Draft) -> Tensor | None:
+    """[images, 2], for models that cut or pad images of any size."""
     import torch
 
+    config = draft.config
+    vision = getattr(vision_part(config), "model_type", "")
+    if not getattr(config, "image_grid_pinpoints", None) and not {config.model_type, vision} & {*_OF_MANY_SIZES}:
+        return None
     _, height, width = media.image_shape(draft.config)
     return torch.tensor([[height, width]]).repeat(draft.size, 1)
 
