@@ -83,7 +83,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
             return part
     if not isinstance(getattr(config, "vocab_size", None), int):
         # composites of whole models, and those whose text part lies deeper
-        for name in ("encoder", "encoder_config", "thinker_config", "question_encoder", "vlm_config", "decoder"):
+        for name in ("encoder", "encoder_config", "thinker_config", "question_encoder", "vlm_config", "model_config", "decoder"):
             part = getattr(config, name, None)
             if part is not None and hasattr(text_config(part), "vocab_size"):
                 return text_config(part)
@@ -134,28 +134,33 @@ def _default_classes(model_type: str) -> tuple[str, ...]:
 
 @cache
 def _by_config(model_type: str) -> dict[str, type[PreTrainedModel]]:
-    """Classes with a forward pass in the model type's own module whose configuration is this type's, largest part
-    last defined first."""
+    """Classes with a forward pass beside the model type's configuration that are made from it, the last defined (the
+    largest part) first."""
+    import inspect
     from importlib import import_module
+    from pathlib import Path
 
     import transformers
+    from torch import nn
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    try:
-        module = import_module(kind.__module__.replace(".configuration_", ".modeling_"))
-    except ImportError:
-        return {}
-    found = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type)
-        and issubclass(c, transformers.PreTrainedModel)
-        and c.__module__ == module.__name__
-        and c.config_class is kind
-        and not c.__name__.endswith("PreTrainedModel")
-        and c.forward is not transformers.PreTrainedModel.forward
-    ]
+    found: list[Any] = []
+    for file in sorted(Path(inspect.getfile(kind)).parent.glob("modeling_*.py")):
+        try:
+            module = import_module(f"{kind.__module__.rpartition('.')[0]}.{file.stem}")
+        except ImportError:
+            continue
+        found += [
+            c
+            for c in vars(module).values()
+            if isinstance(c, type)
+            and issubclass(c, transformers.PreTrainedModel)
+            and c.__module__ == module.__name__
+            and c.config_class is kind
+            and not c.__name__.endswith("PreTrainedModel")
+            and c.forward is not nn.Module.forward
+        ]
     return {c.__name__: c for c in reversed(found)}
 
 

@@ -67,7 +67,8 @@ def position_limit(config: Any) -> int | None:
 
 def vocabulary(config: Any) -> int:
     """Number of token ids. Raises `MergeidError` where the config has none."""
-    size = getattr(text_config(config), "vocab_size", None)
+    text = text_config(config)
+    size = getattr(text, "vocab_size", None) or getattr(text, "num_hash_buckets", None)
     if not isinstance(size, int) or size < 1:
         raise MergeidError(
             f"config.json (model_type {config.model_type!r}) has no vocab_size, but the model takes input_ids; "
@@ -145,7 +146,7 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
     if "input_values" in names:
         batch["input_values"] = media.samples(draft)
     if "input_ids" in names and _takes_text(model, config):
-        batch["input_ids"] = text(batch_size, length)
+        batch["input_ids"] = _input_ids(draft)
         if "attention_mask" in names:
             batch["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
     if task == "choice" and "input_ids" in batch:  # [batch, choices, tokens]: every choice is a text of its own
@@ -169,12 +170,27 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
     return batch
 
 
+def _input_ids(draft: Draft) -> Tensor:
+    """Token ids [batch, tokens]; several code books stand behind each other along the batch (MusicGen) or in a last
+    dimension (Dia, Kyutai)."""
+    config = draft.config
+    kind = config.model_type
+    if kind.startswith("musicgen") and kind.endswith("decoder"):
+        return draft.text(draft.size * config.num_codebooks, draft.length)
+    if kind in ("dia_decoder", "kyutai_speech_to_text"):
+        books = getattr(config, "num_channels", None) or config.num_codebooks + 1
+        return draft.integers(40, draft.size, draft.length, books)
+    return draft.text(draft.size, draft.length)
+
+
 def _decoder_ids(draft: Draft, length: int) -> Tensor:
     """Token ids [batch, tokens] of the decoder; of the first codebook's size where it has several (MusicGen)."""
     decoder = getattr(draft.config, "decoder", None) or getattr(draft.config, "decoder_config", None)
     books = getattr(decoder, "num_codebooks", None)
     if isinstance(books, int) and books > 1:
         return draft.integers(decoder.vocab_size - 1, draft.size * books, length)
+    if draft.config.model_type == "dia":
+        return draft.integers(40, draft.size, length, draft.config.decoder_config.num_channels)
     return draft.text(draft.size, length)
 
 
@@ -185,7 +201,9 @@ def _has_videos(model: nn.Module, config: Any) -> bool:
 
 def _takes_text(model: nn.Module, config: Any) -> bool:
     """Whether input_ids is a real input (some decoders in vision models list it in vain)."""
-    return isinstance(getattr(text_config(config), "vocab_size", None), int) and model.main_input_name not in (
+    text = text_config(config)
+    known = isinstance(getattr(text, "vocab_size", None) or getattr(text, "num_hash_buckets", None), int)
+    return known and model.main_input_name not in (
         "input_features",
         "input_values",
     )

@@ -20,8 +20,10 @@ MEL_FIELDS = (
     *("num_mel_bins", "n_mel_bins", "num_mel_channels", "input_feat_per_channel", "input_feat_size", "n_mels"),
     *("mel_bins", "feature_size"),
 )
+MEL_LAST = frozenset({"univnet", "speech_to_text"})
+"""Their first layer is a convolution, but they transpose their input themselves."""
 AUDIO_PARTS = ("audio_config", "encoder_config", "speech_config", "audio_encoder", "encoder", "semantic_model_config")
-VISION_PARTS = ("vision_config", "vision_tower_config", "vision", "encoder", "backbone_config", "image_config", "sam_config")
+VISION_PARTS = ("vision_config", "vision_tower_config", "vision", "encoder", "backbone_config", "image_config", "sam_config", "vlm_config")
 DEFAULT_IMAGE_SIZE = 64
 SIDE = 4
 """Patches along each side of an image that comes as a list of patches, before merging (times the merge size)."""
@@ -79,7 +81,7 @@ def vision_part(config: Any) -> Any:
     for name in VISION_PARTS:
         part = getattr(config, name, None)
         if part is not None and not isinstance(part, (Mapping, str, int)):
-            return part
+            return vision_part(part) if name == "vlm_config" else part
     thinker = getattr(config, "thinker_config", None)
     return vision_part(thinker) if thinker is not None else config
 
@@ -166,6 +168,8 @@ def pixels(draft: Draft) -> Tensor:
         return padded_patches(draft)
     c, h, w = image_shape(draft.config)
     kind = type(draft.model).__name__
+    if kind.endswith("ForTextRecognition"):
+        return draft.random(draft.size, c, 48, 160)
     if "KeypointMatching" in kind:
         return draft.random(draft.size, 2, c, h, w)
     frames = number(vision_part(draft.config), "num_frames") or number(draft.config, "num_frames")
@@ -204,11 +208,13 @@ def features(draft: Draft) -> Tensor:
     frames = FRAMES
     positions = number(audio, "max_source_positions")
     first = next((m for m in draft.model.modules() if isinstance(m, nn.Conv1d) and m.in_channels == mel), None)
-    if first is not None:
+    if first is not None and draft.config.model_type not in MEL_LAST:
         if positions:
             frames = 2 * positions
         return draft.random(draft.size, mel, frames)
-    width = number(audio, "feature_projection_input_dim", "input_dim", "num_chroma") or mel
+    width = number(draft.config, "num_chroma") or number(audio, "feature_projection_input_dim", "input_dim") or mel
+    if draft.config.model_type.startswith("clap"):
+        return draft.random(draft.size, 1, 200, mel)
     return draft.random(draft.size, frames, width)
 
 
@@ -218,7 +224,7 @@ def samples(draft: Draft) -> Tensor:
     config = draft.config
     if number(config, "num_mel_bins") and number(config, "max_length"):
         return draft.random(draft.size, config.max_length, config.num_mel_bins)
-    audio = audio_part(config)
+    audio = config if getattr(config, "audio_channels", None) or _wants_channel(config) else audio_part(config)
     strides = getattr(audio, "conv_stride", None)
     stride = 1
     for s in strides if isinstance(strides, (list, tuple)) else ():

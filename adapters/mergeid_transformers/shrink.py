@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
-from mergeid_transformers.shrink_table import SECTIONS, SPECIAL
+from mergeid_transformers.shrink_table import SECTIONS, SPECIAL, WHOLE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,13 +42,13 @@ _DEPTH = re.compile(
 )
 _NOT_DEPTH = re.compile(r"window_layers|feat|drop|_at_|proj_layers|prompt_layers|nextn|mtp|skip|shared_layers|vision_")
 _EXPERTS = re.compile(r"(^|_)(n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts|zero_expert_num)$")
-_CHOSEN = re.compile(r"(experts_per_tok|moe_topk|top_k_experts|moe_top_k|topk|num_selects|num_experts_per_token)$")
+_CHOSEN = re.compile(r"(experts_per_tok|moe_topk|moe_k|top_k_experts|moe_top_k|topk|num_selects|num_experts_per_token)$")
 _SHARED_EXPERTS = re.compile(r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)$")
 _VOCABULARY = re.compile(r"(vocab_size|vocabulary_size|codebook_size|num_hash_buckets|vocab|num_embeds|num_embeddings|vocab_size_per_layer_input)$")
 _ID = re.compile(r"(token_id|token_index|token_ids|token_idx|[a-z]_id|_ids|_bos_id|begin_suppress_tokens|suppress_tokens)$")
 _NOT_ID = re.compile(r"layer|gradient|hook|prompt_id")
 _IMAGE = re.compile(r"(^|_)(image_size|img_size|input_image_size|pretrain_image_size|crop_size|image_resolution)$")
-_PATCH = re.compile(r"(^|_)(patch_size|patch_stride)$")
+_PATCH = re.compile(r"(^|_)patch_size$")
 _POSITIONS = re.compile(
     r"(max_.*positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|context_length|"
     r"model_max_length|max_encoder_position_embeddings|max_text_len|text_encoder_context_length|position_embedding_size)$"
@@ -58,7 +58,10 @@ _COUNTS = re.compile(
     r"soft_tokens_per_image|image_token_num|num_latents|latent_query_num|query_num|num_queries|num_query_tokens|"
     r"num_object_queries|num_detection_tokens|resampler_n_latents|num_global_tokens|num_landmarks|num_proposals)$"
 )
-_DERIVED = frozenset({"stage_names", "out_features", "ignore_keys_at_rope_validation"})
+_DERIVED = frozenset(
+    {"stage_names", "out_features", "ignore_keys_at_rope_validation", "down_ops"}
+    | {"dim_bbox_sinusoid_emb_2d", "dim_bbox_sinusoid_emb_1d", "dim_bbox_projection"}
+)
 _INTERVAL = re.compile(
     r"(_interval|_period|_frequency|_freq|_every_n_layers|_step|_pattern|_layer_step|sparse_step|layer_group_size)$"
 )
@@ -69,7 +72,7 @@ _LAYER_INDICES = re.compile(
     r"extract_layers|vision_layer|proj_layers|source_layers|scaling_layers|layer_index|layer_index_start|"
     r"layer_index_end|layer_start_index|layer_end_index|hidden_layer|subsample_layers|only_layers|fullatt_block)$"
 )
-_USED_LAYERS = re.compile(r"hook_ids|layers_indices|extract_layers|feature_layers|state_indices|target_layers")
+_USED_LAYERS = re.compile(r"out_indices|hook_ids|layers_indices|extract_layers|feature_layers|state_indices|target_layers")
 _WINDOW = re.compile(r"(sliding_window|attention_window|attention_window_size|local_attention|window_size|sliding_window_size)$")
 _CHUNK = re.compile(
     r"^(chunk_size|block_size|index_topk|mamba_chunk_size|mamba_chunk_length|lsh_attn_chunk_length|"
@@ -80,10 +83,11 @@ _LABELS = re.compile(r"(num_labels|num_classes|num_qa_labels|num_object_labels|n
 _WIDTH = re.compile(
     r"(size|dim|dims|width|channels?|inner|units|sizes|rank|features|ffn|d_[a-z]+|dff|d_ff|features_sizes|inplanes|"
     r"filters|embed_dims|hidden_dims|out_channel|n_inner|d_ssm|kv_channels|_planes|d_state|dim_base|dim_feedforward|"
-    r"attn_unit_dims|bottleneck|n_embd|upsample_groups|in_features|out_features_size)(_mlp|_2d|_1d)?$"
+    r"attn_unit_dims|bottleneck|n_embd|upsample_groups|hidden_dimension|hidden_size_global|hidden_size_per_layer_input|_per_stage|channel_list|"
+    r"pooler_output_size|pooler_hidden_size|in_features|out_features_size)(_mlp|_2d|_1d)?$"
 )
 _NOT_WIDTH = re.compile(
-    r"kernel|stride|chunk|batch|step|vocab|window|image|patch|max_|merge|num_channels|temporal|pool|block|conv_size|"
+    r"kernel|stride|chunk|batch|step|vocab|window|image|patch|max_|merge|num_channels|temporal|(?<!_)pool_|pooling|block|conv_size|"
     r"^in_channels$|^out_channels$|audio_channels|num_mel|spatial|frame|cluster|type|crop|(?<!upsample_)groups|min_|scale|eval|"
     r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init|logit"
 )
@@ -152,7 +156,11 @@ class Shrinker:
         if len(getattr(config, "id2label", None) or ()) > 5:
             content["num_labels"] = 5
         self._stages(config, own, content)
-        return {**content, **SPECIAL.get(config.model_type, {})}
+        text, vision = content.get("text_config"), content.get("vision_config")
+        if isinstance(text, Mapping) and isinstance(vision, dict) and "out_hidden_size" in vision:
+            vision["out_hidden_size"] = text.get("hidden_size", vision["out_hidden_size"])
+        special = SPECIAL.get(config.model_type, {})
+        return {k: v for k, v in {**content, **special}.items() if v is not None or special.get(k, v) is None}
 
     def _stages(self, config: PretrainedConfig, own: Mapping[str, Any], content: dict[str, Any]) -> None:
         """Backbones: `out_indices` count stages after the stem, which are layers in transformers."""
@@ -173,6 +181,8 @@ class Shrinker:
             taken = set(self.widths.values())
             new = next((w for w in WIDTHS if w not in taken), WIDTHS[-1])
             if isinstance(getattr(config, name), (list, tuple)) or vars(config).get("depths"):
+                new = 16
+            if vars(config).get("embed_dim_per_stage"):
                 new = 16
             self.widths[old] = new if old > 8 else old
             if heads and old % max(heads) == 0 and not isinstance(getattr(config, name), (list, tuple)):
@@ -213,6 +223,12 @@ class Shrinker:
         kept: Sequence[int],
         depth: int,
     ) -> Any:
+        if config.model_type in WHOLE and not (_IMAGE.search(name) or _LABELS.search(name)):
+            return value
+        if name == "num_kv_shared_layers":
+            return min(value or 0, depth // 2)
+        if name == "num_pos_feats":
+            return self.width(config, 2 * value) // 2
         if _LAYER_INDICES.search(name) and not name.startswith("num") and (_integer(value) or _integers(value)):
             return _indices(name, value, kept, layers, depth)
         if isinstance(value, (list, tuple)) and layers > 2 and len(value) == layers:

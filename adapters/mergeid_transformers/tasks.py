@@ -45,6 +45,8 @@ OUTPUT_FIELDS = (
     "audio_embeds",
     "encoder_last_hidden_state",
     "latents",
+    "question_answering_score",
+    "intermediate_hidden_states",
     "heatmaps",
     "last_hidden_states",
 )

@@ -88,4 +88,37 @@ def make(name: str) -> Case:
     return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.forward, another, type(model).__name__)
 
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_ONE_EXPERT = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+_SERIES = {"prediction_length": 6, "context_length": 12}
+_SPARSE = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
+    **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50000}),
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": _SPARSE},
+    "deepseek_ocr2_text": _SPARSE,
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"text_config": _GEMMA_EXPERTS},
+    "diffusion_gemma_text": _GEMMA_EXPERTS,
+    "dots1": _ONE_EXPERT,
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "instructblipvideo": {"video_token_index": 50000},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 1024},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
+    "reformer": {"is_decoder": True},
+    "shieldgemma2": {"yes_token_index": 90, "no_token_index": 91},
+    "step3p5": {"sliding_window": 64},
+    "step3p7": {"text_config": {"sliding_window": 64}},
+    "timm_backbone": {"backbone": "test_resnet"},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 128}),
+    **dict.fromkeys(("moonshine_streaming", "nemotron"), {"num_key_value_heads": 8}),
+    **dict.fromkeys(("t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
+    **dict.fromkeys(("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 32}),
+}
+"""What the default configurations of some types lack, so that the library cannot build or run them."""
