@@ -26,6 +26,10 @@ def _vectors(draft: Draft) -> Tensor:
     config = draft.config
     if "grid_thw" in draft.names:
         return media.patches(draft)
+    if config.model_type == "vibevoice_acoustic_tokenizer_decoder":
+        return draft.random(draft.size, _hidden(config), 8)
+    if config.model_type == "vibevoice_acoustic_tokenizer_encoder":
+        return draft.random(draft.size, 1, media.CODEC_SAMPLES)
     width = number(config, "input_dim", "input_size", "backbone_hidden_size") or _hidden(config)
     return draft.random(draft.size, draft.length, width)
 
@@ -154,7 +158,32 @@ def _pixels_or_frames(draft: Draft) -> Tensor:
     return media.pixels(draft)
 
 
+_CROSS = frozenset(
+    {"blip_2_qformer", "instructblip_qformer", "instructblipvideo_qformer", "dia_decoder", "t5gemma2_decoder"}
+)
+
+
+def _position_mask(draft: Draft) -> Tensor:
+    """Kosmos-2: the tokens whose embeddings an image takes."""
+    mask = ones(draft, draft.size, draft.length).bool()
+    mask[:, number(draft.config, "latent_query_num") or 0 :] = False
+    return mask
+
+
+def _patch_places(draft: Draft) -> Tensor:
+    """[images, patches, 2]: column and row."""
+    import torch
+
+    n = torch.arange(media.SIDE**2)
+    return torch.stack((n % media.SIDE, n // media.SIDE), -1).expand(draft.size, -1, -1).contiguous()
+
+
 ALWAYS: dict[str, Maker] = {
+    "pixel_position_ids": _patch_places,
+    "image_position_ids": _patch_places,
+    "image_embeds_position_mask": _position_mask,
+    "encoder_hidden_states": lambda d: _encoder_states(d) if d.config.model_type in _CROSS else None,
+    "image_attention_mask": lambda d: ones(d, d.size, d.length, 1) if d.config.model_type == "idefics" else None,
     "bbox": _udop_boxes,
     "input_features_mask": _features_mask,
     "feature_attention_mask": _features_mask,
@@ -170,7 +199,11 @@ ALWAYS: dict[str, Maker] = {
     "flattened_patches": _flat_patches,
     "input_points": _prompts,
     "states": lambda d: _trajectory(d, d.config.state_dim),
-    "actions": lambda d: _trajectory(d, number(d.config, "act_dim") or 4),
+    "actions": lambda d: (
+        d.random(d.size, d.config.chunk_size, d.config.max_action_dim)
+        if number(d.config, "max_action_dim")
+        else _trajectory(d, number(d.config, "act_dim") or 4)
+    ),
     "rewards": lambda d: _trajectory(d, 1),
     "returns_to_go": lambda d: _trajectory(d, 1),
     "timesteps": lambda d: d.integers(d.config.max_ep_len, d.size, d.length),
@@ -216,7 +249,7 @@ REQUIRED: dict[str, Maker] = {
     "tasks_input_ids": lambda d: d.text(d.size, 7),
     "tasks_attention_mask": lambda d: ones(d, d.size, 7),
     "classes_structure": lambda d: ones(d, d.size) * 2,
-    "mask": lambda d: None,
+    "mask": lambda d: ones(d, d.size, d.length).bool(),
     "attention_mask": lambda d: ones(d, d.size, d.length),
     "patch_embeds": _vectors,
     "vision_features": _vectors,

@@ -157,6 +157,10 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
     if "decoder_input_ids" in names and task not in EXAMPLE_TASKS | {"question"}:
         target = sequence_length(config, position_limit(config), avoid | {length})
         batch["decoder_input_ids"] = _decoder_ids(draft, target)
+    if {"input_features", "input_values"} <= batch.keys() and "inputs" in names:
+        del batch["input_features"]  # either of them
+    if config.model_type == "pop2piano":
+        batch.pop("input_ids", None), batch.pop("attention_mask", None)  # its sound stands in their place
     arguments.add(draft)
     if not batch:
         raise MergeidError(
@@ -253,7 +257,8 @@ _BESIDE = {
 
 def _token(config: Any, field: str) -> Any:
     """A placeholder's id, from the configuration or the part that has it."""
-    for part in (config, text_config(config), getattr(config, "thinker_config", None)):
+    parts = (getattr(config, n, None) for n in ("thinker_config", "vlm_config"))
+    for part in (config, text_config(config), *parts):
         value = getattr(part, field, None)
         if isinstance(value, int):
             return value
@@ -278,10 +283,16 @@ def _vectors(model: Any, kind: str, batch: Batch, key: str) -> int | None:
     if not given.keys() & {key}:
         given[accepted[0]] = batch[key]
     given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    try:
-        with torch.no_grad():
-            found = call(**given)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+    found = None
+    for pixels in (given, {k: v[:, None] if k == key else v for k, v in given.items()}):  # or several images each
+        try:
+            with torch.no_grad():
+                found = call(**pixels)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+            continue
+        batch.update({k: v for k, v in pixels.items() if k == key})
+        break
+    if found is None:
         return None
     found = getattr(found, "pooler_output", found) if getattr(found, "pooler_output", None) is not None else found
     found = getattr(found, "last_hidden_state", found)

@@ -107,6 +107,9 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     """(channels, height, width) of the image tower's input."""
     vision = vision_part(config)
     size: Any = None
+    args = getattr(vision, "model_args", None)
+    if isinstance(args, Mapping):
+        size = args.get("img_size")
     for part in (vision, config):
         for name in ("image_size", "img_size", "input_size", "pretrain_image_size"):
             size = size or getattr(part, name, None)
@@ -168,12 +171,23 @@ def pixels(draft: Draft) -> Tensor:
         return padded_patches(draft)
     c, h, w = image_shape(draft.config)
     kind = type(draft.model).__name__
+    model_type = draft.config.model_type
+    if names & {"pixel_position_ids", "image_position_ids"}:
+        return padded_patches(draft)
     if kind.endswith("ForTextRecognition"):
-        return draft.random(draft.size, c, 48, 160)
+        return draft.random(draft.size, c, 96, 320)
+    if model_type == "seggpt":
+        h //= 2
+    if model_type in ("mllama", "mllama_vision_model"):
+        return draft.random(draft.size, 1, number(vision_part(draft.config), "max_num_tiles") or 4, c, h, w)
+    if model_type == "idefics":
+        return draft.random(draft.size, 1, c, h, w)
+    if model_type in ("instructblipvideo", "inkling_vision"):
+        return draft.random(draft.size, 2, c, h, w)
     if "KeypointMatching" in kind:
         return draft.random(draft.size, 2, c, h, w)
     frames = number(vision_part(draft.config), "num_frames") or number(draft.config, "num_frames")
-    if frames and ("Video" in kind or "XCLIP" in kind or "Vivit" in kind or "Timesformer" in kind):
+    if frames and ("Video" in kind or kind == "XCLIPModel" or "Vivit" in kind or "Timesformer" in kind):
         return draft.random(draft.size, frames, c, h, w)
     return draft.random(draft.size, c, h, w)
 

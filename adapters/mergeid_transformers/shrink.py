@@ -135,6 +135,8 @@ class Shrinker:
         """The content of the shrunken configuration."""
         from transformers import PretrainedConfig
 
+        if config.model_type == "timm_wrapper":
+            return _timm(config)
         for part in _tree(config):
             self._anchor(part)
         given = {k: v for k, v in vars(config).items() if not k.startswith("_")}
@@ -159,6 +161,8 @@ class Shrinker:
         text, vision = content.get("text_config"), content.get("vision_config")
         if isinstance(text, Mapping) and isinstance(vision, dict) and "out_hidden_size" in vision:
             vision["out_hidden_size"] = text.get("hidden_size", vision["out_hidden_size"])
+        if isinstance(text, Mapping) and isinstance(vision, dict) and vision.get("model_type") == "qwen2_vl_vision":
+            vision["hidden_size"] = text["hidden_size"]
         special = SPECIAL.get(config.model_type, {})
         return {k: v for k, v in {**content, **special}.items() if v is not None or special.get(k, v) is None}
 
@@ -208,6 +212,8 @@ class Shrinker:
         for name, value in own.items():
             if name in content:
                 content[name] = self._field(config, own, name, value, layers, kept, depth)
+        if config.model_type in WHOLE:
+            return content
         self._heads(config, own, content)
         self._expand(own, content)
         self._rotary(config.model_type, own, content)
@@ -400,6 +406,15 @@ class Shrinker:
                 content[name] = _sections(rope, int(size * float(own.get("partial_rotary_factor") or 1.0)))
 
 
+def _timm(config: PretrainedConfig) -> dict[str, Any]:
+    """A tower that is one of timm's models: narrower where it is a plain vision transformer."""
+    content = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id", "num_labels")}
+    if str(content.get("architecture", "")).startswith("vit_"):
+        small = {"embed_dim": 64, "depth": LAYERS, "num_heads": HEADS, "img_size": 56}
+        content["model_args"] = {**(content.get("model_args") or {}), **small}
+    return content
+
+
 def _sections(rope: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Rotary parameters whose sections and factors fit `size` rotated dimensions."""
     new = dict(rope)
@@ -414,7 +429,7 @@ def _sections(rope: Mapping[str, Any], size: int) -> dict[str, Any]:
     old = rope.get("mrope_section")
     if _integers(old):
         parts = [pairs * v // sum(old) for v in old]
-        parts[0] += pairs - sum(parts)
+        parts[old.index(min(old))] += pairs - sum(parts)
         new["mrope_section"] = parts
     return new
 

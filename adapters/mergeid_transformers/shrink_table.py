@@ -26,6 +26,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+    **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), {"d_model": 64}),
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "glm5_next_text": {"index_kpool": 2, "index_topk": 8},
     "inkling2_loop_text": {
@@ -39,6 +40,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lw_detr_vit": {"num_windows": 4},
     "maskformer-swin": {"patch_size": 2},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "qwen2_vl_vision": {"embed_dim": 64, "num_heads": 4},
+    **dict.fromkeys(("qwen3_asr_encoder",), {"n_window": 4, "n_window_infer": 8}),
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16], "num_buckets": 4},
     "sam2_hiera_det_model": {"blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
@@ -62,6 +66,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Fields of a shrunken configuration by model type."""
 
 WHOLE = frozenset(
-    {"efficientloftr", "levit", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4", "uvdoc", "uvdoc_backbone", "timm_wrapper"}
+    {"efficientloftr", "levit", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4", "uvdoc", "uvdoc_backbone", "pp_ocrv6_small_det"}
 )
 """Small networks whose widths are written out layer by layer: only images and heads become smaller."""

@@ -46,6 +46,8 @@ OUTPUT_FIELDS = (
     "encoder_last_hidden_state",
     "latents",
     "question_answering_score",
+    "multimodal_embeddings",
+    "waveforms",
     "intermediate_hidden_states",
     "heatmaps",
     "last_hidden_states",

@@ -58,6 +58,8 @@ def task_class(model_type: str) -> str:
     from mergeid_transformers.configs import choose_class, classes_of, model_class
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if model_type in CLASSES:
+        return CLASSES[model_type]
     kind = CONFIG_MAPPING[model_type]
     for task in ORDER:
         for found in classes_of(model_type, f"MODEL_FOR_{task}_MAPPING_NAMES"):
@@ -91,10 +93,20 @@ def make(name: str) -> Case:
 _ONE_EXPERT = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 _GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
 _SERIES = {"prediction_length": 6, "context_length": 12}
-_SPARSE = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+_SPARSE = {"num_experts_per_tok": 2, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+CLASSES = {"flava": "FlavaModel"}
+"""Where the head trains on targets that only its processor makes."""
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
     **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50000}),
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+    },
+    "janus": {"vision_config": {"projection_dim": 4096}},
+    "ovis2": {"hidden_size": 4096},
+    "vitmatte": {"hidden_size": 768},
+    "voxtral": {"audio_token_id": 24},
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 151652}),
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": _SPARSE},
