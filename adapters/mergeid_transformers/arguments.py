@@ -262,12 +262,13 @@ REQUIRED: dict[str, Maker] = {
 
 def add(draft: Draft) -> None:
     """Put into the batch what the model's forward takes besides text, images and sound."""
-    for name, maker in {**REQUIRED, **ALWAYS}.items():
-        if name in draft.batch or name not in draft.names or (name not in ALWAYS and name not in draft.required):
-            continue
-        try:
-            value = maker(draft)
-        except (AttributeError, KeyError, TypeError):
-            continue  # the configuration has nothing of this kind
-        if value is not None:
-            draft.batch[name] = value
+    for makers, wanted in ((REQUIRED, draft.required), (ALWAYS, draft.names)):
+        for name, maker in makers.items():
+            if name in draft.batch or name not in wanted:
+                continue
+            try:
+                value = maker(draft)
+            except (AttributeError, KeyError, TypeError):
+                continue  # the configuration has nothing of this kind
+            if value is not None:
+                draft.batch[name] = value

@@ -170,6 +170,7 @@ def pixels(draft: Draft) -> Tensor:
     if "spatial_shapes" in names:
         return padded_patches(draft)
     c, h, w = image_shape(draft.config)
+    h, w = _fixed(draft.model) or (h, w)
     kind = type(draft.model).__name__
     model_type = draft.config.model_type
     if names & {"pixel_position_ids", "image_position_ids"}:
@@ -192,11 +193,21 @@ def pixels(draft: Draft) -> Tensor:
     return draft.random(draft.size, c, h, w)
 
 
+def _fixed(model: nn.Module) -> tuple[int, int] | None:
+    """The image size that a tower of timm insists on."""
+    for module in model.modules():
+        size = getattr(module, "img_size", None)
+        if type(module).__name__ == "PatchEmbed" and getattr(module, "strict_img_size", False) and size:
+            return int(size[0]), int(size[1])
+    return None
+
+
 def videos(draft: Draft) -> Tensor | None:
     if "video_grid_thw" in draft.names:
         return None  # the same tower as images
     vision = vision_part(draft.config)
     c, h, w = image_shape(draft.config)
+    h, w = _fixed(draft.model) or (h, w)
     frames = number(draft.config, "num_frames", "frames_per_clip") or number(vision, "num_frames", "frames_per_clip") or 4
     return draft.random(draft.size, frames, c, h, w)
 

@@ -60,7 +60,7 @@ _COUNTS = re.compile(
 )
 _DERIVED = frozenset(
     {"stage_names", "out_features", "ignore_keys_at_rope_validation", "down_ops"}
-    | {"dim_bbox_sinusoid_emb_2d", "dim_bbox_sinusoid_emb_1d", "dim_bbox_projection"}
+    | {"dim_bbox_sinusoid_emb_2d", "dim_bbox_sinusoid_emb_1d", "dim_bbox_projection", "image_embedding_size"}
 )
 _INTERVAL = re.compile(
     r"(_interval|_period|_frequency|_freq|_every_n_layers|_step|_pattern|_layer_step|sparse_step|layer_group_size)$"

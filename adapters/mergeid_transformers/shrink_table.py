@@ -46,6 +46,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16], "num_buckets": 4},
     "sam2_hiera_det_model": {"blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    **dict.fromkeys(
+        (f"{kind}_prompt_encoder" for kind in ("sam2", "sam2_video", "edgetam", "edgetam_video")),
+        {"image_size": 64, "patch_size": 16},
+    ),
     "sam3_vision_model": {"backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]},
     "seggpt": {
         **{"image_size": [64, 32], "num_hidden_layers": 6, "merge_index": 1},

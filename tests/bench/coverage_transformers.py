@@ -30,7 +30,15 @@ ORDER = (
 
 
 def names() -> list[str]:
+    # imported before the bench forks: its processes share them
+    import transformers.models.auto.modeling_auto
+    import transformers.utils.auto_docstring  # noqa: F401
+    from mergeid_transformers import adapter, arguments, inputs, labels, media, shrink, tasks  # noqa: F401
     from mergeid_transformers.configs import model_types
+    from transformers import modeling_utils  # noqa: F401
+
+    import mergeid.graph.trace
+    import mergeid.graph.verify  # noqa: F401
 
     types = model_types()
     return sorted([*types, *(t + EAGER for t in types if _source(t).count("_supports_sdpa = True"))])
@@ -55,7 +63,7 @@ def families() -> dict[str, str]:
 
 def task_class(model_type: str) -> str:
     """The class to check: with a head that gives logits where the type has one."""
-    from mergeid_transformers.configs import choose_class, classes_of, model_class
+    from mergeid_transformers.configs import _default_classes, classes_of, model_class
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type in CLASSES:
@@ -65,10 +73,33 @@ def task_class(model_type: str) -> str:
         for found in classes_of(model_type, f"MODEL_FOR_{task}_MAPPING_NAMES"):
             if model_class(model_type, found).config_class is kind:
                 return found
-    return choose_class(model_type, None, frozenset())
+    return next(iter(_default_classes(model_type)), "")
+
+
+class NotBuilt(Exception):
+    """The type gives no model that can be run here; the text says why."""
+
+    def __init__(self, why: object) -> None:
+        super().__init__(f"not built: {' '.join(str(why).split())}")
 
 
 def make(name: str) -> Case:
+    """Raises `NotBuilt` where there is no model of that type, or none that runs on inputs made from its config."""
+    import torch
+
+    model_type = name.removesuffix(EAGER)
+    if model_type in WHY_NOT:
+        raise NotBuilt(WHY_NOT[model_type])
+    try:
+        case = _case(name)
+        with torch.no_grad():
+            case.forward(case.model.eval(), case.inputs)
+    except Exception as error:
+        raise NotBuilt(error) from error
+    return case
+
+
+def _case(name: str) -> Case:
     import torch
     from mergeid_transformers.configs import library_config
     from mergeid_transformers.shrink import shrunken
@@ -78,7 +109,10 @@ def make(name: str) -> Case:
     config = shrunken(library_config(model_type, OVERRIDES.get(model_type))).to_dict()
     if name.endswith(EAGER):
         config["attn_implementation"] = "eager"
-    arch = Architecture("transformers", model_type, {"config": config, "model_class": task_class(model_type)})
+    chosen = task_class(model_type)
+    if not chosen:
+        raise MergeidError("no class of its own with a forward pass (part of a larger model)")
+    arch = Architecture("transformers", model_type, {"config": config, "model_class": chosen})
     torch.manual_seed(0)
     model = adapter.build(arch)
 
@@ -96,8 +130,22 @@ _SERIES = {"prediction_length": 6, "context_length": 12}
 _SPARSE = {"num_experts_per_tok": 2, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
 CLASSES = {"flava": "FlavaModel"}
 """Where the head trains on targets that only its processor makes."""
+_SESSION = "its forward takes a video session object, no tensors"
+_PARTS = "its forward does not run its parts: they are called by generate()"
+WHY_NOT = {
+    **dict.fromkeys(("sam2_video", "sam3_video", "sam3_tracker_video", "edgetam_video"), _SESSION),
+    **dict.fromkeys(("bark", "qwen2_5_omni", "qwen2_5_omni_token2wav", "qwen3_omni_moe", "glm_image_vqmodel"), _PARTS),
+    **dict.fromkeys(("chameleon", "emu3"), "its image tokens are listed in the checkpoint's vocabulary map only"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it reads the key-value cache of another model"),
+    "rag": "a retriever with an index of documents belongs to it",
+    "nougat": "an alias of vision-encoder-decoder whose default configuration names no known part",
+    "esmfold2": "its inputs are featurised proteins",
+}
+"""Types that are no models by themselves, and why."""
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
+    "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}},
+    "pp_ocrv6_small_det": {"backbone_config": {"model_type": "pp_lcnet_v4", "out_indices": [1, 2, 3, 4]}},
     **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50000}),
     "cohere_compass": {
         "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
