@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from graph_helpers import only, seeded, sound, traced
 from torch import nn
@@ -75,3 +76,69 @@ def test_random_draws_are_the_same_in_every_run_of_a_check():
     checked = verify(graph, model, (x,), lambda m, i: m(*i), generator=torch.Generator().manual_seed(0))
     assert checked.failed == () and len(checked.graph.spaces) == 1
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left as it was"
+
+
+class Fusion(nn.Module):
+    """Vectors of an image take the places of placeholders in a text; the mask has one value per token."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.text, self.image, self.head = nn.Embedding(9, 16), nn.Linear(5, 16), nn.Linear(16, 3)
+        self.expanded = expanded
+
+    def forward(self, ids, image):
+        x = self.text(ids)
+        mask = (ids == 8).unsqueeze(-1)
+        if self.expanded:
+            mask = mask.expand_as(x)
+        return self.head(x.masked_scatter(mask, self.image(image)))
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_image_vectors_and_text_are_one_stream(expanded):
+    ids = torch.tensor([[8, 8, 1, 2, 3], [8, 8, 5, 6, 7]])
+    graph = sound(lambda: Fusion(expanded), (ids, torch.randn(4, 5)))
+    assert only(graph, "text.weight", 1) is only(graph, "image.weight", 0)
+
+
+class Delta(nn.Module):
+    """A linear attention that solves a triangular system over tokens, for every channel of the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values, self.out = nn.Linear(6, 12), nn.Linear(6, 20), nn.Linear(20, 4)
+
+    def forward(self, x):
+        k, v = self.keys(x), self.values(x)
+        system = torch.eye(x.shape[1]) + (k @ k.mT).tril(-1) / 12
+        return self.out(torch.linalg.solve_triangular(system.to(x), v, upper=False))
+
+
+def test_a_triangular_system_over_tokens_leaves_channels_free():
+    graph = sound(Delta, (torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0)),))
+    assert graph.unknown_ops == {}
+    assert only(graph, "keys.weight", 0).size == 12 and only(graph, "values.weight", 0) is only(graph, "out.weight", 1)
+
+
+class Mixing(nn.Module):
+    """Tokens mixed by a Fourier transform, pairs of channels by complex rotations."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.both = both
+
+    def forward(self, x):
+        h = self.first(x)
+        h = torch.fft.fft(h, dim=1).real
+        h = torch.fft.fft(h, dim=-1).real if self.both else h
+        pairs = torch.view_as_complex(h.reshape(*h.shape[:-1], 8, 2).contiguous())
+        turned = pairs * torch.polar(torch.ones(x.shape[1], 1), torch.arange(x.shape[1]).float()[:, None]).to(pairs)
+        return self.second(torch.view_as_real(turned).flatten(2))
+
+
+@pytest.mark.parametrize(("both", "size"), [(False, 8), (True, 0)])
+def test_fourier_transforms_and_complex_pairs(both, size):
+    graph = sound(lambda: Mixing(both), (torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0)),))
+    assert graph.unknown_ops == {}
+    assert [s.size for s in graph.spaces] == ([size] if size else [])

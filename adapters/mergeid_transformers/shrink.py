@@ -28,7 +28,8 @@ IMAGE = 64
 """Image side of networks without patches."""
 VOCABULARIES = (99, 101, 103, 107, 109, 113)
 LAYERS = 2
-POSITIONS = 256
+POSITIONS = 96
+FRAMES = 4
 
 _HIDDEN = (
     *("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "encoder_hidden_dim", "width", "emb_dim"),
@@ -51,7 +52,7 @@ _IMAGE = re.compile(r"(^|_)(image_size|img_size|input_image_size|pretrain_image_
 _PATCH = re.compile(r"(^|_)patch_size$")
 _POSITIONS = re.compile(
     r"(max_.*positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|context_length|"
-    r"model_max_length|max_encoder_position_embeddings|max_text_len|text_encoder_context_length|position_embedding_size)$"
+    r"model_max_length|max_encoder_position_embeddings|max_text_len|max_ep_len|text_encoder_context_length|position_embedding_size)$"
 )
 _COUNTS = re.compile(
     r"(num_patches|num_position_embeddings|image_seq_length|image_seq_len|tokens_per_image|num_image_tokens|"
@@ -296,6 +297,8 @@ class Shrinker:
             return 30 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
         if _INTERVAL.search(name):
             return min(value, 2)
+        if name in ("num_frames", "frames_per_clip"):
+            return min(value, FRAMES)
         if _OFFSET.search(name):
             return min(value, 1)
         if name == "first_k_dense_replace":

@@ -17,7 +17,7 @@ from mergeid.plugins import Architecture, MergeidError, get_adapter
 EAGER = ":eager"
 # Task heads with logits come before base models.
 ORDER = (
-    *("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ"),
+    *("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ"),
     *("CTC", "RNNT", "TDT", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION"),
     *("OBJECT_DETECTION", "UNIVERSAL_SEGMENTATION", "INSTANCE_SEGMENTATION", "SEMANTIC_SEGMENTATION"),
     *("DEPTH_ESTIMATION", "ZERO_SHOT_OBJECT_DETECTION", "ZERO_SHOT_IMAGE_CLASSIFICATION", "MASK_GENERATION"),
@@ -71,7 +71,7 @@ def task_class(model_type: str) -> str:
     kind = CONFIG_MAPPING[model_type]
     for task in ORDER:
         for found in classes_of(model_type, f"MODEL_FOR_{task}_MAPPING_NAMES"):
-            if model_class(model_type, found).config_class is kind:
+            if not kind.sub_configs or model_class(model_type, found).config_class is kind:
                 return found
     return next(iter(_default_classes(model_type)), "")
 
