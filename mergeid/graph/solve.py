@@ -217,7 +217,15 @@ class _Solver:
                 pairs = rows[:, 1:]
                 if len(np.unique(pairs[:, 0])) == len(pairs):
                     maps.setdefault(pairs.tobytes(), pairs)
-            unique = list(maps.values())
+            # maps of one partition are one map: unite them at once, so that only different partitions meet in pairs
+            partitions: dict[tuple[bytes, bytes], np.ndarray] = {}
+            for pairs in maps.values():
+                key = (pairs[:, 0].tobytes(), _partition(pairs[:, 1]).tobytes())
+                first = partitions.setdefault(key, pairs)
+                if not np.array_equal(first[:, 1], pairs[:, 1]):
+                    self.add_eq(representative[first[:, 1]], representative[pairs[:, 1]])
+                    learned = True
+            unique = list(partitions.values())
             for i, f in enumerate(unique):
                 for g in unique[i + 1 :]:
                     if len(f) != len(g) or not np.array_equal(f[:, 0], g[:, 0]):
@@ -263,6 +271,12 @@ class _Solver:
         self.add_par(rep[ua], quotient[qa])
         self.add_par(rep[ub], quotient[qb])
         return True
+
+
+def _partition(parents: np.ndarray) -> np.ndarray:
+    """Numbers of the parents in order of first appearance: equal for maps that put the same children together."""
+    _, first, inverse = np.unique(parents, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _ranks(class_of: np.ndarray) -> np.ndarray:
