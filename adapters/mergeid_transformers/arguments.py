@@ -118,7 +118,8 @@ def _features_mask(draft: Draft) -> Tensor:
     """[batch, frames] of ones."""
     given = draft.batch["input_features"]
     mel = media.mel_bins(draft.config)
-    return ones(draft, draft.size, given.shape[-1] if given.shape[1] == mel else given.shape[1])
+    mask = ones(draft, draft.size, given.shape[-1] if given.shape[1] == mel else given.shape[1])
+    return mask.bool() if draft.config.model_type.startswith("gemma") else mask
 
 
 _OF_MANY_SIZES = ("emu3", "apertus1p5", "pixtral", "mistral3", "lighton_ocr", "aria", "chameleon")
@@ -170,6 +171,23 @@ def _position_mask(draft: Draft) -> Tensor:
     return mask
 
 
+def _pixel_mask(draft: Draft) -> Tensor | None:
+    if "spatial_shapes" in draft.names:
+        return ones(draft, draft.size, media.SIDE**2)
+    if draft.config.model_type == "granite_docling":
+        _, height, width = media.image_shape(draft.config)
+        return ones(draft, draft.size, 1, height, width).bool()
+    return None
+
+
+def _padding_mask(draft: Draft) -> Tensor | None:
+    """[batch, samples or frames], for the models that count them."""
+    if not draft.config.model_type.startswith(("vibevoice", "moss_transcribe")):
+        return None
+    given = draft.batch.get("input_values", draft.batch.get("input_features"))
+    return None if given is None else ones(draft, draft.size, given.shape[-1]).bool()
+
+
 def _patch_places(draft: Draft) -> Tensor:
     """[images, patches, 2]: column and row."""
     import torch
@@ -188,9 +206,17 @@ ALWAYS: dict[str, Maker] = {
     "input_features_mask": _features_mask,
     "feature_attention_mask": _features_mask,
     "image_grid_thw": media.grid,
-    "pixel_attention_mask": lambda d: (
-        ones(d, d.size, media.SIDE**2) if "spatial_shapes" in d.names else None
+    "pixel_attention_mask": _pixel_mask,
+    "padding_mask": _padding_mask,
+    "image_merge_sizes": lambda d: ones(d, d.size),
+    "high_res_pixel_values": lambda d: d.random(d.size, *media.image_shape(d.config.high_res_vision_config)),
+    "aspect_ratio_ids": lambda d: ones(d, d.size, 1),
+    "aspect_ratio_mask": lambda d: ones(d, d.size, 1, number(vision_part(d.config), "max_num_tiles") or 4),
+    "cross_attention_mask": lambda d: (
+        ones(d, d.size, d.length, 1, d.config.vision_config.max_num_tiles) if d.config.model_type == "mllama" else None
     ),
+    "protein_input_ids": lambda d: 4 + d.integers(16, d.size, 9),
+    "protein_attention_mask": lambda d: ones(d, d.size, 9),
     "spatial_shapes": _spatial,
     "image_sizes": _image_sizes,
     "visual_feats": lambda d: d.random(d.size, REGIONS, number(d.config, "visual_feat_dim") or 2048),
@@ -238,8 +264,6 @@ REQUIRED: dict[str, Maker] = {
     "audio_mel_mask": lambda d: ones(d, d.size, media.FRAMES) == 0,
     "chunk_sample_lengths": lambda d: ones(d, d.size) * media.SAMPLES,
     "image": media.pixels,
-    "aspect_ratio_ids": lambda d: ones(d, d.size, 1),
-    "aspect_ratio_mask": lambda d: ones(d, d.size, 1, number(d.config, "max_num_tiles") or 4),
     "audio_input_ids": lambda d: d.integers(16, d.size, d.length, number(d.config, "num_codebooks", "n_mel_bins") or 4),
     "state": lambda d: d.random(d.size, number(d.config, "max_state_dim") or 32),
     "prompt_pixel_values": media.pixels,

@@ -232,7 +232,10 @@ def _join_media_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
         token = next((t for f in fields if isinstance(t := _token(config, f), int)), None)
         if key not in batch or token is None:
             continue
-        count = _vectors(model, kind, batch, key)
+        owner = _owner(model, kind)
+        if owner is None:
+            continue  # it finds the places itself, or has other ways for images (cross-attention)
+        count = _vectors(model, owner, kind, batch, key)
         if count is None:
             for name in (key, *_BESIDE.get(kind, ())):
                 batch.pop(name, None)
@@ -251,7 +254,7 @@ def _join_media_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
 
 _BESIDE = {
     "image": ("image_grid_thw", "image_sizes", "pixel_attention_mask"),
-    "audio": ("input_features_mask", "feature_attention_mask"),
+    "audio": ("input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask"),
 }
 
 
@@ -265,32 +268,38 @@ def _token(config: Any, field: str) -> Any:
     return None
 
 
-def _vectors(model: Any, kind: str, batch: Batch, key: str) -> int | None:
+def _owner(model: Any, kind: str) -> Any:
+    """The part of a model that turns images (sounds) into vectors; None where there is none."""
+    inner = getattr(model, "model", None), getattr(model, "vlm", None), getattr(model, "thinker", None)
+    deeper = (getattr(m, "model", None) for m in inner)
+    return next((o for o in (model, *inner, *deeper) if hasattr(o, f"get_{kind}_features")), None)
+
+
+def _vectors(model: Any, owner: Any, kind: str, batch: Batch, key: str) -> int | None:
     """Number of vectors per image (sound), from one run of the tower; None where it wants other inputs."""
     import torch
 
-    name = f"get_{kind}_features"
-    owner = next((o for o in (model, getattr(model, "model", None)) if hasattr(o, name)), None)
-    if owner is None:
-        return None
-    call = getattr(owner, name)
+    call = getattr(owner, f"get_{kind}_features")
     accepted = list(inspect.signature(call).parameters)
     device = next(model.parameters()).device
     # its first argument is the pixels or sound, whatever it is called
     given = {k: batch[k] for k in accepted if k in batch}
     given.pop("input_ids", None)
     given.pop("attention_mask", None)
-    if not given.keys() & {key}:
-        given[accepted[0]] = batch[key]
+    if "args" in accepted:
+        given |= {k: batch[k] for k in _BESIDE.get(kind, ()) if k in batch}
+    given.pop(key, None)
     given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     found = None
-    for pixels in (given, {k: v[:, None] if k == key else v for k, v in given.items()}):  # or several images each
+    value = batch[key]
+    # one image each, or several
+    for variant in (value, *(torch.stack([value] * n, 1) for n in (1, 2, 3) if kind == "image")):
         try:
             with torch.no_grad():
-                found = call(**pixels)
+                found = call(variant.to(device), **given)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
             continue
-        batch.update({k: v for k, v in pixels.items() if k == key})
+        batch[key] = variant
         break
     if found is None:
         return None

@@ -28,6 +28,8 @@ DEFAULT_IMAGE_SIZE = 64
 SIDE = 4
 """Patches along each side of an image that comes as a list of patches, before merging (times the merge size)."""
 FRAMES = 32
+AS_PICTURES = ("kimi_k25", "paddleocr_vl")
+"""Their patches are small pictures, not rows."""
 SAMPLES = 1920
 CODEC_SAMPLES = 3840
 
@@ -81,7 +83,8 @@ def vision_part(config: Any) -> Any:
     for name in VISION_PARTS:
         part = getattr(config, name, None)
         if part is not None and not isinstance(part, (Mapping, str, int)):
-            return vision_part(part) if name == "vlm_config" else part
+            deeper = name == "vlm_config" or (name == "encoder" and hasattr(part, "vision_config"))
+            return vision_part(part) if deeper else part
     thinker = getattr(config, "thinker_config", None)
     return vision_part(thinker) if thinker is not None else config
 
@@ -152,6 +155,9 @@ def patches(draft: Draft) -> Tensor:
             width = proj.in_features
             break
     count = int(grid(draft).prod(1).sum())
+    if draft.config.model_type.startswith(AS_PICTURES):
+        shape = (count, channels(vision), size, size)
+        return draft.random(1, *shape) if draft.config.model_type == "paddleocr_vl_vision" else draft.random(*shape)
     return draft.random(count, width)
 
 
@@ -173,6 +179,9 @@ def pixels(draft: Draft) -> Tensor:
     h, w = _fixed(draft.model) or (h, w)
     kind = type(draft.model).__name__
     model_type = draft.config.model_type
+    if model_type == "fuyu":
+        size = side(draft.config.patch_size) or 30
+        return draft.random(draft.size, SIDE * SIDE, channels(draft.config) * size * size)
     if names & {"pixel_position_ids", "image_position_ids"}:
         return padded_patches(draft)
     if kind.endswith("ForTextRecognition"):
@@ -232,6 +241,8 @@ def features(draft: Draft) -> Tensor:
     audio = audio_part(draft.config)
     frames = FRAMES
     positions = number(audio, "max_source_positions")
+    if number(audio, "n_window") and "input_features_mask" in draft.names:
+        frames = 2 * int(audio.n_window)
     first = next((m for m in draft.model.modules() if isinstance(m, nn.Conv1d) and m.in_channels == mel), None)
     if first is not None and draft.config.model_type not in MEL_LAST:
         if positions:

@@ -160,6 +160,10 @@ class Shrinker:
             content["num_labels"] = 5
         self._stages(config, own, content)
         text, vision = content.get("text_config"), content.get("vision_config")
+        pinpoints = content.get("image_grid_pinpoints")
+        if isinstance(pinpoints, (list, tuple)) and pinpoints and isinstance(vision, dict) and vision.get("image_size"):
+            old, new = config.vision_config.image_size, vision["image_size"]
+            content["image_grid_pinpoints"] = [[side * new // old for side in p] for p in pinpoints]
         if isinstance(text, Mapping) and isinstance(vision, dict) and "out_hidden_size" in vision:
             vision["out_hidden_size"] = text.get("hidden_size", vision["out_hidden_size"])
         if isinstance(text, Mapping) and isinstance(vision, dict) and vision.get("model_type") == "qwen2_vl_vision":

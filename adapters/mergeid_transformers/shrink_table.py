@@ -14,6 +14,8 @@ SECTIONS: dict[str, list[int]] = {
 """Sections of rotary positions (time, height, width) that a model takes where its configuration states none."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {64: 8}, "max_value_projector_patch_to_query_dict": 8},
+    **dict.fromkeys(("granite_speech", "granite_speech_plus"), {"window_size": 4, "downsample_rate": 2}),
     "clap_audio_model": {
         **{"patch_embeds_hidden_size": 16, "hidden_size": 128, "num_attention_heads": [2, 4, 8, 16]},
         **{"spec_size": 128, "num_mel_bins": 32, "window_size": 4},
@@ -42,7 +44,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "maskformer-swin": {"patch_size": 2},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "qwen2_vl_vision": {"embed_dim": 64, "num_heads": 4},
-    **dict.fromkeys(("qwen3_asr_encoder",), {"n_window": 4, "n_window_infer": 8}),
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16], "num_buckets": 4},
     "sam2_hiera_det_model": {"blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},

@@ -164,6 +164,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": _GEMMA_EXPERTS,
     "dots1": _ONE_EXPERT,
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "instructblipvideo": {"video_token_index": 50000},
