@@ -142,3 +142,24 @@ def test_fourier_transforms_and_complex_pairs(both, size):
     graph = sound(lambda: Mixing(both), (torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0)),))
     assert graph.unknown_ops == {}
     assert [s.size for s in graph.spaces] == ([size] if size else [])
+
+
+class Identity(nn.Module):
+    """A weight's row norms by way of the identity, as DoRA has them; rolled (the same neurons under shifted numbers), or summed up (order matters)."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+        self.change = change
+
+    def forward(self, x):
+        eye = torch.eye(16, dtype=x.dtype)
+        eye = {"": eye, "rolled": eye.roll(1, 0), "summed": eye.cumsum(0)}[self.change]
+        whole = self.second.weight @ eye
+        return self.third(F.linear(self.first(x).relu(), whole) / whole.norm(dim=1))
+
+
+@pytest.mark.parametrize(("change", "sizes"), [("", [8, 16]), ("rolled", [8, 16]), ("summed", [8])])
+def test_identity_matrices(change, sizes):
+    graph = sound(lambda: Identity(change), (torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),))
+    assert sorted(s.size for s in graph.spaces) == sizes
