@@ -197,7 +197,7 @@ def test_not_ours(adapter):
 
 
 def test_resolve(adapter):
-    assert adapter.resolve("bert", None, None).options["model_class"] == "BertModel"
+    assert adapter.resolve("bert", None, None).options["model_class"] == "BertForMaskedLM"
     arch = adapter.resolve("GPT2LMHeadModel", None, CONFIGS["GPT2LMHeadModel"])
     assert (arch.name, arch.options["model_class"]) == ("gpt2", "GPT2LMHeadModel")
     with pytest.raises(MergeidError, match=r"near names are .*bert"):

@@ -31,7 +31,7 @@ class Side(nn.Module):
     [
         (lambda x: x * torch.linalg.svdvals(x)[0], "aten._linalg_svd"),
         (lambda x: torch.linalg.solve(x.T @ x + 1, x.T).T, "aten._linalg_solve_ex"),
-        (lambda x: torch.fft.rfft(x).abs().repeat(1, 2)[:, :8], "aten._fft_r2c"),
+        (lambda x: x * torch.linalg.slogdet(x.T @ x + torch.eye(8).to(x))[1], "aten._linalg_slogdet"),
         (lambda x: x * torch.histc(x, 4)[1], "aten.histc"),
     ],
 )

@@ -168,7 +168,9 @@ class TransformersAdapter:
             )
         if "use_cache" in accepted:
             inputs["use_cache"] = False
-        return task_output(model(**inputs, return_dict=True))
+        if "return_dict" in accepted or "kwargs" in accepted:
+            inputs["return_dict"] = True
+        return task_output(model(**inputs))
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
         """Cross-entropy as transformers computes it, summed per example; None without labels or a task head."""

@@ -81,43 +81,87 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         part = getattr(config, name, None)
         if part is not None and hasattr(part, "vocab_size"):
             return part
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        # composites of whole models, and those whose text part lies deeper
+        for name in ("encoder", "encoder_config", "thinker_config", "question_encoder", "vlm_config", "model_config", "decoder"):
+            part = getattr(config, name, None)
+            if part is not None and hasattr(text_config(part), "vocab_size"):
+                return text_config(part)
     return config
 
 
-def vision_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that describes the image tower (the configuration itself where there is one)."""
-    for name in ("vision_config", "vision", "encoder", "backbone_config"):
-        part = getattr(config, name, None)
-        if part is not None and not isinstance(part, Mapping):
-            return part
-    return config
+BASE = "MODEL_MAPPING_NAMES"
+# Before the causal heads: encoders have both under the same names, and are masked models as a rule.
+HEADS = (
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+)
+
+
+@cache
+def classes_of(model_type: str, mapping: str) -> tuple[str, ...]:
+    """Names of the classes that one of the library's auto mappings gives for a model type."""
+    from transformers.models.auto import modeling_auto
+
+    names = getattr(modeling_auto, mapping, {}).get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 @cache
 def _default_classes(model_type: str) -> tuple[str, ...]:
-    """Names of the library's own classes for a model type, the base model first, then its usual heads."""
-    from transformers.models.auto import modeling_auto
+    """Names of the library's own classes for a model type, the base model first, then its usual heads; for a type that
+    no auto mapping lists (a tower of a larger model) the classes of its module that are made from its config."""
+    found = dict.fromkeys(name for mapping in (BASE, *HEADS) for name in classes_of(model_type, mapping))
+    return tuple(found) or tuple(_by_config(model_type))
 
-    found: dict[str, None] = {}
-    for mapping in (
-        "MODEL_MAPPING_NAMES",
-        # Before the causal heads: encoders have both under the same names, and are masked models as a rule.
-        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-        "MODEL_FOR_CTC_MAPPING_NAMES",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
-        "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
-    ):
-        names = getattr(modeling_auto, mapping, {}).get(model_type, ())
-        found.update(dict.fromkeys([names] if isinstance(names, str) else names))
-    return tuple(found)
+
+@cache
+def _by_config(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    """Classes with a forward pass beside the model type's configuration that are made from it, the last defined (the
+    largest part) first."""
+    import inspect
+    from importlib import import_module
+    from pathlib import Path
+
+    import transformers
+    from torch import nn
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    found: list[Any] = []
+    for file in sorted(Path(inspect.getfile(kind)).parent.glob("modeling_*.py")):
+        try:
+            module = import_module(f"{kind.__module__.rpartition('.')[0]}.{file.stem}")
+        except ImportError:
+            continue
+        found += [
+            c
+            for c in vars(module).values()
+            if isinstance(c, type)
+            and issubclass(c, transformers.PreTrainedModel)
+            and c.__module__ == module.__name__
+            and c.config_class is kind
+            and not c.__name__.endswith("PreTrainedModel")
+            and c.forward is not nn.Module.forward
+        ]
+    return {c.__name__: c for c in reversed(found)}
 
 
 def has_class(name: str) -> bool:
@@ -132,6 +176,8 @@ def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not isinstance(found, type) and model_type in model_types():
+        found = _by_config(model_type).get(name)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         known = ", ".join(_default_classes(model_type)) or "none"
         raise MergeidError(
@@ -143,7 +189,7 @@ def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
 
 def choose_class(model_type: str, config: Mapping[str, Any] | None, names: frozenset[str]) -> str:
     """The class to build: the first of ``config["architectures"]`` that transformers has, else the class whose
-    tensors cover `names` best (the base model where there are no names).
+    tensors cover `names` best (the first with a task head where there are no names).
 
     Raises `MergeidError` where the config names only classes that transformers does not have.
     """
@@ -156,7 +202,7 @@ def choose_class(model_type: str, config: Mapping[str, Any] | None, names: froze
         library_config(model_type, config)  # names the cause where the whole model type is unknown
         return model_class(model_type, asked[0] if asked else "").__name__
     if not names:
-        return known[0]
+        return known[min(1, len(known) - 1)]  # a task head: without one the residual stream is the output
     return max(known, key=lambda name: _coverage(model_type, name, config, names))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mergeid.plugins import Batch, MergeidError
-from mergeid_transformers.configs import text_config, vision_config
+from mergeid_transformers import arguments, media
+from mergeid_transformers.configs import text_config
+from mergeid_transformers.media import Draft
 from mergeid_transformers.tasks import EXAMPLE_TASKS, class_count
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 # Sequence lengths to choose from: long enough to show what is per token, short enough to trace in no time.
 LENGTHS = (11, 13, 17, 19, 23, 9, 10, 8)
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
-DEFAULT_IMAGE_SIZE = 64
 CHOICES = 2
 # Their position tables (fairseq's) start counting after the padding index, which costs pad + 1 positions.
 POSITIONS_AFTER_PADDING = frozenset(
@@ -33,6 +33,14 @@ def parameters_of(model: nn.Module) -> frozenset[str]:
     """Names of the arguments of a model's forward (``"kwargs"`` among them where any keyword is taken)."""
     kind: Any = type(model)
     return _parameters(kind)
+
+
+def required_of(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of a model's forward that have no default."""
+    kind: Any = type(model)
+    found = inspect.signature(kind.forward).parameters.values()
+    plain = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return frozenset(p.name for p in found if p.default is p.empty and p.kind not in plain and p.name != "self")
 
 
 @cache
@@ -59,7 +67,8 @@ def position_limit(config: Any) -> int | None:
 
 def vocabulary(config: Any) -> int:
     """Number of token ids. Raises `MergeidError` where the config has none."""
-    size = getattr(text_config(config), "vocab_size", None)
+    text = text_config(config)
+    size = getattr(text, "vocab_size", None) or getattr(text, "num_hash_buckets", None)
     if not isinstance(size, int) or size < 1:
         raise MergeidError(
             f"config.json (model_type {config.model_type!r}) has no vocab_size, but the model takes input_ids; "
@@ -99,21 +108,6 @@ def token_ids(config: Any, batch_size: int, length: int, generator: torch.Genera
     return ids
 
 
-def image_shape(config: Any) -> tuple[int, int, int]:
-    """(channels, height, width) of the image tower's input."""
-    vision = vision_config(config)
-    channels = 3
-    for name in ("num_channels", "in_channels", "in_chans"):
-        if isinstance(getattr(vision, name, None), int):
-            channels = getattr(vision, name)
-            break
-    size = getattr(vision, "image_size", None) or getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
-    if isinstance(size, Mapping):
-        size = (size.get("height", DEFAULT_IMAGE_SIZE), size.get("width", DEFAULT_IMAGE_SIZE))
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return channels, int(height), int(width)
-
-
 def _config_numbers(config: Any) -> frozenset[int]:
     found: set[int] = set()
     for value in vars(config).values():
@@ -137,111 +131,185 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
     avoid = _config_numbers(config) | {batch_size}
     length = sequence_length(config, position_limit(config), avoid)
 
+    def text(rows: int, tokens: int) -> Tensor:
+        return token_ids(config, rows, tokens, generator)
+
+    draft = Draft(model, config, names, required_of(model), batch, batch_size, length, generator, text)
     if "pixel_values" in names:
-        channels, height, width = image_shape(config)
-        shape: tuple[int, ...] = (batch_size, channels, height, width)
-        frames = getattr(config, "num_frames", None)
-        if isinstance(frames, int) and model.main_input_name == "pixel_values" and "Video" in type(model).__name__:
-            shape = (batch_size, frames, channels, height, width)
-        batch["pixel_values"] = torch.randn(shape, generator=generator)
-    if "pixel_values_videos" in names and model.main_input_name == "pixel_values_videos":
-        channels, height, width = image_shape(config)
-        frames = int(getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0) or 4)
-        batch["pixel_values_videos"] = torch.randn((batch_size, frames, channels, height, width), generator=generator)
+        batch["pixel_values"] = media.pixels(draft)
+    if "pixel_values_videos" in names:
+        videos = media.videos(draft)
+        if videos is not None and (model.main_input_name == "pixel_values_videos" or _has_videos(model, config)):
+            batch["pixel_values_videos"] = videos
     if "input_features" in names:
-        batch["input_features"] = torch.randn(_feature_shape(config, batch_size), generator=generator)
+        batch["input_features"] = media.features(draft)
     if "input_values" in names:
-        batch["input_values"] = torch.randn(_waveform_shape(config, batch_size), generator=generator)
+        batch["input_values"] = media.samples(draft)
     if "input_ids" in names and _takes_text(model, config):
-        batch["input_ids"] = token_ids(config, batch_size, length, generator)
+        batch["input_ids"] = _input_ids(draft)
         if "attention_mask" in names:
             batch["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
     if task == "choice" and "input_ids" in batch:  # [batch, choices, tokens]: every choice is a text of its own
         shape = (batch_size, CHOICES, length)
-        batch["input_ids"] = token_ids(config, batch_size * CHOICES, length, generator).reshape(shape)
+        batch["input_ids"] = text(batch_size * CHOICES, length).reshape(shape)
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
     # Classifiers on encoder-decoders make the decoder's input from the encoder's.
     if "decoder_input_ids" in names and task not in EXAMPLE_TASKS | {"question"}:
         target = sequence_length(config, position_limit(config), avoid | {length})
-        batch["decoder_input_ids"] = token_ids(config, batch_size, target, generator)
+        batch["decoder_input_ids"] = _decoder_ids(draft, target)
+    if {"input_features", "input_values"} <= batch.keys() and "inputs" in names:
+        del batch["input_features"]  # either of them
+    if config.model_type == "pop2piano":
+        batch.pop("input_ids", None), batch.pop("attention_mask", None)  # its sound stands in their place
+    arguments.add(draft)
     if not batch:
         raise MergeidError(
             f"mergeid cannot make inputs for {type(model).__name__}: its forward takes {', '.join(sorted(names))}; "
             "give calibration data with --data"
         )
-    _join_image_and_text(model, config, batch)
+    _join_media_and_text(model, config, batch)
     labels = _labels(task, config, batch, batch_size, generator)
     if labels is not None:
         batch["labels"] = labels
     return batch
 
 
+def _input_ids(draft: Draft) -> Tensor:
+    """Token ids [batch, tokens]; several code books stand behind each other along the batch (MusicGen) or in a last
+    dimension (Dia, Kyutai)."""
+    config = draft.config
+    kind = config.model_type
+    if kind.startswith("musicgen") and kind.endswith("decoder"):
+        return draft.text(draft.size * config.num_codebooks, draft.length)
+    if kind in ("dia_decoder", "kyutai_speech_to_text"):
+        books = getattr(config, "num_channels", None) or config.num_codebooks + 1
+        return draft.integers(40, draft.size, draft.length, books)
+    return draft.text(draft.size, draft.length)
+
+
+def _decoder_ids(draft: Draft, length: int) -> Tensor:
+    """Token ids [batch, tokens] of the decoder; of the first codebook's size where it has several (MusicGen)."""
+    decoder = getattr(draft.config, "decoder", None) or getattr(draft.config, "decoder_config", None)
+    books = getattr(decoder, "num_codebooks", None)
+    if isinstance(books, int) and books > 1:
+        return draft.integers(decoder.vocab_size - 1, draft.size * books, length)
+    if draft.config.model_type == "dia":
+        return draft.integers(40, draft.size, length, draft.config.decoder_config.num_channels)
+    return draft.text(draft.size, length)
+
+
+def _has_videos(model: nn.Module, config: Any) -> bool:
+    """Whether frames of a video go through a branch of their own."""
+    return getattr(config, "video_config", None) is not None and "pixel_values" not in parameters_of(model)
+
+
 def _takes_text(model: nn.Module, config: Any) -> bool:
     """Whether input_ids is a real input (some decoders in vision models list it in vain)."""
-    return isinstance(getattr(text_config(config), "vocab_size", None), int) and model.main_input_name not in (
+    text = text_config(config)
+    known = isinstance(getattr(text, "vocab_size", None) or getattr(text, "num_hash_buckets", None), int)
+    return known and model.main_input_name not in (
         "input_features",
         "input_values",
     )
 
 
-def _feature_shape(config: Any, batch_size: int) -> tuple[int, ...]:
-    """Log-mel features: [batch, mel, frames] where positions are counted (Whisper), else [batch, frames, mel]."""
-    mel = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
-    positions = getattr(config, "max_source_positions", None)
-    if isinstance(positions, int) and getattr(config, "model_type", "") not in ("speech_to_text", "speech_to_text_2"):
-        return batch_size, int(mel), 2 * positions
-    width = getattr(config, "feature_projection_input_dim", None) or mel
-    return batch_size, 31, int(width)
+_KINDS = (
+    ("image", "pixel_values", (*IMAGE_TOKEN_FIELDS, "im_token_id", "image_patch_id")),
+    ("audio", "input_features", ("audio_token_id", "audio_token_index")),
+    ("audio", "input_values", ("audio_token_id", "audio_token_index")),
+    ("video", "pixel_values_videos", ("video_token_id", "video_token_index")),
+)
 
 
-def _waveform_shape(config: Any, batch_size: int) -> tuple[int, ...]:
-    """Raw audio [batch, samples], long enough for some frames after all strides; spectrogram patches otherwise."""
-    if isinstance(getattr(config, "num_mel_bins", None), int) and isinstance(getattr(config, "max_length", None), int):
-        return batch_size, config.max_length, config.num_mel_bins
-    stride = 1
-    for s in getattr(config, "conv_stride", None) or (320,):
-        stride *= int(s)
-    return batch_size, 16 * stride
-
-
-def _join_image_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
-    """Put as many image placeholders into the text as the image tower gives vectors (LLaVA and its kin); where
-    that cannot be found out, leave the image out, so that the text part is traced and the image part frozen."""
+def _join_media_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
+    """Put as many placeholders into the text as the tower gives vectors (LLaVA and its kin); where that cannot be
+    found out, leave the image (sound, video) out, so that the text part is traced and that part frozen."""
     import torch
 
-    if "pixel_values" not in batch or "input_ids" not in batch:
+    if "input_ids" not in batch:
         return
-    token = next((t for f in IMAGE_TOKEN_FIELDS if isinstance(t := getattr(config, f, None), int)), None)
-    if token is None:
-        return
-    count = _image_vectors(model, batch["pixel_values"])
-    if count is None:
-        del batch["pixel_values"]
-        return
-    size = batch["input_ids"].shape[0]
-    places = torch.full((size, count), token, dtype=torch.long)
-    batch["input_ids"] = torch.cat((places, batch["input_ids"]), dim=1)
-    if "attention_mask" in batch:
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    for kind, key, fields in _KINDS:
+        token = next((t for f in fields if isinstance(t := _token(config, f), int)), None)
+        if key not in batch or token is None:
+            continue
+        owner = _owner(model, kind)
+        if owner is None:
+            continue  # it finds the places itself, or has other ways for images (cross-attention)
+        count = _vectors(model, owner, kind, batch, key)
+        if count is None:
+            for name in (key, *_BESIDE.get(kind, ())):
+                batch.pop(name, None)
+            continue
+        size = batch["input_ids"].shape[0]
+        places = torch.full((size, count), token, dtype=torch.long)
+        batch["input_ids"] = torch.cat((places, batch["input_ids"]), dim=1)
+        if "attention_mask" in batch:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        names = parameters_of(model)
+        if "mm_token_type_ids" in names and kind == "image":
+            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
+        if "token_type_ids" in names and kind == "image":
+            batch["token_type_ids"] = (batch["input_ids"] == token).long()
 
 
-def _image_vectors(model: Any, pixels: Tensor) -> int | None:
-    """Number of vectors per image, from one run of the image tower; None where it wants other inputs."""
+_BESIDE = {
+    "image": ("image_grid_thw", "image_sizes", "pixel_attention_mask"),
+    "audio": ("input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask"),
+}
+
+
+def _token(config: Any, field: str) -> Any:
+    """A placeholder's id, from the configuration or the part that has it."""
+    parts = (getattr(config, n, None) for n in ("thinker_config", "vlm_config"))
+    for part in (config, text_config(config), *parts):
+        value = getattr(part, field, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _owner(model: Any, kind: str) -> Any:
+    """The part of a model that turns images (sounds) into vectors; None where there is none."""
+    inner = getattr(model, "model", None), getattr(model, "vlm", None), getattr(model, "thinker", None)
+    deeper = (getattr(m, "model", None) for m in inner)
+    return next((o for o in (model, *inner, *deeper) if hasattr(o, f"get_{kind}_features")), None)
+
+
+def _vectors(model: Any, owner: Any, kind: str, batch: Batch, key: str) -> int | None:
+    """Number of vectors per image (sound), from one run of the tower; None where it wants other inputs."""
     import torch
 
-    owner = next((o for o in (model, getattr(model, "model", None)) if hasattr(o, "get_image_features")), None)
-    if owner is None:
+    call = getattr(owner, f"get_{kind}_features")
+    accepted = list(inspect.signature(call).parameters)
+    device = next(model.parameters()).device
+    # its first argument is the pixels or sound, whatever it is called
+    given = {k: batch[k] for k in accepted if k in batch}
+    given.pop("input_ids", None)
+    given.pop("attention_mask", None)
+    if "args" in accepted:
+        given |= {k: batch[k] for k in _BESIDE.get(kind, ()) if k in batch}
+    given.pop(key, None)
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    found = None
+    value = batch[key]
+    # one image each, or several
+    for variant in (value, *(torch.stack([value] * n, 1) for n in (1, 2, 3) if kind == "image")):
+        try:
+            with torch.no_grad():
+                found = call(variant.to(device), **given)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+            continue
+        batch[key] = variant
+        break
+    if found is None:
         return None
-    try:
-        with torch.no_grad():
-            found = owner.get_image_features(pixels.to(next(model.parameters()).device))
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-        return None
-    found = getattr(found, "pooler_output", found)
+    found = getattr(found, "pooler_output", found) if getattr(found, "pooler_output", None) is not None else found
+    found = getattr(found, "last_hidden_state", found)
     if isinstance(found, (list, tuple)):
         found = torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
     rows = found.numel() // found.shape[-1]
-    return rows // pixels.shape[0] if rows % pixels.shape[0] == 0 else None
+    size = batch["input_ids"].shape[0]
+    return rows // size if rows % size == 0 else None
 
 
 def _labels(task: str, config: Any, batch: Batch, batch_size: int, generator: torch.Generator) -> Tensor | None:

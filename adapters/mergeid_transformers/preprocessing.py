@@ -69,7 +69,7 @@ def _text(config: Any, task: str) -> dict[str, Any]:
 
 
 def _image(config: Any, folder: Path | None) -> dict[str, Any]:
-    from mergeid_transformers.inputs import image_shape
+    from mergeid_transformers.media import image_shape
 
     shape = image_shape(config)
     stated = (read_json(folder / "preprocessor_config.json") if folder is not None else None) or {}

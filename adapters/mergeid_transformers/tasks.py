@@ -28,7 +28,40 @@ OUTPUT_FIELDS = (
     "text_embeds",
     "embeddings",
     "feature_maps",
+    "predicted_depth",
+    "class_queries_logits",
+    "spectrogram",
+    "waveform",
+    "audio_values",
+    "alphas",
+    "prediction_outputs",
+    "mean_predictions",
+    "full_predictions",
+    "loc",
+    "keypoints",
+    "matching_scores",
+    "text_features",
+    "pooler_output",
+    "audio_embeds",
+    "encoder_last_hidden_state",
+    "latents",
+    "question_answering_score",
+    "multimodal_embeddings",
+    "waveforms",
+    "logits_video_text",
+    "logits_audio_text",
+    "audio",
+    "intermediate_hidden_states",
+    "heatmaps",
+    "last_hidden_states",
 )
+# Heads that are judged together, laid behind each other along the last dimension (all further ones flat).
+BESIDE = {
+    "logits": ("pred_boxes",),
+    "class_queries_logits": ("masks_queries_logits",),
+    "pred_masks": ("iou_scores",),
+    "text_features": ("image_features",),
+}
 
 # First match wins: several encoder-decoder classes are listed as causal models too.
 _TASKS = (
@@ -83,6 +116,10 @@ def task_output(output: Any) -> Tensor:
     """
     import torch
 
+    if isinstance(output, (tuple, list)) and not hasattr(output, "keys"):
+        output = next((v for v in output if isinstance(v, torch.Tensor) and v.is_floating_point()), output)
+    if isinstance(output, torch.Tensor):
+        return output
     for field in OUTPUT_FIELDS:
         value = getattr(output, field, None)
         if value is None:
@@ -91,6 +128,13 @@ def task_output(output: Any) -> Tensor:
             return torch.stack((value, output.end_logits), dim=-1)
         if isinstance(value, (tuple, list)):
             value = value[-1]
+        for other in BESIDE.get(field, ()):
+            beside = getattr(output, other, None)
+            if isinstance(beside, torch.Tensor):
+                k = min(value.dim(), beside.dim()) - 1
+                while value.shape[:k] != beside.shape[:k]:
+                    k -= 1
+                value = torch.cat((value.flatten(k), beside.flatten(k)), dim=-1)
         pooled = getattr(output, "pooler_output", None)
         if field == "last_hidden_state" and isinstance(pooled, torch.Tensor):
             if value.dim() == 3 and pooled.dim() == 2 and value.shape[-1] == pooled.shape[-1]:

@@ -246,9 +246,9 @@ class Recorder(TorchDispatchMode):
 
     def _apply(self, call: Call) -> Result:
         tensors = call.tensors()
-        if not tensors:
-            return [self._constant(t) for t in call.outputs()]
         rule = rule_for(call.func)
+        if not tensors and call.name != "aten.eye":
+            return [self._constant(t) for t in call.outputs()]
         if rule is not None:
             call.rerun = lambda: rule(call)
         else:

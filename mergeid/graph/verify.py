@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph
@@ -53,6 +54,22 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
     return state
 
 
+class _AtLeast(TorchDispatchMode):
+    """Casts to a shorter float that the model's own code asks for (norms in float32, say) go to `dtype` instead, so that
+    a check in float64 has its precision throughout."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        asked = kwargs.get("dtype")
+        if asked is not None and asked.is_floating_point and asked.itemsize < self.dtype.itemsize:
+            kwargs["dtype"] = self.dtype
+        return func(*args, **kwargs)
+
+
 def verify(
     graph: NeuronGraph,
     model: nn.Module,
@@ -78,12 +95,16 @@ def verify(
     probe = copy.deepcopy(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
 
+    cuda = sorted({p.device.index for p in probe.parameters() if p.is_cuda})
+
     def run(change: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> list[Tensor]:
         with torch.no_grad():
             for name, value in probe.state_dict().items():
                 value.copy_(change(name, state[name]))  # one tensor at a time: large models fit
         forget_derived(probe)
-        with torch.no_grad():
+        # a model that draws random numbers draws the same ones every time
+        with torch.no_grad(), _AtLeast(dtype), torch.random.fork_rng(cuda):
+            torch.manual_seed(0)
             out = forward(probe, _cast(inputs, dtype))
         return [t.double() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 

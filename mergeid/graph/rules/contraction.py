@@ -48,6 +48,18 @@ def grouped_mm(call: Call) -> Layout | None:
     return combine(call.facts, [(x, "nk"), (w, "km")], "nm", call.why)
 
 
+@rule("linalg_solve_triangular")
+def solve_triangular(call: Call) -> Layout:
+    """A x = b for every column of b (or x A = b for every row): a system's own unknowns are fixed."""
+    a, b = call.layout("self"), call.layout("B")
+    n = len(a.dims)
+    left = call.get("left", True)
+    a, b = call.freeze_dims(a, [n - 2, n - 1]), call.freeze_dims(b, [n - 2 if left else n - 1])
+    lead = list(range(n - 2))
+    system, right = ([*lead, "i", "j"], [*lead, "j", "k"]) if left else ([*lead, "j", "i"], [*lead, "k", "j"])
+    return combine(call.facts, [(a, system), (b, right)], [*lead, "i", "k"] if left else [*lead, "k", "i"], call.why)
+
+
 @rule("mv")
 def mv(call: Call) -> Layout:
     return combine(call.facts, [(call.layout("self"), "nk"), (call.layout("vec"), "k")], "n", call.why)

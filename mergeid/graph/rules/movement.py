@@ -207,6 +207,17 @@ def pixel_unshuffle(call: Call) -> Layout:
     return view(call.facts, layout, call.out.shape, call.why)
 
 
+@rule("view_as_complex", "view_as_real")
+def complex_parts(call: Call) -> Layout:
+    """Real and imaginary part of one number keep their places."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    if call.out.dim() < n:
+        layout = call.freeze_dims(layout, [n - 1])
+        return layout.with_dims(layout.dims[:-1])
+    return layout.with_dims((*layout.dims, (Fine(2, FROZEN),)))
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(call: Call) -> Layout:
     layout = call.layout("self")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mergeid.graph.combine import elementwise
-from mergeid.graph.layout import FREE, FROZEN, Layout, take, uniform
+from mergeid.graph.layout import FREE, FROZEN, Layout, of_axes, take, uniform
 from mergeid.graph.rules import rule
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ def pointwise(call: Call) -> list[Layout]:
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 def constant_like(call: Call) -> Layout:
     return uniform(call.out.shape, FREE)
+
+
+@rule("eye")
+def eye(call: Call) -> Layout:
+    """An identity matrix stays what it is where rows and columns move together."""
+    n, m = call.out.shape
+    if n != m or n < 2:
+        return uniform(call.out.shape, FROZEN)
+    labels = call.facts.fresh((n,))
+    return of_axes((labels, labels), (n, n))
 
 
 @rule("fill", "zero")

@@ -68,6 +68,19 @@ def extremum(call: Call) -> list[Layout | None]:
     return [out for _ in call.outputs()]
 
 
+@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
+def fourier(call: Call) -> Layout:
+    """Positions of the transformed dimensions are read in order; the other dimensions keep their neurons."""
+    layout = call.layout("self")
+    dims = [d % len(layout.dims) for d in dims_of(call.get("dim"), len(layout.dims))]
+    layout = call.freeze_dims(layout, dims)
+    rest = reduce(call.facts, layout, dims, True, call.why)
+    sizes = call.out.shape
+    return rest.with_dims(
+        ((Fine(sizes[d], FROZEN),) if sizes[d] > 1 else ()) if d in dims else x for d, x in enumerate(rest.dims)
+    )
+
+
 @rule("argmax", "argmin")
 def arg_extremum(call: Call) -> Layout:
     layout = call.layout("self")

@@ -94,7 +94,7 @@ def masked_scatter(call: Call) -> Layout:
     n, source = call.out.dim(), call.layout("source")
     mask = call.layout("mask")
     row = n > 0 and len(mask.dims) == n and all(f.kind == FREE for f in mask.dims[-1]) and bool(source.dims)
-    if not row or source.shape[-1] != call.out.shape[-1] or mask.shape[-1] != call.out.shape[-1]:
+    if not row or source.shape[-1] != call.out.shape[-1] or mask.shape[-1] not in (1, call.out.shape[-1]):
         return _written(call, range(n), source, [f"source {d}" for d in range(len(source.dims))])
     letters = [*(f"source {d}" for d in range(len(source.dims) - 1)), n - 1]
     return _written(call, range(n - 1), source, letters)

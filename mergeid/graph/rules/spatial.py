@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mergeid.graph.combine import combine
 from mergeid.graph.layout import FREE, FROZEN, Fine, Layout, uniform
 from mergeid.graph.rules import rule
 from mergeid.graph.rules.joining import concatenate
 
 if TYPE_CHECKING:
     from mergeid.graph.recorder import Call
+
+
+def _only(layout: Layout, dims: int) -> Layout:
+    """Its first dimensions, where the others are frozen."""
+    return layout.with_dims(layout.dims[:dims])
 
 
 def _frozen_dims(shape: tuple[int, ...]) -> tuple[tuple[Fine, ...], ...]:
@@ -45,7 +51,7 @@ _RESIZES = [
 _PADS = [f"{kind}_pad{d}d" for kind in ("reflection", "replication") for d in (1, 2, 3)]
 
 
-@rule(*_POOLS, *_RESIZES, *_PADS, "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d", "grid_sampler_2d")
+@rule(*_POOLS, *_RESIZES, *_PADS, "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d", "grid_sampler_2d", "grid_sampler_3d")
 def spatial(call: Call) -> list[Layout]:
     name = "self" if "self" in call.bound else "input"
     layout = call.layout(name)
@@ -55,7 +61,10 @@ def spatial(call: Call) -> list[Layout]:
     keep = len(layout.dims) - digit
     layout = call.freeze_dims(layout, range(keep, len(layout.dims)))
     if "grid" in call.bound:
-        call.freeze_dims(call.layout("grid"), range(4))
+        # places are fixed; examples (heads, where they are folded into the batch) belong to their own grid
+        grid = call.freeze_dims(call.layout("grid"), range(1, len(layout.dims)))
+        lead = combine(call.facts, [(_only(layout, 2), "nc"), (_only(grid, 1), "n")], "nc", call.why)
+        return [lead.with_dims((*lead.dims, *_frozen_dims(call.out.shape[2:])))]
     return [layout.with_dims((*layout.dims[:keep], *_frozen_dims(t.shape[keep:]))) for t in outs]
 
 
