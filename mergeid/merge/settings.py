@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Union
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.merge.methods import MergeMethod, check_weights
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ class Condition:
     Attributes:
         value: number, switch or gradient.
         pattern: glob on the whole name (``*.mlp.*``).
+        required: whether it is an error if no tensor matches; else only a warning.
     """
 
     value: Scalar | tuple[Scalar, ...]
     pattern: str = "*"
+    required: bool = True
 
 
 Setting = Union[Scalar, tuple[Scalar, ...], tuple[Condition, ...]]
@@ -146,23 +149,27 @@ class MergeSettings:
             )
         for name, setting in self.parameters.items():
             parameter = self.method.parameter(name)
-            if parameter.per_model and isinstance(setting, list) and len(setting) != models:
+            if isinstance(setting, list) and not parameter.per_model:
+                raise MergeidError(f"parameter {name!r} is one for all models; expected one value, got {len(setting)}")
+            if isinstance(setting, list) and len(setting) != models:
                 raise MergeidError(
                     f"{len(setting)} values given for {name!r} and {models} models; expected one, or one per model"
                 )
-        for pattern in self._patterns():
+        for pattern, required in self._patterns().items():
             if not any(fnmatchcase(name, pattern) for name in self.depth):
-                raise MergeidError(f"the pattern {pattern!r} matches no tensor that is merged; check the pattern")
+                text = f"the pattern {pattern!r} matches no tensor that is merged; check the pattern"
+                if required:
+                    raise MergeidError(text)
+                warnings.warn(text, MergeidWarning, stacklevel=4)
         for name in self.depth:
             self.weights_of(name)
             self.keywords(name)
 
-    def _patterns(self) -> list[str]:
+    def _patterns(self) -> dict[str, bool]:
         settings: list[Any] = [*self.weights]
         for setting in self.parameters.values():
             settings += setting if isinstance(setting, list) else [setting]
-        found = [c.pattern for s in settings if isinstance(s, tuple) for c in s if isinstance(c, Condition)]
-        return list(dict.fromkeys(found))
+        return {c.pattern: c.required for s in settings if isinstance(s, tuple) for c in s if isinstance(c, Condition)}
 
     def weights_of(self, name: str) -> list[float]:
         """One weight per model for this tensor."""
@@ -179,7 +186,7 @@ class MergeSettings:
         found: dict[str, Any] = {}
         for parameter in self.method.parameters:
             setting = self.parameters.get(parameter.name, parameter.default)
-            several = setting if isinstance(setting, list) else [setting] * len(self.weights)
+            several: list[Any] = setting if isinstance(setting, list) else [setting] * len(self.weights)
             values = []
             for one in several if parameter.per_model else several[:1]:
                 value = evaluate(one, name, self.depth.get(name, 1.0))
@@ -210,6 +217,19 @@ class MergeSettings:
             "normalize": self.normalize,
             "seed": self.seed,
         }
+
+
+def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | None) -> list[Any] | None:
+    """One setting per model from weights as users give them: one number per model, or glob -> one number per model."""
+    if weights is None or not isinstance(weights, Mapping):
+        return None if weights is None else list(weights)
+    counts = {len(values) for values in weights.values()}
+    if len(counts) != 1:
+        shown = ", ".join(f"{len(v)} for {k!r}" for k, v in weights.items())
+        raise MergeidError(f"weights of different number: {shown or 'none'}; expected one per model (option --weights)")
+    return [
+        tuple(Condition(float(values[i]), pattern) for pattern, values in weights.items()) for i in range(counts.pop())
+    ]
 
 
 def _plain(setting: Setting) -> Any:

@@ -80,7 +80,7 @@ def dare_linear(
     elementwise=False,
     weights="free",
     base=True,
-    parameters=[*_PARAMETERS, Parameter("normalize", False, help="divide by the weights of those that agree")],
+    parameters=[*_PARAMETERS, Parameter("normalize", True, help="divide by the weights of those that agree")],
     seeded=True,
 )
 def dare_ties(
@@ -92,11 +92,12 @@ def dare_ties(
     generator: torch.Generator,
     scale: float = 1.0,
     rescale: bool = True,
-    normalize: bool = False,
+    normalize: bool = True,
 ) -> Tensor:
     """As `dare_linear`, but of the weighted deltas only those count whose sign is that of their sum, as in TIES.
 
-    Args and result as for `dare_linear`; `normalize` divides by the sum of the weights of those that agree.
+    Args and result as for `dare_linear`; `normalize` (the mean, as TIES takes it) divides by the sum of the weights of
+    those that agree.
     """
     dtype, to = wide(tensors)
     origin = base.to(to)
