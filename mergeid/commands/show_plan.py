@@ -141,7 +141,7 @@ def repair_line(repair: dict[str, Any]) -> str:
     if repair["kind"] == "bn":
         return (
             f"BatchNorm statistics were re-estimated on the calibration data ({repair['layers']} layers, "
-            f"{repair['examples']} examples): activations had {before} of the spread that the averages expect, now {after}."
+            f"{repair['examples']} examples): activations had {before} of the spread that they expect, now {after}."
         )
     also = ", then BatchNorm statistics were re-estimated" if repair["kind"] == "repair+bn" else ""
     return (
