@@ -14,6 +14,7 @@ from mergeid.merging import MergeResult, merge
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, load_pair
 from mergeid.planned import plan_pair
 from mergeid.scrambling import ScrambleResult, scramble
+from mergeid.similar import SimilarityResult, similarity
 
 if TYPE_CHECKING:
     from mergeid.evaluate.result import BarrierResult
@@ -24,6 +25,7 @@ __all__ = [
     "LIMIT",
     "MergeResult",
     "ScrambleResult",
+    "SimilarityResult",
     "align",
     "barrier",
     "graph",
@@ -31,6 +33,7 @@ __all__ = [
     "merge",
     "plan",
     "scramble",
+    "similarity",
 ]
 
 

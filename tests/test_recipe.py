@@ -52,7 +52,7 @@ def test_depth_is_read_off_the_names() -> None:
     found = depths([*NAMES, "encoder.layer.0.x", "encoder.layer.4.layer.9.x", "blocks.0.x"])
     assert found == {
         "embed.weight": 0.0, "layers.0.mlp.weight": 0.0, "layers.1.mlp.weight": 0.5, "layers.2.attn.weight": 1.0,
-        "norm.weight": 1.0, "encoder.layer.0.x": 0.0, "encoder.layer.4.layer.9.x": 1.0, "blocks.0.x": 1.0,
+        "norm.weight": 0.0, "encoder.layer.0.x": 0.0, "encoder.layer.4.layer.9.x": 1.0, "blocks.0.x": 1.0,
     }  # fmt: skip
 
 
@@ -167,9 +167,9 @@ def test_a_recipe_of_mergekit(work: Path) -> None:
     assert done.code == 0 and len(done.lines) == 1 and "int8_mask only saves memory" in done.lines[0]
     found = load_file(work / "merged.safetensors")
     a, b, base = (load_file(work / f"{n}.safetensors") for n in ("a", "b", "base"))
-    where = {"embed.weight": 0.0, "layers.1.mlp.weight": 0.5}
+    where = {"layers.1.mlp.weight": 0.5, "layers.2.attn.weight": 1.0}
     for name in NAMES:
-        density = [0.2 + 0.6 * where.get(name, 0.0 if "layers.0" in name else 1.0), 0.9]
+        density = [0.2 + 0.6 * where.get(name, 0.0), 0.9]
         weights = [0.6, 0.1 if "mlp" in name else 0.5]
         expected = ties([a[name], b[name]], weights, base=base[name], density=density, normalize=False)
         torch.testing.assert_close(found[name], expected)

@@ -44,16 +44,14 @@ class Condition:
 Setting = Union[Scalar, tuple[Scalar, ...], tuple[Condition, ...]]
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)\.")
-_EARLY = ("embed", "wte", "wpe", "stem", "shared")
-"""Parts of the names of tensors that come before the first numbered layer."""
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
     """Where each tensor stands between the first layer (0) and the last (1), read off its name.
 
     A layer is the first number in the name (``encoder.layer.7.output.dense.weight``), counted within its own list
-    (``encoder.layer``); the only layer of a list stands at 1. Outside of the layers, embeddings and stems stand at 0,
-    everything else (final norms, heads) at 1.
+    (``encoder.layer``); the only layer of a list stands at 1, and what lies outside of layers (embeddings, final norms,
+    heads) at 0, as in mergekit.
     """
     found: dict[str, float] = {}
     numbered: dict[str, tuple[str, int]] = {}
@@ -61,7 +59,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     for name in names:
         match = _NUMBERED.match(name)
         if match is None:
-            found[name] = 0.0 if any(part in name for part in _EARLY) else 1.0
+            found[name] = 0.0
         else:
             place, index = match.group(1), int(match.group(2))
             numbered[name] = place, index
@@ -175,7 +173,7 @@ class MergeSettings:
         """One weight per model for this tensor."""
         values = []
         for setting in self.weights:
-            value = evaluate(setting, name, self.depth.get(name, 1.0))
+            value = evaluate(setting, name, self.depth.get(name, 0.0))
             if value is None:
                 raise MergeidError(f"no weight is given for tensor {name!r}; add one without a pattern (or for '*')")
             values.append(float(value))
@@ -189,7 +187,7 @@ class MergeSettings:
             several: list[Any] = setting if isinstance(setting, list) else [setting] * len(self.weights)
             values = []
             for one in several if parameter.per_model else several[:1]:
-                value = evaluate(one, name, self.depth.get(name, 1.0))
+                value = evaluate(one, name, self.depth.get(name, 0.0))
                 values.append(parameter.checked(parameter.default if value is None else value))
             found[parameter.keyword or parameter.name] = values if parameter.per_model else values[0]
         return found
