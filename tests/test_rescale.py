@@ -246,3 +246,40 @@ def test_the_stage_is_reported() -> None:
         assert torch.equal(value, again.state[name])
     with pytest.raises(MergeidError, match=r"--repair 'fix' is not one of auto, bn, repair, none"):
         mergeid.merge(a, b, repair="fix", **how)
+
+
+def test_it_repairs_the_midpoint_of_two_real_networks() -> None:
+    """Two MLPs from independent seeds on scikit-learn's digits, averaged as they lie."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1400], order[1400:]
+
+    def trained(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = [64, 128, 128, 128]
+        hidden = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+        model = nn.Sequential(*hidden, nn.Linear(128, 10))
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
+        for _ in range(20):
+            for batch in torch.randperm(len(train)).split(64):
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(model(x[train[batch]]), y[train[batch]]).backward()
+                optimiser.step()
+        return model.eval()
+
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return (model(x[test]).argmax(1) == y[test]).float().mean().item()
+
+    a, b = trained(1), trained(2)
+    how = {"data": [{"arg0": v} for v in x[train[:256]]], "example_inputs": x[:2], "match": "never"}
+    found = {}
+    for stage in ("none", "repair"):
+        merged = copy.deepcopy(a)
+        merged.load_state_dict(mergeid.merge(a, b, repair=stage, **how).state)
+        found[stage] = accuracy(merged)
+    assert min(accuracy(a), accuracy(b)) > 0.95
+    assert found["none"] < 0.6 and found["repair"] > found["none"] + 0.25, found
