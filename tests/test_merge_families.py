@@ -14,13 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeid.errors import MergeidError
+from mergeid.merge.families import dare as dare_module
+from mergeid.merge.families import stock as stock_module
+from mergeid.merge.families import task_arithmetic as task_arithmetic_module
 from mergeid.merge.families.dare import dare_linear, dare_ties
 from mergeid.merge.families.fisher import fisher
 from mergeid.merge.families.regmean import regmean, solve
 from mergeid.merge.families.spherical import angle, karcher, slerp
 from mergeid.merge.families.stock import model_stock
 from mergeid.merge.families.task_arithmetic import task_arithmetic
-from mergeid.merge.families.ties import ties, trim
+from mergeid.merge.families.ties import threshold, ties
 from mergeid.merge.methods import MergeMethod, get_method, method_names
 from mergeid.merge.settings import MergeSettings
 from mergeid.merge.statistics import Gram
@@ -214,10 +217,35 @@ def test_ties_of_the_papers_figure() -> None:
 
 
 def test_trimming_keeps_what_ties_with_the_smallest() -> None:
-    assert trim(torch.tensor([1.0, -1.0, 2.0, 0.5]), 0.5).tolist() == [1.0, -1.0, 2.0, 0.0]
-    assert trim(torch.tensor([1.0, -1.0, 2.0, 0.5]), 0.01).tolist() == [0.0, 0.0, 2.0, 0.0]
-    assert trim(torch.tensor([1.0, 2.0]), 0.0).tolist() == [0.0, 0.0]
-    assert trim(torch.zeros(0), 0.5).shape == (0,)
+    base, x = torch.zeros(4), torch.tensor([1.0, -1.0, 2.0, 0.5])
+    for density, kept in (
+        (0.5, [1.0, -1.0, 2.0, 0.0]),
+        (0.01, [0.0, 0.0, 2.0, 0.0]),
+        (0.0, [0.0] * 4),
+        (1.0, x.tolist()),
+    ):
+        assert ties([x, x], [0.5, 0.5], base=base, density=[density] * 2).tolist() == kept
+    assert threshold(torch.zeros(0), torch.zeros(0), 0.5, torch.float32) == 0
+
+
+def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tensors are merged in pieces; their size is no part of the result."""
+    base, *tensors = draw(20, 30, 40, count=4)
+    found = []
+    for size in (1 << 18, 7, 100):
+        for module in (task_arithmetic_module, dare_module, stock_module):
+            monkeypatch.setattr(module, "CHUNK", size)
+        told = {"base": base, "density": [0.5, 0.3, 1.0]}
+        merges = [
+            ties(tensors, [0.2, 0.3, 0.5], **told),
+            slerp(tensors[:2], [0.3, 0.7]),
+            karcher(tensors, [0.2, 0.3, 0.5]),
+        ]
+        merges += [model_stock(tensors, [1.0] * 3, base=base, filter_wise=f) for f in (False, True)]
+        found.append(merges)
+    for others in found[1:]:
+        for x, y in zip(found[0], others, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("merge", [dare_linear, dare_ties])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mergeid.merge.families.task_arithmetic import LAMBDA, wide
+from mergeid.merge.families.task_arithmetic import CHUNK, LAMBDA, in_pieces, wide
 from mergeid.merge.families.ties import elect_and_merge
 from mergeid.merge.methods import Parameter, register_method
 
@@ -18,26 +19,38 @@ _PARAMETERS = (
 )
 
 
-def drop(delta: Tensor, density: float, rescale: bool, generator: torch.Generator) -> Tensor:
-    """``m ⊙ delta / density`` with m Bernoulli(density), in place; the expectation is `delta` (without `rescale`:
-    density · delta)."""
-    keep = torch.rand(delta.shape, generator=generator) < density
-    delta.mul_(keep)
-    return delta.div_(density) if rescale and density > 0 else delta
+def draw_masks(shape: torch.Size, density: Sequence[float], generator: torch.Generator) -> list[Tensor]:
+    """Which elements of each model are kept: one flat bool tensor per model, Bernoulli(density) each."""
+    masks = []
+    for share in density:
+        mask = torch.empty(shape.numel(), dtype=torch.bool)
+        for piece in mask.split(CHUNK):
+            piece.copy_(torch.rand(len(piece), generator=generator) < share)
+        masks.append(mask)
+    return masks
 
 
-def _weighted_parts(
+def _merge(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
-    origin: Tensor,
+    base: Tensor,
     density: Sequence[float],
-    rescale: bool,
     generator: torch.Generator,
-) -> list[Tensor]:
-    return [
-        drop(tensor.to(origin.dtype) - origin, share, rescale, generator).mul_(weight)
-        for tensor, share, weight in zip(tensors, density, weights, strict=True)
-    ]
+    rescale: bool,
+    together: Callable[[list[Tensor]], Tensor],
+) -> Tensor:
+    """The base plus what `together` makes of the weighted deltas that are kept, piece by piece."""
+    dtype, to = wide(tensors)
+    masks = draw_masks(base.shape, density, generator)
+    factors = [w / d if rescale and d > 0 else w for w, d in zip(weights, density, strict=True)]
+
+    def merge(place: slice, pieces: list[Tensor]) -> Tensor:
+        origin = pieces[-1].to(to)
+        deltas = [piece.to(to) - origin for piece in pieces[:-1]]
+        parts = [d.mul_(mask[place]).mul_(f) for d, mask, f in zip(deltas, masks, factors, strict=True)]
+        return together(parts).add_(origin)
+
+    return in_pieces([*tensors, base], dtype, merge)
 
 
 @register_method("dare_linear", elementwise=False, weights="free", base=True, parameters=[*_PARAMETERS], seeded=True)
@@ -66,13 +79,11 @@ def dare_linear(
     Returns:
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
-    dtype, to = wide(tensors)
-    origin = base.to(to)
-    parts = _weighted_parts(tensors, weights, origin, density, rescale, generator)
-    total = parts[0]
-    for part in parts[1:]:
-        total.add_(part)
-    return total.mul_(scale).add_(origin).to(dtype)
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return functools.reduce(torch.Tensor.add_, parts).mul_(scale)
+
+    return _merge(tensors, weights, base, density, generator, rescale, together)
 
 
 @register_method(
@@ -99,7 +110,8 @@ def dare_ties(
     Args and result as for `dare_linear`; `normalize` (the mean, as TIES takes it) divides by the sum of the weights of
     those that agree.
     """
-    dtype, to = wide(tensors)
-    origin = base.to(to)
-    parts = _weighted_parts(tensors, weights, origin, density, rescale, generator)
-    return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin).to(dtype)
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return elect_and_merge(parts, weights, normalize).mul_(scale)
+
+    return _merge(tensors, weights, base, density, generator, rescale, together)

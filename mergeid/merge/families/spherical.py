@@ -8,13 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeid.merge.families.task_arithmetic import wide
+from mergeid.merge.families.task_arithmetic import in_pieces, wide
 from mergeid.merge.methods import Parameter, linear, register_method
 
 CHUNK = 1 << 20
 """Elements whose products are added in float64 at once."""
 TINY_ANGLE = 1e-7
 """Below this angle (rad) sin(tθ)/sin θ = t to the last digit of float64, and next to π the direction is not defined."""
+
+
+VANISHES = 1e-7
+"""Length of a mean of unit vectors below which they cancel."""
 
 
 def dot(x: Tensor, y: Tensor) -> float:
@@ -50,13 +54,23 @@ def slerp(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Returns:
         Tensor of that shape, in the narrowest dtype that holds both exactly.
     """
-    dtype, to = wide(tensors)
-    a, b = (t.to(to) for t in tensors)
-    theta = angle(a, b)
+    theta = angle(*tensors)
     if theta < TINY_ANGLE or theta > math.pi - TINY_ANGLE:
         return linear(tensors, weights)
-    first, second = (math.sin(w * theta) / math.sin(theta) for w in weights)
-    return (a * first).add_(b * second).to(dtype)
+    return combination(tensors, [math.sin(w * theta) / math.sin(theta) for w in weights])
+
+
+def combination(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """Σ_i c_i x_i, rounded once, for factors of any size."""
+    dtype, to = wide(tensors)
+
+    def merge(_: slice, pieces: list[Tensor]) -> Tensor:
+        total = torch.zeros(pieces[0].shape, dtype=to)
+        for piece, factor in zip(pieces, factors, strict=True):
+            total.add_(piece.to(to), alpha=factor)
+        return total
+
+    return in_pieces(tensors, dtype, merge)
 
 
 @register_method(
@@ -86,29 +100,51 @@ def karcher(tensors: Sequence[Tensor], weights: Sequence[float], *, max_iter: in
     dtype, to = wide(tensors)
     if all(torch.equal(tensors[0].to(to), t.to(to)) for t in tensors[1:]):
         return tensors[0].to(dtype, copy=True)
-    lengths = [math.sqrt(dot(t, t)) for t in tensors]
-    length = math.fsum(w * n for w, n in zip(weights, lengths, strict=True))
-    found = [(w, t.to(torch.float64) / n) for w, t, n in zip(weights, tensors, lengths, strict=True) if n > 0 and w]
-    total = math.fsum(w for w, _ in found)
-    if not found or abs(total) < 1e-12:
+    products = torch.tensor([[dot(x, y) for y in tensors] for x in tensors], dtype=torch.float64)
+    lengths = torch.diagonal(products).sqrt()
+    used = [i for i, w in enumerate(weights) if w != 0 and lengths[i] > 0]
+    shares = torch.tensor([weights[i] for i in used], dtype=torch.float64)
+    if not used or abs(shares.sum()) < 1e-12:
         return linear(tensors, weights)
-    units = [(w / total, u) for w, u in found]
-    mean = sum((u * w for w, u in units[1:]), units[0][1] * units[0][0])
-    size = math.sqrt(dot(mean, mean))
-    if size < 1e-9:
+    shares = shares / shares.sum()
+    cosines = products[used][:, used] / torch.outer(lengths[used], lengths[used])
+    found = _mean_direction(cosines, shares, max_iter, tol)
+    if found is None:
         return linear(tensors, weights)
-    mean /= size
+    length = math.fsum(w * n for w, n in zip(weights, lengths.tolist(), strict=True))
+    factors = [0.0] * len(tensors)
+    for i, c in zip(used, found.tolist(), strict=True):
+        factors[i] = length * c / float(lengths[i])
+    return combination(tensors, factors)
+
+
+def _mean_direction(cosines: Tensor, shares: Tensor, max_iter: int, tol: float) -> Tensor | None:
+    """The Karcher mean of unit vectors as a combination of them; None where their weighted sum vanishes.
+
+    It lies in their span, so that only their cosines are needed: the vectors, which may be large, are read once.
+
+    Args:
+        cosines: float64 [n, n].
+        shares: float64 [n], sum 1.
+    """
+
+    def size(factors: Tensor) -> float:
+        return math.sqrt(max(float(factors @ cosines @ factors), 0.0))
+
+    mean = shares.clone()
+    if size(mean) < VANISHES:
+        return None
+    mean = mean / size(mean)
     for _ in range(max_iter):
-        step = torch.zeros_like(mean)
-        for w, u in units:
-            theta = angle(mean, u)
-            if TINY_ANGLE < theta < math.pi - TINY_ANGLE:
-                step.add_(u - mean * math.cos(theta), alpha=w * theta / math.sin(theta))
-            elif theta <= TINY_ANGLE:
-                step.add_(u - mean, alpha=w)
-        moved = math.sqrt(dot(step, step))
+        toward = (cosines @ mean).clamp(-1, 1)
+        theta = torch.arccos(toward)
+        sine = torch.sin(theta)
+        pull = shares * torch.where(sine > TINY_ANGLE, theta / sine.clamp(min=TINY_ANGLE), torch.ones_like(sine))
+        pull = torch.where(theta > math.pi - TINY_ANGLE, torch.zeros_like(pull), pull)
+        step = pull - float(pull @ toward) * mean
+        moved = size(step)
         if moved <= tol:
             break
         mean = mean * math.cos(moved) + step * (math.sin(moved) / moved)
-        mean /= math.sqrt(dot(mean, mean))
-    return mean.mul_(length).to(dtype)
+        mean = mean / size(mean)
+    return mean

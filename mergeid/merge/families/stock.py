@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeid.merge.families.task_arithmetic import wide
+from mergeid.merge.families.task_arithmetic import CHUNK, wide
 from mergeid.merge.methods import Parameter, register_method
 
 SMALLEST_DIVISOR = 1e-6
@@ -40,23 +40,27 @@ def model_stock(
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
     dtype, to = wide(tensors)
-    shape = tensors[0].shape
-    rows = shape[0] if filter_wise and len(shape) > 1 else 1
-    origin = base.to(to).reshape(rows, -1)
-    deltas = [t.to(to).reshape(rows, -1) - origin for t in tensors]
-    lengths = [_dots(d, d).sqrt() for d in deltas]
+    rows = tensors[0].shape[0] if filter_wise and tensors[0].dim() > 1 else 1
+    count, width = len(tensors), tensors[0].numel() // rows if rows else 0
+    read = [t.reshape(rows, width) for t in (*tensors, base)]
+    places = [slice(c, c + max(1, CHUNK // rows)) for c in range(0, width, max(1, CHUNK // rows))]
+    dots = torch.zeros(count, count, rows, dtype=torch.float64)
+    for place in places:
+        origin = read[-1][:, place].to(to)
+        deltas = [t[:, place].to(to) - origin for t in read[:-1]]
+        for i, j in itertools.combinations_with_replacement(range(count), 2):
+            dots[i, j] += (deltas[i] * deltas[j]).sum(1, dtype=torch.float64)
+    smallest = torch.finfo(torch.float64).tiny
     cosines = [
-        _dots(deltas[i], deltas[j]) / (lengths[i] * lengths[j]).clamp(min=torch.finfo(torch.float64).tiny)
-        for i, j in itertools.combinations(range(len(deltas)), 2)
+        dots[i, j] / (dots[i, i] * dots[j, j]).sqrt().clamp(min=smallest)
+        for i, j in itertools.combinations(range(count), 2)
     ]
     cosine = torch.stack(cosines).mean(0).clamp(-1, 1)
-    count = len(tensors)
     divisor = 1 + (count - 1) * cosine
     t = torch.where(divisor < SMALLEST_DIVISOR, torch.zeros_like(cosine), count * cosine / divisor)
-    average = sum(deltas[1:], deltas[0]) / count
-    return (average * t[:, None].to(to)).add_(origin).reshape(shape).to(dtype)
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """Row-wise Σ x y, float64 [rows]."""
-    return (x * y).sum(1, dtype=torch.float64)
+    out = torch.empty(rows, width, dtype=dtype)
+    for place in places:
+        origin = read[-1][:, place].to(to)
+        average = sum((x[:, place].to(to) - origin for x in read[1:-1]), read[0][:, place].to(to) - origin) / count
+        out[:, place] = (average * t[:, None].to(to)).add_(origin).to(dtype)
+    return out.reshape(tensors[0].shape)

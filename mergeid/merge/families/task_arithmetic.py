@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +14,31 @@ from mergeid.merge.methods import Parameter, accumulator, register_method
 LAMBDA = Parameter("lambda", 1.0, keyword="scale", help="factor of the merged task vector")
 NEARLY_ZERO = 1e-8
 """Sums of weights below this are no divisors (opposite weights cancel)."""
+CHUNK = 1 << 18
+"""Elements computed at once where a whole tensor is merged: what is held beside inputs and result is about this."""
 
 
 def wide(tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of the result, dtype to compute in): the narrowest that holds all inputs, and its accumulator."""
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return dtype, accumulator(dtype)
+
+
+def in_pieces(tensors: Sequence[Tensor], dtype: torch.dtype, merge: Callable[[slice, list[Tensor]], Tensor]) -> Tensor:
+    """Apply an elementwise function piece by piece.
+
+    Args:
+        tensors: of equal shape.
+        dtype: of the result.
+        merge: (place of the piece, the tensors' pieces, flat) -> that piece of the result.
+    """
+    flat = [t.reshape(-1) for t in tensors]
+    out = torch.empty(tensors[0].shape, dtype=dtype)
+    target = out.view(-1)
+    for start in range(0, len(target), CHUNK):
+        place = slice(start, min(start + CHUNK, len(target)))
+        target[place] = merge(place, [t[place] for t in flat]).to(dtype)
+    return out
 
 
 @register_method(

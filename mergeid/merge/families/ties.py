@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mergeid.merge.families.task_arithmetic import LAMBDA, wide
+from mergeid.merge.families.task_arithmetic import LAMBDA, in_pieces, wide
 from mergeid.merge.methods import Parameter, register_method
 
 
@@ -48,27 +49,31 @@ def ties(
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
     dtype, to = wide(tensors)
-    origin = base.to(to)
-    parts = [
-        trim(tensor.to(to) - origin, share).mul_(weight)
-        for tensor, share, weight in zip(tensors, density, weights, strict=True)
-    ]
-    return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin).to(dtype)
+    cuts = [threshold(tensor, base, share, to) for tensor, share in zip(tensors, density, strict=True)]
+
+    def merge(_: slice, pieces: list[Tensor]) -> Tensor:
+        origin = pieces[-1].to(to)
+        deltas = [piece.to(to) - origin for piece in pieces[:-1]]
+        parts = [d.mul_(d.abs() >= cut).mul_(w) for d, cut, w in zip(deltas, cuts, weights, strict=True)]
+        return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin)
+
+    return in_pieces([*tensors, base], dtype, merge)
 
 
-def trim(delta: Tensor, density: float) -> Tensor:
-    """`delta` with all but its ⌊density · n⌋ (at least one) elements of largest magnitude set to 0, in place.
+def threshold(tensor: Tensor, base: Tensor, density: float, dtype: torch.dtype) -> float:
+    """The magnitude from which on elements of ``tensor − base`` are kept: that of the ⌊density · n⌋-th largest, the
+    largest at least.
 
-    Elements that tie with the smallest of those are kept too, so that the order of the neurons does not matter.
+    Elements that tie with it are kept too, so that the order of the neurons does not matter.
     """
-    if density >= 1 or delta.numel() == 0:
-        return delta
+    if density >= 1 or tensor.numel() == 0:
+        return 0.0
     if density <= 0:
-        return delta.zero_()
-    size = delta.abs().reshape(-1)
-    keep = max(1, int(density * size.numel()))
-    threshold = size.kthvalue(size.numel() - keep + 1).values
-    return delta.mul_(delta.abs() >= threshold)
+        return math.inf
+    size = (tensor.to(dtype) - base.to(dtype)).abs_().reshape(-1).numpy()
+    place = size.size - max(1, int(density * size.size))
+    size.partition(place)
+    return float(size[place])
 
 
 def elect_and_merge(parts: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
