@@ -93,6 +93,8 @@ def options() -> argparse.Namespace:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mergeid-bench"
     parser.add_argument("--work", type=Path, default=cache, help="folder for models, outputs and the environment")
     parser.add_argument("--mergekit-venv", type=Path, help="environment that has mergekit (default: one in --work)")
+    parser.add_argument("--models", nargs="+", choices=("llama", "bert"), default=("llama", "bert"))
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -205,12 +207,13 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     mergekit = mergekit_command(chosen.mergekit_venv or work / "venv")
     figures: dict[str, Any] = {}
-    for kind in ("llama", "bert"):
+    for kind in chosen.models:
         folder = work / f"compare-{kind}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         make_models(folder, kind)
-        for name, recipe in RECIPES.items():
+        for name in chosen.recipes:
+            recipe = RECIPES[name]
             file = folder / f"{name.replace(', ', '-').replace(' ', '-')}.yaml"
             file.write_text(json.dumps({**placed(recipe, folder), "dtype": "float32"}))
             run([mergekit, str(file), f"{file.stem}-mergekit", "--quiet"], folder)

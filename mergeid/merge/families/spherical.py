@@ -97,8 +97,8 @@ def karcher(tensors: Sequence[Tensor], weights: Sequence[float], *, max_iter: in
     Returns:
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
-    dtype, to = wide(tensors)
-    if all(torch.equal(tensors[0].to(to), t.to(to)) for t in tensors[1:]):
+    dtype, _ = wide(tensors)
+    if all(t.dtype == dtype and torch.equal(tensors[0], t) for t in tensors):
         return tensors[0].to(dtype, copy=True)
     products = torch.tensor([[dot(x, y) for y in tensors] for x in tensors], dtype=torch.float64)
     lengths = torch.diagonal(products).sqrt()
