@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from mergeid.api import merge as merge
     from mergeid.api import plan as plan
     from mergeid.api import scramble as scramble
+    from mergeid.api import similarity as similarity
 
     __version__: str
 
-VERBS = ("load", "graph", "plan", "align", "merge", "barrier", "scramble")
+VERBS = ("load", "graph", "plan", "align", "merge", "barrier", "scramble", "similarity")
 __all__ = [
     "MergeidError",
     "MergeidWarning",
@@ -39,6 +40,7 @@ __all__ = [
     "merge",
     "plan",
     "scramble",
+    "similarity",
 ]
 
 

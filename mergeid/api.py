@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.aligning import align
 from mergeid.errors import MergeidError
 from mergeid.load import bare, graph_of, load
-from mergeid.merging import MergeResult, align, merge
+from mergeid.merging import MergeResult, merge
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, load_pair
 from mergeid.planned import plan_pair
 from mergeid.scrambling import ScrambleResult, scramble
+from mergeid.similar import SimilarityResult, similarity
 
 if TYPE_CHECKING:
     from mergeid.evaluate.result import BarrierResult
@@ -23,6 +25,7 @@ __all__ = [
     "LIMIT",
     "MergeResult",
     "ScrambleResult",
+    "SimilarityResult",
     "align",
     "barrier",
     "graph",
@@ -30,6 +33,7 @@ __all__ = [
     "merge",
     "plan",
     "scramble",
+    "similarity",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Merge two models, or bring one into the other's order."""
+"""Merge two models or more."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.io.checkpoint import Checkpoint
-from mergeid.pair import LIMIT, Pair, Progress, Source, is_module, open_plain, output_path
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.merge.apply import check_base, merge_checkpoints
+from mergeid.merge.methods import MergeMethod, get_method
+from mergeid.merge.settings import MergeSettings, setting_of_weights
+from mergeid.pair import LIMIT, Progress, Source, is_module, open_plain, output_path
 from mergeid.planned import plan_pair
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from mergeid.members import Members
     from mergeid.planning import Plan
+
+MATCHES = ("auto", "never", "always")
+REPAIRS = ("auto", "bn", "repair", "none")
 
 
 @dataclass
@@ -25,10 +32,12 @@ class MergeResult:
 
     Attributes:
         files: what was written, weights first.
-        plan: the decisions; None for a plain merge.
+        plan: the decisions for the second model; None for a plain merge.
+        plans: the decisions for every further model and, last, the base, each against the first.
         verdict: "direct", "match" or "will not merge".
         notes: what the user should know.
-        repaired: tensors whose BatchNorm statistics were estimated again.
+        repaired: tensors that were repaired after the merge.
+        repair: what the repair stage did, with the spread of activations before and after; None where there was none.
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
     """
@@ -40,6 +49,8 @@ class MergeResult:
     repaired: list[str] = field(default_factory=list)
     state: dict[str, Tensor] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    plans: list[Plan] = field(default_factory=list)
+    repair: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -47,22 +58,27 @@ class MergeResult:
             "files": [str(f) for f in self.files],
             "notes": self.notes,
             "repaired": self.repaired,
+            "repair": self.repair,
             "report": self.report,
             "plan": self.plan.to_json() if self.plan else None,
+            "further_plans": [plan.to_json() for plan in self.plans[1:]],
         }
 
 
 def merge(
-    a: Source,
-    b: Source,
-    *,
+    a: Source | Sequence[Source],
+    b: Source | None = None,
+    *more: Source,
+    base: Source | None = None,
     output: str | os.PathLike[str] | None = None,
-    weights: Sequence[float] = (0.5, 0.5),
+    weights: Sequence[Any] | Mapping[str, Sequence[float]] | None = None,
     normalize: bool = False,
     method: str = "linear",
+    density: float | Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
     match: str = "auto",
     data: Any = None,
-    repair: bool = True,
+    repair: bool | str = True,
     arch: str | None = None,
     dtype: str | None = None,
     skip: Sequence[str] = (),
@@ -75,36 +91,54 @@ def merge(
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge two models, matched where the plan says so.
+    """Merge two models or more, matched where the plan says so.
 
     Args:
-        a, b: files, folders, hub ids, or live modules (then `MergeResult.state` holds the result).
+        a, b, more: files, folders, hub ids, or live modules (then `MergeResult.state` holds the result); or one list
+            of them. Every further model is brought into the first one's order.
+        base: the model that they were fine-tuned from, for methods that need it.
         output: ``.safetensors`` file or folder; default ``./merged.safetensors``, for folders ``./merged``.
-        weights: one per model, summing to 1.
+        weights: one per model (shares with sum 1; factors of any size for task vectors), or glob of tensor names ->
+            one per model, of which the first that matches counts. Default: equal shares.
+        method: name in the registry (`mergeid.merge.methods`).
+        density: the method's parameter of that name, one or one per model.
+        parameters: further parameters of the method by name: one value, or a list with one per model.
         match: "auto": as decided per space; "never": a plain merge, no model is built; "always": match every space.
-        data: calibration data for the evidence and for the BatchNorm statistics.
-        repair: estimate the BatchNorm statistics of the merged network again on `data`.
+        data: calibration data for the evidence, for the repair, and for methods that measure something.
+        repair: True, "auto" or "bn": estimate the BatchNorm statistics of the merged network again on `data`;
+            "repair": rescale its pre-activations (REPAIR); False or "none": neither.
         force: overwrite, and merge even when the plan says that it will not work.
 
     Raises:
         WillNotMerge: the plan says no (and `force` is not given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
-    from mergeid.merge.methods import check_weights
-
-    scaled = check_weights(weights, 2, normalize=normalize)
-    live = is_module(a)
-    target = None if live and output is None else output_path(output, a, b, force)
-    if match not in ("auto", "never", "always"):
-        raise MergeidError(f"--match {match!r} is not one of auto, never, always")
-    made: Plan | None = None
-    pair: Pair | None = None
+    models = _listed(a, b, more)
+    chosen = get_method(method)
+    check_base(chosen, base is not None)
+    stage = ("auto" if repair else "none") if isinstance(repair, bool) else repair
+    _check_modes(chosen, match, stage, data)
+    live = is_module(models[0])
+    target = None if live and output is None else output_path(output, models[0], models[1], force)
+    settings = MergeSettings.of(
+        chosen,
+        len(models),
+        _float_names(models[0], skip, allow_pickle),
+        weights=setting_of_weights(weights),
+        parameters=_with_density(parameters, density),
+        normalize=normalize,
+        seed=seed,
+    )
+    result = MergeResult("direct")
+    members: Members | None = None
     repaired: dict[str, Tensor] = {}
-    notes: list[str] = []
-    if match != "never" or (data is not None and repair):
-        planned = plan_pair(
-            a,
-            b,
+    if match != "never" or chosen.statistics or (data is not None and stage != "none"):
+        members = _plan_all(
+            models,
+            base,
+            settings,
+            result,
+            force,
             data=data,
             arch=arch,
             match=match,
@@ -118,86 +152,213 @@ def merge(
             progress=progress,
             dtype=dtype,
         )
-        made, pair, dataset, collate = planned.plan, planned.pair, planned.dataset, planned.collate
-        notes = list(made.notes)
-        if made.verdict == "will not merge" and not force:
-            raise WillNotMerge(
-                f"{pair.a.source} and {pair.b.source} will not merge: {notes[-1]}; nothing was written (--force merges "
-                "them all the same)"
-            )
-        if repair and dataset is not None:
-            repaired = _repair(pair, made, dataset, collate, scaled, method, device, progress)
-        elif made.verdict == "match" and _has_batchnorm(pair.a.model):
-            notes.append(
+        if chosen.statistics:
+            members.measure(batch_size, device, seed, progress or (lambda *_: None))
+        if stage != "none" and members.dataset is not None:
+            from mergeid.repairing import repair_merged
+
+            done = repair_merged(members, mode=stage, skip=skip, device=device, progress=progress)
+            repaired = done.tensors
+            result.notes += done.notes
+            result.repair = done.to_json()
+        elif result.verdict == "match" and _has_batchnorm(members):
+            result.notes.append(
                 "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
                 "accuracy: give --data (without --no-repair) to estimate them again"
             )
-    verdict = made.verdict if made else "direct"
-    result = MergeResult(verdict, plan=made, notes=notes, repaired=sorted(repaired))
-    if live and target is None:
-        assert not isinstance(a, (str, os.PathLike)) and not isinstance(b, (str, os.PathLike))
-        result.state = {**_merged_state(a.state_dict(), b.state_dict(), made, scaled, method, skip), **repaired}
+    result.repaired = sorted(repaired)
+    if target is None:
+        result.state = {**_state(models, base, members, settings, skip), **repaired}
         return result
-    assert target is not None
-    first, second = _checkpoints(pair, a, b, allow_pickle)
-    transform, overrides = _for_files(pair, made, repaired, first)
-    return _write(result, first, second, target, scaled, method, transform, overrides, dtype, skip, force, progress)
+    inputs = _Inputs.of(models, base, members, repaired, allow_pickle)
+    return _write(result, inputs, target, settings, dtype, skip, force, progress)
 
 
-def _checkpoints(pair: Pair | None, a: Source, b: Source, allow_pickle: bool) -> tuple[Checkpoint, Checkpoint]:
-    if pair is not None and pair.a.checkpoint is not None and pair.b.checkpoint is not None:
-        return pair.a.checkpoint, pair.b.checkpoint
-    return open_plain(a, b, allow_pickle)
+def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Source]) -> list[Source]:
+    given: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
+    models: list[Source] = [m for m in given if m is not None]
+    if len(models) < 2:
+        raise MergeidError(f"merging takes two models at least, got {len(models)}")
+    return models
 
 
-def _for_files(
-    pair: Pair | None, made: Plan | None, repaired: Mapping[str, Tensor], first: Checkpoint
-) -> tuple[Callable[[str, Tensor], Tensor] | None, dict[str, Tensor]]:
-    """The plan in terms of checkpoint tensors: the permutation of B's, and repaired tensors in A's dtype."""
-    if pair is None or made is None:
-        return None, {}
-    transform = None
-    if made.moves:
-        files = made.graph.renamed({k: n for n, k in pair.b.names.items()})
-        element = made.element
+def _check_modes(method: MergeMethod, match: str, stage: str, data: Any) -> None:
+    if match not in MATCHES:
+        raise MergeidError(f"--match {match!r} is not one of auto, never, always")
+    if stage not in REPAIRS:
+        raise MergeidError(f"--repair {stage!r} is not one of {', '.join(REPAIRS)}")
+    if data is None and stage in ("bn", "repair"):
+        raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
+    if data is None and method.statistics:
+        what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
+        raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
 
-        def transform(name: str, value: Tensor) -> Tensor:
-            return files.apply(element, name, value)
 
-    keys = {n: k for n, k in pair.a.names.items() if k in repaired and n in first.table}
-    return transform, {n: repaired[k].to(first.tensor(n).dtype) for n, k in keys.items()}
+def _with_density(parameters: Mapping[str, Any] | None, density: float | Sequence[float] | None) -> dict[str, Any]:
+    found = dict(parameters or {})
+    if density is not None:
+        found["density"] = density if isinstance(density, (int, float)) else list(density)
+    return found
+
+
+def _float_names(first: Source, skip: Sequence[str], allow_pickle: bool) -> list[str]:
+    """Names of the tensors that settings speak of: the first model's, those that are merged."""
+    from fnmatch import fnmatchcase
+
+    from mergeid.merge.compare import MERGEABLE
+
+    opened = (
+        open_checkpoint(first, allow_pickle=allow_pickle)
+        if isinstance(first, (str, os.PathLike))
+        else Checkpoint.from_tensors(first.state_dict(), source=type(first).__name__)
+    )
+    names = [n for n, info in opened.table.items() if info.dtype in MERGEABLE]
+    return [n for n in names if not any(fnmatchcase(n, p) for p in skip)]
+
+
+def _plan_all(
+    models: Sequence[Source],
+    base: Source | None,
+    settings: MergeSettings,
+    result: MergeResult,
+    force: bool,
+    **how: Any,
+) -> Members:
+    """Plan every further model, and the base, against the first; the result gets plans, notes and verdict."""
+    from mergeid.members import Member, Members
+
+    members: list[Member] = []
+    dataset = collate = None
+    others = [*models[1:], *([base] if base is not None else [])]
+    for other in others:
+        planned = plan_pair(models[0], other, **how)
+        made, pair = planned.plan, planned.pair
+        if not members:
+            members.append(Member(pair.a))
+            dataset, collate = planned.dataset, planned.collate
+        members.append(Member(pair.b, made))
+        result.plans.append(made)
+        about = f"{pair.b.source}: " if len(others) > 1 else ""
+        result.notes += [about + note for note in made.notes]
+        if made.verdict == "will not merge" and not force:
+            raise WillNotMerge(
+                f"{pair.a.source} and {pair.b.source} will not merge: {made.notes[-1]}; nothing was written (--force "
+                "merges them all the same)"
+            )
+    verdicts = [plan.verdict for plan in result.plans]
+    result.verdict = next((v for v in ("will not merge", "match") if v in verdicts), "direct")
+    result.plan = result.plans[0]
+    origin = members.pop() if base is not None else None
+    return Members(members, origin, settings, dataset, collate)
+
+
+def _state(
+    models: Sequence[Any], base: Any, members: Members | None, settings: MergeSettings, skip: Sequence[str]
+) -> dict[str, Tensor]:
+    """The merged state dict of live modules."""
+    if members is not None:
+        return members.merged_state(skip)
+    from mergeid.members import merged_state
+
+    origin = base.state_dict() if base is not None else None
+    return merged_state(
+        [m.state_dict() for m in models],
+        settings,
+        base=origin.__getitem__ if origin is not None else None,
+        skip=skip,
+    )
+
+
+@dataclass
+class _Inputs:
+    """What `merge_checkpoints` reads: checkpoints, how their tensors are moved, and what was measured."""
+
+    models: list[Checkpoint]
+    base: Checkpoint | None
+    transforms: list[Callable[[str, Tensor], Tensor] | None]
+    overrides: dict[str, Tensor]
+    statistics: list[dict[str, Any]] | None
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[Source],
+        base: Source | None,
+        members: Members | None,
+        repaired: Mapping[str, Tensor],
+        allow_pickle: bool,
+    ) -> _Inputs:
+        given = [*models, *([base] if base is not None else [])]
+        if members is None:
+            opened = open_plain(given, allow_pickle)
+            last = opened.pop() if base is not None else None
+            return cls(opened, last, [None] * len(given), {}, None)
+        everyone = [*members.models, *([members.base] if members.base is not None else [])]
+        found = [m.loaded.checkpoint for m in everyone]
+        checkpoints = [c for c in found if c is not None]
+        if len(checkpoints) < len(given):
+            checkpoints = open_plain(given, allow_pickle)
+        first, names = checkpoints[0], members.first.names
+        statistics = None
+        if members.statistics is not None:
+            statistics = [{n: s[k] for n, k in names.items() if k in s} for s in members.statistics]
+        last = checkpoints.pop() if base is not None else None
+        return cls(
+            checkpoints,
+            last,
+            [_transform(m) for m in everyone],
+            {n: repaired[k].to(first.tensor(n).dtype) for n, k in names.items() if k in repaired and n in first.table},
+            statistics,
+        )
+
+
+def _transform(member: Any) -> Callable[[str, Tensor], Tensor] | None:
+    """How the tensors of a member's checkpoint are permuted; None where nothing moves."""
+    made = member.plan
+    if made is None or not made.moves:
+        return None
+    files = made.graph.renamed({k: n for n, k in member.loaded.names.items()})
+    element = made.element
+
+    def transform(name: str, value: Tensor) -> Tensor:
+        return files.apply(element, name, value)
+
+    return transform
 
 
 def _write(
     result: MergeResult,
-    first: Checkpoint,
-    second: Checkpoint,
+    inputs: _Inputs,
     target: Path,
-    weights: Sequence[float],
-    method: str,
-    transform: Callable[[str, Tensor], Tensor] | None,
-    overrides: Mapping[str, Tensor],
+    settings: MergeSettings,
     dtype: str | None,
     skip: Sequence[str],
     force: bool,
     progress: Progress | None,
 ) -> MergeResult:
-    from mergeid.merge.apply import merge_checkpoints
-
     record = {
         "verdict": result.verdict,
         "plan": result.plan.to_json() if result.plan else None,
         "repaired": result.repaired,
+        **({"repair": result.repair} if result.repair else {}),
+        **({"further_plans": [p.to_json() for p in result.plans[1:]]} if result.plans[1:] else {}),
     }
     tell = (lambda done, total: progress("writing", done, total)) if progress else None
     report = merge_checkpoints(
-        first,
-        second,
+        inputs.models[0],
+        inputs.models[1],
         target,
-        weights=weights,
-        method=method,
-        transform_b=transform,
-        overrides=overrides,
+        more=inputs.models[2:],
+        base=inputs.base,
+        weights=settings.weights,
+        normalize=settings.normalize,
+        method=settings.method.name,
+        parameters=settings.parameters,
+        seed=settings.seed,
+        transform_b=inputs.transforms[1],
+        transforms=inputs.transforms[2:],
+        statistics=inputs.statistics,
+        overrides=inputs.overrides,
         dtype=dtype,
         skip=skip,
         force=force,
@@ -209,121 +370,7 @@ def _write(
     return result
 
 
-def _merged_state(
-    a: Mapping[str, Tensor],
-    b: Mapping[str, Tensor],
-    made: Plan | None,
-    weights: Sequence[float],
-    method: str,
-    skip: Sequence[str] = (),
-) -> dict[str, Tensor]:
-    """The merged state dict in memory, under the model's keys."""
-    from fnmatch import fnmatchcase
-
-    from mergeid.merge.methods import get_method
-
-    combine = get_method(method)
-    out = {}
-    for name, ours in a.items():
-        skipped = name not in b or any(fnmatchcase(name, p) for p in skip)
-        if skipped or not ours.is_floating_point() or b[name].shape != ours.shape:
-            out[name] = ours.clone()
-            continue
-        theirs = made.graph.apply(made.element, name, b[name]) if made is not None else b[name]
-        out[name] = combine([ours, theirs.to(ours.dtype)], weights).to(ours.dtype)
-    return out
-
-
-def _has_batchnorm(model: nn.Module) -> bool:
+def _has_batchnorm(members: Members) -> bool:
     from mergeid.merge.repair import batchnorm_layers
 
-    return bool(batchnorm_layers(model))
-
-
-def _repair(
-    pair: Pair,
-    made: Plan,
-    dataset: Any,
-    collate: Callable[[Any], Any] | None,
-    weights: Sequence[float],
-    method: str,
-    device: str,
-    progress: Progress | None,
-) -> dict[str, Tensor]:
-    """BatchNorm statistics of the merged network on the calibration data, by model key."""
-    import copy
-
-    from mergeid.evaluate.measure import make_accelerator
-    from mergeid.merge.repair import batchnorm_layers, calibration_batches, reestimate_batchnorm
-    from mergeid.state import load_weights
-
-    if not batchnorm_layers(pair.a.model):
-        return {}
-    if progress:
-        progress("estimating BatchNorm statistics", 0, 1)
-    merged = copy.deepcopy(pair.a.model)
-    load_weights(merged, _merged_state(pair.a.state(), pair.b.state(), made, weights, method))
-    accelerator = make_accelerator(device)
-    batches = calibration_batches(merged, dataset, forward=pair.a.forward, collate=collate, accelerator=accelerator)
-    return reestimate_batchnorm(merged, batches, forward=pair.a.forward, accelerator=accelerator)
-
-
-def align(
-    b: Source,
-    to: Source,
-    *,
-    output: str | os.PathLike[str] | None = None,
-    match: str = "auto",
-    data: Any = None,
-    arch: str | None = None,
-    force: bool = False,
-    seed: int = 0,
-    limit: int | None = LIMIT,
-    batch_size: int = 32,
-    device: str = "cpu",
-    skip: Sequence[str] = (),
-    allow_pickle: bool = False,
-    example_inputs: Any = None,
-    progress: Progress | None = None,
-) -> MergeResult:
-    """B with its neurons in A's order: the same function, for any other merging tool.
-
-    Args:
-        b: the model to permute; to: the model whose order it takes. Others as for `merge`.
-        output: default ``./aligned.safetensors``, for folders ``./aligned``.
-
-    Raises `MergeidError` for anything wrong with the input; nothing was written.
-    """
-    live = is_module(b)
-    target = None
-    if not (live and output is None):
-        default = "aligned" if isinstance(b, (str, os.PathLike)) and os.path.isdir(b) else "aligned.safetensors"
-        target = output_path(output or default, to, b, force)
-    from mergeid.scrambling import rewrite
-
-    planned = plan_pair(
-        to,
-        b,
-        data=data,
-        arch=arch,
-        match=match,
-        seed=seed,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        skip=skip,
-        allow_pickle=allow_pickle,
-        example_inputs=example_inputs,
-        progress=progress,
-    )
-    made, pair = planned.plan, planned.pair
-    result = MergeResult(made.verdict, plan=made, notes=list(made.notes))
-    if target is None:
-        result.state = made.graph.apply_state(made.element, pair.b.state())
-        return result
-    assert pair.b.checkpoint is not None
-    files = made.graph.renamed({k: n for n, k in pair.b.names.items()})
-    result.files = rewrite(
-        pair.b.checkpoint, target, lambda n, t: files.apply(made.element, n, t), {"align": made.to_json()}, force
-    )
-    return result
+    return bool(batchnorm_layers(members.first.model))

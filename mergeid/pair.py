@@ -148,14 +148,14 @@ def dataset_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> tuple
     return dataset, collate
 
 
-def open_plain(a: Source, b: Source, allow_pickle: bool) -> tuple[Checkpoint, Checkpoint]:
-    first, second = (
+def open_plain(sources: Sequence[Source], allow_pickle: bool) -> list[Checkpoint]:
+    """Checkpoints of files, folders, hub ids and live modules."""
+    return [
         open_checkpoint(x, allow_pickle=allow_pickle)
         if isinstance(x, (str, os.PathLike))
         else Checkpoint.from_tensors(x.state_dict(), source=type(x).__name__)
-        for x in (a, b)
-    )
-    return first, second
+        for x in sources
+    ]
 
 
 def output_path(output: str | os.PathLike[str] | None, a: Source, b: Source, force: bool) -> Path:

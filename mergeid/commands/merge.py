@@ -1,19 +1,36 @@
-"""``mergeid merge``: two checkpoints in, one out."""
+"""``mergeid merge``: two checkpoints or more in, one out."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mergeid.commands import options as o
 from mergeid.commands.work import working
+from mergeid.errors import MergeidError
 
 
 def command(
-    a: o.A,
-    b: o.B,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C …]",
+            help=f"Models: {o.MODEL}; the output follows the first. Or one recipe, a .yaml file.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            rich_help_panel=o.INPUT,
+            help="What the models were fine-tuned from, for methods that merge task vectors.",
+            show_default=False,
+        ),
+    ] = None,
     data: o.Data = None,
     arch: o.Arch = None,
     skip: o.Skip = None,
@@ -41,42 +58,106 @@ def command(
     as_json: o.Json = False,
     match: o.MatchOption = o.Match.auto,
     weights: Annotated[
-        str,
-        typer.Option("--weights", metavar="WA,WB", rich_help_panel=o.HOW, help="Shares of A and B; their sum is 1."),
-    ] = "0.5,0.5",
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            metavar="[GLOB=]WA,WB…",
+            rich_help_panel=o.HOW,
+            help="One per model, equal if not given; shares sum to 1, factors of task vectors need not. With a GLOB "
+            "for the tensors that match it (may be given several times).",
+        ),
+    ] = None,
     normalize: Annotated[
         bool, typer.Option("--normalize", rich_help_panel=o.HOW, help="Scale the weights to sum 1.")
     ] = False,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", rich_help_panel=o.HOW, help="How tensors are combined.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            rich_help_panel=o.HOW,
+            help="linear, slerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, model_stock, fisher, regmean.",
+        ),
     ] = "linear",
-    no_repair: o.NoRepair = False,
+    density: Annotated[
+        str | None,
+        typer.Option(
+            "--density",
+            metavar="D[,D…]",
+            rich_help_panel=o.HOW,
+            help="Share of each task vector that is kept (ties, dare): one, or one per model.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            rich_help_panel=o.HOW,
+            help="Another parameter of the method, such as lambda=0.8 (may be given several times).",
+        ),
+    ] = None,
+    repair: Annotated[
+        o.Repair,
+        typer.Option(
+            "--repair",
+            rich_help_panel=o.HOW,
+            help="bn, auto: estimate BatchNorm statistics again; repair: rescale the pre-activations of a network "
+            "without BatchNorm (REPAIR); none.",
+        ),
+    ] = o.Repair.auto,
+    no_repair: Annotated[
+        bool, typer.Option("--no-repair", rich_help_panel=o.HOW, help="The same as --repair none.")
+    ] = False,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 32,
     device: o.Device = "cpu",
 ) -> int:
-    """Merge A and B into one checkpoint, matched where the plan says so.
+    """Merge models into one checkpoint, matched where the plan says so.
 
-    With --data the decision rests on both models' activations, and BatchNorm statistics are re-estimated after the
-    merge. The output follows A: tensor order, shards, metadata, config and tokenizer files; mergeid.json beside it
-    records what was done. If the pair will not merge, nothing is written and the exit code is 1.
+    With --data the decision rests on the models' activations, and BatchNorm statistics are re-estimated after the
+    merge. Every further model is brought into A's order. The output follows A: tensor order, shards, metadata, config
+    and tokenizer files; mergeid.json beside it records what was done. If they will not merge, nothing is written and
+    the exit code is 1. A recipe takes the fields of mergekit's.
     """
     from mergeid import api
 
-    parsed = o.parse_weights(weights)
+    told = o.parse_settings([*([f"density={density}"] if density is not None else []), *(settings or [])])
+    what: dict[str, Any] = {
+        "weights": o.parse_all_weights(weights or []),
+        "normalize": normalize,
+        "method": method,
+        "base": base,
+        "parameters": told,
+        "dtype": dtype,
+    }
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        from mergeid.recipe import read_recipe
+
+        given = {
+            "--weights": weights,
+            "--normalize": normalize,
+            "--method": method != "linear",
+            "--base": base,
+            "--density": density,
+            "--set": settings,
+            "--dtype": dtype,
+        }
+        for option in (option for option, value in given.items() if value):
+            raise MergeidError(f"{option} does not go with a recipe; write it into {models[0]}")
+        recipe = read_recipe(models[0])
+        models, what = recipe.models, recipe.arguments()
+    elif len(models) == 1:
+        raise MergeidError("Missing argument 'B'; expected two models at least, or one recipe (a .yaml file)")
     with working(as_json) as work:
         result = api.merge(
-            a,
-            b,
+            models,
             output=output,
-            weights=parsed,
-            normalize=normalize,
-            method=method,
+            **what,
             match=match.value,
             data=data,
-            repair=not no_repair,
+            repair="none" if no_repair else repair.value,
             arch=arch,
-            dtype=dtype,
             skip=skip or (),
             force=force,
             seed=seed,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +23,15 @@ class Match(str, Enum):
     always = "always"
 
 
+class Repair(str, Enum):
+    """What ``--repair`` accepts."""
+
+    auto = "auto"
+    bn = "bn"
+    repair = "repair"
+    none = "none"
+
+
 def parse_weights(text: str) -> tuple[float, ...]:
     """``"0.3,0.7"`` as numbers.
 
@@ -35,6 +45,55 @@ def parse_weights(text: str) -> tuple[float, ...]:
         raise MergeidError(
             f"--weights {text!r} is no list of numbers; expected one weight per model, such as --weights 0.5,0.5"
         ) from None
+
+
+def parse_all_weights(given: Sequence[str]) -> tuple[float, ...] | dict[str, tuple[float, ...]] | None:
+    """``["layers.0.*=0.2,0.8", "0.5,0.5"]`` as a table from glob to weights; one list alone as numbers; None: nothing
+    was given. Weights without a glob are for all tensors that no glob matches.
+
+    Raises:
+        MergeidError: no numbers, or two lists for one glob."""
+    from mergeid.errors import MergeidError
+
+    found: dict[str, tuple[float, ...]] = {}
+    for text in given:
+        pattern, _, numbers = text.rpartition("=")
+        if (pattern or "*") in found:
+            raise MergeidError(f"--weights are given twice for {pattern or 'all tensors'!r}; expected them once")
+        found[pattern or "*"] = parse_weights(numbers)
+    if list(found) == ["*"]:
+        return found["*"]
+    everywhere = found.pop("*", None)  # the first that matches counts, so this one comes last
+    return {**found, **({"*": everywhere} if everywhere is not None else {})} or None
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """``["lambda=0.8", "density=0.5,0.3", "normalize=false"]`` as values; several are one per model.
+
+    Raises:
+        MergeidError: something else."""
+    from mergeid.errors import MergeidError
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            values = [_value(part) for part in value.split(",")]
+        except ValueError:
+            values = []
+        if not name or not equals or not values or name in found:
+            raise MergeidError(
+                f"--set {text!r} is not understood; expected NAME=NUMBER (or true, false), each name once"
+            )
+        found[name] = values if len(values) > 1 else values[0]
+    return found
+
+
+def _value(text: str) -> bool | int | float:
+    word = text.strip().lower()
+    if word in ("true", "false"):
+        return word == "true"
+    return int(word) if word.lstrip("+-").isdigit() else float(word)
 
 
 A = Annotated[str, typer.Argument(metavar="A", help=f"First model: {MODEL}.", show_default=False)]
@@ -108,8 +167,4 @@ BatchSize = Annotated[
 ]
 Device = Annotated[
     str, typer.Option("--device", metavar="DEVICE", rich_help_panel=HOW, help="cpu, cuda, cuda:1, mps …")
-]
-NoRepair = Annotated[
-    bool,
-    typer.Option("--no-repair", rich_help_panel=HOW, help="Leave BatchNorm statistics averaged: do not re-estimate."),
 ]

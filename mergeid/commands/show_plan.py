@@ -116,13 +116,16 @@ def print_merge(result: MergeResult, console: Console) -> None:
     """What was decided and where everything lies."""
     if result.plan is None:
         console.print("Plain merge: B's neurons were taken as they lie.")
-    else:
+    elif len(result.plans) < 2:
         for line in verdict_lines(result.plan, result.notes):
             console.print(line, markup=False)
-    if result.repaired:
-        console.print(
-            f"BatchNorm statistics were re-estimated on the calibration data ({len(result.repaired)} tensors)."
-        )
+    else:
+        for plan in result.plans:
+            console.print(f"{plan.b}: {verdict_lines(plan, [])[0]}", markup=False)
+        for note in result.notes:
+            console.print(f"Note: {note}", markup=False)
+    if result.repair:
+        console.print(repair_line(result.repair), markup=False)
     report = result.report
     for key, meaning in REMARKS.items():
         if names := report.get(key):
@@ -130,6 +133,21 @@ def print_merge(result: MergeResult, console: Console) -> None:
             console.print(f"{meaning}: {next(iter(names))}{more}.", markup=False)
     for file in result.files:
         console.print(f"wrote {file}", markup=False, soft_wrap=True)
+
+
+def repair_line(repair: dict[str, Any]) -> str:
+    """What the repair stage did, with the spread of activations before and after."""
+    before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))
+    if repair["kind"] == "bn":
+        return (
+            f"BatchNorm statistics were re-estimated on the calibration data ({repair['layers']} layers, "
+            f"{repair['examples']} examples): activations had {before} of the spread that they expect, now {after}."
+        )
+    also = ", then BatchNorm statistics were re-estimated" if repair["kind"] == "repair+bn" else ""
+    return (
+        f"REPAIR: pre-activations of {repair['layers']} layers were rescaled on {repair['examples']} examples"
+        f"{also}; they had {before} of the models' own average spread, now {after}."
+    )
 
 
 def fixed(value: float | None) -> str:

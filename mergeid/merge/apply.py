@@ -1,4 +1,4 @@
-"""Merging two checkpoints file to file: one tensor in memory at a time, written whole or not at all."""
+"""Merging checkpoints file to file: one tensor in memory at a time, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.errors import MergeidWarning
+from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.companions import default_companions
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
 from mergeid.merge.by_numpy import NumpyMerge
-from mergeid.merge.compare import TensorPlan, plan_tensors
-from mergeid.merge.methods import check_weights, get_method
+from mergeid.merge.compare import TensorPlan, plan_many
+from mergeid.merge.methods import MergeMethod, check_weights, get_method
+from mergeid.merge.settings import MergeSettings, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,10 +77,16 @@ def merge_checkpoints(
     b: Checkpoint | str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    weights: Sequence[float] = (0.5, 0.5),
+    weights: Sequence[Setting] | None = None,
     normalize: bool = False,
     method: str = "linear",
+    parameters: Mapping[str, Setting | Sequence[Setting]] | None = None,
+    seed: int = 0,
+    more: Sequence[Checkpoint] = (),
+    base: Checkpoint | str | os.PathLike[str] | None = None,
     transform_b: Callable[[str, Tensor], Tensor] | None = None,
+    transforms: Sequence[Callable[[str, Tensor], Tensor] | None] = (),
+    statistics: Sequence[Mapping[str, Any]] | None = None,
     overrides: Mapping[str, Tensor] | None = None,
     dtype: str | None = None,
     skip: Sequence[str] = (),
@@ -88,7 +95,7 @@ def merge_checkpoints(
     companions: Iterable[Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Merge `a` and `b` into `output`, tensor by tensor.
+    """Merge `a`, `b` and perhaps more into `output`, tensor by tensor.
 
     The output follows `a`: order of tensors, sharding, metadata, config and tokenizer files. Sums are taken in
     float32 for 16-bit weights and in float64 otherwise, so merging a model with itself gives it back bit for bit.
@@ -96,10 +103,16 @@ def merge_checkpoints(
     Args:
         a, b: file, folder, hub id or open checkpoint.
         output: a ``.safetensors`` file or a folder.
-        weights: one per model, with sum 1.
+        weights: one per model (with sum 1 unless the method says otherwise); default: equal shares.
         normalize: scale the weights to sum 1.
         method: name in the registry (`mergeid.merge.methods`).
+        parameters: of the method, by name (`mergeid.merge.settings`).
+        seed: of methods that draw.
+        more: further models.
+        base: the base model, for methods that need one.
         transform_b: (name, B's tensor) -> the same tensor with its neurons in A's order, equal shape.
+        transforms: the same for each of `more` and, last, for `base`; empty: all as they lie.
+        statistics: per model, tensor name -> what the method needs (`mergeid.merge.statistics`).
         overrides: tensors that replace those of the result (repaired BatchNorm statistics).
         dtype: write merged tensors in this dtype (default: A's, or the wider one where A and B differ).
         skip: glob patterns of tensor names to take from A as they are; what only B has is left out.
@@ -119,21 +132,39 @@ def merge_checkpoints(
     began = time.perf_counter()
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
-    scaled = check_weights(weights, 2, normalize=normalize)
+    models = [first, second, *more]
+    origin = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
     chosen = get_method(method)
-    inputs = [p for c in (first, second) if c.files for p in (c.path, *c.files)]
+    check_base(chosen, origin is not None)
+    used = [*models, *([origin] if origin is not None else [])]
+    if chosen.weights == "shares" and all(isinstance(w, (int, float)) for w in weights or ()):
+        check_weights(weights or [1 / len(models)] * len(models), len(models), normalize=normalize)  # type: ignore[arg-type]
+    inputs = [p for c in used if c.files for p in (c.path, *c.files)]
     check_output(output, inputs=inputs, force=force)
-    plan = plan_tensors(first, second, skip=skip, dtype=dtype)
-    _warn(first, second, plan, dtype)
+    plan = plan_many(models, base=origin, skip=skip, dtype=dtype)
+    settings = MergeSettings.of(
+        chosen, len(models), plan.merged, weights=weights, parameters=parameters, normalize=normalize, seed=seed
+    )
+    _warn(models, plan, dtype)
     extra = _checked_overrides(first, overrides or {})
-    with _hashing(first, second) as hashes:
+    moved = [None, transform_b, *(transforms or [None] * len(used[2:]))]
+    with _hashing(*used) as hashes:
         merge: NumpyMerge | TorchMerge
-        if method == "linear" and transform_b is None and not extra and NumpyMerge.can(first, second, plan):
-            merge = NumpyMerge(first, second, plan, scaled)
+        plain = method == "linear" and not any(moved) and not extra
+        if plain and NumpyMerge.can(first, second, plan, more):
+            merge = NumpyMerge(models, plan, settings.weights_of)
         else:
-            from mergeid.merge.by_torch import TorchMerge
+            from mergeid.merge.by_torch import Aligned, TorchMerge
 
-            merge = TorchMerge(first, second, plan, scaled, chosen, transform_b, extra)
+            aligned = [Aligned(c, t) for c, t in zip(used, moved, strict=True)]
+            merge = TorchMerge(
+                aligned[: len(models)],
+                plan,
+                settings,
+                extra,
+                aligned[len(models)] if origin is not None else None,
+                statistics,
+            )
         writer = CheckpointWriter(
             output,
             like=first,
@@ -149,11 +180,11 @@ def merge_checkpoints(
                 writer.write(name, merge.pieces(name))
                 done += writer.size(name)
                 if writer.size(name) >= _RELEASE:
-                    for checkpoint in (first, second):
+                    for checkpoint in used:
                         checkpoint.release(name)
                 if progress is not None:
                     progress(done, writer.size())
-            writer.record = {**_record(first, second, scaled, method, merge, hashes), **(record or {})}
+            writer.record = {**_record(models, origin, settings, merge, hashes), **(record or {})}
     return MergeReport(
         output=writer.output,
         files=tuple(writer.paths()),
@@ -181,13 +212,30 @@ def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]
             raise
 
 
-def _warn(a: Checkpoint, b: Checkpoint, plan: TensorPlan, dtype: str | None) -> None:
-    same = len(a.files) == len(b.files) > 0 and all(map(os.path.samefile, a.files, b.files))
-    if same:
-        warnings.warn(f"both models are the same file ({a.path}); the result equals it", MergeidWarning, stacklevel=3)
+def check_base(method: MergeMethod, given: bool) -> None:
+    """Raises `MergeidError` where a method needs a base model and none is given, or the other way round."""
+    if method.base and not given:
+        raise MergeidError(
+            f"method {method.name!r} needs the model that the others were fine-tuned from; name it with --base"
+        )
+    if given and not method.base:
+        raise MergeidError(f"method {method.name!r} uses no base model; leave out --base, or choose another --method")
+
+
+def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> None:
+    a = models[0]
+    for b in models[1:]:
+        if len(a.files) == len(b.files) > 0 and all(map(os.path.samefile, a.files, b.files)):
+            subject, rest = (
+                ("both models are", "the result equals it")
+                if len(models) == 2
+                else ("two of the models are", "it counts twice")
+            )
+            warnings.warn(f"{subject} the same file ({a.path}); {rest}", MergeidWarning, stacklevel=3)
     if plan.widened and dtype is None:
         name, more = plan.widened[0], len(plan.widened) - 1
         subject = f"tensor {name!r} and {more} more have" if more else f"tensor {name!r} has"
+        b = next(c for c in models[1:] if c.table[name].dtype != a.table[name].dtype)
         kinds = f"{a.table[name].dtype} in {a.source}, {b.table[name].dtype} in {b.source}"
         warnings.warn(
             f"{subject} different dtypes ({kinds}); merged in the wider one (choose with --dtype)",
@@ -216,23 +264,27 @@ def _changed_config(a: Checkpoint, plan: TensorPlan) -> dict[str, str]:
 
 
 def _record(
-    a: Checkpoint,
-    b: Checkpoint,
-    weights: Sequence[float],
-    method: str,
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    settings: MergeSettings,
     merge: NumpyMerge | TorchMerge,
     hashes: Sequence[Future[dict[str, str]]],
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
-    inputs = [
-        {"source": c.source, "path": str(c.path.absolute()), "sha256": h.result(), "weight": w}
-        for c, h, w in zip((a, b), hashes, weights, strict=True)
-    ]
+    def told(checkpoint: Checkpoint, digest: Future[dict[str, str]]) -> dict[str, Any]:
+        return {"source": checkpoint.source, "path": str(checkpoint.path.absolute()), "sha256": digest.result()}
+
+    inputs = [told(c, h) for c, h in zip(models, hashes, strict=False)]
+    if settings.constant:
+        name = merge.plan.merged[0]
+        inputs = [{**i, "weight": w} for i, w in zip(inputs, settings.weights_of(name), strict=True)]
     return {
         "format": "mergeid.record/1",
         "inputs": inputs,
-        "method": method,
+        "method": settings.method.name,
+        **({"settings": settings.to_json()} if settings.parameters or not settings.constant else {}),
+        **({"base": told(base, hashes[-1])} if base is not None else {}),
         "skipped": list(merge.plan.skipped),
         "left_out": list(merge.plan.left_out),
         "taken_from_a": merge.taken_from_a,

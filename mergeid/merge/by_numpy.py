@@ -6,7 +6,7 @@ parameters. The arithmetic is that of `mergeid.merge.methods.linear`, to the las
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,47 +96,55 @@ def weighted_sum(
 
 
 class NumpyMerge:
-    """Yields the merged tensors as bytes, in pieces, straight from the mapped files."""
+    """Yields the merged tensors as bytes, in pieces, straight from the mapped files.
 
-    def __init__(self, a: Checkpoint, b: Checkpoint, plan: TensorPlan, weights: Sequence[float]) -> None:
-        self.a, self.b, self.plan, self.weights = a, b, plan, weights
+    Args:
+        models: the checkpoints; the first gives what is not merged.
+        plan: what happens to each tensor.
+        weights: tensor name -> one weight per model.
+    """
+
+    def __init__(
+        self, models: Sequence[Checkpoint], plan: TensorPlan, weights: Callable[[str], Sequence[float]]
+    ) -> None:
+        self.models, self.plan, self.weights = list(models), plan, weights
         self.taken_from_a: list[str] = []
         self.overridden: tuple[str, ...] = ()
         self._merged, self._compared = set(plan.merged), set(plan.compared)
 
     @staticmethod
-    def can(a: Checkpoint, b: Checkpoint, plan: TensorPlan) -> bool:
+    def can(a: Checkpoint, b: Checkpoint, plan: TensorPlan, more: Sequence[Checkpoint] = ()) -> bool:
         """Whether all that must be computed is within NumPy's means: mapped files, real numbers."""
-        dtypes = (c.table[n].dtype for c in (a, b) for n in plan.merged)
-        return a.mapped and b.mapped and all(d in _KINDS for d in dtypes)
+        models = (a, b, *more)
+        return all(c.mapped for c in models) and all(c.table[n].dtype in _KINDS for c in models for n in plan.merged)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of one tensor of the result."""
-        ours = self.a.raw(name)
         if name not in self._merged:
-            if name in self._compared and not self._equal(name):
+            if name in self._compared and not all(self._equal(name, other) for other in self.models[1:]):
                 self.taken_from_a.append(name)
-            yield ours
+            yield self.models[0].raw(name)
             return
-        dtypes = [c.table[name].dtype for c in (self.a, self.b)]
+        dtypes = [c.table[name].dtype for c in self.models]
         out = self.plan.dtypes.get(name, dtypes[0])
-        arrays = [np.frombuffer(raw, _KINDS[d]) for raw, d in zip((ours, self.b.raw(name)), dtypes, strict=True)]
+        weights = self.weights(name)
+        arrays = [np.frombuffer(c.raw(name), _KINDS[d]) for c, d in zip(self.models, dtypes, strict=True)]
         with np.errstate(all="ignore"):  # what overflows or is no number is found and named below
             for at in range(0, arrays[0].size, CHUNK):
                 numbers = [array[at : at + CHUNK] for array in arrays]
-                result, finite = weighted_sum(numbers, dtypes, self.weights, out)
+                result, finite = weighted_sum(numbers, dtypes, weights, out)
                 if not finite:
                     raise MergeidError(self._why(name, numbers, dtypes, out))
                 yield result.view("u1").data
 
-    def _equal(self, name: str) -> bool:
-        kinds = [_KINDS[c.table[name].dtype] for c in (self.a, self.b)]
-        ours, theirs = (np.frombuffer(c.raw(name), k) for c, k in zip((self.a, self.b), kinds, strict=True))
+    def _equal(self, name: str, other: Checkpoint) -> bool:
+        pair = (self.models[0], other)
+        ours, theirs = (np.frombuffer(c.raw(name), _KINDS[c.table[name].dtype]) for c in pair)
         return np.array_equal(ours, theirs)
 
     def _why(self, name: str, numbers: Sequence[Array], dtypes: Sequence[str], out: str) -> str:
-        for array, dtype, checkpoint in zip(numbers, dtypes, (self.a, self.b), strict=True):
+        for array, dtype, checkpoint in zip(numbers, dtypes, self.models, strict=True):
             values = widen(array, dtype, "F64")
             if not np.isfinite(values).all():
                 return not_finite(name, checkpoint, nan=bool(np.isnan(values).any()))
-        return overflows(name, out, self.weights)
+        return overflows(name, out, self.weights(name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,72 +14,140 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, torch_dtype
 from mergeid.merge.compare import TensorPlan
-from mergeid.merge.methods import MergeMethod
 from mergeid.merge.refusals import not_finite, overflows
+from mergeid.merge.settings import MergeSettings
 
 CHUNK = 1 << 15
 """Elements merged at once: small enough for the cache, and for torch not to wake its threads (twice as fast)."""
 
 
+Transform = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A checkpoint whose tensors are read with their neurons in the first model's order.
+
+    Attributes:
+        checkpoint: where they lie.
+        transform: (name, tensor) -> the same tensor permuted, equal shape; None: as it lies.
+    """
+
+    checkpoint: Checkpoint
+    transform: Transform | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in the first model's order."""
+        tensor = self.checkpoint.tensor(name)
+        if self.transform is None:
+            return tensor
+        moved = self.transform(name, tensor)
+        if moved.shape != tensor.shape:
+            raise ValueError(f"transform_b made {tuple(moved.shape)} of {name!r} {tuple(tensor.shape)}")
+        return moved
+
+
 class TorchMerge:
-    """Yields the tensors of the result, in pieces."""
+    """Yields the tensors of the result, in pieces.
+
+    Args:
+        models: the models in the first one's order; the first gives what is not merged.
+        plan: what happens to each tensor.
+        settings: method, weights and parameters.
+        overrides: tensors that replace those of the result.
+        base: the base model, for methods that need one.
+        statistics: per model, tensor name -> what the method asked for.
+    """
 
     def __init__(
         self,
-        a: Checkpoint,
-        b: Checkpoint,
+        models: Sequence[Aligned],
         plan: TensorPlan,
-        weights: Sequence[float],
-        method: MergeMethod,
-        transform_b: Callable[[str, Tensor], Tensor] | None,
+        settings: MergeSettings,
         overrides: Mapping[str, Tensor],
+        base: Aligned | None = None,
+        statistics: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        self.a, self.b, self.plan = a, b, plan
-        self.weights, self.method, self.transform_b, self.overrides = weights, method, transform_b, overrides
+        self.models, self.plan, self.settings, self.overrides = list(models), plan, settings, overrides
+        self.base, self.statistics = base, statistics
         self.taken_from_a: list[str] = []
         self.overridden = tuple(overrides)
         self._merged, self._compared = set(plan.merged), set(plan.compared)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The merged tensor, flat, in pieces of at most `CHUNK` elements where the method allows."""
-        out = torch_dtype(self.plan.dtypes.get(name, self.a.table[name].dtype))
+        first = self.models[0].checkpoint
+        out = torch_dtype(self.plan.dtypes.get(name, first.table[name].dtype))
         if name in self.overrides:
             yield self.overrides[name].to(out)
             return
-        ours = self.a.tensor(name)
+        ours = self.models[0].tensor(name)
         if name in self._merged:
-            yield from self._merge(name, ours, self._theirs(name), out)
+            yield from self._merge(name, out)
             return
-        if name in self._compared and not _equal(ours, self._theirs(name)):
+        if name in self._compared and not all(_equal(ours, other.tensor(name)) for other in self.models[1:]):
             self.taken_from_a.append(name)
         yield ours
 
-    def _theirs(self, name: str) -> Tensor:
-        tensor = self.b.tensor(name)
-        if self.transform_b is None:
-            return tensor
-        moved = self.transform_b(name, tensor)
-        if moved.shape != tensor.shape:
-            raise ValueError(f"transform_b made {tuple(moved.shape)} of {name!r} {tuple(tensor.shape)}")
-        return moved
-
-    def _merge(self, name: str, ours: Tensor, theirs: Tensor, out: torch.dtype) -> Iterator[Tensor]:
-        pairs: Iterable[tuple[Tensor, Tensor]] = [(ours, theirs)]
-        if self.method.elementwise:
-            pairs = zip(ours.reshape(-1).split(CHUNK), theirs.reshape(-1).split(CHUNK), strict=True)
-        for pair in pairs:
-            result = self.method(pair, self.weights).to(out)
+    def _merge(self, name: str, out: torch.dtype) -> Iterator[Tensor]:
+        method = self.settings.method
+        tensors = [model.tensor(name) for model in self.models]
+        base = self.base.tensor(name) if self.base is not None and method.base else None
+        statistics = None if self.statistics is None else [found.get(name) for found in self.statistics]
+        for result, group, origin in combine(self.settings, name, tensors, base, statistics):
+            result = result.to(out)
             # NaN and infinity in an input always show in a weighted sum; other methods may drop them.
-            seen = [result] if self.method.name == "linear" else [result, *pair]
+            seen = [result] if method.name == "linear" else [result, *group, *([] if origin is None else [origin])]
             if not all(_finite(t) for t in seen):
-                raise MergeidError(self._why(name, pair, out))
+                raise MergeidError(self._why(name, group, origin, out))
             yield result
 
-    def _why(self, name: str, pair: tuple[Tensor, Tensor], out: torch.dtype) -> str:
-        for tensor, checkpoint in zip(pair, (self.a, self.b), strict=True):
+    def _why(self, name: str, group: Sequence[Tensor], origin: Tensor | None, out: torch.dtype) -> str:
+        sources = [model.checkpoint for model in self.models]
+        if self.base is not None and origin is not None:
+            group, sources = [*group, origin], [*sources, self.base.checkpoint]
+        for tensor, checkpoint in zip(group, sources, strict=True):
             if not _finite(tensor):
                 return not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any()))
-        return overflows(name, dtype_name(out), self.weights)
+        return overflows(name, dtype_name(out), self.settings.weights_of(name))
+
+
+def combine(
+    settings: MergeSettings,
+    name: str,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    statistics: Sequence[Any] | None = None,
+) -> Iterator[tuple[Tensor, Sequence[Tensor], Tensor | None]]:
+    """One merged tensor in pieces, each with the pieces of the inputs and of the base that it was made of.
+
+    Args:
+        settings: method, weights and parameters.
+        name: the tensor's name.
+        tensors: one per model, of equal shape.
+        base: the base model's.
+        statistics: one per model; any None among them means that there are none for this tensor.
+    """
+    method, weights, needs = settings.method, settings.weights_of(name), settings.keywords(name)
+    if method.seeded:
+        needs["generator"] = settings.generator(name)
+    known = statistics is not None and all(s is not None for s in statistics)
+    if not method.elementwise:
+        if method.base:
+            needs["base"] = base
+        if method.statistics:
+            needs["statistics"] = statistics if known else None
+        yield method(tensors, weights, **needs), tensors, base
+        return
+    pieces = list(zip(*(t.reshape(-1).split(CHUNK) for t in tensors), strict=True))
+    origins = [None] * len(pieces) if base is None else base.reshape(-1).split(CHUNK)
+    told = list(zip(*(s.reshape(-1).split(CHUNK) for s in statistics), strict=True)) if known and statistics else None
+    for i, (group, origin) in enumerate(zip(pieces, origins, strict=True)):
+        if method.base:
+            needs["base"] = origin
+        if method.statistics:
+            needs["statistics"] = told[i] if told else None
+        yield method(group, weights, **needs), group, origin
 
 
 def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -88,6 +88,49 @@ def plan_tensors(a: Checkpoint, b: Checkpoint, *, skip: Sequence[str] = (), dtyp
     )
 
 
+def plan_many(
+    models: Sequence[Checkpoint],
+    *,
+    base: Checkpoint | None = None,
+    skip: Sequence[str] = (),
+    dtype: str | None = None,
+) -> TensorPlan:
+    """`plan_tensors` for several models: every one, and the base, against the first. The base's dtypes do not count.
+
+    Raises:
+        MergeidError: as `plan_tensors`, for the first pair that does not fit.
+    """
+    first, *rest = models
+    compared = [*rest, *([base] if base is not None else [])]
+    names = {n for c in (first, *compared) for n in c.table}
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            sources = " or ".join(c.source for c in (first, *compared))
+            raise MergeidError(f"--skip {pattern!r} matches no tensor of {sources}; check the pattern")
+
+    def plan(other: Checkpoint) -> TensorPlan:
+        here = {*first.table, *other.table}
+        return plan_tensors(first, other, skip=[p for p in skip if any(fnmatchcase(n, p) for n in here)], dtype=dtype)
+
+    plans = [plan(other) for other in rest]
+    if base is not None:
+        plan(base)
+    if len(plans) == 1:
+        return plans[0]
+    dtypes: dict[str, str] = {}
+    for found in plans:
+        for name, chosen in found.dtypes.items():  # with `dtype` all plans agree
+            dtypes[name] = wider(dtypes.get(name, chosen), chosen)
+    return TensorPlan(
+        merged=plans[0].merged,
+        compared=plans[0].compared,
+        skipped=tuple(dict.fromkeys(n for p in plans for n in p.skipped)),
+        left_out=tuple(dict.fromkeys(n for p in plans for n in p.left_out)),
+        widened=tuple(dict.fromkeys(n for p in plans for n in p.widened)),
+        dtypes=dtypes,
+    )
+
+
 def _kind(checkpoint: Checkpoint, name: str) -> str:
     dtype = checkpoint.table[name].dtype
     return "integer" if dtype in INTEGERS else "complex" if dtype == "C64" else "float"

@@ -1,7 +1,9 @@
 """Merge methods: small pure functions on tensors, and the registry that finds them.
 
-A method takes the same tensor of every model (matched already) and one weight per model. Third-party methods
-register a `MergeMethod` under the entry-point group ``mergeid.methods``.
+A method takes the same tensor of every model (matched already), one weight per model, and as keywords whatever its
+registration says that it needs: the base model's tensor, parameters, statistics, a random generator. `linear` stands
+here; the others, one file per family, in `mergeid.merge.families`. Third-party methods register a `MergeMethod` under
+the entry-point group ``mergeid.methods``.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergeid.errors import MergeidError
 from mergeid.plugins import near_names
@@ -23,7 +26,53 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "mergeid.methods"
 
-MethodFunction = Callable[["Sequence[Tensor]", Sequence[float]], "Tensor"]
+MethodFunction = Callable[..., "Tensor"]
+"""(tensors, weights, \*\*what the method declares) -> tensor."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One number or switch that a method takes besides the weights.
+
+    Attributes:
+        name: what users call it (``--set NAME=VALUE``, a recipe's ``parameters``).
+        default: its value if nothing is said; its type says what is accepted (bool, int or float).
+        low, high: smallest and largest value.
+        per_model: one value per model, handed over as a list.
+        keyword: the function's keyword, where it is not `name`.
+        help: what it does, in a few words.
+    """
+
+    name: str
+    default: float | bool
+    low: float = -math.inf
+    high: float = math.inf
+    per_model: bool = False
+    keyword: str = ""
+    help: str = ""
+
+    def checked(self, value: Any) -> float | bool:
+        """The value in the parameter's type.
+
+        Raises:
+            MergeidError: another type, not finite, or out of range.
+        """
+        kind = type(self.default)
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            raise MergeidError(f"parameter {self.name!r} is {value!r}; expected true or false")
+        wanted = "a whole number" if kind is int else "a number"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+            raise MergeidError(f"parameter {self.name!r} is {value!r}; expected {wanted}{self._range()}")
+        if not math.isfinite(value) or not self.low <= value <= self.high:
+            raise MergeidError(f"parameter {self.name!r} is {value:g}; expected {wanted}{self._range()}")
+        return kind(value)
+
+    def _range(self) -> str:
+        if math.isinf(self.low) and math.isinf(self.high):
+            return ""
+        return f" from {self.low:g}" + ("" if math.isinf(self.high) else f" to {self.high:g}")
 
 
 @dataclass(frozen=True)
@@ -32,29 +81,65 @@ class MergeMethod:
 
     Attributes:
         name: what ``--method`` calls it.
-        function: (tensors of equal shape, one weight each) -> tensor of that shape, in the widest of their dtypes.
+        function: (tensors of equal shape, one weight each, declared keywords) -> tensor of that shape, in the widest of
+            their dtypes.
         elementwise: whether each element of the result depends on that element of the inputs alone; then large
             tensors are merged in pieces.
+        weights: "shares" must sum to 1; "free" are factors of any size; "ignored" are not looked at.
+        base: whether it needs the base model (keyword ``base``: that tensor of it).
+        parameters: what else it takes, each as a keyword.
+        statistics: "gram" or "fisher" (`mergeid.merge.statistics`): it needs calibration data (keyword
+            ``statistics``: one tensor per model, or None where there is none for this tensor).
+        seeded: whether it draws random numbers (keyword ``generator``, seeded by the tensor's name).
+        most: largest number of models; None: any.
     """
 
     name: str
     function: MethodFunction
     elementwise: bool = True
+    weights: Literal["shares", "free", "ignored"] = "shares"
+    base: bool = False
+    parameters: tuple[Parameter, ...] = ()
+    statistics: Literal["gram", "fisher"] | None = None
+    seeded: bool = False
+    most: int | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        return self.function(tensors, weights)
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Any) -> Tensor:
+        return self.function(tensors, weights, **needs)
+
+    def parameter(self, name: str) -> Parameter:
+        """The parameter of that name. Raises `MergeidError` for an unknown one, with near names."""
+        known = {p.name: p for p in self.parameters}
+        if name in known:
+            return known[name]
+        near = near_names(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        takes = f"expected one of {', '.join(known)}" if known else "it takes none"
+        raise MergeidError(f"method {self.name!r} has no parameter {name!r}{hint}; {takes}")
 
 
 _registered: dict[str, MergeMethod] = {}
 
 
-def register_method(name: str, *, elementwise: bool = True) -> Callable[[MethodFunction], MethodFunction]:
-    """Decorator: register a merge function. Raises ValueError on a duplicate name."""
+def register_method(
+    name: str,
+    *,
+    elementwise: bool = True,
+    weights: Literal["shares", "free", "ignored"] = "shares",
+    base: bool = False,
+    parameters: Sequence[Parameter] = (),
+    statistics: Literal["gram", "fisher"] | None = None,
+    seeded: bool = False,
+    most: int | None = None,
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Decorator: register a merge function (arguments: see `MergeMethod`). Raises ValueError on a duplicate name."""
 
     def add(function: MethodFunction) -> MethodFunction:
         if name in _registered:
             raise ValueError(f"merge method {name!r} is registered already")
-        _registered[name] = MergeMethod(name, function, elementwise)
+        _registered[name] = MergeMethod(
+            name, function, elementwise, weights, base, tuple(parameters), statistics, seeded, most
+        )
         return function
 
     return add
@@ -66,13 +151,21 @@ def _entry_points() -> dict[str, Callable[[], MergeMethod]]:
     return {e.name: e.load for e in found}
 
 
+def _load_families() -> None:
+    """The families import torch, so that they are imported only when a method other than `linear` is asked for."""
+    import_module("mergeid.merge.families")
+
+
 def method_names() -> list[str]:
     """Names of all merge methods, without importing third-party ones."""
+    _load_families()
     return sorted({*_registered, *_entry_points()})
 
 
 def get_method(name: str) -> MergeMethod:
     """The method of that name. Raises `MergeidError` for an unknown one."""
+    if name not in _registered:
+        _load_families()
     if name in _registered:
         return _registered[name]
     if name not in _entry_points():
@@ -84,13 +177,14 @@ def get_method(name: str) -> MergeMethod:
     return _registered[name]
 
 
-def check_weights(weights: Sequence[float], models: int, *, normalize: bool = False) -> list[float]:
-    """One finite weight per model, with sum 1 to the last digit.
+def check_weights(weights: Sequence[float], models: int, *, normalize: bool = False, free: bool = False) -> list[float]:
+    """One finite weight per model, with sum 1 to the last digit unless they are free.
 
     Args:
         weights: as given by the user.
         models: how many models there are.
         normalize: scale them to sum 1 instead of refusing them.
+        free: any sum will do (`MergeMethod.weights`).
 
     Raises:
         MergeidError: a wrong number of weights, a weight that is no number, or a sum that is not 1 (within 1e-6;
@@ -103,6 +197,8 @@ def check_weights(weights: Sequence[float], models: int, *, normalize: bool = Fa
         )
     if not all(math.isfinite(w) for w in weights):
         raise MergeidError(f"weights {shown} are not all numbers; expected finite values (option --weights)")
+    if free and not normalize:
+        return [float(w) for w in weights]
     total = math.fsum(weights)
     if not normalize and abs(total - 1) > 1e-6:
         raise MergeidError(

@@ -85,15 +85,19 @@ def calibration_batches(
     size: int | None = None,
     collate: Collate | None = None,
     accelerator: Accelerator | None = None,
+    layers: Iterable[nn.Module] | None = None,
 ) -> FixedBatches:
-    """Examples for `reestimate_batchnorm`.
+    """Examples for `reestimate_batchnorm`, or for the repair of other `layers`.
 
     With a `size`, the whole data set in batches of about that many. Without, one batch of as many examples as
     `ACTIVATION_BUDGET` allows, evenly spaced over the data set: fast, and `len(batches.dataset)` says how many.
     """
     if size is None:
         count = dataset_length(dataset)
-        size = min(count, _affordable_size(model, dataset, forward, collate, accelerator or default_accelerator()))
+        around = list(batchnorm_layers(model).values() if layers is None else layers)
+        size = min(
+            count, _affordable_size(model, dataset, forward, collate, accelerator or default_accelerator(), around)
+        )
         if size < count:
             dataset = Subset(dataset, [k * count // size for k in range(size)])
     return FixedBatches(dataset, size, collate)
@@ -287,9 +291,14 @@ def _state_tensors(model: nn.Module, layers: set[int]) -> dict[str, Tensor]:
 
 
 def _affordable_size(
-    model: nn.Module, dataset: Any, forward: Forward, collate: Collate | None, accelerator: Accelerator
+    model: nn.Module,
+    dataset: Any,
+    forward: Forward,
+    collate: Collate | None,
+    accelerator: Accelerator,
+    layers: Sequence[nn.Module],
 ) -> int:
-    """Examples whose activations around the widest BatchNorm fit the budget."""
+    """Examples whose activations around the widest of the layers fit the budget."""
     widest = 0
 
     def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -299,7 +308,7 @@ def _affordable_size(
 
     model.to(accelerator.device)
     probe = to_model(FixedBatches(dataset, 1, collate)[0], accelerator.device, input_dtype(model))
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in batchnorm_layers(model).values()]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         with eval_mode(model), torch.no_grad(), fits_the_model(probe):
             run_forward(model, probe, forward, accelerator)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergeid.errors import MergeidError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
     from mergeid.evaluate.result import BarrierResult
@@ -126,6 +127,51 @@ def plot_by_depth(
         axis.set_ylabel(ylabel)
         _dress(axis, legend=len(series) > 1)
         figure.set_size_inches(min(12.0, max(5.0, 2.0 + 0.25 * len(names))), 4.2)
+
+    return save_plot(draw, path, title)
+
+
+def plot_heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: np.ndarray,
+    path: str | Path,
+    *,
+    label: str,
+    axes: tuple[str, str] = ("", ""),
+    title: str = "",
+) -> Path:
+    """A matrix of shares of 1, first row at the bottom.
+
+    Args:
+        rows, columns: names, thinned out on the axes where they would overlap.
+        values: [rows, columns]; nan is left white.
+        path: PNG or SVG file.
+        label: what the values are.
+        axes: what rows and columns are.
+        title: above the plot.
+
+    Raises:
+        ValueError: a matrix of another shape.
+        MergeidError: a path that cannot be written, or that is neither PNG nor SVG.
+    """
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"a matrix {values.shape} for {len(rows)} rows and {len(columns)} columns")
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        image = axis.imshow(
+            values, vmin=0, vmax=1, cmap="magma", origin="lower", aspect="auto", interpolation="nearest"
+        )
+        for names, place, ticks in ((rows, axis.yaxis, axis.set_yticks), (columns, axis.xaxis, axis.set_xticks)):
+            every = math.ceil(len(names) / 40)
+            ticks(range(0, len(names), every), list(names)[::every], fontsize=6)
+            place.set_tick_params(rotation=90 if place is axis.xaxis else 0)
+        axis.set_ylabel(axes[0])
+        axis.set_xlabel(axes[1])
+        figure.colorbar(image, ax=axis, label=label)
+        size = [min(12.0, max(4.5, 2.5 + 0.13 * len(names))) for names in (columns, rows)]
+        figure.set_size_inches(size[0] + 1, size[1])
 
     return save_plot(draw, path, title)
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mergeid.evaluate.result import BarrierResult
+    from mergeid.similar import SimilarityResult
 
 GAP = 2  # blanks between two columns
 NOTHING = "–"
@@ -248,3 +249,24 @@ def _text(cell: Any) -> Text:
 
 def _cut(text: Text, width: int) -> Text:
     return text if cell_len(text.plain) <= width else Text(middle(text.plain, width), style=text.style)
+
+
+def similarity_table(result: SimilarityResult, *, width: int) -> Table:
+    """One row per layer that both models have."""
+    columns = [
+        Column("layer", shrink=True, min_width=16),
+        Column("neurons", "right", optional=2),
+        Column("CKA", "right"),
+        Column("unbiased", "right"),
+        Column("SVCCA", "right"),
+        Column("PWCCA", "right"),
+        Column("rows", "right", optional=1),
+    ]
+    rows: list[Sequence[Any]] = []
+    for layer in result.layers:
+        a, b = layer.neurons
+        indices = (layer.cka, layer.cka_unbiased, layer.svcca, layer.pwcca)
+        neurons = f"{a:,}" if a == b else f"{a:,} / {b:,}"
+        rows.append([layer.layer, neurons, *(f"{v + 0.0:.3f}" for v in indices), layer.rows])
+    title = f"{len(rows)} layers of {result.a} and {result.b} on {result.examples:,} examples"
+    return make_table(columns, rows, width=width, title=title)

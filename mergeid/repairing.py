@@ -1,0 +1,150 @@
+"""The stage after a merge: give the merged network the activation statistics that it should have."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeid.evaluate.batches import input_dtype, to_model
+from mergeid.evaluate.measure import make_accelerator
+from mergeid.members import Members
+from mergeid.merge.repair import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.merge.rescale import output_moments, rescalable_layers, rescale
+from mergeid.state import load_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from accelerate import Accelerator
+
+    from mergeid.pair import Progress
+
+MODES = ("auto", "bn", "repair", "none")
+
+
+@dataclass
+class Repair:
+    """What the stage did.
+
+    Attributes:
+        kind: "bn", "repair", "repair+bn", or "" where there was nothing to do.
+        tensors: state-dict key -> repaired tensor.
+        layers: how many layers were repaired.
+        before, after: median over all channels of the standard deviation of the merged network's activations, as a
+            share of what it should be (BatchNorm: of what its statistics say; REPAIR: of the models' own average).
+        examples: calibration examples that were used.
+        notes: what the user should know.
+    """
+
+    kind: str = ""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layers: int = 0
+    before: float = 1.0
+    after: float = 1.0
+    examples: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """Everything but the tensors; None where nothing was repaired."""
+        if not self.kind:
+            return None
+        return {
+            "kind": self.kind,
+            "layers": self.layers,
+            "spread_before": self.before,
+            "spread_after": self.after,
+            "examples": self.examples,
+        }
+
+
+def repair_merged(
+    members: Members, *, mode: str, skip: Sequence[str] = (), device: str = "cpu", progress: Progress | None = None
+) -> Repair:
+    """Repair the merged network on the calibration data.
+
+    Args:
+        members: the models with settings and calibration data.
+        mode: "auto" or "bn": estimate the statistics of BatchNorm layers again, where there are some; "repair":
+            REPAIR of linear and convolutional layers, then of BatchNorm layers.
+        skip: globs of tensor names that are not merged.
+    """
+    norms = bool(batchnorm_layers(members.first.model))
+    if mode in ("auto", "bn") and not norms:
+        return Repair()
+    tell = progress or (lambda *_: None)
+    merged = copy.deepcopy(members.first.model)
+    load_weights(merged, members.merged_state(skip))
+    accelerator = make_accelerator(device)
+    found = Repair()
+    if mode == "repair":
+        tell("rescaling pre-activations (REPAIR)", 0, 1)
+        found = _rescale(members, merged, accelerator)
+    if norms:
+        tell("estimating BatchNorm statistics", 0, 1)
+        _reestimate(members, merged, accelerator, found)
+    return found
+
+
+def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair) -> None:
+    forward = members.first.forward
+    batches = calibration_batches(
+        merged, members.dataset, forward=forward, collate=members.collate, accelerator=accelerator
+    )
+    old = {
+        n: layer.running_var.double().cpu()
+        for n, layer in batchnorm_layers(merged).items()
+        if layer.running_var is not None
+    }
+    found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator)
+    if not found.kind:
+        new = {
+            n: layer.running_var.double().cpu()
+            for n, layer in batchnorm_layers(merged).items()
+            if layer.running_var is not None
+        }
+        ratios = torch.cat([(new[n] / old[n].clamp(min=1e-30)).sqrt() for n in old])
+        found.before, found.after = ratios.median().item(), 1.0
+        found.layers, found.examples = len(old), len(batches.dataset)
+    found.kind = "repair+bn" if found.kind else "bn"
+
+
+def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> Repair:
+    forward, names = members.first.forward, members.names()
+    merged.to(accelerator.device)
+    batch = to_model(next(members.batches(1, "cpu")), accelerator.device, input_dtype(merged))
+    layers = rescalable_layers(merged, batch, forward=forward)
+    if not layers:
+        return Repair(notes=["REPAIR found no linear or convolutional layer that it could rescale"])
+    sized = calibration_batches(
+        merged,
+        members.dataset,
+        forward=forward,
+        collate=members.collate,
+        accelerator=accelerator,
+        layers=[merged.get_submodule(layer.name) for layer in layers],
+    )
+    batches = [to_model(b, accelerator.device, input_dtype(merged)) for b in sized]
+    means: dict[str, Tensor] = {}
+    stds: dict[str, Tensor] = {}
+    for i, work in enumerate(members.workspaces()):
+        moments = output_moments(work.to(accelerator.device), layers, batches, forward=forward)
+        for layer in layers:
+            key = f"{layer.name}.weight" if layer.name else "weight"
+            weights = members.settings.weights_of(names.get(key, key))
+            share = weights[i] / sum(weights) if abs(sum(weights)) > 1e-8 else 1 / len(weights)
+            found = moments[layer.name]
+            means[layer.name] = means.get(layer.name, 0) + share * found.mean
+            stds[layer.name] = stds.get(layer.name, 0) + share * found.std
+    targets = {name: (means[name], stds[name].clamp(min=0)) for name in means}
+    done = rescale(merged, layers, targets, batches, forward=forward)
+    notes = []
+    if done.without_bias:
+        notes.append(
+            f"REPAIR could only scale {len(done.without_bias)} of {len(done.layers)} layers, which have no bias: their "
+            f"means stay as they are (first: {done.without_bias[0]})"
+        )
+    return Repair("repair", dict(done.tensors), len(done.layers), done.before, done.after, len(sized.dataset), notes)
