@@ -246,15 +246,18 @@ def _ridge_matrix(m: Tensor, root: Tensor, rho: float) -> Tensor:
     return scaled @ scaled.T + rho * torch.eye(len(root), dtype=torch.float64)
 
 
-def ridge_cost(p: Problem, activation: Activation, rho: float, *, evaluations: int = 200) -> float:
+def ridge_cost(
+    p: Problem, activation: Activation, rho: float, *, starts: int = 4, evaluations: int = 200, seed: int = 0
+) -> float:
     """An upper estimate of min_w (1/ρ) E[(h_j(x) − η((f_i + d_i ⊙ w)·x))²] + ‖w‖² for any elementwise activation η.
 
-    The objective is not convex, so this is the best of three descents (Levenberg-Marquardt): from the least-norm
-    realization, from the solution of the linear units, and from w = 0. Never above the linear cost of a realizable
-    function. A free bias is a variable without a price.
+    The objective is not convex, so this is the best of several descents (Levenberg-Marquardt): from the least-norm
+    realization, from the solution of the linear units, from w = 0 with several biases, and from `starts` random weights of about the
+    first one's norm. Never above the linear cost of a realizable function. A free bias is a variable without a price.
 
     Args:
         activation: elementwise on float64 tensors, differentiable almost everywhere.
+        evaluations: most evaluations of one descent. seed: of the random weights.
     """
     if not rho > 0:
         raise MergeidError(f"the ridge ρ must be positive, got {rho}")
@@ -281,14 +284,20 @@ def ridge_cost(p: Problem, activation: Activation, rho: float, *, evaluations: i
 
     difference = p.target - p.centre
     linear = np.vstack([weight * features, np.eye(r)])
-    starts = [
-        np.linalg.pinv(p.map) @ difference,
-        np.linalg.lstsq(linear, np.concatenate([weight * (p.inputs @ difference), np.zeros(r)]), rcond=None)[0],
-        np.zeros(r),
-    ]
+    realization = np.linalg.pinv(p.map) @ difference
+    by_linear = np.linalg.lstsq(linear, np.concatenate([weight * (p.inputs @ difference), np.zeros(r)]), rcond=None)[0]
+    rng = np.random.default_rng(seed)
+    length = float(np.linalg.norm(realization)) / max(r, 1) ** 0.5
+    reach = float(np.abs(p.pre_activation).max(initial=0))
+    # a bias far down silences a neuron, one far up makes it linear or constant
+    far = reach + float(np.abs(fixed).max(initial=0))
+    points = [(realization, p.offset), (by_linear, p.offset), *((np.zeros(r), b) for b in (p.offset, -far, far))]
+    # from near 0 to beyond the realization, a free bias anywhere in the range of pre-activations
+    for size in np.geomspace(0.05, 1.5, starts).tolist():
+        points.append((size * length * rng.standard_normal(r), reach * float(rng.uniform(-1, 1))))
     best = inf
-    for start in starts:
-        z = np.append(start, p.offset) if p.free_bias else start
+    for start, shift in points:
+        z = np.append(start, shift) if p.free_bias else start
         best = min(best, float(np.square(residual(z)).sum()))
         if len(z):
             found = least_squares(residual, z, jacobian, method="lm", max_nfev=evaluations)
