@@ -252,8 +252,9 @@ def ridge_cost(
     """An upper estimate of min_w (1/ρ) E[(h_j(x) − η((f_i + d_i ⊙ w)·x))²] + ‖w‖² for any elementwise activation η.
 
     The objective is not convex, so this is the best of several descents (Levenberg-Marquardt): from the least-norm
-    realization, from the solution of the linear units, from w = 0 with several biases, and from `starts` random weights of about the
-    first one's norm. Never above the linear cost of a realizable function. A free bias is a variable without a price.
+    realization, from the solution of the linear units, from w = 0 with several biases, and from `starts` random
+    weights of about the first one's norm. Never above the linear cost of a realizable function. A free bias is a
+    variable without a price.
 
     Args:
         activation: elementwise on float64 tensors, differentiable almost everywhere.
