@@ -121,7 +121,7 @@ def test_changes_have_the_predicted_size(case):
     made = found.make(np.arange(8), unseen=0.5, change=0.01, generator=generator(3))
     before, after = x @ found._effective(found.trained).T, x @ made.effective.T
     error = float((after - before).norm() / before.norm())
-    assert error == pytest.approx(0.01, rel=1e-8) and made.predicted.error == 0.01
+    assert error == pytest.approx(0.01, rel=1e-8) and made.predicted.error == pytest.approx(0.01, rel=1e-8)
     assert float(made.trained.norm()) / found.norm == pytest.approx(made.predicted.growth, rel=1e-9)
 
 
@@ -152,6 +152,9 @@ def test_inputs_off_the_support_show_in_the_error():
     made = found.make(np.arange(8), unseen=0.5, change=0.0, generator=generator(0))
     measured = measure(outputs(made.effective, np.arange(8)), reference, made.trained, found.trained)
     assert 1e-3 < measured.error < 0.2
+    # and are predicted, for the pre-activations, from the second moments
+    before, after = x @ found._effective(found.trained).T, x @ made.effective.T
+    assert float((after - before).norm() / before.norm()) == pytest.approx(made.predicted.error, rel=1e-8)
 
 
 def test_definition_and_errors():

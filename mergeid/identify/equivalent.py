@@ -7,7 +7,8 @@ predicts for a layer with function classes v_i + im(M_i):
 - moves in the kernel of M_i change nothing on the support, and add their square to ‖w_i‖²;
 - a permutation π of the neurons' functions (the next layer permuted alike) is realized at Σ_i C_{iπ(i)} at least, so
   that it is (0, c)-equivalent exactly where Σ_i C_{iπ(i)} ≤ c² ‖W‖²;
-- a change of the coefficients by δ costs the outputs E‖δ·x‖² before the activation.
+- a change of the effective weights by δ costs the pre-activations E‖δ·x‖², off the support too: what a solution with
+  much norm does to the little that inputs have there is an error as well.
 
 `Equivalents` constructs such solutions, with the norm and error predicted for each; `measure` says what they have.
 """
@@ -46,7 +47,7 @@ class Solution:
         trained: W', float64 [m, d]; effective: F + D ⊙ W'.
         permutation: neuron i has the function of the original's neuron ``permutation[i]``.
         predicted: growth by Σ C and the square of the kernel moves; and the relative RMS error of the layer's
-            pre-activations on the support.
+            pre-activations, by the inputs' second moments along all known directions.
     """
 
     trained: Tensor
@@ -123,7 +124,7 @@ class Equivalents:
 
         Args:
             unseen: norm of a random move in the kernels, in units of ‖W‖.
-            change: RMS of a random change of the pre-activations, relative to theirs.
+            change: RMS of a random change of the pre-activations on the support, relative to theirs.
         """
         m, k = self.classes.m, self.support.k
         if self.predicted_growth(permutation) == inf:
@@ -141,14 +142,17 @@ class Equivalents:
         square = torch.einsum("mk,mkl,ml->", target + delta - zero, self._inverse, target + delta - zero)
         growth = sqrt(float(square) + float(move.square().sum())) / self.norm
         trained = least + move
-        return Solution(trained, self._effective(trained), permutation, Equivalence(change, growth))
+        effective = self._effective(trained)
+        before = self._effective(self.trained)[torch.from_numpy(permutation)]
+        error = self._rms(self.support.coefficients(effective - before)) / self._rms(self.support.coefficients(before))
+        return Solution(trained, effective, permutation, Equivalence(error, growth))
 
     def _rms(self, coefficients: Tensor) -> float:
-        """√E‖coefficients·x‖² on the support, from the second moments of its inputs."""
-        variances = self.support.variances[: self.support.k]
-        total = (coefficients.square() * variances).sum()
+        """√E‖coefficients·x‖², coefficients [m, r] along the first r known directions."""
+        r = coefficients.shape[1]
+        total = (coefficients.square() * self.support.variances[:r]).sum()
         if self.support.centred:
-            total = total + ((coefficients @ (self.support.U.T @ self.support.mean)).square()).sum()
+            total = total + (coefficients @ self.support.coefficients(self.support.mean[None], r)[0]).square().sum()
         return sqrt(float(total))
 
 
