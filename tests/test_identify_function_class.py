@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from mergeid.errors import MergeidError
 from mergeid.identify.function_class import FunctionClasses
 from mergeid.identify.margin import swap_costs
-from mergeid.identify.separation import gamma_in, gamma_out
+from mergeid.identify.separation import anisotropy, anisotropy_bound, gamma_in, gamma_out
 from mergeid.identify.support import InputMoments, TokenCounts
 
 
@@ -249,6 +249,27 @@ def test_anisotropy_bounds_hold_and_are_reached_by_isotropic_classes():
     dead[1] = 0
     low, high = FunctionClasses(fixed, (support,), dead).cost_bounds(weights)
     assert torch.isinf(high[1]).all() and torch.isinf(low[1]).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_anisotropy_of_random_masks_stays_below_its_bound(share):
+    """Operator norms against NumPy; the bound at probability 0.2 is exceeded less often than that."""
+    d, k, m = 200, 3, 400
+    moments = InputMoments(d)
+    moments.add(random(300, k, seed=0) @ random(k, d, seed=1))
+    support = moments.support(0.999999)
+    scaling = torch.from_numpy((np.random.default_rng(2).random((m, d)) < share).astype(float))
+    classes = FunctionClasses(random(m, d, seed=3), (support,), scaling)
+    found = anisotropy(classes, share)
+    u = support.U.numpy()
+    for i in range(0, m, 40):
+        s = u.T @ np.diag(scaling[i].numpy()) @ u
+        assert float(found[i]) == pytest.approx(np.linalg.norm(s - share * np.eye(k), 2), rel=1e-8)
+    settings = {"deviation": max(share, 1 - share), "spread": (share * (1 - share)) ** 0.5}
+    bounds = [anisotropy_bound(support.coherence, k, violation=v, **settings) for v in (0.2, 0.01)]
+    assert bounds[0] < bounds[1] < 1
+    assert float((found > bounds[0]).double().mean()) < 0.2 and float((found > bounds[1]).double().mean()) < 0.01
+    assert anisotropy_bound(0.0, 0, violation=0.1, **settings) == 0
 
 
 def test_gamma_out_by_brute_force():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from mergeid.errors import MergeidError
-from mergeid.identify.margin import least_swap, margin, sensitivity, swap_costs
+from mergeid.identify.function_class import FunctionClasses
+from mergeid.identify.margin import best_permutation, least_swap, margin, sensitivity, swap_costs
+from mergeid.identify.support import InputMoments
 
 
 def brute_force(cost):
@@ -132,6 +135,26 @@ def test_nothing_known_identifies_nothing():
     cost = torch.from_numpy(np.tile((a**2).sum(1), (9, 1)))
     found = margin(cost)
     assert found.value == 0 and found.identity_optimal and not found.identifiable
+
+
+def test_agrees_with_stored_values_of_the_papers_formulas():
+    """tests/data/make_identify_reference.py computes them in NumPy: U, k, coherence, C, T and the three objectives."""
+    r = np.load(Path(__file__).parent / "data" / "identify_reference.npz")
+    moments = InputMoments(r["x"].shape[1])
+    moments.add(torch.from_numpy(r["x"]))
+    support = moments.support(float(r["tau"]))
+    assert support.k == r["k"]
+    np.testing.assert_allclose((support.U @ support.U.T).numpy(), r["projection"], atol=1e-9)
+    for name in ("explained", "coherence", "eigengap"):
+        assert getattr(support, name) == pytest.approx(float(r[name]), rel=1e-7)
+    classes = FunctionClasses(torch.from_numpy(r["fixed"]), (support,), torch.from_numpy(r["mask"]))
+    cost = classes.costs(torch.from_numpy(r["effective"]))
+    np.testing.assert_allclose(cost.numpy(), r["cost"], rtol=1e-6)
+    np.testing.assert_allclose(swap_costs(cost).numpy(), r["swap"], rtol=1e-6, atol=1e-6)
+    best = best_permutation(cost)
+    assert float(cost.diagonal().sum()) == pytest.approx(float(r["identity"]), rel=1e-6)
+    assert float(cost[torch.arange(len(cost)), torch.from_numpy(best)].sum()) == pytest.approx(float(r["optimal"]))
+    assert float(cost.mean()) * len(cost) == pytest.approx(float(r["random"]), rel=1e-6)
 
 
 def test_swaps_in_chunks(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, log, sqrt
 
 import torch
 from torch import Tensor
@@ -44,6 +44,32 @@ def gamma_in(classes: FunctionClasses) -> float:
             product = torch.where(inputs > ALIKE * scale, inputs * fixed, torch.inf)
             found = min(found, float(product.min()))
     return found
+
+
+def anisotropy(classes: FunctionClasses, mean: float = 1.0) -> Tensor:
+    """‖S_i − p I‖ (spectral norm) of every neuron, float64 [m]: how unevenly its trainable part sees the support.
+
+    Args:
+        mean: p, the expected square of an entry of D (the trainable share of a random mask)."""
+    spectrum = classes.spectrum()
+    return (spectrum - mean).abs().amax(1)
+
+
+def anisotropy_bound(coherence: float, k: int, *, deviation: float, spread: float, violation: float) -> float:
+    """What ‖S_i − p I‖ exceeds with probability `violation` at most, for a random D: with L = log(2k/violation),
+
+        ⅔ b ν L + σ √(2 ν L)
+
+    by the matrix Bernstein inequality (Tropp 2012; used so in arXiv 2606.04754): incoherent supports are seen evenly.
+
+    Args:
+        coherence: ν(U). deviation: b = sup |d² − p|. spread: σ, standard deviation of d². A 0/1 mask of trainable
+            share p has b = max(p, 1 − p), σ = √(p(1 − p)).
+    """
+    if k == 0:
+        return 0.0
+    scale = log(2 * k / violation)
+    return 2 / 3 * deviation * coherence * scale + spread * sqrt(2 * coherence * scale)
 
 
 def _nearest(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
