@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergeid.errors import MergeidError
 from mergeid.identify.activation_cost import linear_ridge_costs
 from mergeid.identify.function_class import FunctionClasses
 from mergeid.identify.stability import projection_shift, radius, shifts, stability
@@ -226,6 +227,12 @@ def test_no_certificate():
     # inputs without any variance
     empty = support_of(np.zeros((6, 6)), 0)
     assert stability(FunctionClasses(fixed, (empty,)), weights).by_norm == 0
+
+
+def test_a_free_scale_has_no_certificate():
+    covariance, fixed, weights = layer(4, 6, 3, np.random.default_rng(8))
+    with pytest.raises(MergeidError, match="frees the scale"):
+        stability(FunctionClasses(fixed, (support_of(covariance, 3),), free_scale=True), weights)
 
 
 def test_a_sketchs_error_is_taken_off_and_groups_take_the_least():

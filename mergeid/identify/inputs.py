@@ -279,6 +279,34 @@ def merge_moments(
     return {name: tuple(x.merge(y) for x, y in zip(a[name], b[name], strict=True)) for name in a}  # type: ignore[arg-type]
 
 
+def before_batchnorm(model: nn.Module, batch: Any, forward: Forward) -> set[str]:
+    """Layers whose output goes straight into a BatchNorm: their mean and scale are free."""
+    made: dict[int, tuple[str, Tensor]] = {}
+    found: set[str] = set()
+    handles = []
+
+    def remember(name: str) -> Callable[..., None]:
+        # the tensor is kept, so that its identity is not given to another one
+        return lambda module, args, output: made.__setitem__(id(output), (name, output))
+
+    def look(module: nn.Module, args: Any) -> None:
+        if args and id(args[0]) in made:
+            found.add(made[id(args[0])][0])
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            handles.append(module.register_forward_pre_hook(look))
+        elif kind_of(module) is not None:
+            handles.append(module.register_forward_hook(remember(name)))
+    try:
+        with torch.no_grad():
+            forward(model, batch)
+    finally:
+        for h in handles:
+            h.remove()
+    return found
+
+
 def is_centred(module: nn.Module) -> bool:
     """Whether the layer has a bias of its own, which takes up the mean of its inputs."""
     return getattr(module, "bias", None) is not None

@@ -36,13 +36,37 @@ def gamma_in(classes: FunctionClasses) -> float:
         rows = support.U
         norms = rows.norm(dim=1)
         live = torch.nonzero(norms > ALIKE * norms.max()).reshape(-1) if support.k else torch.zeros(0).long()
-        columns = classes.fixed[g * size : (g + 1) * size].double().T
-        for part in live.split(max(PAIRS // max(len(live), 1), 1)):
-            inputs = torch.cdist(rows[part], rows[live], compute_mode="donot_use_mm_for_euclid_dist")
-            fixed = torch.cdist(columns[part], columns[live], compute_mode="donot_use_mm_for_euclid_dist")
-            scale = norms[part, None] + norms[None, live]
-            product = torch.where(inputs > ALIKE * scale, inputs * fixed, torch.inf)
-            found = min(found, float(product.min()))
+        u, f = rows[live], classes.fixed[g * size : (g + 1) * size].double().T[live]
+        if len(live) > 1 and not bool(f.any()):
+            return 0.0
+        for part in torch.arange(len(live)).split(max(PAIRS // max(len(live), 1), 1)):
+            if len(live) > 1:
+                found = min(found, _least_product(u, f, part))
+    return found
+
+
+def _least_product(u: Tensor, f: Tensor, part: Tensor) -> float:
+    """min over a in `part`, b > a of ‖u_a − u_b‖ ‖f_a − f_b‖ without duplicates (of u): by the Gram matrices, then
+    exactly for the pairs that these cannot tell from the least one."""
+    close, product = [], []
+    for x in (u, f):
+        squares = x.square().sum(1)
+        scale = squares[part, None] + squares[None]
+        distance = (scale - 2 * x[part] @ x.T).clamp(min=0)
+        close.append(distance <= 1e-6 * scale)
+        product.append(distance)
+    later = torch.arange(len(u))[None] > part[:, None]
+    approximate = torch.where(later & ~close[0] & ~close[1], product[0] * product[1], torch.inf)
+    near = later & ((approximate <= 1.01 * approximate.min()) | close[0] | close[1])
+    found = inf
+    for pairs in torch.nonzero(near).split(max(PAIRS // (u.shape[1] + f.shape[1]), 1)):
+        if not len(pairs):
+            break
+        a, b = part[pairs[:, 0]], pairs[:, 1]
+        inputs = (u[a] - u[b]).norm(dim=1)
+        exact = torch.where(inputs > ALIKE * (u[a].norm(dim=1) + u[b].norm(dim=1)), inputs, torch.inf)
+        values = exact * (f[a] - f[b]).norm(dim=1)
+        found = min(found, float(torch.where(torch.isnan(values), torch.inf, values).min()))
     return found
 
 

@@ -28,6 +28,7 @@ from math import asin, inf, sin, sqrt
 import torch
 from torch import Tensor
 
+from mergeid.errors import MergeidError
 from mergeid.identify.activation_cost import linear_ridge_costs
 from mergeid.identify.function_class import EPSILON, FunctionClasses
 from mergeid.identify.margin import best_permutation, margin, sensitivity, swap_costs
@@ -84,7 +85,11 @@ def stability(classes: FunctionClasses, weights: Tensor, *, ridge: float | None 
     Args:
         ridge: ρ; default: the least variance inside of the support. A sketch's error bound is taken off every radius.
 
-    Memory: three m × m matrices of float64. Raises `MergeidError` where a neuron is not realizable by itself."""
+    Memory: some m × m matrices of float64. Raises `MergeidError` where a neuron is not realizable by itself, and where
+    a BatchNorm frees the scale: no bound is known for that.
+    """
+    if classes.free_scale:
+        raise MergeidError("no shift radius is known where a BatchNorm frees the scale; take the costs without it")
     found: list[Stability] = []
     size = classes.m // len(classes.supports)
     for g, support in enumerate(classes.supports):
