@@ -12,7 +12,7 @@ from mergeid.errors import MergeidError
 from mergeid.identify.function_class import FunctionClasses
 from mergeid.identify.margin import swap_costs
 from mergeid.identify.separation import anisotropy, anisotropy_bound, gamma_in, gamma_out
-from mergeid.identify.support import InputMoments, TokenCounts
+from mergeid.identify.support import InputMoments, Support, TokenCounts
 
 
 def support_of(d, k, seed=0, rows=400, tau=None):
@@ -349,6 +349,11 @@ def test_embedding_classes_compare_frequent_tokens():
     fixed, weights = random(4, 9, seed=1), random(4, 9, seed=2)
     cost = FunctionClasses(fixed, (support,)).costs(weights)
     torch.testing.assert_close(cost[1, 2], (weights[2] - fixed[1])[[0, 3, 7]].square().sum())
+    dense = Support(
+        support.U, None, 3, support.variances, support.mean, support.total, False, support.rows
+    )  # fmt: skip
+    one, two = FunctionClasses(fixed, (support,)), FunctionClasses(fixed, (dense,))
+    assert gamma_in(one) == pytest.approx(gamma_in(two)) and gamma_out(one) == pytest.approx(gamma_out(two))
 
 
 def test_chunks_change_nothing(monkeypatch):

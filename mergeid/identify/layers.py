@@ -9,7 +9,7 @@ block, the blocks held where they are. All of it presumes that the layers' input
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
@@ -39,7 +39,7 @@ class ModelRecord:
         margin: min_{π≠id} Δ_π, +∞ where nothing else is realizable. identity_optimal: see `Margin`.
         least_swap, median_swap: of T_ij over the pairs of a block; bad_swaps: share of pairs with T_ij ≤ 0.
         by_gap, by_norm: shift radius ε* over the eigengap and over ‖Σ‖; None where it was not asked for or none is
-            known (behind a BatchNorm; for spaces of several layers).
+            known (behind a BatchNorm), and for spaces: see their layers.
     """
 
     margin: float
@@ -157,7 +157,9 @@ def space_records(
             except MergeidError as error:
                 raise MergeidError(f"layer {name!r}: {error}") from error
         if found:
-            out[space.id] = SpaceRecord(space.id, tuple(found), totals[0].record(), totals[1].record())
+            sums = [found[0].a, found[0].b] if totals[0].single else [t.record() for t in totals]
+            summed = [replace(s, by_gap=None, by_norm=None) for s in sums]
+            out[space.id] = SpaceRecord(space.id, tuple(found), summed[0], summed[1])
     return out
 
 
@@ -180,9 +182,18 @@ class _Total:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.blocks: dict[int, Tensor] = {}
+        self.added = 0
+        self._partial = False
+
+    @property
+    def single(self) -> bool:
+        """Whether every block is one layer's, once: then the sum is that layer's own cost."""
+        return self.added == len(self.blocks) == self.space.blocks and not self._partial
 
     def add(self, block: int, members: np.ndarray, cost: Tensor) -> None:
         size = self.space.members
+        self.added += 1
+        self._partial |= len(members) < size
         if block not in self.blocks:
             self.blocks[block] = torch.zeros(size, size, dtype=torch.float64)
         at = torch.from_numpy(members % size)
@@ -197,16 +208,21 @@ class _Total:
 
 def _summary(costs: Sequence[Tensor], radii: Sequence[tuple[float, float]] | None = None) -> ModelRecord:
     """The least over blocks, and statistics of all pairs in them."""
-    margins: list[Margin] = [margin(c) for c in costs]
-    pairs = [swap_costs(c)[~torch.eye(len(c), dtype=torch.bool)].numpy() for c in costs if len(c) > 1]
-    values = np.concatenate(pairs) if pairs else np.array([inf])
+    margins: list[Margin] = []
+    swaps = []
+    for cost in costs:
+        swap = swap_costs(cost).fill_diagonal_(torch.inf)
+        margins.append(margin(cost, swap))
+        swaps.append(swap.numpy().reshape(-1))
+    values = np.concatenate(swaps) if len(swaps) > 1 else swaps[0]
+    pairs = len(values) - sum(map(len, costs))  # the diagonals are +∞, at the end of the order
     by_gap, by_norm = (min(r[k] for r in radii) for k in range(2)) if radii else (None, None)
     return ModelRecord(
         min(m.value for m in margins),
         all(m.identity_optimal for m in margins),
-        float(values.min()),
-        float(np.partition(values, len(values) // 2)[len(values) // 2]),
-        float((values <= 0).mean()),
+        min(m.least_swap for m in margins),
+        float(np.partition(values, pairs // 2)[pairs // 2]),
+        float((values <= 0).sum()) / max(pairs, 1),
         by_gap,
         by_norm,
     )
@@ -245,11 +261,13 @@ class _Layer:
                     cost[torch.from_numpy(at)[:, None], torch.from_numpy(at)[None]] = classes.costs(own)
                     if separate:
                         self.gamma_out = min(self.gamma_out, gamma_out(classes))
-                        self.gamma_in = min(self.gamma_in, gamma_in(classes))
                     if radii is not None:
                         radii.append(self._radius(classes, own))
                 costs.append(cost)
                 total.add(int(block), members[inside], cost)
+        if separate:
+            for _, classes in self._classes(positions.reshape(-1), supports):
+                self.gamma_in = min(self.gamma_in, gamma_in(classes))
         return _summary(costs, radii)
 
     def _classes(self, rows: np.ndarray, supports: Sequence[Support]) -> Iterator[tuple[np.ndarray, FunctionClasses]]:

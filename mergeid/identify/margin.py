@@ -84,17 +84,24 @@ def _diagonal(cost: Tensor) -> Tensor:
     return diagonal
 
 
-def margin(cost: Tensor) -> Margin:
+def margin(cost: Tensor, swaps: Tensor | None = None) -> Margin:
     """The exact margin of realization costs C, float64 [m, m].
 
     Potentials p with C_ij − C_ii + p_i − p_j ≥ 0 (Bellman-Ford) prove the identity optimal. Cycles keep their lengths
     under them, and with the cheapest swap as a bound few edges can lie on a shorter cycle; among these Dijkstra's
     algorithm finds it. Rounding counts as 0 up to 1e-12 of the largest finite cost.
 
+    Args:
+        swaps: `swap_costs` of them, with +∞ on the diagonal, where they are there already.
+
     Raises `MergeidError` where an own cost C_ii is not finite."""
     diagonal = _diagonal(cost)
-    value, i, j = least_swap(cost)
-    rounding = 1e-12 * max(float(row[torch.isfinite(row)].abs().max()) for row in cost)
+    if swaps is None:
+        value, i, j = least_swap(cost)
+    else:
+        i, j = divmod(int(swaps.argmin()), len(cost))
+        value = float(swaps[i, j])
+    rounding = 1e-12 * _largest(cost)
     if value < -rounding:
         return _not_optimal(cost, value)
     potential = _potentials(cost, diagonal, rounding)
@@ -108,6 +115,15 @@ def margin(cost: Tensor) -> Margin:
     if value == inf:
         return Margin(inf, (), True, inf)
     return Margin(value if value > rounding else 0.0, (i, j), True, value)
+
+
+def _largest(cost: Tensor) -> float:
+    """The largest finite entry, in absolute value."""
+    found = 0.0
+    for block in cost.split(max(ROWS // len(cost), 1)):
+        size = block.abs()
+        found = max(found, float(size.masked_fill_(torch.isinf(size), 0.0).max()))
+    return found
 
 
 def _not_optimal(cost: Tensor, swap: float) -> Margin:
@@ -200,6 +216,9 @@ def _edges(cost: Tensor, diagonal: Tensor, potential: Tensor, bound: float) -> c
         block = reduced(rows)
         out[rows] = block.min(1).values
         into = torch.minimum(into, block.min(0).values)
+    # three edges or more, out of as many neurons
+    if float(out.topk(min(3, n), largest=False).values.sum()) >= bound:
+        return None
     heads, tails, lengths = [], [], []
     for rows in chunks:
         block = reduced(rows)

@@ -33,6 +33,11 @@ def gamma_in(classes: FunctionClasses) -> float:
     size = classes.m // len(classes.supports)
     found = inf
     for g, support in enumerate(classes.supports):
+        if support.tokens is not None:
+            # unit vectors: every two of them are √2 apart
+            columns = classes.fixed[g * size : (g + 1) * size].double().T[support.tokens[: support.k]]
+            found = min(found, 2**0.5 * float(_nearest(columns)[0]) if support.k > 1 else inf)
+            continue
         rows = support.U
         norms = rows.norm(dim=1)
         live = torch.nonzero(norms > ALIKE * norms.max()).reshape(-1) if support.k else torch.zeros(0).long()
