@@ -238,7 +238,7 @@ def test_masked_tokens_are_not_read_and_groups_have_their_own_support():
     padded = np.pad(h.numpy(), ((0, 0), (1, 1), (0, 0)))
     patches = np.stack([padded[:, p : p + 3].transpose(0, 2, 1) for p in range(7)], 1)  # [B, L, C, 3]
     for g, support in enumerate(found["conv"]):
-        rows = patches[:, :, 3 * g : 3 * g + 3].reshape(-1, 9)
+        rows = patches[keep.numpy()][:, 3 * g : 3 * g + 3].reshape(-1, 9)
         u, k, _ = numpy_support(rows, 0.9, False)
         assert support.k == k and not support.centred
         np.testing.assert_allclose((support.U @ support.U.T).numpy(), u @ u.T, atol=1e-9)

@@ -103,12 +103,12 @@ def _patches(module: nn.modules.conv._ConvNd, x: Tensor, output: Tensor) -> Tens
     sizes = zip(x.shape[2:], output.shape[2:], spans, module.stride, strict=True)
     needed = [max((n - 1) * stride + span - have, 0) for have, n, span, stride in sizes]
     if isinstance(module.padding, str):
-        pads = [(s - 1, True) if module.padding == "same" else (0, True) for s in spans]
+        pads = [s - 1 if module.padding == "same" else 0 for s in spans]
     else:
-        pads = [(2 * p, True) for p in module.padding]
+        pads = [2 * p for p in module.padding]
     amounts: list[int] = []
     for i in reversed(range(spatial)):
-        total = pads[i][0]
+        total = pads[i]
         made = (x.shape[2 + i] + total - spans[i]) // module.stride[i] + 1
         if made != output.shape[2 + i]:
             # a layer that pads in its own forward pass, to ceil(size / stride) outputs, the odd one at the end
@@ -176,12 +176,13 @@ class InputReader:
             x, output = _batched(module, x, output)
             values = _values_per_example(module, x, output)
             each = max(ROW_VALUES // max(values, 1), 1)
-            whole = self.mask is not None and x.dim() >= 2 and x.shape[:2] == self.mask.shape
+            # a mask over tokens says nothing of an image's positions
+            mask = None if self.mask is None or len(getattr(module, "kernel_size", ())) > 1 else self.mask
             for start in range(0, len(x), each):
                 part = slice(start, start + each)
                 rows = input_rows(module, x[part], output[part])
-                if whole and self.mask is not None and rows.shape[:2] == self.mask[part].shape:
-                    keep = self.mask[part].to(rows.device)
+                if mask is not None and rows.shape[:2] == mask[part].shape:
+                    keep = mask[part].to(rows.device)
                     rows = torch.cat([self._some(r[m]) for r, m in zip(rows, keep, strict=True)])
                 else:
                     rows = self._some(rows.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
