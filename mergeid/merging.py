@@ -183,6 +183,7 @@ def _write(
     progress: Progress | None,
 ) -> MergeResult:
     from mergeid.merge.apply import merge_checkpoints
+    from mergeid.merge.asymmetric import note
 
     record = {
         "verdict": result.verdict,
@@ -205,6 +206,7 @@ def _write(
         progress=tell,
     )
     result.files = list(report.files)
+    result.notes += note(report.overridden)
     result.report = report.to_json()
     return result
 
@@ -220,10 +222,13 @@ def _merged_state(
     """The merged state dict in memory, under the model's keys."""
     from fnmatch import fnmatchcase
 
+    from mergeid.merge.asymmetric import effective_averages
     from mergeid.merge.methods import get_method
+    from mergeid.nn.names import is_asymmetric
 
     combine = get_method(method)
     out = {}
+    merged: list[str] = []
     for name, ours in a.items():
         skipped = name not in b or any(fnmatchcase(name, p) for p in skip)
         if skipped or not ours.is_floating_point() or b[name].shape != ours.shape:
@@ -231,6 +236,13 @@ def _merged_state(
             continue
         theirs = made.graph.apply(made.element, name, b[name]) if made is not None else b[name]
         out[name] = combine([ours, theirs.to(ours.dtype)], weights).to(ours.dtype)
+        merged.append(name)
+    if is_asymmetric(merged):
+
+        def permuted(name: str) -> Tensor:
+            return made.graph.apply(made.element, name, b[name]) if made is not None else b[name]
+
+        out |= effective_averages(merged, a.__getitem__, permuted, combine, weights)
     return out
 
 

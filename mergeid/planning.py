@@ -16,6 +16,7 @@ from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
 from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.nn.folding import effective_state
 
 Progress = Callable[[str, int, int], None]
 MODES = ("auto", "never", "always")
@@ -141,7 +142,8 @@ def make_plan(
             tell("judging on held-out examples", 0, 1)
             decided = decide_from_activations(evidence, scores, cosines, matched, seed=seed)
             element = decided.element
-            records = _with_chords(graph, evidence, decided.spaces, element, matched, a.state(), b.state())
+            effective = effective_state(a.state()), effective_state(b.state())
+            records = _with_chords(graph, evidence, decided.spaces, element, matched, *effective)
     verdict = _verdict(match, records, notes)
     return Plan(
         a.source,

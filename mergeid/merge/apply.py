@@ -20,9 +20,11 @@ from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.companions import default_companions
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
+from mergeid.merge.asymmetric import effective_averages
 from mergeid.merge.by_numpy import NumpyMerge
 from mergeid.merge.compare import TensorPlan, plan_tensors
 from mergeid.merge.methods import check_weights, get_method
+from mergeid.nn.names import is_asymmetric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +128,12 @@ def merge_checkpoints(
     plan = plan_tensors(first, second, skip=skip, dtype=dtype)
     _warn(first, second, plan, dtype)
     extra = _checked_overrides(first, overrides or {})
+    if is_asymmetric(plan.merged):
+
+        def theirs(name: str) -> Tensor:
+            return second.tensor(name) if transform_b is None else transform_b(name, second.tensor(name))
+
+        extra = {**effective_averages(plan.merged, first.tensor, theirs, chosen, scaled), **extra}
     with _hashing(first, second) as hashes:
         merge: NumpyMerge | TorchMerge
         if method == "linear" and transform_b is None and not extra and NumpyMerge.can(first, second, plan):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod, sqrt
 from typing import Any, Union
 
-import torch
 from torch import Generator, Tensor, nn
 
 from mergeid.errors import MergeidError
 from mergeid.nn import syre, w_asymmetric  # noqa: F401  # register their kinds
 from mergeid.nn.activations import convert_activations
-from mergeid.nn.effective import Asymmetric, Parts, attach, effective_weight
+from mergeid.nn.effective import Asymmetric, Parts, attach
 from mergeid.nn.kinds import Kind, get_kind
 from mergeid.nn.layers import neuron_axes
 
@@ -57,8 +57,9 @@ def asymmetrise(
         fixed: share (or number) of fixed entries per neuron, for kind "w".
         layers: glob of module names, several of them, or a predicate of (name, module). By default all but the task
             head, layers tied to an embedding, and layers too narrow for distinct masks.
-        preserve_scale: multiply F and D of each layer by one factor, so that its effective weights start with the
-            root mean square that its weights had; False leaves F and D as in the papers.
+        preserve_scale: multiply F and D of each layer by one factor, so that its output keeps the scale of its input
+            (a neuron's effective weights have norm 1 in the root mean square, if W starts with variance
+            1/inputs); W, σ and a training step of W keep their proportion. False leaves F and D as in the papers.
         example_inputs: needed by "sigma", to see where the neurons lie: a tensor, a tuple, or a dict of keywords.
 
     Raises:
@@ -67,10 +68,14 @@ def asymmetrise(
     """
     if kind == "sigma":
         if example_inputs is None:
-            raise MergeidError('kind "sigma" needs example_inputs, to see on which axis the neurons of an activation lie')
+            raise MergeidError(
+                'kind "sigma" needs example_inputs, to see on which axis the neurons of an activation lie'
+            )
         chosen = _selector(layers) if layers is not None else lambda name, module: True
         result = Conversion(
-            *convert_activations(model, example_inputs, chosen, sigma=1.0 if sigma is None else sigma, generator=generator)
+            *convert_activations(
+                model, example_inputs, chosen, sigma=1.0 if sigma is None else sigma, generator=generator
+            )
         )
     else:
         found = get_kind(kind)
@@ -79,7 +84,9 @@ def asymmetrise(
         )
     if not result.converted:
         why = "; ".join(f"{n}: {w}" for n, w in list(result.skipped.items())[:3]) or "it has none of the known layers"
-        raise MergeidError(f"no layer of {type(model).__name__} was made asymmetric ({why}); choose others with `layers`")
+        raise MergeidError(
+            f"no layer of {type(model).__name__} was made asymmetric ({why}); choose others with `layers`"
+        )
     return result
 
 
@@ -96,7 +103,13 @@ def asymmetric_layer(
 
     Arguments as for `asymmetrise`. Raises `MergeidError` for another module, or masks that cannot be distinct."""
     asymmetrise(
-        layer, kind, generator=generator, sigma=sigma, fixed=fixed, preserve_scale=preserve_scale, layers=lambda n, m: not n
+        layer,
+        kind,
+        generator=generator,
+        sigma=sigma,
+        fixed=fixed,
+        preserve_scale=preserve_scale,
+        layers=lambda n, m: not n,
     )
     return layer
 
@@ -146,7 +159,7 @@ def _parts(
         weight = _parameter(module, name)
         if id(weight) not in drawn:
             made = kind.make(weight.detach(), axis, sigma=sigma, fixed=fixed, generator=generator)
-            made = made.scaled(_scale(weight, made)) if preserve_scale else made
+            made = made.scaled(_scale(weight.shape, axis, made)) if preserve_scale else made
             drawn[id(weight)] = _like(made, weight)
         out[name] = drawn[id(weight)]
         bias_name = name.replace("weight", "bias")
@@ -174,18 +187,14 @@ def _like(parts: Parts, parameter: Tensor) -> Parts:
     return Parts(parts.fixed.to(data), None if parts.mask is None else parts.mask.to(data))
 
 
-def _scale(weight: Tensor, parts: Parts) -> float:
-    """The factor that gives the effective weights the root mean square of the initial ones.
+def _scale(shape: Sequence[int], axis: int, parts: Parts) -> float:
+    """The factor that makes a neuron's effective weights of norm 1 in the root mean square, if W is of norm 1.
 
-    Raises `MergeidError` for weights that are all zero or on the meta device."""
-    if weight.is_meta:
-        raise MergeidError("its weights lie on the meta device; initialise the model first")
-    initial = weight.detach().double().cpu()
-    mask = None if parts.mask is None else parts.mask.double()
-    size = initial.square().mean().sqrt()
-    if size == 0:
-        raise MergeidError("its weights are all zero, which leaves no scale to preserve; pass preserve_scale=False")
-    return float(size / effective_weight(initial, parts.fixed.double(), mask).square().mean().sqrt())
+    It depends on F and D only, not on how W was drawn, so that networks of any seed have the same F and D."""
+    neurons = shape[axis]
+    entries = prod(shape) // neurons
+    free = float(entries) if parts.mask is None else float(parts.mask.double().sum()) / neurons
+    return 1 / sqrt(float(parts.fixed.double().square().sum()) / neurons + free / entries)
 
 
 def _selector(layers: Layers) -> Callable[[str, nn.Module], bool]:
@@ -200,7 +209,8 @@ def _explicit(candidates: dict[str, nn.Module], layers: Layers) -> list[str]:
     chosen = [n for n, m in candidates.items() if wanted(n, m)]
     if not chosen:
         raise MergeidError(
-            f"layers={layers!r} matches no linear or convolutional layer; the first are {', '.join(list(candidates)[:5])}"
+            f"layers={layers!r} matches no linear or convolutional layer; "
+            f"the first are {', '.join(list(candidates)[:5])}"
         )
     return chosen
 

@@ -3,8 +3,8 @@
 The layer's class is exchanged for a subclass in which ``weight`` reads as the effective weight, so that every forward
 pass and every other reader (``F.linear(x, attn.qkv.weight)``) computes with it, and gradients flow to W through D.
 The module's parameter is still W: ``named_parameters``, ``state_dict``, optimisers, ``.to`` and ``deepcopy`` see
-``X.weight`` (W), and the buffers ``X.weight_fixed`` (F) and ``X.weight_mask`` (D) beside it. ``torch.nn.utils.parametrize``
-would rename W to ``X.parametrizations.weight.original`` and so break checkpoints and optimiser groups.
+``X.weight`` (W), and the buffers ``X.weight_fixed`` (F) and ``X.weight_mask`` (D) beside it.
+``torch.nn.utils.parametrize`` would rename W to ``X.parametrizations.weight.original``.
 """
 
 from __future__ import annotations

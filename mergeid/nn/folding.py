@@ -12,24 +12,27 @@ from mergeid.nn.effective import Asymmetric, effective_weight, strip
 from mergeid.nn.names import FIXED, MASK, asymmetric_parameters, gates, plain_table
 
 
-def fold_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plain state dict: effective weights under the ordinary names, nothing else; idempotent.
-
-    Every weight has the dtype that the layer computes with, and tied weights stay one tensor.
-
-    Raises `MergeidError` for σ-asymmetric activations, which have no ordinary form."""
-    _refuse_gates(state)
+def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the ordinary names, with the values that the network computes with; tied weights stay tied."""
     out = dict(plain_table(state))
     done: dict[tuple[int, ...], Tensor] = {}
     with torch.no_grad():
         for name in asymmetric_parameters(state):
-            parts = [t.detach() for t in (state[name], state[name + FIXED])]
-            mask = state.get(name + MASK)
-            key = tuple(t.data_ptr() for t in (*parts, *([] if mask is None else [mask])))
+            weight, fixed, mask = (state.get(n) for n in (name, name + FIXED, name + MASK))
+            assert weight is not None and fixed is not None
+            key = tuple(0 if t is None else t.data_ptr() for t in (weight, fixed, mask))
             if key not in done:
-                done[key] = effective_weight(*parts, mask)
+                done[key] = effective_weight(weight.detach(), fixed, mask)
             out[name] = done[key]
     return out
+
+
+def fold_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plain state dict of the same function: effective weights under the ordinary names, nothing else; idempotent.
+
+    Raises `MergeidError` for σ-asymmetric activations, which have no ordinary form."""
+    _refuse_gates(state)
+    return effective_state(state)
 
 
 def fold(model: nn.Module) -> dict[str, Tensor]:

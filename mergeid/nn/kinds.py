@@ -25,9 +25,7 @@ class MakeParts(Protocol):
         generator: the only source of randomness, on the CPU.
     """
 
-    def __call__(
-        self, parameter: Tensor, axis: int, *, sigma: float, fixed: float, generator: Generator
-    ) -> Parts: ...
+    def __call__(self, parameter: Tensor, axis: int, *, sigma: float, fixed: float, generator: Generator) -> Parts: ...
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,9 @@ def give_gate(activation: nn.Module, gate: Tensor, where: str = "") -> nn.Module
     if isinstance(activation, SigmaAsymmetric):
         raise MergeidError(f"activation {name!r} is σ-asymmetric already")
     if gate.dim() not in (2, 3, 4) or gate.shape[0] != gate.shape[1] or any(n != 1 for n in gate.shape[2:]):
-        raise MergeidError(f"activation {name!r}: expected a gate [n, n], [n, n, 1] or [n, n, 1, 1], got {list(gate.shape)}")
+        raise MergeidError(
+            f"activation {name!r}: expected a gate [n, n], [n, n, 1] or [n, n, 1, 1], got {list(gate.shape)}"
+        )
     activation.register_buffer(GATE, gate.clone())
     activation.__class__ = _sigma_class(type(activation))
     return activation

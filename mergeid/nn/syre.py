@@ -33,7 +33,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
                 assert parameter is not None
                 decayed[id(parameter)] = parameter
     decayed |= {id(p): p for p in model.parameters() if p.dim() >= 2}
-    groups = [p for p in model.parameters() if id(p) in decayed], [p for p in model.parameters() if id(p) not in decayed]
+    groups = (
+        [p for p in model.parameters() if id(p) in decayed],
+        [p for p in model.parameters() if id(p) not in decayed],
+    )
     return [
         {"params": params, "weight_decay": decay}
         for params, decay in zip(groups, (weight_decay, 0.0), strict=True)

@@ -25,8 +25,8 @@ def fixed_count(entries: int, fixed: float) -> int:
     count = round(fixed * entries) if 0 < fixed < 1 else int(fixed)
     if not 0 < count < entries or (fixed >= 1 and count != fixed):
         raise MergeidError(
-            f"fixed={fixed:g} leaves {count} of a neuron's {entries} weights fixed; expected at least one fixed and one "
-            "free: give a share between 0 and 1 or a whole number"
+            f"fixed={fixed:g} leaves {count} of a neuron's {entries} weights fixed; expected at least one fixed and "
+            "one free: give a share between 0 and 1 or a whole number"
         )
     return count
 

@@ -1,0 +1,58 @@
+"""Averaging asymmetric layers (`mergeid.nn`): F + D ⊙ W is linear in W only where both models have the same D.
+
+Two networks that share F and D keep both: equal tensors stay equal in every average. Where B was permuted, its mask is
+no longer A's, and averages of D and W would not give the average of the effective weights. Such a layer is averaged in
+its effective weights and written as an ordinary one in the same tensors: W effective, F = 0, D = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from mergeid.nn.names import FIXED, MASK, asymmetric_parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergeid.merge.methods import MergeMethod
+
+Read = Callable[[str], "Tensor"]
+
+
+def effective_averages(
+    names: Iterable[str], ours: Read, theirs: Read, method: MergeMethod, weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Tensors to write instead of the tensor-wise averages: those of the layers whose masks differ.
+
+    Args:
+        names: the tensors to be merged.
+        ours, theirs: read a tensor of A, and of B as permuted.
+        method, weights: of the merge.
+    """
+    import torch
+
+    from mergeid.nn.effective import effective_weight
+
+    known = list(names)
+    present = set(known)
+    out: dict[str, Tensor] = {}
+    for parameter in asymmetric_parameters(known):
+        fixed, mask = parameter + FIXED, parameter + MASK
+        if mask not in present or torch.equal(ours(mask), theirs(mask)):
+            continue
+        pair = [effective_weight(read(parameter), read(fixed), read(mask)) for read in (ours, theirs)]
+        merged = method(pair, weights).to(pair[0].dtype)
+        out |= {parameter: merged, fixed: torch.zeros_like(merged), mask: torch.ones_like(merged)}
+    return out
+
+
+def note(overrides: Iterable[str]) -> list[str]:
+    """What the user should know about `effective_averages`."""
+    count = sum(1 for n in overrides if n.endswith(MASK))
+    if not count:
+        return []
+    return [
+        f"{count} asymmetric layers of B do not have A's masks (other masks, or its neurons were permuted): they were "
+        "averaged in their effective weights and are ordinary layers of the result (fixed part 0, mask 1)"
+    ]
