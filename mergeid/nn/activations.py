@@ -94,9 +94,17 @@ def _watch(model: nn.Module, example_inputs: Any) -> dict[int, _Seen]:
 
 
 def _elementwise(module: nn.Module, x: Tensor) -> bool:
-    """Whether the module maps every element on its own, and not to itself: shuffled inputs give shuffled outputs."""
-    values = torch.linspace(-3, 3, x.numel(), dtype=x.dtype, device=x.device)
-    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0)).to(x.device)
-    plain = module(values.reshape(x.shape).clone()).reshape(-1)
-    shuffled = module(values[order].reshape(x.shape).clone()).reshape(-1)
-    return bool(torch.allclose(shuffled, plain[order]) and not torch.allclose(plain, values))
+    """Whether the module maps every element on its own and alike, and not to itself: shuffled inputs give shuffled
+    outputs, and a change of one input changes that output alone."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(x.numel(), generator=generator).to(x)
+    order = torch.randperm(x.numel(), generator=generator).to(x.device)
+    changed = values.clone()
+    changed[0] += 1
+
+    def run(flat: Tensor) -> Tensor:
+        return module(flat.reshape(x.shape).clone()).reshape(-1)
+
+    plain = run(values)
+    alike = torch.allclose(run(values[order]), plain[order]) and torch.equal(run(changed)[1:], plain[1:])
+    return alike and not torch.allclose(plain, values)

@@ -31,7 +31,8 @@ def neuron_axes(module: nn.Module) -> dict[str, int]:
         if isinstance(module, layer):
             return {n: a for n, a in axes.items() if module._parameters.get(n) is not None}
     weight = module._parameters.get("weight")
-    if type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2:
+    ordinary = getattr(module, "ordinary", type(module))
+    if ordinary.__name__ == "Conv1D" and weight is not None and weight.dim() == 2:
         # transformers' linear layer with a transposed weight [inputs, neurons]
         return {"weight": 1}
     return {}
