@@ -7,8 +7,8 @@ from itertools import combinations
 
 from train import Budget, Setting
 
-MLP_VARIANTS = ("standard", "W 0", "W 0.5", "W 1", "W 2", "SYRE")
-RESNET_VARIANTS = ("standard", "W 2", "SYRE")
+MLP_VARIANTS = ("standard", "W 0", "W 0.5", "W 1", "W 2", "SYRE 0.1", "SYRE 1")
+RESNET_VARIANTS = ("standard", "W 2", "SYRE 1")
 DIMENSIONS = (2, 8, 32)
 TURNS = (0.0, 0.25, 0.5, 1.0)
 EXPERIMENTS = ("mnist", "fashion", "resnet", "dimension", "coherence")
@@ -21,13 +21,13 @@ def settings(experiment: str, tiny: bool = False) -> list[Setting]:
         small = Budget(images=192, epochs=1, width=8 if net == "resnet" else 16, test=64, batch=64)
         return Setting(experiment, data, net, variant, small if tiny else budget)
 
-    mlp = {"mnist": Budget(4000, 20, 512, 1000), "fashion": Budget(10_000, 10, 512, 2000)}
+    mlp = {"mnist": Budget(4000, 10, 512, 1000), "fashion": Budget(6000, 7, 512, 2000)}
     if experiment in mlp:
         return [cell(experiment, "mlp", v, mlp[experiment]) for v in MLP_VARIANTS]
     if experiment == "resnet":
-        budget = Budget(8000, 6, 32, 2000, rate=2e-3)
+        budget = Budget(6000, 5, 24, 1000, rate=2e-3)
         return [cell("fashion", "resnet", v, budget) for v in RESNET_VARIANTS]
-    budget = Budget(4000, 10, 256, 2000)
+    budget = Budget(4000, 8, 256, 2000)
     if experiment == "dimension":
         return [cell(f"gauss-{k}", "mlp", v, budget) for v in ("standard", "W 1") for k in DIMENSIONS]
     return [cell(f"gauss-8-{turn:g}", "mlp", "W 1", budget) for turn in TURNS]

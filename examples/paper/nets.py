@@ -77,7 +77,7 @@ VARIANTS = {
     for v in (
         Variant("standard"),
         *(Variant(f"W {sigma:g}", "w", sigma) for sigma in (0.0, 0.5, 1.0, 2.0)),
-        Variant("SYRE", "syre", 1.0),
+        *(Variant(f"SYRE {sigma:g}", "syre", sigma) for sigma in (0.1, 1.0)),
     )
 }
 

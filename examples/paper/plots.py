@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def label(variant: str) -> str:
     """A variant's name on an axis."""
-    return variant.replace("W ", "W, σ=")
+    return variant.replace(" ", ", σ=")
 
 
 def _present(rows: Sequence[Row]) -> list[tuple[str, str, str, tuple[str, ...]]]:

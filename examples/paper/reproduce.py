@@ -37,9 +37,8 @@ def run(options: argparse.Namespace) -> list[table.Row]:
     began = time.monotonic()
     path = options.out / "results.csv"
     rows = table.read(path)
-    todo = [
-        (s, p) for s, p in work(options.only, options.seeds, options.tiny) if table.key(s, p) not in table.done(rows)
-    ]
+    measured = table.done(rows)
+    todo = [(s, p) for s, p in work(options.only, options.seeds, options.tiny) if table.key(s, p) not in measured]
     for count, (setting, pair) in enumerate(todo, 1):
         minutes = (time.monotonic() - began) / 60
         if options.minutes is not None and minutes >= options.minutes:

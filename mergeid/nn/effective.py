@@ -59,7 +59,7 @@ def _effective_property(name: str) -> property:
 
 
 @cache
-def _asymmetric_class(ordinary: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _asymmetric_class(ordinary: type[Any], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _effective_property(name) for name in names}
     body |= {"ordinary": ordinary, "fixed_names": names, "__module__": __name__}
     return type(f"Asymmetric{ordinary.__name__}", (Asymmetric, ordinary), body)
@@ -106,7 +106,8 @@ def attach(module: nn.Module, parts: Mapping[str, Parts], where: str = "") -> nn
 def strip(module: nn.Module) -> None:
     """Make an asymmetric layer ordinary in place, its parameters as they are: fixed parts and masks are dropped."""
     if isinstance(module, Asymmetric):
-        names, module.__class__ = module.fixed_names, module.ordinary
+        names = module.fixed_names
+        module.__class__ = module.ordinary  # type: ignore[assignment]
         for name in names:
             for suffix in (FIXED, MASK):
                 module._buffers.pop(name + suffix, None)

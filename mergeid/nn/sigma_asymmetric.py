@@ -41,7 +41,7 @@ def _mixed(x: Tensor, gate: Tensor) -> Tensor:
 
 
 @cache
-def _sigma_class(ordinary: type[nn.Module]) -> type[nn.Module]:
+def _sigma_class(ordinary: type[Any]) -> type[nn.Module]:
     body = {"ordinary": ordinary, "__module__": __name__}
     return type(f"SigmaAsymmetric{ordinary.__name__}", (SigmaAsymmetric, ordinary), body)
 
