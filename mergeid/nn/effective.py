@@ -42,7 +42,7 @@ def effective_weight(weight: Tensor, fixed: Tensor, mask: Tensor | None) -> Tens
 class Asymmetric:
     """Mixin of all layers with fixed parts: ``isinstance(layer, Asymmetric)``."""
 
-    ordinary: ClassVar[type[nn.Module]]
+    ordinary: ClassVar[Any]
     fixed_names: ClassVar[tuple[str, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -59,13 +59,13 @@ def _effective_property(name: str) -> property:
 
 
 @cache
-def _asymmetric_class(ordinary: type[Any], names: tuple[str, ...]) -> type[nn.Module]:
+def _asymmetric_class(ordinary: Any, names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _effective_property(name) for name in names}
     body |= {"ordinary": ordinary, "fixed_names": names, "__module__": __name__}
     return type(f"Asymmetric{ordinary.__name__}", (Asymmetric, ordinary), body)
 
 
-def _blank(ordinary: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _blank(ordinary: Any, names: tuple[str, ...]) -> nn.Module:
     made = _asymmetric_class(ordinary, names)
     return made.__new__(made)
 
@@ -99,7 +99,8 @@ def attach(module: nn.Module, parts: Mapping[str, Parts], where: str = "") -> nn
         module.register_buffer(name + FIXED, part.fixed.to(parameter))
         if part.mask is not None:
             module.register_buffer(name + MASK, part.mask.to(parameter))
-    module.__class__ = _asymmetric_class(type(module), tuple(parts))
+    ordinary: Any = type(module)
+    module.__class__ = _asymmetric_class(ordinary, tuple(parts))
     return module
 
 

@@ -22,7 +22,7 @@ from mergeid.nn.names import GATE
 class SigmaAsymmetric:
     """Mixin of activations with a fixed gate: ``isinstance(activation, SigmaAsymmetric)``."""
 
-    ordinary: ClassVar[type[nn.Module]]
+    ordinary: ClassVar[Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the gate first: η may work in place
@@ -41,12 +41,12 @@ def _mixed(x: Tensor, gate: Tensor) -> Tensor:
 
 
 @cache
-def _sigma_class(ordinary: type[Any]) -> type[nn.Module]:
+def _sigma_class(ordinary: Any) -> type[nn.Module]:
     body = {"ordinary": ordinary, "__module__": __name__}
     return type(f"SigmaAsymmetric{ordinary.__name__}", (SigmaAsymmetric, ordinary), body)
 
 
-def _blank(ordinary: type[nn.Module]) -> nn.Module:
+def _blank(ordinary: Any) -> nn.Module:
     made = _sigma_class(ordinary)
     return made.__new__(made)
 
@@ -74,5 +74,6 @@ def give_gate(activation: nn.Module, gate: Tensor, where: str = "") -> nn.Module
             f"activation {name!r}: expected a gate [n, n], [n, n, 1] or [n, n, 1, 1], got {list(gate.shape)}"
         )
     activation.register_buffer(GATE, gate.clone())
-    activation.__class__ = _sigma_class(type(activation))
+    ordinary: Any = type(activation)
+    activation.__class__ = _sigma_class(ordinary)
     return activation
