@@ -21,7 +21,7 @@ def settings(experiment: str, tiny: bool = False) -> list[Setting]:
         small = Budget(images=192, epochs=1, width=8 if net == "resnet" else 16, test=64, batch=64)
         return Setting(experiment, data, net, variant, small if tiny else budget)
 
-    mlp = {"mnist": Budget(4000, 10, 512, 1000), "fashion": Budget(6000, 7, 512, 2000)}
+    mlp = {"mnist": Budget(4000, 10, 512, 1000, rate=3e-3), "fashion": Budget(6000, 7, 512, 2000, rate=3e-3)}
     if experiment in mlp:
         return [cell(experiment, "mlp", v, mlp[experiment]) for v in MLP_VARIANTS]
     if experiment == "resnet":

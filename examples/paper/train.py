@@ -27,7 +27,7 @@ class Budget:
     rate: float = 1e-3
 
     def __str__(self) -> str:
-        return f"{self.images}x{self.epochs}w{self.width}"
+        return f"{self.images}x{self.epochs}w{self.width}r{self.rate:g}"
 
 
 @dataclass(frozen=True)
