@@ -278,6 +278,57 @@ def test_live_modules_merge_with_what_they_share(match):
         torch.testing.assert_close(value, (folded[0][name] + folded[1][name]) / 2)
 
 
+@pytest.mark.parametrize("match", ["never", "always"])
+def test_the_barrier_is_that_of_the_folded_networks(pair, tmp_path, match):
+    folder, _ = pair
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((48, 3, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=images, labels=generator.integers(0, 4, 48))
+    options = {"data": tmp_path / "data.npz", "points": 3, "match": match, "arch": ARCH, "dtype": "float64"}
+    found, expected = (
+        mergeid.barrier(folder / f"a{end}.safetensors", folder / f"b{end}.safetensors", **options)
+        for end in ("", "-folded")
+    )
+    # the ends are the same networks; between them, too, if the two pairs were matched alike
+    assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-5)
+    assert found.losses[-1] == pytest.approx(expected.losses[-1], rel=1e-5)
+    if match == "never":
+        assert found.losses[1] == pytest.approx(expected.losses[1], rel=1e-5)
+    else:
+        plan = mergeid.plan(
+            folder / "a.safetensors", folder / "b.safetensors", data=options["data"], match=match, arch=ARCH
+        )
+        aligned = plan.graph.apply_state(plan.element, load_file(folder / "b-folded.safetensors"))
+        file_of(aligned, tmp_path / "b.safetensors")
+        options["match"] = "never"
+        again = mergeid.barrier(folder / "a-folded.safetensors", tmp_path / "b.safetensors", **options)
+        assert found.losses[1] == pytest.approx(again.losses[1], rel=1e-5)
+
+
+def test_a_gated_checkpoint_is_loaded_and_merged(tmp_path):
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = plain()
+        images = torch.randn(2, 3, 32, 32, generator=seeded(7))
+        mnn.asymmetrise(model, "sigma", generator=seeded(2), example_inputs=images)
+        return model.eval()
+
+    a, b = make(0), make(1)
+    # as a wrapper writes it: one prefix before every name
+    paths = [
+        file_of({f"module.{k}": v for k, v in m.state_dict().items()}, tmp_path / f"{n}.safetensors")
+        for n, m in (("a", a), ("b", b))
+    ]
+    x = torch.randn(2, 3, 48, 48, generator=seeded(3))
+    assert torch.equal(mergeid.load(paths[0], arch=ARCH).model(x), a(x))
+    done = mergeid.merge(*paths, output=tmp_path / "m.safetensors", match="never")
+    merged = load_file(done.files[0])
+    gates = [k for k in merged if k.endswith("gate_fixed")]
+    assert gates and all(torch.equal(merged[k], a.state_dict()[k.removeprefix("module.")]) for k in gates)
+    with pytest.raises(MergeidError, match="no ordinary form"):
+        mnn.fold_file(paths[0], tmp_path / "f.safetensors")
+
+
 def test_a_state_with_a_layer_that_the_model_lacks_is_refused():
     state = mnn.asymmetric_layer(nn.Linear(8, 4), generator=seeded()).state_dict()
     with pytest.raises(MergeidError, match="Linear has no layer 'fc'"):

@@ -46,4 +46,6 @@ def stored_keys(table: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, 
     for parameter in asymmetric_parameters(table):
         if parameter in keys:
             out |= {parameter + s: keys[parameter] + s for s in (FIXED, MASK) if parameter + s in table}
-    return out | {g: g for g in gates(table)}
+    # a gate lies beside no parameter that tells its key: wrappers put one prefix before every name
+    prefix = next((name.removesuffix(key) for name, key in keys.items() if name.endswith(key)), "")
+    return out | {gate: gate.removeprefix(prefix) for gate in gates(table)}
