@@ -8,6 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
+from tiny_transformers import configs
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -24,6 +25,7 @@ from transformers import (
 from mergeid import MergeidError
 from mergeid import nn as mnn
 from mergeid.nn.layers import neuron_axes
+from mergeid.plugins import get_adapter
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 50}
 
@@ -171,6 +173,21 @@ def test_outputs_keep_their_scale(name):
             run(chosen, x)
     assert min(norms["kept"]) > 0.3 and max(norms["kept"]) < 3
     assert max(norms["wild"]) > 3
+
+
+@pytest.mark.parametrize("name", configs())
+def test_every_transformers_family_folds_back(name):
+    config = configs()[name]
+    adapter = get_adapter("transformers")
+    arch = adapter.resolve(config["model_type"], None, config)
+    torch.manual_seed(0)
+    model = adapter.build(arch)
+    mnn.asymmetrise(model, "w", generator=seeded())
+    batch = adapter.example_inputs(arch, model, seeded())
+    plain = adapter.build(arch)
+    plain.load_state_dict(mnn.fold(model))
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.forward(plain, batch), adapter.forward(model, batch))
 
 
 # -- selection ----------------------------------------------------------------------------------------------
