@@ -99,5 +99,5 @@ def plain(net: str, inputs: int, width: int) -> nn.Module:
 
 def hidden(model: nn.Module) -> list[str]:
     """Modules whose outputs are the hidden layers, by depth."""
-    kinds = (nn.GELU, Block) if isinstance(model, Mlp) else (Block,)
-    return [n for n, m in model.named_modules() if isinstance(m, kinds)]
+    kind = nn.GELU if isinstance(model, Mlp) else Block
+    return [n for n, m in model.named_modules() if isinstance(m, kind)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from math import prod, sqrt
-from typing import Any, Union
+from typing import Any
 
 from torch import Generator, Tensor, nn
 
@@ -16,8 +15,7 @@ from mergeid.nn.activations import convert_activations
 from mergeid.nn.effective import Asymmetric, Parts, attach
 from mergeid.nn.kinds import Kind, get_kind
 from mergeid.nn.layers import neuron_axes
-
-Layers = Union[str, Sequence[str], Callable[[str, nn.Module], bool]]
+from mergeid.nn.selection import Layers, choose, selector
 
 
 @dataclass
@@ -71,7 +69,7 @@ def asymmetrise(
             raise MergeidError(
                 'kind "sigma" needs example_inputs, to see on which axis the neurons of an activation lie'
             )
-        chosen = _selector(layers) if layers is not None else lambda name, module: True
+        chosen = selector(layers) if layers is not None else lambda name, module: True
         result = Conversion(
             *convert_activations(
                 model, example_inputs, chosen, sigma=1.0 if sigma is None else sigma, generator=generator
@@ -123,15 +121,13 @@ def _convert_layers(
     preserve_scale: bool,
     generator: Generator,
 ) -> Conversion:
-    result = Conversion()
-    candidates = {n: m for n, m in model.named_modules() if neuron_axes(m)}
-    chosen = _explicit(candidates, layers) if layers is not None else _default(model, candidates, result.skipped)
-    _refuse_partly_tied(model, candidates, chosen, result.skipped, explicit=layers is not None)
+    candidates, skipped = choose(model, layers)
+    result = Conversion(skipped=skipped)
     drawn: dict[int, Parts] = {}
     ready: dict[str, dict[str, Parts]] = {}
-    for name in chosen:
+    for name, module in candidates.items():
         try:
-            ready[name] = _parts(candidates[name], kind, sigma, fixed, preserve_scale, generator, drawn)
+            ready[name] = _parts(module, kind, sigma, fixed, preserve_scale, generator, drawn)
         except MergeidError as error:
             if layers is not None:
                 raise MergeidError(f"layer {name!r}: {error}") from None
@@ -195,74 +191,3 @@ def _scale(shape: Sequence[int], axis: int, parts: Parts) -> float:
     entries = prod(shape) // neurons
     free = float(entries) if parts.mask is None else float(parts.mask.double().sum()) / neurons
     return 1 / sqrt(float(parts.fixed.double().square().sum()) / neurons + free / entries)
-
-
-def _selector(layers: Layers) -> Callable[[str, nn.Module], bool]:
-    if callable(layers):
-        return layers
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    return lambda name, module: any(fnmatchcase(name, p) for p in patterns)
-
-
-def _explicit(candidates: dict[str, nn.Module], layers: Layers) -> list[str]:
-    wanted = _selector(layers)
-    chosen = [n for n, m in candidates.items() if wanted(n, m)]
-    if not chosen:
-        raise MergeidError(
-            f"layers={layers!r} matches no linear or convolutional layer; "
-            f"the first are {', '.join(list(candidates)[:5])}"
-        )
-    return chosen
-
-
-def _default(model: nn.Module, candidates: dict[str, nn.Module], skipped: dict[str, str]) -> list[str]:
-    heads = set(_heads(model, candidates))
-    for name in candidates:
-        if name in heads:
-            skipped[name] = "task head"
-    return [n for n in candidates if n not in heads]
-
-
-def _heads(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[str]:
-    """Layers of the task head: what the model says is its classifier or output embedding, or lies outside its base
-    model (the conventions of timm and transformers); else the last layer."""
-    own: set[int] = set()
-    for getter in ("get_classifier", "get_output_embeddings"):
-        found = getattr(model, getter)() if hasattr(model, getter) else None
-        for part in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(part, nn.Module):
-                own |= {id(m) for m in part.modules()}
-    base = getattr(model, "base_model", None)
-    told = hasattr(model, "get_classifier") or isinstance(base, nn.Module)
-    if isinstance(base, nn.Module) and base is not model:
-        inside = {id(m) for m in base.modules()}
-        own |= {id(m) for m in candidates.values() if id(m) not in inside}
-    if not told:
-        own |= {id(m) for m in list(candidates.values())[-1:]}
-    yield from (n for n, m in candidates.items() if id(m) in own)
-
-
-def _refuse_partly_tied(
-    model: nn.Module, candidates: dict[str, nn.Module], chosen: list[str], skipped: dict[str, str], explicit: bool
-) -> None:
-    """A tied weight is converted in all layers that use it, or in none."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
-    for name in list(chosen):
-        axes = neuron_axes(candidates[name])
-        for key in axes:
-            inside = {f"{n}.{k}" if n else k: a for n in chosen for k, a in neuron_axes(candidates[n]).items()}
-            mine = f"{name}.{key}" if name else key
-            others = [
-                u for u in users[id(candidates[name]._parameters[key])] if u != mine and inside.get(u) != axes[key]
-            ]
-            if others:
-                why = f"its {key} is tied to {others[0]}, which is not converted alike"
-                if explicit:
-                    raise MergeidError(f"layer {name!r} cannot be converted: {why}; choose both or neither in `layers`")
-                skipped[name] = why
-                chosen.remove(name)
-                break
