@@ -16,6 +16,7 @@ from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
 from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.merge.asymmetric import compared
 from mergeid.nn.folding import effective_state
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +108,7 @@ def make_plan(
     if graph is None:
         tell("tracing and verifying the neuron graph", 0, 1)
         graph = graph_of(a, seed=seed)
-    notes = _graph_notes(graph)
+    notes = _graph_notes(graph) + compared(a.state(), b.state())
     generator = torch.Generator().manual_seed(seed)
     similarity = WeightSimilarity(graph, a.state(), b.state())
     count = 0 if dataset is None else len(dataset)

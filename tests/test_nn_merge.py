@@ -239,6 +239,20 @@ def test_an_asymmetric_and_an_ordinary_checkpoint_are_not_mixed(pair, tmp_path):
     assert not (tmp_path / "m.safetensors").exists()
 
 
+def test_the_plan_says_whether_the_fixed_parts_are_shared(pair, tmp_path):
+    folder, models = pair
+    plan = mergeid.plan(folder / "a.safetensors", folder / "b.safetensors", match="never", arch=ARCH)
+    count = sum(k.endswith("_fixed") for k in models[0].state_dict())
+    assert f"both networks have the same fixed parts (F, D) in all {count} asymmetric weights" in plan.notes
+    state = models[1].state_dict()
+    state["conv1.0.weight_fixed"] = -state["conv1.0.weight_fixed"]
+    other = file_of(state, tmp_path / "o.safetensors")
+    notes = mergeid.plan(folder / "a.safetensors", other, match="never", arch=ARCH).notes
+    assert any(f"1 of {count} asymmetric weights differ (first: 'conv1.0.weight')" in n for n in notes)
+    ordinary = mergeid.plan(*(folder / f"{n}-folded.safetensors" for n in "ab"), match="never", arch=ARCH)
+    assert not any("fixed parts" in n for n in ordinary.notes)
+
+
 # -- folding files and live modules -------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ its effective weights and written as an ordinary one in the same tensors: W effe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergeid.nn.names import FIXED, MASK, asymmetric_parameters
@@ -45,6 +45,23 @@ def effective_averages(
         merged = method(pair, weights).to(pair[0].dtype)
         out |= {parameter: merged, fixed: torch.zeros_like(merged), mask: torch.ones_like(merged)}
     return out
+
+
+def compared(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """What a plan should say of the fixed parts of two state dicts; nothing for ordinary networks."""
+    import torch
+
+    layers = asymmetric_parameters(a)
+    if not layers:
+        return []
+    names = {p: [n for n in (p + FIXED, p + MASK) if n in a] for p in layers}
+    other = [p for p in layers if not all(n in b and torch.equal(a[n], b[n]) for n in names[p])]
+    if not other:
+        return [f"both networks have the same fixed parts (F, D) in all {len(layers)} asymmetric weights"]
+    return [
+        f"the fixed parts of {len(other)} of {len(layers)} asymmetric weights differ (first: {other[0]!r}): there is "
+        "no shared arrangement that training could not leave"
+    ]
 
 
 def note(overrides: Iterable[str]) -> list[str]:
