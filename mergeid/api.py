@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,6 +176,8 @@ def barrier(
 
     from mergeid.evaluate.interpolate import barrier_curve
     from mergeid.evaluate.measure import make_accelerator
+    from mergeid.nn.folding import fold_module, fold_state
+    from mergeid.nn.names import asymmetric_parameters, gates
 
     dataset, collate = dataset_of(data, pair.a, limit, seed)
     source = calibration if calibration is not None else data
@@ -187,6 +190,10 @@ def barrier(
             pair.a, pair.b, dataset=held, match=match, seed=seed, collate=collate, graph=pair.graph, progress=progress
         )
         state_b = made.graph.apply_state(made.element, state_b)
+    state_a, model = pair.a.state(), pair.a.model
+    if asymmetric_parameters(state_a) and not gates(state_a):
+        # the line is that of the effective weights, also where B's masks were permuted
+        state_a, state_b, model = fold_state(state_a), fold_state(state_b), fold_module(copy.deepcopy(model))
     chosen = None
     if dtype is not None:
         chosen = getattr(torch, dtype, None)
@@ -195,9 +202,9 @@ def barrier(
     adapter, found = pair.a.adapter, pair.a.arch
     count = iter(range(1, points + 1))
     return barrier_curve(
-        pair.a.state(),
+        state_a,
         state_b,
-        pair.a.model,
+        model,
         dataset,
         forward=adapter.forward,
         loss=lambda out, batch: adapter.loss(found, out, batch),

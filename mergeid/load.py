@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
 from mergeid.plugins import Adapter, Architecture, Batch, adapter_names, get_adapter, near_names
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
         arch: ``timm/resnet18``, ``transformers/bert``, a bare name, or the path of a config.json.
 
     Raises `MergeidError` when nothing fits, when several libraries do, or for an unknown name."""
-    config = checkpoint.config
+    config, table = checkpoint.config, plain_table(checkpoint.table)
     if arch is not None and arch.endswith(".json"):
         from mergeid.io.weights import read_json
 
@@ -103,11 +104,11 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
             raise MergeidError(f"--arch {arch}: no such config file")
         config, arch = read_json(Path(arch)), None
     if arch is not None:
-        return resolve_name(arch, checkpoint.table, config)
+        return resolve_name(arch, table, config)
     found = []
     for name in adapter_names():
         adapter = get_adapter(name)
-        match = adapter.recognise(checkpoint.table, config, checkpoint.metadata)
+        match = adapter.recognise(table, config, checkpoint.metadata)
         if match is not None:
             found.append((adapter, match))
     if len(found) == 1:
@@ -116,7 +117,7 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
         raise MergeidError(
             f"{checkpoint.source} could be any of {', '.join(a.id for _, a in found)}; say which with --arch"
         )
-    hints = [h(checkpoint.table) for n in adapter_names() if (h := getattr(get_adapter(n), "nearest", None))]
+    hints = [h(table) for n in adapter_names() if (h := getattr(get_adapter(n), "nearest", None))]
     near = f" (nearest: {'; '.join(h for h in hints if h)})" if any(hints) else ""
     raise MergeidError(
         f"cannot tell the architecture of {checkpoint.source} from its {len(checkpoint.table)} tensors{near}; "
@@ -184,11 +185,17 @@ def load(
 def load_checkpoint(
     checkpoint: Checkpoint, adapter: Adapter, arch: Architecture, *, device: str, generator: torch.Generator
 ) -> Loaded:
-    """Build the architecture and put the checkpoint's weights into it.
+    """Build the architecture and put the checkpoint's weights into it; layers that are asymmetric in the checkpoint are
+    so in the model.
 
     Raises `MergeidError` when a floating-point tensor of the model is missing or has another shape."""
     model = adapter.build(arch, device=device)
-    names = adapter.tensor_names(arch, model, checkpoint.table)
+    names = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
+    if is_asymmetric(checkpoint.table):
+        from mergeid.nn.stored import restore
+
+        names = stored_keys(checkpoint.table, names)
+        restore(model, {key: checkpoint.tensor(name) for name, key in names.items()})
     own = model.state_dict()
     state = {}
     for name, key in names.items():

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
 from mergeid.load import Loaded
-from mergeid.merge.by_torch import combine
+from mergeid.merge.asymmetric import effective_averages
+from mergeid.merge.by_torch import whole
 from mergeid.merge.settings import MergeSettings
 from mergeid.merge.statistics import Gram, fisher_diagonal, gram_matrices
+from mergeid.nn.names import is_asymmetric
 from mergeid.planning import Plan
 from mergeid.plugins import Batch
 from mergeid.state import load_weights
@@ -148,7 +151,8 @@ def merged_state(
         first one's.
     """
     read = tensor or (lambda i, key: states[i][key])
-    merged = {}
+    merged: dict[str, Tensor] = {}
+    done: list[str] = []
     for key, ours in states[0].items():
         name = (names or {}).get(key, key)
         fits = all(key in s and s[key].shape == ours.shape for s in states)
@@ -157,6 +161,15 @@ def merged_state(
             continue
         tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
         origin = base(key).to(ours.dtype) if base is not None and settings.method.base else None
-        pieces = [r.reshape(-1) for r, _, _ in combine(settings, name, tensors, origin, statistics(key))]
-        merged[key] = torch.cat(pieces).reshape(ours.shape).to(ours.dtype)
+        merged[key] = whole(settings, name, tensors, origin, statistics(key))
+        done.append(key)
+    if is_asymmetric(done):
+        reads = [partial(read, i) for i in range(len(states))]
+        known = names or {}
+        merged |= effective_averages(
+            done,
+            reads,
+            lambda key, tensors, origin: whole(settings, known.get(key, key), tensors, origin),
+            base if settings.method.base else None,
+        )
     return merged

@@ -336,6 +336,8 @@ def _write(
     force: bool,
     progress: Progress | None,
 ) -> MergeResult:
+    from mergeid.merge.asymmetric import note
+
     record = {
         "verdict": result.verdict,
         "plan": result.plan.to_json() if result.plan else None,
@@ -366,6 +368,7 @@ def _write(
         progress=tell,
     )
     result.files = list(report.files)
+    result.notes += note(report.overridden)
     result.report = report.to_json()
     return result
 

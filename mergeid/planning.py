@@ -16,6 +16,8 @@ from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
 from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.merge.asymmetric import compared
+from mergeid.nn.folding import effective_state
 
 Progress = Callable[[str, int, int], None]
 MODES = ("auto", "never", "always")
@@ -106,7 +108,7 @@ def make_plan(
     if graph is None:
         tell("tracing and verifying the neuron graph", 0, 1)
         graph = graph_of(a, seed=seed)
-    notes = _graph_notes(graph)
+    notes = _graph_notes(graph) + compared(a.state(), b.state())
     generator = torch.Generator().manual_seed(seed)
     similarity = WeightSimilarity(graph, a.state(), b.state())
     count = 0 if dataset is None else len(dataset)
@@ -141,7 +143,8 @@ def make_plan(
             tell("judging on held-out examples", 0, 1)
             decided = decide_from_activations(evidence, scores, cosines, matched, seed=seed)
             element = decided.element
-            records = _with_chords(graph, evidence, decided.spaces, element, matched, a.state(), b.state())
+            effective = effective_state(a.state()), effective_state(b.state())
+            records = _with_chords(graph, evidence, decided.spaces, element, matched, *effective)
     verdict = _verdict(match, records, notes)
     return Plan(
         a.source,

@@ -20,10 +20,12 @@ from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.companions import default_companions
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
+from mergeid.merge.asymmetric import effective_averages
 from mergeid.merge.by_numpy import NumpyMerge
 from mergeid.merge.compare import TensorPlan, plan_many
 from mergeid.merge.methods import MergeMethod, check_weights, get_method
 from mergeid.merge.settings import MergeSettings, Setting
+from mergeid.nn.names import is_asymmetric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,6 +150,8 @@ def merge_checkpoints(
     _warn(models, plan, dtype)
     extra = _checked_overrides(first, overrides or {})
     moved = [None, transform_b, *(transforms or [None] * len(used[2:]))]
+    if is_asymmetric(plan.merged):
+        extra = {**_effective(plan.merged, used, moved, settings, origin is not None), **extra}
     with _hashing(*used) as hashes:
         merge: NumpyMerge | TorchMerge
         plain = method == "linear" and not any(moved) and not extra
@@ -292,3 +296,18 @@ def _record(
         "dtypes": merge.plan.dtypes,
         "versions": {name: version(name) for name in ("mergeid", "torch", "safetensors")},
     }
+
+
+def _effective(
+    names: Sequence[str],
+    used: Sequence[Checkpoint],
+    moved: Sequence[Callable[[str, Tensor], Tensor] | None],
+    settings: MergeSettings,
+    has_base: bool,
+) -> dict[str, Tensor]:
+    """Asymmetric layers whose masks differ, merged in their effective weights."""
+    from mergeid.merge.by_torch import Aligned, whole
+
+    reads = [Aligned(c, t).tensor for c, t in zip(used, moved, strict=True)]
+    base = reads.pop() if has_base else None
+    return effective_averages(names, reads, lambda name, tensors, origin: whole(settings, name, tensors, origin), base)

@@ -112,6 +112,18 @@ class TorchMerge:
         return overflows(name, dtype_name(out), self.settings.weights_of(name))
 
 
+def whole(
+    settings: MergeSettings,
+    name: str,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    statistics: Sequence[Any] | None = None,
+) -> Tensor:
+    """One merged tensor (arguments as for `combine`), in the first one's shape and dtype."""
+    pieces = [r.reshape(-1) for r, _, _ in combine(settings, name, tensors, base, statistics)]
+    return torch.cat(pieces).reshape(tensors[0].shape).to(tensors[0].dtype)
+
+
 def combine(
     settings: MergeSettings,
     name: str,

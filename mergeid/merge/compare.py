@@ -11,6 +11,7 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import label_map, same_tokenizer_files, vocabulary
 from mergeid.io.dtypes import FLOATS, INTEGERS, parse_dtype, wider
+from mergeid.nn.names import is_asymmetric
 
 MERGEABLE = (*FLOATS, "C64")
 
@@ -182,6 +183,13 @@ def _refuse_other_names(a: Checkpoint, b: Checkpoint, names: Sequence[str], comm
     only_b = [n for n in names if n not in a.table]
     if not only_a and not only_b:
         return
+    asymmetric = [is_asymmetric(c.table) for c in (a, b)]
+    if asymmetric[0] != asymmetric[1]:
+        which, other = (a, b) if asymmetric[0] else (b, a)
+        raise MergeidError(
+            f"{which.source} has asymmetric layers and {other.source} has ordinary ones; expected two of a kind: fold "
+            "the former first (mergeid.nn.fold_file)"
+        )
     if 2 * len(common) < len(names):
         kinds = [architecture_name(c.config) for c in (a, b)]
         said = f" ({kinds[0]} and {kinds[1]})" if all(kinds) and kinds[0] != kinds[1] else ""

@@ -1,0 +1,125 @@
+"""Two trained networks: the barrier as they are and aligned, and how far their neurons correspond, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nets import hidden, plain
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from train import Setting, state
+
+import mergeid
+from mergeid.evaluate.interpolate import barrier_curve
+from mergeid.plugins import Batch, LossParts
+
+POINTS = 11
+CALIBRATION = 512
+"""Training examples that the matcher (and BatchNorm) sees."""
+
+
+class Examples(Dataset):
+    """Examples as mergeid takes them: ``{"arg0": input, "labels": class}``."""
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x, self.labels = x, labels
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {"arg0": self.x[index], "labels": self.labels[index]}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Test loss (nats) and accuracy at `POINTS` points from A to B."""
+
+    loss: list[float]
+    accuracy: list[float]
+    barrier: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Mean correlation of paired neurons of one layer: as they lie, under the best assignment, at random."""
+
+    identity: float
+    optimal: float
+    random: float
+
+
+def measure(setting: Setting, seeds: tuple[int, int], cache: Path) -> tuple[dict[str, Curve], list[Objective]]:
+    """({"unaligned": …, "aligned": …}, objectives by depth) of a pair, trained first if need be."""
+    split = setting.split()
+    models = []
+    for seed in seeds:
+        model = plain(setting.net, setting.inputs, setting.budget.width)
+        model.load_state_dict(state(setting, seed, cache))
+        models.append(model)
+    calibration = Examples(split.x[:CALIBRATION], split.labels[:CALIBRATION])
+    aligned = mergeid.align(models[1], models[0], match="always", data=calibration, example_inputs=split.x[:2]).state
+    assert aligned is not None
+    test = Examples(split.test_x, split.test_labels)
+    curves = {
+        name: _curve(models[0], b, test, calibration, repair=setting.net == "resnet")
+        for name, b in (("unaligned", models[1].state_dict()), ("aligned", aligned))
+    }
+    return curves, objectives(models[0], models[1], split.test_x[: 2 * CALIBRATION])
+
+
+def _curve(a: nn.Module, b: dict[str, Tensor], test: Examples, calibration: Examples, repair: bool) -> Curve:
+    found = barrier_curve(
+        a.state_dict(),
+        b,
+        a,
+        test,
+        forward=lambda model, batch: model(batch["arg0"]),
+        loss=_loss,
+        lambdas=tuple(np.linspace(0, 1, POINTS).tolist()),
+        repair=repair,
+        calibration=calibration if repair else None,
+        batch_size=500,
+    )
+    return Curve(list(found.losses), list(found.accuracies or ()), found.barrier)
+
+
+def _loss(output: Tensor, batch: Batch) -> LossParts:
+    labels = batch["labels"]
+    right = (output.argmax(1) == labels).long()
+    return LossParts(F.cross_entropy(output, labels, reduction="none"), right, torch.ones_like(labels))
+
+
+def objectives(a: nn.Module, b: nn.Module, x: Tensor) -> list[Objective]:
+    """J of every hidden layer, on inputs that neither network was trained on. Convolutional activations count at
+    every place."""
+    found = []
+    for first, second in zip(_activations(a, x), _activations(b, x), strict=True):
+        n = first.shape[1]
+        scale = [np.where(v.std(0) > 0, v.std(0), 1.0) for v in (first, second)]
+        r = ((first - first.mean(0)) / scale[0]).T @ ((second - second.mean(0)) / scale[1]) / len(first)
+        rows, columns = linear_sum_assignment(r, maximize=True)
+        found.append(Objective(float(np.trace(r)) / n, float(r[rows, columns].mean()), float(r.mean())))
+    return found
+
+
+def _activations(model: nn.Module, x: Tensor) -> list[np.ndarray]:
+    """float64 [rows, neurons] of every hidden layer."""
+    kept: list[np.ndarray] = []
+
+    def keep(module: nn.Module, args: object, output: Tensor) -> None:
+        kept.append(output.movedim(1, -1).reshape(-1, output.shape[1]).double().numpy())
+
+    handles = [model.get_submodule(name).register_forward_hook(keep) for name in hidden(model)]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept

@@ -1,0 +1,102 @@
+"""The table of results: one row per pair of networks and way of merging, in a CSV that grows."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from measure import Curve, Objective
+from train import Setting
+
+COLUMNS = (
+    "experiment",
+    "data",
+    "net",
+    "variant",
+    "budget",
+    "seed_a",
+    "seed_b",
+    "merge",
+    "barrier",
+    "loss_a",
+    "loss_b",
+    "loss_mid",
+    "accuracy_a",
+    "accuracy_b",
+    "accuracy_mid",
+    "losses",
+    "j_identity",
+    "j_optimal",
+    "j_random",
+)
+KEY = COLUMNS[:7]
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows so far; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """The whole table, at once: a run that is killed leaves the old one."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(partial, path)
+
+
+def key(setting: Setting, pair: tuple[int, int]) -> tuple[str, ...]:
+    """What a pair's rows begin with."""
+    return (
+        *(setting.experiment, setting.data, setting.net, setting.variant, str(setting.budget)),
+        *map(str, pair),
+    )
+
+
+def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
+    """The pairs that are measured already."""
+    return {tuple(row[c] for c in KEY) for row in rows}
+
+
+def rows_of(
+    setting: Setting, pair: tuple[int, int], curves: Mapping[str, Curve], objectives: Sequence[Objective]
+) -> list[Row]:
+    """One row per curve; objectives by depth, separated by blanks."""
+    out = []
+    for merge, curve in curves.items():
+        middle = len(curve.loss) // 2
+        values = (
+            merge,
+            f"{curve.barrier:.4f}",
+            *(f"{curve.loss[i]:.4f}" for i in (0, -1, middle)),
+            *(f"{curve.accuracy[i]:.4f}" for i in (0, -1, middle)),
+            " ".join(f"{v:.4f}" for v in curve.loss),
+            *(" ".join(f"{getattr(o, name):.4f}" for o in objectives) for name in ("identity", "optimal", "random")),
+        )
+        out.append(dict(zip(COLUMNS, (*key(setting, pair), *values), strict=True)))
+    return out
+
+
+def numbers(text: str) -> list[float]:
+    """A cell of several numbers."""
+    return [float(v) for v in text.split()]
+
+
+def barriers(rows: Iterable[Row], experiment: str, data: str, variant: str, merge: str) -> np.ndarray:
+    """The barriers of one cell's pairs, in nats."""
+    wanted = {"experiment": experiment, "data": data, "variant": variant, "merge": merge}
+    return np.array([float(r["barrier"]) for r in rows if all(r[k] == v for k, v in wanted.items())])
+
+
+def cells(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
+    """(experiment, data, variant) that have rows, in order of the grid's names."""
+    return list(dict.fromkeys((r["experiment"], r["data"], r["variant"]) for r in rows))
