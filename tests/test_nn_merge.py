@@ -17,7 +17,6 @@ from mergeid import MergeidError
 from mergeid import nn as mnn
 from mergeid.io.checkpoint import open_checkpoint
 from mergeid.merge.asymmetric import effective_averages
-from mergeid.merge.methods import get_method
 from mergeid.nn import stored
 
 ARCH = "timm/test_resnet"
@@ -213,7 +212,8 @@ def test_effective_averages_touch_only_layers_with_other_masks():
     ours |= {f"{n}.weight_mask": torch.tensor([[1.0, 0], [0, 1], [1, 1]]) for n in ("same", "other")}
     theirs = {k: v.clone() if "mask" in k else torch.randn(3, 2) for k, v in ours.items()}
     theirs["other.weight_mask"] = 1 - ours["other.weight_mask"]
-    found = effective_averages(ours, ours.__getitem__, theirs.__getitem__, get_method("linear"), (0.5, 0.5))
+    reads = [ours.__getitem__, theirs.__getitem__]
+    found = effective_averages(ours, reads, lambda _, tensors, base: (tensors[0] + tensors[1]) / 2)
     assert set(found) == {"other.weight", "other.weight_fixed", "other.weight_mask"}
     expected = np.zeros((3, 2))
     for i in range(3):
