@@ -293,8 +293,8 @@ def _proven_small(loaded: Loaded, graph: NeuronGraph, seed: int, samples: int) -
     shrink: Callable[[Architecture], Architecture] | None = getattr(loaded.adapter, "shrink", None)
     if shrink is None:
         raise MergeidError(
-            f"{loaded.source} is on the meta device, and adapter {loaded.adapter.name!r} cannot make a smaller model to "
-            "verify its graph on; load its weights first"
+            f"{loaded.source} is on the meta device, and adapter {loaded.adapter.name!r} cannot make a smaller model "
+            "to verify its graph on; load its weights first"
         )
     arch = shrink(loaded.arch)
     with torch.random.fork_rng([]):

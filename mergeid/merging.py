@@ -37,6 +37,8 @@ class MergeResult:
         verdict: "direct", "match" or "will not merge".
         notes: what the user should know.
         repaired: tensors that were repaired after the merge.
+        comparison: how far the plain and the matched merge are from the models on calibration inputs
+            (`mergeid.comparing`), where the plan chose to match and there is data.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
@@ -51,6 +53,7 @@ class MergeResult:
     report: dict[str, Any] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
     repair: dict[str, Any] | None = None
+    comparison: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +62,7 @@ class MergeResult:
             "notes": self.notes,
             "repaired": self.repaired,
             "repair": self.repair,
+            "comparison": self.comparison,
             "report": self.report,
             "plan": self.plan.to_json() if self.plan else None,
             "further_plans": [plan.to_json() for plan in self.plans[1:]],
@@ -154,13 +158,8 @@ def merge(
         )
         if chosen.statistics:
             members.measure(batch_size, device, seed, progress or (lambda *_: None))
-        if stage != "none" and members.dataset is not None:
-            from mergeid.repairing import repair_merged
-
-            done = repair_merged(members, mode=stage, skip=skip, device=device, progress=progress)
-            repaired = done.tensors
-            result.notes += done.notes
-            result.repair = done.to_json()
+        if members.dataset is not None:
+            members, repaired = _with_data(members, result, stage, match, skip, batch_size, device, progress)
         elif result.verdict == "match" and _has_batchnorm(members):
             result.notes.append(
                 "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
@@ -172,6 +171,45 @@ def merge(
         return result
     inputs = _Inputs.of(models, base, members, repaired, allow_pickle)
     return _write(result, inputs, target, settings, dtype, skip, force, progress)
+
+
+def _with_data(
+    members: Members,
+    result: MergeResult,
+    stage: str,
+    match: str,
+    skip: Sequence[str],
+    batch_size: int,
+    device: str,
+    progress: Progress | None,
+) -> tuple[Members, dict[str, Tensor]]:
+    """Repair the merge, and where the plan chose to match, see that the plain merge is not the better one."""
+    from mergeid.comparing import compare, unmatched
+    from mergeid.repairing import Repair, repair_merged
+
+    def repaired(of: Members) -> Repair:
+        return (
+            repair_merged(of, mode=stage, skip=skip, device=device, progress=progress) if stage != "none" else Repair()
+        )
+
+    done = repaired(members)
+    if match == "auto" and any(plan.moves for plan in result.plans):
+        if progress:
+            progress("comparing the matched merge with the plain one", 0, 1)
+        plain = unmatched(members)
+        other = repaired(plain)
+        states = [{**m.merged_state(skip), **r.tensors} for m, r in ((plain, other), (members, done))]
+        found = compare(members, *states, batch_size=batch_size, device=device)
+        result.comparison = found.to_json()
+        if found.worse:
+            members, done = plain, other
+            result.verdict = "direct"
+            result.notes.append(found.note)
+            result.plans = [m.plan for m in [*members.models, members.base] if m is not None and m.plan is not None]
+            result.plan = result.plans[0]
+    result.notes += done.notes
+    result.repair = done.to_json()
+    return members, done.tensors
 
 
 def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Source]) -> list[Source]:
@@ -343,6 +381,7 @@ def _write(
         "plan": result.plan.to_json() if result.plan else None,
         "repaired": result.repaired,
         **({"repair": result.repair} if result.repair else {}),
+        **({"comparison": result.comparison} if result.comparison else {}),
         **({"further_plans": [p.to_json() for p in result.plans[1:]]} if result.plans[1:] else {}),
     }
     tell = (lambda done, total: progress("writing", done, total)) if progress else None
