@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from command_line import mergeid
 from safetensors.torch import load_file, save_file
 
 from mergeid.errors import MergeidError, MergeidWarning
@@ -92,3 +96,27 @@ def test_nan_is_found_in_every_model(three: list[Path], tmp_path: Path, method: 
 def test_two_of_three_are_one_file(three: list[Path], tmp_path: Path) -> None:
     with pytest.warns(MergeidWarning, match="two of the models are the same file .*; it counts twice"):
         merge([three[0], three[1], three[0]], tmp_path / "o.safetensors")
+
+
+def test_the_command_plans_measures_and_repairs(tmp_path: Path) -> None:
+    import timm
+
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(0)
+        state = timm.create_model("test_vit", num_classes=4, in_chans=1, img_size=32).state_dict()
+        generator = torch.Generator().manual_seed(seed)
+        noisy = {k: v + 0.02 * (seed > 0) * torch.randn(v.shape, generator=generator) for k, v in state.items()}
+        save_file(noisy, tmp_path / f"{name}.safetensors")
+    images = np.random.default_rng(0).standard_normal((20, 1, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", images=images)
+    told = ("--method", "ties", "--base", "base.safetensors", "--density", "0.5", "--repair", "repair")
+    done = mergeid("merge", "a.safetensors", "b.safetensors", "--data", "data.npz", *told, cwd=tmp_path, columns=200)
+    assert done.code == 0, done.stderr
+    assert "b.safetensors: Verdict: merge directly" in done.stdout
+    assert "base.safetensors: Verdict: merge directly" in done.stdout
+    assert re.search(
+        r"REPAIR: pre-activations of \d+ layers were rescaled on 20 examples; they had .*, now 1.00", done.stdout
+    )
+    record = json.loads((tmp_path / "mergeid.json").read_text())
+    assert record["repair"]["kind"] == "repair" and len(record["further_plans"]) == 1
+    assert record["overridden"] and record["method"] == "ties"

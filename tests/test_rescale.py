@@ -283,3 +283,28 @@ def test_it_repairs_the_midpoint_of_two_real_networks() -> None:
         found[stage] = accuracy(merged)
     assert min(accuracy(a), accuracy(b)) > 0.95
     assert found["none"] < 0.6 and found["repair"] > found["none"] + 0.25, found
+
+
+def test_with_batchnorm_its_statistics_come_last() -> None:
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+
+    a, b = model(0), model(1)
+    x = data(40).float()
+    how = {"data": [{"arg0": v} for v in x], "example_inputs": x[:2], "match": "never"}
+    done = mergeid.merge(a, b, repair="repair", **how)
+    assert done.repair is not None and done.repair["kind"] == "repair+bn" and done.repair["layers"] == 2
+    merged = model(0)
+    merged.load_state_dict(done.state)
+    with torch.no_grad():
+        inputs = merged[0](x)
+        spread = [m[0](x).std((0, 2, 3), correction=0) for m in (a, b, merged)]
+    torch.testing.assert_close(merged[1].running_mean, inputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged[1].running_var, inputs.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(spread[2], (spread[0] + spread[1]) / 2, rtol=1e-4, atol=1e-5)
+    only = mergeid.merge(a, b, **how)
+    assert only.repair is not None and only.repair["kind"] == "bn" and set(only.repaired) == {
+        "1.running_mean", "1.running_var",
+    }  # fmt: skip
