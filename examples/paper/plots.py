@@ -41,7 +41,13 @@ def label(variant: str) -> str:
 
 
 def _present(rows: Sequence[Row]) -> list[tuple[str, str, str, tuple[str, ...]]]:
-    return [p for p in PANELS if any(r["experiment"] == p[0] for r in rows)]
+    """The panels with the variants that have rows."""
+    found = []
+    for experiment, data, title, variants in PANELS:
+        measured = tuple(v for v in variants if len(barriers(rows, experiment, data, v, "unaligned")))
+        if measured:
+            found.append((experiment, data, title, measured))
+    return found
 
 
 def _barriers(rows: Sequence[Row]) -> plt.Figure | None:
@@ -110,6 +116,7 @@ def _objectives(rows: Sequence[Row]) -> plt.Figure | None:
                 if chosen:
                     mean = np.mean([numbers(r[name]) for r in chosen], 0)
                     axis.plot(range(1, len(mean) + 1), mean, style, color=colour, marker=".", label=text)
+                    axis.set_xticks(range(1, len(mean) + 1))
             axis.set_title(f"{title}\n{label(variant)}", fontsize=8)
             axis.set_ylim(-0.05, 1.05)
             axis.set_xlabel("layer", fontsize=8)
@@ -137,7 +144,7 @@ def _subspace(rows: Sequence[Row]) -> plt.Figure | None:
     right.set_xlabel("coherence ν(U), k = 8")
     for axis in (left, right):
         axis.set_ylabel("unaligned barrier (nats)")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
     left.legend()
     return figure
 
