@@ -163,3 +163,27 @@ class Identity(nn.Module):
 def test_identity_matrices(change, sizes):
     graph = sound(lambda: Identity(change), (torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),))
     assert sorted(s.size for s in graph.spaces) == sizes
+
+
+class Languages(nn.Module):
+    """An adapter for every language of a batch; one of them has no rows (X-MOD)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.adapters = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x, language):
+        h = self.first(x)
+        new = torch.zeros_like(h)
+        for k, adapter in enumerate(self.adapters):
+            new[language == k] = adapter(h[language == k])
+        return self.last(h + new)
+
+
+def test_a_layer_without_rows_tells_what_its_weights_belong_to():
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    graph = sound(Languages, (x, torch.zeros(2, dtype=torch.long)))
+    stream = only(graph, "first.weight", 0)
+    for k in range(2):
+        assert only(graph, f"adapters.{k}.weight", 0) is stream is only(graph, f"adapters.{k}.weight", 1)

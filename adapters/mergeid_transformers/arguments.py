@@ -180,6 +180,13 @@ def _pixel_mask(draft: Draft) -> Tensor | None:
     return None
 
 
+def _global_mask(draft: Draft) -> Tensor:
+    """Longformer: the first token looks at all and is looked at by all."""
+    mask = ones(draft, draft.size, draft.length) * 0
+    mask[:, 0] = 1
+    return mask
+
+
 def _padding_mask(draft: Draft) -> Tensor | None:
     """[batch, samples or frames], for the models that count them."""
     if not draft.config.model_type.startswith(("vibevoice", "moss_transcribe")):
@@ -242,7 +249,12 @@ ALWAYS: dict[str, Maker] = {
         d.random(d.size, d.config.prediction_length) if _time_width(d) or hasattr(d.config, "lags_sequence") else None
     ),
     "future_time_features": lambda d: d.random(d.size, d.config.prediction_length, _time_width(d)),
-    "moe_mm_token_type_ids": lambda d: None,
+    "moe_mm_token_type_ids": lambda d: d.integers(2, *d.batch["input_ids"].shape),
+    "entity_ids": lambda d: 1 + d.integers(number(d.config, "entity_vocab_size") - 1, d.size, 3),
+    "entity_attention_mask": lambda d: ones(d, d.size, 3),
+    "entity_position_ids": lambda d: 2 + d.integers(8, d.size, 3, 2),
+    "global_attention_mask": _global_mask,
+    "query_embeds": lambda d: d.random(d.size, 8, _hidden(d.config)) if d.config.model_type in _CROSS else None,
 }
 REQUIRED: dict[str, Maker] = {
     "past_values": _past,

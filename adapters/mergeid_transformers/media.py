@@ -226,6 +226,8 @@ def videos(draft: Draft) -> Tensor | None:
 
 def mel_bins(config: Any) -> int:
     for part in (audio_part(config), config):
+        if getattr(part, "model_type", "") == "gemma4_audio":
+            return int(part.subsampling_conv_channels[0])
         found = number(part, *MEL_FIELDS)
         if found:
             return found

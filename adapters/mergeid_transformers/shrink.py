@@ -90,7 +90,7 @@ _WIDTH = re.compile(
 _NOT_WIDTH = re.compile(
     r"kernel|stride|chunk|batch|step|vocab|window|image|patch|max_|merge|num_channels|temporal|(?<!_)pool_|pooling|block|conv_size|"
     r"^in_channels$|^out_channels$|audio_channels|num_mel|spatial|frame|cluster|type|crop|(?<!upsample_)groups|min_|scale|eval|"
-    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init|logit"
+    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init(?!ial)|logit"
 )
 
 
@@ -298,7 +298,7 @@ class Shrinker:
         if _COUNTS.search(name):
             return self._count(own, value)
         if _POSITIONS.search(name):
-            return 30 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
+            return 32 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
         if _INTERVAL.search(name):
             return min(value, 2)
         if name in ("num_frames", "frames_per_clip"):
