@@ -1,5 +1,5 @@
-"""The rarer arguments of a forward pass by name: how each is made. Those of `ALWAYS` are given to every model that takes
-them (without them a branch stays idle), the others only where the model insists."""
+"""The rarer arguments of a forward pass by name: how each is made. Those of `ALWAYS` are given to every model that
+takes them (without them a branch stays idle), the others only where the model insists."""
 
 from __future__ import annotations
 
@@ -288,9 +288,9 @@ REQUIRED: dict[str, Maker] = {
     "mask": lambda d: ones(d, d.size, d.length).bool(),
     "attention_mask": lambda d: ones(d, d.size, d.length),
     "patch_embeds": _vectors,
-    "vision_features": _vectors,
+    "vision_features": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
     "text_features": _encoder_states,
-    "vision_pos_encoding": _vectors,
+    "vision_pos_encoding": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
     "decoder_queries": _encoder_states,
     "backbone_features": lambda d: [d.random(d.size, _hidden(d.config), n, n) for n in (16, 8, 4)],
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coverage_check import Batch, Case
+
 from mergeid.plugins import get_adapter
 
 SHRINK_ABOVE = 1_000_000_000

@@ -51,7 +51,9 @@ _RESIZES = [
 _PADS = [f"{kind}_pad{d}d" for kind in ("reflection", "replication") for d in (1, 2, 3)]
 
 
-@rule(*_POOLS, *_RESIZES, *_PADS, "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d", "grid_sampler_2d", "grid_sampler_3d")
+@rule(
+    *_POOLS, *_RESIZES, *_PADS, "mkldnn_max_pool2d", "mkldnn_adaptive_avg_pool2d", "grid_sampler_2d", "grid_sampler_3d"
+)
 def spatial(call: Call) -> list[Layout]:
     name = "self" if "self" in call.bound else "input"
     layout = call.layout(name)
