@@ -111,7 +111,8 @@ def _mel(draft: Draft, last: bool) -> Tensor:
 def _spatial(draft: Draft) -> Tensor:
     import torch
 
-    return torch.full((draft.size, 2), media.SIDE)
+    rows = 1 if "vision_features" in draft.names else draft.size  # one level of features, not one image each
+    return torch.full((rows, 2), media.SIDE)
 
 
 def _features_mask(draft: Draft) -> Tensor:
