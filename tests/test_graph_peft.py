@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 from graph_helpers import only, sound
 from test_graph_library import TEXT, built, logits
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "lora_only"}])

@@ -145,7 +145,8 @@ def test_fourier_transforms_and_complex_pairs(both, size):
 
 
 class Identity(nn.Module):
-    """A weight's row norms by way of the identity, as DoRA has them; rolled (the same neurons under shifted numbers), or summed up (order matters)."""
+    """A weight's row norms by way of the identity, as DoRA has them; the identity may be rolled (the same neurons under
+    shifted numbers) or summed up (order matters)."""
 
     def __init__(self, change: str) -> None:
         super().__init__()
@@ -163,3 +164,49 @@ class Identity(nn.Module):
 def test_identity_matrices(change, sizes):
     graph = sound(lambda: Identity(change), (torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),))
     assert sorted(s.size for s in graph.spaces) == sizes
+
+
+class Languages(nn.Module):
+    """An adapter for every language of a batch; one of them has no rows (X-MOD)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.adapters = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x, language):
+        h = self.first(x)
+        new = torch.zeros_like(h)
+        for k, adapter in enumerate(self.adapters):
+            new[language == k] = adapter(h[language == k])
+        return self.last(h + new)
+
+
+def test_a_layer_without_rows_tells_what_its_weights_belong_to():
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    graph = sound(Languages, (x, torch.zeros(2, dtype=torch.long)))
+    stream = only(graph, "first.weight", 0)
+    for k in range(2):
+        assert only(graph, f"adapters.{k}.weight", 0) is stream is only(graph, f"adapters.{k}.weight", 1)
+
+
+class Masked(nn.Module):
+    """Adds two masks of the lowest number of its float: finite in float32 only (ProphetNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        low = -2e38 if x.dtype == torch.float32 else torch.finfo(x.dtype).min
+        scores = torch.full((2,), low, dtype=x.dtype) * 1.5
+        return self.second(self.first(x).relu()) * (scores - scores).exp().sum()
+
+
+def test_a_model_that_overflows_in_double_is_checked_in_float():
+    model = seeded(Masked).float()
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    graph = traced(model, (x,))
+    checked = verify(graph, model, (x,), lambda m, i: m(*i), generator=torch.Generator().manual_seed(0))
+    assert checked.failed == () and checked.graph.verified is not None
+    assert checked.graph.verified["dtype"] == "float32"

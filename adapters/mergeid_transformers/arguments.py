@@ -1,5 +1,5 @@
-"""The rarer arguments of a forward pass by name: how each is made. Those of `ALWAYS` are given to every model that takes
-them (without them a branch stays idle), the others only where the model insists."""
+"""The rarer arguments of a forward pass by name: how each is made. Those of `ALWAYS` are given to every model that
+takes them (without them a branch stays idle), the others only where the model insists."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def _mel(draft: Draft, last: bool) -> Tensor:
 def _spatial(draft: Draft) -> Tensor:
     import torch
 
-    return torch.full((draft.size, 2), media.SIDE)
+    rows = 1 if "vision_features" in draft.names else draft.size  # one level of features, not one image each
+    return torch.full((rows, 2), media.SIDE)
 
 
 def _features_mask(draft: Draft) -> Tensor:
@@ -180,6 +181,13 @@ def _pixel_mask(draft: Draft) -> Tensor | None:
     return None
 
 
+def _global_mask(draft: Draft) -> Tensor:
+    """Longformer: the first token looks at all and is looked at by all."""
+    mask = ones(draft, draft.size, draft.length) * 0
+    mask[:, 0] = 1
+    return mask
+
+
 def _padding_mask(draft: Draft) -> Tensor | None:
     """[batch, samples or frames], for the models that count them."""
     if not draft.config.model_type.startswith(("vibevoice", "moss_transcribe")):
@@ -242,7 +250,12 @@ ALWAYS: dict[str, Maker] = {
         d.random(d.size, d.config.prediction_length) if _time_width(d) or hasattr(d.config, "lags_sequence") else None
     ),
     "future_time_features": lambda d: d.random(d.size, d.config.prediction_length, _time_width(d)),
-    "moe_mm_token_type_ids": lambda d: None,
+    "moe_mm_token_type_ids": lambda d: d.integers(2, *d.batch["input_ids"].shape),
+    "entity_ids": lambda d: 1 + d.integers(number(d.config, "entity_vocab_size") - 1, d.size, 3),
+    "entity_attention_mask": lambda d: ones(d, d.size, 3),
+    "entity_position_ids": lambda d: 2 + d.integers(8, d.size, 3, 2),
+    "global_attention_mask": _global_mask,
+    "query_embeds": lambda d: d.random(d.size, 8, _hidden(d.config)) if d.config.model_type in _CROSS else None,
 }
 REQUIRED: dict[str, Maker] = {
     "past_values": _past,
@@ -276,9 +289,9 @@ REQUIRED: dict[str, Maker] = {
     "mask": lambda d: ones(d, d.size, d.length).bool(),
     "attention_mask": lambda d: ones(d, d.size, d.length),
     "patch_embeds": _vectors,
-    "vision_features": _vectors,
+    "vision_features": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
     "text_features": _encoder_states,
-    "vision_pos_encoding": _vectors,
+    "vision_pos_encoding": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
     "decoder_queries": _encoder_states,
     "backbone_features": lambda d: [d.random(d.size, _hidden(d.config), n, n) for n in (16, 8, 4)],
 }

@@ -83,7 +83,15 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
             return part
     if not isinstance(getattr(config, "vocab_size", None), int):
         # composites of whole models, and those whose text part lies deeper
-        for name in ("encoder", "encoder_config", "thinker_config", "question_encoder", "vlm_config", "model_config", "decoder"):
+        for name in (
+            "encoder",
+            "encoder_config",
+            "thinker_config",
+            "question_encoder",
+            "vlm_config",
+            "model_config",
+            "decoder",
+        ):
             part = getattr(config, name, None)
             if part is not None and hasattr(text_config(part), "vocab_size"):
                 return text_config(part)

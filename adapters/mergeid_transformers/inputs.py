@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.plugins import Batch, MergeidError
 from mergeid_transformers import arguments, media
-from mergeid_transformers.configs import text_config
+from mergeid_transformers.configs import _parts, text_config
 from mergeid_transformers.media import Draft
 from mergeid_transformers.tasks import EXAMPLE_TASKS, class_count
 
@@ -79,7 +79,7 @@ def vocabulary(config: Any) -> int:
 
 def _special_ids(config: Any) -> set[int]:
     ids: set[int] = set()
-    for part in (config, text_config(config)):
+    for part in _parts(config):
         for name, value in vars(part).items():
             if not name.endswith(("token_id", "token_index")):
                 continue

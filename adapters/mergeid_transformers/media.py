@@ -1,7 +1,7 @@
 """Images, videos, audio and the rarer arguments of a forward pass, as small random tensors.
 
-Shapes are read off the configuration. An argument that can be made is made, so that every branch of a model with several
-kinds of input runs.
+Shapes are read off the configuration. An argument that can be made is made, so that every branch of a model with
+several kinds of input runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ MEL_FIELDS = (
 MEL_LAST = frozenset({"univnet", "speech_to_text"})
 """Their first layer is a convolution, but they transpose their input themselves."""
 AUDIO_PARTS = ("audio_config", "encoder_config", "speech_config", "audio_encoder", "encoder", "semantic_model_config")
-VISION_PARTS = ("vision_config", "vision_tower_config", "vision", "encoder", "backbone_config", "image_config", "sam_config", "vlm_config")
+VISION_PARTS = (
+    "vision_config",
+    "vision_tower_config",
+    "vision",
+    "encoder",
+    "backbone_config",
+    "image_config",
+    "sam_config",
+    "vlm_config",
+)
 DEFAULT_IMAGE_SIZE = 64
 SIDE = 4
 """Patches along each side of an image that comes as a list of patches, before merging (times the merge size)."""
@@ -143,6 +152,8 @@ def grid(draft: Draft) -> Tensor:
 
 def patches(draft: Draft) -> Tensor:
     """[all patches, channels · time · height · width of a patch]."""
+    from torch import nn
+
     vision = vision_part(draft.config)
     size = side(getattr(vision, "patch_size", None)) or 14
     time = number(vision, "temporal_patch_size") or 1
@@ -151,7 +162,7 @@ def patches(draft: Draft) -> Tensor:
         # the tower's own word on it
         linear = getattr(module, "patch_embed", None) or getattr(module, "patch_embedding", None)
         proj = getattr(linear, "proj", linear)
-        if type(proj).__name__ == "Linear":
+        if isinstance(proj, nn.Linear):
             width = proj.in_features
             break
     count = int(grid(draft).prod(1).sum())
@@ -217,7 +228,9 @@ def videos(draft: Draft) -> Tensor | None:
     vision = vision_part(draft.config)
     c, h, w = image_shape(draft.config)
     h, w = _fixed(draft.model) or (h, w)
-    frames = number(draft.config, "num_frames", "frames_per_clip") or number(vision, "num_frames", "frames_per_clip") or 4
+    frames = (
+        number(draft.config, "num_frames", "frames_per_clip") or number(vision, "num_frames", "frames_per_clip") or 4
+    )
     return draft.random(draft.size, frames, c, h, w)
 
 
@@ -226,6 +239,8 @@ def videos(draft: Draft) -> Tensor | None:
 
 def mel_bins(config: Any) -> int:
     for part in (audio_part(config), config):
+        if getattr(part, "model_type", "") == "gemma4_audio":
+            return int(part.subsampling_conv_channels[0])
         found = number(part, *MEL_FIELDS)
         if found:
             return found
@@ -273,9 +288,11 @@ def samples(draft: Draft) -> Tensor:
 
 def _wants_channel(config: Any) -> bool:
     fields = vars(config)
-    return any(n in fields for n in ("upsampling_ratios", "downsampling_ratios", "dac_config", "hop_length")) or getattr(
-        config, "model_type", ""
-    ).startswith(("omniasr", "pe_audio", "vibevoice", "wavtokenizer", "pocket_tts", "xcodec", "neucodec"))
+    return any(
+        n in fields for n in ("upsampling_ratios", "downsampling_ratios", "dac_config", "hop_length")
+    ) or getattr(config, "model_type", "").startswith(
+        ("omniasr", "pe_audio", "vibevoice", "wavtokenizer", "pocket_tts", "xcodec", "neucodec")
+    )
 
 
 def ones(draft: Draft, *shape: int) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 WIDTHS = (64, 48, 80, 96, 112, 128)
-"""New hidden sizes in the order in which distinct old ones are met: multiples of 16, so four heads of rotary pairs fit."""
+"""New hidden sizes in the order in which distinct old ones are met: multiples of 16, for four heads of rotary pairs."""
 HEADS, KEY_HEADS, EXPERTS, CHOSEN = 4, 2, 4, 2
 SIDE = 8
 """Patches along each side of an image."""
@@ -42,11 +42,19 @@ _DEPTH = re.compile(
     r"(^|_)(n_?layers?|n_layer|layers|depth|num_blocks|num_layers_per_stack|num_res_blocks|blocks_per_stage)$"
 )
 _NOT_DEPTH = re.compile(r"window_layers|feat|drop|_at_|proj_layers|prompt_layers|nextn|mtp|skip|shared_layers|vision_")
-_EXPERTS = re.compile(r"(^|_)(n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts|zero_expert_num)$")
-_CHOSEN = re.compile(r"(experts_per_tok|moe_topk|moe_k|top_k_experts|moe_top_k|topk|num_selects|num_experts_per_token)$")
+_EXPERTS = re.compile(
+    r"(^|_)(n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts|zero_expert_num)$"
+)
+_CHOSEN = re.compile(
+    r"(experts_per_tok|moe_topk|moe_k|top_k_experts|moe_top_k|topk|num_selects|num_experts_per_token)$"
+)
 _SHARED_EXPERTS = re.compile(r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)$")
-_VOCABULARY = re.compile(r"(vocab_size|vocabulary_size|codebook_size|num_hash_buckets|vocab|num_embeds|num_embeddings|vocab_size_per_layer_input)$")
-_ID = re.compile(r"(token_id|token_index|token_ids|token_idx|[a-z]_id|_ids|_bos_id|begin_suppress_tokens|suppress_tokens)$")
+_VOCABULARY = re.compile(
+    r"(vocab_size|vocabulary_size|codebook_size|num_hash_buckets|vocab|num_embeds|num_embeddings|vocab_size_per_layer_input)$"
+)
+_ID = re.compile(
+    r"(token_id|token_index|token_ids|token_idx|[a-z]_id|_ids|_bos_id|begin_suppress_tokens|suppress_tokens)$"
+)
 _NOT_ID = re.compile(r"layer|gradient|hook|prompt_id")
 _IMAGE = re.compile(r"(^|_)(image_size|img_size|input_image_size|pretrain_image_size|crop_size|image_resolution)$")
 _PATCH = re.compile(r"(^|_)patch_size$")
@@ -73,8 +81,12 @@ _LAYER_INDICES = re.compile(
     r"extract_layers|vision_layer|proj_layers|source_layers|scaling_layers|layer_index|layer_index_start|"
     r"layer_index_end|layer_start_index|layer_end_index|hidden_layer|subsample_layers|only_layers|fullatt_block)$"
 )
-_USED_LAYERS = re.compile(r"out_indices|hook_ids|layers_indices|extract_layers|feature_layers|state_indices|target_layers")
-_WINDOW = re.compile(r"(sliding_window|attention_window|attention_window_size|local_attention|window_size|sliding_window_size)$")
+_USED_LAYERS = re.compile(
+    r"out_indices|hook_ids|layers_indices|extract_layers|feature_layers|state_indices|target_layers"
+)
+_WINDOW = re.compile(
+    r"(sliding_window|attention_window|attention_window_size|local_attention|window_size|sliding_window_size)$"
+)
 _CHUNK = re.compile(
     r"^(chunk_size|block_size|index_topk|mamba_chunk_size|mamba_chunk_length|lsh_attn_chunk_length|"
     r"local_attn_chunk_length|conv_chunksize|chunk_length)$"
@@ -90,7 +102,7 @@ _WIDTH = re.compile(
 _NOT_WIDTH = re.compile(
     r"kernel|stride|chunk|batch|step|vocab|window|image|patch|max_|merge|num_channels|temporal|(?<!_)pool_|pooling|block|conv_size|"
     r"^in_channels$|^out_channels$|audio_channels|num_mel|spatial|frame|cluster|type|crop|(?<!upsample_)groups|min_|scale|eval|"
-    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init|logit"
+    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init(?!ial)|logit"
 )
 
 
@@ -149,9 +161,9 @@ class Shrinker:
         for name, value in given.items():
             if isinstance(value, PretrainedConfig):
                 content[name] = {**self.shrink(value), "model_type": value.model_type}
-            elif name in _DERIVED - {"stage_names"}:
-                continue
-            elif name in base and base[name] == value and name not in ("num_labels", "is_decoder"):
+            elif name in _DERIVED - {"stage_names"} or (
+                name in base and base[name] == value and name not in ("num_labels", "is_decoder")
+            ):
                 continue
             elif name not in ("transformers_version", "architectures", "dtype", "torch_dtype", "label2id", "id2label"):
                 own[name] = value
@@ -179,7 +191,10 @@ class Shrinker:
         layers = _layers(own)
         if layers and len(names) == layers + 1:
             kept = _kept_layers(own, layers)[0]
-            indices = [kept.index(i - 1) + 1 if i - 1 in kept else 0 if i == 0 else -1 for i in _from_start(indices, layers + 1)]
+            indices = [
+                kept.index(i - 1) + 1 if i - 1 in kept else 0 if i == 0 else -1
+                for i in _from_start(indices, layers + 1)
+            ]
         content["out_indices"] = list(indices)
 
     def _anchor(self, config: PretrainedConfig) -> None:
@@ -298,7 +313,7 @@ class Shrinker:
         if _COUNTS.search(name):
             return self._count(own, value)
         if _POSITIONS.search(name):
-            return 30 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
+            return 32 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
         if _INTERVAL.search(name):
             return min(value, 2)
         if name in ("num_frames", "frames_per_clip"):
@@ -462,7 +477,9 @@ def _hidden(config: PretrainedConfig) -> tuple[str, int]:
 
 
 def _heads(config: PretrainedConfig) -> list[int]:
-    return [v for n, v in vars(config).items() if _integer(v) and v > 0 and _HEADS.search(n) and not _NOT_HEADS.search(n)]
+    return [
+        v for n, v in vars(config).items() if _integer(v) and v > 0 and _HEADS.search(n) and not _NOT_HEADS.search(n)
+    ]
 
 
 def _layers(own: Mapping[str, Any]) -> int:
@@ -481,7 +498,10 @@ def _kept_layers(own: Mapping[str, Any], layers: int) -> tuple[list[int], int]:
     kinds: list[list[Any]] = [
         list(v)
         for v in own.values()
-        if isinstance(v, (list, tuple)) and len(v) == layers and layers > 2 and all(isinstance(x, (str, bool)) for x in v)
+        if isinstance(v, (list, tuple))
+        and len(v) == layers
+        and layers > 2
+        and all(isinstance(x, (str, bool)) for x in v)
     ]
     kept: set[int] = set()
     for name, numbers in _index_lists(own, layers).items():

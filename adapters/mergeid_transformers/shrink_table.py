@@ -1,8 +1,14 @@
-"""What the names of a configuration's fields do not tell: values that single model types need when they are shrunken."""
+"""What the names of a configuration's fields do not tell: values that single model types need when they shrink."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+
+def _each(types: Iterable[str], fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {t: dict(fields) for t in types}
+
 
 _QWEN, _GLM = [16, 24, 24], [8, 12, 12]
 SECTIONS: dict[str, list[int]] = {
@@ -15,7 +21,7 @@ SECTIONS: dict[str, list[int]] = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {64: 8}, "max_value_projector_patch_to_query_dict": 8},
-    **dict.fromkeys(("granite_speech", "granite_speech_plus"), {"window_size": 4, "downsample_rate": 2}),
+    **_each(("granite_speech", "granite_speech_plus"), {"window_size": 4, "downsample_rate": 2}),
     "clap_audio_model": {
         **{"patch_embeds_hidden_size": 16, "hidden_size": 128, "num_attention_heads": [2, 4, 8, 16]},
         **{"spec_size": 128, "num_mel_bins": 32, "window_size": 4},
@@ -28,7 +34,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
-    **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), {"d_model": 64}),
+    **_each(("grounding-dino", "mm-grounding-dino"), {"d_model": 64}),
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "glm5_next_text": {"index_kpool": 2, "index_topk": 8},
     "inkling2_loop_text": {
@@ -47,7 +53,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16], "num_buckets": 4},
     "sam2_hiera_det_model": {"blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-    **dict.fromkeys(
+    **_each(
         (f"{kind}_prompt_encoder" for kind in ("sam2", "sam2_video", "edgetam", "edgetam_video")),
         {"image_size": 64, "patch_size": 16},
     ),
@@ -66,11 +72,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
         **{"attention_head_dim": 32},
     },
-    **dict.fromkeys(("janus_vqgan", "emu3_vqgan", "chameleon_vqgan", "apertus1p5_vision_tokenizer"), {"base_channels": 32}),
+    **_each(("janus_vqgan", "emu3_vqgan", "chameleon_vqgan", "apertus1p5_vision_tokenizer"), {"base_channels": 32}),
 }
 """Fields of a shrunken configuration by model type."""
 
 WHOLE = frozenset(
-    {"efficientloftr", "levit", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4", "uvdoc", "uvdoc_backbone", "pp_ocrv6_small_det"}
+    {
+        "efficientloftr",
+        "levit",
+        "pp_lcnet",
+        "pp_lcnet_v3",
+        "pp_lcnet_v4",
+        "uvdoc",
+        "uvdoc_backbone",
+        "pp_ocrv6_small_det",
+    }
 )
 """Small networks whose widths are written out layer by layer: only images and heads become smaller."""

@@ -74,7 +74,11 @@ def measure(library: str, name: str, end: Connection) -> None:
     except Exception as error:  # whatever a model does wrong is a row of the table
         last = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{Path(last.filename).name}:{last.lineno}"
-        row["problem"] = str(error) if str(error).startswith("not built: ") else f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({at})"
+        row["problem"] = (
+            str(error)
+            if str(error).startswith("not built: ")
+            else f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({at})"
+        )
     end.send(row)
 
 

@@ -7,11 +7,13 @@ written out.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from coverage_check import Batch, Case
+
 from mergeid.plugins import Architecture, MergeidError, get_adapter
 
 EAGER = ":eager"
@@ -124,6 +126,10 @@ def _case(name: str) -> Case:
     return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.forward, another, type(model).__name__)
 
 
+def _each(types: Iterable[str], fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {t: dict(fields) for t in types}
+
+
 _ONE_EXPERT = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 _GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
 _SERIES = {"prediction_length": 6, "context_length": 12}
@@ -143,10 +149,10 @@ WHY_NOT = {
 }
 """Types that are no models by themselves, and why."""
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
+    **_each(("autoformer", "informer", "time_series_transformer"), _SERIES),
     "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}},
     "pp_ocrv6_small_det": {"backbone_config": {"model_type": "pp_lcnet_v4", "out_indices": [1, 2, 3, 4]}},
-    **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50000}),
+    **_each(("blip-2", "instructblip"), {"image_token_index": 50000}),
     "cohere_compass": {
         "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
     },
@@ -154,7 +160,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ovis2": {"hidden_size": 4096},
     "vitmatte": {"hidden_size": 768},
     "voxtral": {"audio_token_id": 24},
-    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 151652}),
+    **_each(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 151652}),
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": _SPARSE},
@@ -177,9 +183,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 64}},
     "timm_backbone": {"backbone": "test_resnet"},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 128}),
-    **dict.fromkeys(("moonshine_streaming", "nemotron"), {"num_key_value_heads": 8}),
-    **dict.fromkeys(("t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
-    **dict.fromkeys(("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 32}),
+    **_each(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 128}),
+    **_each(("moonshine_streaming", "nemotron"), {"num_key_value_heads": 8}),
+    **_each(("t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
+    **_each(("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 32}),
 }
 """What the default configurations of some types lack, so that the library cannot build or run them."""

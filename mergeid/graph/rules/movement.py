@@ -18,12 +18,26 @@ if TYPE_CHECKING:
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy", "_reshape_copy")
 def reshape(call: Call) -> Layout:
     layout = call.layout("self")
+    if call.out.numel() == 0:
+        return _empty(call, layout)
     shape = [max(n, 1) for n in call.out.shape]
     if prod(layout.shape) != prod(shape):
         # view(dtype) reinterprets values
         call.freeze_dims(layout, range(len(layout.dims)))
         return uniform(call.out.shape, FROZEN, layout.data)
     return view(call.facts, layout, shape, call.why)
+
+
+def _empty(call: Call, layout: Layout) -> Layout:
+    """A tensor without values: its last dimensions still tell what a layer's weights belong to."""
+    old, new = layout.shape, tuple(call.out.shape)
+    same = 0
+    while same < min(len(old), len(new)) and old[-1 - same] == new[-1 - same] > 0:
+        same += 1
+    cut = len(old) - same
+    layout = call.freeze_dims(layout, range(cut))
+    lead = uniform(new[: len(new) - same], FROZEN).dims
+    return layout.with_dims((*lead, *layout.dims[cut:]))
 
 
 def permuted(layout: Layout, order: Sequence[int]) -> Layout:
