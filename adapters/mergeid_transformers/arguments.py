@@ -251,7 +251,7 @@ ALWAYS: dict[str, Maker] = {
     ),
     "future_time_features": lambda d: d.random(d.size, d.config.prediction_length, _time_width(d)),
     "moe_mm_token_type_ids": lambda d: d.integers(2, *d.batch["input_ids"].shape),
-    "entity_ids": lambda d: 1 + d.integers(number(d.config, "entity_vocab_size") - 1, d.size, 3),
+    "entity_ids": lambda d: 1 + d.integers((number(d.config, "entity_vocab_size") or 2) - 1, d.size, 3),
     "entity_attention_mask": lambda d: ones(d, d.size, 3),
     "entity_position_ids": lambda d: 2 + d.integers(8, d.size, 3, 2),
     "global_attention_mask": _global_mask,

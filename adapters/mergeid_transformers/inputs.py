@@ -189,7 +189,7 @@ def _input_ids(draft: Draft) -> Tensor:
 
 def _decoder_ids(draft: Draft, length: int) -> Tensor:
     """Token ids [batch, tokens] of the decoder; of the first codebook's size where it has several (MusicGen)."""
-    decoder = getattr(draft.config, "decoder", None) or getattr(draft.config, "decoder_config", None)
+    decoder: Any = getattr(draft.config, "decoder", None) or getattr(draft.config, "decoder_config", None)
     books = getattr(decoder, "num_codebooks", None)
     if isinstance(books, int) and books > 1:
         return draft.integers(decoder.vocab_size - 1, draft.size * books, length)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mergeid_transformers.shrink_table import SECTIONS, SPECIAL, WHOLE
 
@@ -126,11 +126,11 @@ def shrunken(config: PretrainedConfig | Mapping[str, Any]) -> PretrainedConfig:
     return library_config(made.model_type, content)
 
 
-def _integer(value: Any) -> bool:
+def _integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _integers(value: Any) -> bool:
+def _integers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, (list, tuple)) and bool(value) and all(_integer(v) for v in value)
 
 
@@ -376,8 +376,8 @@ class Shrinker:
         names = [n for n, v in own.items() if _integer(v) and _HEADS.search(n) and not _NOT_HEADS.search(n)]
         families: dict[str, list[str]] = {}
         for n in names:
-            family = next((p for p in ("linear", "mamba", "encoder", "decoder", "cross", "index") if p in n), "")
-            families.setdefault(family, []).append(n)
+            kind = next((p for p in ("linear", "mamba", "encoder", "decoder", "cross", "index") if p in n), "")
+            families.setdefault(kind, []).append(n)
         for family in families.values():
             most = max(own[n] for n in family)
             for n in family:
