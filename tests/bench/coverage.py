@@ -125,7 +125,7 @@ def run(library: str, names: list[str], table: Path, jobs: int, limit: float, de
     context, now = mp.get_context("fork"), code()
     waiting = list(names)
     running: dict[Connection, tuple[str, Any, float]] = {}
-    known = {r["structure"]: twin_of(r) for r in rows.values() if good(r) and r["code"] == now}
+    known = {r["structure"]: twin_of(r) for r in rows.values() if good(r) and r.get("code") == now}
     done = 0
     while waiting or running:
         while waiting and len(running) < jobs and time.monotonic() < deadline:
@@ -183,7 +183,7 @@ def chosen(args: argparse.Namespace, rows: dict[str, dict[str, str]]) -> list[st
     if args.again == "failed":
         return [n for n in names if n in rows and not good(rows[n])]
     if args.again == "stale":
-        return [n for n in names if n in rows and rows[n]["code"] != code()]
+        return [n for n in names if n in rows and rows[n].get("code") != code()]
     if args.again:
         return [n for n in names if fnmatch.fnmatch(n, args.again)]
     return [n for n in names if n not in rows]

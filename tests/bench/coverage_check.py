@@ -70,8 +70,6 @@ def check(case: Case, seed: int = 0) -> dict[str, Any]:
     row["verified"] = int(not first.failed)
     row["error"], row["dtype"] = f"{first.error:.1e}", (first.graph.verified or {})["dtype"]
     if not first.failed:
-        # every pass in float64 where a pass is cheap
-        cheap = forward < 0.5 and parameters < FLOAT32_PARAMETERS
         second = verify(
             graph,
             model,
@@ -79,7 +77,7 @@ def check(case: Case, seed: int = 0) -> dict[str, Any]:
             case.forward,
             generator=_seeded(seed + 2),
             samples=1,
-            dtype=torch.float64 if cheap else torch.float32,
+            dtype=_dtype(parameters),
         )
         row["held_again"], row["error_again"] = int(not second.failed), f"{second.error:.1e}"
         first = second if second.failed else first
