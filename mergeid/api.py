@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.aligning import align
 from mergeid.errors import MergeidError
-from mergeid.load import bare, graph_of, load
+from mergeid.load import bare, further_batches, graph_of, load
 from mergeid.merging import MergeResult, merge
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, load_pair
 from mergeid.planned import plan_pair
@@ -19,6 +19,7 @@ from mergeid.similar import SimilarityResult, similarity
 
 if TYPE_CHECKING:
     from mergeid.evaluate.result import BarrierResult
+    from mergeid.graph.by_hand import Given
     from mergeid.graph.neuron_graph import NeuronGraph
     from mergeid.planning import Plan
 
@@ -42,6 +43,10 @@ def graph(
     source: Source,
     example_inputs: Any = None,
     *,
+    more_inputs: Sequence[Any] = (),
+    freeze: Sequence[str] = (),
+    tie: Sequence[tuple[str, str]] = (),
+    graph: Given | None = None,
     arch: str | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
@@ -53,11 +58,25 @@ def graph(
         source: live module, ``.safetensors`` file, folder, hub id, the name of an architecture (``timm/resnet18``), or
             the path of a config.json; a bare architecture too large to run is traced without weights.
         example_inputs: for a live module: a tensor, tuple or dict of keywords that drives every branch.
+        more_inputs: a list of further example inputs, where one does not drive every branch. The facts of all passes
+            make one graph, which is verified on every input.
+        freeze: axes that must not move: ``"TENSOR[AXIS]"`` or ``"TENSOR"``, TENSOR may be a glob.
+        tie: pairs of axes (``("a.weight[0]", "b.weight[0]")``) whose neurons move together.
+        graph: a graph written or corrected by hand (a path, the exchange format, or a `NeuronGraph`): it is verified
+            instead of tracing one, and what does not hold is frozen.
         arch: the architecture of a file that does not tell.
         seed: of example inputs and of the group elements that verify.
 
-    Raises `MergeidError` when the model is not found or not recognised.
+    Raises `MergeidError` when the model is not found or not recognised, does not run on the inputs, or when what is
+    said by hand does not fit it.
     """
+    from mergeid.graph.by_hand import Constraints, read_graph
+
+    if graph is not None and (freeze or tie):
+        raise MergeidError(
+            "graph= takes the place of tracing, and freeze= and tie= are for a traced graph; edit the graph"
+        )
+    given = read_graph(graph) if graph is not None else None
     config = isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(".json")
     if isinstance(source, (str, os.PathLike)) and (config or not os.path.exists(source)):
         try:
@@ -73,7 +92,9 @@ def graph(
         loaded = load(
             source, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, revision=revision, seed=seed
         )
-    return graph_of(loaded, seed=seed)
+    live = not isinstance(source, (str, os.PathLike))
+    more = further_batches(loaded, more_inputs) if more_inputs or live else []
+    return graph_of(loaded, seed=seed, more=more, constraints=Constraints(freeze, tie), given=given)
 
 
 def plan(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from mergeid.graph.by_hand import Constraints
     from mergeid.graph.neuron_graph import NeuronGraph
 
 
@@ -69,7 +71,10 @@ class _ModuleAdapter:
         leaves = tree_leaves(model(*positional, **inputs))
         import torch
 
-        return next(t for t in leaves if isinstance(t, torch.Tensor))
+        found = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
+        if found is None:
+            raise MergeidError(f"{type(model).__name__} returned no tensor; its first tensor counts as its output")
+        return found
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> None:
         return None
@@ -87,6 +92,29 @@ def as_batch(inputs: Any) -> Batch:
         return dict(inputs)
     values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     return {f"arg{i}": v for i, v in enumerate(values)}
+
+
+def further_batches(loaded: Loaded, inputs: Iterable[Any]) -> list[Batch]:
+    """More example inputs of a live module as batches, all of which run, and the first example too.
+
+    Raises `MergeidError` where the module does not run on one of them."""
+    import torch
+
+    more = [{k: v for k, v in as_batch(x).items() if k != "labels"} for x in inputs]
+    for i, batch in enumerate([loaded.example, *more]):
+        try:
+            with torch.no_grad():
+                loaded.forward(loaded.model, batch)
+        except MergeidError:
+            raise
+        except Exception as error:  # whatever a foreign forward does wrong
+            which = "example_inputs" if i == 0 else f"more_inputs[{i - 1}]"
+            text = " ".join(str(error).split())[:200]
+            raise MergeidError(
+                f"{loaded.source} does not run on {which} ({type(error).__name__}: {text}); expected what its forward "
+                "takes: a tensor, a tuple of positional inputs, or a dict of keywords"
+            ) from error
+    return more
 
 
 def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[Adapter, Architecture]:
@@ -307,35 +335,68 @@ def _proven_small(loaded: Loaded, graph: NeuronGraph, seed: int, samples: int) -
     return proven_on(graph, graph_of(small, seed=seed, samples=samples), what)
 
 
-def graph_of(loaded: Loaded, *, seed: int = 0, samples: int = 2) -> NeuronGraph:
-    """The verified neuron graph of a loaded model, over the keys of its state dict."""
+def graph_of(
+    loaded: Loaded,
+    *,
+    seed: int = 0,
+    samples: int = 2,
+    more: Sequence[Batch] = (),
+    constraints: Constraints | None = None,
+    given: NeuronGraph | None = None,
+) -> NeuronGraph:
+    """The verified neuron graph of a loaded model, over the keys of its state dict.
+
+    Args:
+        more: further batches that drive what the example does not; the graph is verified on them too.
+        constraints: what is known of the neurons besides.
+        given: a graph to verify instead of tracing one.
+
+    Raises `MergeidError` where constraints or the given graph do not fit the model."""
     import torch
 
+    from mergeid.graph.by_hand import fitted
+    from mergeid.graph.recorder import Pass
     from mergeid.graph.trace import trace
     from mergeid.graph.verify import verify
 
     model, batch = loaded.model, {k: v for k, v in loaded.example.items() if k != "labels"}
     size = sum(p.numel() for p in model.parameters())
     meta = any(p.is_meta for p in model.parameters())
-    inputs = {k: v.to("meta") if meta and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    graph = trace(
-        model,
-        inputs,
-        lambda: loaded.forward(model, inputs),
-        values=batch if meta else None,
-        name=loaded.arch.id,
-        label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
-    )
+
+    def moved(x: Batch) -> Batch:
+        return {k: v.to("meta") if meta and isinstance(v, torch.Tensor) else v for k, v in x.items()}
+
+    if given is not None:
+        state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
+        graph = fitted(given, state, loaded.arch.id)
+    else:
+        inputs = moved(batch)
+        graph = trace(
+            model,
+            inputs,
+            lambda: loaded.forward(model, inputs),
+            values=batch if meta else None,
+            more=[Pass(y := moved(x), partial(loaded.forward, model, y), x if meta else None) for x in more],
+            constraints=constraints,
+            name=loaded.arch.id,
+            label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
+        )
     if meta:
         return _proven_small(loaded, graph, seed, samples)
-    size_of = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
-    one = {k: v[:1] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size_of else v for k, v in batch.items()}
     return verify(
         graph,
         model,
-        one,
-        loaded.forward,
+        [_one(x) for x in (batch, *more)],
+        lambda probe, batches: [loaded.forward(probe, x) for x in batches],
         generator=torch.Generator().manual_seed(seed),
         samples=samples,
         dtype=torch.float64 if size < LARGE else torch.float32,
     ).graph
+
+
+def _one(batch: Batch) -> Batch:
+    """Its first example."""
+    import torch
+
+    size = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
+    return {k: v[:1] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}

@@ -53,22 +53,33 @@ def command(
             help="Explain one axis, such as 'conv1.weight[1]': its space, or why it is frozen.",
         ),
     ] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            rich_help_panel=o.HOW,
+            help="Verify this graph (JSON, written or corrected by hand) instead of tracing one.",
+            show_default=False,
+        ),
+    ] = None,
     seed: o.Seed = 0,
 ) -> int:
     """Show which neurons of a model may trade places: its neuron graph, found by tracing and proven on the spot."""
     from mergeid import api
 
     files = [Path(f) for f in (json_target, output) if f not in (None, "-")]
+    inputs = (model,) if given is None else (model, str(given))
     for file in files:
-        check_text_output(file, "--json" if str(file) == json_target else "-o", inputs=(model,))
+        check_text_output(file, "--json" if str(file) == json_target else "-o", inputs=inputs)
     as_json = json_target is not None
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or Path(model).suffix in o.WEIGHTS):
         raise MergeidError(f"no such file or folder: {model}; expected {o.MODEL}, or an architecture's name")
     if why is not None:
         parse_axis(why)
     with working(as_json) as work:
-        work.progress("tracing and verifying", 0, 0)
-        found = api.graph(model, arch=arch, seed=seed, allow_pickle=allow_pickle)
+        work.progress("tracing and verifying" if given is None else "verifying", 0, 0)
+        found = api.graph(model, arch=arch, graph=given, seed=seed, allow_pickle=allow_pickle)
         answer = explain(found, why) if why is not None else None
         for file in files:
             write_text(file, to_text(found.to_json() if answer is None else answer, indent=None) + "\n", "-o")

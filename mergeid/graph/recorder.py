@@ -1,4 +1,4 @@
-"""Watch one executed forward pass and carry neuron labels through every aten call.
+"""Watch executed forward passes and carry neuron labels through every aten call.
 
 Nothing of the model is rewritten or interpreted: whatever control flow it has runs as it is, and a
 ``TorchDispatchMode`` sees the calls that remain. An operation without a rule freezes its inputs and outputs.
@@ -136,6 +136,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.facts = Facts()
         self.taps: list[Tap] = []
+        self.tapping = True
         self.unknown: dict[str, str] = {}
         self.axes: dict[tuple[str, int], Labels] = {}
         self.shadows = Shadows()
@@ -330,6 +331,8 @@ class Recorder(TorchDispatchMode):
             yield
 
     def _tap(self, name: str, kind: str, value: Any) -> None:
+        if not self.tapping:
+            return
         call = self._calls.get((name, kind), 0)
         self._calls[name, kind] = call + 1
         tensor = next((t for t in tree_leaves(value) if isinstance(t, Tensor)), None)
@@ -350,38 +353,57 @@ def _flat(result: Result) -> list[Layout | None]:
     return [result] if isinstance(result, Layout) or result is None else list(result)
 
 
-def record(
-    model: nn.Module, state: Mapping[str, Tensor], inputs: Any, forward: Callable[[], Any], values: Any = None
-) -> Recorder:
-    """Run `forward` once and return what was seen.
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass.
 
-    Args:
-        model: the module that `forward` calls, in eval mode.
-        state: its state dict with the live tensors (``keep_vars=True``).
+    Attributes:
         inputs: every tensor in this tree is an input: frozen in all dimensions.
         forward: returns the task's output; all labels on it are frozen.
         values: for inputs on the meta device, the same tree with real tensors.
     """
+
+    inputs: Any
+    forward: Callable[[], Any]
+    values: Any = None
+
+
+def record(model: nn.Module, state: Mapping[str, Tensor], passes: Sequence[Pass]) -> Recorder:
+    """Run every pass once, one after the other, and return what was seen in all of them.
+
+    Activations are tapped in the first pass alone.
+
+    Args:
+        model: the module that the passes call, in eval mode.
+        state: its state dict with the live tensors (``keep_vars=True``).
+    """
     recorder = Recorder()
-    for tensor, value in zip(tree_leaves(inputs), tree_leaves(values), strict=True) if values is not None else ():
-        if isinstance(tensor, Tensor):
-            recorder.shadows.add(tensor, value)
     recorder.add_parameters(state)
-    for tensor in tree_leaves(inputs):
-        if isinstance(tensor, Tensor):
-            recorder.add_input(tensor)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder.watching(model), recorder:
-            output = forward()
+        for one in passes:
+            _run(recorder, model, one)
+            recorder.tapping = False
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+    _freeze_unread(recorder)
+    return recorder
+
+
+def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
+    if one.values is not None:
+        for tensor, value in zip(tree_leaves(one.inputs), tree_leaves(one.values), strict=True):
+            if isinstance(tensor, Tensor):
+                recorder.shadows.add(tensor, value)
+    for tensor in tree_leaves(one.inputs):
+        if isinstance(tensor, Tensor):
+            recorder.add_input(tensor)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder.watching(model), recorder:
+        output = one.forward()
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor):
             recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
-    _freeze_unread(recorder)
-    return recorder
 
 
 def _freeze_unread(recorder: Recorder) -> None:

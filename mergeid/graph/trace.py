@@ -1,9 +1,9 @@
-"""From a model to its neuron graph: record one forward pass, solve, and lay the cells over the tensors."""
+"""From a model to its neuron graph: record its forward passes, solve, and lay the cells over the tensors."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from mergeid.graph.by_hand import Constraints
 from mergeid.graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
-from mergeid.graph.recorder import Recorder, record
+from mergeid.graph.recorder import Pass, Recorder, record
 from mergeid.graph.solve import Cell, Solution, solve
 from mergeid.state import forget_derived
 
@@ -25,6 +26,8 @@ def trace(
     forward: Callable[[], Any],
     *,
     values: Any = None,
+    more: Sequence[Pass] = (),
+    constraints: Constraints | None = None,
     name: str = "",
     label: SpaceLabeller | None = None,
 ) -> NeuronGraph:
@@ -35,12 +38,16 @@ def trace(
         inputs: the tree of input tensors that `forward` uses.
         forward: runs the model on them and returns the task output, whose neurons are frozen.
         values: for a model on the meta device, the inputs with their real values (`mergeid.graph.shadows`).
+        more: further passes, over other inputs, that drive what the first does not; the graph holds for all of them.
+        constraints: what is known of the neurons besides. May raise `MergeidError`.
         name: what the graph calls the model.
         label: a human label for a space that lives on these (tensor, axis) pairs.
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     forget_derived(model)  # what the model computed from its weights earlier would look like a constant
-    recorder = record(model, state, inputs, forward, values)
+    recorder = record(model, state, [Pass(inputs, forward, values), *more])
+    if constraints is not None:
+        constraints.add_to(recorder.facts, recorder.axes)
     is_atom = np.zeros(recorder.facts.count, bool)
     for labels in recorder.axes.values():
         is_atom[labels] = True

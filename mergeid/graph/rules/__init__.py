@@ -32,16 +32,17 @@ _FAMILIES = (
     "normalisation",
     "reduction",
     "spatial",
+    "regions",
 )
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for aten operations (``"mm"`` stands for all overloads of ``aten.mm``). Raises ValueError when
-    one has a rule already."""
+    """Register a rule for aten operations (``"mm"`` stands for all overloads of ``aten.mm``), or for those of another
+    library (``"torchvision.nms"``). Raises ValueError when one has a rule already."""
 
     def decorate(function: Rule) -> Rule:
         for name in names:
-            key = f"aten.{name}"
+            key = name if "." in name else f"aten.{name}"
             if key in _RULES:
                 raise ValueError(f"{key} has a rule already")
             _RULES[key] = function
