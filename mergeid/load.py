@@ -366,6 +366,11 @@ def graph_of(
     def moved(x: Batch) -> Batch:
         return {k: v.to("meta") if meta and isinstance(v, torch.Tensor) else v for k, v in x.items()}
 
+    if given is not None and meta:
+        raise MergeidError(
+            f"{loaded.source} has no weights here (it is too large to run), so a graph written by hand cannot be verified "
+            "on it; give a smaller model of this architecture"
+        )
     if given is not None:
         state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
         graph = fitted(given, state, loaded.arch.id)

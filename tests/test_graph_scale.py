@@ -123,3 +123,10 @@ def test_a_bare_architecture_that_is_too_large(name, monkeypatch):
     assert "smaller model of the same code" in graph.verified["on"]
     assert graph.verified["places"] == graph.verified["of"] > 10
     assert graph.verified["max_relative_error"] < 1e-6
+
+
+def test_a_graph_by_hand_of_a_model_without_weights_is_refused(monkeypatch):
+    by_hand = mergeid.graph("timm/test_vit").to_json()
+    monkeypatch.setattr(mergeid.load, "HUGE", 100_000)
+    with pytest.raises(MergeidError, match="a graph written by hand cannot be verified on it"):
+        mergeid.graph("timm/test_vit", graph=by_hand)
