@@ -368,8 +368,8 @@ def graph_of(
 
     if given is not None and meta:
         raise MergeidError(
-            f"{loaded.source} has no weights here (it is too large to run), so a graph written by hand cannot be verified "
-            "on it; give a smaller model of this architecture"
+            f"{loaded.source} has no weights here (it is too large to run), so a graph written by hand cannot be "
+            "verified on it; give a smaller model of this architecture"
         )
     if given is not None:
         state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
