@@ -8,7 +8,7 @@ half of them that the match has not seen, and nothing is promised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Generator
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.identify.evidence import ActivationEvidence, Judgement
+from mergeid.identify.layers import SpaceRecord
 from mergeid.match.assignment import TreeAssignment, descendants
 from mergeid.match.weight import WeightSimilarity, weight_matching
 
@@ -44,6 +45,7 @@ class SpaceEvidence:
         moved: neurons that the match moves.
         chord_identity, chord_match: relative chord deviation at the first layer that consumes the space, under the
             identity and under the match, all other spaces as decided (`mergeid.identify.chord`).
+        structure: both models' margins relative to the fixed part that they share; None where there is none.
     """
 
     id: str
@@ -69,9 +71,12 @@ class SpaceEvidence:
     gain_high: float | None = None
     chord_identity: float | None = None
     chord_match: float | None = None
+    structure: SpaceRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Infinite margins as null."""
+        plain = asdict(replace(self, structure=None))
+        return {**plain, "structure": None if self.structure is None else self.structure.to_json()}
 
 
 @dataclass
