@@ -42,9 +42,9 @@ LEGEND_WEIGHTS = (
     "random permutation. moved: neurons that trade places."
 )
 LEGEND_STRUCTURE = (
-    "structure: what it costs at least, in squared weights, to train the base's neurons into another order's functions; "
-    "positive where both models' neurons are identified by what they share, so that they keep their places. "
-    "no: another order is as cheap, by the number in brackets."
+    "structure: the least that it costs, in squared weights, to train what both models share (the base, or the stored "
+    "fixed parts) into another order's functions. Above 0 in both, it alone keeps the neurons in place. no: another "
+    "order is as cheap; in brackets, by how much it is dearer."
 )
 REMARKS = {
     "taken_from_a": "Integer tensors that differ, taken from A",
