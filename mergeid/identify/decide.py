@@ -1,7 +1,8 @@
 """Per space: merge directly, match first, or say that it will not merge.
 
 Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
-is at least as good within its interval: ties go to the identity. Without data only the weights speak, judged on a
+is at least as good within its interval: ties go to the identity, unless the weights of the moved neurons leave no
+doubt. Without data only the weights speak, judged on a
 half of them that the match has not seen, and nothing is promised.
 """
 
@@ -26,6 +27,11 @@ DIRECT, MATCH, WILL_NOT = "direct", "match", "will not merge"
 LEAST_CORRELATION = 0.1
 """A space whose best assignment correlates less than this keeps under 55 % of its activations' variance at the
 midpoint, (1 + ρ)/2: nothing of the two networks is left to merge."""
+
+CLEAR_COSINE = 0.5
+"""Moved neurons whose weights fit their new places better by this much, in cosine, on average, need no interval of the
+activations above 0: two swapped neurons among many with heavy tails leave a wide one. Independent networks stay below:
+the best of n random directions in d dimensions has a cosine of about sqrt(2 ln n / d)."""
 
 NULL_SIGMAS = 4.0
 """Standard deviations of a random permutation's score that weight evidence must beat."""
@@ -199,7 +205,8 @@ def _decision(
     if judged is None:
         why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
         return _record(graph, space, decision=DIRECT, why=why, evidence="none", moved=0), False
-    matches = moved > 0 and judged.gain_low > 0 and judged.gain > lost
+    clear = moved > 0 and judged.gain > 0 and -lost * space.size > CLEAR_COSINE * moved
+    matches = moved > 0 and (judged.gain_low > 0 or clear) and judged.gain > lost
     chosen = judged.j_match if matches else judged.j_current
     values = {
         "evidence": "activations",
@@ -221,6 +228,8 @@ def _decision(
         return _record(graph, space, decision=WILL_NOT, why=why, **values), matches
     if matches:
         why = f"matching {moved} neurons raises the correlation from {judged.j_current:.2f} to {judged.j_match:.2f}"
+        if judged.gain_low <= 0:
+            why += ", and their weights leave no doubt"
         return _record(graph, space, decision=MATCH, why=why, **values), True
     if moved == 0:
         why = "the neurons correspond: the best assignment is the identity"
