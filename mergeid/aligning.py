@@ -27,12 +27,15 @@ def align(
     skip: Sequence[str] = (),
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    base: Source | None = None,
+    certify: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """B with its neurons in A's order: the same function, for any other merging tool.
 
     Args:
         b: the model to permute; to: the model whose order it takes. Others as for `merge`.
+        base, certify: as for `plan`.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
@@ -57,6 +60,8 @@ def align(
         skip=skip,
         allow_pickle=allow_pickle,
         example_inputs=example_inputs,
+        base=base,
+        certify=certify,
         progress=progress,
     )
     made, pair = planned.plan, planned.pair

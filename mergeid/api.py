@@ -111,6 +111,8 @@ def plan(
     skip: Sequence[str] = (),
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    base: Source | None = None,
+    certify: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide per space of neurons: merge directly, match first, or will not merge. Nothing is written.
@@ -121,6 +123,9 @@ def plan(
         match: "auto" as decided per space, "always", "never".
         limit: most calibration examples.
         skip: globs of tensor names that the merge takes from A as they are.
+        base: what both models were fine-tuned from. With data, and with a base or the fixed parts that asymmetric
+            layers store, every space's record gets the structural margins of both models (`structure`).
+        certify: compute the layers' radii of stability too.
 
     Raises `MergeidError` for anything wrong with the input.
     """
@@ -137,6 +142,8 @@ def plan(
         skip=skip,
         allow_pickle=allow_pickle,
         example_inputs=example_inputs,
+        base=base,
+        certify=certify,
         progress=progress,
     ).plan
 
@@ -208,7 +215,15 @@ def barrier(
         from mergeid.planning import make_plan
 
         made = make_plan(
-            pair.a, pair.b, dataset=held, match=match, seed=seed, collate=collate, graph=pair.graph, progress=progress
+            pair.a,
+            pair.b,
+            dataset=held,
+            match=match,
+            seed=seed,
+            collate=collate,
+            graph=pair.graph,
+            structure=False,
+            progress=progress,
         )
         state_b = made.graph.apply_state(made.element, state_b)
     state_a, model = pair.a.state(), pair.a.model

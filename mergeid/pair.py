@@ -14,7 +14,7 @@ from mergeid.load import Loaded, find_architecture, graph_of, load, load_checkpo
 from mergeid.plugins import Adapter, Architecture
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mergeid.graph.neuron_graph import NeuronGraph
 
@@ -96,6 +96,33 @@ def load_pair(
         keys = {one.names.get(n, n) for n in one.names if any(fnmatchcase(n, p) for p in skip)}
         found = found.on_tensors([t for t in found.tensors if t not in keys])
     return Pair(one, two, found)
+
+
+def load_base(
+    base: Source, like: Loaded, *, arch: str | None, skip: Sequence[str], allow_pickle: bool, seed: int
+) -> dict[str, Tensor]:
+    """The weights that both models were fine-tuned from, under the keys of `like`'s state dict.
+
+    Raises `MergeidError` where it is no checkpoint of the same architecture."""
+    from fnmatch import fnmatchcase
+
+    if is_module(base) != (like.checkpoint is None):
+        raise MergeidError("the base is a live module and the models are paths, or the reverse; expected all of a kind")
+    first = like.checkpoint or Checkpoint.from_tensors(like.state(), source=like.source)
+    (second,) = open_plain([base], allow_pickle)
+    from mergeid.merge.by_torch import check_finite
+    from mergeid.merge.compare import plan_tensors
+
+    here = {*first.table, *second.table}
+    tensors = plan_tensors(first, second, skip=[p for p in skip if any(fnmatchcase(n, p) for n in here)])
+    check_finite(second, tensors.merged)
+    if not isinstance(base, (str, os.PathLike)):
+        return dict(base.state_dict())
+    import torch
+
+    found = find_architecture(second, arch)[1] if skip else like.arch
+    generator = torch.Generator().manual_seed(seed)
+    return load_checkpoint(second, like.adapter, found, device="cpu", generator=generator).state()
 
 
 def _common_graph(adapter: Adapter, arch: Architecture, loaded: Loaded, seed: int) -> NeuronGraph:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeid.pair import Pair, Progress, Source, dataset_of, load_pair
+from mergeid.pair import Pair, Progress, Source, dataset_of, load_base, load_pair
 
 if TYPE_CHECKING:
     from mergeid.planning import Plan
@@ -38,8 +38,10 @@ def plan_pair(
     example_inputs: Any,
     progress: Progress | None,
     dtype: str | None = None,
+    base: Source | None = None,
+    certify: bool = False,
 ) -> Planned:
-    """Load both models and their data, and decide (`mergeid.planning.make_plan`)."""
+    """Load both models, what they were fine-tuned from and their data, and decide (`mergeid.planning.make_plan`)."""
     pair = load_pair(
         a,
         b,
@@ -52,6 +54,9 @@ def plan_pair(
         example_inputs=example_inputs,
         progress=progress,
     )
+    origin = None
+    if base is not None:
+        origin = load_base(base, pair.a, arch=arch, skip=skip, allow_pickle=allow_pickle, seed=seed)
     dataset, collate = dataset_of(data, pair.a, limit, seed)
     from mergeid.planning import make_plan  # needs torch, which a pair that does not fit never loads
 
@@ -64,6 +69,8 @@ def plan_pair(
         batch_size=batch_size,
         collate=collate,
         graph=pair.graph,
+        base=origin,
+        certify=certify,
         progress=progress,
     )
     return Planned(made, pair, dataset, collate)

@@ -18,9 +18,12 @@ from mergeid.match.activation import WEIGHT_SHARE, combined_matching
 from mergeid.match.weight import WeightSimilarity, weight_matching
 from mergeid.merge.asymmetric import compared
 from mergeid.nn.folding import effective_state
+from mergeid.structural import Batches, structure_of, why_not
 
 Progress = Callable[[str, int, int], None]
 MODES = ("auto", "never", "always")
+LEAST = 16
+"""Calibration examples that evidence needs."""
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Plan:
         element: permutations of B, space id -> int array; the identity where the decision is direct.
         notes: what the user should know besides.
         evidence: "activations" or "weights".
+        structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
     """
 
     a: str
@@ -48,6 +52,7 @@ class Plan:
     examples: int
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
+    structure: dict[str, Any] = field(default_factory=dict)
 
     @property
     def moves(self) -> bool:
@@ -68,6 +73,7 @@ class Plan:
             "seed": self.seed,
             "settings": self.settings,
             "notes": self.notes,
+            "structure": self.structure,
             "spaces": [s.to_json() for s in self.spaces],
             "permutations": {k: p.tolist() for k, p in self.element.items() if (p != range(len(p))).any()},
             "graph": {
@@ -89,6 +95,9 @@ def make_plan(
     batch_size: int = 32,
     collate: Callable[[Any], Any] | None = None,
     graph: NeuronGraph | None = None,
+    structure: bool = True,
+    base: Mapping[str, torch.Tensor] | None = None,
+    certify: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide for every space of the pair.
@@ -99,6 +108,9 @@ def make_plan(
         match: "auto" decides per space, "always" matches every space, "never" none.
         batch_size: for speed and memory only.
         graph: skip tracing (must be this architecture's).
+        structure: attach structural margins where both models share a fixed part; they change no decision.
+        base: state dict, under the model's keys, of what both were fine-tuned from.
+        certify: with radii of stability.
 
     Raises `MergeidError` for too few calibration examples or an unknown `match`.
     """
@@ -117,8 +129,8 @@ def make_plan(
             "no calibration data: only the weights speak, which is weaker evidence, and nothing is promised; "
             "give --data for activations"
         )
-    elif count < 16:
-        raise MergeidError(f"--data holds {count} examples; the evidence needs at least 16")
+    elif count < LEAST:
+        raise MergeidError(f"--data holds {count} examples; the evidence needs at least {LEAST}")
     records: list[SpaceEvidence]
     settings = {"batch_size": batch_size, "weight_share": WEIGHT_SHARE}
     if match == "never":
@@ -131,7 +143,8 @@ def make_plan(
             decided = decide_from_weights(similarity, generator=generator)
             element, records = decided.element, decided.spaces
     else:
-        evidence = _evidence(graph, a, b, dataset, collate, batch_size, seed, tell)
+        batches = _batches(a, dataset, collate, batch_size, tell)
+        evidence = _evidence(graph, a, b, batches, seed)
         tell("matching", 0, 1)
         correlation = evidence.correlations()
         matched = combined_matching(similarity, correlation, generator=generator)
@@ -145,6 +158,15 @@ def make_plan(
             element = decided.element
             effective = effective_state(a.state()), effective_state(b.state())
             records = _with_chords(graph, evidence, decided.spaces, element, matched, *effective)
+    said: dict[str, Any] = {"computed": False, "why": why_not(a.state(), base, dataset is not None, match)}
+    if structure and said["why"] is None:
+        tell("structure", 0, 1)
+        batches = _batches(a, dataset, collate, batch_size, tell)
+        made, said, more = structure_of(graph, a, b, element, batches, base=base, certify=certify, seed=seed)
+        records = [replace(r, structure=made.get(r.id)) for r in records]
+        notes += more
+    elif base is not None:
+        notes.append(f"the base was not used: {said['why']}")
     verdict = _verdict(match, records, notes)
     return Plan(
         a.source,
@@ -160,21 +182,11 @@ def make_plan(
         count,
         seed,
         settings,
+        said,
     )
 
 
-def _evidence(
-    graph: NeuronGraph,
-    a: Loaded,
-    b: Loaded,
-    dataset: Any,
-    collate: Callable[[Any], Any] | None,
-    batch_size: int,
-    seed: int,
-    tell: Progress,
-) -> ActivationEvidence:
-    taps = choose_taps(graph, a.model)
-    flat = [t for list_of in taps.values() for t in list_of]
+def _batches(a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batch_size: int, tell: Progress) -> Batches:
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
     def batches() -> Iterator[dict[str, Any]]:
@@ -184,6 +196,12 @@ def _evidence(
             tell("calibration", start, len(dataset))
             yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
 
+    return batches
+
+
+def _evidence(graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int) -> ActivationEvidence:
+    taps = choose_taps(graph, a.model)
+    flat = [t for list_of in taps.values() for t in list_of]
     stream = PairStream(TapReader(a.model, a.forward, flat), TapReader(b.model, b.forward, flat), batches, seed=seed)
     evidence = ActivationEvidence(graph, stream, taps)
     evidence.collect()

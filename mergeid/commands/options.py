@@ -119,6 +119,24 @@ Data = Annotated[
         "Hugging Face data set, or module:function.",
     ),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        rich_help_panel=INPUT,
+        show_default=False,
+        help="What A and B were fine-tuned from: with --data every space gets its structural margins relative to it.",
+    ),
+]
+Certify = Annotated[
+    bool,
+    typer.Option(
+        "--certify",
+        rich_help_panel=HOW,
+        help="With the margins also by how much the inputs may shift (slow above about a thousand neurons).",
+    ),
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(

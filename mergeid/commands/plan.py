@@ -14,6 +14,7 @@ from mergeid.commands.work import check_text_output, to_text, working, write_tex
 def command(
     a: o.A,
     b: o.B,
+    base: o.Base = None,
     data: o.Data = None,
     arch: o.Arch = None,
     skip: o.Skip = None,
@@ -23,8 +24,18 @@ def command(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the plan as JSON."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            rich_help_panel=o.OUTPUT,
+            help="Draw the evidence space by space in order of depth: .png or .svg.",
+        ),
+    ] = None,
     as_json: o.Json = False,
     match: o.MatchOption = o.Match.auto,
+    certify: o.Certify = False,
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=o.HOW, help="Exit with 1 if the pair will not merge.")
     ] = False,
@@ -34,16 +45,23 @@ def command(
 ) -> int:
     """Decide for every space of neurons: merge directly, match first, or will not merge.
 
-    Without --data only the weights are compared, which says less, and the plan says so. No weights are written.
+    Without --data only the weights are compared, which says less, and the plan says so. With --base (or asymmetric
+    layers, which store their fixed parts) the structure is judged beside them. No weights are written.
     """
     from mergeid import api
 
     if output is not None:
         check_text_output(output, "-o", inputs=(a, b))
+    if plot is not None:
+        from mergeid.report.plots import check_plot_path
+
+        check_plot_path(plot)
     with working(as_json) as work:
         found = api.plan(
             a,
             b,
+            base=base,
+            certify=certify,
             data=data,
             arch=arch,
             match=match.value,
@@ -58,6 +76,10 @@ def command(
         result = found.to_json()
         if output is not None:
             write_text(output, to_text(result) + "\n", "-o")
+        if plot is not None:
+            from mergeid.report.evidence_plot import plot_evidence
+
+            plot_evidence(found, plot)
         if as_json:
             work.emit(result)
         else:
@@ -67,4 +89,6 @@ def command(
             print_plan(found, work.console)
             if output is not None:
                 work.say(f"Plan: {output}")
+            if plot is not None:
+                work.say(f"Plot: {plot}")
     return 1 if strict and found.verdict == "will not merge" else 0

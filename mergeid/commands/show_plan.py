@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mergeid.api import MergeResult
     from mergeid.identify.decide import SpaceEvidence
+    from mergeid.identify.layers import SpaceRecord
     from mergeid.planning import Plan
 
 STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
@@ -40,6 +41,11 @@ LEGEND_WEIGHTS = (
     "gain: by how much the match fits unseen weights better than the order as it is, in standard deviations of a "
     "random permutation. moved: neurons that trade places."
 )
+LEGEND_STRUCTURE = (
+    "structure: the least that it costs, in squared weights, to train what both models share (the base, or the stored "
+    "fixed parts) into another order's functions. Above 0 in both, it alone keeps the neurons in place. no: another "
+    "order is as cheap; in brackets, by how much it is dearer."
+)
 REMARKS = {
     "taken_from_a": "Integer tensors that differ, taken from A",
     "skipped": "Skipped, taken from A as they are",
@@ -56,6 +62,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         title = f"{len(rows)} spaces of {plan.arch}, judged by {plan.evidence}"
         console.print(make_table(columns, rows, width=console.width, title=title))
         console.print(LEGEND if numbers else LEGEND_WEIGHTS, style="dim")
+        for line in structure_lines(plan):
+            console.print(line, markup=False)
     for line in verdict_lines(plan):
         console.print(line, markup=False)
 
@@ -74,6 +82,9 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
         Column("chord as is", "right", optional=5),
         Column("chord match", "right", optional=5),
     ]
+    structural = any(s.structure is not None for s in plan.spaces)
+    if structural:
+        columns.append(Column("structure", "right"))
     rows: list[Sequence[Any]] = [
         [
             s.id,
@@ -87,6 +98,7 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
             interval(s.iota, s.iota_low, s.iota_high),
             fixed(s.chord_identity),
             fixed(s.chord_match),
+            *([structure_cell(s.structure)] if structural else []),
         ]
         for s in plan.spaces
     ]
@@ -110,6 +122,41 @@ def _without_data(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
 
 def _decision(space: SpaceEvidence) -> Text:
     return Text(space.decision, style=STYLES.get(space.decision, ""))
+
+
+def structure_cell(record: SpaceRecord | None) -> str:
+    """``0.83`` where identified, ``no (−0.12)`` where not; a dash where no layer makes the space."""
+    if record is None:
+        return number(None)
+    if record.identifiable:
+        return short(min(record.a.margin, record.b.margin))
+    return f"no ({short(min(record.a.margin, record.b.margin))})"
+
+
+def short(value: float) -> str:
+    """Two digits; ∞ where no other order can be reached."""
+    return f"{value:.2g}".replace("inf", "∞").replace("-", "−")
+
+
+def structure_lines(plan: Plan) -> list[str]:
+    """How many spaces are identified by structure, the weakest ones, and what was left out; nothing without records."""
+    with_record = [s for s in plan.spaces if s.structure is not None]
+    if not with_record:
+        return []
+    lines = [LEGEND_STRUCTURE]
+    lost = [s for s in with_record if s.structure is not None and not s.structure.identifiable]
+    text = f"Identified by structure: {len(with_record) - len(lost)} of {len(with_record)} spaces"
+    said = []
+    for space in lost[:3]:
+        assert space.structure is not None
+        worst, name = min(((space.structure.a, "A"), (space.structure.b, "B")), key=lambda x: x[0].margin)
+        said.append(f"{space.label}: cheapest swap {short(worst.least_swap)} in {name}")
+    if said:
+        text += f". Not identified: {'; '.join(said)}" + (f"; and {len(lost) - 3} more" if len(lost) > 3 else "")
+    lines.append(text + ".")
+    if "stability" in (left := plan.structure.get("left_out", {})):
+        lines.append(f"Left out: {left['stability']}.")
+    return lines
 
 
 def print_merge(result: MergeResult, console: Console) -> None:

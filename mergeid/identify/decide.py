@@ -1,14 +1,15 @@
 """Per space: merge directly, match first, or say that it will not merge.
 
 Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
-is at least as good within its interval: ties go to the identity. Without data only the weights speak, judged on a
+is at least as good within its interval: ties go to the identity, unless the weights of the moved neurons leave no
+doubt. Without data only the weights speak, judged on a
 half of them that the match has not seen, and nothing is promised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Generator
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.identify.evidence import ActivationEvidence, Judgement
+from mergeid.identify.layers import SpaceRecord
 from mergeid.match.assignment import TreeAssignment, descendants
 from mergeid.match.weight import WeightSimilarity, weight_matching
 
@@ -25,6 +27,11 @@ DIRECT, MATCH, WILL_NOT = "direct", "match", "will not merge"
 LEAST_CORRELATION = 0.1
 """A space whose best assignment correlates less than this keeps under 55 % of its activations' variance at the
 midpoint, (1 + ρ)/2: nothing of the two networks is left to merge."""
+
+CLEAR_COSINE = 0.5
+"""Moved neurons whose weights fit their new places better by this much, in cosine, on average, need no interval of the
+activations above 0: two swapped neurons among many with heavy tails leave a wide one. Independent networks stay below:
+the best of n random directions in d dimensions has a cosine of about sqrt(2 ln n / d)."""
 
 NULL_SIGMAS = 4.0
 """Standard deviations of a random permutation's score that weight evidence must beat."""
@@ -44,6 +51,7 @@ class SpaceEvidence:
         moved: neurons that the match moves.
         chord_identity, chord_match: relative chord deviation at the first layer that consumes the space, under the
             identity and under the match, all other spaces as decided (`mergeid.identify.chord`).
+        structure: both models' margins relative to the fixed part that they share; None where there is none.
     """
 
     id: str
@@ -69,9 +77,12 @@ class SpaceEvidence:
     gain_high: float | None = None
     chord_identity: float | None = None
     chord_match: float | None = None
+    structure: SpaceRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Infinite margins as null."""
+        plain = asdict(replace(self, structure=None))
+        return {**plain, "structure": None if self.structure is None else self.structure.to_json()}
 
 
 @dataclass
@@ -194,7 +205,8 @@ def _decision(
     if judged is None:
         why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
         return _record(graph, space, decision=DIRECT, why=why, evidence="none", moved=0), False
-    matches = moved > 0 and judged.gain_low > 0 and judged.gain > lost
+    clear = moved > 0 and judged.gain > 0 and -lost * space.size > CLEAR_COSINE * moved
+    matches = moved > 0 and (judged.gain_low > 0 or clear) and judged.gain > lost
     chosen = judged.j_match if matches else judged.j_current
     values = {
         "evidence": "activations",
@@ -216,6 +228,8 @@ def _decision(
         return _record(graph, space, decision=WILL_NOT, why=why, **values), matches
     if matches:
         why = f"matching {moved} neurons raises the correlation from {judged.j_current:.2f} to {judged.j_match:.2f}"
+        if judged.gain_low <= 0:
+            why += ", and their weights leave no doubt"
         return _record(graph, space, decision=MATCH, why=why, **values), True
     if moved == 0:
         why = "the neurons correspond: the best assignment is the identity"
