@@ -83,6 +83,7 @@ def plan(
     data: Any = None,
     arch: str | None = None,
     match: str = "auto",
+    matcher: str | None = None,
     seed: int = 0,
     limit: int | None = LIMIT,
     batch_size: int = 32,
@@ -98,6 +99,7 @@ def plan(
         a, b: files, folders, hub ids, or live modules.
         data: calibration data (labels unused), see `mergeid.data.load_data`; without it only the weights speak.
         match: "auto" as decided per space, "always", "never".
+        matcher: how neurons are matched (`mergeid.match.matcher_names`); default: combined with data, weight without.
         limit: most calibration examples.
         skip: globs of tensor names that the merge takes from A as they are.
 
@@ -109,6 +111,7 @@ def plan(
         data=data,
         arch=arch,
         match=match,
+        matcher=matcher,
         seed=seed,
         limit=limit,
         batch_size=batch_size,
@@ -126,6 +129,7 @@ def barrier(
     *,
     data: Any,
     match: str = "never",
+    matcher: str | None = None,
     repair: bool = False,
     points: int = 11,
     calibration: Any = None,
@@ -149,6 +153,7 @@ def barrier(
     Args:
         data: labelled data.
         match: "never" measures the pair as it is, "auto" and "always" align B first (evidence from `calibration`).
+        matcher: as for `plan`.
         repair: estimate the BatchNorm statistics again at every point, on `calibration`.
         points: grid points λ from 0 to 1, at least 2.
         calibration: data for matching and repair; default: `data`.
@@ -160,6 +165,10 @@ def barrier(
     """
     if points < 2:
         raise MergeidError(f"--points must be at least 2, got {points}")
+    if matcher is not None:
+        from mergeid.match.protocol import check_matcher
+
+        check_matcher(matcher, match, True)
     pair = load_pair(
         a,
         b,
@@ -187,7 +196,15 @@ def barrier(
         from mergeid.planning import make_plan
 
         made = make_plan(
-            pair.a, pair.b, dataset=held, match=match, seed=seed, collate=collate, graph=pair.graph, progress=progress
+            pair.a,
+            pair.b,
+            dataset=held,
+            match=match,
+            matcher=matcher,
+            seed=seed,
+            collate=collate,
+            graph=pair.graph,
+            progress=progress,
         )
         state_b = made.graph.apply_state(made.element, state_b)
     state_a, model = pair.a.state(), pair.a.model

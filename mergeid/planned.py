@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.pair import Pair, Progress, Source, dataset_of, load_pair
 
 if TYPE_CHECKING:
+    from mergeid.graph.neuron_graph import Element
     from mergeid.planning import Plan
 
 
@@ -38,8 +39,14 @@ def plan_pair(
     example_inputs: Any,
     progress: Progress | None,
     dtype: str | None = None,
+    matcher: str | None = None,
+    matched: Element | None = None,
 ) -> Planned:
     """Load both models and their data, and decide (`mergeid.planning.make_plan`)."""
+    if matcher is not None:
+        from mergeid.match.protocol import check_matcher
+
+        check_matcher(matcher, match, data is not None)
     pair = load_pair(
         a,
         b,
@@ -64,6 +71,27 @@ def plan_pair(
         batch_size=batch_size,
         collate=collate,
         graph=pair.graph,
+        matcher=matcher,
+        matched=matched,
         progress=progress,
     )
     return Planned(made, pair, dataset, collate)
+
+
+def common_order(first: Source, others: Sequence[Source], *, matcher: str, seed: int, **how: Any) -> list[Element] | None:
+    """The elements that bring the other models into the first one's order through an order common to all; None where
+    the matcher only knows pairs. Arguments as for `plan_pair`."""
+    from mergeid.match.protocol import JointMatcher, get_matcher
+
+    found = get_matcher(matcher)
+    if not isinstance(found, JointMatcher):
+        return None
+    import torch
+
+    from mergeid.match.cycle import relative
+
+    options = {k: v for k, v in how.items() if k not in ("data", "match", "limit", "batch_size")}
+    pairs = [load_pair(first, other, seed=seed, **options) for other in others]
+    states = [pairs[0].a.state(), *(pair.b.state() for pair in pairs)]
+    universe = found.match_all(pairs[0].graph, states, torch.Generator().manual_seed(seed))
+    return [relative(universe, 0, i) for i in range(1, len(states))]
