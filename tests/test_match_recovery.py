@@ -95,7 +95,7 @@ def loaded(name: str, state: dict[str, Tensor]) -> nn.Module:
 MORE = [
     "timm/test_efficientnet",
     "timm/test_mambaout",
-    "timm/test_resnet_legacy",
+    "timm/test_byobnet",
     "timm/test_convnext2",
     "timm/test_vit2",
     "timm/test_vit3",
