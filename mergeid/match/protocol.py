@@ -96,6 +96,9 @@ _BUILT_IN = {
     "activation": "mergeid.match.activation:ActivationMatcher",
     "combined": "mergeid.match.activation:CombinedMatcher",
     "cycle": "mergeid.match.cycle:CycleMatcher",
+    "ot": "mergeid.match.transport:TransportMatcher",
+    "sinkhorn": "mergeid.match.sinkhorn:SinkhornMatcher",
+    "straight_through": "mergeid.match.straight_through:StraightThroughMatcher",
     "weight": "mergeid.match.weight:WeightMatcher",
 }
 _registered: dict[str, Matcher] = {}
