@@ -104,6 +104,7 @@ def plan(
     data: Any = None,
     arch: str | None = None,
     match: str = "auto",
+    matcher: str | None = None,
     seed: int = 0,
     limit: int | None = LIMIT,
     batch_size: int = 32,
@@ -121,6 +122,7 @@ def plan(
         a, b: files, folders, hub ids, or live modules.
         data: calibration data (labels unused), see `mergeid.data.load_data`; without it only the weights speak.
         match: "auto" as decided per space, "always", "never".
+        matcher: how neurons are matched (`mergeid.match.matcher_names`); default: combined with data, weight without.
         limit: most calibration examples.
         skip: globs of tensor names that the merge takes from A as they are.
         base: what both models were fine-tuned from. With data, and with a base or the fixed parts that asymmetric
@@ -135,6 +137,7 @@ def plan(
         data=data,
         arch=arch,
         match=match,
+        matcher=matcher,
         seed=seed,
         limit=limit,
         batch_size=batch_size,
@@ -154,6 +157,7 @@ def barrier(
     *,
     data: Any,
     match: str = "never",
+    matcher: str | None = None,
     repair: bool = False,
     points: int = 11,
     calibration: Any = None,
@@ -177,6 +181,7 @@ def barrier(
     Args:
         data: labelled data.
         match: "never" measures the pair as it is, "auto" and "always" align B first (evidence from `calibration`).
+        matcher: as for `plan`.
         repair: estimate the BatchNorm statistics again at every point, on `calibration`.
         points: grid points λ from 0 to 1, at least 2.
         calibration: data for matching and repair; default: `data`.
@@ -188,6 +193,10 @@ def barrier(
     """
     if points < 2:
         raise MergeidError(f"--points must be at least 2, got {points}")
+    if matcher is not None:
+        from mergeid.match.protocol import check_matcher
+
+        check_matcher(matcher, match, True)
     pair = load_pair(
         a,
         b,
@@ -219,6 +228,7 @@ def barrier(
             pair.b,
             dataset=held,
             match=match,
+            matcher=matcher,
             seed=seed,
             collate=collate,
             graph=pair.graph,

@@ -14,7 +14,7 @@ from mergeid.merge.apply import check_base, merge_checkpoints
 from mergeid.merge.methods import MergeMethod, get_method
 from mergeid.merge.settings import MergeSettings, setting_of_weights
 from mergeid.pair import LIMIT, Progress, Source, is_module, open_plain, output_path
-from mergeid.planned import plan_pair
+from mergeid.planned import common_order, plan_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,7 @@ def merge(
     density: float | Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     match: str = "auto",
+    matcher: str | None = None,
     data: Any = None,
     repair: bool | str = True,
     arch: str | None = None,
@@ -108,6 +109,8 @@ def merge(
         density: the method's parameter of that name, one or one per model.
         parameters: further parameters of the method by name: one value, or a list with one per model.
         match: "auto": as decided per space; "never": a plain merge, no model is built; "always": match every space.
+        matcher: how neurons are matched (`mergeid.match.matcher_names`); default: combined with data, weight without.
+            "cycle" brings more than two models into one common order.
         data: calibration data for the evidence, for the repair, and for methods that measure something.
         repair: True, "auto" or "bn": estimate the BatchNorm statistics of the merged network again on `data`;
             "repair": rescale its pre-activations (REPAIR); False or "none": neither.
@@ -122,6 +125,10 @@ def merge(
     check_base(chosen, base is not None)
     stage = ("auto" if repair else "none") if isinstance(repair, bool) else repair
     _check_modes(chosen, match, stage, data)
+    if matcher is not None:
+        from mergeid.match.protocol import check_matcher
+
+        check_matcher(matcher, match, data is not None)
     live = is_module(models[0])
     target = None if live and output is None else output_path(output, models[0], models[1], force)
     settings = MergeSettings.of(
@@ -146,6 +153,7 @@ def merge(
             data=data,
             arch=arch,
             match=match,
+            matcher=matcher,
             seed=seed,
             limit=limit,
             batch_size=batch_size,
@@ -268,8 +276,9 @@ def _plan_all(
     members: list[Member] = []
     dataset = collate = None
     others = [*models[1:], *([base] if base is not None else [])]
-    for other in others:
-        planned = plan_pair(models[0], other, **how)
+    elements = common_order(models[0], others, **how) if how["matcher"] is not None and len(others) > 1 else None
+    for i, other in enumerate(others):
+        planned = plan_pair(models[0], other, matched=elements[i] if elements else None, **how)
         made, pair = planned.plan, planned.pair
         if not members:
             members.append(Member(pair.a))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.pair import Pair, Progress, Source, dataset_of, load_base, load_pair
 
 if TYPE_CHECKING:
+    from mergeid.graph.neuron_graph import Element
     from mergeid.planning import Plan
 
 
@@ -40,8 +41,14 @@ def plan_pair(
     dtype: str | None = None,
     base: Source | None = None,
     certify: bool = False,
+    matcher: str | None = None,
+    matched: Element | None = None,
 ) -> Planned:
     """Load both models, what they were fine-tuned from and their data, and decide (`mergeid.planning.make_plan`)."""
+    if matcher is not None:
+        from mergeid.match.protocol import check_matcher
+
+        check_matcher(matcher, match, data is not None)
     pair = load_pair(
         a,
         b,
@@ -71,6 +78,29 @@ def plan_pair(
         graph=pair.graph,
         base=origin,
         certify=certify,
+        matcher=matcher,
+        matched=matched,
         progress=progress,
     )
     return Planned(made, pair, dataset, collate)
+
+
+def common_order(
+    first: Source, others: Sequence[Source], *, matcher: str, seed: int, **how: Any
+) -> list[Element] | None:
+    """The elements that bring the other models into the first one's order through an order common to all; None where
+    the matcher only knows pairs. Arguments as for `plan_pair`."""
+    from mergeid.match.protocol import JointMatcher, get_matcher
+
+    found = get_matcher(matcher)
+    if not isinstance(found, JointMatcher):
+        return None
+    import torch
+
+    from mergeid.match.cycle import relative
+
+    options = {k: v for k, v in how.items() if k not in ("data", "match", "limit", "batch_size")}
+    pairs = [load_pair(first, other, seed=seed, **options) for other in others]
+    states = [pairs[0].a.state(), *(pair.b.state() for pair in pairs)]
+    universe = found.match_all(pairs[0].graph, states, torch.Generator().manual_seed(seed))
+    return [relative(universe, 0, i) for i in range(1, len(states))]

@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mergeid.errors import MergeidError
+from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.identify.activations import PairStream, TapReader, choose_taps
 from mergeid.identify.decide import DIRECT, MATCH, WILL_NOT, SpaceEvidence, decide_from_activations, decide_from_weights
 from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
+from mergeid.match.protocol import Matcher, MatchTask, Training, check_matcher
 from mergeid.match.weight import WeightSimilarity, weight_matching
 from mergeid.merge.asymmetric import compared
 from mergeid.nn.folding import effective_state
@@ -98,6 +101,8 @@ def make_plan(
     structure: bool = True,
     base: Mapping[str, torch.Tensor] | None = None,
     certify: bool = False,
+    matcher: str | None = None,
+    matched: Element | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide for every space of the pair.
@@ -111,11 +116,15 @@ def make_plan(
         structure: attach structural margins where both models share a fixed part; they change no decision.
         base: state dict, under the model's keys, of what both were fine-tuned from.
         certify: with radii of stability.
+        matcher: name in the registry (`mergeid.match.protocol`); None: combined with data, weight without.
+        matched: the match of that matcher, where it was found already (`mergeid.match.cycle`).
 
-    Raises `MergeidError` for too few calibration examples or an unknown `match`.
+    Raises `MergeidError` for too few calibration examples, an unknown `match` or `matcher`, and where the matcher
+    cannot do without data.
     """
     if match not in MODES:
         raise MergeidError(f"--match {match!r} is not one of {', '.join(MODES)}")
+    named = check_matcher(matcher, match, dataset is not None)
     tell = progress or (lambda *_: None)
     if graph is None:
         tell("tracing and verifying the neuron graph", 0, 1)
@@ -132,12 +141,17 @@ def make_plan(
     elif count < LEAST:
         raise MergeidError(f"--data holds {count} examples; the evidence needs at least {LEAST}")
     records: list[SpaceEvidence]
-    settings = {"batch_size": batch_size, "weight_share": WEIGHT_SHARE}
+    settings: dict[str, Any] = {"batch_size": batch_size, "weight_share": WEIGHT_SHARE}
+    if matcher is not None:
+        settings["matcher"] = matcher
     if match == "never":
         element, records = graph.identity(), []
     elif dataset is None:
         if match == "always":
-            element, records = weight_matching(similarity, generator=generator), []
+            tell("matching", 0, 1)
+            task = MatchTask(graph, a.state(), b.state(), generator)
+            found = matched or (named.match(task) if named else weight_matching(similarity, generator=generator))
+            element, records = found, []
         else:
             tell("weight matching", 0, 1)
             decided = decide_from_weights(similarity, generator=generator)
@@ -147,12 +161,18 @@ def make_plan(
         evidence = _evidence(graph, a, b, batches, seed)
         tell("matching", 0, 1)
         correlation = evidence.correlations()
-        matched = combined_matching(similarity, correlation, generator=generator)
+        if named is None or named.name == "combined":
+            matched = combined_matching(similarity, correlation, generator=generator)
+        elif matched is None:
+            matched = _matched(named, graph, a, b, generator, correlation, dataset, collate, batch_size)
         if match == "always":
             element, records = matched, []
         else:
             cosines = {s.id: WEIGHT_SHARE * similarity.cosines(s, matched) for s in graph.spaces}
             scores = {k: c + correlation.get(k, 0.0) for k, c in cosines.items()}
+            if named is not None and named.name != "combined":
+                # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
+                scores = {k: np.eye(len(p))[p] for k, p in matched.items()}
             tell("judging on held-out examples", 0, 1)
             decided = decide_from_activations(evidence, scores, cosines, matched, seed=seed)
             element = decided.element
@@ -184,6 +204,33 @@ def make_plan(
         settings,
         said,
     )
+
+
+def _matched(
+    matcher: Matcher,
+    graph: NeuronGraph,
+    a: Loaded,
+    b: Loaded,
+    generator: torch.Generator,
+    correlation: Mapping[str, np.ndarray],
+    dataset: Any,
+    collate: Callable[[Any], Any] | None,
+    batch_size: int,
+) -> Element:
+    """The match of a named matcher, with everything that the data can tell it."""
+
+    def loss(output: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        parts = a.adapter.loss(a.arch, output, dict(batch)) if "labels" in batch else None
+        return None if parts is None else parts.loss.sum() / parts.count.sum().clamp(min=1)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        return (
+            to_model(batch, next(a.model.parameters()).device, input_dtype(a.model))
+            for batch in FixedBatches(dataset, batch_size, collate)
+        )
+
+    training = Training(a.model, a.forward, loss, batches)
+    return matcher.match(MatchTask(graph, a.state(), b.state(), generator, correlation, training))
 
 
 def _batches(a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batch_size: int, tell: Progress) -> Batches:

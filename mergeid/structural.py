@@ -115,7 +115,7 @@ def structure_of(
 
 def _makers(graph: NeuronGraph, a: Loaded) -> list[str]:
     """Layers with their neurons on a space; the inputs of all others are of no interest."""
-    found = {}
+    found: dict[str, None] = {}
     for space in graph.spaces:
         for axis in space.axes:
             name, _, last = axis.tensor.rpartition(".")

@@ -53,6 +53,7 @@ def command(
     ] = None,
     as_json: o.Json = False,
     match: o.MatchOption = o.Match.never,
+    matcher: o.Matcher = None,
     points: Annotated[
         int,
         typer.Option("--points", metavar="N", min=2, rich_help_panel=o.HOW, help="Points on the line, both ends too."),
@@ -106,6 +107,7 @@ def command(
             data=data,
             calibration=calibration,
             match=match.value,
+            matcher=matcher,
             repair=repair,
             points=points,
             arch=arch,

@@ -57,6 +57,7 @@ def command(
     ] = False,
     as_json: o.Json = False,
     match: o.MatchOption = o.Match.auto,
+    matcher: o.Matcher = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -155,6 +156,7 @@ def command(
             output=output,
             **what,
             match=match.value,
+            matcher=matcher,
             data=data,
             repair="none" if no_repair else repair.value,
             arch=arch,

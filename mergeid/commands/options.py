@@ -179,6 +179,16 @@ MatchOption = Annotated[
         help="auto: as decided for every space; never: take B's neurons as they lie; always: match every space.",
     ),
 ]
+Matcher = Annotated[
+    str | None,
+    typer.Option(
+        "--matcher",
+        metavar="NAME",
+        rich_help_panel=HOW,
+        help="How neurons are matched: weight, activation, combined, cycle, sinkhorn, straight_through, ot; combined "
+        "with --data and weight without if not given.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, rich_help_panel=HOW, help="Seed of every draw.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=HOW, help="Examples per forward pass.")

@@ -36,6 +36,7 @@ def command(
     as_json: o.Json = False,
     match: o.MatchOption = o.Match.auto,
     certify: o.Certify = False,
+    matcher: o.Matcher = None,
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=o.HOW, help="Exit with 1 if the pair will not merge.")
     ] = False,
@@ -65,6 +66,7 @@ def command(
             data=data,
             arch=arch,
             match=match.value,
+            matcher=matcher,
             seed=seed,
             limit=limit,
             batch_size=batch_size,

@@ -2,13 +2,29 @@
 
 from mergeid.match.activation import activation_matching, combined_matching
 from mergeid.match.assignment import TreeAssignment, assign
+from mergeid.match.protocol import (
+    JointMatcher,
+    Matcher,
+    MatchTask,
+    Training,
+    get_matcher,
+    matcher_names,
+    register_matcher,
+)
 from mergeid.match.weight import WeightSimilarity, weight_matching
 
 __all__ = [
+    "JointMatcher",
+    "MatchTask",
+    "Matcher",
+    "Training",
     "TreeAssignment",
     "WeightSimilarity",
     "activation_matching",
     "assign",
     "combined_matching",
+    "get_matcher",
+    "matcher_names",
+    "register_matcher",
     "weight_matching",
 ]

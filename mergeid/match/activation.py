@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Generator
 
+from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.protocol import MatchTask, Needs
 from mergeid.match.weight import WeightSimilarity, weight_matching
 
 WEIGHT_SHARE = 1.0
@@ -57,3 +59,30 @@ def combined_matching(
         weight=WEIGHT_SHARE,
         max_passes=passes,
     )
+
+
+class ActivationMatcher:
+    """`activation_matching` as a matcher."""
+
+    name = "activation"
+    needs: Needs = "activations"
+
+    def match(self, task: MatchTask) -> Element:
+        return activation_matching(task.graph, _correlation(task, self.name))
+
+
+class CombinedMatcher:
+    """`combined_matching` as a matcher."""
+
+    name = "combined"
+    needs: Needs = "activations"
+
+    def match(self, task: MatchTask) -> Element:
+        similarity = WeightSimilarity(task.graph, task.a, task.b)
+        return combined_matching(similarity, _correlation(task, self.name), generator=task.generator)
+
+
+def _correlation(task: MatchTask, name: str) -> Mapping[str, np.ndarray]:
+    if task.correlation is None:
+        raise MergeidError(f"matcher {name!r} needs the correlations of activations; give examples with --data")
+    return task.correlation

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from mergeid.graph.neuron_graph import AxisMap, Element, NeuronGraph, Space
 from mergeid.match.assignment import TreeAssignment, descendants, roots
+from mergeid.match.protocol import MatchTask, Needs
 
 Extra = Callable[[Space], np.ndarray]
 
@@ -155,3 +156,13 @@ def _better(
         rows = np.arange(len(score))
         value += float((score[rows, found[s]] - score[rows, element[s]]).sum())
     return value > 1e-9
+
+
+class WeightMatcher:
+    """`weight_matching` as a matcher."""
+
+    name = "weight"
+    needs: Needs = "weights"
+
+    def match(self, task: MatchTask) -> Element:
+        return weight_matching(WeightSimilarity(task.graph, task.a, task.b), generator=task.generator)

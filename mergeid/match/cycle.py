@@ -1,0 +1,186 @@
+"""Cycle-consistent matching of N models (Crisostomi et al. 2024, "C²M³: Cycle-Consistent Multi-Model Merging").
+
+Each model p has one element π_p into a common order, the universe, and the map from q to p is π_p⁻¹ π_q: around any
+cycle these compose to the identity by construction. The elements maximise Σ_{p<q} Σ_tensors ⟨π_p W_p, π_q W_q⟩ by
+Frank-Wolfe over doubly stochastic matrices, all spaces and models at once: the linear problem of a step is one
+assignment per tree of spaces, and along the step the objective is a polynomial, whose maximum is taken exactly. The
+result is rounded to the group and refined by coordinate ascent on the same objective, one model against the sum of the
+others. Memory: a few copies of all models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.polynomial import Chebyshev
+from torch import Generator, Tensor
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph
+from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.protocol import MatchTask, Needs
+from mergeid.match.soft import apply_soft, hard, scaled
+from mergeid.match.weight import WeightSimilarity, weight_matching
+
+Softs = list[dict[str, Tensor]]
+
+
+def composed(outer: Element, inner: Element) -> Element:
+    """First `inner`, then `outer`."""
+    return {k: inner[k][p] for k, p in outer.items()}
+
+
+def inverse(element: Element) -> Element:
+    return {k: np.argsort(p) for k, p in element.items()}
+
+
+def relative(universe: Sequence[Element], p: int, q: int) -> Element:
+    """The element that brings model q into the order of model p, through the universe."""
+    return composed(inverse(universe[p]), universe[q])
+
+
+def joint_objective(graph: NeuronGraph, states: Sequence[Mapping[str, Tensor]], universe: Sequence[Element]) -> float:
+    """Σ_{p<q} Σ_tensors ⟨π_p W_p, π_q W_q⟩, tensors scaled to root mean square 1 over all models."""
+    return _objective(graph, scaled(graph, states), universe)
+
+
+def cycle_matching(
+    graph: NeuronGraph,
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    generator: Generator,
+    max_steps: int = 50,
+    tolerance: float = 1e-6,
+) -> list[Element]:
+    """One element per model into the universe, which is the first model's order.
+
+    Args:
+        states: state dicts of one architecture, at least two.
+        max_steps: most Frank-Wolfe steps from each start (the identity, and weight matching to the first model).
+        tolerance: a step that gains less than this share of the objective is the last.
+    """
+    weights = scaled(graph, states)
+    star = [graph.identity()]
+    for state in weights[1:]:
+        star.append(weight_matching(WeightSimilarity(graph, weights[0], state), generator=generator))
+    best, value = star, _objective(graph, weights, star)
+    for start in ([graph.identity() for _ in states], star):
+        found = _refined(graph, weights, _frank_wolfe(graph, weights, start, max_steps, tolerance), generator)
+        reached = _objective(graph, weights, found)
+        if reached > value:
+            best, value = found, reached
+    return [relative(best, 0, q) for q in range(len(states))]
+
+
+def _objective(graph: NeuronGraph, weights: list[dict[str, Tensor]], universe: Sequence[Element]) -> float:
+    total = 0.0
+    for name in graph.on_tensor:
+        moved = [graph.apply(e, name, w[name]).double() for e, w in zip(universe, weights, strict=True)]
+        total += _pairs(moved)
+    return total
+
+
+def _pairs(moved: list[Tensor]) -> float:
+    """Sum of the inner products of all pairs."""
+    return 0.5 * float(torch.stack(moved).sum(0).square().sum() - sum(m.square().sum() for m in moved))
+
+
+def _on_the_way(
+    graph: NeuronGraph, weights: list[dict[str, Tensor]], soft: Softs, vertex: Softs, degree: int
+) -> Chebyshev:
+    """The objective on the line from one point to the other, a polynomial of that degree."""
+
+    def values(points: np.ndarray) -> np.ndarray:
+        return np.array([_soft_objective(graph, weights, soft, vertex, t) for t in points])
+
+    return Chebyshev.interpolate(values, degree, domain=[0, 1])
+
+
+def _frank_wolfe(
+    graph: NeuronGraph, weights: list[dict[str, Tensor]], start: Sequence[Element], steps: int, tolerance: float
+) -> list[Element]:
+    soft: Softs = [hard(e) for e in start]
+    degree = 2 * max((len({a.axis for _, a in maps}) for maps in graph.on_tensor.values()), default=1)
+    for _ in range(steps):
+        slopes = _gradients(graph, weights, soft)
+        vertex = [hard(_assigned(graph, slope)) for slope in slopes]
+        line = _on_the_way(graph, weights, soft, vertex, degree)
+        stationary = line.deriv().roots()
+        inside = [float(r.real) for r in stationary if abs(r.imag) < 1e-9 and 0 < r.real < 1]
+        step = max([0.0, 1.0, *inside], key=line)
+        if line(step) - line(0.0) <= tolerance * abs(line(0.0)):
+            break
+        soft = [_between(x, y, step) for x, y in zip(soft, vertex, strict=True)]
+    return [_assigned(graph, s) for s in soft]
+
+
+def _gradients(graph: NeuronGraph, weights: list[dict[str, Tensor]], soft: Softs) -> Softs:
+    leaves = [{k: m.clone().requires_grad_() for k, m in s.items()} for s in soft]
+    for name in graph.on_tensor:
+        moved = [apply_soft(graph, s, name, w[name]) for s, w in zip(leaves, weights, strict=True)]
+        total = sum(m.detach() for m in moved)
+        # the derivative of ½(‖Σ m‖² − Σ ‖m‖²), tensor by tensor so that no more than one lies in memory
+        torch.autograd.backward(moved, [total - m.detach() for m in moved])
+    return [{k: m.grad if m.grad is not None else torch.zeros_like(m) for k, m in s.items()} for s in leaves]
+
+
+def _soft_objective(
+    graph: NeuronGraph, weights: list[dict[str, Tensor]], soft: Softs, vertex: Softs, step: float
+) -> float:
+    here = [_between(x, y, step) for x, y in zip(soft, vertex, strict=True)]
+    return sum(
+        _pairs([apply_soft(graph, s, name, w[name]).double() for s, w in zip(here, weights, strict=True)])
+        for name in graph.on_tensor
+    )
+
+
+def _between(x: Mapping[str, Tensor], y: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+    return {k: (1 - step) * m + step * y[k] for k, m in x.items()}
+
+
+def _assigned(graph: NeuronGraph, scores: Mapping[str, Tensor]) -> Element:
+    """The group element with the largest inner product with the scores."""
+    solver = TreeAssignment(graph, {k: m.double().numpy() for k, m in scores.items()})
+    element = graph.identity()
+    for root in roots(graph):
+        element = solver.solve(root, element)
+    return element
+
+
+def _refined(
+    graph: NeuronGraph, weights: list[dict[str, Tensor]], universe: list[Element], generator: Generator
+) -> list[Element]:
+    """Coordinate ascent: each model is matched to the sum of the others, until nothing gains."""
+    universe = list(universe)
+    value = _objective(graph, weights, universe)
+    for _ in range(10):
+        for p in range(len(universe)):
+            others = {
+                name: torch.stack(
+                    [graph.apply(universe[q], name, w[name]) for q, w in enumerate(weights) if q != p]
+                ).sum(0)
+                for name in graph.on_tensor
+            }
+            similarity = WeightSimilarity(graph, others, weights[p])
+            universe[p] = weight_matching(similarity, generator=generator, element=universe[p])
+        reached = _objective(graph, weights, universe)
+        if reached <= value + 1e-9 * abs(value):
+            break
+        value = reached
+    return universe
+
+
+class CycleMatcher:
+    """`cycle_matching` as a matcher of two models or more."""
+
+    name = "cycle"
+    needs: Needs = "weights"
+
+    def match(self, task: MatchTask) -> Element:
+        return cycle_matching(task.graph, [task.a, task.b], generator=task.generator)[1]
+
+    def match_all(
+        self, graph: NeuronGraph, states: Sequence[Mapping[str, Tensor]], generator: Generator
+    ) -> list[Element]:
+        return cycle_matching(graph, states, generator=generator)

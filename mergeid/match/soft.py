@@ -1,0 +1,86 @@
+"""Soft group elements: one doubly stochastic matrix per space, applied to all axes at once and differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
+
+Soft = Mapping[str, Tensor]
+"""Space id -> [size, size]: share of member j that goes to place i; a permutation matrix is a group element."""
+
+
+def hard(element: Element, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A group element as permutation matrices."""
+    return {k: torch.eye(len(p), dtype=dtype)[torch.from_numpy(p)] for k, p in element.items()}
+
+
+def apply_soft(graph: NeuronGraph, soft: Soft, tensor: str, value: Tensor) -> Tensor:
+    """One tensor under a soft element; for permutation matrices the same as `NeuronGraph.apply`."""
+    for space, axis in graph.on_tensor.get(tensor, []):
+        members = torch.from_numpy(axis.members)
+        where = torch.from_numpy(axis.positions)
+        matrix = soft[space.id].to(value.dtype)
+        if len(members) < space.size:
+            matrix = matrix[members][:, members]
+        front = value.movedim(axis.axis, 0)
+        moved = matrix @ front[where].reshape(len(members), -1)
+        new = front.index_copy(0, where.reshape(-1), moved.reshape(-1, *front.shape[1:]))
+        value = new.movedim(0, axis.axis)
+    return value
+
+
+def log_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """Logarithm of the doubly stochastic matrix ``diag(u) exp(logits) diag(v)`` (Sinkhorn and Knopp 1967); the last
+    two dimensions are the matrix. Sums of the columns are 1 exactly, of the rows in the limit."""
+    for _ in range(iterations):
+        logits = logits - logits.logsumexp(-1, keepdim=True)
+        logits = logits - logits.logsumexp(-2, keepdim=True)
+    return logits
+
+
+def soft_element(graph: NeuronGraph, logits: Mapping[str, Tensor], iterations: int) -> dict[str, Tensor]:
+    """A soft element of the nested group: inside each pair of blocks a doubly stochastic matrix, weighted by how much
+    of the one block the parents send to the other.
+
+    Args:
+        logits: space id -> [size, size] logarithms of shares, up to a constant per row and column.
+    """
+    soft: dict[str, Tensor] = {}
+    for s in graph.spaces:
+        n, m = s.blocks, s.members
+        inner = log_sinkhorn(logits[s.id].reshape(n, m, n, m).transpose(1, 2), iterations).exp()
+        soft[s.id] = (inner * _between(s, soft)[:, :, None, None]).transpose(1, 2).reshape(s.size, s.size)
+    return soft
+
+
+def _between(space: Space, soft: Soft) -> Tensor:
+    """[blocks, blocks]: how much of block c goes to block b; blocks in the same parents go in order."""
+    if not space.parents:
+        return torch.eye(space.blocks)
+    keys = [tuple(row) for row in space.block_parents.tolist()]
+    seen: dict[tuple[int, ...], int] = {}
+    rank = np.empty(len(keys), np.int64)
+    for b, key in enumerate(keys):
+        rank[b] = seen.get(key, 0)
+        seen[key] = int(rank[b]) + 1
+    weight = torch.from_numpy(rank[:, None] == rank[None, :]).float()
+    for k, parent in enumerate(space.parents):
+        place = torch.from_numpy(space.block_parents[:, k])
+        weight = weight * soft[parent][place][:, place]
+    return weight
+
+
+def scaled(graph: NeuronGraph, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The tensors of the graph in float32, each divided by its root mean square over all models."""
+    out: list[dict[str, Tensor]] = [{} for _ in states]
+    for name in graph.on_tensor:
+        values = [state[name].detach().float().cpu() for state in states]
+        square = sum(float(v.square().mean(dtype=torch.float64)) for v in values) / len(values)
+        for found, v in zip(out, values, strict=True):
+            found[name] = v / square**0.5 if square > 0 else v
+    return out

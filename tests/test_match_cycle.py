@@ -1,0 +1,171 @@
+"""Matching of several models: maps that compose to the identity, and the objective against brute force and chains."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from graph_helpers import composed, inverse, seeded, traced
+from torch import Tensor, nn
+
+from mergeid.graph.neuron_graph import Element, NeuronGraph
+from mergeid.match.cycle import cycle_matching, joint_objective, relative
+from mergeid.match.soft import apply_soft, hard, scaled, soft_element
+from mergeid.match.weight import WeightSimilarity, weight_matching
+
+
+def mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for i, (n, m) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.ReLU()] * (i > 0) + [nn.Linear(n, m)]
+    return nn.Sequential(*layers)
+
+
+def graph_of(*widths: int) -> NeuronGraph:
+    return traced(seeded(lambda: mlp(*widths)), (torch.randn(2, widths[0], dtype=torch.float64),))
+
+
+def states(count: int, *widths: int) -> list[dict[str, Tensor]]:
+    return [dict(seeded(lambda: mlp(*widths), seed).float().state_dict()) for seed in range(count)]
+
+
+def planted(
+    graph: NeuronGraph, count: int, noise: float, *widths: int
+) -> tuple[list[dict[str, Tensor]], list[Element]]:
+    """One network with noise under random elements, and the elements that bring them back."""
+    (first,) = states(1, *widths)
+    generator = torch.Generator().manual_seed(7)
+    out, truth = [], []
+    for _ in range(count):
+        element = graph.random_element(generator)
+        near = {
+            k: v + torch.randn(v.shape, generator=generator) * noise * v.square().mean().sqrt()
+            for k, v in first.items()
+        }
+        out.append(graph.apply_state(element, near))
+        truth.append(inverse(element))
+    return out, truth
+
+
+def test_cycles_close_and_no_chain_of_pairs_is_better() -> None:
+    widths = (6, 20, 16, 3)
+    graph = graph_of(*widths)
+    models, truth = planted(graph, 5, 0.3, *widths)
+    generator = torch.Generator().manual_seed(0)
+    universe = cycle_matching(graph, models, generator=generator)
+    assert all(graph.contains(e) for e in universe)
+    for cycle in itertools.permutations(range(5), 5):
+        around = graph.identity()
+        for p, q in itertools.pairwise((*cycle, cycle[0])):
+            around = composed(relative(universe, p, q), around)
+        assert all(np.array_equal(p, np.arange(len(p))) for p in around.values())
+    value = joint_objective(graph, models, universe)
+    assert value >= joint_objective(graph, models, truth) - 1e-6 * abs(value)
+    weights = scaled(graph, models)
+    pair = {
+        (p, q): weight_matching(WeightSimilarity(graph, weights[p], weights[q]), generator=generator)
+        for p in range(5)
+        for q in range(5)
+        if p != q
+    }
+    for order in itertools.permutations(range(5)):
+        chain: dict[int, Element] = {order[0]: graph.identity()}
+        for p, q in itertools.pairwise(order):
+            # q into the order of p, then as p went
+            chain[q] = {k: pair[p, q][k][step] for k, step in chain[p].items()}
+        assert value >= joint_objective(graph, models, [chain[p] for p in range(5)]) - 1e-6 * abs(value)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_planted_elements_come_back(noise: float) -> None:
+    widths = (6, 20, 16, 3)
+    graph = graph_of(*widths)
+    models, truth = planted(graph, 3, noise, *widths)
+    universe = cycle_matching(graph, models, generator=torch.Generator().manual_seed(0))
+    for p, q in itertools.permutations(range(3), 2):
+        wanted, found = relative(truth, p, q), relative(universe, p, q)
+        assert all(np.array_equal(wanted[k], found[k]) for k in wanted)
+
+
+def test_against_brute_force() -> None:
+    """Three models with one space of four: all 24² relative elements."""
+    graph = graph_of(3, 4, 2)
+    (space,) = graph.spaces
+    models = states(3, 3, 4, 2)
+    every = [np.array(p) for p in itertools.permutations(range(4))]
+    best = max(
+        joint_objective(graph, models, [graph.identity(), {space.id: p}, {space.id: q}])
+        for p, q in itertools.product(every, every)
+    )
+    universe = cycle_matching(graph, models, generator=torch.Generator().manual_seed(0))
+    assert joint_objective(graph, models, universe) == pytest.approx(best, rel=1e-6)
+
+
+def test_objective_is_what_a_loop_says() -> None:
+    graph = graph_of(3, 4, 2)
+    models = states(3, 3, 4, 2)
+    universe = [graph.random_element(torch.Generator().manual_seed(i)) for i in range(3)]
+    expected = 0.0
+    for name in graph.on_tensor:
+        moved = [graph.apply(e, name, m[name]).double().numpy() for e, m in zip(universe, models, strict=True)]
+        square = np.mean([np.mean(m**2) for m in moved])
+        expected += sum(float((x * y).sum()) for x, y in itertools.combinations(moved, 2)) / square
+    assert joint_objective(graph, models, universe) == pytest.approx(expected, rel=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+        self.outer = nn.Linear(12, 12)
+        self.qkv = nn.Linear(6, 36)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], 12))
+
+
+def nested() -> tuple[NeuronGraph, dict[str, Tensor]]:
+    model = seeded(Attention)
+    graph = traced(model, (torch.randn(2, 5, 6, dtype=torch.float64),))
+    assert any(s.parents for s in graph.spaces)
+    return graph, dict(model.state_dict())
+
+
+def test_soft_permutations_are_the_group_element() -> None:
+    graph, state = nested()
+    element = graph.random_element(torch.Generator().manual_seed(2))
+    soft = hard(element, torch.float64)
+    for name in graph.on_tensor:
+        assert torch.equal(apply_soft(graph, soft, name, state[name]), graph.apply(element, name, state[name]))
+
+
+def test_soft_elements_are_doubly_stochastic_and_sharpen_to_the_group() -> None:
+    graph, _ = nested()
+    generator = torch.Generator().manual_seed(3)
+    logits = {s.id: torch.randn(s.size, s.size, generator=generator) for s in graph.spaces}
+    for matrix in soft_element(graph, logits, 200).values():
+        for axis in (0, 1):
+            assert torch.allclose(matrix.sum(axis), torch.ones(len(matrix)), atol=1e-3)
+    element = graph.random_element(generator)
+    sharp = soft_element(graph, {k: 50 * m for k, m in hard(element).items()}, 20)
+    for k, m in hard(element).items():
+        assert torch.allclose(sharp[k], m, atol=1e-6)
+
+
+def test_several_with_heads() -> None:
+    graph, state = nested()
+    generator = torch.Generator().manual_seed(4)
+    truth, models = [], []
+    for _ in range(3):
+        element = graph.random_element(generator)
+        models.append(graph.apply_state(element, state))
+        truth.append(inverse(element))
+    universe = cycle_matching(graph, models, generator=generator)
+    for p, q in itertools.permutations(range(3), 2):
+        wanted, found = relative(truth, p, q), relative(universe, p, q)
+        assert all(np.array_equal(wanted[k], found[k]) for k in wanted)
