@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 IMAGES = {
-    **{"alexnet": 64, "squeezenet": 64, "googlenet": 64, "maxvit": 224, "swin": 112, "inception": 96},
+    **{"alexnet": 64, "squeezenet": 64, "googlenet": 64, "maxvit": 224, "swin": 112, "inception": 299},
     **{"vit_b_16": 32, "vit_l_16": 32, "vit_b_32": 64, "vit_l_32": 64, "vit_h_14": 28},
 }
 """Image sizes by the beginning of a name; other classifiers run at 32, segmentation and detection at 64."""
