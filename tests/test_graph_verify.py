@@ -1,0 +1,88 @@
+"""Verification on networks that magnify rounding errors: it neither refutes a right graph nor lets a wrong one pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from graph_helpers import call, traced
+from torch import Tensor, nn
+
+from mergeid.graph.settle import own_statistics, shaken
+from mergeid.graph.verify import randomised, relative_error, verify
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return x + 4 * y * torch.sin(y)  # a large y makes its error larger still
+
+
+class Chaotic(nn.Module):
+    """Its statistics do not fit its activations, which grow from block to block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(12))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def chaotic() -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Chaotic().eval(), torch.randn(8, 3)
+
+
+def magnified(model: nn.Module, inputs: Tensor) -> float:
+    """The relative change of the outputs when the weights change by a few rounding errors."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    move = shaken(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(inputs)
+        model.load_state_dict({k: move(k, v) for k, v in state.items()})
+        after = model(inputs)
+    model.load_state_dict(state)
+    return relative_error([before], [after])
+
+
+def test_its_own_statistics_calm_a_network():
+    model, inputs = chaotic()
+    model, inputs = model.double(), inputs.double()
+    model.load_state_dict(randomised(model, torch.Generator().manual_seed(0)))
+    assert magnified(model, inputs) > 1e-3
+    with torch.no_grad(), own_statistics(model):
+        model(inputs)
+    assert magnified(model, inputs) < 1e-11
+
+
+def test_a_chaotic_network_does_not_refute_its_graph():
+    model, inputs = chaotic()
+    graph = traced(model, (inputs,))
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    found = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0), samples=3)
+    assert found.failed == () and found.error < 1e-9 and found.graph.spaces
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_nor_does_it_hide_a_wrong_space():
+    model, inputs = chaotic()
+    graph = traced(model, (inputs,))
+    (stream,) = graph.spaces
+    # what blocks.5.norm scales is said to stand still while its neurons move
+    wrong = replace(stream, axes=tuple(a for a in stream.axes if a.tensor != "blocks.5.norm.weight"))
+    graph = replace(graph, spaces=[wrong])
+    found = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == (stream.id,) and not found.graph.spaces
