@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from graph_helpers import call, traced
 from torch import Tensor, nn
 
+from mergeid.errors import MergeidError
 from mergeid.graph.settle import own_statistics, shaken
 from mergeid.graph.verify import randomised, relative_error, verify
 
@@ -86,3 +88,18 @@ def test_nor_does_it_hide_a_wrong_space():
     graph = replace(graph, spaces=[wrong])
     found = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0))
     assert found.failed == (stream.id,) and not found.graph.spaces
+
+
+def test_outputs_that_are_not_finite_prove_nothing():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(-self.last(self.first(x)).square())
+
+    model, inputs = Masked().eval(), (torch.randn(4, 3),)
+    graph = traced(model, inputs)
+    with pytest.raises(MergeidError, match="the outputs of Masked on its example inputs are not finite"):
+        verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.graph.settle import own_statistics, shaken
 from mergeid.state import forget_derived
@@ -92,6 +93,9 @@ def verify(
 
     Returns:
         a `Verification`; its graph carries ``verified`` with the error seen.
+
+    Raises:
+        MergeidError: the outputs are not finite.
     """
     probe = copy.deepcopy(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
@@ -112,7 +116,7 @@ def verify(
     try:
         probe, state = probe.to(dtype), _cast(state, dtype)
         reference = run()
-        if dtype != torch.float32 and not all(bool(torch.isfinite(t).all()) for t in reference):
+        if dtype != torch.float32 and not _finite(reference):
             raise RuntimeError("masks of the longer float's lowest number add up to infinity")
     except (RuntimeError, NotImplementedError):
         if dtype == torch.float32:
@@ -121,6 +125,14 @@ def verify(
         dtype = torch.float32
         probe, state = probe.to(dtype), _cast(state, dtype)
         reference = run()
+    if randomise and not _finite(reference):  # too much for the disturbed weights
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        reference = run()
+    if not _finite(reference):
+        raise MergeidError(
+            f"the outputs of {type(model).__name__} on its example inputs are not finite (NaN or infinity), so no "
+            "graph of it can be verified; give inputs, and weights, that it can work with"
+        )
     tolerance = TOLERANCE[dtype]
 
     def error(g: NeuronGraph, element: Element) -> float:
@@ -156,6 +168,10 @@ def verify(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return Verification(graph, worst, tuple(failed))
+
+
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in outputs)
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:

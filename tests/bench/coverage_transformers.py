@@ -88,6 +88,7 @@ class NotBuilt(Exception):
 def make(name: str) -> Case:
     """Raises `NotBuilt` where there is no model of that type, or none that runs on inputs made from its config."""
     import torch
+    from torch.utils._pytree import tree_leaves
 
     model_type = name.removesuffix(EAGER)
     if model_type in WHY_NOT:
@@ -95,7 +96,9 @@ def make(name: str) -> Case:
     try:
         case = _case(name)
         with torch.no_grad():
-            case.forward(case.model.eval(), case.inputs)
+            outputs = tree_leaves(case.forward(case.model.eval(), case.inputs))
+        if any(isinstance(x, torch.Tensor) and not bool(torch.isfinite(x.float()).all()) for x in outputs):
+            raise MergeidError("the library's own model answers these inputs with NaN")
     except Exception as error:
         raise NotBuilt(error) from error
     return case
