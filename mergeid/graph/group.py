@@ -26,6 +26,15 @@ def block_images(structure: Structure, parent_perms: Sequence[np.ndarray], cell:
     sizes = [len(p) for p in parent_perms]
     code = np.ravel_multi_index(tuple(block_parents.T), sizes)
     image = np.ravel_multi_index(tuple(p[block_parents[:, k]] for k, p in enumerate(parent_perms)), sizes)
+    here = np.arange(blocks)
+    if np.prod(sizes) <= 8 * blocks:
+        at = np.full(np.prod(sizes), -1)
+        at[code] = here
+        if np.array_equal(at[code], here):  # one block in each combination of parents
+            found = at[image]
+            if (found < 0).any():
+                raise NoImage(cell)
+            return found
     found = np.empty(blocks, np.int64)
     # blocks in the same parents go in order
     found[np.argsort(image, kind="stable")] = np.argsort(code, kind="stable")

@@ -244,6 +244,7 @@ class _Solver:
         known = self._parents_of(np.unique(edges[:, 2]))
         learned = False
         done: set[tuple[bytes, bytes]] = set()
+        scratch = np.empty(self.count, np.int64)
         for part in np.split(edges, np.flatnonzero(np.diff(cells)) + 1):
             unique = [rows[:, 1:] for rows in np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1)]
             # maps of one partition are one map: unite them at once, so that only different partitions meet in pairs
@@ -251,7 +252,7 @@ class _Solver:
             for f in unique:
                 if not (np.diff(f[:, 0]) > 0).all():
                     continue
-                first = partitions.setdefault((f[:, 0].tobytes(), _partition(f[:, 1]).tobytes()), f)
+                first = partitions.setdefault((f[:, 0].tobytes(), _partition(f[:, 1], scratch).tobytes()), f)
                 if first is not f:
                     self.add_eq(representative[first[:, 1]], representative[f[:, 1]])
                     learned = True
@@ -260,7 +261,7 @@ class _Solver:
                 for g in unique[i + 1 :]:
                     if len(f) != len(g) or not np.array_equal(f[:, 0], g[:, 0]):
                         continue
-                    pair = np.array(sorted(set(zip(f[:, 1].tolist(), g[:, 1].tolist(), strict=True))))
+                    pair = _distinct_pairs(f[:, 1], g[:, 1], self.count)
                     key = (pair[:, 0].tobytes(), pair[:, 1].tobytes())
                     if key in done:
                         continue
@@ -273,9 +274,8 @@ class _Solver:
         live = np.zeros(self.count, bool)
         live[classes] = True
         pairs = self.edges[live[self.edges[:, 1]] & (self.reason[self.edges[:, 2]] < 0), 1:]
-        _, first = np.unique(_hash(*pairs.T), return_index=True)
         known: dict[int, set[int]] = {}
-        for c, p in pairs[first].tolist():
+        for c, p in _distinct_pairs(*pairs.T, self.count).tolist():
             known.setdefault(c, set()).add(p)
         return known
 
@@ -314,10 +314,19 @@ class _Solver:
         return True
 
 
-def _partition(parents: np.ndarray) -> np.ndarray:
-    """Numbers of the parents in order of first appearance: equal for maps that put the same children together."""
-    numbers: dict[int, int] = {}
-    return np.array([numbers.setdefault(p, len(numbers)) for p in parents.tolist()], np.int64)
+def _distinct_pairs(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
+    """The pairs of classes (numbers below `count`), sorted."""
+    code = np.sort(a * count + b)  # many times faster than np.unique, which hashes
+    code = code[np.diff(code, prepend=-1) > 0]
+    return np.stack(np.divmod(code, count), 1)
+
+
+def _partition(parents: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """For every child the first with the same parent: equal for maps that put the same children together.
+
+    `scratch` has room for every class."""
+    scratch[parents[::-1]] = np.arange(len(parents))[::-1]
+    return scratch[parents]
 
 
 def _flat(facts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -376,13 +385,13 @@ class _Parents:
     """The classes that each class lies in, as sorted pairs; `direct` leaves out those that follow from the others."""
 
     def __init__(self, edges: np.ndarray, count: int) -> None:
-        pairs = edges[:, 1:]
-        _, first = np.unique(_hash(*pairs.T), return_index=True)
-        pairs = pairs[first]
-        self.pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        self.pairs = _distinct_pairs(edges[:, 1], edges[:, 2], count)
         self.start = np.searchsorted(self.pairs[:, 0], np.arange(count + 1))
         # (c, p) and (p, q) say (c, q)
         lengths = np.diff(self.start)[self.pairs[:, 1]]
+        if not lengths.any():
+            self.direct, self.direct_start = self.pairs[:, 1], self.start
+            return
         child = np.repeat(self.pairs[:, 0], lengths)
         at = np.arange(len(child)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         grand = self.pairs[np.repeat(self.start[self.pairs[:, 1]], lengths) + at, 1]
