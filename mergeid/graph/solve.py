@@ -275,7 +275,7 @@ class _Solver:
         live[classes] = True
         pairs = self.edges[live[self.edges[:, 1]] & (self.reason[self.edges[:, 2]] < 0), 1:]
         known: dict[int, set[int]] = {}
-        for c, p in _distinct_pairs(*pairs.T, self.count).tolist():
+        for c, p in _distinct_pairs(pairs[:, 0], pairs[:, 1], self.count).tolist():
             known.setdefault(c, set()).add(p)
         return known
 
