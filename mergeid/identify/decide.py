@@ -2,8 +2,8 @@
 
 Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
 is at least as good within its interval: ties go to the identity, unless the weights of the moved neurons leave no
-doubt. Without data only the weights speak, judged on a
-half of them that the match has not seen, and nothing is promised.
+doubt. Without data only the weights speak, judged on a half of them that the match has not seen, and nothing is
+promised.
 """
 
 from __future__ import annotations
