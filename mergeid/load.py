@@ -388,15 +388,21 @@ def graph_of(
         )
     if meta:
         return _proven_small(loaded, graph, seed, samples)
-    return verify(
-        graph,
-        model,
-        [_one(x) for x in (batch, *more)],
-        lambda probe, batches: [loaded.forward(probe, x) for x in batches],
-        generator=torch.Generator().manual_seed(seed),
-        samples=samples,
-        dtype=torch.float64 if size < LARGE else torch.float32,
-    ).graph
+
+    def proven(batches: list[Batch]) -> NeuronGraph:
+        return verify(
+            graph,
+            model,
+            batches,
+            lambda probe, given: [loaded.forward(probe, x) for x in given],
+            generator=torch.Generator().manual_seed(seed),
+            samples=samples,
+            dtype=torch.float64 if size < LARGE else torch.float32,
+        ).graph
+
+    found = proven([_one(x) for x in (batch, *more)])
+    # one example is cheaper, but what compares examples with each other says nothing of one
+    return proven([batch, *more]) if graph.spaces and not found.spaces else found
 
 
 def _one(batch: Batch) -> Batch:

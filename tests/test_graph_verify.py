@@ -9,6 +9,7 @@ import torch
 from graph_helpers import call, traced
 from torch import Tensor, nn
 
+import mergeid
 from mergeid.errors import MergeidError
 from mergeid.graph.settle import own_statistics, shaken
 from mergeid.graph.verify import randomised, relative_error, verify
@@ -103,3 +104,44 @@ def test_outputs_that_are_not_finite_prove_nothing():
     graph = traced(model, inputs)
     with pytest.raises(MergeidError, match="the outputs of Masked on its example inputs are not finite"):
         verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))
+
+
+class Pairs(nn.Module):
+    """Every example's share of all examples: 1 for one by itself, whatever the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.last(torch.relu(self.first(x))), dim=0)
+
+
+def test_outputs_that_do_not_depend_on_the_weights_prove_nothing():
+    model, inputs = Pairs().eval(), torch.randn(4, 3)
+    graph = traced(model, (inputs,))
+    assert graph.spaces
+    blind = verify(graph, model, (inputs[:1],), call, generator=torch.Generator().manual_seed(0))
+    assert not blind.graph.spaces
+    assert {why for _, _, why in blind.graph.frozen if "depend" in why} == {
+        "verification: the outputs compared do not depend on these weights"
+    }
+    seen = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0))
+    assert seen.failed == () and seen.graph.spaces
+    # one example is tried first, then all
+    found = mergeid.graph(model, inputs)
+    assert found.spaces and found.verified is not None and found.verified["error_when_misapplied"] > 1e-3
+
+
+def test_a_group_of_one_axis_has_no_wrong_application():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Linear(3, WIDTH, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.only(x)).sum(-1)
+
+    inputs = torch.randn(4, 3)
+    found = mergeid.graph(One().eval(), inputs)
+    assert [s.size for s in found.spaces] == [WIDTH]

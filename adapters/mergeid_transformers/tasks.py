@@ -61,6 +61,7 @@ BESIDE = {
     "class_queries_logits": ("masks_queries_logits",),
     "pred_masks": ("iou_scores",),
     "text_features": ("image_features",),
+    "keypoints": ("scores", "descriptors", "matching_scores"),
 }
 
 # First match wins: several encoder-decoder classes are listed as causal models too.

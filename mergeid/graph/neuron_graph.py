@@ -105,7 +105,8 @@ class NeuronGraph:
         tensors: tensor name -> shape (floating-point tensors of the state dict).
         frozen: (tensor, axis, why) for every axis with a frozen position.
         taps: space id -> places where its activations can be read.
-        verified: ``{"max_relative_error", "samples", "dtype"}`` once proven.
+        verified: ``{"max_relative_error", "error_when_misapplied", "samples", "dtype"}`` once proven; the second is
+            the error when every space moves on one axis only, None where none has two.
     """
 
     model: str

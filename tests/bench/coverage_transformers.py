@@ -178,6 +178,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "instructblipvideo": {"video_token_index": 50000},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "lightglue": {"keypoint_detector_config": {"model_type": "superpoint", "max_keypoints": 32}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 1024},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
     "reformer": {"is_decoder": True},
