@@ -91,18 +91,18 @@ def test_nor_does_it_hide_a_wrong_space():
     assert found.failed == (stream.id,) and not found.graph.spaces
 
 
-def test_outputs_that_are_not_finite_prove_nothing():
+def test_outputs_that_are_not_numbers_prove_nothing():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.log(-self.last(self.first(x)).square())
+            return torch.log(-1 - self.last(self.first(x)).square())
 
     model, inputs = Masked().eval(), (torch.randn(4, 3),)
     graph = traced(model, inputs)
-    with pytest.raises(MergeidError, match="the outputs of Masked on its example inputs are not finite"):
+    with pytest.raises(MergeidError, match="the outputs of Masked on its example inputs are not numbers"):
         verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))
 
 
@@ -145,3 +145,39 @@ def test_a_group_of_one_axis_has_no_wrong_application():
     inputs = torch.randn(4, 3)
     found = mergeid.graph(One().eval(), inputs)
     assert [s.size for s in found.spaces] == [WIDTH]
+
+
+def test_what_lies_behind_a_closed_gate_is_checked():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.branch, self.last = nn.Linear(3, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.stem(x)) + self.gate * torch.relu(self.branch(x)))
+
+    model, inputs = Gated().eval(), (torch.randn(4, 3),)
+    graph = traced(model, inputs)
+    (stream,) = graph.spaces
+    wrong = replace(stream, axes=tuple(a for a in stream.axes if not a.tensor.startswith("branch.")))
+    found = verify(replace(graph, spaces=[wrong]), model, inputs, call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == (stream.id,)
+    assert verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0)).failed == ()
+
+
+def test_masked_logits_count_as_equal():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x))).masked_fill(torch.arange(4) > 1, float("-inf"))
+
+    model, inputs = Masked().eval(), (torch.randn(4, 3),)
+    found = verify(traced(model, inputs), model, inputs, call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == () and found.error < 1e-12 and len(found.graph.spaces) == 1
+    one, none = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
+    assert relative_error([one], [one]) == 0 and relative_error([one], [none]) == float("inf")
+    assert relative_error([none], [one]) == float("inf")

@@ -37,7 +37,7 @@ class Verification:
 
 def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """A state dict in which no wrong permutation can hide: constant tensors (fresh BatchNorm statistics, LayerScale,
-    zero-initialised layers) get values that differ from neuron to neuron."""
+    zero-initialised layers) get values that differ from neuron to neuron, and gates that are 0 open."""
     state = {}
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.numel() > 1:
@@ -51,6 +51,8 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
             else:
                 wide = wide + 0.1 * spread * (noise - 0.5)
             state[name] = wide.to(value.dtype)
+        elif value.is_floating_point() and value.numel() == 1 and not value.is_meta and float(value) == 0:
+            state[name] = torch.full_like(value, 0.5)
         else:
             state[name] = value.clone()
     return state
@@ -95,7 +97,7 @@ def verify(
         a `Verification`; its graph carries ``verified`` with the error seen.
 
     Raises:
-        MergeidError: the outputs are not finite.
+        MergeidError: an output is NaN.
     """
     probe = copy.deepcopy(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
@@ -116,7 +118,7 @@ def verify(
     try:
         probe, state = probe.to(dtype), _cast(state, dtype)
         reference = run()
-        if dtype != torch.float32 and not _finite(reference):
+        if dtype != torch.float32 and _any_nan(reference):
             raise RuntimeError("masks of the longer float's lowest number add up to infinity")
     except (RuntimeError, NotImplementedError):
         if dtype == torch.float32:
@@ -125,12 +127,12 @@ def verify(
         dtype = torch.float32
         probe, state = probe.to(dtype), _cast(state, dtype)
         reference = run()
-    if randomise and not _finite(reference):  # too much for the disturbed weights
+    if randomise and _any_nan(reference):  # too much for the disturbed weights
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         reference = run()
-    if not _finite(reference):
+    if _any_nan(reference):
         raise MergeidError(
-            f"the outputs of {type(model).__name__} on its example inputs are not finite (NaN or infinity), so no "
+            f"the outputs of {type(model).__name__} on its example inputs are not numbers (NaN), so no "
             "graph of it can be verified; give inputs, and weights, that it can work with"
         )
     tolerance = TOLERANCE[dtype]
@@ -203,8 +205,8 @@ def _power(
     return found
 
 
-def _finite(outputs: list[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in outputs)
+def _any_nan(outputs: list[Tensor]) -> bool:
+    return any(bool(t.isnan().any()) for t in outputs)  # infinities are masked logits
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
@@ -231,12 +233,14 @@ def _bisect(
 
 
 def relative_error(reference: list[Tensor], other: list[Tensor]) -> float:
-    """max |a − b| / max |a| over the outputs; infinite where one of them is not finite."""
+    """max |a − b| / max |a| over the outputs, where infinities that agree count as equal; else infinite."""
     worst = 0.0
     for a, b in zip(reference, other, strict=True):
         if a.numel() == 0:
             continue
-        scale = a.abs().max()
-        value = ((a - b).abs().max() / scale).item() if scale > 0 else (a - b).abs().max().item()
+        finite = torch.isfinite(a)
+        scale = a[finite].abs().max().item() if bool(finite.any()) else 0.0
+        apart = torch.where(a == b, 0.0, (a - b).abs()).max().item()
+        value = apart / scale if scale > 0 else apart
         worst = max(worst, value if value == value else float("inf"))
     return worst
