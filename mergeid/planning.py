@@ -168,8 +168,9 @@ def make_plan(
         if match == "always":
             element, records = matched, []
         else:
-            cosines = {s.id: WEIGHT_SHARE * similarity.cosines(s, matched) for s in graph.spaces}
-            scores = {k: c + correlation.get(k, 0.0) for k, c in cosines.items()}
+            # float32: of wide layers these are large
+            cosines = {s.id: np.float32(WEIGHT_SHARE * similarity.cosines(s, matched)) for s in graph.spaces}
+            scores = {k: c + correlation.pop(k, np.float32(0)) for k, c in cosines.items()}
             if named is not None and named.name != "combined":
                 # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
                 scores = {k: np.eye(len(p))[p] for k, p in matched.items()}

@@ -89,17 +89,15 @@ class Rows:
     example: Tensor
 
 
-def sample_rows(
-    tensor: Tensor, tap: TapMap, examples: int, mask: Tensor | None, first: int, per_example: int, seed: int
-) -> Rows:
+def sample_rows(tensor: Tensor, tap: TapMap, ids: Tensor, mask: Tensor | None, per_example: int, seed: int) -> Rows:
     """At most `per_example` positions of every example, the same for any batch size.
 
     Args:
         tensor: the activation, examples (times windows, …) in dimension 0.
-        examples: number of examples in the batch.
+        ids: int64 [examples]: places of the batch's examples in the data.
         mask: bool [examples, tokens] of real tokens, where there is one.
-        first: index of the batch's first example in the data.
     """
+    examples = len(ids)
     present = torch.from_numpy(np.flatnonzero(tap.index >= 0)).to(tensor.device)
     rest = [d for d in range(tensor.dim()) if d not in tap.dims]
     flat = tensor.permute(*rest, *tap.dims).reshape(-1, len(tap.index))[:, present]
@@ -108,13 +106,13 @@ def sample_rows(
     if mask is None or rows != mask.shape[1]:
         picked = _positions(rows, per_example, seed).to(flat.device)
         values = flat[:, picked].reshape(-1, flat.shape[2])
-        return Rows(values.float().cpu(), torch.arange(first, first + examples).repeat_interleave(len(picked)))
+        return Rows(values.float().cpu(), ids.repeat_interleave(len(picked)))
     parts, example = [], []
     for e in range(examples):
         valid = torch.nonzero(mask[e]).reshape(-1)
         valid = valid[_positions(len(valid), per_example, seed).to(valid.device)]
         parts.append(flat[e, valid.to(flat.device)])
-        example.append(torch.full((len(valid),), first + e))
+        example.append(ids[e].expand(len(valid)))
     return Rows(torch.cat(parts).float().cpu(), torch.cat(example))
 
 
@@ -186,14 +184,16 @@ class Moments:
         return out[0], out[1]
 
     def correlation(self) -> np.ndarray:
-        """Pearson correlations [n, n] float64, A's neuron i with B's neuron j; 0 for constant neurons."""
+        """Pearson correlations [n, n] float32, A's neuron i with B's neuron j; 0 for constant neurons. The sums that
+        they come from are given up: of a wide layer they are large."""
         assert self.cross is not None
         n = max(self.count, 1)
-        cov = self.cross / n - torch.outer(self.sums[0] / n, self.sums[1] / n)
-        sa, sb = (s.double() for s in self.std)
-        scale = torch.outer(sa, sb)
-        safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return torch.where(scale > 0, cov / safe, torch.zeros_like(cov)).clamp(-1, 1).numpy()
+        cov, self.cross = self.cross, None
+        cov /= n
+        cov.addr_(self.sums[0] / n, self.sums[1] / n, alpha=-1)
+        for std, shape in zip(self.std, ((-1, 1), (1, -1)), strict=True):
+            cov *= torch.where(std > 0, 1 / std.double(), 0.0).reshape(shape)
+        return cov.clamp_(-1, 1).float().numpy()
 
 
 def standardised(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -216,24 +216,30 @@ class PairStream:
     per_example: int = 32
     seed: int = 0
 
-    def rows(self, taps: Mapping[str, Sequence[TapMap]]) -> Iterator[tuple[str, int, Rows, Rows]]:
-        """(space, tap number, rows of A, rows of B) for every batch, space and tap."""
+    def rows(self, taps: Mapping[str, Sequence[TapMap]], *, odd: bool = False) -> Iterator[tuple[str, int, Rows, Rows]]:
+        """(space, tap number, rows of A, rows of B) for every batch, space and tap.
+
+        Args:
+            odd: leave out every other example, from the first on.
+        """
         first = 0
         for batch in self.batches():
+            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+            ids = torch.arange(first, first + size)
+            first += size
+            if odd and all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
+                chosen = ids % 2 == 1
+                batch, ids = {k: x[chosen.to(x.device)] for k, x in batch.items()}, ids[chosen]
+                if not len(ids):
+                    continue
             values = self.reader_a(batch), self.reader_b(batch)
             mask = batch.get("attention_mask")
             keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
             for space, list_of in taps.items():
                 for k, tap in enumerate(list_of):
                     key = (tap.module, tap.kind, tap.call)
                     found = [v.get(key) for v in values]
                     if any(x is None or x.dim() != tap.ndim for x in found):
                         continue
-                    a, b = (
-                        sample_rows(x, tap, size, keep, first, self.per_example, self.seed)
-                        for x in found
-                        if x is not None
-                    )
+                    a, b = (sample_rows(x, tap, ids, keep, self.per_example, self.seed) for x in found if x is not None)
                     yield space, k, a, b
-            first += size

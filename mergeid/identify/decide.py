@@ -17,7 +17,7 @@ from scipy.stats import norm
 from torch import Generator
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
-from mergeid.identify.evidence import ActivationEvidence, Judgement
+from mergeid.identify.evidence import ActivationEvidence, Judgement, Request
 from mergeid.identify.layers import SpaceRecord
 from mergeid.match.assignment import TreeAssignment, descendants
 from mergeid.match.weight import WeightSimilarity, weight_matching
@@ -129,14 +129,18 @@ def decide_from_activations(
     depth = 1 + max((len(_ancestors(graph, s)) for s in graph.spaces), default=0)
     for _ in range(depth + 1):
         direct, best = _candidates(graph, solver, current)
-        judged = evidence.judge_pass(direct, best, [s for s in graph.spaces if s.id in evidence.taps], z=z, seed=seed)
+        requests = [Request(s.id, direct[s.id], best[s.id]) for s in graph.spaces if s.id in evidence.taps]
+        askers = [r.space for r in requests]
         # a space without activations of its own (heads) is judged by what lies in it
         for s in graph.spaces:
             if s.id not in evidence.taps and below[s.id]:
                 without, with_ = _tree_candidates(graph, solver, s, current)
-                found = evidence.judge_pass(without, with_, below[s.id], z=z, seed=seed)
-                if found:
-                    judged[s.id] = max(found.values(), key=lambda j: abs(j.gain))
+                requests += [Request(c.id, without[c.id], with_[c.id]) for c in below[s.id]]
+                askers += [s.id] * len(below[s.id])
+        judged: dict[str, Judgement] = {}
+        for asker, j in zip(askers, evidence.judge(requests, z=z, seed=seed), strict=True):
+            if j is not None and (asker not in judged or abs(j.gain) > abs(judged[asker].gain)):
+                judged[asker] = j
         new: Element = {}
         for s in graph.spaces:
             follow = graph.follow(s, new)

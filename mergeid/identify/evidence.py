@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.graph.neuron_graph import Element, NeuronGraph, Space, TapMap
+from mergeid.graph.neuron_graph import Element, NeuronGraph, TapMap
 from mergeid.identify.activations import Moments, PairStream, Rows, standardised
 from mergeid.identify.chord import Consumer, chord_deviation, find_consumer
 
@@ -103,6 +104,22 @@ def judge(table: np.ndarray, *, z: float, seed: int, resamples: int = 2000) -> J
     )
 
 
+Key = tuple[str, bytes, bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """`current` against `matched` for one space: permutations of its members."""
+
+    space: str
+    current: np.ndarray
+    matched: np.ndarray
+
+    @cached_property
+    def key(self) -> Key:
+        return self.space, self.current.tobytes(), self.matched.tobytes()
+
+
 class ActivationEvidence:
     """Correlations from the fitting half, judgements from the other half."""
 
@@ -120,7 +137,7 @@ class ActivationEvidence:
         self.consumers: dict[str, tuple[int, Consumer]] = {
             s: found for s, list_of in taps.items() if (found := find_consumer(graph, s, list_of)) is not None
         }
-        self._judged: dict[tuple[str, bytes, bytes], Judgement | None] = {}
+        self._judged: dict[Key, Judgement | None] = {}
         self.members: dict[tuple[str, int], np.ndarray] = {
             (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
         }
@@ -156,48 +173,59 @@ class ActivationEvidence:
         return chord_deviation(self.graph, consumer, a[name], b[name], element, positions)
 
     def correlations(self) -> dict[str, np.ndarray]:
-        """Space id -> [size, size] mean over its taps of the correlations on the fitting half."""
+        """Space id -> [size, size] float32, mean over its taps of the correlations on the fitting half. Once only: the
+        sums are given up."""
         out: dict[str, np.ndarray] = {}
-        seen: dict[str, np.ndarray] = {}
-        for (space, k), moments in self.fit.items():
-            if not moments.count:
-                continue
+        for space in dict.fromkeys(s for s, _ in self.fit):
+            keys = [key for key, moments in self.fit.items() if key[0] == space and moments.count]
             n = self.graph.by_id[space].size
-            members = self.members[space, k]
-            total = out.setdefault(space, np.zeros((n, n)))
-            count = seen.setdefault(space, np.zeros((n, n)))
-            # a member on several positions of the tap counts once for every position
-            np.add.at(total, (members[:, None], members[None, :]), moments.correlation() * _same_copy(members))
-            np.add.at(count, (members[:, None], members[None, :]), _same_copy(members))
-        return {s: np.divide(t, seen[s], out=np.zeros_like(t), where=seen[s] > 0) for s, t in out.items()}
+            if not keys:
+                continue
+            total = np.zeros((n, n), np.float32)
+            if all(np.array_equal(self.members[key], np.arange(n)) for key in keys):
+                for key in keys:
+                    total += self.fit[key].correlation()
+                out[space] = total / np.float32(len(keys))
+                continue
+            count = np.zeros((n, n), np.float32)
+            for key in keys:
+                members = self.members[key]
+                same = _same_copy(members)
+                # a member on several positions of the tap counts once for every position
+                np.add.at(total, (members[:, None], members[None, :]), self.fit[key].correlation() * same)
+                np.add.at(count, (members[:, None], members[None, :]), same)
+            out[space] = np.divide(total, count, out=total, where=count > 0)
+        return out
 
-    def judge_pass(
-        self, current: Element, matched: Mapping[str, np.ndarray], spaces: Sequence[Space], *, z: float, seed: int
-    ) -> dict[str, Judgement]:
-        """`current` against `matched` for the given spaces: one pass over the held-out half, for those of them that
-        were not judged on these very permutations before."""
-        keys = {s.id: (s.id, current[s.id].tobytes(), matched[s.id].tobytes()) for s in spaces}
-        new = [s for s in spaces if keys[s.id] not in self._judged]
+    def judge(self, requests: Sequence[Request], *, z: float, seed: int) -> list[Judgement | None]:
+        """One pass over the held-out half for all requests that were not judged before; None where there are fewer than
+        four examples to judge by."""
+        new = {r.key: r for r in requests if r.key not in self._judged}
         if new:
-            self._judged.update({keys[s]: j for s, j in self._judge(current, matched, new, z, seed).items()})
-        return {s: j for s, key in keys.items() if (j := self._judged.get(key)) is not None}
+            self._judged.update(self._judge(new, z, seed))
+        return [self._judged[r.key] for r in requests]
 
-    def _judge(
-        self, current: Element, matched: Mapping[str, np.ndarray], spaces: Sequence[Space], z: float, seed: int
-    ) -> dict[str, Judgement | None]:
-        evidence = {s.id: Evidence() for s in spaces}
-        taps = {s.id: self.taps[s.id] for s in spaces if s.id in self.taps}
+    def _judge(self, requests: Mapping[Key, Request], z: float, seed: int) -> dict[Key, Judgement | None]:
+        evidence = {key: Evidence() for key in requests}
         identity = self.graph.identity()
-        for space, k, a, b in self.stream.rows(taps):
+        of_space: dict[str, list[Request]] = {}
+        for r in requests.values():
+            of_space.setdefault(r.space, []).append(r)
+        taps = {s: self.taps[s] for s in of_space if s in self.taps}
+        for space, k, a, b in self.stream.rows(taps, odd=True):
             held = self.held.get((space, k))
             chosen = a.example % 2 == 1
             if held is None or held.count < 2 or not chosen.any():
                 continue
-            perms = (identity[space], current[space], matched[space])
-            values = _row_values(_pick(a, chosen), _pick(b, chosen), held, self.members[space, k], perms)
-            evidence[space].add(a.example[chosen], values)
+            pairs, members = (_pick(a, chosen), _pick(b, chosen)), self.members[space, k]
+            for r in of_space[space]:
+                values = _row_values(*pairs, held, members, (identity[space], r.current, r.matched))
+                evidence[r.key].add(a.example[chosen], values)
         at = {s.id: i for i, s in enumerate(self.graph.spaces)}
-        return {s: judge(e.table(), z=z, seed=seed + at[s]) if len(e.sums) >= 4 else None for s, e in evidence.items()}
+        return {
+            key: judge(e.table(), z=z, seed=seed + at[key[0]]) if len(e.sums) >= 4 else None
+            for key, e in evidence.items()
+        }
 
 
 def _same_copy(members: np.ndarray) -> np.ndarray:
@@ -207,7 +235,7 @@ def _same_copy(members: np.ndarray) -> np.ndarray:
     for i, m in enumerate(members.tolist()):
         copy[i] = count.get(m, 0)
         count[m] = copy[i] + 1
-    return (copy[:, None] == copy[None, :]).astype(np.float64)
+    return (copy[:, None] == copy[None, :]).astype(np.float32)
 
 
 def _pick(rows: Rows, chosen: Tensor) -> Tensor:
