@@ -1,23 +1,46 @@
 """What a plan of a BERT-base pair takes beyond its forward passes: `python tests/bench/plan_bert.py`.
 
 Two networks of BERT-base's configuration (110 million parameters, random weights; B is A with noise, its neurons
-scrambled) and 512 sentences of 64 random tokens. The forward passes of both models alone are timed in the same run; the
-plan makes them too. Times are seconds of the cores used, and of the clock; memory is the process's peak, both models and
-all imports included.
+scrambled) and 512 sentences of 64 random tokens. The plan and the bare forward passes that it makes (both models over
+all sentences, and over the held-out half again) run one after the other in processes of their own; wall time with
+imports, and peak memory with both models in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
+import os
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from measure import run
 from transformers import BertConfig, BertForMaskedLM
 
 import mergeid
+
+DATA = """
+import torch
+
+IDS = torch.randint(1000, 30000, ({sentences}, {tokens}), generator=torch.Generator().manual_seed(0))
+
+
+def sentences():
+    return [{{"input_ids": x, "attention_mask": torch.ones_like(x)}} for x in IDS]
+"""
+FORWARD = """
+import sys, torch, sentences
+from transformers import BertForMaskedLM
+
+for path in sys.argv[1:]:
+    model = BertForMaskedLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        for ids in (sentences.IDS, sentences.IDS[1::2]):
+            for part in ids.split(32):
+                model(input_ids=part, attention_mask=torch.ones_like(part))
+"""
 
 
 def main() -> None:
@@ -28,8 +51,9 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.1, help="of a weight tensor's own spread")
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        a, b, scrambled = (Path(folder) / name for name in ("a", "b", "scrambled"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        a, b, scrambled = (folder / k for k in ("a", "b", "scrambled"))
         torch.manual_seed(0)
         model = BertForMaskedLM(BertConfig(num_hidden_layers=options.layers)).eval()
         model.save_pretrained(a)
@@ -39,28 +63,21 @@ def main() -> None:
                 p += options.noise * spread * torch.randn(p.shape, generator=generator)
         model.save_pretrained(b)
         mergeid.scramble(b, output=scrambled, seed=1)
-        ids = torch.randint(1000, 30000, (options.sentences, options.tokens), generator=generator)
-        data = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
-        clock, cores = time.perf_counter(), time.process_time()
-        with torch.no_grad():
-            for _ in range(2):
-                for part in ids.split(32):
-                    model(part)
-        del model
-        forward = time.perf_counter() - clock, time.process_time() - cores
-        report("forward passes of both", *forward)
-        clock, cores = time.perf_counter(), time.process_time()
-        plan = mergeid.plan(a, scrambled, data=data)
-        whole = time.perf_counter() - clock, time.process_time() - cores
-        report("plan", *whole)
-        report("plan beyond them", whole[0] - forward[0], whole[1] - forward[1])
-        moved = [s for s in plan.spaces if s.decision == "match"]
-        print(f"{plan.verdict}: {len(moved)} of {len(plan.spaces)} spaces matched")
-
-
-def report(what: str, clock: float, cores: float) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{what:24} {clock:7.1f} s   {cores:7.1f} s of cores   peak so far {peak:.2f} GiB", flush=True)
+        (folder / "sentences.py").write_text(DATA.format(sentences=options.sentences, tokens=options.tokens))
+        path = os.pathsep.join(x for x in (str(folder), os.environ.get("PYTHONPATH", "")) if x)
+        environment = {**os.environ, "PYTHONPATH": path}
+        log = folder / "log"
+        python = [sys.executable]
+        forward = run([*python, "-c", FORWARD, str(a), str(scrambled)], environment=environment, log=log)
+        out = folder / "plan.json"
+        command = [*python, "-m", "mergeid", "plan", str(a), str(scrambled), "--data", "sentences:sentences"]
+        plan = run([*command, "-o", str(out)], environment=environment, log=log)
+        print(f"forward passes alone  {forward.seconds:7.1f} s   peak {forward.peak / 2**30:.2f} GiB")
+        print(f"plan                  {plan.seconds:7.1f} s   peak {plan.peak / 2**30:.2f} GiB")
+        print(f"plan beyond them      {plan.seconds - forward.seconds:7.1f} s")
+        said = json.loads(out.read_text())
+        matched = [s for s in said["spaces"] if s["decision"] == "match"]
+        print(f"{said['verdict']}: {len(matched)} of {len(said['spaces'])} spaces matched")
 
 
 if __name__ == "__main__":
