@@ -149,9 +149,12 @@ def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
     total = f"{_parameters(graph):,} parameters (running statistics included)"
     lines = [f"On a free axis: {percent(graph.share, 2)} of {total}."]
     if graph.verified:
+        missed = graph.verified.get("error_when_misapplied")
+        power = "" if missed is None else f"; applied to one axis of each space only: {missed:.1g}"
         lines.append(
             f"Verified: {graph.verified['samples']} random group elements, outputs equal to a relative error of "
-            f"{graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']})." + verified_on(graph.verified)
+            f"{graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']}{power})."
+            + verified_on(graph.verified)
         )
     else:
         lines.append("Not verified.")
