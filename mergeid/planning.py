@@ -131,7 +131,6 @@ def make_plan(
         graph = graph_of(a, seed=seed)
     notes = _graph_notes(graph) + compared(a.state(), b.state())
     generator = torch.Generator().manual_seed(seed)
-    similarity = WeightSimilarity(graph, a.state(), b.state())
     count = 0 if dataset is None else len(dataset)
     if dataset is None:
         notes.append(
@@ -147,6 +146,7 @@ def make_plan(
     if match == "never":
         element, records = graph.identity(), []
     elif dataset is None:
+        similarity = WeightSimilarity(graph, a.state(), b.state())
         if match == "always":
             tell("matching", 0, 1)
             task = MatchTask(graph, a.state(), b.state(), generator)
@@ -161,6 +161,7 @@ def make_plan(
         evidence = _evidence(graph, a, b, batches, seed)
         tell("matching", 0, 1)
         correlation = evidence.correlations()
+        similarity = WeightSimilarity(graph, a.state(), b.state())
         if named is None or named.name == "combined":
             matched = combined_matching(similarity, correlation, generator=generator)
         elif matched is None:
@@ -171,6 +172,7 @@ def make_plan(
             # float32: of wide layers these are large
             cosines = {s.id: np.float32(WEIGHT_SHARE * similarity.cosines(s, matched)) for s in graph.spaces}
             scores = {k: c + correlation.pop(k, np.float32(0)) for k, c in cosines.items()}
+            del similarity
             if named is not None and named.name != "combined":
                 # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
                 scores = {k: np.eye(len(p))[p] for k, p in matched.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from mergeid.graph.neuron_graph import NeuronGraph, TapMap
 
-CHUNK = 1024
+CHUNK = 512
 """Rows that are added to the statistics at once, whatever the batch size."""
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -39,14 +39,19 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(p.dim() >= 2 for p in module.parameters(recurse=False))
 
 
+Key = tuple[str, str, int]
+Take = Callable[[Key, Tensor], Any]
+
+
 class TapReader:
-    """Runs a model and returns the tensors at the taps of interest."""
+    """Runs a model and returns the tensors at the taps of interest, or what is taken from them on the spot."""
 
     def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[TapMap]) -> None:
         self.model, self.forward = model, forward
         self.wanted = {(t.module, t.kind, t.call) for t in taps}
         self._calls: dict[tuple[str, str], int] = {}
-        self._found: dict[tuple[str, str, int], Tensor] = {}
+        self._found: dict[Key, Any] = {}
+        self._take: Take = _copied
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -69,16 +74,22 @@ class TapReader:
                 leaves = tree_leaves(args if kind == "in" else output)
                 tensor = next((t for t in leaves if isinstance(t, Tensor)), None)
                 if tensor is not None:
-                    # a later in-place operation must not change what was read
-                    self._found[name, kind, call] = tensor.detach().clone()
+                    self._found[name, kind, call] = self._take((name, kind, call), tensor.detach())
 
         return read
 
-    def __call__(self, batch: Any) -> dict[tuple[str, str, int], Tensor]:
-        self._calls, self._found = {}, {}
+    def __call__(self, batch: Any, take: Take | None = None) -> dict[Key, Any]:
+        """(module, "in" or "out", call) -> a copy of the tensor, or what `take` makes of it while the model runs: it
+        must keep no view, since later operations may work in place."""
+        self._calls, self._found, self._take = {}, {}, take or _copied
         with self._hooks(), torch.no_grad():
             self.forward(self.model, batch)
-        return self._found
+        found, self._found = self._found, {}
+        return found
+
+
+def _copied(key: Key, tensor: Tensor) -> Tensor:
+    return tensor.clone()
 
 
 @dataclass
@@ -149,7 +160,7 @@ class Moments:
         while len(a) >= CHUNK or (everything and len(a)):
             self._chunk(a[:CHUNK], b[:CHUNK])
             a, b = a[CHUNK:], b[CHUNK:]
-        self._waiting = [(a, b)] if len(a) else []
+        self._waiting = [(a.clone(), b.clone())] if len(a) else []  # no views of the whole
 
     def _chunk(self, a: Tensor, b: Tensor) -> None:
         if self.shift is None:
@@ -232,14 +243,25 @@ class PairStream:
                 batch, ids = {k: x[chosen.to(x.device)] for k, x in batch.items()}, ids[chosen]
                 if not len(ids):
                     continue
-            values = self.reader_a(batch), self.reader_b(batch)
             mask = batch.get("attention_mask")
             keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            take = partial(self._sampled, taps, ids, keep)
+            values = [
+                {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
+                for reader in (self.reader_a, self.reader_b)
+            ]
             for space, list_of in taps.items():
-                for k, tap in enumerate(list_of):
-                    key = (tap.module, tap.kind, tap.call)
-                    found = [v.get(key) for v in values]
-                    if any(x is None or x.dim() != tap.ndim for x in found):
-                        continue
-                    a, b = (sample_rows(x, tap, ids, keep, self.per_example, self.seed) for x in found if x is not None)
-                    yield space, k, a, b
+                for k in range(len(list_of)):
+                    if (space, k) in values[0] and (space, k) in values[1]:
+                        yield space, k, values[0].pop((space, k)), values[1].pop((space, k))
+
+    def _sampled(
+        self, taps: Mapping[str, Sequence[TapMap]], ids: Tensor, mask: Tensor | None, key: Key, tensor: Tensor
+    ) -> dict[tuple[str, int], Rows]:
+        """The rows at every tap of one tensor: taken at once, since whole activations of a batch are large."""
+        return {
+            (space, k): sample_rows(tensor, tap, ids, mask, self.per_example, self.seed)
+            for space, list_of in taps.items()
+            for k, tap in enumerate(list_of)
+            if (tap.module, tap.kind, tap.call) == key and tensor.dim() == tap.ndim
+        }
