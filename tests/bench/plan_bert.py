@@ -19,8 +19,6 @@ import torch
 from measure import run
 from transformers import BertConfig, BertForMaskedLM
 
-import mergeid
-
 DATA = """
 import torch
 
@@ -43,6 +41,18 @@ for path in sys.argv[1:]:
 """
 
 
+def make(a: Path, b: Path, layers: int, noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(num_hidden_layers=layers)).eval()
+    model.save_pretrained(a)
+    with torch.no_grad():
+        for p in model.parameters():
+            spread = p.std() if p.numel() > 1 else p.abs()
+            p += noise * spread * torch.randn(p.shape, generator=generator)
+    model.save_pretrained(b)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=512)
@@ -50,24 +60,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--noise", type=float, default=0.1, help="of a weight tensor's own spread")
     options = parser.parse_args()
-    generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         a, b, scrambled = (folder / k for k in ("a", "b", "scrambled"))
-        torch.manual_seed(0)
-        model = BertForMaskedLM(BertConfig(num_hidden_layers=options.layers)).eval()
-        model.save_pretrained(a)
-        with torch.no_grad():
-            for p in model.parameters():
-                spread = p.std() if p.numel() > 1 else p.abs()
-                p += options.noise * spread * torch.randn(p.shape, generator=generator)
-        model.save_pretrained(b)
-        mergeid.scramble(b, output=scrambled, seed=1)
+        make(a, b, options.layers, options.noise)
+        python = [sys.executable]
+        log = folder / "log"
+        run([*python, "-m", "mergeid", "scramble", str(b), "-o", str(scrambled), "--seed", "1"], log=log)
         (folder / "sentences.py").write_text(DATA.format(sentences=options.sentences, tokens=options.tokens))
         path = os.pathsep.join(x for x in (str(folder), os.environ.get("PYTHONPATH", "")) if x)
         environment = {**os.environ, "PYTHONPATH": path}
-        log = folder / "log"
-        python = [sys.executable]
         forward = run([*python, "-c", FORWARD, str(a), str(scrambled)], environment=environment, log=log)
         out = folder / "plan.json"
         command = [*python, "-m", "mergeid", "plan", str(a), str(scrambled), "--data", "sentences:sentences"]
