@@ -80,6 +80,24 @@ def test_a_chaotic_network_does_not_refute_its_graph():
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
 
 
+def test_where_float32_is_too_coarse_float64_decides():
+    class Rough(nn.Module):
+        """A rounding error of float32 is a large one of the angle."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.stem(x))
+            return torch.sin(1e6 * self.head(y))
+
+    model, inputs = Rough().eval(), (torch.randn(8, 3),)
+    graph = traced(model, inputs)
+    found = verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    assert found.failed == () and found.graph.verified is not None and found.graph.verified["dtype"] == "float64"
+
+
 def test_nor_does_it_hide_a_wrong_space():
     model, inputs = chaotic()
     graph = traced(model, (inputs,))
