@@ -26,6 +26,9 @@ def _vectors(draft: Draft) -> Tensor:
     config = draft.config
     if "grid_thw" in draft.names:
         return media.patches(draft)
+    first = next((m for m in draft.model.modules() if getattr(m, "weight", None) is not None), None)
+    if draft.model.main_input_name == "pixel_values" and type(first).__name__ == "Conv2d":
+        return media.pixels(draft)
     if config.model_type == "vibevoice_acoustic_tokenizer_decoder":
         return draft.random(draft.size, _hidden(config), 8)
     if config.model_type == "vibevoice_acoustic_tokenizer_encoder":
@@ -160,6 +163,25 @@ def _pixels_or_frames(draft: Draft) -> Tensor:
     return media.pixels(draft)
 
 
+def _mask_input(draft: Draft) -> Tensor:
+    """[batch, 1, height, width]: four values along each side of a patch (Segment Anything)."""
+    side = 4 * (number(draft.config, "image_size") or 64) // (number(draft.config, "patch_size") or 16)
+    return draft.random(draft.size, 1, side, side)
+
+
+def _map(draft: Draft, shrink: int = 1) -> Tensor:
+    """[batch, hidden / shrink, height, width] of an image at one level of a pyramid."""
+    side = {1: 4, 4: 8, 8: 16}[shrink]
+    return draft.random(draft.size, _hidden(draft.config) // shrink, side, side)
+
+
+def _patch_numbers(draft: Draft) -> Tensor:
+    """[batch, tokens]: the patch of every byte, in order."""
+    import torch
+
+    return (torch.arange(draft.length) // 3).repeat(draft.size, 1)
+
+
 _CROSS = frozenset(
     {"blip_2_qformer", "instructblip_qformer", "instructblipvideo_qformer", "dia_decoder", "t5gemma2_decoder"}
 )
@@ -205,6 +227,17 @@ def _patch_places(draft: Draft) -> Tensor:
 
 
 ALWAYS: dict[str, Maker] = {
+    "patch_ids": _patch_numbers,
+    "num_patches": lambda d: (d.length + 2) // 3 if "patch_ids" in d.names else None,
+    "inputs_embeds": lambda d: _vectors(d) if d.config.model_type == "blt_local_decoder" else None,
+    "patch_embeds": lambda d: (
+        d.random(d.size, 5, d.model.patch_embedding_projection.in_features)
+        if d.config.model_type == "blt_local_decoder"
+        else None
+    ),
+    "intermediate_embeddings": lambda d: (
+        [d.random(d.size, 4, 4, d.config.vit_dim)] if d.config.model_type == "sam_hq_mask_decoder" else None
+    ),
     "pixel_position_ids": _patch_places,
     "image_position_ids": _patch_places,
     "image_embeds_position_mask": _position_mask,
@@ -258,6 +291,24 @@ ALWAYS: dict[str, Maker] = {
     "query_embeds": lambda d: d.random(d.size, 8, _hidden(d.config)) if d.config.model_type in _CROSS else None,
 }
 REQUIRED: dict[str, Maker] = {
+    "image_embeddings": _map,
+    "image_positional_embeddings": _map,
+    "sparse_prompt_embeddings": lambda d: d.random(d.size, 2, 3, _hidden(d.config)),
+    "dense_prompt_embeddings": _map,
+    "multimask_output": lambda d: True,
+    "hq_token_only": lambda d: False,
+    "high_resolution_features": lambda d: [_map(d, 8), _map(d, 4)],
+    "input_labels": lambda d: ones(d, d.size, 2, 3),
+    "input_boxes": lambda d: d.random(d.size, 2, 4).abs() * 16,
+    "input_masks": _mask_input,
+    "box_embeddings": lambda d: d.random(d.size, BOXES, 4).sigmoid(),
+    "box_mask": lambda d: ones(d, d.size, BOXES).bool(),
+    "box_labels": lambda d: d.integers(2, d.size, BOXES),
+    "img_feats": lambda d: [_map(d)],
+    "noisy_images": lambda d: d.random(d.size, d.config.latent_size),
+    "timesteps": lambda d: d.random(d.size).abs(),
+    "condition": lambda d: d.random(d.size, _hidden(d.config)),
+    "num_patches": lambda d: d.length // 2,
     "past_values": _past,
     "past_time_features": _time_features,
     "past_observed_mask": lambda d: ones(d, *d.batch["past_values"].shape),

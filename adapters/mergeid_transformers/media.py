@@ -181,6 +181,8 @@ def padded_patches(draft: Draft) -> Tensor:
 
 def pixels(draft: Draft) -> Tensor:
     """The image input in the shape that this model's other arguments speak of."""
+    from torch import nn
+
     names = draft.names
     if names & {"image_grid_thw", "grid_thw", "image_grid_hws", "grid_hws"}:
         return patches(draft)
@@ -193,7 +195,9 @@ def pixels(draft: Draft) -> Tensor:
     if model_type == "fuyu":
         size = side(draft.config.patch_size) or 30
         return draft.random(draft.size, SIDE * SIDE, channels(draft.config) * size * size)
-    if names & {"pixel_position_ids", "image_position_ids"}:
+    if names & {"pixel_position_ids", "image_position_ids"} or isinstance(
+        getattr(draft.model, "patch_embedding", None), nn.Linear
+    ):
         return padded_patches(draft)
     if kind.endswith("ForTextRecognition"):
         return draft.random(draft.size, c, 96, 320)
@@ -264,6 +268,12 @@ def features(draft: Draft) -> Tensor:
             frames = 2 * positions
         return draft.random(draft.size, mel, frames)
     width = number(draft.config, "num_chroma") or number(audio, "feature_projection_input_dim", "input_dim") or mel
+    width *= number(audio, "num_stacked_frames") or 1
+    for name, module in draft.model.named_modules():
+        if name.rpartition(".")[2] == "input_linear" and isinstance(module, nn.Linear):
+            width = module.in_features  # mel bins with their differences, several frames at a time
+    if draft.config.model_type == "pop2piano":
+        width = draft.config.d_model
     if draft.config.model_type.startswith("clap"):
         return draft.random(draft.size, 1, 200, mel)
     return draft.random(draft.size, frames, width)

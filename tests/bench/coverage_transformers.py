@@ -137,8 +137,8 @@ _ONE_EXPERT = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_expert
 _GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
 _SERIES = {"prediction_length": 6, "context_length": 12}
 _SPARSE = {"num_experts_per_tok": 2, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
-CLASSES = {"flava": "FlavaModel"}
-"""Where the head trains on targets that only its processor makes."""
+CLASSES = {"flava": "FlavaModel", "reformer": "ReformerModelWithLMHead"}
+"""Where the head trains on targets that only its processor makes, or refuses what its model needs."""
 _SESSION = "its forward takes a video session object, no tensors"
 _PARTS = "its forward does not run its parts: they are called by generate()"
 WHY_NOT = {
@@ -151,7 +151,17 @@ WHY_NOT = {
     "esmfold2": "its inputs are featurised proteins",
 }
 """Types that are no models by themselves, and why."""
+_REPVIT = {
+    **{"model_type": "timm_wrapper", "architecture": "repvit_m1"},
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+}
+_QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128}
+_QSA |= {"indexer_budget": 64, "indexer_compress_ratio": 4}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "edgetam": {"vision_config": {"backbone_config": _REPVIT}},
+    "edgetam_vision_model": {"backbone_config": _REPVIT},
+    "qwen4_exp": {"text_config": _QSA},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     **_each(("autoformer", "informer", "time_series_transformer"), _SERIES),
     "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}},
     "pp_ocrv6_small_det": {"backbone_config": {"model_type": "pp_lcnet_v4", "out_indices": [1, 2, 3, 4]}},
@@ -180,7 +190,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "lightglue": {"keypoint_detector_config": {"model_type": "superpoint", "max_keypoints": 32}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 1024},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
+    "qwen4_exp_text": _QSA,
     "reformer": {"is_decoder": True},
     "shieldgemma2": {"yes_token_index": 90, "no_token_index": 91},
     "step3p5": {"sliding_window": 64},
