@@ -40,7 +40,11 @@ def _vectors(draft: Draft) -> Tensor:
 def _encoder_states(draft: Draft) -> Tensor:
     config = draft.config
     width = number(config, "encoder_hidden_size", "cross_hidden_size", "vision_hidden_size") or _hidden(config)
-    return draft.random(draft.size, 7, width)
+    if "context_hidden_states" in draft.names:
+        for name, module in draft.model.named_modules():
+            if name.rpartition(".")[2] == "fc":
+                width = module.in_features
+    return draft.random(draft.size, media.SIDE**2 if "backbone_features" in draft.names else 7, width)
 
 
 def _boxes(draft: Draft) -> Tensor:
@@ -114,6 +118,8 @@ def _mel(draft: Draft, last: bool) -> Tensor:
 def _spatial(draft: Draft) -> Tensor:
     import torch
 
+    if "input_ids" not in draft.names and draft.config.model_type.startswith("minicpm"):
+        return torch.full((draft.size, 2), media.SIDE)
     rows = 1 if "vision_features" in draft.names else draft.size  # one level of features, not one image each
     return torch.full((rows, 2), media.SIDE)
 
@@ -121,8 +127,9 @@ def _spatial(draft: Draft) -> Tensor:
 def _features_mask(draft: Draft) -> Tensor:
     """[batch, frames] of ones."""
     given = draft.batch["input_features"]
-    mel = media.mel_bins(draft.config)
-    mask = ones(draft, draft.size, given.shape[-1] if given.shape[1] == mel else given.shape[1])
+    mel, fixed = media.mel_bins(draft.config), number(media.audio_part(draft.config), "num_stacked_frames")
+    last = media.mel_first(draft) or (given.shape[1] == mel and given.shape[-1] == media.FRAMES and not fixed)
+    mask = ones(draft, draft.size, given.shape[-1] if last else given.shape[1])
     return mask.bool() if draft.config.model_type.startswith("gemma") else mask
 
 
@@ -228,6 +235,10 @@ def _patch_places(draft: Draft) -> Tensor:
 
 ALWAYS: dict[str, Maker] = {
     "patch_ids": _patch_numbers,
+    "last_hidden_state": lambda d: (
+        d.random(d.size, 1, d.config.input_size) if d.config.model_type == "moshi_depth" else None
+    ),
+    "t_cond": lambda d: d.random(d.size, 1, _hidden(d.config)),
     "num_patches": lambda d: (d.length + 2) // 3 if "patch_ids" in d.names else None,
     "inputs_embeds": lambda d: _vectors(d) if d.config.model_type == "blt_local_decoder" else None,
     "patch_embeds": lambda d: (
@@ -247,6 +258,9 @@ ALWAYS: dict[str, Maker] = {
     "input_features_mask": _features_mask,
     "feature_attention_mask": _features_mask,
     "image_grid_thw": media.grid,
+    "grid_thw": lambda d: media.grid(d) if "pixel_values" in d.names else None,
+    "feature_lens": lambda d: ones(d, d.size) * (d.batch["input_features"].shape[1] // d.size),
+    "vision_pos_embeds": lambda d: [_map(d)],
     "pixel_attention_mask": _pixel_mask,
     "padding_mask": _padding_mask,
     "image_merge_sizes": lambda d: ones(d, d.size),
@@ -339,8 +353,12 @@ REQUIRED: dict[str, Maker] = {
     "classes_structure": lambda d: ones(d, d.size) * 2,
     "mask": lambda d: ones(d, d.size, d.length).bool(),
     "attention_mask": lambda d: ones(d, d.size, d.length),
-    "patch_embeds": _vectors,
-    "vision_features": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
+    "patch_embeds": lambda d: (
+        d.random(d.size, _hidden(d.config), 4, 4) if d.config.model_type.startswith("unlimited_ocr") else _vectors(d)
+    ),
+    "vision_features": lambda d: (
+        [_map(d)] if "vision_pos_embeds" in d.names else d.random(d.size, media.SIDE**2, _hidden(d.config))
+    ),
     "text_features": _encoder_states,
     "vision_pos_encoding": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
     "decoder_queries": _encoder_states,

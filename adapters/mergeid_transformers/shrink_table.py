@@ -60,6 +60,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "moshi_depth": {"max_position_embeddings": 8},
     "nystromformer": {"max_position_embeddings": 8, "segment_means_seq_len": 8, "num_landmarks": 4},
     "pix2struct_text_model": {"initializer_range": 0.02},
+    "qwen2_5_omni_audio_encoder": {"max_source_positions": 100},
     "qwen2_vl_vision": {"embed_dim": 64, "num_heads": 4},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16], "num_buckets": 4},
     "sam2_hiera_det_model": {"blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]},
@@ -79,6 +80,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {"image_size": 72, "num_frames": 4},
     "vitdet": {"patch_size": 16, "image_size": 64, "pretrain_image_size": 64},
     "vitpose_backbone": {"patch_size": [16, 16], "image_size": [64, 48]},
+    "xcodec": {"codebook_dim": 112},
     "zamba": {
         **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
         **{"attention_head_dim": 32},

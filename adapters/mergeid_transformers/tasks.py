@@ -54,6 +54,7 @@ OUTPUT_FIELDS = (
     "intermediate_hidden_states",
     "heatmaps",
     "last_hidden_states",
+    "decoded_pixel_values",
 )
 # Heads that are judged together, laid behind each other along the last dimension (all further ones flat).
 BESIDE = {
