@@ -182,7 +182,9 @@ def _is_part(found: Any, kind: type) -> bool:
     from torch import nn
 
     name = kind.__name__.removesuffix("Config")
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__name__ in (name, f"{name}Transformer")):
+    if not (
+        isinstance(found, type) and issubclass(found, nn.Module) and found.__name__ in (name, f"{name}Transformer")
+    ):
         return False
     first, *others = list(inspect.signature(found).parameters.values()) or [None]
     return first is not None and not others and first.annotation in (kind, kind.__name__, first.empty)

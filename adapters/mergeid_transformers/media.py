@@ -277,7 +277,7 @@ def features(draft: Draft) -> Tensor:
     if draft.config.model_type == "voxtral_realtime":
         return draft.random(draft.size, mel, 8 * draft.length)  # eight frames beside every token
     if mel_first(draft):
-        if positions and getattr(audio, "model_type", "") not in MEL_FIRST:
+        if positions and draft.config.model_type not in MEL_FIRST:
             frames = 2 * positions
         return draft.random(draft.size, mel, frames)
     width = number(draft.config, "num_chroma") or number(audio, "feature_projection_input_dim", "input_dim") or mel
@@ -297,7 +297,7 @@ def mel_first(draft: Draft) -> bool:
     from torch import nn
 
     mel = mel_bins(draft.config)
-    if getattr(audio_part(draft.config), "model_type", "") in MEL_FIRST:
+    if draft.config.model_type in MEL_FIRST:
         return True
     convolved = any(isinstance(m, nn.Conv1d) and m.in_channels == mel for m in draft.model.modules())
     return convolved and draft.config.model_type not in MEL_LAST

@@ -91,7 +91,9 @@ _CHUNK = re.compile(
     r"^(chunk_size|block_size|index_topk|mamba_chunk_size|mamba_chunk_length|lsh_attn_chunk_length|"
     r"local_attn_chunk_length|conv_chunksize|chunk_length)$"
 )
-_MEL = re.compile(r"(num_mel_bins|n_mel_bins|input_feat_per_channel|input_feat_size|num_mel_channels|feature_size|model_in_dim)$")
+_MEL = re.compile(
+    r"(num_mel_bins|n_mel_bins|input_feat_per_channel|input_feat_size|num_mel_channels|feature_size|model_in_dim)$"
+)
 _LABELS = re.compile(r"(num_labels|num_classes|num_qa_labels|num_object_labels|num_attr_labels|num_ctc_classes)$")
 _WIDTH = re.compile(
     r"(size|dim|dims|width|channels?|inner|units|sizes|rank|features|ffn|d_[a-z]+|dff|d_ff|features_sizes|inplanes|"
