@@ -42,7 +42,17 @@ def test_what_cannot_be_built_says_why():
     with pytest.raises(types.NotBuilt, match=r"^not built: its forward takes a video session object"):
         types.make("sam2_video")
     with pytest.raises(types.NotBuilt, match=r"^not built: no class of its own with a forward pass"):
-        types.make("sam_mask_decoder")
+        types.make("sam_prompt_encoder")  # made from the whole model's configuration
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"), [("sam2_mask_decoder", "Sam2MaskDecoder"), ("idefics_vision", "IdeficsVisionTransformer")]
+)
+def test_parts_that_are_plain_modules_hold(name, class_name):
+    case = types.make(name)
+    row = check(case)
+    assert case.note == class_name
+    assert row["verified"] == row["held_again"] == 1 and row["spaces"] > 2
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ since its import takes seconds."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,11 +221,21 @@ def _instance(kind: Any, config: Any, device: torch.device) -> Any:
 
     try:
         with torch.device(device):
-            return kind(config)
+            return _described(kind(config), config)
     except (RuntimeError, NotImplementedError):
         if device.type != "meta":
             raise
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return kind(config)
+        return _described(kind(config), config)
+
+
+def _described(model: Any, config: Any) -> Any:
+    """What every model of the library says of itself; parts that are plain modules do not."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        model.config, model.base_model_prefix = config, ""
+        model.main_input_name = next(n for n in inspect.signature(type(model).forward).parameters if n != "self")
+    return model

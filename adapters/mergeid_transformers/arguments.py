@@ -26,6 +26,9 @@ def _vectors(draft: Draft) -> Tensor:
     config = draft.config
     if "grid_thw" in draft.names:
         return media.patches(draft)
+    first = next((m for m in draft.model.modules() if getattr(m, "weight", None) is not None), None)
+    if draft.model.main_input_name == "pixel_values" and type(first).__name__ == "Conv2d":
+        return media.pixels(draft)
     if config.model_type == "vibevoice_acoustic_tokenizer_decoder":
         return draft.random(draft.size, _hidden(config), 8)
     if config.model_type == "vibevoice_acoustic_tokenizer_encoder":
@@ -37,7 +40,11 @@ def _vectors(draft: Draft) -> Tensor:
 def _encoder_states(draft: Draft) -> Tensor:
     config = draft.config
     width = number(config, "encoder_hidden_size", "cross_hidden_size", "vision_hidden_size") or _hidden(config)
-    return draft.random(draft.size, 7, width)
+    if "context_hidden_states" in draft.names:
+        for name, module in draft.model.named_modules():
+            if name.rpartition(".")[2] == "fc":
+                width = module.in_features
+    return draft.random(draft.size, media.SIDE**2 if "backbone_features" in draft.names else 7, width)
 
 
 def _boxes(draft: Draft) -> Tensor:
@@ -111,6 +118,8 @@ def _mel(draft: Draft, last: bool) -> Tensor:
 def _spatial(draft: Draft) -> Tensor:
     import torch
 
+    if "input_ids" not in draft.names and draft.config.model_type.startswith("minicpm"):
+        return torch.full((draft.size, 2), media.SIDE)
     rows = 1 if "vision_features" in draft.names else draft.size  # one level of features, not one image each
     return torch.full((rows, 2), media.SIDE)
 
@@ -118,8 +127,9 @@ def _spatial(draft: Draft) -> Tensor:
 def _features_mask(draft: Draft) -> Tensor:
     """[batch, frames] of ones."""
     given = draft.batch["input_features"]
-    mel = media.mel_bins(draft.config)
-    mask = ones(draft, draft.size, given.shape[-1] if given.shape[1] == mel else given.shape[1])
+    mel, fixed = media.mel_bins(draft.config), number(media.audio_part(draft.config), "num_stacked_frames")
+    last = media.mel_first(draft) or (given.shape[1] == mel and given.shape[-1] == media.FRAMES and not fixed)
+    mask = ones(draft, draft.size, given.shape[-1] if last else given.shape[1])
     return mask.bool() if draft.config.model_type.startswith("gemma") else mask
 
 
@@ -158,6 +168,25 @@ def _prompts(draft: Draft) -> Tensor:
 
 def _pixels_or_frames(draft: Draft) -> Tensor:
     return media.pixels(draft)
+
+
+def _mask_input(draft: Draft) -> Tensor:
+    """[batch, 1, height, width]: four values along each side of a patch (Segment Anything)."""
+    side = 4 * (number(draft.config, "image_size") or 64) // (number(draft.config, "patch_size") or 16)
+    return draft.random(draft.size, 1, side, side)
+
+
+def _map(draft: Draft, shrink: int = 1) -> Tensor:
+    """[batch, hidden / shrink, height, width] of an image at one level of a pyramid."""
+    side = {1: 4, 4: 8, 8: 16}[shrink]
+    return draft.random(draft.size, _hidden(draft.config) // shrink, side, side)
+
+
+def _patch_numbers(draft: Draft) -> Tensor:
+    """[batch, tokens]: the patch of every byte, in order."""
+    import torch
+
+    return (torch.arange(draft.length) // 3).repeat(draft.size, 1)
 
 
 _CROSS = frozenset(
@@ -205,6 +234,21 @@ def _patch_places(draft: Draft) -> Tensor:
 
 
 ALWAYS: dict[str, Maker] = {
+    "patch_ids": _patch_numbers,
+    "last_hidden_state": lambda d: (
+        d.random(d.size, 1, d.config.input_size) if d.config.model_type == "moshi_depth" else None
+    ),
+    "t_cond": lambda d: d.random(d.size, 1, _hidden(d.config)),
+    "num_patches": lambda d: (d.length + 2) // 3 if "patch_ids" in d.names else None,
+    "inputs_embeds": lambda d: _vectors(d) if d.config.model_type == "blt_local_decoder" else None,
+    "patch_embeds": lambda d: (
+        d.random(d.size, 5, d.model.patch_embedding_projection.in_features)
+        if d.config.model_type == "blt_local_decoder"
+        else None
+    ),
+    "intermediate_embeddings": lambda d: (
+        [d.random(d.size, 4, 4, d.config.vit_dim)] if d.config.model_type == "sam_hq_mask_decoder" else None
+    ),
     "pixel_position_ids": _patch_places,
     "image_position_ids": _patch_places,
     "image_embeds_position_mask": _position_mask,
@@ -214,6 +258,9 @@ ALWAYS: dict[str, Maker] = {
     "input_features_mask": _features_mask,
     "feature_attention_mask": _features_mask,
     "image_grid_thw": media.grid,
+    "grid_thw": lambda d: media.grid(d) if "pixel_values" in d.names else None,
+    "feature_lens": lambda d: ones(d, d.size) * (d.batch["input_features"].shape[1] // d.size),
+    "vision_pos_embeds": lambda d: [_map(d)],
     "pixel_attention_mask": _pixel_mask,
     "padding_mask": _padding_mask,
     "image_merge_sizes": lambda d: ones(d, d.size),
@@ -258,6 +305,24 @@ ALWAYS: dict[str, Maker] = {
     "query_embeds": lambda d: d.random(d.size, 8, _hidden(d.config)) if d.config.model_type in _CROSS else None,
 }
 REQUIRED: dict[str, Maker] = {
+    "image_embeddings": _map,
+    "image_positional_embeddings": _map,
+    "sparse_prompt_embeddings": lambda d: d.random(d.size, 2, 3, _hidden(d.config)),
+    "dense_prompt_embeddings": _map,
+    "multimask_output": lambda d: True,
+    "hq_token_only": lambda d: False,
+    "high_resolution_features": lambda d: [_map(d, 8), _map(d, 4)],
+    "input_labels": lambda d: ones(d, d.size, 2, 3),
+    "input_boxes": lambda d: d.random(d.size, 2, 4).abs() * 16,
+    "input_masks": _mask_input,
+    "box_embeddings": lambda d: d.random(d.size, BOXES, 4).sigmoid(),
+    "box_mask": lambda d: ones(d, d.size, BOXES).bool(),
+    "box_labels": lambda d: d.integers(2, d.size, BOXES),
+    "img_feats": lambda d: [_map(d)],
+    "noisy_images": lambda d: d.random(d.size, d.config.latent_size),
+    "timesteps": lambda d: d.random(d.size).abs(),
+    "condition": lambda d: d.random(d.size, _hidden(d.config)),
+    "num_patches": lambda d: d.length // 2,
     "past_values": _past,
     "past_time_features": _time_features,
     "past_observed_mask": lambda d: ones(d, *d.batch["past_values"].shape),
@@ -288,8 +353,12 @@ REQUIRED: dict[str, Maker] = {
     "classes_structure": lambda d: ones(d, d.size) * 2,
     "mask": lambda d: ones(d, d.size, d.length).bool(),
     "attention_mask": lambda d: ones(d, d.size, d.length),
-    "patch_embeds": _vectors,
-    "vision_features": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
+    "patch_embeds": lambda d: (
+        d.random(d.size, _hidden(d.config), 4, 4) if d.config.model_type.startswith("unlimited_ocr") else _vectors(d)
+    ),
+    "vision_features": lambda d: (
+        [_map(d)] if "vision_pos_embeds" in d.names else d.random(d.size, media.SIDE**2, _hidden(d.config))
+    ),
     "text_features": _encoder_states,
     "vision_pos_encoding": lambda d: d.random(d.size, media.SIDE**2, _hidden(d.config)),
     "decoder_queries": _encoder_states,

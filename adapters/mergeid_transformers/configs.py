@@ -154,7 +154,9 @@ def _by_config(model_type: str) -> dict[str, type[PreTrainedModel]]:
 
     kind = CONFIG_MAPPING[model_type]
     found: list[Any] = []
-    for file in sorted(Path(inspect.getfile(kind)).parent.glob("modeling_*.py")):
+    parts: list[Any] = []
+    folder = Path(inspect.getfile(kind)).parent
+    for file in (*sorted(folder.glob("modeling_*.py")), *folder.glob("vision.py")):
         try:
             module = import_module(f"{kind.__module__.rpartition('.')[0]}.{file.stem}")
         except ImportError:
@@ -169,7 +171,23 @@ def _by_config(model_type: str) -> dict[str, type[PreTrainedModel]]:
             and not c.__name__.endswith("PreTrainedModel")
             and c.forward is not nn.Module.forward
         ]
-    return {c.__name__: c for c in reversed(found)}
+        parts += [c for c in vars(module).values() if _is_part(c, kind) and c.__module__ == module.__name__]
+    return {c.__name__: c for c in reversed(found or parts)}
+
+
+def _is_part(found: Any, kind: type) -> bool:
+    """Whether a class is a plain module named after a configuration and made from nothing else (mask decoders)."""
+    import inspect
+
+    from torch import nn
+
+    name = kind.__name__.removesuffix("Config")
+    if not (
+        isinstance(found, type) and issubclass(found, nn.Module) and found.__name__ in (name, f"{name}Transformer")
+    ):
+        return False
+    first, *others = list(inspect.signature(found).parameters.values()) or [None]
+    return first is not None and not others and first.annotation in (kind, kind.__name__, first.empty)
 
 
 def has_class(name: str) -> bool:
@@ -186,7 +204,9 @@ def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if not isinstance(found, type) and model_type in model_types():
         found = _by_config(model_type).get(name)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    elif not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        found = None
+    if found is None:
         known = ", ".join(_default_classes(model_type)) or "none"
         raise MergeidError(
             f"transformers {transformers.__version__} has no model class {name!r} of its own for model type "
@@ -220,7 +240,7 @@ def _coverage(model_type: str, name: str, config: Mapping[str, Any] | None, name
 
     with torch.device("meta"):
         model = model_class(model_type, name)(library_config(model_type, config))
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     keys = set(model.state_dict())
     both = keys & (names | {prefix + n for n in names} | {n.removeprefix(prefix) for n in names})
     return len(both), -len(keys)

@@ -147,7 +147,7 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
         batch["input_values"] = media.samples(draft)
     if "input_ids" in names and _takes_text(model, config):
         batch["input_ids"] = _input_ids(draft)
-        if "attention_mask" in names:
+        if "attention_mask" in names and not config.model_type.startswith("blt_local"):  # they take a finished mask
             batch["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
     if task == "choice" and "input_ids" in batch:  # [batch, choices, tokens]: every choice is a text of its own
         shape = (batch_size, CHOICES, length)
@@ -159,6 +159,8 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
         batch["decoder_input_ids"] = _decoder_ids(draft, target)
     if {"input_features", "input_values"} <= batch.keys() and "inputs" in names:
         del batch["input_features"]  # either of them
+    if config.model_type == "csm":
+        batch.pop("input_values", None)  # its sound stands in the text as code words
     if config.model_type == "pop2piano":
         batch.pop("input_ids", None), batch.pop("attention_mask", None)  # its sound stands in their place
     arguments.add(draft)
@@ -168,6 +170,8 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
             "give calibration data with --data"
         )
     _join_media_and_text(model, config, batch)
+    if config.model_type == "colqwen2" and "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].unflatten(0, (batch_size, -1))
     labels = _labels(task, config, batch, batch_size, generator)
     if labels is not None:
         batch["labels"] = labels
@@ -181,8 +185,8 @@ def _input_ids(draft: Draft) -> Tensor:
     kind = config.model_type
     if kind.startswith("musicgen") and kind.endswith("decoder"):
         return draft.text(draft.size * config.num_codebooks, draft.length)
-    if kind in ("dia_decoder", "kyutai_speech_to_text"):
-        books = getattr(config, "num_channels", None) or config.num_codebooks + 1
+    if kind in ("dia_decoder", "kyutai_speech_to_text", "csm"):
+        books = getattr(config, "num_channels", None) or config.num_codebooks + (kind != "csm")
         return draft.integers(40, draft.size, draft.length, books)
     return draft.text(draft.size, draft.length)
 

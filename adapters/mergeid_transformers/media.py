@@ -20,8 +20,10 @@ MEL_FIELDS = (
     *("num_mel_bins", "n_mel_bins", "num_mel_channels", "input_feat_per_channel", "input_feat_size", "n_mels"),
     *("mel_bins", "feature_size"),
 )
-MEL_LAST = frozenset({"univnet", "speech_to_text"})
+MEL_LAST = frozenset({"univnet", "speech_to_text", "nemotron3_5_transcribe_audio"})
 """Their first layer is a convolution, but they transpose their input themselves."""
+MEL_FIRST = frozenset({"qwen3_asr_encoder"})
+"""Their first layer is a convolution over mel bins and frames as over an image."""
 AUDIO_PARTS = ("audio_config", "encoder_config", "speech_config", "audio_encoder", "encoder", "semantic_model_config")
 VISION_PARTS = (
     "vision_config",
@@ -39,6 +41,8 @@ SIDE = 4
 FRAMES = 32
 AS_PICTURES = ("kimi_k25", "paddleocr_vl")
 """Their patches are small pictures, not rows."""
+LINES = ("pp_ocrv5_server_rec", "pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec")
+"""Their network leaves one row of a line of text 48 pixels high."""
 SAMPLES = 1920
 CODEC_SAMPLES = 3840
 
@@ -181,6 +185,8 @@ def padded_patches(draft: Draft) -> Tensor:
 
 def pixels(draft: Draft) -> Tensor:
     """The image input in the shape that this model's other arguments speak of."""
+    from torch import nn
+
     names = draft.names
     if names & {"image_grid_thw", "grid_thw", "image_grid_hws", "grid_hws"}:
         return patches(draft)
@@ -193,10 +199,18 @@ def pixels(draft: Draft) -> Tensor:
     if model_type == "fuyu":
         size = side(draft.config.patch_size) or 30
         return draft.random(draft.size, SIDE * SIDE, channels(draft.config) * size * size)
-    if names & {"pixel_position_ids", "image_position_ids"}:
+    if names & {"pixel_position_ids", "image_position_ids"} or isinstance(
+        getattr(draft.model, "patch_embedding", None), nn.Linear
+    ):
         return padded_patches(draft)
     if kind.endswith("ForTextRecognition"):
-        return draft.random(draft.size, c, 96, 320)
+        height = 48 if draft.config.model_type in LINES else 96
+        return draft.random(draft.size, c, height, 320)
+    if kind == "XCLIPVisionModel":  # the frames of a video behind each other
+        return draft.random(draft.size * (number(draft.config, "num_frames") or 1), c, h, w)
+    if "target_sizes" in names and draft.model.main_input_name == "pixel_values" and "input_ids" not in names:
+        size = side(draft.config.patch_size) or 14
+        return draft.random(1, c, size, size * SIDE * SIDE * draft.size)  # the patches of all images in a row
     if model_type == "seggpt":
         h //= 2
     if model_type in ("mllama", "mllama_vision_model"):
@@ -256,17 +270,37 @@ def features(draft: Draft) -> Tensor:
     audio = audio_part(draft.config)
     frames = FRAMES
     positions = number(audio, "max_source_positions")
-    if number(audio, "n_window") and "input_features_mask" in draft.names:
+    if number(audio, "n_window") and {"input_features_mask", "padded_feature_length", "feature_lens"} & draft.names:
         frames = 2 * int(audio.n_window)
-    first = next((m for m in draft.model.modules() if isinstance(m, nn.Conv1d) and m.in_channels == mel), None)
-    if first is not None and draft.config.model_type not in MEL_LAST:
-        if positions:
+    if "feature_lens" in draft.names and "feature_attention_mask" not in draft.names:
+        return draft.random(mel, draft.size * frames)  # one sound behind the other
+    if draft.config.model_type == "voxtral_realtime":
+        return draft.random(draft.size, mel, 8 * draft.length)  # eight frames beside every token
+    if mel_first(draft):
+        if positions and draft.config.model_type not in MEL_FIRST:
             frames = 2 * positions
         return draft.random(draft.size, mel, frames)
     width = number(draft.config, "num_chroma") or number(audio, "feature_projection_input_dim", "input_dim") or mel
+    width *= number(audio, "num_stacked_frames") or 1
+    for name, module in draft.model.named_modules():
+        if name.rpartition(".")[2] == "input_linear" and isinstance(module, nn.Linear):
+            width = module.in_features  # mel bins with their differences, several frames at a time
+    if draft.config.model_type == "pop2piano":
+        width = draft.config.d_model
     if draft.config.model_type.startswith("clap"):
         return draft.random(draft.size, 1, 200, mel)
     return draft.random(draft.size, frames, width)
+
+
+def mel_first(draft: Draft) -> bool:
+    """Whether features come as [batch, mel, frames]: where the first layer is a convolution over them."""
+    from torch import nn
+
+    mel = mel_bins(draft.config)
+    if draft.config.model_type in MEL_FIRST:
+        return True
+    convolved = any(isinstance(m, nn.Conv1d) and m.in_channels == mel for m in draft.model.modules())
+    return convolved and draft.config.model_type not in MEL_LAST
 
 
 def samples(draft: Draft) -> Tensor:

@@ -91,7 +91,9 @@ _CHUNK = re.compile(
     r"^(chunk_size|block_size|index_topk|mamba_chunk_size|mamba_chunk_length|lsh_attn_chunk_length|"
     r"local_attn_chunk_length|conv_chunksize|chunk_length)$"
 )
-_MEL = re.compile(r"(num_mel_bins|n_mel_bins|input_feat_per_channel|input_feat_size|num_mel_channels|feature_size)$")
+_MEL = re.compile(
+    r"(num_mel_bins|n_mel_bins|input_feat_per_channel|input_feat_size|num_mel_channels|feature_size|model_in_dim)$"
+)
 _LABELS = re.compile(r"(num_labels|num_classes|num_qa_labels|num_object_labels|num_attr_labels|num_ctc_classes)$")
 _WIDTH = re.compile(
     r"(size|dim|dims|width|channels?|inner|units|sizes|rank|features|ffn|d_[a-z]+|dff|d_ff|features_sizes|inplanes|"
@@ -102,7 +104,7 @@ _WIDTH = re.compile(
 _NOT_WIDTH = re.compile(
     r"kernel|stride|chunk|batch|step|vocab|window|image|patch|max_|merge|num_channels|temporal|(?<!_)pool_|pooling|block|conv_size|"
     r"^in_channels$|^out_channels$|audio_channels|num_mel|spatial|frame|cluster|type|crop|(?<!upsample_)groups|min_|scale|eval|"
-    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init(?!ial)|logit"
+    r"^input_size$|in_chans|tubelet|grid|position_embedding_size|codebook_size|query|init(?!ial)|logit|pos_emb|final_size"
 )
 
 
@@ -236,6 +238,8 @@ class Shrinker:
             return content
         self._heads(config, own, content)
         self._expand(own, content)
+        if {"conv_output_size", "downsample_hidden_size", "feature_size"} <= content.keys():
+            content["conv_output_size"] = content["downsample_hidden_size"] * -(-content["feature_size"] // 8)
         self._rotary(config.model_type, own, content)
         return content
 
@@ -330,7 +334,7 @@ class Shrinker:
             return self.width(config, value)
         if name in ("num_conv_pos_embeddings", "max_length"):
             return min(value, 16 if name.startswith("num") else 64)
-        if name in ("num_conv_pos_embedding_groups", "num_groups", "norm_num_groups"):
+        if name in ("num_conv_pos_embedding_groups", "norm_num_groups") or name.endswith("num_groups"):
             return min(value, 4)
         return value
 

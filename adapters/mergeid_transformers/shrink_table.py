@@ -32,15 +32,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
         **{"layer_types": None},
     },
+    "edgetam_vision_model": {
+        "backbone_channel_list": [384, 192, 96, 48],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     **_each(("grounding-dino", "mm-grounding-dino"), {"d_model": 64}),
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
+    "gemma3n_audio": {"vocab_size": 16, "vocab_offset": 104},
+    "gemma3n_text": {"vocab_size": 120, "vocab_size_per_layer_input": 88},
+    "gemma3n_vision": {"vocab_size": 16, "vocab_offset": 88, "num_classes": 2},
     "glm5_next_text": {"index_kpool": 2, "index_topk": 8},
     "inkling2_loop_text": {
         **{"num_hidden_layers": 4, "layer_types": ["hybrid_sliding", "hybrid"] * 2},
         **{"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3},
     },
+    "janus_vqgan": {"num_patches": 4, "base_channels": 32},
+    "kosmos-2": {"latent_query_num": 8},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": 32},
     "lilt": {"hidden_size": 96},
     "llama4_vision_model": {
@@ -48,7 +57,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lw_detr_vit": {"num_windows": 4},
     "maskformer-swin": {"patch_size": 2},
+    "moshi_depth": {"max_position_embeddings": 8},
+    "nystromformer": {"max_position_embeddings": 8, "segment_means_seq_len": 8, "num_landmarks": 4},
     "pix2struct_text_model": {"initializer_range": 0.02},
+    "qwen2_5_omni_audio_encoder": {"max_source_positions": 100},
     "qwen2_vl_vision": {"embed_dim": 64, "num_heads": 4},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16], "num_buckets": 4},
     "sam2_hiera_det_model": {"blocks_per_stage": [1, 2, 2, 2], "global_attention_blocks": [4]},
@@ -68,11 +80,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {"image_size": 72, "num_frames": 4},
     "vitdet": {"patch_size": 16, "image_size": 64, "pretrain_image_size": 64},
     "vitpose_backbone": {"patch_size": [16, 16], "image_size": [64, 48]},
+    "xcodec": {"codebook_dim": 112},
     "zamba": {
         **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
         **{"attention_head_dim": 32},
     },
-    **_each(("janus_vqgan", "emu3_vqgan", "chameleon_vqgan", "apertus1p5_vision_tokenizer"), {"base_channels": 32}),
+    **_each(("emu3_vqgan", "chameleon_vqgan", "apertus1p5_vision_tokenizer"), {"base_channels": 32}),
 }
 """Fields of a shrunken configuration by model type."""
 

@@ -54,6 +54,7 @@ OUTPUT_FIELDS = (
     "intermediate_hidden_states",
     "heatmaps",
     "last_hidden_states",
+    "decoded_pixel_values",
 )
 # Heads that are judged together, laid behind each other along the last dimension (all further ones flat).
 BESIDE = {
@@ -118,7 +119,9 @@ def task_output(output: Any) -> Tensor:
     import torch
 
     if isinstance(output, (tuple, list)) and not hasattr(output, "keys"):
-        output = next((v for v in output if isinstance(v, torch.Tensor) and v.is_floating_point()), output)
+        found = [v for v in output if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        beside = len(found) > 1 and all(v.dim() > 1 and len(v) == len(found[0]) for v in found)
+        output = torch.cat([v.flatten(1) for v in found], dim=1) if beside else next(iter(found), output)
     if isinstance(output, torch.Tensor):
         return output
     for field in OUTPUT_FIELDS:

@@ -137,8 +137,8 @@ _ONE_EXPERT = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_expert
 _GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
 _SERIES = {"prediction_length": 6, "context_length": 12}
 _SPARSE = {"num_experts_per_tok": 2, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
-CLASSES = {"flava": "FlavaModel"}
-"""Where the head trains on targets that only its processor makes."""
+CLASSES = {"flava": "FlavaModel", "reformer": "ReformerModelWithLMHead"}
+"""Where the head trains on targets that only its processor makes, or refuses what its model needs."""
 _SESSION = "its forward takes a video session object, no tensors"
 _PARTS = "its forward does not run its parts: they are called by generate()"
 WHY_NOT = {
@@ -151,7 +151,24 @@ WHY_NOT = {
     "esmfold2": "its inputs are featurised proteins",
 }
 """Types that are no models by themselves, and why."""
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 16, 16, 16]}
+_REPVIT = {
+    **{"model_type": "timm_wrapper", "architecture": "repvit_m1"},
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+    "num_classes": 2,
+}
+_QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256}
+_QSA |= {"indexer_budget": 64, "indexer_compress_ratio": 4}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_vision": {
+        "encoder_config": {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+    },
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 5, "class_order": [0, 1, 2, 3, 4]},
+    "hunyuan_vl_text": {"rope_parameters": _MROPE, "head_dim": 128},
+    "edgetam": {"vision_config": {"backbone_config": _REPVIT}},
+    "edgetam_vision_model": {"backbone_config": _REPVIT},
+    "qwen4_exp": {"text_config": _QSA},
+    "t5gemma2_encoder": {"dropout_rate": 0.0, "text_config": {"dropout_rate": 0.0}},
     **_each(("autoformer", "informer", "time_series_transformer"), _SERIES),
     "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "out_indices": [1, 2, 3, 4, 5, 6]}},
     "pp_ocrv6_small_det": {"backbone_config": {"model_type": "pp_lcnet_v4", "out_indices": [1, 2, 3, 4]}},
@@ -175,21 +192,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "hunyuan_vl": {"text_config": {"head_dim": 128, "rope_parameters": _MROPE}},
     "instructblipvideo": {"video_token_index": 50000},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "lightglue": {"keypoint_detector_config": {"model_type": "superpoint", "max_keypoints": 32}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 1024},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
+    "qwen4_exp_text": _QSA,
     "reformer": {"is_decoder": True},
     "shieldgemma2": {"yes_token_index": 90, "no_token_index": 91},
     "step3p5": {"sliding_window": 64},
     "step3p7": {"text_config": {"sliding_window": 64}},
     "timm_backbone": {"backbone": "test_resnet"},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
-    **_each(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 128}),
+    **_each(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 128}),
     **_each(("moonshine_streaming", "nemotron"), {"num_key_value_heads": 8}),
-    **_each(("t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
+    **_each(("t5gemma2_decoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
     **_each(("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 32}),
 }
 """What the default configurations of some types lack, so that the library cannot build or run them."""
