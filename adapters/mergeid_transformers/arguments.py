@@ -4,7 +4,7 @@ takes them (without them a branch stays idle), the others only where the model i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mergeid_transformers import media
 from mergeid_transformers.media import Draft, number, ones, vision_part
@@ -242,7 +242,7 @@ ALWAYS: dict[str, Maker] = {
     "num_patches": lambda d: (d.length + 2) // 3 if "patch_ids" in d.names else None,
     "inputs_embeds": lambda d: _vectors(d) if d.config.model_type == "blt_local_decoder" else None,
     "patch_embeds": lambda d: (
-        d.random(d.size, 5, d.model.patch_embedding_projection.in_features)
+        d.random(d.size, 5, cast("Any", d.model).patch_embedding_projection.in_features)
         if d.config.model_type == "blt_local_decoder"
         else None
     ),

@@ -186,8 +186,8 @@ def _is_part(found: Any, kind: type) -> bool:
         isinstance(found, type) and issubclass(found, nn.Module) and found.__name__ in (name, f"{name}Transformer")
     ):
         return False
-    first, *others = list(inspect.signature(found).parameters.values()) or [None]
-    return first is not None and not others and first.annotation in (kind, kind.__name__, first.empty)
+    given = list(inspect.signature(found).parameters.values())
+    return len(given) == 1 and given[0].annotation in (kind, kind.__name__, inspect.Parameter.empty)
 
 
 def has_class(name: str) -> bool:

@@ -120,8 +120,8 @@ def task_output(output: Any) -> Tensor:
 
     if isinstance(output, (tuple, list)) and not hasattr(output, "keys"):
         found = [v for v in output if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        beside = len(found) > 1 and all(v.dim() > 1 and len(v) == len(found[0]) for v in found)
-        output = torch.cat([v.flatten(1) for v in found], dim=1) if beside else next(iter(found), output)
+        several = len(found) > 1 and all(v.dim() > 1 and len(v) == len(found[0]) for v in found)
+        output = torch.cat([v.flatten(1) for v in found], dim=1) if several else next(iter(found), output)
     if isinstance(output, torch.Tensor):
         return output
     for field in OUTPUT_FIELDS:
