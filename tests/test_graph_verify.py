@@ -52,7 +52,7 @@ def chaotic() -> tuple[nn.Module, Tensor]:
 def magnified(model: nn.Module, inputs: Tensor) -> float:
     """The relative change of the outputs when the weights change by a few rounding errors."""
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    move = shaken(torch.Generator().manual_seed(1))
+    move = shaken(torch.Generator().manual_seed(1), torch.float64)
     with torch.no_grad():
         before = model(inputs)
         model.load_state_dict({k: move(k, v) for k, v in state.items()})

@@ -20,14 +20,14 @@ ROUNDINGS = 4
 """By how many rounding errors weights are shaken to see whether the outputs are reliable."""
 
 
-def shaken(generator: torch.Generator) -> Callable[[str, Tensor], Tensor]:
-    """A change of weights by a few rounding errors."""
+def shaken(generator: torch.Generator, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    """A change of weights by a few rounding errors of `dtype`, which the result has."""
 
     def change(_: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        noise = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
-        return value * (1 + ROUNDINGS * torch.finfo(value.dtype).eps * (2 * noise - 1))
+        noise = torch.rand(value.shape, generator=generator).to(value.device, dtype)
+        return value.to(dtype) * (1 + ROUNDINGS * torch.finfo(dtype).eps * (2 * noise - 1))
 
     return change
 
