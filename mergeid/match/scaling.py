@@ -160,7 +160,7 @@ def _candidates(graph: NeuronGraph, model: nn.Module, space: Space) -> Iterator[
 
 
 def _before_batchnorm(graph: NeuronGraph, model: nn.Module, space: Space) -> set[str]:
-    """Layers that write the space and whose scale a BatchNorm takes away: with one in the space, all that is no norm."""
+    """Layers that write the space and whose scale a BatchNorm takes away: where there is one, all that is no norm."""
     modules = dict.fromkeys(axis.tensor.rpartition(".")[0] for axis in space.axes)
     norms = {m for m in modules if isinstance(model.get_submodule(m), _BatchNorm)}
     return {m for m in modules if m not in norms} if norms else set()
