@@ -43,15 +43,23 @@ def log_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return logits
 
 
-def soft_element(graph: NeuronGraph, logits: Mapping[str, Tensor], iterations: int) -> dict[str, Tensor]:
+def soft_element(
+    graph: NeuronGraph, logits: Mapping[str, Tensor], iterations: int, before: Soft | None = None, changed: str = ""
+) -> dict[str, Tensor]:
     """A soft element of the nested group: inside each pair of blocks a doubly stochastic matrix, weighted by how much
     of the one block the parents send to the other.
 
     Args:
         logits: space id -> [size, size] logarithms of shares, up to a constant per row and column.
+        before, changed: the soft element of logits that differed in this one space; what does not lie in it is kept.
     """
     soft: dict[str, Tensor] = {}
+    new = {changed}
     for s in graph.spaces:
+        if before is not None and not new & {s.id, *s.parents}:
+            soft[s.id] = before[s.id]
+            continue
+        new.add(s.id)
         n, m = s.blocks, s.members
         inner = log_sinkhorn(logits[s.id].reshape(n, m, n, m).transpose(1, 2), iterations).exp()
         soft[s.id] = (inner * _between(s, soft)[:, :, None, None]).transpose(1, 2).reshape(s.size, s.size)

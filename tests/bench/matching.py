@@ -44,6 +44,7 @@ from mergeid.graph.trace import trace
 from mergeid.identify.activations import PairStream, TapReader, choose_taps
 from mergeid.identify.evidence import ActivationEvidence
 from mergeid.match import MatchTask, Training, WeightSimilarity, get_matcher, matcher_names, weight_matching
+from mergeid.match.layerwise import layerwise_matching
 from mergeid.match.weight import good_start
 
 TABLE = Path(__file__).parent / "tables" / "matching.csv"
@@ -217,16 +218,21 @@ def beside_rebasin(case: str, kind: str, python: str, pair: Pair, table: Table) 
     """rebasin, and weight matching with its objective."""
     graph, a, b = pair.task.graph, pair.task.a, pair.task.b
     counted = [k for k in graph.on_tensor if "running_" not in k]
-    if not table.has(case, kind, "weight, unscaled"):
-        began = time.process_time()
-        similarity = WeightSimilarity(graph.on_tensors(counted), a, b, scale=False)
-        start = good_start(similarity)
-        found = weight_matching(similarity, generator=torch.Generator().manual_seed(0), element=start)
-        seconds = time.process_time() - began
-        row = {"cpu_seconds": f"{seconds:.2f}", "objective": f"{similarity.objective(found):.6g}"}
-        if pair.truth is not None:
-            row["planted"] = f"{similarity.objective(pair.truth):.6g}"
-        table.add(case, kind, "weight, unscaled", row)
+    similarity = WeightSimilarity(graph.on_tensors(counted), a, b, scale=False)
+
+    def weight() -> Element:
+        return weight_matching(similarity, generator=torch.Generator().manual_seed(0), element=good_start(similarity))
+
+    ours = {"layerwise, unscaled": lambda: layerwise_matching(similarity), "weight, unscaled": weight}
+    for name, match in ours.items():
+        if not table.has(case, kind, name):
+            began = time.process_time()
+            found = match()
+            seconds = time.process_time() - began
+            row = {"cpu_seconds": f"{seconds:.2f}", "objective": f"{similarity.objective(found):.6g}"}
+            if pair.truth is not None:
+                row["planted"] = f"{similarity.objective(pair.truth):.6g}"
+            table.add(case, kind, name, row)
     if not table.has(case, kind, "rebasin 0.0.47"):
         with tempfile.TemporaryDirectory() as folder:
             paths = [str(Path(folder) / name) for name in ("a.safetensors", "b.safetensors", "out.safetensors")]
