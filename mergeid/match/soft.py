@@ -36,9 +36,13 @@ def apply_soft(graph: NeuronGraph, soft: Soft, tensor: str, value: Tensor) -> Te
 
 def log_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Logarithm of the doubly stochastic matrix ``diag(u) exp(logits) diag(v)`` (Sinkhorn and Knopp 1967); the last
-    two dimensions are the matrix. Sums of the columns are 1 exactly, of the rows in the limit."""
-    for _ in range(iterations):
-        logits = logits - logits.logsumexp(-1, keepdim=True)
+    two dimensions are the matrix. Sums of the columns are 1 exactly, of the rows in the limit; without a gradient
+    the iterations end once these are within 1e-6."""
+    for i in range(iterations):
+        rows = logits.logsumexp(-1, keepdim=True)
+        if i and not logits.requires_grad and bool((rows.abs() < 1e-6).all()):
+            break
+        logits = logits - rows
         logits = logits - logits.logsumexp(-2, keepdim=True)
     return logits
 

@@ -270,10 +270,12 @@ def main() -> None:
             pair = pair_of(case, kind, graph, model)
             if beside:
                 beside_rebasin(case, kind, arguments.rebasin, pair, table)
+            told = pair
             if any(get_matcher(m).needs != "weights" for m in wanted[kind]):
-                pair = Pair(with_data(pair.task, case, model), pair.truth)
+                told = Pair(with_data(pair.task, case, model), pair.truth)
             for matcher in wanted[kind]:
-                table.add(case, kind, matcher, measured(pair, matcher, arguments.limit))
+                given = pair if get_matcher(matcher).needs == "weights" else told
+                table.add(case, kind, matcher, measured(given, matcher, arguments.limit))
 
 
 if __name__ == "__main__":
