@@ -40,8 +40,8 @@ class WeightSimilarity:
     def features(self, axis: AxisMap, element: Mapping[str, np.ndarray] | None) -> Tensor:
         """[members on the axis, elements] of B under `element`, or of A for None; float32."""
         value = (self.a if element is None else self.b)[axis.tensor]
-        for d in range(value.dim()) if element is not None else ():
-            if d != axis.axis:
+        for d in range(value.dim()):
+            if element is not None and d != axis.axis:
                 index = self.graph.gather_index(axis.tensor, d, element)
                 if index is not None:
                     value = value.index_select(d, torch.from_numpy(index))

@@ -50,7 +50,7 @@ def joint_correlations(
     correlate with nothing. One pass, in float64."""
     taps = {k: found[:1] for k, found in choose_taps(graph, models[0]).items()}
     flat = [t for found in taps.values() for t in found]
-    stream = PairStream(*(TapReader(m, forward, flat) for m in models), batches)
+    stream = PairStream(TapReader(models[0], forward, flat), TapReader(models[1], forward, flat), batches)
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     for space, _, a, b in stream.rows(taps):
         if a.values.shape[1] != graph.by_id[space].size:
