@@ -17,8 +17,8 @@ from mergeid.identify.decide import DIRECT, MATCH, WILL_NOT, SpaceEvidence, deci
 from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
-from mergeid.match.protocol import Matcher, MatchTask, Training, check_matcher
-from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.match.inner_products import WeightSimilarity
+from mergeid.match.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
 from mergeid.merge.asymmetric import compared
 from mergeid.nn.folding import effective_state
 from mergeid.structural import Batches, structure_of, why_not
@@ -150,7 +150,7 @@ def make_plan(
         if match == "always":
             tell("matching", 0, 1)
             task = MatchTask(graph, a.state(), b.state(), generator)
-            found = matched or (named.match(task) if named else weight_matching(similarity, generator=generator))
+            found = matched or (named or get_matcher("weight")).match(task)
             element, records = found, []
         else:
             tell("weight matching", 0, 1)

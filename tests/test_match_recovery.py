@@ -93,6 +93,10 @@ def loaded(name: str, state: dict[str, Tensor]) -> nn.Module:
 
 
 MORE = [
+    "timm/test_vit",
+    "timm/test_convnext",
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
     "timm/test_efficientnet",
     "timm/test_mambaout",
     "timm/test_byobnet",
@@ -118,15 +122,7 @@ def correlations(graph: NeuronGraph, a: nn.Module, b: nn.Module, inputs: dict[st
     return evidence.correlations()
 
 
-SMALL = [
-    "mlp",
-    "timm/test_resnet",
-    "timm/test_vit",
-    "timm/test_convnext",
-    "BertForSequenceClassification",
-    "GPT2LMHeadModel",
-    "LlamaForCausalLM",
-]
+SMALL = ["mlp", "timm/test_resnet", "BertForSequenceClassification"]
 
 
 def dominant(correlation: np.ndarray) -> bool:

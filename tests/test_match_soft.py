@@ -34,7 +34,7 @@ def test_sinkhorn_sums_and_scaling() -> None:
     assert torch.allclose(out, logits, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["sinkhorn", "ot"])
+@pytest.mark.parametrize("name", ["sinkhorn", "ot", "layerwise"])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_planted(name: str, noise: float) -> None:
     widths = (8, 16, 12, 4)
@@ -45,7 +45,7 @@ def test_planted(name: str, noise: float) -> None:
     assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
 
 
-@pytest.mark.parametrize("name", ["sinkhorn", "ot", "cycle", "weight"])
+@pytest.mark.parametrize("name", ["sinkhorn", "ot", "cycle", "weight", "layerwise"])
 def test_heads_and_what_lies_in_them(name: str) -> None:
     graph, state = nested()
     element = graph.random_element(generator())

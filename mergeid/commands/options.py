@@ -185,8 +185,8 @@ Matcher = Annotated[
         "--matcher",
         metavar="NAME",
         rich_help_panel=HOW,
-        help="How neurons are matched: weight, activation, combined, cycle, sinkhorn, straight_through, ot; combined "
-        "with --data and weight without if not given.",
+        help="How neurons are matched: weight, activation, combined, layerwise, cycle, sinkhorn, straight_through, ot; "
+        "combined with --data and weight without if not given.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, rich_help_panel=HOW, help="Seed of every draw.")]

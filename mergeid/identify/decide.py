@@ -20,7 +20,8 @@ from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.identify.evidence import ActivationEvidence, Judgement, Request
 from mergeid.identify.layers import SpaceRecord
 from mergeid.match.assignment import TreeAssignment, descendants
-from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.match.inner_products import WeightSimilarity
+from mergeid.match.weight import weight_matching
 
 DIRECT, MATCH, WILL_NOT = "direct", "match", "will not merge"
 

@@ -2,6 +2,7 @@
 
 from mergeid.match.activation import activation_matching, combined_matching
 from mergeid.match.assignment import TreeAssignment, assign
+from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import (
     JointMatcher,
     Matcher,
@@ -11,7 +12,7 @@ from mergeid.match.protocol import (
     matcher_names,
     register_matcher,
 )
-from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.match.weight import weight_matching
 
 __all__ = [
     "JointMatcher",

@@ -10,8 +10,9 @@ from torch import Generator
 from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import MatchTask, Needs
-from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.match.weight import weight_matching
 
 WEIGHT_SHARE = 1.0
 """Weight of the cosine of the weights beside the correlation of the activations. A merge averages weights: two neurons

@@ -19,9 +19,10 @@ from torch import Generator, Tensor
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import MatchTask, Needs
 from mergeid.match.soft import apply_soft, hard, scaled
-from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.match.weight import good_start, weight_matching
 
 Softs = list[dict[str, Tensor]]
 
@@ -63,7 +64,8 @@ def cycle_matching(
     weights = scaled(graph, states)
     star = [graph.identity()]
     for state in weights[1:]:
-        star.append(weight_matching(WeightSimilarity(graph, weights[0], state), generator=generator))
+        pair = WeightSimilarity(graph, weights[0], state)
+        star.append(weight_matching(pair, generator=generator, element=good_start(pair)))
     best, value = star, _objective(graph, weights, star)
     for start in ([graph.identity() for _ in states], star):
         found = _refined(graph, weights, _frank_wolfe(graph, weights, start, max_steps, tolerance), generator)

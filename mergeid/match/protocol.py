@@ -98,6 +98,7 @@ _BUILT_IN = {
     "activation": "mergeid.match.activation:ActivationMatcher",
     "combined": "mergeid.match.activation:CombinedMatcher",
     "cycle": "mergeid.match.cycle:CycleMatcher",
+    "layerwise": "mergeid.match.layerwise:LayerwiseMatcher",
     "ot": "mergeid.match.transport:TransportMatcher",
     "sinkhorn": "mergeid.match.sinkhorn:SinkhornMatcher",
     "straight_through": "mergeid.match.straight_through:StraightThroughMatcher",

@@ -36,22 +36,34 @@ def apply_soft(graph: NeuronGraph, soft: Soft, tensor: str, value: Tensor) -> Te
 
 def log_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Logarithm of the doubly stochastic matrix ``diag(u) exp(logits) diag(v)`` (Sinkhorn and Knopp 1967); the last
-    two dimensions are the matrix. Sums of the columns are 1 exactly, of the rows in the limit."""
-    for _ in range(iterations):
-        logits = logits - logits.logsumexp(-1, keepdim=True)
+    two dimensions are the matrix. Sums of the columns are 1 exactly, of the rows in the limit; without a gradient
+    the iterations end once these are within 1e-6."""
+    for i in range(iterations):
+        rows = logits.logsumexp(-1, keepdim=True)
+        if i and not logits.requires_grad and bool((rows.abs() < 1e-6).all()):
+            break
+        logits = logits - rows
         logits = logits - logits.logsumexp(-2, keepdim=True)
     return logits
 
 
-def soft_element(graph: NeuronGraph, logits: Mapping[str, Tensor], iterations: int) -> dict[str, Tensor]:
+def soft_element(
+    graph: NeuronGraph, logits: Mapping[str, Tensor], iterations: int, before: Soft | None = None, changed: str = ""
+) -> dict[str, Tensor]:
     """A soft element of the nested group: inside each pair of blocks a doubly stochastic matrix, weighted by how much
     of the one block the parents send to the other.
 
     Args:
         logits: space id -> [size, size] logarithms of shares, up to a constant per row and column.
+        before, changed: the soft element of logits that differed in this one space; what does not lie in it is kept.
     """
     soft: dict[str, Tensor] = {}
+    new = {changed}
     for s in graph.spaces:
+        if before is not None and not new & {s.id, *s.parents}:
+            soft[s.id] = before[s.id]
+            continue
+        new.add(s.id)
         n, m = s.blocks, s.members
         inner = log_sinkhorn(logits[s.id].reshape(n, m, n, m).transpose(1, 2), iterations).exp()
         soft[s.id] = (inner * _between(s, soft)[:, :, None, None]).transpose(1, 2).reshape(s.size, s.size)

@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element
+from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import MatchTask, Needs, Training
-from mergeid.match.weight import WeightSimilarity, weight_matching
+from mergeid.match.weight import good_start, weight_matching
 
 
 def straight_through(task: MatchTask, *, epochs: int = 5, rate: float = 1e-2, passes: int = 5) -> Element:
@@ -40,7 +41,8 @@ def straight_through(task: MatchTask, *, epochs: int = 5, rate: float = 1e-2, pa
     free = {k: theta[k].requires_grad_() for k in sorted(trained)}
     groups = [{"params": [p], "lr": rate * max(float(p.detach().square().mean().sqrt()), 1e-3)} for p in free.values()]
     optimiser = torch.optim.Adam(groups)
-    element = weight_matching(WeightSimilarity(graph, task.a, task.b), generator=task.generator)
+    weights = WeightSimilarity(graph, task.a, task.b)
+    element = weight_matching(weights, generator=task.generator, element=good_start(weights))
     best, lowest = element, _mean_loss(training, model, task, element)
     for _ in range(epochs):
         for batch in training.batches():

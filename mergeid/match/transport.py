@@ -34,15 +34,18 @@ def transport(
     a, b = scaled(graph, [task.a, task.b])
     logits = {s.id: torch.zeros(s.size, s.size) for s in graph.spaces}
     soft = soft_element(graph, logits, iterations)
-    for _ in range(sweeps):
+    measured = task.correlation or {}
+    for sweep in range(sweeps):
         for space in graph.spaces:
-            if task.correlation is not None and space.id in task.correlation:
-                score = torch.from_numpy(np.asarray(task.correlation[space.id])).float()
+            if space.id in measured:
+                if sweep:
+                    continue  # what was measured depends on no other plan
+                score = torch.from_numpy(np.asarray(measured[space.id])).float()
             else:
                 score = _cosines(graph, space, a, b, soft)
             logits[space.id] = score / regularisation
             # children are worth what lies in them: a parent sees the weights of its members as a whole
-            soft = soft_element(graph, logits, iterations)
+            soft = soft_element(graph, logits, iterations, soft, space.id)
     return soft
 
 

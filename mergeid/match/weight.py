@@ -6,78 +6,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
-from mergeid.graph.neuron_graph import AxisMap, Element, NeuronGraph, Space
+from mergeid.graph.neuron_graph import Element, Space
 from mergeid.match.assignment import TreeAssignment, descendants, roots
+from mergeid.match.inner_products import KeptScores, WeightSimilarity
+from mergeid.match.layerwise import layerwise_matching
 from mergeid.match.protocol import MatchTask, Needs
 
 Extra = Callable[[Space], np.ndarray]
-
-
-class WeightSimilarity:
-    """Inner products of the weights that meet at the members of a space, B under a group element on its other axes.
-
-    Every tensor is divided by its root mean square over both models, so that biases, statistics and kernels count
-    by their number of elements.
-    """
-
-    def __init__(self, graph: NeuronGraph, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-        self.graph = graph
-        self.a: dict[str, Tensor] = {}
-        self.b: dict[str, Tensor] = {}
-        for name in graph.on_tensor:
-            x, y = a[name].float(), b[name].float()
-            scale = torch.sqrt((x.square().mean(dtype=torch.float64) + y.square().mean(dtype=torch.float64)) / 2)
-            scale = scale.float() if scale > 0 else torch.ones(())
-            self.a[name], self.b[name] = x / scale, y / scale
-
-    def pair(self, axis: AxisMap, element: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Features [members on the axis, elements] of A and of B."""
-        x, y = self.a[axis.tensor], self.b[axis.tensor]
-        for d in range(y.dim()):
-            if d != axis.axis:
-                index = self.graph.gather_index(axis.tensor, d, element)
-                if index is not None:
-                    y = y.index_select(d, torch.from_numpy(index))
-        where = torch.from_numpy(axis.positions)
-        n = len(where)
-        return tuple(t.movedim(axis.axis, 0)[where].reshape(n, -1) for t in (x, y))  # type: ignore[return-value]
-
-    def scores(self, space: Space, element: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[size, size] float64: sum over axes of inner products."""
-        total = np.zeros((space.size, space.size))
-        for axis in space.axes:
-            x, y = self.pair(axis, element)
-            total[np.ix_(axis.members, axis.members)] += (x @ y.T).double().numpy()
-        return total
-
-    def cosines(self, space: Space, element: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[size, size] in [−1, 1]: the scores divided by the norms of both members."""
-        norms = np.zeros((2, space.size))
-        for axis in space.axes:
-            for k, t in enumerate(self.pair(axis, element)):
-                norms[k, axis.members] += t.square().sum(1, dtype=torch.float64).numpy()
-        scale = np.sqrt(norms[0][:, None] * norms[1][None, :])
-        return np.divide(self.scores(space, element), scale, out=np.zeros_like(scale), where=scale > 0)
-
-    def halves(
-        self, space: Space, element: Mapping[str, np.ndarray], generator: Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Two score matrices from disjoint random halves of the weights: one to fit a match, one to judge it."""
-        both = np.zeros((2, space.size, space.size))
-        for axis in space.axes:
-            x, y = self.pair(axis, element)
-            first = torch.rand(x.shape[1], generator=generator) < 0.5
-            for k, chosen in enumerate((first, ~first)):
-                both[k][np.ix_(axis.members, axis.members)] += (x[:, chosen] @ y[:, chosen].T).double().numpy()
-        return both[0], both[1]
-
-    def objective(self, element: Mapping[str, np.ndarray]) -> float:
-        """Sum over tensors of ⟨A, π(B)⟩."""
-        return sum(
-            float((self.a[t] * self.graph.apply(element, t, self.b[t])).sum(dtype=torch.float64)) for t in self.a
-        )
 
 
 def weight_matching(
@@ -93,6 +30,8 @@ def weight_matching(
 ) -> Element:
     """Coordinate descent over the trees of the graph until no assignment changes.
 
+    A tree is solved again only where a space that shares a tensor with it has moved since.
+
     Args:
         similarity: the two models' weights.
         generator: order of the trees after the first pass.
@@ -106,63 +45,78 @@ def weight_matching(
     """
     graph = similarity.graph
     element = dict(element or graph.identity())
-    trees = roots(graph)
+    tops = roots(graph)
     if only is not None:
-        trees = [s for s in graph.spaces if s.id in only and not only & set(s.parents)]
+        tops = [s for s in graph.spaces if s.id in only and not only & set(s.parents)]
+    trees = [descendants(graph, s) for s in tops]
+    beside = _neighbours(trees)
+    kept = KeptScores(similarity)
+    stale = set(range(len(trees)))
     order = list(range(len(trees)))
     for _ in range(max_passes):
-        changed = False
         for k in order:
-            tree = descendants(graph, trees[k])
+            if k not in stale:
+                continue
+            stale.discard(k)
+            tree = trees[k]
             scores = {}
             for s in tree:
-                base = similarity.cosines(s, element) * weight if cosine else similarity.scores(s, element)
+                base = kept.scores(s, element)
+                if cosine:
+                    base = similarity.normalised(s, base) * weight
                 scores[s.id] = base + extra(s) if extra else base
-            found = TreeAssignment(graph, scores).solve(trees[k], element)
-            if any(not np.array_equal(found[s.id], element[s.id]) for s in tree):
-                if _coupled(tree) and not _better(scores, similarity, found, element, extra):
-                    continue
-                element, changed = found, True
-        if not changed:
+            found = TreeAssignment(graph, scores).solve(tops[k], element)
+            moved = [s for s in tree if not np.array_equal(found[s.id], element[s.id])]
+            if not moved or not _gains(scores, found, element):
+                continue
+            if k in beside[k] and extra is None and similarity.objective(found) - similarity.objective(element) <= 1e-9:
+                continue
+            element = {**element, **{s.id: found[s.id] for s in moved}}
+            stale |= beside[k]
+        if not stale:
             break
         order = torch.randperm(len(trees), generator=generator).tolist()
     return element
 
 
-def _coupled(tree: list[Space]) -> bool:
-    """Whether one tensor has two axes in the tree (a residual block without inner width): descent is not granted."""
-    seen: set[str] = set()
-    for s in tree:
-        for a in s.axes:
-            key = a.tensor
-            if key in seen and any(b.tensor == key and b.axis != a.axis for t in tree for b in t.axes):
-                return True
-            seen.add(key)
-    return False
+def _neighbours(trees: list[list[Space]]) -> list[set[int]]:
+    """Per tree the trees that see it move: those on another axis of one of its tensors. A tree that is its own
+    neighbour (a residual block without inner width) is not granted to gain by an assignment."""
+    on: dict[str, set[tuple[int, int]]] = {}
+    for k, tree in enumerate(trees):
+        for axis in (a for s in tree for a in s.axes):
+            on.setdefault(axis.tensor, set()).add((k, axis.axis))
+    beside: list[set[int]] = [set() for _ in trees]
+    for places in on.values():
+        for k, d in places:
+            beside[k] |= {other for other, e in places if e != d}
+    return beside
 
 
-def _better(
-    scores: Mapping[str, np.ndarray],
-    similarity: WeightSimilarity,
-    found: Element,
-    element: Element,
-    extra: Extra | None,
-) -> bool:
-    gain = similarity.objective(found) - similarity.objective(element)
-    if extra is None:
-        return gain > 1e-9
-    value = 0.0
-    for s, score in scores.items():
-        rows = np.arange(len(score))
-        value += float((score[rows, found[s]] - score[rows, element[s]]).sum())
-    return value > 1e-9
+def _gains(scores: Mapping[str, np.ndarray], found: Element, element: Element) -> bool:
+    """Whether the found assignment is better by more than rounding."""
+    gain, size = 0.0, 0.0
+    for k, score in scores.items():
+        i = np.arange(len(score))
+        new, old = score[i, found[k]].astype(np.float64), score[i, element[k]].astype(np.float64)
+        gain += float((new - old).sum())
+        size = max(size, float(np.abs(new).max()), float(np.abs(old).max()))
+    return gain > 1e-6 * size
+
+
+def good_start(similarity: WeightSimilarity) -> Element:
+    """The identity or layer-wise matching, whichever has the larger objective: from there descent is shorter, and
+    where much has moved its end is higher (ResNet-50: 2 of 7 s, the planted element either way)."""
+    starts = [similarity.graph.identity(), layerwise_matching(similarity)]
+    return max(starts, key=similarity.objective)
 
 
 class WeightMatcher:
-    """`weight_matching` as a matcher."""
+    """`weight_matching` from a good start, as a matcher."""
 
     name = "weight"
     needs: Needs = "weights"
 
     def match(self, task: MatchTask) -> Element:
-        return weight_matching(WeightSimilarity(task.graph, task.a, task.b), generator=task.generator)
+        similarity = WeightSimilarity(task.graph, task.a, task.b)
+        return weight_matching(similarity, generator=task.generator, element=good_start(similarity))
