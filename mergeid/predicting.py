@@ -85,7 +85,7 @@ def predict(
     if plan.moves:
         elements["matched"] = plan.element
     first = _plain(pair.a.model, pair.a.state())
-    partners = {k: _aligned(planned, e) for k, e in elements.items()}
+    partners = {k: _aligned(planned, e, skip) for k, e in elements.items()}
     tell = progress or (lambda *_: None)
     try:
         found = probe(
@@ -102,7 +102,7 @@ def predict(
     outlooks = [
         outlook(predictor, mode, name, repaired, features, e.layers, tolerate)
         for name, e in found.items()
-        for repaired, features in ((False, e.plain), (True, e.repaired))
+        for repaired, features in ((False, e.plain), (True, e.repaired if data is not None else None))
         if features is not None
     ]
     origin = None
@@ -140,8 +140,14 @@ def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return net
 
 
-def _aligned(planned: Planned, element: Element) -> nn.Module:
-    return _plain(planned.pair.b.model, planned.plan.graph.apply_state(element, planned.pair.b.state()))
+def _aligned(planned: Planned, element: Element, skip: Sequence[str]) -> nn.Module:
+    """B in A's order; what the merge would take from A as it is comes from A."""
+    from fnmatch import fnmatchcase
+
+    pair = planned.pair
+    skipped = {pair.a.names.get(n, n) for n in pair.a.names if any(fnmatchcase(n, p) for p in skip)}
+    state = {k: v for k, v in planned.plan.graph.apply_state(element, pair.b.state()).items() if k not in skipped}
+    return _plain(pair.a.model if skipped else pair.b.model, {**state, **{k: pair.a.state()[k] for k in skipped}})
 
 
 def _bound(

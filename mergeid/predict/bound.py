@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mergeid.predict.lockstep import Forward, watch
@@ -59,6 +60,7 @@ def no_bound() -> Bound:
     )
 
 
+@torch.no_grad()
 def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, batch: Any) -> Bound:
     """The bound of every layer with a matrix.
 

@@ -297,9 +297,9 @@ def damp(one: Operation, two: Operation) -> float:
     wa, wb = one.matrix(), two.matrix()
     if wa is None or wb is None:
         return 1.0
-    wa, wb = wa.double(), wb.double()
-    own = (float(wa.square().sum()) + float(wb.square().sum())) / 2
-    return (float(((wa + wb) / 2).square().sum()) / own) ** 0.25 if own > 0 else 1.0
+    own = (_square(wa) + _square(wb)) / 2
+    mean = own / 2 + float((wa.double() * wb.double()).sum()) / 2
+    return max(mean / own, 0.0) ** 0.25 if own > 0 else 1.0
 
 
 def _signature(op: Operation) -> Any:

@@ -21,6 +21,8 @@ from mergeid.errors import MergeidError
 
 FORMAT = "mergeid.predictor/1"
 FILE = "coefficients.json"
+SAME = 1e-9
+"""Divergence of the predictions, and deviation of the layers, up to which two models are one and the same."""
 BEYOND = 1.0
 """Widths of the training range that a feature may lie outside it before the answer is "cannot tell"."""
 
@@ -125,6 +127,8 @@ class Model:
         """The expected value with an interval that holds it with probability `level` on a new family.
 
         What lies outside the range that the model was fitted on widens the interval in proportion."""
+        if features.get("divergence", 1.0) <= SAME and features.get("deviation", 0.0) <= SAME:
+            return Interval(0.0, 0.0, 0.0, -math.inf, None if tolerated is None else 1.0, 0.0)
         score, beyond = self.score(features), self.beyond(features)
         width = self.width(features) * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):

@@ -25,8 +25,9 @@ from mergeid.predict.features import (
 )
 from mergeid.predict.lockstep import Deviation, Forward, Operation, lockstep, watch
 
-EXAMPLES = 128
-"""Calibration examples that both models are run on, evenly spaced."""
+EXAMPLES, SHARE, LEAST = 128, 4, 32
+"""Both models are run on at most that many examples, evenly spaced, on every fourth where there are few, but on at
+least `LEAST`: one example costs about as much as a dozen forward passes."""
 BUDGET = 1 << 30
 """Bytes of activations that are held at once."""
 COPIES = 8
@@ -73,7 +74,7 @@ def probe(
     examples: Sequence[Any],
     collate: Callable[[Any], Batch] | None = None,
     *,
-    limit: int = EXAMPLES,
+    limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evidence]:
     """Features of A with each of its partners.
@@ -83,13 +84,14 @@ def probe(
         partners: assignment ("direct", "matched") -> B with its neurons in that order.
         forward: (model, batch) -> logits [examples, …, classes].
         examples: map-style; labels are not looked at.
-        limit: most examples, evenly spaced.
+        limit: most examples; by default as `EXAMPLES` says.
 
     Raises:
         MergeidError: data that does not fit, outputs that are no logits.
         PathsDiffer: the models execute different operations.
     """
     count = len(examples)
+    limit = limit or max(LEAST, min(EXAMPLES, count // SHARE))
     chosen = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
     place = lambda raw: _inputs(to_model(raw, device, input_dtype(a)))  # noqa: E731

@@ -77,8 +77,10 @@ def sketch_features(
     nats, right = (_responses(one, two, gap, repaired, k) for k in range(2))
     found["excess"] = nats + found["excess_averaged"]
     found["excess_apart"] = nats
+    found["shift"] = found["shift_apart"] = nats
     found["drop"] = right
     found["gap"] = gap
+    found["deviation"] = gap
     found["gap_worst"] = max(gaps, default=0.0)
     found["hash_distance"] = _distance(one, two)
     return found, layers
