@@ -122,7 +122,7 @@ def predict_sketches(
     from mergeid.predict.model import shipped
     from mergeid.predict.result import PredictResult, outlook
     from mergeid.predict.sketch import Sketch, load_sketch
-    from mergeid.predict.sketched import Standard, as_elements, check_alike, sketch_features
+    from mergeid.predict.sketched import Standard, as_elements, check_alike, output_features, sketch_features
 
     made = [Standard(s if isinstance(s, Sketch) else load_sketch(Path(os.fspath(s)))) for s in sketches]
     names = [f"sketch {i}" if isinstance(s, Sketch) else Path(os.fspath(s)).stem for i, s in enumerate(sketches)]
@@ -135,10 +135,10 @@ def predict_sketches(
             if progress:
                 progress("comparing sketches", len(found.pairs), total)
             b = made[j]
-            outlooks = []
+            outputs, outlooks = output_features(a, b), []
             for name, element in as_elements(a, b).items():
                 for repaired in (False, True) if a.sketch.repairable else (False,):
-                    features, layers = sketch_features(a, b, element, repaired=repaired)
+                    features, layers = sketch_features(a, b, element, outputs, repaired=repaired)
                     outlooks.append(outlook(predictor, "sketches", name, repaired, features, layers, tolerate))
             found.pairs[i, j] = PredictResult(
                 names[i],

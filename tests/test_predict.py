@@ -194,7 +194,7 @@ def test_sketches_that_do_not_compare(nets: dict[str, nn.Module], tmp_path: Path
     sketched(nets["a"], tmp_path / "a.sketch")
     with pytest.raises(MergeidError, match="exists already"):
         sketched(nets["a"], tmp_path / "a.sketch")
-    with pytest.raises(MergeidError, match="needs the ending .sketch"):
+    with pytest.raises(MergeidError, match=r"needs the ending \.sketch"):
         sketched(nets["a"], tmp_path / "a.json")
 
 

@@ -133,7 +133,7 @@ def test_through_json() -> None:
     for r in rows(5, groups=1):
         one, two = model.predict(r.features), again.predict(r.features)
         assert one.expected == pytest.approx(two.expected) and one.high == pytest.approx(two.high, rel=1e-2)
-    with pytest.raises(MergeidError, match="mergeid.predictor/1"):
+    with pytest.raises(MergeidError, match=r"mergeid\.predictor/1"):
         Predictor.from_json({"format": "other"})
 
 

@@ -30,7 +30,7 @@ from mergeid.plugins import Batch
 from mergeid.predict.features import Features
 from mergeid.predict.probe import EXAMPLES, probe
 from mergeid.predict.sketch import make_sketch
-from mergeid.predict.sketched import Standard, as_elements, sketch_features
+from mergeid.predict.sketched import Standard, as_elements, output_features, sketch_features
 from mergeid.state import load_weights
 
 FILE = "features.csv"
@@ -76,9 +76,10 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
     second = _with(nets.work, nets.state_b(plain))
     sketches = [Standard(make_sketch(loaded(n, pair.id, example), nets.graph, known)) for n in (first, second)]
     elements = {"matched": plain, **as_elements(*sketches)}
+    outputs = output_features(*sketches)
     for assignment, element in elements.items():
         for repaired in (0, 1) if sketches[0].sketch.repairable else (0,):
-            features, _ = sketch_features(*sketches, element, repaired=bool(repaired))
+            features, _ = sketch_features(*sketches, element, outputs, repaired=bool(repaired))
             name = assignment.removesuffix("ed")
             yield {"pair": pair.id, "mode": "sketches", "assignment": name, "repaired": repaired, **features}
 

@@ -25,9 +25,8 @@ class OutputSums:
 
     With q the mean of the two predictions: `ends`, the mean cross-entropy of the two networks against q; `middle`, that
     of the mean logits of the corrected runs; `apart`, the mean of the two corrected runs' own; `averaged`, that of the
-    mean of the two networks' own logits; `divergence`, the Jensen-Shannon divergence of the two predictions. `hard_*`: the
-    same against the likeliest class by q, which is nearer to true labels where networks are less sure than right.
-    `right_*`: the probability by q of what is predicted.
+    mean of the two networks' own logits; `divergence`, the Jensen-Shannon divergence of the two predictions. `right_*`:
+    the probability by q of what is predicted.
     """
 
     count: int = 0
@@ -51,11 +50,6 @@ class OutputSums:
         def against(log: Tensor) -> Tensor:
             return -(q * log).sum(-1)
 
-        best = q.argmax(-1, keepdim=True)
-
-        def hard(log: Tensor) -> Tensor:
-            return -log.gather(-1, best)[..., 0]
-
         def right(logits: Tensor) -> Tensor:
             return q.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
 
@@ -64,10 +58,6 @@ class OutputSums:
             "middle": against(centre.log_softmax(-1)),
             "apart": (against(ma.log_softmax(-1)) + against(mb.log_softmax(-1))) / 2,
             "averaged": against(average.log_softmax(-1)),
-            "hard_ends": (hard(la) + hard(lb)) / 2,
-            "hard_middle": hard(centre.log_softmax(-1)),
-            "hard_apart": (hard(ma.log_softmax(-1)) + hard(mb.log_softmax(-1))) / 2,
-            "hard_averaged": hard(average.log_softmax(-1)),
             "entropy": entropy,
             "divergence": entropy - (own[0] + own[1]) / 2,
             "right_ends": (right(a) + right(b)) / 2,
@@ -96,9 +86,6 @@ class OutputSums:
             "excess_averaged": s["averaged"] - s["ends"],
             "shift": s["middle"] - s["averaged"],
             "shift_apart": s["apart"] - s["averaged"],
-            "hard": s["hard_middle"] - s["hard_ends"],
-            "hard_apart": s["hard_apart"] - s["hard_ends"],
-            "hard_shift": s["hard_middle"] - s["hard_averaged"],
             "ceiling": flat - s["ends"],
             "ends": s["ends"],
             "entropy": s["entropy"],

@@ -141,7 +141,7 @@ class Model:
         values = [max(0.0, float(lower(min(t, 40.0), self.scale))) for t in (score, low, high)]
         if high >= 40:
             values[2] = math.inf
-        return Interval(*values, score, within, beyond)
+        return Interval(values[0], values[1], values[2], score, within, beyond)
 
     def to_json(self) -> dict[str, Any]:
         return {

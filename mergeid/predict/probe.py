@@ -92,7 +92,7 @@ def probe(
     """
     count = len(examples)
     limit = limit or max(LEAST, min(EXAMPLES, count // SHARE))
-    chosen = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
+    chosen: Any = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
     place = lambda raw: _inputs(to_model(raw, device, input_dtype(a)))  # noqa: E731
     join = collate or torch.utils.data.default_collate
@@ -158,7 +158,7 @@ class RandomInputs(Sequence[Batch]):
     Each is drawn from a seed of its own."""
 
     def __init__(self, loaded: Loaded, count: int = EXAMPLES, seed: int = 0) -> None:
-        self.count = count
+        self.length = count
         generator = torch.Generator().manual_seed(seed)
         if loaded.adapter.name == "torch":
             self.batch = {k: _noise(v, count, generator) for k, v in _inputs(loaded.example).items()}
@@ -167,18 +167,18 @@ class RandomInputs(Sequence[Batch]):
             self.batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in _inputs(made).items()}
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.count:
+        if not 0 <= index < self.length:
             raise IndexError(index)
         return {
-            k: v[index] if isinstance(v, Tensor) and v.dim() and len(v) == self.count else v
+            k: v[index] if isinstance(v, Tensor) and v.dim() and len(v) == self.length else v
             for k, v in self.batch.items()
         }
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(self.count))
+        return (self[i] for i in range(self.length))
 
 
 def _noise(value: Any, count: int, generator: torch.Generator) -> Any:

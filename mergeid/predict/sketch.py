@@ -95,7 +95,7 @@ def make_sketch(
 
     Raises `MergeidError` for data that does not fit and for outputs that are no logits."""
     model, count = loaded.model, len(examples)
-    chosen = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
+    chosen: Any = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
     batches = _Batches(loaded, chosen, collate)
     taps = {s: found[0] for s, found in choose_taps(graph, model, most=1).items()}
     reader = TapReader(model, loaded.forward, list(taps.values()))

@@ -53,16 +53,23 @@ def match(a: Standard, b: Standard) -> Element:
     return activation_matching(a.sketch.graph, scores)
 
 
+def output_features(a: Standard, b: Standard) -> Features:
+    """What the two models' own outputs say, under any assignment."""
+    one, two = a.sketch.logits, b.sketch.logits
+    outputs, mean = OutputSums(), (one + two) / 2
+    outputs.add(one, two, (mean, mean), None)
+    return outputs.features()
+
+
 def sketch_features(
-    a: Standard, b: Standard, element: Element, *, repaired: bool
+    a: Standard, b: Standard, element: Element, outputs: Features, *, repaired: bool
 ) -> tuple[Features, list[LayerDeviation]]:
-    """Features under an assignment of B, and what every space loses."""
+    """Features under an assignment of B, and what every space loses.
+
+    Args:
+        outputs: `output_features` of the two."""
     one, two = a.sketch, b.sketch
-    outputs = OutputSums()
-    n = min(len(one.logits), len(two.logits))
-    mean = (one.logits[:n] + two.logits[:n]) / 2
-    outputs.add(one.logits[:n], two.logits[:n], (mean, mean), None)
-    found = outputs.features()
+    found = dict(outputs)
     layers = []
     for s in one.spaces:
         if s.id not in a.z or s.id not in b.z:
