@@ -128,7 +128,10 @@ def predict(
 
 
 def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A network with these weights, ordinary where the model is asymmetric: what is merged are effective weights."""
+    """A network with these weights, ordinary where the model is asymmetric (what is merged are effective weights), and
+    in float32 where they are shorter: the deviations of near models would drown in rounding."""
+    import torch
+
     from mergeid.nn.folding import fold_module, fold_state
     from mergeid.nn.names import asymmetric_parameters, gates
     from mergeid.state import load_weights
@@ -137,7 +140,8 @@ def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     if asymmetric_parameters(state) and not gates(state):
         net, state = fold_module(net), fold_state(state)
     load_weights(net, state)
-    return net
+    short = any(p.dtype in (torch.bfloat16, torch.float16) for p in net.parameters())
+    return net.float() if short else net
 
 
 def _aligned(planned: Planned, element: Element, skip: Sequence[str]) -> nn.Module:

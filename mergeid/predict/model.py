@@ -132,7 +132,7 @@ class Model:
         score, beyond = self.score(features), self.beyond(features)
         width = self.width(features) * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):
-            return Interval(math.nan, 0.0, math.inf, math.nan, None, math.inf)
+            return Interval(math.inf, 0.0, math.inf, math.inf, None, math.inf)
         low, high = (score + width * q for q in conformal(self.residuals, self.shares, level))
         within = None
         if tolerated is not None:

@@ -94,7 +94,10 @@ def probe(
     limit = limit or max(LEAST, min(EXAMPLES, count // SHARE))
     chosen: Any = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
-    place = lambda raw: _inputs(to_model(raw, device, input_dtype(a)))  # noqa: E731
+
+    def place(raw: Batch) -> Batch:
+        return _inputs(to_model(raw, device, input_dtype(a)))
+
     join = collate or torch.utils.data.default_collate
     first = place(join([chosen[0]]))
     with eval_mode(a), fits_the_model(first):
