@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from mergeid.api import load as load
     from mergeid.api import merge as merge
     from mergeid.api import plan as plan
+    from mergeid.api import predict as predict
+    from mergeid.api import predict_sketches as predict_sketches
     from mergeid.api import scramble as scramble
     from mergeid.api import similarity as similarity
+    from mergeid.api import sketch as sketch
 
     __version__: str
 
-VERBS = ("load", "graph", "plan", "align", "merge", "barrier", "scramble", "similarity")
+VERBS = (
+    *("load", "graph", "plan", "predict", "align", "merge", "barrier", "scramble", "similarity"),
+    *("sketch", "predict_sketches"),
+)
 __all__ = [
     "MergeidError",
     "MergeidWarning",
@@ -39,8 +45,11 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "predict",
+    "predict_sketches",
     "scramble",
     "similarity",
+    "sketch",
 ]
 
 

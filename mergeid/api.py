@@ -14,8 +14,10 @@ from mergeid.load import bare, further_batches, graph_of, load
 from mergeid.merging import MergeResult, merge
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, load_pair
 from mergeid.planned import plan_pair
+from mergeid.predicting import predict
 from mergeid.scrambling import ScrambleResult, scramble
 from mergeid.similar import SimilarityResult, similarity
+from mergeid.sketching import PredictionMatrix, predict_sketches, sketch
 
 if TYPE_CHECKING:
     from mergeid.evaluate.result import BarrierResult
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LIMIT",
     "MergeResult",
+    "PredictionMatrix",
     "ScrambleResult",
     "SimilarityResult",
     "align",
@@ -34,8 +37,11 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "predict",
+    "predict_sketches",
     "scramble",
     "similarity",
+    "sketch",
 ]
 
 

@@ -140,8 +140,9 @@ def plot_heat_map(
     label: str,
     axes: tuple[str, str] = ("", ""),
     title: str = "",
+    largest: float = 1.0,
 ) -> Path:
-    """A matrix of shares of 1, first row at the bottom.
+    """A matrix of values from 0 to `largest`, first row at the bottom.
 
     Args:
         rows, columns: names, thinned out on the axes where they would overlap.
@@ -161,7 +162,7 @@ def plot_heat_map(
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
         image = axis.imshow(
-            values, vmin=0, vmax=1, cmap="magma", origin="lower", aspect="auto", interpolation="nearest"
+            values, vmin=0, vmax=largest, cmap="magma", origin="lower", aspect="auto", interpolation="nearest"
         )
         for names, place, ticks in ((rows, axis.yaxis, axis.set_yticks), (columns, axis.xaxis, axis.set_xticks)):
             every = math.ceil(len(names) / 40)

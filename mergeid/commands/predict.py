@@ -1,0 +1,148 @@
+"""``mergeid predict``: how much a merge would lose, said before it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergeid.commands import options as o
+from mergeid.commands.work import Work, check_text_output, to_text, working, write_text
+from mergeid.errors import MergeidError
+
+if TYPE_CHECKING:
+    from mergeid.predict.result import PredictResult
+
+
+def command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B", help=f"Two models ({o.MODEL}), or two or more files of mergeid sketch.", show_default=False
+        ),
+    ],
+    data: o.Data = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="BASE",
+            rich_help_panel=o.INPUT,
+            show_default=False,
+            help="What A and B were fine-tuned from: for the paper's bound beside the prediction.",
+        ),
+    ] = None,
+    tolerate: Annotated[
+        float,
+        typer.Option("--tolerate", metavar="NATS", rich_help_panel=o.HOW, help="Loss whose probability is asked for."),
+    ] = 0.01,
+    arch: o.Arch = None,
+    skip: o.Skip = None,
+    limit: o.Limit = 512,
+    allow_pickle: o.AllowPickle = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the result as JSON."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", rich_help_panel=o.OUTPUT, help="Of sketches: draw the matrix: .png or .svg."
+        ),
+    ] = None,
+    as_json: o.Json = False,
+    matcher: o.Matcher = None,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = 32,
+    device: o.Device = "cpu",
+) -> int:
+    """Predict the barrier between A and B, as they lie and matched, without merging them or running a merge.
+
+    With --data both are run on those inputs (no labels are needed), else on random ones. Of files made by mergeid
+    sketch every pair is predicted without running a model.
+    """
+    sketched = [m.endswith(".sketch") for m in models]
+    if any(sketched) != all(sketched):
+        raise MergeidError("some of the models are sketches and some are not; expected all of a kind")
+    if not all(sketched) and len(models) != 2:
+        raise MergeidError(f"predict takes two models, got {len(models)}; many are compared by their sketches")
+    if all(sketched) and (data or base):
+        raise MergeidError("sketches hold what was found on their own inputs; leave --data and --base out")
+    if plot is not None and not all(sketched):
+        raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
+    if output is not None:
+        check_text_output(output, "-o", inputs=models)
+    if plot is not None:
+        from mergeid.report.plots import check_plot_path
+
+        check_plot_path(plot)
+    with working(as_json) as work:
+        if all(sketched):
+            return _matrix(work, models, tolerate, output, plot)
+        from mergeid import api
+
+        result = api.predict(
+            *models,
+            data=data,
+            base=base,
+            tolerate=tolerate,
+            arch=arch,
+            matcher=matcher,
+            skip=skip or (),
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            allow_pickle=allow_pickle,
+            progress=work.progress,
+        )
+        _written(work, result, output)
+        if not work.as_json:
+            _shown(work, result)
+            work.wrote([p for p in (output,) if p is not None])
+    return 0
+
+
+def _written(work: Work, result: Any, output: Path | None) -> None:
+    if output is not None:
+        write_text(output, to_text(result.to_json()) + "\n", "-o")
+    if work.as_json:
+        work.emit(result.to_json())
+
+
+def _shown(work: Work, result: PredictResult) -> None:
+    from mergeid.report.predictions import prediction_table
+
+    work.close()
+    work.console.print(prediction_table(result, width=work.console.width))
+    work.say("")
+    work.say(result.advice)
+    if result.bound is not None:
+        work.say(f"Beside it: {result.bound.statement}.")
+    for note in result.notes:
+        work.say(f"Note: {note}.")
+
+
+def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None, plot: Path | None) -> int:
+    from mergeid.sketching import predict_sketches
+
+    matrix = predict_sketches(models, tolerate=tolerate, progress=work.progress)
+    _written(work, matrix, output)
+    if plot is not None:
+        import numpy as np
+
+        from mergeid.report.plots import plot_heat_map
+
+        values = np.array(matrix.expected())
+        largest = float(values[np.isfinite(values)].max(initial=0.0)) or 1.0
+        plot_heat_map(matrix.names, matrix.names, values, plot, label="expected barrier in nats", largest=largest)
+    if not work.as_json:
+        from mergeid.report.predictions import matrix_table
+
+        work.close()
+        work.console.print(matrix_table(matrix, width=work.console.width))
+        if len(matrix.names) == 2:
+            _shown(work, next(iter(matrix.pairs.values())))
+        work.wrote([p for p in (output, plot) if p is not None])
+    return 0
