@@ -64,7 +64,7 @@ class Zoo:
     def measure(self, pair: Pair) -> table.Row:
         """The pair's row."""
         (a, b), (held, known) = self.nets(pair), self.data(pair)
-        began = time.perf_counter()
+        began = time.process_time()
         nets = PairOfNets(a, b, self.graph(pair.a), FAMILIES[pair.a.group.family].repair, held, known)
         row = table.names(pair)
         row |= {"repair": nets.repair, "examples": str(len(held)), "spaces": str(len(nets.graph.spaces))}
@@ -87,7 +87,7 @@ class Zoo:
             row[f"{key}_spaces"] = str(sum(s.decision == word for s in decision.plan.spaces))
         for name, data in (("none", None), ("64", Examples(known.part.at(slice(WEAK))))):
             row |= _weak(nets, name, data, plain)
-        row["seconds"] = f"{time.perf_counter() - began:.1f}"
+        row["seconds"] = f"{time.process_time() - began:.1f}"
         return row
 
 
@@ -113,7 +113,7 @@ def build(out: Path, cache: Path, only: str = "*", limit: int | None = None) -> 
     done = {r["pair"] for r in rows}
     left = [p for p in work() if p.id not in done and fnmatchcase(p.id, only)][:limit]
     for count, pair in enumerate(left, 1):
-        began = time.perf_counter()
+        began = time.process_time()
         row = zoo.measure(pair)
         rows.append(row)
         for model in (pair.a, pair.b):
@@ -125,7 +125,7 @@ def build(out: Path, cache: Path, only: str = "*", limit: int | None = None) -> 
         table.write(out / "models.csv", table.MODEL_COLUMNS, models.values())
         table.write(out / "pairs.csv", table.COLUMNS, rows)
         barriers = " ".join(f"{c} {row[f'barrier_{c}']}" for c in table.CURVES if row.get(f"barrier_{c}"))
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         print(f"{count}/{len(left)} {pair.id} ({pair.kind}, {pair.detail}): {barriers} [{seconds:.1f} s]", flush=True)
     return len(left)
 

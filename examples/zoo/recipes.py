@@ -26,7 +26,7 @@ class Group:
     index: int
     width: int
     depth: int
-    steps: int = 400
+    steps: int = 200
     rate: float = 1.0
     decay: float = 1e-4
 
@@ -91,22 +91,22 @@ class Pair:
 
 
 SPLITS = ((0.0, 0.03, 0.2), (0.01, 0.06, 0.3), (0.0, 0.02, 0.1))
-FINE_TUNES = (("mixed", "lower"), ("lower", "upper"), ("low", "turned"))
+FINE_TUNES = (("lower", "mixed"), ("lower", "upper"), ("upper", "turned"))
 SIGMAS = (0.5, 1.0, 0.2)
 
 
 def models(group: Group) -> dict[str, Model]:
     """The group's networks by role.
 
-    A, B: independent seeds, B with another rate, decay and length. S1 to S3: split from A early to late. F1 to F3:
-    fine-tunes of A on its own and on two other tasks, at a high rate. W0, W1: asymmetric, independent; W2: split
+    A, B: independent seeds, B with another rate, decay and length. S1 to S3: split from A early to late. F1 to F4:
+    fine-tunes of A, two on its own task and two on others, at a high rate. W0, W1: asymmetric, independent; W2: split
     from W0."""
     turn = group.index % 3
-    rate, high = group.rate * FAMILIES[group.family].rate, 1.0 if group.index % 2 else 2.0
+    rate, high = group.rate * FAMILIES[group.family].rate, 2.0 if group.index % 2 else 3.0
     plain = Model(group, "A", 1, group.steps, rate, group.decay)
     early, middle, late = SPLITS[turn]
     first, second = FINE_TUNES[turn]
-    length = group.steps * (1, 2, 1)[turn] // 2
+    length = group.steps * (2, 1, 2)[turn] // 2
     tuned = replace(plain, steps=length, rate=rate * high, parent=plain, at=1.0)
     fixed = replace(plain, role="W0", seed=31, sigma=SIGMAS[turn])
     found = [
@@ -123,8 +123,9 @@ def models(group: Group) -> dict[str, Model]:
         replace(plain, role="S2", seed=12, parent=plain, at=middle),
         replace(plain, role="S3", seed=13, parent=plain, at=late),
         replace(tuned, role="F1", seed=21),
-        replace(tuned, role="F2", seed=22, task=first),
-        replace(tuned, role="F3", seed=23, task=second),
+        replace(tuned, role="F2", seed=22),
+        replace(tuned, role="F3", seed=23, task=first),
+        replace(tuned, role="F4", seed=24, task=second),
         fixed,
         replace(fixed, role="W1", seed=32),
         replace(fixed, role="W2", seed=33, parent=fixed, at=middle),
@@ -150,8 +151,17 @@ def pairs(group: Group) -> list[Pair]:
 
     by_kind = (
         of("split", *((f"at {m[r].at:g}", "A", r) for r in ("S2", "S1", "S3"))),
-        of("independent", ("seeds", "A", "B"), ("seeds, split", "S1", "B"), ("seeds, fine-tuned", "F2", "B")),
-        of("fine-tunes", *((tasks(a, b), a, b) for a, b in (("F1", "F2"), ("F2", "F3"), ("F1", "F3"), ("A", "F1")))),
+        of(
+            "independent",
+            ("seeds", "A", "B"),
+            ("seeds, split", "S1", "B"),
+            ("seeds, fine-tuned", "F1", "B"),
+            (f"seeds, fine-tuned ({m['F3'].task})", "F3", "B"),
+        ),
+        of(
+            "fine-tunes",
+            *((tasks(a, b), a, b) for a, b in (("F1", "F2"), ("F1", "F3"), ("F3", "F4"), ("A", "F1"), ("F2", "F4"))),
+        ),
         of(
             "scrambled",
             ("fine-tune", "A", "F1", "all"),
@@ -172,13 +182,14 @@ def pairs(group: Group) -> list[Pair]:
             (f"at {m['S2'].at:g}", "S2", "S3"),
             (f"at {m['S1'].at:g}", "S1", "S3"),
             (f"at {m['S2'].at:g}, fine-tuned", "S2", "F1"),
+            (f"at {m['S1'].at:g}, fine-tuned", "S1", "F2"),
         ),
     )
     return [pair for row in zip_longest(*by_kind) for pair in row if pair is not None]
 
 
 GROUPS = (
-    Group("resnet-narrow", "fashion", 0, 12, 2),
+    Group("resnet-narrow", "fashion", 0, 12, 2, steps=300),
     Group("gpt", "code", 0, 32, 2),
     Group("mlp", "fashion", 0, 64, 3),
     Group("vit", "mnist", 0, 32, 2),
@@ -210,10 +221,7 @@ GROUPS = (
 
 
 def work() -> Iterator[Pair]:
-    """All pairs: of the first group of every family one pair of each kind, then of the others, then the next ones."""
-    lists = [pairs(group) for group in GROUPS]
+    """All pairs: first of the first group of every family one of each kind, then more of these and of the next."""
     kinds = 6
-    count = max(map(len, lists))
-    for start in range(0, count, kinds):
-        for found in lists:
-            yield from found[start : start + kinds]
+    chunks = [(group.index + k // kinds, k // kinds, pair) for group in GROUPS for k, pair in enumerate(pairs(group))]
+    yield from (pair for _, _, pair in sorted(chunks, key=lambda c: c[:2]))

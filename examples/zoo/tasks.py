@@ -1,8 +1,8 @@
 """The data sets and their variants: images, snippets of Python sources to classify, characters to continue.
 
 Images are scikit-learn's digits (8x8), 5,000 MNIST digits and Fashion-MNIST (both cut and averaged to 12x12). Text is
-the Python standard library: `packages` and `modules` ask where 16 tokens come from, `code` and `prose` are next-character
-prediction on its sources and on the pages of its manual that it ships (`pydoc_data`).
+the Python standard library: `packages` and `modules` ask where 16 tokens come from, `code` and `prose` predict the next
+character of its sources and of the pages of the manual that it ships (`pydoc_data`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ IMAGES = ("fashion", "mnist", "digits")
 SNIPPETS = ("packages", "modules")
 CHARACTERS = ("code", "prose")
 VARIANTS = ("all", "turned", "mixed", "low", "high", "lower", "upper")
-"""`turned`: images rotated by a quarter, sequences reversed; `mixed`: every second example turned; `low` and `high`: the
-lower and the upper 60 % of the classes (of the documents, where characters are predicted); `lower` and `upper`: the same
-with every fifth example of the other classes."""
+"""`turned`: images rotated by a quarter, sequences reversed; `mixed`: every second example turned; `low` and `high`:
+the lower and the upper 60 % of the classes (of the documents, where characters are predicted); `lower` and `upper`:
+the same with every fifth example of the other classes."""
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml", "importlib", "http", "urllib")
 MODULES = ("argparse", "_pydecimal", "typing", "tarfile", "inspect", "datetime", "subprocess", "pydoc")
 LENGTH = 16
@@ -217,7 +217,7 @@ def _snippets(data: str) -> tuple[Part, Part]:
 
 
 def _characters(data: str) -> tuple[Part, Part]:
-    """Contexts of `LENGTH` characters and the characters that follow each of them. Every tenth stretch is for testing."""
+    """Contexts of `LENGTH` characters and what follows each of them. Every tenth stretch is for testing."""
     generator = torch.Generator().manual_seed(3)
     trained, tested = [], []
     for group, text in enumerate(_documents(data)):

@@ -64,7 +64,7 @@ def load(model: Model, cache: Path) -> nn.Module:
 
 
 def facts(model: Model, cache: Path) -> dict[str, Any]:
-    """What was measured at the end of training: loss (nats) and accuracy on its own task's test set, seconds."""
+    """What was measured at the end of training: loss (nats) and accuracy on its own task's test set, seconds of CPU."""
     with safe_open(path(model, cache), "pt") as file:
         return json.loads(file.metadata()["facts"])
 
@@ -85,7 +85,7 @@ def _rate(model: Model, step: int) -> float:
 
 
 def _train(model: Model, cache: Path) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     net, first = fresh(model), 0
     if model.parent is not None:
         net.load_state_dict(state(model.parent, cache, model.at))
@@ -120,5 +120,5 @@ def _train(model: Model, cache: Path) -> None:
     test = tasks.test(model.group.data, (model.task, model.task))
     with torch.no_grad():
         losses, right = scores(logits(net(test.x)), test.labels)
-    seconds = round(time.perf_counter() - began, 1)
+    seconds = round(time.process_time() - began, 1)
     _save(net, path(model, cache), loss=float(losses.mean()), accuracy=float(right.mean()), seconds=seconds)
