@@ -78,10 +78,8 @@ def summary(rows: Sequence[Row]) -> str:
     totals = [sum(r["kind"] == k for r in rows) for k in KINDS]
     body.append(["all", "", *map(str, totals), str(len(rows))])
     text += [*_markdown(["family", "data", *KINDS, "all"], body), "", "# Barriers in nats", ""]
-    text += [
-        f"{hard(rows):.0%} of the pairs have a barrier between {HARD[0]:g} and {HARD[1]:g} nats as they are or matched.",
-        "",
-    ]
+    within = f"between {HARD[0]:g} and {HARD[1]:g} nats"
+    text += [f"{hard(rows):.0%} of the pairs have a barrier {within}, as they are or matched.", ""]
     body = []
     for kind in (*KINDS, "all"):
         chosen = [r for r in rows if kind in ("all", r["kind"])]
