@@ -157,8 +157,8 @@ def test_test_examples_were_not_trained_on(zoo, data):
         return {row.numpy().tobytes() for row in part.x}
 
     shared = keys(zoo.tasks.test(data)) & keys(zoo.tasks.train(data))
-    # short pieces of source text recur
-    assert len(shared) <= (0 if data == "digits" else 0.05 * zoo.tasks.TEST)
+    # short pieces of text recur: indentation, imports, phrases
+    assert len(shared) <= (0 if data == "digits" else 0.15 * zoo.tasks.TEST)
     assert keys(zoo.tasks.calibration(data)) <= keys(zoo.tasks.train(data))
     both = zoo.tasks.test(data, ("all", "turned"))
     assert len(both) == len(zoo.tasks.test(data)) == zoo.tasks.TEST
