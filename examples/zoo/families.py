@@ -115,7 +115,7 @@ def _convnext(width: int, depth: int, shape: Shape) -> nn.Module:
         depths=(depth, 1, 1, 1),
         dims=(width, 2 * width, 2 * width, 2 * width),
         kernel_sizes=3,
-        patch_size=2,
+        patch_size=1,
         output_stride=8,
         ls_init_value=0.5,
     )
