@@ -150,42 +150,60 @@ def pairs(group: Group) -> list[Pair]:
         return f"{m[a].task}/{m[b].task}"
 
     by_kind = (
-        of("split", *((f"at {m[r].at:g}", "A", r) for r in ("S2", "S1", "S3"))),
+        of(
+            "split",
+            *((f"at {m[r].at:g}", "A", r) for r in ("S2", "S1", "S3")),
+            (f"at {m['S2'].at:g}, fine-tuned", "S2", "F1"),
+            (f"at {m['S2'].at:g}", "S2", "S3"),
+        ),
         of(
             "independent",
             ("seeds", "A", "B"),
             ("seeds, split", "S1", "B"),
             ("seeds, fine-tuned", "F1", "B"),
+            ("seeds, split", "S2", "B"),
+            ("seeds, fine-tuned", "F2", "B"),
             (f"seeds, fine-tuned ({m['F3'].task})", "F3", "B"),
         ),
         of(
             "fine-tunes",
-            *((tasks(a, b), a, b) for a, b in (("F1", "F2"), ("F1", "F3"), ("F3", "F4"), ("A", "F1"), ("F2", "F4"))),
+            *((tasks(a, b), a, b) for a, b in (("F1", "F2"), ("A", "F1"), ("A", "F2"))),
+            *((tasks(a, b), a, b) for a, b in (("F1", "F3"), ("F2", "F3"), ("F3", "F4"), ("F2", "F4"))),
         ),
         of(
             "scrambled",
             ("fine-tune", "A", "F1", "all"),
-            ("split", "A", "S2", "some"),
-            ("fine-tunes", "F2", "F3", "all"),
             ("split", "S1", "S2", "all"),
+            ("split", "A", "S2", "some"),
+            ("fine-tunes", "F1", "F2", "all"),
+            ("fine-tunes", "F1", "F2", "some"),
+            ("fine-tunes", "F2", "F3", "all"),
         ),
         of(
             "asymmetric",
             ("seeds", "W0", "W1"),
+            ("seeds, scrambled", "W0", "W1", "all"),
+            ("seeds, scrambled", "W0", "W1", "some"),
             (f"split at {m['W2'].at:g}", "W0", "W2"),
             ("seeds, split", "W2", "W1"),
-            ("scrambled", "W0", "W1", "all"),
         ),
         of(
             "split",
             (f"at {m['S1'].at:g}", "S1", "S2"),
-            (f"at {m['S2'].at:g}", "S2", "S3"),
-            (f"at {m['S1'].at:g}", "S1", "S3"),
-            (f"at {m['S2'].at:g}, fine-tuned", "S2", "F1"),
+            (f"at {m['S1'].at:g}, fine-tuned", "S1", "F1"),
             (f"at {m['S1'].at:g}, fine-tuned", "S1", "F2"),
+            (f"at {m['S2'].at:g}, fine-tuned", "S2", "F2"),
+            (f"at {m['S1'].at:g}", "S1", "S3"),
         ),
     )
-    return [pair for row in zip_longest(*by_kind) for pair in row if pair is not None]
+    turns = [pair for row in zip_longest(*by_kind) for pair in row if pair is not None]
+    # what needs no further network comes first
+    return sorted(turns, key=lambda pair: max(_later(pair.a), _later(pair.b)))
+
+
+def _later(model: Model) -> int:
+    """0 for the networks that a group's first six pairs are made of."""
+    return {"F3": 1, "W2": 1, "S3": 2, "F4": 2}.get(model.role, 0)
 
 
 GROUPS = (
@@ -223,5 +241,5 @@ GROUPS = (
 def work() -> Iterator[Pair]:
     """All pairs: first of the first group of every family one of each kind, then more of these and of the next."""
     kinds = 6
-    chunks = [(group.index + k // kinds, k // kinds, pair) for group in GROUPS for k, pair in enumerate(pairs(group))]
-    yield from (pair for _, _, pair in sorted(chunks, key=lambda c: c[:2]))
+    found = [(2 * g.index + k // kinds, g.index, pair) for g in GROUPS for k, pair in enumerate(pairs(g))]
+    yield from (pair for _, _, pair in sorted(found, key=lambda item: item[:2]))
