@@ -261,7 +261,7 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
         before = set(accepted)
         for s in graph.spaces:
             follow = graph.follow(s, element)
-            start = {**matched, **element, s.id: follow}
+            start = _completed(graph, {**element, s.id: follow}, matched)
             tree = [c for c in descendants(graph, s) if halves[c.id][1].any()]
             still, fitted = _tree_candidates(graph, fit, s, start) if s.id in accepted else (start, start)
             gain, sd, score, moved = 0.0, 0.0, 0.0, 0
@@ -287,6 +287,18 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
         if accepted == before:
             break
     return Decisions([records[s.id] for s in graph.spaces], element)
+
+
+def _completed(graph: NeuronGraph, decided: Element, matched: Element) -> Element:
+    """An element of the group: `decided`, and the other spaces as matched where their parents are, else in order."""
+    out: Element = {}
+    for s in graph.spaces:
+        if s.id in decided:
+            out[s.id] = decided[s.id]
+        else:
+            kept = all(np.array_equal(out[p], matched[p]) for p in s.parents)
+            out[s.id] = matched[s.id] if kept else graph.follow(s, out)
+    return out
 
 
 def _null(score: np.ndarray, space: Space) -> tuple[float, float]:
