@@ -118,7 +118,8 @@ def make_sketch(
             for space, tap in taps.items():
                 value = read.get((tap.module, tap.kind, tap.call))
                 if value is not None and value.dim() == tap.ndim:
-                    rows[space].append(sample_rows(value, tap, n, mask, done, PER_EXAMPLE, 0).values)
+                    ids = torch.arange(done, done + n)
+                    rows[space].append(sample_rows(value, tap, ids, mask, PER_EXAMPLE, 0).values)
             logits.append(_sampled(outputs.pop(), mask, done))
             done += n
         response = torch.stack([_response(loaded, batches, list(taps.values()), level) for level in LEVELS])
@@ -180,7 +181,7 @@ def _sampled(out: Tensor, mask: Tensor | None, first: int) -> Tensor:
     n = flat.shape[1]
     tap = TapMap("", "out", 0, 3, (2,), np.arange(out.shape[-1]))
     fitting = mask if mask is not None and mask.shape[1] == n else None
-    return sample_rows(flat, tap, len(flat), fitting, first, PER_EXAMPLE, 0).values
+    return sample_rows(flat, tap, torch.arange(first, first + len(flat)), fitting, PER_EXAMPLE, 0).values
 
 
 def _hash(name: str, value: Tensor) -> Tensor:
