@@ -78,13 +78,17 @@ def _cosine(x: Tensor, y: Tensor) -> float:
 
 def _cka(x: Tensor, y: Tensor) -> float:
     """Linear CKA over examples (Kornblith et al. 2019), on `COLUMNS` evenly spaced columns where there are more."""
-    grams = []
+    centred = []
     for t in (x, y):
         t = t.flatten(1)
         t = t[:, :: -(-t.shape[1] // COLUMNS)].double()
-        t = t - t.mean(0)
-        grams.append(t @ t.T)
-    return _cosine(grams[0].flatten(), grams[1].flatten())
+        centred.append(t - t.mean(0))
+    one, two = centred
+    if len(one) <= max(one.shape[1], two.shape[1]):
+        return _cosine((one @ one.T).flatten(), (two @ two.T).flatten())
+    # the same by the smaller matrices
+    below = float((one.T @ one).norm() * (two.T @ two).norm())
+    return float((one.T @ two).square().sum()) / below if below > 0 else 0.0
 
 
 def _overlap(x: Tensor, y: Tensor) -> tuple[float, float, float]:
