@@ -309,7 +309,7 @@ def five(bench: Bench) -> None:
     """C2M3: five perceptrons merged in one common order, beside sequences of pairwise merges (each next network matched
     to the average so far), over 24 of the 120 orders."""
     keys = ["five/mean of the five", "five/average as they lie", "five/matched to the first", "five/cycle-consistent"]
-    if all(k in bench.rows for k in (*keys, "five/best of 24 sequences")):
+    if all(k in bench.rows for k in (*keys, "five/best of 24 sequences, chosen on these images")):
         return
     models = [bench.network("perceptron", s) for s in range(5)]
     states = [m.state_dict() for m in models]
@@ -349,7 +349,10 @@ def five(bench: Bench) -> None:
     orders = list(itertools.permutations(range(5)))
     random.Random(0).shuffle(orders)
     found = [sequence(order) for order in orders[:24]]
-    bench.row("five/best of 24 sequences", lambda: max(found, key=lambda r: (r["accuracy"], -r["loss"])))
+    bench.row(
+        "five/best of 24 sequences, chosen on these images",
+        lambda: max(found, key=lambda r: (r["accuracy"], -r["loss"])),
+    )
     bench.row("five/mean of 24 sequences", lambda: {k: sum(r[k] for r in found) / len(found) for k in found[0]})
 
 
