@@ -180,6 +180,9 @@ def test_a_split_begins_where_its_parent_was(zoo, tmp_path):
     assert at_start.at == 0
     begun = zoo.training.state(at_start.parent, tmp_path, 0.0)
     assert all(torch.equal(begun[k], zero[k]) for k in zero)
+    # with so few steps the next snapshot falls on the step after it, or on the same one
+    again = zoo.training.state(replace(at_start.parent, steps=8), tmp_path, found["S2"].at)
+    assert all(torch.equal(again[k], zero[k]) for k in zero)
 
 
 def test_excess_over_the_chord(zoo):

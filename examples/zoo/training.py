@@ -91,7 +91,7 @@ def _train(model: Model, cache: Path) -> None:
         net.load_state_dict(state(model.parent, cache, model.at))
         first = 0 if model.at == 1 else round(model.at * model.parent.steps)
     part = tasks.train(model.group.data, model.task)
-    keep = {round(at * model.steps): at for at in snapshots(model)}
+    kept = snapshots(model)
     groups = mnn.decay_groups(net, model.decay)
     optimizer: torch.optim.Optimizer
     if FAMILIES[model.group.family].optimizer == "sgd":
@@ -102,8 +102,8 @@ def _train(model: Model, cache: Path) -> None:
     queue: list[Tensor] = []
     net.train()
     for step in range(first, model.steps):
-        if step in keep:
-            _save(net, path(model, cache, keep[step]))
+        for at in (at for at in kept if round(at * model.steps) == step):
+            _save(net, path(model, cache, at))
         if not queue:
             size = min(BATCH, len(part) // 4)
             queue = [i for i in torch.randperm(len(part), generator=order).split(size) if len(i) == size]
