@@ -29,6 +29,12 @@ COMPANION_SUFFIXES = frozenset({".json", ".txt"})
 NOT_COMPANIONS = frozenset({"mergeid.json", "requirements.txt"})
 
 
+def _kv_heads(model: nn.Module) -> list[int]:
+    """Key and value heads of every block, where its class takes a list of them."""
+    found = (getattr(getattr(b, "attn", None), "num_kv_heads", None) for b in getattr(model, "blocks", ()))
+    return [h for h in found if isinstance(h, int)]
+
+
 def shapes_of(table: TensorTable) -> dict[str, Shape]:
     """Shapes by bare name: wrappers' prefixes taken off."""
     return {bare: tuple(table[n].shape) for n, bare in bare_names(table).items()}
@@ -170,7 +176,11 @@ class TimmAdapter:
         """The architecture with fewer blocks of the same width: what verifies the graph of a model too large to run.
 
         Raises `MergeidError` where its class has no depth to set."""
-        for options in SHALLOW:
+        tried = list(SHALLOW)
+        if heads := _kv_heads(self.build(arch, device="meta")):
+            middle = heads[len(heads) // 2]
+            tried.append({"depth": 4, "num_kv_heads": (heads[0], middle, middle, heads[-1])})
+        for options in tried:
             smaller = replace(arch, options={**arch.options, **options})
             try:
                 self.build(smaller, device="meta")
