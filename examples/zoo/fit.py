@@ -212,9 +212,9 @@ def validation(found: Sequence[Case]) -> str:
         "made from the rest, and asked about the family left out.\n",
         "Ceiling: Spearman's correlation of the barriers on two halves of the test set; that of AUROC: one half's "
         f"barrier against the other half's verdict. AUROC: for a loss of more than {BAD_NATS:g} nats or {BAD_POINTS:g} "
-        f"point, where each class has 10 (nats alone: for more than {BAD_NATS:g} nats). p: of a coverage of 90 %, pairs "
-        "that share a model counted as dependent. Trusted: share of rows that are not refused as unlike all others; "
-        "refused ones count in every figure. In the mode weights the match is that of weights alone, measured at the "
+        f"point, where each class has 10 (nats alone: for more than {BAD_NATS:g} nats). p: of a coverage of 90 %, "
+        "pairs that share a model counted as dependent. Trusted: share of rows that are not refused as unlike all "
+        "others; refused ones count in every figure. In the mode weights the match is that of weights alone, measured at the "
         "midpoint; in the mode sketches it is that of the sketches, and the target mergeid's own.\n",
     ]
     for mode in MODES:
