@@ -20,7 +20,7 @@ import pairs_table as table
 from measuring import excess
 from rivals import RIVALS, rival_scores
 
-from mergeid.predict.fitting import Design, Row, area_under_curve, fit, left_out, ranks_agree
+from mergeid.predict.fitting import Design, Row, area_under_curve, coverage, fit, left_out, ranks_agree
 from mergeid.predict.model import FILE, Interval, Predictor, Term
 
 HERE = Path(__file__).parent
@@ -211,11 +211,11 @@ def validation(found: Sequence[Case]) -> str:
         "Written by `fit.py`. A family (or a data set) is left out altogether, the predictor fitted and its intervals "
         "made from the rest, and asked about the family left out.\n",
         "Ceiling: Spearman's correlation of the barriers on two halves of the test set; that of AUROC: one half's "
-        f"barrier against the other half's verdict. AUROC: a loss of more than {BAD_NATS:g} nats or {BAD_POINTS:g} "
-        f"point, where each class has 10 (nats alone: for more than {BAD_NATS:g} nats). p: of 90 % coverage, pairs "
-        "that share a model counted as dependent. Trusted: share of rows that are not refused as unlike all others; "
-        "refused ones count in every figure. In the mode weights the match is that of weights alone, measured at the "
-        "midpoint; in the mode sketches it is that of the sketches, and the target mergeid's own.\n",
+        f"barrier against the other half's verdict. AUROC: for a loss of more than {BAD_NATS:g} nats or {BAD_POINTS:g} "
+        f"point, where each class has 10 (nats alone: for more than {BAD_NATS:g} nats). p: of a coverage of 90 %, "
+        "pairs that share a model counted as dependent. Trusted: share of rows that are not refused as unlike all "
+        "others; refused ones count in every figure. In the mode weights the match is that of weights alone, measured "
+        "at the midpoint; in the mode sketches it is that of the sketches, and the target mergeid's own.\n",
     ]
     for mode in MODES:
         chosen = of(found, mode, "nats")
@@ -235,11 +235,11 @@ def validation(found: Sequence[Case]) -> str:
 
 def _points(chosen: Sequence[Case]) -> str:
     intervals = predicted(chosen, "points", "family")
-    hits = [i.low - 1e-9 <= c.points <= i.high + 1e-9 for c, i in zip(chosen, intervals, strict=True)]
+    inside_share = coverage([c.row("points", "family") for c in chosen], intervals)
     agreed = ranks_agree([i.score for i in intervals], [c.points for c in chosen])
     error = np.median([abs(i.expected - c.points) for c, i in zip(chosen, intervals, strict=True)])
     return (
-        f"Accuracy points ({chosen[0].mode}, by family): Spearman {agreed:.3f}, coverage {np.mean(hits):.3f}, median "
+        f"Accuracy points ({chosen[0].mode}, by family): Spearman {agreed:.3f}, coverage {inside_share:.3f}, median "
         f"error {error:.2f} points."
     )
 

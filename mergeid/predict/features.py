@@ -122,7 +122,7 @@ def layer_deviations(sums: list[Deviation]) -> list[LayerDeviation]:
     for one in sums:
         name = next((w for w in one.weights if w.endswith("weight")), one.weights[0])
         total = merged.setdefault(name, Deviation(one.weights))
-        for key in ("deviation", "difference", "chord", "own", "stitched"):
+        for key in ("deviation", "difference", "chord", "own"):
             setattr(total, key, getattr(total, key) + getattr(one, key))
     found = []
     for name, s in merged.items():

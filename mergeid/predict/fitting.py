@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -164,16 +163,3 @@ def coverage(rows: Sequence[Row], found: Sequence[Interval]) -> float:
     """Share of rows whose target lies in its interval."""
     inside = [i.low - 1e-9 <= r.target <= i.high + 1e-9 for r, i in zip(rows, found, strict=True)]
     return float(np.mean(inside))
-
-
-def summary(rows: Sequence[Row], found: Sequence[Interval], bad: Sequence[bool]) -> dict[str, Any]:
-    """The figures of a validation."""
-    y, e = np.array([r.target for r in rows]), np.array([i.expected for i in found])
-    small = y < 0.5
-    return {
-        "pairs": len(rows),
-        "spearman": ranks_agree([i.score for i in found], y.tolist()),
-        "auroc": area_under_curve([i.score for i in found], bad),
-        "coverage": coverage(rows, found),
-        "median_error_small": float(np.median(np.abs(y - e)[small])) if small.any() else float("nan"),
-    }

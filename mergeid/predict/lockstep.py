@@ -199,9 +199,8 @@ class Deviation:
     difference: float = 0.0
     chord: float = 0.0
     own: float = 0.0
-    stitched: float = 0.0
 
-    def add(self, middle: Tensor, a: Tensor, b: Tensor, crossed: Tensor) -> None:
+    def add(self, middle: Tensor, a: Tensor, b: Tensor) -> None:
         if not middle.is_floating_point():
             return
         chord = (a + b) / 2
@@ -209,7 +208,6 @@ class Deviation:
         self.difference += _square((a - b) / 2)
         self.chord += _square(_about_mean(chord))
         self.own += (_square(_about_mean(a)) + _square(_about_mean(b))) / 2
-        self.stitched += _square(crossed)
 
 
 @dataclass
@@ -255,7 +253,7 @@ def lockstep(
         middle = [_average(one.leaves[i], two.leaves[i]) for i in one.active]
         at_a, at_b = one.at(middle, False), two.at(middle, False)
         deviation = Deviation(one.weights)
-        deviation.add((at_a + at_b) / 2, one.out, two.out, (at_a - at_b) / 2)
+        deviation.add((at_a + at_b) / 2, one.out, two.out)
         found.append(deviation)
         damping = damp(one, two)
         plain.add(at_a, at_b, damping)

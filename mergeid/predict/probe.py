@@ -63,7 +63,7 @@ class _Sums:
             self.deviations = found
             return
         for total, one in zip(self.deviations, found, strict=True):
-            for key in ("deviation", "difference", "chord", "own", "stitched"):
+            for key in ("deviation", "difference", "chord", "own"):
                 setattr(total, key, getattr(total, key) + getattr(one, key))
 
 
