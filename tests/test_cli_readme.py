@@ -32,7 +32,7 @@ def test_python(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_exist(tmp_path: Path) -> None:
     text = README.read_text(encoding="utf-8")
     commands = [line for line in blocks("")[1].splitlines() if line.startswith("mergeid ")]
-    assert len(commands) == 10
+    assert len(commands) == 12
     for line in commands:
         verb, *rest = line.partition("#")[0].split()[1:]
         shown = mergeid(verb, "--help", cwd=tmp_path, columns=200).stdout
@@ -40,4 +40,4 @@ def test_options_exist(tmp_path: Path) -> None:
         assert all(option in shown for option in options), (line, shown)
     table = re.findall(r"^\| `(--[a-z-]+)", text, flags=re.M)
     shown = mergeid("merge", "--help", cwd=tmp_path, columns=200).stdout
-    assert len(table) == 11 and all(option in shown for option in table)
+    assert len(table) == 12 and all(option in shown for option in table)
