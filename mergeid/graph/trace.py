@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -45,15 +47,29 @@ def trace(
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     forget_derived(model)  # what the model computed from its weights earlier would look like a constant
-    recorder = record(model, state, [Pass(inputs, forward, values), *more])
-    if constraints is not None:
-        constraints.add_to(recorder.facts, recorder.axes)
-    is_atom = np.zeros(recorder.facts.count, bool)
-    for labels in recorder.axes.values():
-        is_atom[labels] = True
-    solution = solve(recorder.facts, np.flatnonzero(is_atom))
-    tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
-    return _lay_out(recorder, solution, tensors, name, label)
+    with _uncollected():
+        recorder = record(model, state, [Pass(inputs, forward, values), *more])
+        if constraints is not None:
+            constraints.add_to(recorder.facts, recorder.axes)
+        is_atom = np.zeros(recorder.facts.count, bool)
+        for labels in recorder.axes.values():
+            is_atom[labels] = True
+        solution = solve(recorder.facts, np.flatnonzero(is_atom))
+        tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
+        return _lay_out(recorder, solution, tensors, name, label)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for circles of garbage meanwhile: a large model makes very many arrays, and the search takes a sixth of
+    the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclass
