@@ -68,8 +68,6 @@ def load_pair(
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Pair:
-    from fnmatch import fnmatchcase
-
     if is_module(a) != is_module(b):
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
     tell = progress or (lambda *_: None)
@@ -93,9 +91,16 @@ def load_pair(
         tell("tracing and verifying the neuron graph", 0, 1)
         found = _common_graph(adapter, found_arch, one, seed)
     if skip:
-        keys = {one.names.get(n, n) for n in one.names if any(fnmatchcase(n, p) for p in skip)}
+        keys = skipped_keys(one, skip)
         found = found.on_tensors([t for t in found.tensors if t not in keys])
     return Pair(one, two, found)
+
+
+def skipped_keys(loaded: Loaded, skip: Sequence[str]) -> set[str]:
+    """Keys of the model's state dict whose tensors --skip takes from A as they are."""
+    from fnmatch import fnmatchcase
+
+    return {key for name, key in loaded.names.items() if any(fnmatchcase(name, p) for p in skip)}
 
 
 def load_base(

@@ -146,7 +146,6 @@ def make_plan(
     if match == "never":
         element, records = graph.identity(), []
     elif dataset is None:
-        similarity = WeightSimilarity(graph, a.state(), b.state())
         if match == "always":
             tell("matching", 0, 1)
             task = MatchTask(graph, a.state(), b.state(), generator)
@@ -154,7 +153,7 @@ def make_plan(
             element, records = found, []
         else:
             tell("weight matching", 0, 1)
-            decided = decide_from_weights(similarity, generator=generator)
+            decided = decide_from_weights(WeightSimilarity(graph, a.state(), b.state()), generator=generator)
             element, records = decided.element, decided.spaces
     else:
         batches = _batches(a, dataset, collate, batch_size, tell)
@@ -172,7 +171,6 @@ def make_plan(
             # float32: of wide layers these are large
             cosines = {s.id: np.float32(WEIGHT_SHARE * similarity.cosines(s, matched)) for s in graph.spaces}
             scores = {k: c + correlation.pop(k, np.float32(0)) for k, c in cosines.items()}
-            del similarity
             if named is not None and named.name != "combined":
                 # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
                 scores = {k: np.eye(len(p))[p] for k, p in matched.items()}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
-from mergeid.pair import LIMIT, Progress, Source, load_base
+from mergeid.pair import LIMIT, Progress, Source, load_base, skipped_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,8 +53,7 @@ def predict(
 
     Raises `MergeidError` for anything wrong with the input, and for models without logits.
     """
-    if not tolerate >= 0 or tolerate == float("inf"):
-        raise MergeidError(f"--tolerate must be a loss in nats, 0 or more, got {tolerate:g}")
+    check_tolerated(tolerate)
     from mergeid.planned import plan_pair
 
     planned = plan_pair(
@@ -127,6 +126,12 @@ def predict(
     )
 
 
+def check_tolerated(tolerate: float) -> None:
+    """Raises `MergeidError` for what is no loss."""
+    if not tolerate >= 0 or tolerate == float("inf"):
+        raise MergeidError(f"--tolerate must be a loss in nats, 0 or more, got {tolerate:g}")
+
+
 def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """A network with these weights, ordinary where the model is asymmetric (what is merged are effective weights), and
     in float32 where they are shorter: the deviations of near models would drown in rounding."""
@@ -146,10 +151,8 @@ def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 def _aligned(planned: Planned, element: Element, skip: Sequence[str]) -> nn.Module:
     """B in A's order; what the merge would take from A as it is comes from A."""
-    from fnmatch import fnmatchcase
-
     pair = planned.pair
-    skipped = {pair.a.names.get(n, n) for n in pair.a.names if any(fnmatchcase(n, p) for p in skip)}
+    skipped = skipped_keys(pair.a, skip)
     state = {k: v for k, v in planned.plan.graph.apply_state(element, pair.b.state()).items() if k not in skipped}
     return _plain(pair.a.model if skipped else pair.b.model, {**state, **{k: pair.a.state()[k] for k in skipped}})
 

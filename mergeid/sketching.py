@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
+from mergeid.io.output import check_place
 from mergeid.pair import Progress, Source, dataset_of
+from mergeid.predicting import TOLERATED, check_tolerated
 
 if TYPE_CHECKING:
     from mergeid.predict.result import PredictResult
@@ -71,7 +73,7 @@ def sketch(
         limit: most inputs. force: replace an earlier output.
 
     Raises `MergeidError` for anything wrong with the input."""
-    target = None if output is None else check_sketch_output(output, source, force)
+    target = None if output is None else check_sketch_output(output, force)
     if limit < 2:
         raise MergeidError(f"--limit must be at least 2 for a sketch, got {limit}")
     from mergeid.load import graph_of, load
@@ -91,15 +93,12 @@ def sketch(
     return made
 
 
-def check_sketch_output(output: str | os.PathLike[str], source: Any, force: bool) -> Path:
+def check_sketch_output(output: str | os.PathLike[str], force: bool) -> Path:
     """Raises `MergeidError` where the sketch cannot be written."""
     path = Path(os.fspath(output))
     if path.suffix != ".sketch":
         raise MergeidError(f"-o {path}: a sketch needs the ending .sketch, such as {path.stem}.sketch")
-    if not path.parent.is_dir():
-        raise MergeidError(f"-o {path}: its folder does not exist; create {path.parent} or choose another place")
-    if path.is_dir():
-        raise MergeidError(f"-o {path} is a folder; expected the name of a file")
+    check_place(path, "-o")
     if path.exists() and not force:
         raise MergeidError(f"output {path} exists already; choose another name (option -o) or pass --force")
     return path
@@ -108,7 +107,7 @@ def check_sketch_output(output: str | os.PathLike[str], source: Any, force: bool
 def predict_sketches(
     sketches: Sequence[str | os.PathLike[str] | Sketch],
     *,
-    tolerate: float = 0.01,
+    tolerate: float = TOLERATED,
     progress: Progress | None = None,
 ) -> PredictionMatrix:
     """The barrier of every pair among N sketches.
@@ -117,6 +116,7 @@ def predict_sketches(
         sketches: files, or what `sketch` returned; at least two, of one architecture and the same inputs.
 
     Raises `MergeidError` for sketches that do not compare."""
+    check_tolerated(tolerate)
     if len(sketches) < 2:
         raise MergeidError("one sketch has no pair; give at least two")
     from mergeid.predict.model import shipped

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from mergeid.commands.options import WEIGHTS
 from mergeid.errors import MergeidError
+from mergeid.io.output import check_place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,10 +142,7 @@ def check_text_output(path: Path, option: str, inputs: Iterable[str] = ()) -> No
         raise MergeidError(f"{option} {path} would be a file of weights; expected a name such as {path.stem}.json")
     if any(os.path.realpath(path) == os.path.realpath(given) for given in inputs):
         raise MergeidError(f"{option} {path} is an input; choose another name")
-    if path.is_dir():
-        raise MergeidError(f"{option} {path} is a folder; expected the name of a file")
-    if not path.parent.is_dir():
-        raise MergeidError(f"{option} {path}: its folder does not exist; create {path.parent} or choose another place")
+    check_place(path, option)
 
 
 def write_text(path: Path, text: str, option: str) -> None:

@@ -127,6 +127,12 @@ def sample_rows(tensor: Tensor, tap: TapMap, ids: Tensor, mask: Tensor | None, p
     return Rows(torch.cat(parts).float().cpu(), torch.cat(example))
 
 
+def real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
+    """bool [examples, tokens]: which are no padding; None where the batch does not say."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 @cache
 def _positions(count: int, most: int, seed: int) -> Tensor:
     """At most `most` of `count` positions, drawn once per count."""
@@ -243,9 +249,7 @@ class PairStream:
                 batch, ids = {k: x[chosen.to(x.device)] for k, x in batch.items()}, ids[chosen]
                 if not len(ids):
                     continue
-            mask = batch.get("attention_mask")
-            keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            take = partial(self._sampled, taps, ids, keep)
+            take = partial(self._sampled, taps, ids, real_tokens(batch))
             values = [
                 {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
                 for reader in (self.reader_a, self.reader_b)

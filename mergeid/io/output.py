@@ -51,6 +51,14 @@ def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Path] = (),
     return final
 
 
+def check_place(path: Path, option: str) -> None:
+    """Of a file that holds no weights. Raises `MergeidError` where there can be none of that name."""
+    if path.is_dir():
+        raise MergeidError(f"{option} {path} is a folder; expected the name of a file")
+    if not path.parent.is_dir():
+        raise MergeidError(f"{option} {path}: its folder does not exist; create {path.parent} or choose another place")
+
+
 def _same(final: Path, given: Path) -> bool:
     """Also through symbolic and hard links."""
     try:

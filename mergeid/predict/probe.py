@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import consecutive, input_dtype, to_model
+from mergeid.evaluate.batches import balanced, input_dtype, to_model
 from mergeid.evaluate.measure import eval_mode, fits_the_model
+from mergeid.identify.activations import real_tokens
 from mergeid.load import Loaded
 from mergeid.plugins import Batch
 from mergeid.predict.features import (
@@ -102,7 +103,7 @@ def probe(
     first = place(join([chosen[0]]))
     with eval_mode(a), fits_the_model(first):
         size = max(1, BUDGET // max(COPIES * _bytes(watch(a, forward, first)[1]), 1))
-    slices = _even(len(chosen), size)
+    slices = balanced(len(chosen), size)  # a small rest would have statistics of its own
     sums = {name: _Sums() for name in partners}
     for k, part in enumerate(slices):
         if progress:
@@ -118,7 +119,7 @@ def probe(
                         f"the outputs of {type(a).__name__} have shape {list(found.a.shape)}, which are no logits of "
                         "classes; a barrier in nats cannot be predicted for it"
                     )
-                mask = _mask(batch)
+                mask = real_tokens(batch)
                 sums[name].plain.add(found.a, found.b, found.middle, mask)
                 if found.fresh is not None:
                     total = sums[name].fresh = sums[name].fresh or OutputSums()
@@ -139,20 +140,9 @@ def _inputs(batch: Batch) -> Batch:
     return {k: v for k, v in batch.items() if k != "labels"}
 
 
-def _mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
 def _bytes(operations: Sequence[Operation]) -> int:
     tensors = (t for o in operations for t in (*(o.leaves[i] for i in o.active), o.out))
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _even(count: int, size: int) -> list[range]:
-    """Runs of nearly equal length: a small rest would have statistics of its own."""
-    pieces = -(-count // size)
-    return consecutive(count, -(-count // pieces))
 
 
 class RandomInputs(Sequence[Batch]):

@@ -29,7 +29,7 @@ from mergeid.errors import MergeidError
 from mergeid.evaluate.batches import input_dtype, to_model
 from mergeid.evaluate.measure import eval_mode, fits_the_model
 from mergeid.graph.neuron_graph import NeuronGraph, Space, TapMap
-from mergeid.identify.activations import TapReader, choose_taps, sample_rows
+from mergeid.identify.activations import TapReader, choose_taps, real_tokens, sample_rows
 from mergeid.load import Loaded
 
 FORMAT = "mergeid.sketch/1"
@@ -160,11 +160,7 @@ class _Batches:
         for start in range(0, min(count, len(self.examples)), BATCH):
             items = [self.examples[i] for i in range(start, min(start + BATCH, count, len(self.examples)))]
             batch = to_model(self.join(items), self.device, self.dtype)
-            mask = batch.get("attention_mask")
-            yield (
-                {k: v for k, v in batch.items() if k != "labels"},
-                mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-            )
+            yield {k: v for k, v in batch.items() if k != "labels"}, real_tokens(batch)
 
     @staticmethod
     def size(batch: Any) -> int:
