@@ -157,7 +157,7 @@ def make_plan(
             element, records = decided.element, decided.spaces
     else:
         batches = _batches(a, dataset, collate, batch_size, tell)
-        evidence = _evidence(graph, a, b, batches, seed)
+        evidence = _evidence(graph, a, b, batches, seed, judged=match == "auto")
         tell("matching", 0, 1)
         correlation = evidence.correlations()
         similarity = WeightSimilarity(graph, a.state(), b.state())
@@ -247,12 +247,14 @@ def _batches(a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batc
     return batches
 
 
-def _evidence(graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int) -> ActivationEvidence:
+def _evidence(
+    graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int, *, judged: bool
+) -> ActivationEvidence:
     taps = choose_taps(graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
     stream = PairStream(TapReader(a.model, a.forward, flat), TapReader(b.model, b.forward, flat), batches, seed=seed)
     evidence = ActivationEvidence(graph, stream, taps)
-    evidence.collect()
+    evidence.collect(judged=judged)
     return evidence
 
 
