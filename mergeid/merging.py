@@ -37,8 +37,8 @@ class MergeResult:
         verdict: "direct", "match" or "will not merge".
         notes: what the user should know.
         repaired: tensors that were repaired after the merge.
-        comparison: how far the plain and the matched merge are from the models on calibration inputs
-            (`mergeid.comparing`), where the plan chose to match and there is data.
+        comparison: how far the plain, the planned and the fully matched merge are from the models on calibration
+            inputs (`mergeid.comparing`), where they differ and there is data.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
@@ -191,8 +191,8 @@ def _with_data(
     device: str,
     progress: Progress | None,
 ) -> tuple[Members, dict[str, Tensor]]:
-    """Repair the merge, and where the plan chose to match, see that the plain merge is not the better one."""
-    from mergeid.comparing import compare, unmatched
+    """Repair the merge, and see that no other merge than the planned one is nearer to the models."""
+    from mergeid.comparing import MATCHED, PLAIN, last_look
     from mergeid.repairing import Repair, repair_merged
 
     def repaired(of: Members) -> Repair:
@@ -200,21 +200,22 @@ def _with_data(
             repair_merged(of, mode=stage, skip=skip, device=device, progress=progress) if stage != "none" else Repair()
         )
 
-    done = repaired(members)
-    if match == "auto" and any(plan.moves for plan in result.plans):
-        if progress:
-            progress("comparing the matched merge with the plain one", 0, 1)
-        plain = unmatched(members)
-        other = repaired(plain)
-        states = [{**m.merged_state(skip), **r.tensors} for m, r in ((plain, other), (members, done))]
-        found = compare(members, *states, batch_size=batch_size, device=device)
-        result.comparison = found.to_json()
-        if found.worse:
-            members, done = plain, other
-            result.verdict = "direct"
+    if match == "auto":
+        if progress and any(plan.moves or plan.disputed for plan in result.plans):
+            progress("comparing the merges", 0, 1)
+        written, found = last_look(members, repaired, skip=skip, batch_size=batch_size, device=device)
+        members, done = written.members, written.repair
+        result.comparison = found.to_json() if found else None
+        if found and found.note:
+            if written.name == PLAIN:
+                result.verdict = "direct"
+            elif written.name == MATCHED and result.verdict == "direct":
+                result.verdict = "match"
             result.notes.append(found.note)
             result.plans = [m.plan for m in [*members.models, members.base] if m is not None and m.plan is not None]
             result.plan = result.plans[0]
+    else:
+        done = repaired(members)
     result.notes += done.notes
     result.repair = done.to_json()
     return members, done.tensors

@@ -40,6 +40,7 @@ class Plan:
         notes: what the user should know besides.
         evidence: "activations" or "weights".
         structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
+        matched: permutations of B with every space matched, where activations were compared.
     """
 
     a: str
@@ -56,6 +57,12 @@ class Plan:
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
+    matched: Element | None = None
+
+    @property
+    def disputed(self) -> bool:
+        """Whether the activations of some space are for a match that its weights are against."""
+        return any(s.decision == DIRECT and s.gain_low is not None and s.gain_low > 0 for s in self.spaces)
 
     @property
     def moves(self) -> bool:
@@ -204,6 +211,7 @@ def make_plan(
         seed,
         settings,
         said,
+        matched if dataset is not None else None,
     )
 
 

@@ -13,7 +13,7 @@ from tasks import Examples
 from torch import Tensor, nn
 from training import logits, scores
 
-from mergeid.comparing import compare, unmatched
+from mergeid.comparing import last_look
 from mergeid.evaluate.interpolate import load_between
 from mergeid.evaluate.measure import make_accelerator
 from mergeid.graph.neuron_graph import Element, NeuronGraph
@@ -95,7 +95,7 @@ class Decision:
     Attributes:
         plan: its plan.
         element: what it applies to B after its last look at both merges.
-        overruled: whether that last look took the match back.
+        overruled: whether that last look chose another merge than the planned one.
     """
 
     plan: Plan
@@ -202,14 +202,17 @@ class PairOfNets:
     def decide(self, calibration: Examples | None) -> Decision:
         """What `mergeid merge` would do, the last look included."""
         plan = self._plan("auto", calibration)
-        if calibration is None or not plan.moves:
+        if calibration is None:
             return Decision(plan, plan.element, False)
         names = [k for k, v in self.a.state().items() if v.is_floating_point()]
         settings = MergeSettings.of(get_method("linear"), 2, names)
         members = Members([Member(self.a), Member(self.b, plan)], None, settings, calibration)
-        states = [{**m.merged_state(), **repair_merged(m, mode="auto").tensors} for m in (unmatched(members), members)]
-        worse = compare(members, *states, batch_size=len(calibration), device="cpu").worse
-        return Decision(plan, self.graph.identity() if worse else plan.element, worse)
+        written, found = last_look(
+            members, lambda of: repair_merged(of, mode="auto"), batch_size=len(calibration), device="cpu"
+        )
+        chosen = written.members.models[1].plan
+        assert chosen is not None
+        return Decision(plan, chosen.element, found is not None and found.chosen != found.planned)
 
     def _plan(self, match: str, calibration: Examples | None) -> Plan:
         return make_plan(
