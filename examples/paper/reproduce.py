@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> list[table.Row]:
         if options.minutes is not None and minutes >= options.minutes:
             print(f"{len(todo) - count + 1} of {len(todo)} pairs are left for the next run")
             break
-        curves, objectives = measure(setting, pair, options.cache)
-        rows += table.rows_of(setting, pair, curves, objectives)
+        curves, objectives, evidence = measure(setting, pair, options.cache)
+        rows += table.rows_of(setting, pair, curves, objectives, evidence)
         table.write(path, rows)
         said = ", ".join(f"{name} {curve.barrier:.3f}" for name, curve in curves.items())
         print(f"[{count}/{len(todo)}] {setting.experiment} {setting.data} {setting.variant} {pair}: {said}", flush=True)
