@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergeid.api import barrier as barrier
     from mergeid.api import graph as graph
     from mergeid.api import load as load
+    from mergeid.api import load_zipped as load_zipped
     from mergeid.api import merge as merge
     from mergeid.api import plan as plan
     from mergeid.api import predict as predict
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from mergeid.api import scramble as scramble
     from mergeid.api import similarity as similarity
     from mergeid.api import sketch as sketch
+    from mergeid.api import zip_models as zip_models
 
     __version__: str
 
 VERBS = (
     *("load", "graph", "plan", "predict", "align", "merge", "barrier", "scramble", "similarity"),
-    *("sketch", "predict_sketches"),
+    *("sketch", "predict_sketches", "zip_models", "load_zipped"),
 )
 __all__ = [
     "MergeidError",
@@ -43,6 +45,7 @@ __all__ = [
     "barrier",
     "graph",
     "load",
+    "load_zipped",
     "merge",
     "plan",
     "predict",
@@ -50,6 +53,7 @@ __all__ = [
     "scramble",
     "similarity",
     "sketch",
+    "zip_models",
 ]
 
 

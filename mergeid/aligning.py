@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from mergeid.merging import MergeResult
-from mergeid.pair import LIMIT, Progress, Source, is_module, output_path
+from mergeid.merging import MergeResult, check_transport
+from mergeid.pair import LIMIT, Progress, Source, is_module, output_path, skipped_keys
 from mergeid.planned import plan_pair
 
 
@@ -18,6 +19,7 @@ def align(
     output: str | os.PathLike[str] | None = None,
     match: str = "auto",
     matcher: str | None = None,
+    transport: bool = False,
     data: Any = None,
     arch: str | None = None,
     force: bool = False,
@@ -37,6 +39,8 @@ def align(
     Args:
         b: the model to permute; to: the model whose order it takes. Others as for `merge`.
         base, certify: as for `plan`.
+        transport: carry B's neurons onto A's by optimal transport, as `merge` does with it: A's shapes, and no longer
+            the same function.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
@@ -48,6 +52,24 @@ def align(
         target = output_path(output or default, to, b, force)
     from mergeid.scrambling import rewrite
 
+    if transport:
+        check_transport(match, matcher, base)
+        return _transported(
+            to,
+            b,
+            target,
+            force,
+            skip=skip,
+            data=data,
+            arch=arch,
+            seed=seed,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            allow_pickle=allow_pickle,
+            example_inputs=example_inputs,
+            progress=progress,
+        )
     planned = plan_pair(
         to,
         b,
@@ -76,4 +98,27 @@ def align(
     result.files = rewrite(
         pair.b.checkpoint, target, lambda n, t: files.apply(made.element, n, t), {"align": made.to_json()}, force
     )
+    return result
+
+
+def _transported(a: Source, b: Source, target: Path | None, force: bool, **how: Any) -> MergeResult:
+    """B on A's neurons, in the files that A has."""
+    from mergeid.merge.compare import plan_tensors
+    from mergeid.merge.methods import get_method
+    from mergeid.merge.settings import MergeSettings
+    from mergeid.scrambling import rewrite
+    from mergeid.transporting import transported_members
+
+    members = transported_members([a, b], MergeSettings.of(get_method("linear"), 2, []), **how)
+    one, two = (m.loaded.checkpoint for m in members.models)
+    result = MergeResult("transported")
+    if target is None:
+        result.state = members.models[1].state
+        return result
+    assert one is not None and two is not None
+    plan_tensors(one, two, skip=how["skip"])  # what else differs (heads, labels) is said here
+    record = {"align": {"transport": True, "a": one.source, "b": two.source}}
+    skipped = {n for n, k in members.first.names.items() if k in skipped_keys(members.first, how["skip"])}
+    moved = {n: two.tensor(n) for n in one.table if n in two.table and n not in skipped}
+    result.files = rewrite(one, target, lambda n, t: moved.get(n, t).to(t.dtype), record, force)
     return result

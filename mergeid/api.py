@@ -18,6 +18,7 @@ from mergeid.predicting import predict
 from mergeid.scrambling import ScrambleResult, scramble
 from mergeid.similar import SimilarityResult, similarity
 from mergeid.sketching import PredictionMatrix, predict_sketches, sketch
+from mergeid.zipping import ZipResult, load_zipped, zip_models
 
 if TYPE_CHECKING:
     from mergeid.evaluate.result import BarrierResult
@@ -31,10 +32,12 @@ __all__ = [
     "PredictionMatrix",
     "ScrambleResult",
     "SimilarityResult",
+    "ZipResult",
     "align",
     "barrier",
     "graph",
     "load",
+    "load_zipped",
     "merge",
     "plan",
     "predict",
@@ -42,6 +45,7 @@ __all__ = [
     "scramble",
     "similarity",
     "sketch",
+    "zip_models",
 ]
 
 

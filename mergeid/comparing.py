@@ -1,18 +1,24 @@
-"""The last word before a matched merge is written: does it really stay nearer to the models than a plain one?
+"""The last look before a merge is written: is what the plan chose really nearest to the models?
 
 A plan judges neurons space by space, and what it cannot see (statistics of BatchNorm layers that are not estimated
-again, errors that add up over depth) can still make the matched merge the worse one. Both merges are at hand here, so
-both are run on calibration inputs, without labels, and compared with what the models themselves say: the cross-entropy
-against their mean prediction, for models with a classifying head, else the squared distance from their mean output.
+again, errors that add up over depth) can still make its merge the worse one. Up to three merges are at hand: the plain
+one, the one that is planned, and the one with every space matched. They are run on calibration inputs, without labels,
+and compared with what the models themselves say: the cross-entropy against their mean prediction, for models with a
+classifying head, else the squared distance from their mean output. Another merge is written instead of the planned one
+only where it is nearer by more than the 95 % interval of the paired difference; ties stay with the plan.
+
+Cost: every model and every merge runs on `EXAMPLES` inputs, and every merge is a network in memory meanwhile.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -22,71 +28,143 @@ from mergeid.members import Member, Members
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from mergeid.graph.neuron_graph import Element
+    from mergeid.planning import Plan
     from mergeid.plugins import Batch
+    from mergeid.repairing import Repair
 
 EXAMPLES = 256
 """Calibration examples that are compared, evenly spaced."""
 SIGMAS = 1.96
+PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
+"""The merges: nothing moved, some spaces matched, every space matched."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Attributes:
-    direct, matched: mean over the examples, lower is nearer to the models.
+    distances: merge -> mean over the examples, lower is nearer to the models.
+    planned: the merge that the plan chose; chosen: the one to write.
     unit: "nats" (cross-entropy) or "relative" (squared distance over the mean output's variance).
     examples: how many were compared.
-    worse: whether the matched merge is further away by more than the 95 % interval of the paired difference.
     """
 
-    direct: float
-    matched: float
+    distances: dict[str, float]
+    planned: str
+    chosen: str
     unit: str
     examples: int
-    worse: bool
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
 
     @property
-    def note(self) -> str:
-        """What the user is told where the matched merge is worse."""
+    def note(self) -> str | None:
+        """What the user is told where the plan is not followed."""
+        if self.chosen == self.planned:
+            return None
         what = "nats against the models' mean prediction" if self.unit == "nats" else "of the outputs' variance"
-        return (
-            f"matching was not used: on {self.examples} calibration examples the matched merge is further from the "
-            f"models than the plain one ({self.matched:.3g} to {self.direct:.3g} {what})"
-        )
+        own, other = self.distances[self.planned], self.distances[self.chosen]
+        if self.chosen == PLAIN:
+            said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
+            return f"{said}the models than the plain one ({own:.3g} to {other:.3g} {what})"
+        said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
+        return f"{said}than the planned one ({other:.3g} to {own:.3g} {what})"
 
 
-def unmatched(members: Members) -> Members:
-    """The same models as they lie."""
+@dataclass(frozen=True)
+class Merge:
+    """One of the merges that could be written.
 
-    def plain(member: Member) -> Member:
+    Attributes:
+        name: "plain", "mixed" or "matched".
+        repair: of the merged network, as it would be written.
+    """
+
+    name: str
+    members: Members
+    repair: Repair
+
+
+def last_look(
+    members: Members,
+    repaired: Callable[[Members], Repair],
+    *,
+    skip: Sequence[str] = (),
+    batch_size: int,
+    device: str,
+) -> tuple[Merge, Comparison | None]:
+    """The merge to write, and the comparison that it comes from; None where there was nothing to compare.
+
+    Args:
+        members: the models with their plans and calibration data.
+        repaired: the repair of a merge.
+        skip: globs of tensor names that are not merged.
+    """
+    planned, merges = _merges(members)
+    if len(merges) == 1:
+        return Merge(planned, members, repaired(members)), None
+    made = {name: Merge(name, of, repaired(of)) for name, of in merges.items()}
+    nets = {
+        name: _network(members.first.model, {**m.members.merged_state(skip), **m.repair.tensors}, device)
+        for name, m in made.items()
+    }
+    found = compare(members, nets, planned, batch_size=batch_size, device=device)
+    return made[found.chosen], found
+
+
+def _merges(members: Members) -> tuple[str, dict[str, Members]]:
+    """The planned merge's name, and the merges that differ. A plan that moves nothing is not looked at again, unless
+    activations and weights disagree about some space."""
+    plans = [m.plan for m in _all(members) if m.plan is not None]
+    matched = [plan.matched or plan.element for plan in plans]
+    full = all(_same(plan.element, m) for plan, m in zip(plans, matched, strict=True))
+    if not any(plan.moves for plan in plans):
+        disputed = any(plan.disputed for plan in plans) and not full
+        return PLAIN, {PLAIN: members, **({MATCHED: _under(members, _full)} if disputed else {})}
+    found = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
+    return (MATCHED if full else MIXED), {
+        **found,
+        **({} if full else {MIXED: members}),
+        MATCHED: members if full else _under(members, _full),
+    }
+
+
+def _all(members: Members) -> list[Member]:
+    return [*members.models, *([] if members.base is None else [members.base])]
+
+
+def _full(plan: Plan) -> Element:
+    return plan.element if plan.matched is None else plan.matched
+
+
+def _same(a: Element, b: Element) -> bool:
+    return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def _under(members: Members, element: Callable[[Plan], Element]) -> Members:
+    """The same models, each under another element."""
+
+    def other(member: Member) -> Member:
         made = member.plan
-        return member if made is None else replace(member, plan=replace(made, element=made.graph.identity()))
+        return member if made is None else replace(member, plan=replace(made, element=element(made)))
 
-    base = None if members.base is None else plain(members.base)
-    return replace(members, models=[plain(m) for m in members.models], base=base)
+    base = None if members.base is None else other(members.base)
+    return replace(members, models=[other(m) for m in members.models], base=base)
 
 
 def compare(
-    members: Members,
-    direct: Mapping[str, Tensor],
-    matched: Mapping[str, Tensor],
-    *,
-    batch_size: int,
-    device: str,
+    members: Members, nets: Mapping[str, nn.Module], planned: str, *, batch_size: int, device: str
 ) -> Comparison:
-    """Run both merged networks and the models on calibration inputs.
+    """Run merged networks and the models on calibration inputs.
 
     Args:
         members: the models with their calibration data.
-        direct, matched: complete merged state dicts, repaired as they would be written.
+        nets: merged networks by name, on the device, repaired as they would be written.
+        planned: the one to prefer.
     """
     first = members.first
     shares = _shares(members)
-    nets = [_with(first.model, state, device) for state in (direct, matched)]
     models = [m.loaded.model.to(device).eval() for m in members.models]
     classifies = _classifies(first)
     scores: list[Tensor] = []
@@ -99,28 +177,40 @@ def compare(
         batch = to_model(raw, torch.device(device), input_dtype(first.model))
         with torch.no_grad():
             own = [first.forward(m, batch).double() for m in models]
-            outs = [first.forward(net, batch).double() for net in nets]
-        if classifies:
-            target = sum(w * o.softmax(-1) for w, o in zip(shares, own, strict=True))
-            rows = [_per_example(-(target * o.log_softmax(-1)).sum(-1), batch) for o in outs]
-        else:
-            middle = sum(w * o for w, o in zip(shares, own, strict=True))
-            spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])  # type: ignore[union-attr]
-            rows = [_per_example((o - middle).square().mean(-1), batch) for o in outs]
+            if classifies:
+                target = sum(w * o.softmax(-1) for w, o in zip(shares, own, strict=True))
+            else:
+                middle = sum(w * o for w, o in zip(shares, own, strict=True))
+                spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])  # type: ignore[union-attr]
+            rows = []
+            for net in nets.values():
+                out = first.forward(net, batch).double()
+                far = -(target * out.log_softmax(-1)).sum(-1) if classifies else (out - middle).square().mean(-1)
+                rows.append(_per_example(far, batch))
         scores.append(torch.stack(rows).cpu())
     found = torch.cat(scores, 1)
     if not classifies:
         n, total, squares = spread.tolist()
         found = found / max(squares / n - (total / n) ** 2, 1e-300)
-    gap = found[1] - found[0]
-    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else float("inf")
-    means = found.mean(1).tolist()
-    # what is not finite in the matched merge alone speaks against it
-    worse = float(gap.mean()) > SIGMAS * error if bool(torch.isfinite(found).all()) else means[0] < float("inf")
-    return Comparison(means[0], means[1], "nats" if classifies else "relative", found.shape[1], worse)
+    names = list(nets)
+    means = dict(zip(names, found.mean(1).tolist(), strict=True))
+    own_scores = found[names.index(planned)]
+    nearer = [n for n, other in zip(names, found, strict=True) if n != planned and _nearer(other, own_scores)]
+    best = min(nearer, key=means.__getitem__, default=planned)
+    return Comparison(means, planned, best, "nats" if classifies else "relative", found.shape[1])
 
 
-def _with(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.Module:
+def _nearer(other: Tensor, own: Tensor) -> bool:
+    """Whether scores [examples] are lower by more than the 95 % interval of the paired difference. What is not finite
+    in one of them alone speaks against it."""
+    gap = own - other
+    if not bool(torch.isfinite(gap).all()):
+        return bool(torch.isfinite(other).all())
+    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else inf
+    return float(gap.mean()) > SIGMAS * error
+
+
+def _network(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.Module:
     net = copy.deepcopy(model).to(device)
     load_weights(net, state)
     return net

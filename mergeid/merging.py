@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
-from mergeid.merge.apply import check_base, merge_checkpoints
+from mergeid.merge.apply import check_base
 from mergeid.merge.methods import MergeMethod, get_method
 from mergeid.merge.settings import MergeSettings, setting_of_weights
-from mergeid.pair import LIMIT, Progress, Source, is_module, open_plain, output_path
+from mergeid.pair import LIMIT, Progress, Source, is_module, output_path
 from mergeid.planned import common_order, plan_pair
+from mergeid.writing import Inputs, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +35,11 @@ class MergeResult:
         files: what was written, weights first.
         plan: the decisions for the second model; None for a plain merge.
         plans: the decisions for every further model and, last, the base, each against the first.
-        verdict: "direct", "match" or "will not merge".
+        verdict: "direct", "match" or "will not merge"; "transported" where neurons were carried by optimal transport.
         notes: what the user should know.
         repaired: tensors that were repaired after the merge.
-        comparison: how far the plain and the matched merge are from the models on calibration inputs
-            (`mergeid.comparing`), where the plan chose to match and there is data.
+        comparison: how far the plain, the planned and the fully matched merge are from the models on calibration
+            inputs (`mergeid.comparing`), where they differ and there is data.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
@@ -82,6 +83,7 @@ def merge(
     parameters: Mapping[str, Any] | None = None,
     match: str = "auto",
     matcher: str | None = None,
+    transport: bool = False,
     data: Any = None,
     repair: bool | str = True,
     arch: str | None = None,
@@ -111,6 +113,8 @@ def merge(
         match: "auto": as decided per space; "never": a plain merge, no model is built; "always": match every space.
         matcher: how neurons are matched (`mergeid.match.matcher_names`); default: combined with data, weight without.
             "cycle" brings more than two models into one common order.
+        transport: carry the neurons of every further model onto the first one's by optimal transport plans instead of
+            matching them one to one (OT fusion); plain layers may then have other widths. Needs no `base`.
         data: calibration data for the evidence, for the repair, and for methods that measure something.
         repair: True, "auto" or "bn": estimate the BatchNorm statistics of the merged network again on `data`;
             "repair": rescale its pre-activations (REPAIR); False or "none": neither.
@@ -125,7 +129,9 @@ def merge(
     check_base(chosen, base is not None)
     stage = ("auto" if repair else "none") if isinstance(repair, bool) else repair
     _check_modes(chosen, match, stage, data)
-    if matcher is not None:
+    if transport:
+        check_transport(match, matcher, base)
+    elif matcher is not None:
         from mergeid.match.protocol import check_matcher
 
         check_matcher(matcher, match, data is not None)
@@ -143,32 +149,31 @@ def merge(
     result = MergeResult("direct")
     members: Members | None = None
     repaired: dict[str, Tensor] = {}
-    if match != "never" or chosen.statistics or (data is not None and stage != "none"):
-        members = _plan_all(
-            models,
-            base,
-            settings,
-            result,
-            force,
-            data=data,
-            arch=arch,
-            match=match,
-            matcher=matcher,
-            seed=seed,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            skip=skip,
-            allow_pickle=allow_pickle,
-            example_inputs=example_inputs,
-            progress=progress,
-            dtype=dtype,
-        )
+    common: dict[str, Any] = {
+        "skip": skip,
+        "data": data,
+        "arch": arch,
+        "seed": seed,
+        "limit": limit,
+        "batch_size": batch_size,
+        "device": device,
+        "allow_pickle": allow_pickle,
+        "example_inputs": example_inputs,
+        "progress": progress,
+    }
+    if transport:
+        from mergeid.transporting import transported_members
+
+        members, result.verdict = transported_members(models, settings, **common), "transported"
+    elif match != "never" or chosen.statistics or (data is not None and stage != "none"):
+        how = {"match": match, "matcher": matcher, "dtype": dtype, **common}
+        members = _plan_all(models, base, settings, result, force, **how)
+    if members is not None:
         if chosen.statistics:
             members.measure(batch_size, device, seed, progress or (lambda *_: None))
         if members.dataset is not None:
             members, repaired = _with_data(members, result, stage, match, skip, batch_size, device, progress)
-        elif result.verdict == "match" and _has_batchnorm(members):
+        elif result.verdict in ("match", "transported") and _has_batchnorm(members):
             result.notes.append(
                 "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
                 "accuracy: give --data (without --no-repair) to estimate them again"
@@ -177,8 +182,8 @@ def merge(
     if target is None:
         result.state = {**_state(models, base, members, settings, skip), **repaired}
         return result
-    inputs = _Inputs.of(models, base, members, repaired, allow_pickle)
-    return _write(result, inputs, target, settings, dtype, skip, force, progress)
+    inputs = Inputs.of(models, base, members, repaired, allow_pickle)
+    return write(result, inputs, target, settings, dtype, skip, force, progress)
 
 
 def _with_data(
@@ -191,8 +196,8 @@ def _with_data(
     device: str,
     progress: Progress | None,
 ) -> tuple[Members, dict[str, Tensor]]:
-    """Repair the merge, and where the plan chose to match, see that the plain merge is not the better one."""
-    from mergeid.comparing import compare, unmatched
+    """Repair the merge, and see that no other merge than the planned one is nearer to the models."""
+    from mergeid.comparing import MATCHED, PLAIN, last_look
     from mergeid.repairing import Repair, repair_merged
 
     def repaired(of: Members) -> Repair:
@@ -200,21 +205,22 @@ def _with_data(
             repair_merged(of, mode=stage, skip=skip, device=device, progress=progress) if stage != "none" else Repair()
         )
 
-    done = repaired(members)
-    if match == "auto" and any(plan.moves for plan in result.plans):
-        if progress:
-            progress("comparing the matched merge with the plain one", 0, 1)
-        plain = unmatched(members)
-        other = repaired(plain)
-        states = [{**m.merged_state(skip), **r.tensors} for m, r in ((plain, other), (members, done))]
-        found = compare(members, *states, batch_size=batch_size, device=device)
-        result.comparison = found.to_json()
-        if found.worse:
-            members, done = plain, other
-            result.verdict = "direct"
+    if match == "auto":
+        if progress and any(plan.moves or plan.disputed for plan in result.plans):
+            progress("comparing the merges", 0, 1)
+        written, found = last_look(members, repaired, skip=skip, batch_size=batch_size, device=device)
+        members, done = written.members, written.repair
+        result.comparison = found.to_json() if found else None
+        if found and found.note:
+            if written.name == PLAIN:
+                result.verdict = "direct"
+            elif written.name == MATCHED and result.verdict == "direct":
+                result.verdict = "match"
             result.notes.append(found.note)
             result.plans = [m.plan for m in [*members.models, members.base] if m is not None and m.plan is not None]
             result.plan = result.plans[0]
+    else:
+        done = repaired(members)
     result.notes += done.notes
     result.repair = done.to_json()
     return members, done.tensors
@@ -226,6 +232,19 @@ def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Sourc
     if len(models) < 2:
         raise MergeidError(f"merging takes two models at least, got {len(models)}")
     return models
+
+
+def check_transport(match: str, matcher: str | None, base: Source | None) -> None:
+    """Raises `MergeidError` for what optimal transport has no use for."""
+    for option, given in (
+        ("--match", match != "auto"),
+        ("--matcher", matcher is not None),
+        ("--base", base is not None),
+    ):
+        if given:
+            raise MergeidError(
+                f"{option} does not go with --transport, which matches no neuron to one other; leave it out"
+            )
 
 
 def _check_modes(method: MergeMethod, match: str, stage: str, data: Any) -> None:
@@ -314,111 +333,6 @@ def _state(
         base=origin.__getitem__ if origin is not None else None,
         skip=skip,
     )
-
-
-@dataclass
-class _Inputs:
-    """What `merge_checkpoints` reads: checkpoints, how their tensors are moved, and what was measured."""
-
-    models: list[Checkpoint]
-    base: Checkpoint | None
-    transforms: list[Callable[[str, Tensor], Tensor] | None]
-    overrides: dict[str, Tensor]
-    statistics: list[dict[str, Any]] | None
-
-    @classmethod
-    def of(
-        cls,
-        models: Sequence[Source],
-        base: Source | None,
-        members: Members | None,
-        repaired: Mapping[str, Tensor],
-        allow_pickle: bool,
-    ) -> _Inputs:
-        given = [*models, *([base] if base is not None else [])]
-        if members is None:
-            opened = open_plain(given, allow_pickle)
-            last = opened.pop() if base is not None else None
-            return cls(opened, last, [None] * len(given), {}, None)
-        everyone = [*members.models, *([members.base] if members.base is not None else [])]
-        found = [m.loaded.checkpoint for m in everyone]
-        checkpoints = [c for c in found if c is not None]
-        if len(checkpoints) < len(given):
-            checkpoints = open_plain(given, allow_pickle)
-        first, names = checkpoints[0], members.first.names
-        statistics = None
-        if members.statistics is not None:
-            statistics = [{n: s[k] for n, k in names.items() if k in s} for s in members.statistics]
-        last = checkpoints.pop() if base is not None else None
-        return cls(
-            checkpoints,
-            last,
-            [_transform(m) for m in everyone],
-            {n: repaired[k].to(first.tensor(n).dtype) for n, k in names.items() if k in repaired and n in first.table},
-            statistics,
-        )
-
-
-def _transform(member: Any) -> Callable[[str, Tensor], Tensor] | None:
-    """How the tensors of a member's checkpoint are permuted; None where nothing moves."""
-    made = member.plan
-    if made is None or not made.moves:
-        return None
-    files = made.graph.renamed({k: n for n, k in member.loaded.names.items()})
-    element = made.element
-
-    def transform(name: str, value: Tensor) -> Tensor:
-        return files.apply(element, name, value)
-
-    return transform
-
-
-def _write(
-    result: MergeResult,
-    inputs: _Inputs,
-    target: Path,
-    settings: MergeSettings,
-    dtype: str | None,
-    skip: Sequence[str],
-    force: bool,
-    progress: Progress | None,
-) -> MergeResult:
-    from mergeid.merge.asymmetric import note
-
-    record = {
-        "verdict": result.verdict,
-        "plan": result.plan.to_json() if result.plan else None,
-        "repaired": result.repaired,
-        **({"repair": result.repair} if result.repair else {}),
-        **({"comparison": result.comparison} if result.comparison else {}),
-        **({"further_plans": [p.to_json() for p in result.plans[1:]]} if result.plans[1:] else {}),
-    }
-    tell = (lambda done, total: progress("writing", done, total)) if progress else None
-    report = merge_checkpoints(
-        inputs.models[0],
-        inputs.models[1],
-        target,
-        more=inputs.models[2:],
-        base=inputs.base,
-        weights=settings.weights,
-        normalize=settings.normalize,
-        method=settings.method.name,
-        parameters=settings.parameters,
-        seed=settings.seed,
-        transform_b=inputs.transforms[1],
-        transforms=inputs.transforms[2:],
-        statistics=inputs.statistics,
-        overrides=inputs.overrides,
-        dtype=dtype,
-        skip=skip,
-        force=force,
-        record=record,
-        progress=tell,
-    )
-    result.files = list(report.files)
-    result.notes += note(report.overridden)
-    result.report = report.to_json()
-    return result
 
 
 def _has_batchnorm(members: Members) -> bool:

@@ -40,6 +40,7 @@ class Plan:
         notes: what the user should know besides.
         evidence: "activations" or "weights".
         structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
+        matched: permutations of B with every space matched, where activations were compared.
     """
 
     a: str
@@ -56,6 +57,12 @@ class Plan:
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
+    matched: Element | None = None
+
+    @property
+    def disputed(self) -> bool:
+        """Whether the activations of some space are for a match that its weights are against."""
+        return any(s.decision == DIRECT and s.gain_low is not None and s.gain_low > 0 for s in self.spaces)
 
     @property
     def moves(self) -> bool:
@@ -156,8 +163,8 @@ def make_plan(
             decided = decide_from_weights(WeightSimilarity(graph, a.state(), b.state()), generator=generator)
             element, records = decided.element, decided.spaces
     else:
-        batches = _batches(a, dataset, collate, batch_size, tell)
-        evidence = _evidence(graph, a, b, batches, seed, judged=match == "auto")
+        batches = batches_of(a, dataset, collate, batch_size, tell)
+        evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto")
         tell("matching", 0, 1)
         correlation = evidence.correlations()
         similarity = WeightSimilarity(graph, a.state(), b.state())
@@ -182,7 +189,7 @@ def make_plan(
     said: dict[str, Any] = {"computed": False, "why": why_not(a.state(), base, dataset is not None, match)}
     if structure and said["why"] is None:
         tell("structure", 0, 1)
-        batches = _batches(a, dataset, collate, batch_size, tell)
+        batches = batches_of(a, dataset, collate, batch_size, tell)
         made, said, more = structure_of(graph, a, b, element, batches, base=base, certify=certify, seed=seed)
         records = [replace(r, structure=made.get(r.id)) for r in records]
         notes += more
@@ -204,6 +211,7 @@ def make_plan(
         seed,
         settings,
         said,
+        matched if dataset is not None else None,
     )
 
 
@@ -234,7 +242,10 @@ def _matched(
     return matcher.match(MatchTask(graph, a.state(), b.state(), generator, correlation, training))
 
 
-def _batches(a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batch_size: int, tell: Progress) -> Batches:
+def batches_of(
+    a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batch_size: int, tell: Progress
+) -> Batches:
+    """Starts a pass over the calibration data, without labels, on A's device."""
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
     def batches() -> Iterator[dict[str, Any]]:
@@ -247,9 +258,10 @@ def _batches(a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batc
     return batches
 
 
-def _evidence(
-    graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int, *, judged: bool
+def evidence_of(
+    graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int, *, judged: bool = True
 ) -> ActivationEvidence:
+    """Activations of both models, collected in one pass; `judged`: of the half too that decisions are judged on."""
     taps = choose_taps(graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
     stream = PairStream(TapReader(a.model, a.forward, flat), TapReader(b.model, b.forward, flat), batches, seed=seed)

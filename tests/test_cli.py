@@ -23,7 +23,7 @@ from mergeid.cli import run
 from mergeid.graph import NeuronGraph
 
 Inside = Callable[..., Done]
-VERBS = ("merge", "plan", "align", "barrier", "graph", "scramble", "adapters", "demo")
+VERBS = ("merge", "zip", "plan", "align", "barrier", "graph", "scramble", "adapters", "demo")
 HEAVY = ("torch", "transformers", "timm", "accelerate", "numpy", "scipy", "matplotlib", "pandas", "sklearn")
 
 

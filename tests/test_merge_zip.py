@@ -87,7 +87,7 @@ def test_a_network_zipped_with_itself_is_itself(make: Any, shape: tuple[int, ...
     # and with its neurons in another order: the same functions on both heads
     moved = with_state(model, graph.apply_state(permutations_of(graph, 2), state))
     zipped = zip_models(graph, (model, moved), correlations(graph, model, moved, x), within=False)
-    two = TwoHeads(model, zipped)(x)
+    two = TwoHeads.of((model, moved), zipped)(x)
     assert all(torch.allclose(y, model(x), atol=1e-9) for y in two)
 
 
@@ -108,7 +108,7 @@ def test_twins_within_a_model_are_merged_without_loss() -> None:
     (space,) = graph.spaces
     zipped = zip_models(graph, (a, b), correlations(graph, a, b, x))
     assert zipped.within == {space.id: 1.0}
-    for y, model in zip(TwoHeads(a, zipped)(x), (a, b), strict=True):
+    for y, model in zip(TwoHeads.of((a, b), zipped)(x), (a, b), strict=True):
         assert torch.allclose(y, model(x), atol=1e-9)
 
 
@@ -124,7 +124,7 @@ def test_a_zip_up_to_a_layer() -> None:
     for state, model in zip(zipped.states, (a, b), strict=True):
         assert torch.equal(state["6.weight"], model.state_dict()["6.weight"])
         assert torch.equal(state["4.bias"], model.state_dict()["4.bias"])
-    two = TwoHeads(a, zipped)
+    two = TwoHeads.of((a, b), zipped)
     assert two.heads[0][0].weight is two.heads[1][0].weight
     assert two.heads[0][4].weight is not two.heads[1][4].weight
     nothing = zip_models(graph, (a, b), found, spaces=())

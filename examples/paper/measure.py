@@ -1,12 +1,15 @@
-"""Two trained networks: the barrier as they are and aligned, and how far their neurons correspond, layer by layer."""
+"""Two trained networks: the barrier as they are and aligned, how far their neurons correspond, layer by layer, and what
+mergeid says of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 import numpy as np
 import torch
+from certificate import Margins, margins
 from nets import hidden, plain
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -54,8 +57,28 @@ class Objective:
     random: float
 
 
-def measure(setting: Setting, seeds: tuple[int, int], cache: Path) -> tuple[dict[str, Curve], list[Objective]]:
-    """({"unaligned": …, "aligned": …}, objectives by depth) of a pair, trained first if need be."""
+@dataclass(frozen=True)
+class Evidence:
+    """What mergeid says of the pair before anything is merged, by depth.
+
+    Attributes:
+        verdict: of its plan. decisions: one letter per space: d(irect), m(atch), w(ill not merge).
+        iota, low, high: identifiability index with its interval; NaN where the activations do not give one.
+        structure: the margins of both networks, see `certificate`; None where they have no fixed part.
+    """
+
+    verdict: str
+    decisions: str
+    iota: list[float]
+    low: list[float]
+    high: list[float]
+    structure: tuple[Margins, Margins] | None
+
+
+def measure(
+    setting: Setting, seeds: tuple[int, int], cache: Path
+) -> tuple[dict[str, Curve], list[Objective], Evidence]:
+    """({"unaligned": …, "aligned": …}, objectives by depth, evidence) of a pair, trained first if need be."""
     split = setting.split()
     models = []
     for seed in seeds:
@@ -63,14 +86,21 @@ def measure(setting: Setting, seeds: tuple[int, int], cache: Path) -> tuple[dict
         model.load_state_dict(state(setting, seed, cache))
         models.append(model)
     calibration = Examples(split.x[:CALIBRATION], split.labels[:CALIBRATION])
-    aligned = mergeid.align(models[1], models[0], match="always", data=calibration, example_inputs=split.x[:2]).state
-    assert aligned is not None
+    plan = mergeid.plan(*models, data=calibration, example_inputs=split.x[:2])
+    assert plan.matched is not None
+    own = models[1].state_dict()
     test = Examples(split.test_x, split.test_labels)
     curves = {
         name: _curve(models[0], b, test, calibration, repair=setting.net == "resnet")
-        for name, b in (("unaligned", models[1].state_dict()), ("aligned", aligned))
+        for name, b in (("unaligned", own), ("aligned", plan.graph.apply_state(plan.matched, own)))
     }
-    return curves, objectives(models[0], models[1], split.test_x[: 2 * CALIBRATION])
+    evidence = Evidence(
+        plan.verdict,
+        "".join(s.decision[0] for s in plan.spaces),
+        *([nan if (v := getattr(s, n)) is None else v for s in plan.spaces] for n in ("iota", "iota_low", "iota_high")),
+        margins(setting, seeds, cache, CALIBRATION),
+    )
+    return curves, objectives(models[0], models[1], split.test_x[: 2 * CALIBRATION]), evidence
 
 
 def _curve(a: nn.Module, b: dict[str, Tensor], test: Examples, calibration: Examples, repair: bool) -> Curve:

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import falsify
 import matplotlib.pyplot as plt
 import numpy as np
 from grid import DIMENSIONS, MLP_VARIANTS, RESNET_VARIANTS, TURNS
@@ -23,7 +24,13 @@ PANELS = (
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """All figures for which there are rows."""
-    makers = {"barriers": _barriers, "curves": _curves, "objectives": _objectives, "subspace": _subspace}
+    makers = {
+        "barriers": _barriers,
+        "curves": _curves,
+        "objectives": _objectives,
+        "subspace": _subspace,
+        "falsification": _falsification,
+    }
     written = []
     for name, make in makers.items():
         figure = make(rows)
@@ -145,8 +152,13 @@ def _subspace(rows: Sequence[Row]) -> plt.Figure | None:
     for axis in (left, right):
         axis.set_ylabel("unaligned barrier (nats)")
         axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
-    left.legend()
+    if left.lines:
+        left.legend()
     return figure
+
+
+def _falsification(rows: Sequence[Row]) -> plt.Figure | None:
+    return falsify.draw(falsify.cases(rows)) if rows else None
 
 
 def _points(axis: plt.Axes, points: list[tuple[float, np.ndarray]], text: str, colour: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from measure import Curve, Objective
+from measure import Curve, Evidence, Objective
 from train import Setting
 
 COLUMNS = (
@@ -31,6 +31,15 @@ COLUMNS = (
     "j_identity",
     "j_optimal",
     "j_random",
+    "verdict",
+    "decisions",
+    "iota",
+    "iota_low",
+    "iota_high",
+    "margins_a",
+    "margins_b",
+    "swaps_a",
+    "swaps_b",
 )
 KEY = COLUMNS[:7]
 Row = dict[str, str]
@@ -68,9 +77,13 @@ def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
 
 
 def rows_of(
-    setting: Setting, pair: tuple[int, int], curves: Mapping[str, Curve], objectives: Sequence[Objective]
+    setting: Setting,
+    pair: tuple[int, int],
+    curves: Mapping[str, Curve],
+    objectives: Sequence[Objective],
+    evidence: Evidence,
 ) -> list[Row]:
-    """One row per curve; objectives by depth, separated by blanks."""
+    """One row per curve; objectives and evidence by depth, separated by blanks."""
     out = []
     for merge, curve in curves.items():
         middle = len(curve.loss) // 2
@@ -81,6 +94,13 @@ def rows_of(
             *(f"{curve.accuracy[i]:.4f}" for i in (0, -1, middle)),
             " ".join(f"{v:.4f}" for v in curve.loss),
             *(" ".join(f"{getattr(o, name):.4f}" for o in objectives) for name in ("identity", "optimal", "random")),
+            *(evidence.verdict, evidence.decisions),
+            *(" ".join(f"{v:.4f}" for v in getattr(evidence, name)) for name in ("iota", "low", "high")),
+            *(
+                " ".join(f"{v:.4g}" for v in getattr(side, name)) if side else ""
+                for name in ("margin", "swap")
+                for side in evidence.structure or (None, None)
+            ),
         )
         out.append(dict(zip(COLUMNS, (*key(setting, pair), *values), strict=True)))
     return out

@@ -48,16 +48,26 @@ class Setting:
         return self.split().x[0].numel()
 
 
-def state(setting: Setting, seed: int, cache: Path) -> dict[str, Tensor]:
-    """The folded weights of a trained network; trained first where the cache lacks it."""
+def file_of(setting: Setting, seed: int, cache: Path) -> Path:
+    """Where a trained network lies."""
     name = f"{setting.data}-{setting.net}-{setting.variant}-{setting.budget}-{seed}".replace(" ", "")
-    path = cache / f"{name}.safetensors"
+    return cache / f"{name}.safetensors"
+
+
+def stored(setting: Setting, seed: int, cache: Path) -> dict[str, Tensor]:
+    """A trained network with its fixed parts beside the trainable ones; trained first where the cache lacks it."""
+    path = file_of(setting, seed, cache)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(_train(setting, seed), partial)
         partial.replace(path)
-    return mnn.fold_state(load_file(path))
+    return load_file(path)
+
+
+def state(setting: Setting, seed: int, cache: Path) -> dict[str, Tensor]:
+    """The same, folded into ordinary weights."""
+    return mnn.fold_state(stored(setting, seed, cache))
 
 
 def _train(setting: Setting, seed: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from tasks import Examples
 from torch import Tensor, nn
 from training import logits, scores
 
-from mergeid.comparing import compare, unmatched
+from mergeid.comparing import last_look
 from mergeid.evaluate.interpolate import load_between
 from mergeid.evaluate.measure import make_accelerator
 from mergeid.graph.neuron_graph import Element, NeuronGraph
@@ -95,7 +95,7 @@ class Decision:
     Attributes:
         plan: its plan.
         element: what it applies to B after its last look at both merges.
-        overruled: whether that last look took the match back.
+        overruled: whether that last look chose another merge than the planned one.
     """
 
     plan: Plan
@@ -186,32 +186,43 @@ class PairOfNets:
 
         return fix
 
-    def middle(self, element: Element, calibration: Examples | None) -> float:
-        """Mean test loss of the merge that mergeid would write under this element: BatchNorm statistics estimated
-        again where there is data, and nothing else repaired."""
+    def losses(self, element: Element, calibration: Examples | None) -> np.ndarray:
+        """Test losses, float64 [examples], of the merge that mergeid would write under this element: BatchNorm
+        statistics estimated again where there is data, and nothing else repaired."""
         b = self.state_b(element)
         fix = self.repairer(b, calibration) if calibration is not None and self.repair == "bn" else None
-        return float(self.at(b, 0.5, fix)[0].mean())
+        return self.at(b, 0.5, fix)[0]
+
+    def middle(self, element: Element, calibration: Examples | None) -> float:
+        """The mean of `losses`."""
+        return float(self.losses(element, calibration).mean())
 
     # -- the decisions --------------------------------------------------------------------------------------
 
     def always(self, calibration: Examples | None) -> Element:
         """mergeid's match of every space."""
-        return self._plan("always", calibration).element
+        return self._plan(calibration, "always").element
 
     def decide(self, calibration: Examples | None) -> Decision:
         """What `mergeid merge` would do, the last look included."""
-        plan = self._plan("auto", calibration)
-        if calibration is None or not plan.moves:
+        plan = self.planned(calibration)
+        if calibration is None:
             return Decision(plan, plan.element, False)
         names = [k for k, v in self.a.state().items() if v.is_floating_point()]
         settings = MergeSettings.of(get_method("linear"), 2, names)
         members = Members([Member(self.a), Member(self.b, plan)], None, settings, calibration)
-        states = [{**m.merged_state(), **repair_merged(m, mode="auto").tensors} for m in (unmatched(members), members)]
-        worse = compare(members, *states, batch_size=len(calibration), device="cpu").worse
-        return Decision(plan, self.graph.identity() if worse else plan.element, worse)
+        written, found = last_look(
+            members, lambda of: repair_merged(of, mode="auto"), batch_size=len(calibration), device="cpu"
+        )
+        chosen = written.members.models[1].plan
+        assert chosen is not None
+        return Decision(plan, chosen.element, found is not None and found.chosen != found.planned)
 
-    def _plan(self, match: str, calibration: Examples | None) -> Plan:
+    def planned(self, calibration: Examples | None) -> Plan:
+        """mergeid's plan, before the last look."""
+        return self._plan(calibration, "auto")
+
+    def _plan(self, calibration: Examples | None, match: str) -> Plan:
         return make_plan(
             self.a,
             self.b,

@@ -42,11 +42,15 @@ def command(
     match: o.MatchOption = o.Match.auto,
     certify: o.Certify = False,
     matcher: o.Matcher = None,
+    transport: o.Transport = False,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 32,
     device: o.Device = "cpu",
 ) -> int:
-    """Write B with its neurons permuted into A's order: the same function, ready for any merging tool."""
+    """Write B with its neurons permuted into A's order: the same function, ready for any merging tool.
+
+    With --transport its neurons are carried onto A's instead, in A's shapes: a function close to B's, for merging only.
+    """
     from mergeid import api
 
     with working(as_json) as work:
@@ -58,6 +62,7 @@ def command(
             base=base,
             certify=certify,
             matcher=matcher,
+            transport=transport,
             data=data,
             arch=arch,
             skip=skip or (),

@@ -58,6 +58,7 @@ def command(
     as_json: o.Json = False,
     match: o.MatchOption = o.Match.auto,
     matcher: o.Matcher = None,
+    transport: o.Transport = False,
     weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,6 +124,8 @@ def command(
     """
     from mergeid import api
 
+    if method in ("zip", "zipit"):
+        raise MergeidError("--method zip is a command of its own, since it may leave two heads; see mergeid zip --help")
     told = o.parse_settings([*([f"density={density}"] if density is not None else []), *(settings or [])])
     what: dict[str, Any] = {
         "weights": o.parse_all_weights(weights or []),
@@ -157,6 +160,7 @@ def command(
             **what,
             match=match.value,
             matcher=matcher,
+            transport=transport,
             data=data,
             repair="none" if no_repair else repair.value,
             arch=arch,

@@ -189,6 +189,15 @@ Matcher = Annotated[
         "combined with --data and weight without if not given.",
     ),
 ]
+Transport = Annotated[
+    bool,
+    typer.Option(
+        "--transport",
+        rich_help_panel=HOW,
+        help="OT fusion: carry neurons onto A's by optimal transport instead of matching them one to one; "
+        "convolutional networks and multilayer perceptrons may then have other widths than A.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, rich_help_panel=HOW, help="Seed of every draw.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=HOW, help="Examples per forward pass.")

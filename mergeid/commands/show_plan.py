@@ -161,7 +161,11 @@ def structure_lines(plan: Plan) -> list[str]:
 
 def print_merge(result: MergeResult, console: Console) -> None:
     """What was decided and where everything lies."""
-    if result.plan is None:
+    if result.verdict == "transported":
+        console.print("OT fusion: neurons were carried onto A's by optimal transport.")
+        for note in result.notes:
+            console.print(f"Note: {note}", markup=False)
+    elif result.plan is None:
         console.print("Plain merge: B's neurons were taken as they lie.")
     elif len(result.plans) < 2:
         for line in verdict_lines(result.plan, result.notes):

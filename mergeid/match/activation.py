@@ -9,9 +9,10 @@ from torch import Generator
 
 from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
-from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.assignment import TreeAssignment, descendants, roots
 from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import MatchTask, Needs
+from mergeid.match.schedule import in_threads, sharing, waves
 from mergeid.match.weight import weight_matching
 
 WEIGHT_SHARE = 1.0
@@ -20,18 +21,29 @@ that behave alike but are built differently (twins in a fine-tune) are no pair. 
 are near 0 for every pair, and the activations decide alone; silent neurons are placed by their weights."""
 
 
-def activation_matching(graph: NeuronGraph, correlation: Mapping[str, np.ndarray]) -> Element:
+def activation_matching(
+    graph: NeuronGraph, correlation: Mapping[str, np.ndarray], *, workers: int | None = None
+) -> Element:
     """The element that maximises the sum of correlations (Li et al. 2016; Git Re-Basin section 3.1).
 
     Args:
         correlation: space id -> [size, size] Pearson correlations of A's and B's activations; spaces that are missing
             follow their parents, or stay.
+        workers: threads; default: torch's number.
     """
-    scores = {s.id: correlation.get(s.id, np.zeros((s.size, s.size))) for s in graph.spaces}
+    scores = {s.id: correlation[s.id] if s.id in correlation else np.zeros((s.size, s.size)) for s in graph.spaces}
     solver = TreeAssignment(graph, scores)
     element = graph.identity()
-    for root in roots(graph):
-        element = solver.solve(root, element)
+    tops = roots(graph)
+    trees = [descendants(graph, root) for root in tops]
+
+    def solved(k: int, start: Element) -> Element:
+        found = solver.solve(tops[k], start)
+        return {s.id: found[s.id] for s in trees[k]}
+
+    for wave in waves(range(len(trees)), sharing(trees)):
+        for _, found in list(in_threads(wave, lambda k, now=element: now, solved, workers)):  # type: ignore[misc]
+            element = {**element, **found}
     return element
 
 
@@ -41,16 +53,17 @@ def combined_matching(
     *,
     generator: Generator,
     passes: int = 8,
+    workers: int | None = None,
 ) -> Element:
     """Activation matching, refined by the weights where activations leave a choice, and weight matching for spaces
-    whose activations cannot be read."""
+    whose activations cannot be read; `workers` as in `weight_matching`."""
     graph = similarity.graph
 
     def extra(space: Space) -> np.ndarray:
         found = correlation.get(space.id)
         return found if found is not None else np.zeros((space.size, space.size))
 
-    start = activation_matching(graph, correlation)
+    start = activation_matching(graph, correlation, workers=workers)
     return weight_matching(
         similarity,
         generator=generator,
@@ -59,6 +72,7 @@ def combined_matching(
         cosine=True,
         weight=WEIGHT_SHARE,
         max_passes=passes,
+        workers=workers,
     )
 
 

@@ -73,25 +73,27 @@ class WeightSimilarity:
         return total.numpy()
 
     def norms(self, space: Space) -> np.ndarray:
-        """[size, size] float64: product of the norms of A's and B's members, which no permutation changes."""
+        """[2, size] float64: norms of A's and B's members, which no permutation changes."""
         if space.id not in self._norms:
             squares = np.zeros((2, space.size))
             for axis in space.axes:
                 for k, state in enumerate((self.a, self.b)):
                     x = rows(state[axis.tensor], axis) * self.factor[axis.tensor]
                     squares[k, axis.members] += x.square().sum(1, dtype=torch.float64).numpy()
-            self._norms[space.id] = squares
-        squares = self._norms[space.id]
-        return np.sqrt(squares[0][:, None] * squares[1][None, :])
+            self._norms[space.id] = np.sqrt(squares)
+        return self._norms[space.id]
 
     def cosines(self, space: Space, element: Mapping[str, np.ndarray]) -> np.ndarray:
         """[size, size] in [−1, 1]: the scores divided by the norms of both members."""
         return self.normalised(space, self.scores(space, element))
 
-    def normalised(self, space: Space, scores: np.ndarray) -> np.ndarray:
-        """Scores divided by the norms of both members."""
-        scale = self.norms(space)
-        return np.divide(scores, scale, out=np.zeros_like(scale), where=scale > 0)
+    def normalised(self, space: Space, scores: np.ndarray, weight: float = 1.0) -> np.ndarray:
+        """Scores divided by the norms of both members, times `weight`; 0 where there is no norm."""
+        norms = self.norms(space)
+        inverse = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0).astype(scores.dtype)
+        out = scores * (inverse[0][:, None] * np.asarray(weight, scores.dtype))
+        out *= inverse[1][None, :]
+        return out
 
     def halves(
         self, space: Space, element: Mapping[str, np.ndarray], generator: Generator
@@ -105,12 +107,13 @@ class WeightSimilarity:
                 both[k][np.ix_(axis.members, axis.members)] += (x[:, chosen] @ y[:, chosen].T).double().numpy()
         return both[0], both[1]
 
-    def objective(self, element: Mapping[str, np.ndarray]) -> float:
-        """Sum over tensors of ⟨A, π(B)⟩, each scaled."""
+    def objective(self, element: Mapping[str, np.ndarray], tensors: Collection[str] | None = None) -> float:
+        """Sum over tensors (all, if not named) of ⟨A, π(B)⟩, each scaled."""
         return sum(
             self.factor[t] ** 2
             * float((x.float() * self.graph.apply(element, t, self.b[t]).float()).sum(dtype=torch.float64))
             for t, x in self.a.items()
+            if tensors is None or t in tensors
         )
 
 
@@ -142,7 +145,11 @@ class KeptScores:
     def __init__(self, similarity: WeightSimilarity) -> None:
         self.similarity, self.graph = similarity, similarity.graph
         self.kept: dict[str, tuple[Tensor, Element]] = {}
-        self.left = KEPT_BYTES
+        # chosen beforehand, so that the order in which spaces are asked for changes nothing
+        sizes = np.cumsum([4 * s.size**2 for s in self.graph.spaces])
+        self.keeps = {
+            s.id for s, bytes_so_far in zip(self.graph.spaces, sizes, strict=True) if bytes_so_far <= KEPT_BYTES
+        }
 
     def scores(self, space: Space, element: Element) -> np.ndarray:
         """`WeightSimilarity.scores`, for reading only."""
@@ -158,8 +165,7 @@ class KeptScores:
                 self.kept[space.id] = (total, dict(element))
                 return total.numpy()
         total = torch.from_numpy(self.similarity.scores(space, element))
-        if space.id in self.kept or total.nbytes <= self.left:
-            self.left -= 0 if space.id in self.kept else total.nbytes
+        if space.id in self.keeps:
             self.kept[space.id] = (total, dict(element))
         return total.numpy()
 

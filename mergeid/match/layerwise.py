@@ -7,23 +7,38 @@ that find no partner and its training between layers are not done here, as all m
 
 from __future__ import annotations
 
+import numpy as np
+
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.match.assignment import TreeAssignment, descendants, roots
 from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import MatchTask, Needs
+from mergeid.match.schedule import in_threads, neighbours, sharing, waves
 
 
-def layerwise_matching(similarity: WeightSimilarity) -> Element:
-    """The element found in one pass; trees of spaces in the order in which the forward pass meets their tensors."""
+def layerwise_matching(similarity: WeightSimilarity, *, workers: int | None = None) -> Element:
+    """The element found in one pass; trees of spaces in the order in which the forward pass meets their tensors.
+
+    Args:
+        workers: threads for the assignments of trees that share no tensor; default: torch's number of threads."""
     graph = similarity.graph
     element = graph.identity()
-    decided: set[str] = set()
-    for root in in_order(graph):
-        tree = descendants(graph, root)
-        inside = {s.id for s in tree}
-        scores = {s.id: similarity.scores(s, element, known=decided | (inside - {s.id})) for s in tree}
-        element = TreeAssignment(graph, scores).solve(root, element)
-        decided |= inside
+    tops = in_order(graph)
+    trees = [descendants(graph, root) for root in tops]
+    inside = [{s.id for s in tree} for tree in trees]
+    decided = [set().union(*inside[:k]) for k in range(len(trees))]
+    apart = [near | shared for near, shared in zip(neighbours(trees), sharing(trees), strict=True)]
+
+    def scores_of(k: int) -> dict[str, np.ndarray]:
+        return {s.id: similarity.scores(s, element, known=decided[k] | (inside[k] - {s.id})) for s in trees[k]}
+
+    def solved(k: int, scores: dict[str, np.ndarray]) -> Element:
+        found = TreeAssignment(graph, scores).solve(tops[k], element)
+        return {s.id: found[s.id] for s in trees[k]}
+
+    for wave in waves(range(len(trees)), apart):
+        for _, found in list(in_threads(wave, scores_of, solved, workers)):
+            element = {**element, **found}
     return element
 
 

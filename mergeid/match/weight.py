@@ -13,6 +13,7 @@ from mergeid.match.assignment import TreeAssignment, descendants, roots
 from mergeid.match.inner_products import KeptScores, WeightSimilarity
 from mergeid.match.layerwise import layerwise_matching
 from mergeid.match.protocol import MatchTask, Needs
+from mergeid.match.schedule import in_threads, neighbours, sharing, waves
 
 Extra = Callable[[Space], np.ndarray]
 
@@ -27,10 +28,12 @@ def weight_matching(
     max_passes: int = 50,
     cosine: bool = False,
     weight: float = 1.0,
+    workers: int | None = None,
 ) -> Element:
     """Coordinate descent over the trees of the graph until no assignment changes.
 
-    A tree is solved again only where a space that shares a tensor with it has moved since.
+    A tree is solved again only where a space that shares a tensor with it has moved since. Trees that share no tensor
+    are assigned side by side (`mergeid.match.schedule`).
 
     Args:
         similarity: the two models' weights.
@@ -39,58 +42,58 @@ def weight_matching(
         extra: a further similarity per space, added to the weights' (activation correlations).
         only: spaces that may move (with all that lies in them); the others stay.
         cosine, weight: use `weight` · cosines instead of inner products.
+        workers: threads for assignments, which change nothing but the time; default: torch's number of threads.
 
     Returns:
         the group element to apply to B.
     """
     graph = similarity.graph
-    element = dict(element or graph.identity())
+    now: Element = dict(element or graph.identity())
     tops = roots(graph)
     if only is not None:
         tops = [s for s in graph.spaces if s.id in only and not only & set(s.parents)]
     trees = [descendants(graph, s) for s in tops]
-    beside = _neighbours(trees)
+    beside = neighbours(trees)
+    apart = [near | shared for near, shared in zip(beside, sharing(trees), strict=True)]
+    tensors = [{a.tensor for s in tree for a in s.axes} for tree in trees]
     kept = KeptScores(similarity)
+
+    def scores_of(k: int) -> dict[str, np.ndarray]:
+        scores = {}
+        for s in trees[k]:
+            base = kept.scores(s, now)
+            if cosine:
+                base = similarity.normalised(s, base, weight)
+            scores[s.id] = base + extra(s) if extra else base
+        return scores
+
+    def better(k: int, scores: dict[str, np.ndarray]) -> Element:
+        """What moves to gain; nothing where nothing does."""
+        found = TreeAssignment(graph, scores).solve(tops[k], now)
+        moved = {s.id: found[s.id] for s in trees[k] if not np.array_equal(found[s.id], now[s.id])}
+        if not moved or not _gains(scores, found, now):
+            return {}
+        if k in beside[k] and extra is None:
+            gain = similarity.objective(found, tensors[k]) - similarity.objective(now, tensors[k])
+            if gain <= 1e-9:
+                return {}
+        return moved
+
     stale = set(range(len(trees)))
     order = list(range(len(trees)))
     for _ in range(max_passes):
-        for k in order:
-            if k not in stale:
-                continue
-            stale.discard(k)
-            tree = trees[k]
-            scores = {}
-            for s in tree:
-                base = kept.scores(s, element)
-                if cosine:
-                    base = similarity.normalised(s, base) * weight
-                scores[s.id] = base + extra(s) if extra else base
-            found = TreeAssignment(graph, scores).solve(tops[k], element)
-            moved = [s for s in tree if not np.array_equal(found[s.id], element[s.id])]
-            if not moved or not _gains(scores, found, element):
-                continue
-            if k in beside[k] and extra is None and similarity.objective(found) - similarity.objective(element) <= 1e-9:
-                continue
-            element = {**element, **{s.id: found[s.id] for s in moved}}
-            stale |= beside[k]
+        for wave in waves(order, apart):
+            due = [k for k in wave if k in stale]
+            stale -= set(due)
+            found = list(in_threads(due, scores_of, better, workers))
+            for k, moved in found:
+                if moved:
+                    now = {**now, **moved}
+                    stale |= beside[k]
         if not stale:
             break
         order = torch.randperm(len(trees), generator=generator).tolist()
-    return element
-
-
-def _neighbours(trees: list[list[Space]]) -> list[set[int]]:
-    """Per tree the trees that see it move: those on another axis of one of its tensors. A tree that is its own
-    neighbour (a residual block without inner width) is not granted to gain by an assignment."""
-    on: dict[str, set[tuple[int, int]]] = {}
-    for k, tree in enumerate(trees):
-        for axis in (a for s in tree for a in s.axes):
-            on.setdefault(axis.tensor, set()).add((k, axis.axis))
-    beside: list[set[int]] = [set() for _ in trees]
-    for places in on.values():
-        for k, d in places:
-            beside[k] |= {other for other, e in places if e != d}
-    return beside
+    return now
 
 
 def _gains(scores: Mapping[str, np.ndarray], found: Element, element: Element) -> bool:

@@ -58,7 +58,7 @@ def plan_tensors(a: Checkpoint, b: Checkpoint, *, skip: Sequence[str] = (), dtyp
         if not any(fnmatchcase(name, pattern) for name in names):
             raise MergeidError(f"--skip {pattern!r} matches no tensor of {a.source} or {b.source}; check the pattern")
     for checkpoint in (a, b):
-        _refuse_quantised(checkpoint, [n for n in checkpoint.table if not skipped(n)])
+        refuse_quantised(checkpoint, [n for n in checkpoint.table if not skipped(n)])
     common = [n for n in a.table if n in b.table and not skipped(n)]
     _refuse_other_names(a, b, [n for n in names if not skipped(n)], common)
     _refuse_other_shapes(a, b, common)
@@ -161,7 +161,7 @@ def _pattern(names: Sequence[str], all_names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"--skip '{names[0]}' and so on"
 
 
-def _refuse_quantised(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+def refuse_quantised(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     settings = (checkpoint.config or {}).get("quantization_config")
     if settings:
         kind = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
@@ -237,7 +237,7 @@ def _refuse_other_shapes(a: Checkpoint, b: Checkpoint, common: Sequence[str]) ->
     if not other:
         return
     first, second = a.table[other[0]].shape, b.table[other[0]].shape
-    hint = "the two are of different size or architecture"
+    hint = "the two are of different size or architecture (layers of other widths merge with --transport)"
     if 2 * len(other) < len(common):
         words = {
             "the task heads differ": (_classes(a), _classes(b)),

@@ -162,19 +162,30 @@ def zip_models(
 
 
 class TwoHeads(nn.Module):
-    """The two models of a zip with the trunk's parameters and buffers shared; calling it gives both outputs. It is run
-    as two models: what is saved is memory, not time."""
+    """Two models with the trunk's parameters and buffers shared; calling it gives both outputs. It is run as two
+    models: what is saved is memory, not time.
 
-    def __init__(self, model: nn.Module, zipped: Zipped) -> None:
+    Args:
+        heads: both models, with their weights; the second is given the first one's tensors of the trunk.
+        trunk: names of the tensors that both share.
+    """
+
+    def __init__(self, heads: tuple[nn.Module, nn.Module], trunk: Collection[str]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList([copy.deepcopy(model), copy.deepcopy(model)])
-        for head, state in zip(self.heads, zipped.states, strict=True):
-            head.load_state_dict(state)
-        for name in zipped.trunk:
+        self.heads = nn.ModuleList(heads)
+        for name in trunk:
             path, _, leaf = name.rpartition(".")
-            first, second = (head.get_submodule(path) for head in self.heads)
+            first, second = (head.get_submodule(path) for head in heads)
             held = first._parameters if leaf in first._parameters else first._buffers
             (second._parameters if leaf in second._parameters else second._buffers)[leaf] = held[leaf]  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, models: tuple[nn.Module, nn.Module], zipped: Zipped) -> TwoHeads:
+        """Of copies of the models that were zipped."""
+        heads = copy.deepcopy(models[0]), copy.deepcopy(models[1])
+        for head, state in zip(heads, zipped.states, strict=True):
+            head.load_state_dict(state)
+        return cls(heads, zipped.trunk)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         return self.heads[0](*args, **kwargs), self.heads[1](*args, **kwargs)

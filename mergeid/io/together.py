@@ -1,0 +1,67 @@
+"""Several checkpoints in one folder, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergeid.errors import MergeidError
+from mergeid.io.output import RECORD, check_output
+
+
+def write_together(
+    output: str | os.PathLike[str],
+    parts: Mapping[str, Callable[[Path], object]],
+    *,
+    record: Mapping[str, Any],
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+) -> list[Path]:
+    """Write a folder with one subfolder per part and a record (``mergeid.json``).
+
+    Args:
+        output: the folder.
+        parts: name of the subfolder -> what writes it, given its (temporary) path.
+        record: of all parts; the key ``output`` is added.
+        inputs: files and folders that are read, and must not be overwritten.
+        force: replace an earlier output.
+
+    Returns:
+        The files of the output, in order.
+
+    Raises:
+        MergeidError: the output cannot be written; nothing was left behind.
+    """
+    given = list(inputs)
+    final = check_output(output, inputs=given, force=force)
+    token = secrets.token_hex(4)
+    staged, old = (final.parent / f".{final.name}.{token}.mergeid-{kind}" for kind in ("tmp", "old"))
+    try:
+        staged.mkdir()
+        for name, write in parts.items():
+            write(staged / name)
+        text = json.dumps({**record, "output": final.name}, indent=2, ensure_ascii=False) + "\n"
+        (staged / RECORD).write_text(text, encoding="utf-8")
+        check_output(output, inputs=given, force=force)  # it may have appeared meanwhile
+        if final.is_dir():
+            os.rename(final, old)
+        try:
+            os.rename(staged, final)
+        except BaseException:
+            if old.is_dir():
+                os.rename(old, final)
+            raise
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise MergeidError(
+            f"cannot write {output} ({why}); nothing was left behind: choose another place (option -o)"
+        ) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return sorted(p for p in final.rglob("*") if p.is_file())
