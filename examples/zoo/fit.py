@@ -21,27 +21,33 @@ from measuring import excess
 from rivals import RIVALS, rival_scores
 
 from mergeid.predict.fitting import Design, Row, area_under_curve, coverage, fit, left_out, ranks_agree
-from mergeid.predict.model import FILE, Interval, Predictor, Term
+from mergeid.predict.model import FILE, Interval, Predictor, Term, lift
 
 HERE = Path(__file__).parent
-VERSION = "1"
+VERSION = "2"
 NATS, POINTS = 0.02, 1.0
 """Scales of the targets: differences far below them do not matter."""
 MODES = ("inputs", "weights", "sketches")
 BAD_NATS, BAD_POINTS = 0.05, 1.0
 """A merge is bad that loses more than either."""
 
-DISAGREE = Term("disagree", 0.01)
 SHIFTS = (Term("excess_apart", NATS), Term("shift_apart", NATS))
+INPUTS = (*SHIFTS, Term("disagree", 0.01), Term("lost", 0.02))
+DECISIONS = (*SHIFTS, Term("flips", 0.01))
+WEIGHTS = (*SHIFTS, Term("distance_worst", None))
+EXCESS, SHIFT, GAP = Term("excess", NATS), Term("shift", NATS), Term("gap", None)
 TERMS = {
-    "inputs": ((*SHIFTS, DISAGREE), (Term("shift_apart", NATS), Term("divergence", NATS))),
-    "weights": ((*SHIFTS, Term("distance_worst", None)), (Term("shift_apart", NATS), Term("divergence", NATS))),
-    "sketches": ((Term("shift", NATS), Term("gap", None)), (Term("shift", NATS), Term("divergence", NATS))),
+    ("inputs", "nats"): (INPUTS, SHIFTS[1:]),
+    ("inputs", "points"): (DECISIONS, SHIFTS[1:]),
+    ("weights", "nats"): (WEIGHTS, SHIFTS[1:]),
+    ("weights", "points"): (WEIGHTS, SHIFTS[1:]),
+    ("sketches", "nats"): ((EXCESS, GAP), (SHIFT,)),
+    ("sketches", "points"): ((EXCESS, SHIFT, GAP), (SHIFT,)),
 }
-"""Mode -> terms of the prediction and of the scale of its error, for nats and for points. Chosen on the first 53 pairs
-among a few dozen combinations, by what they reach on families left out."""
+"""(mode, unit) -> terms of the prediction and of the scale of its error. Chosen among a few dozen combinations by what
+they reach on families left out, at first on 53 pairs and then on all of them."""
 DESIGNS = {
-    (mode, unit): Design(unit, scale, *TERMS[mode])
+    (mode, unit): Design(unit, scale, *TERMS[mode, unit])
     for mode in MODES
     for unit, scale in (("nats", NATS), ("points", POINTS))
 }
@@ -134,6 +140,17 @@ def predicted(found: Sequence[Case], unit: str, by: str) -> list[Interval]:
     return left_out(design, [c.row(unit, by) for c in found])
 
 
+def verdict_scores(found: Sequence[Case], nats: Sequence[Interval], by: str) -> list[float]:
+    """What says that a merge is bad: the larger of the two predictions, each less its limit, on their scales."""
+    known = [c for c in found if not math.isnan(c.points)]
+    points = iter(predicted(known, "points", by))
+    limits = float(lift(BAD_NATS, NATS)), float(lift(BAD_POINTS, POINTS))
+    return [
+        i.score - limits[0] if math.isnan(c.points) else max(i.score - limits[0], next(points).score - limits[1])
+        for c, i in zip(found, nats, strict=True)
+    ]
+
+
 def inside(case: Case, interval: Interval) -> bool:
     return interval.low - 1e-9 <= case.nats <= interval.high + 1e-9
 
@@ -151,18 +168,29 @@ def clustered(found: Sequence[Case], hits: Sequence[bool], level: float = 0.9) -
 
 
 def ceiling_of_auroc(found: Sequence[Case]) -> float:
-    """How well the barrier on one half of the test set tells whether the pair is bad on the other half."""
+    """How well the losses on one half of the test set tell whether the pair is bad on the other half."""
     both = [(c.halves, c.half_points) for c in found if c.halves is not None and c.half_points is not None]
-    return area_under_curve([n[0] for n, _ in both], [is_bad(n[1], p[1]) for n, p in both])
+    worst = [max(n[0] / BAD_NATS, p[0] / BAD_POINTS) for n, p in both]
+    return area_under_curve(worst, [is_bad(n[1], p[1]) for n, p in both])
 
 
-def figures(found: Sequence[Case], scores: Sequence[float], intervals: Sequence[Interval] | None) -> list[str]:
-    """Cells of one row: pairs, Spearman, its ceiling, AUROC and its ceiling, coverage, median error below 0.5 nats."""
+def figures(
+    found: Sequence[Case],
+    scores: Sequence[float],
+    intervals: Sequence[Interval] | None,
+    verdicts: Sequence[float] | None = None,
+) -> list[str]:
+    """Cells of one row: pairs, Spearman, its ceiling, AUROC and its ceiling, coverage, median error below 0.5 nats.
+
+    Args:
+        verdicts: what the AUROC is of, where it is not `scores`."""
     y, bad = [c.nats for c in found], [c.bad for c in found]
     both = [(c.halves, s) for c, s in zip(found, scores, strict=True) if c.halves is not None]
     ceiling = ranks_agree([h[0] for h, _ in both], [h[1] for h, _ in both]) if len(both) > 2 else math.nan
     enough = min(sum(bad), len(bad) - sum(bad)) >= 10
-    auroc, most = (area_under_curve(scores, bad), ceiling_of_auroc(found)) if enough else (math.nan, math.nan)
+    auroc, most = (
+        (area_under_curve(verdicts or scores, bad), ceiling_of_auroc(found)) if enough else (math.nan, math.nan)
+    )
     costly = [v > BAD_NATS for v in y]
     nats = area_under_curve(scores, costly) if min(sum(costly), len(y) - sum(costly)) >= 10 else math.nan
     cells = [str(len(found)), *map(_show, (ranks_agree(scores, y), ceiling, auroc, most, nats))]
@@ -214,8 +242,9 @@ def validation(found: Sequence[Case]) -> str:
         "Written by `fit.py`. A family (or a data set) is left out altogether, the predictor fitted and its intervals "
         "made from the rest, and asked about the family left out.\n",
         "Ceiling: Spearman's correlation of the barriers on two halves of the test set; that of AUROC: one half's "
-        f"barrier against the other half's verdict. AUROC: for a loss of more than {BAD_NATS:g} nats or {BAD_POINTS:g} "
-        f"point, where each class has 10 (nats alone: for more than {BAD_NATS:g} nats). p: of a coverage of 90 %, "
+        f"losses against the other half's verdict. AUROC: for a loss of more than {BAD_NATS:g} nats or {BAD_POINTS:g} "
+        f"point, where each class has 10, by the larger of the two predictions relative to its limit (nats alone: for "
+        f"more than {BAD_NATS:g} nats, by the prediction in nats). p: of a coverage of 90 %, "
         "pairs that share a model counted as dependent. Trusted: share of rows that are not refused as unlike all "
         "others; refused ones count in every figure. In the mode weights the match is that of weights alone, measured "
         "at the midpoint; in the mode sketches it is that of the sketches, and the target mergeid's own.\n",
@@ -224,9 +253,9 @@ def validation(found: Sequence[Case]) -> str:
         chosen = of(found, mode, "nats")
         for by in ("family", "data"):
             intervals = predicted(chosen, "nats", by)
-            scores = [i.score for i in intervals]
+            every = [i.score for i in intervals], intervals, verdict_scores(chosen, intervals, by)
             rows = [
-                [name, *figures([chosen[i] for i in at], [scores[i] for i in at], [intervals[i] for i in at])]
+                [name, *figures([chosen[i] for i in at], *([of_all[i] for i in at] for of_all in every))]
                 for name, at in parts(chosen).items()
             ]
             text += [f"\n## Mode {mode}, every {by.replace('data', 'data set')} left out in turn\n"]

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
-from mergeid.predict.model import Interval, Model, Term, lift
+from mergeid.predict.model import Interval, Model, Term, conformal, lift
 
 LEAST = 0.05
 """Smallest scale of an error on the target's scale."""
+LEVEL, EVERYWHERE = 0.9, 0.85
+"""Coverage of the intervals over all families, and within each family but the worst."""
 MOST = 400
 """Residuals that are kept in the file."""
 
@@ -66,7 +68,26 @@ def fit(design: Design, rows: Sequence[Row], *, calibrate: bool = True) -> Model
     normal = left / np.array([model.width(r.features) for r in ordered])
     order = np.argsort(normal, kind="stable")
     kept, shares = _thinned(normal[order], share[order])
-    return replace(model, residuals=tuple(kept), shares=tuple(shares))
+    stretch = _stretch(ordered, normal, share)
+    return replace(model, residuals=tuple(kept), shares=tuple(shares), stretch=stretch)
+
+
+def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray) -> float:
+    """By how much the others' interval must be widened to hold `EVERYWHERE` of a group left out: the second largest
+    over the G groups, and at least 1. A new group is exchangeable with these, so that it needs no more with
+    probability (G - 1) / (G + 1)."""
+    names = np.array([r.group for r in rows])
+    # a loss of 0 lies in every interval that is cut off at 0
+    wrong = np.where([r.target <= 0 for r in rows], np.minimum(normal, 0.0), normal)
+    needed = []
+    for g in np.unique(names):
+        rest = names != g
+        order = np.argsort(normal[rest], kind="stable")
+        low, high = conformal(normal[rest][order], shares[rest][order] / shares[rest].sum(), LEVEL)
+        if low < 0 < high:
+            own = wrong[~rest]
+            needed.append(float(np.quantile(np.maximum(own / low, own / high), EVERYWHERE)))
+    return max(1.0, *sorted(needed)[-2:-1])
 
 
 def left_out(

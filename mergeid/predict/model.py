@@ -101,6 +101,7 @@ class Model:
         unit: "nats" or "points". scale: s of the target.
         terms: of the prediction. spreads: (intercept, terms) of the residuals' scale, floor `least`.
         residuals: normalised residuals on families left out, ascending; shares: their weights, sum 1.
+        stretch: ≥ 1, by which the scale is wider than those residuals ask for, because families differ.
     """
 
     unit: str
@@ -112,6 +113,7 @@ class Model:
     spreads: tuple[Term, ...]
     residuals: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
+    stretch: float = 1.0
 
     def score(self, features: Mapping[str, float]) -> float:
         return self.intercept + sum(t.weight * t.value(features) for t in self.terms)
@@ -130,7 +132,7 @@ class Model:
         if features.get("divergence", 1.0) <= SAME and features.get("deviation", 0.0) <= SAME:
             return Interval(0.0, 0.0, 0.0, -math.inf, None if tolerated is None else 1.0, 0.0)
         score, beyond = self.score(features), self.beyond(features)
-        width = self.width(features) * (1 + beyond)
+        width = self.width(features) * self.stretch * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):
             return Interval(math.inf, 0.0, math.inf, math.inf, None, math.inf)
         low, high = (score + width * q for q in conformal(self.residuals, self.shares, level))
@@ -145,7 +147,7 @@ class Model:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **{k: getattr(self, k) for k in ("unit", "scale", "intercept", "least", "spread")},
+            **{k: getattr(self, k) for k in ("unit", "scale", "intercept", "least", "spread", "stretch")},
             "terms": [t.__dict__ for t in self.terms],
             "spreads": [t.__dict__ for t in self.spreads],
             "residuals": [round(r, 4) for r in self.residuals],
@@ -154,7 +156,7 @@ class Model:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Model:
-        plain = {k: data[k] for k in ("unit", "scale", "intercept", "least", "spread")}
+        plain = {k: data[k] for k in ("unit", "scale", "intercept", "least", "spread", "stretch")}
         return cls(
             **plain,
             terms=tuple(Term(**t) for t in data["terms"]),
