@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from mergeid.graph.neuron_graph import NeuronGraph, TapMap
 
-CHUNK = 512
-"""Rows that are added to the statistics at once, whatever the batch size."""
+CHUNK, FEW = 512, 32
+"""Rows that are added to the statistics at once, whatever the batch size; without a cross-covariance, whose sums are
+large beside the rows, few."""
 
 HELD = 1 << 28
 """Bytes of both models' sampled activations that are held at once: larger batches run in parts."""
@@ -151,6 +152,7 @@ class Moments:
 
     def __init__(self, n: int, cross: bool) -> None:
         self.n, self.count = n, 0
+        self.chunk = CHUNK if cross else FEW
         self.shift: tuple[Tensor, Tensor] | None = None
         self.sums = torch.zeros(2, n, dtype=torch.float64)
         self.squares = torch.zeros(2, n, dtype=torch.float64)
@@ -159,19 +161,19 @@ class Moments:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         self._waiting.append((a, b))
-        if sum(len(x) for x, _ in self._waiting) >= CHUNK:
+        if sum(len(x) for x, _ in self._waiting) >= self.chunk:
             self._flush(False)
 
     def _flush(self, everything: bool) -> None:
         if not self._waiting:
             return
         a, b = (torch.cat([pair[k] for pair in self._waiting]) for k in range(2))
-        while len(a) >= CHUNK or (everything and len(a)):
-            self._chunk(a[:CHUNK], b[:CHUNK])
-            a, b = a[CHUNK:], b[CHUNK:]
+        while len(a) >= self.chunk or (everything and len(a)):
+            self._add(a[: self.chunk], b[: self.chunk])
+            a, b = a[self.chunk :], b[self.chunk :]
         self._waiting = [(a.clone(), b.clone())] if len(a) else []  # no views of the whole
 
-    def _chunk(self, a: Tensor, b: Tensor) -> None:
+    def _add(self, a: Tensor, b: Tensor) -> None:
         if self.shift is None:
             self.shift = (a.mean(0, dtype=torch.float64).float(), b.mean(0, dtype=torch.float64).float())
         a, b = a - self.shift[0], b - self.shift[1]
@@ -180,7 +182,7 @@ class Moments:
             self.sums[k] += x.sum(0, dtype=torch.float64)
             self.squares[k] += x.double().square().sum(0)
         if self.cross is not None:
-            self.cross += (a.T @ b).double()
+            self.cross += a.T @ b  # added in float64
 
     def finish(self) -> Moments:
         self._flush(True)
