@@ -274,3 +274,8 @@ def test_the_shipped_table(zoo):
             assert models[model.id]["file"].endswith(f"-{model.digest:08x}.safetensors")
     assert len({r["family"] for r in rows}) >= 8 and len({r["data"] for r in rows}) >= 4
     assert zoo.report.hard(rows) >= 1 / 3
+    flipped = [r for r in zoo.pairs_table.read(ZOO / "flips.csv") if r["space"]]
+    assert len(flipped) == 200 and {r["pair"] for r in flipped} <= {r["pair"] for r in rows}
+    for row in flipped:
+        change = float(row["loss_flipped"]) - float(row["loss"])
+        assert float(row["worse_by"]) == pytest.approx(change, abs=2e-5) and int(row["moved"]) > 0
