@@ -233,19 +233,21 @@ class PairStream:
     per_example: int = 32
     seed: int = 0
 
-    def rows(self, taps: Mapping[str, Sequence[TapMap]], *, odd: bool = False) -> Iterator[tuple[str, int, Rows, Rows]]:
+    def rows(
+        self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
+    ) -> Iterator[tuple[str, int, Rows, Rows]]:
         """(space, tap number, rows of A, rows of B) for every batch, space and tap.
 
         Args:
-            odd: leave out every other example, from the first on.
+            half: only every other example, 0: from the first on, 1: from the second on.
         """
         first = 0
         for batch in self.batches():
             size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
             ids = torch.arange(first, first + size)
             first += size
-            if odd and all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
-                chosen = ids % 2 == 1
+            if half is not None and all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
+                chosen = ids % 2 == half
                 batch, ids = {k: x[chosen.to(x.device)] for k, x in batch.items()}, ids[chosen]
                 if not len(ids):
                     continue

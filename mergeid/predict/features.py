@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeid.predict.lockstep import Deviation
+from mergeid.predict.lockstep import Deviation, sum_of_squares
 
 Features = dict[str, float]
 
@@ -153,10 +153,11 @@ def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
         y = b.get(name)
         if y is None or not x.is_floating_point() or x.dim() < 2:
             continue
-        x, y = x.double(), y.double()
-        aa, bb, ab = float(x.square().sum()), float(y.square().sum()), float((x * y).sum())
+        x, y = (t.float() if t.element_size() < 4 else t for t in (x, y))
+        aa, bb, dd = sum_of_squares(x), sum_of_squares(y), sum_of_squares(x - y)
+        ab = (aa + bb - dd) / 2
         if aa > 0 and bb > 0:
-            distances.append(math.sqrt(max(aa + bb - 2 * ab, 0.0) / ((aa + bb) / 2)))
+            distances.append(math.sqrt(dd / ((aa + bb) / 2)))
             cosines.append(ab / math.sqrt(aa * bb))
         dot, squares_a, squares_b = dot + ab, squares_a + aa, squares_b + bb
     if not distances:
