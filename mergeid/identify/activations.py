@@ -18,6 +18,9 @@ from mergeid.graph.neuron_graph import NeuronGraph, TapMap
 CHUNK = 512
 """Rows that are added to the statistics at once, whatever the batch size."""
 
+HELD = 1 << 28
+"""Bytes of both models' sampled activations that are held at once: larger batches run in parts."""
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -236,21 +239,12 @@ class PairStream:
     def rows(
         self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
     ) -> Iterator[tuple[str, int, Rows, Rows]]:
-        """(space, tap number, rows of A, rows of B) for every batch, space and tap.
+        """(space, tap number, rows of A, rows of B) for every batch (or part of one), space and tap.
 
         Args:
             half: only every other example, 0: from the first on, 1: from the second on.
         """
-        first = 0
-        for batch in self.batches():
-            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
-            ids = torch.arange(first, first + size)
-            first += size
-            if half is not None and all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
-                chosen = ids % 2 == half
-                batch, ids = {k: x[chosen.to(x.device)] for k, x in batch.items()}, ids[chosen]
-                if not len(ids):
-                    continue
+        for batch, ids in self._parts(taps, half):
             take = partial(self._sampled, taps, ids, real_tokens(batch))
             values = [
                 {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
@@ -260,6 +254,25 @@ class PairStream:
                 for k in range(len(list_of)):
                     if (space, k) in values[0] and (space, k) in values[1]:
                         yield space, k, values[0].pop((space, k)), values[1].pop((space, k))
+
+    def _parts(
+        self, taps: Mapping[str, Sequence[TapMap]], half: int | None
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Batches that give no more than `HELD` bytes of rows, with the places of their examples in the data."""
+        members = sum(int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of)
+        most = max(HELD // max(2 * 4 * self.per_example * members, 1), 1)
+        first = 0
+        for batch in self.batches():
+            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+            ids = torch.arange(first, first + size)
+            first += size
+            if not all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
+                yield batch, ids
+                continue
+            chosen = ids if half is None else ids[ids % 2 == half]
+            for part in chosen.split(most) if len(chosen) else ():
+                at = part - ids[0]
+                yield (batch if len(part) == size else {k: x[at.to(x.device)] for k, x in batch.items()}), part
 
     def _sampled(
         self, taps: Mapping[str, Sequence[TapMap]], ids: Tensor, mask: Tensor | None, key: Key, tensor: Tensor
