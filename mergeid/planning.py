@@ -165,7 +165,7 @@ def make_plan(
             element, records = decided.element, decided.spaces
     else:
         batches = batches_of(a, dataset, collate, batch_size, tell)
-        evidence = evidence_of(graph, a, b, batches, seed)
+        evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto")
         tell("matching", 0, 1)
         correlation = evidence.correlations()
         give_back()  # the sums that they come from
@@ -261,13 +261,15 @@ def batches_of(
     return batches
 
 
-def evidence_of(graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int) -> ActivationEvidence:
-    """Activations of both models, collected in one pass."""
+def evidence_of(
+    graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int, *, judged: bool = True
+) -> ActivationEvidence:
+    """Activations of both models, collected in one pass; `judged`: of the half too that decisions are judged on."""
     taps = choose_taps(graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
     stream = PairStream(TapReader(a.model, a.forward, flat), TapReader(b.model, b.forward, flat), batches, seed=seed)
     evidence = ActivationEvidence(graph, stream, taps)
-    evidence.collect()
+    evidence.collect(judged=judged)
     return evidence
 
 

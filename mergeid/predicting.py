@@ -31,7 +31,7 @@ def predict(
     matcher: str | None = None,
     skip: Sequence[str] = (),
     limit: int | None = LIMIT,
-    batch_size: int = 32,
+    batch_size: int = 128,
     seed: int = 0,
     device: str = "cpu",
     allow_pickle: bool = False,

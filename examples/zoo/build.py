@@ -69,11 +69,11 @@ class Zoo:
         row = table.names(pair)
         row |= {"repair": nets.repair, "examples": str(len(held)), "spaces": str(len(nets.graph.spaces))}
         plain, matched = nets.graph.identity(), nets.always(known)
-        curves: dict[str, Curve] = {"direct": nets.curve(plain, False)}
-        curves["match"] = nets.curve(matched, False, curves["direct"])
-        if nets.repair:
-            curves["direct_repair"] = nets.curve(plain, True)
-            curves["match_repair"] = nets.curve(matched, True, curves["direct_repair"])
+        moved = not same(plain, matched)
+        curves: dict[str, Curve] = {}
+        for suffix, repaired in (("", False), ("_repair", True)) if nets.repair else (("", False),):
+            direct = curves["direct" + suffix] = nets.curve(plain, repaired)
+            curves["match" + suffix] = nets.curve(matched, repaired, direct) if moved else direct
         decision = nets.decide(known)
         choice = _named(decision.element, plain, matched)
         # what mergeid repairs of its own accord are BatchNorm statistics

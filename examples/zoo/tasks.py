@@ -39,7 +39,7 @@ LENGTH = 16
 """Tokens of a snippet, characters of a context."""
 WORDS = 512
 ALPHABET = 96
-TEST = 1000
+TEST = 4000
 CALIBRATION = 512
 
 
@@ -148,7 +148,7 @@ def _load(data: str) -> tuple[Part, Part]:
     """All training and test examples."""
     if data == "fashion":
         parts = [_images(*_idx(split), 12) for split in ("train", "t10k")]
-        return parts[0].at(slice(6000)), parts[1].at(slice(2000))
+        return parts[0].at(slice(6000)), parts[1]
     if data == "mnist":
         part = _images(*_mnist(), 12)
         return part.at(slice(4000)), part.at(slice(4000, None))
@@ -203,32 +203,37 @@ def _source(name: str) -> str:
 
 
 def _snippets(data: str) -> tuple[Part, Part]:
-    """`LENGTH` tokens (words and signs, hashed) and which package or module they come from."""
-    trained, tested = [], []
-    for label, name in enumerate(PACKAGES if data == "packages" else MODULES):
+    """`LENGTH` tokens (words and signs, hashed) and which package or module they come from; 700 for training and up to
+    500 for testing of each, of all as many."""
+    names = PACKAGES if data == "packages" else MODULES
+    found = []
+    for label, name in enumerate(names):
         words = re.findall(r"[A-Za-z]+|[^\sA-Za-z]", _source(name))
         ids = torch.tensor([zlib.crc32(w.encode()) % WORDS for w in words])
         rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(label))][:850]
-        for part, chosen in ((trained, rows[150:]), (tested, rows[:150])):
-            labels = torch.full((len(chosen),), label)
-            part.append(Part(chosen, labels, labels))
-    return _joined(trained), _joined(tested)
+        found.append(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(label))])
+    count = min(500, min(map(len, found)) - 700)
+    parts = []
+    for chosen in ([rows[150:850] for rows in found], [torch.cat([r[:150], r[850:]])[:count] for r in found]):
+        labels = torch.arange(len(names)).repeat_interleave(len(chosen[0]))
+        parts.append(Part(torch.cat(chosen), labels, labels))
+    return parts[0], parts[1]
 
 
 def _characters(data: str) -> tuple[Part, Part]:
     """Contexts of `LENGTH` characters and what follows each of them. Every tenth stretch is for testing."""
-    generator = torch.Generator().manual_seed(3)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     trained, tested = [], []
     for group, text in enumerate(_documents(data)):
         ids = _encoded(text)
         stretches = ids[: len(ids) // 500 * 500].view(-1, 500)
         held = torch.arange(len(stretches)) % 10 == 9
-        for part, of, count in ((trained, stretches[~held], 4000), (tested, stretches[held], 250)):
-            rows = torch.randint(len(of), (count,), generator=generator)
-            starts = torch.randint(500 - LENGTH, (count, 1), generator=generator)
-            windows = of[rows[:, None], starts + torch.arange(LENGTH + 1)]
-            part.append(Part(windows[:, :-1], windows[:, 1:], torch.full((count,), group)))
+        for part, of, counts in ((trained, stretches[~held], (4000, 0)), (tested, stretches[held], (250, 750))):
+            for count, generator in zip(counts, generators, strict=True):
+                rows = torch.randint(len(of), (count,), generator=generator)
+                starts = torch.randint(500 - LENGTH, (count, 1), generator=generator)
+                windows = of[rows[:, None], starts + torch.arange(LENGTH + 1)]
+                part.append(Part(windows[:, :-1], windows[:, 1:], torch.full((count,), group)))
     return _joined(trained), _joined(tested)
 
 

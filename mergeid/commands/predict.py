@@ -54,7 +54,7 @@ def command(
     as_json: o.Json = False,
     matcher: o.Matcher = None,
     seed: o.Seed = 0,
-    batch_size: o.BatchSize = 32,
+    batch_size: o.BatchSize = 128,
     device: o.Device = "cpu",
 ) -> int:
     """Predict the barrier between A and B, as they lie and matched, without merging them or running a merge.

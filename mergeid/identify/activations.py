@@ -238,13 +238,15 @@ class PairStream:
     per_example: int = 32
     seed: int = 0
 
-    def rows(self, taps: Mapping[str, Sequence[TapMap]], *, odd: bool = False) -> Iterator[tuple[str, int, Rows, Rows]]:
+    def rows(
+        self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
+    ) -> Iterator[tuple[str, int, Rows, Rows]]:
         """(space, tap number, rows of A, rows of B) for every batch (or part of one), space and tap.
 
         Args:
-            odd: leave out every other example, from the first on.
+            half: only every other example, 0: from the first on, 1: from the second on.
         """
-        for batch, ids in self._parts(taps, odd):
+        for batch, ids in self._parts(taps, half):
             take = partial(self._sampled, taps, ids, real_tokens(batch))
             values = [
                 {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
@@ -255,7 +257,9 @@ class PairStream:
                     if (space, k) in values[0] and (space, k) in values[1]:
                         yield space, k, values[0].pop((space, k)), values[1].pop((space, k))
 
-    def _parts(self, taps: Mapping[str, Sequence[TapMap]], odd: bool) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+    def _parts(
+        self, taps: Mapping[str, Sequence[TapMap]], half: int | None
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
         """Batches that give no more than `HELD` bytes of rows, with the places of their examples in the data."""
         members = sum(int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of)
         most = max(HELD // max(2 * 4 * self.per_example * members, 1), 1)
@@ -267,7 +271,7 @@ class PairStream:
             if not all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
                 yield batch, ids
                 continue
-            chosen = ids[ids % 2 == 1] if odd else ids
+            chosen = ids if half is None else ids[ids % 2 == half]
             for part in chosen.split(most) if len(chosen) else ():
                 at = part - ids[0]
                 yield (batch if len(part) == size else {k: x[at.to(x.device)] for k, x in batch.items()}), part

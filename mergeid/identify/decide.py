@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Generator
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
@@ -122,7 +122,7 @@ def decide_from_activations(
     """
     graph = evidence.graph
     # an error of 5 % for the whole plan, whatever the number of spaces
-    z = float(norm.isf(0.025 / max(len(graph.spaces), 1)))
+    z = -float(ndtri(0.025 / max(len(graph.spaces), 1)))
     solver = TreeAssignment(graph, scores)
     below = {s.id: [c for c in descendants(graph, s)[1:] if c.id in evidence.taps] for s in graph.spaces}
     current = _first_guess(graph, scores, matched)

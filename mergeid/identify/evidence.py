@@ -142,9 +142,9 @@ class ActivationEvidence:
             (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
         }
 
-    def collect(self) -> None:
-        """One pass over the data: moments of both halves."""
-        for space, k, a, b in self.stream.rows(self.taps):
+    def collect(self, *, judged: bool = True) -> None:
+        """One pass over the data: moments of both halves, or of the fitting half alone where nothing will be judged."""
+        for space, k, a, b in self.stream.rows(self.taps, half=None if judged else 0):
             key = (space, k)
             if key not in self.fit:
                 n = a.values.shape[1]
@@ -212,7 +212,7 @@ class ActivationEvidence:
         for r in requests.values():
             of_space.setdefault(r.space, []).append(r)
         taps = {s: self.taps[s] for s in of_space if s in self.taps}
-        for space, k, a, b in self.stream.rows(taps, odd=True):
+        for space, k, a, b in self.stream.rows(taps, half=1):
             held = self.held.get((space, k))
             chosen = a.example % 2 == 1
             if held is None or held.count < 2 or not chosen.any():

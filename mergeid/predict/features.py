@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeid.predict.lockstep import Deviation
+from mergeid.predict.lockstep import Deviation, sum_of_squares
 
 Features = dict[str, float]
 
@@ -26,7 +26,9 @@ class OutputSums:
     With q the mean of the two predictions: `ends`, the mean cross-entropy of the two networks against q; `middle`, that
     of the mean logits of the corrected runs; `apart`, the mean of the two corrected runs' own; `averaged`, that of the
     mean of the two networks' own logits; `divergence`, the Jensen-Shannon divergence of the two predictions. `right_*`:
-    the probability by q of what is predicted.
+    the probability by q of what is predicted; `soft_*`: by q of what is drawn from a prediction; `flips`: of the first
+    minus that of the second class, times the chance that a change as large as the corrected runs', in a random
+    direction, brings the second before the first. `shift_square`: of the rise of the loss per example.
     """
 
     count: int = 0
@@ -53,6 +55,18 @@ class OutputSums:
         def right(logits: Tensor) -> Tensor:
             return q.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
 
+        def soft(log: Tensor) -> Tensor:
+            return (q * log.exp()).sum(-1)
+
+        likely, which = q.topk(2, -1)
+        first, second = average.gather(-1, which).unbind(-1)
+
+        def flips(logits: Tensor) -> Tensor:
+            change = logits - average
+            size = (change - change.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+            chance = torch.special.ndtr((second - first) / (math.sqrt(2) * size).clamp(min=1e-12))
+            return (likely[..., 0] - likely[..., 1]) * chance
+
         found = {
             "ends": (against(la) + against(lb)) / 2,
             "middle": against(centre.log_softmax(-1)),
@@ -60,6 +74,9 @@ class OutputSums:
             "averaged": against(average.log_softmax(-1)),
             "entropy": entropy,
             "divergence": entropy - (own[0] + own[1]) / 2,
+            "soft_ends": (soft(la) + soft(lb)) / 2,
+            "soft_apart": (soft(ma.log_softmax(-1)) + soft(mb.log_softmax(-1))) / 2,
+            "flips": (flips(ma) + flips(mb)) / 2,
             "right_ends": (right(a) + right(b)) / 2,
             "right_middle": right(centre),
             "right_apart": (right(ma) + right(mb)) / 2,
@@ -69,8 +86,10 @@ class OutputSums:
             "centre": (centre - centre.mean(-1, keepdim=True)).square().sum(-1),
             "spread": ((a - b) / 2).square().sum(-1),
         }
+        shift = ((found["apart"] - found["averaged"]) * weight).sum(1)
+        found = {name: (values * weight).sum(1) for name, values in found.items()} | {"shift_square": shift.square()}
         for name, values in found.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float((values * weight).sum())
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
         part = (q * weight[..., None]).sum((0, 1)).cpu()
         self.mean = part if self.mean is None else self.mean + part
         self.count += n
@@ -79,19 +98,23 @@ class OutputSums:
         """Losses in nats, accuracies as shares."""
         s = {k: v / max(self.count, 1) for k, v in self.sums.items()}
         assert self.mean is not None
+        shift = s["apart"] - s["averaged"]
         flat = float(torch.special.entr(self.mean / max(self.count, 1)).sum())
         return {
             "excess": s["middle"] - s["ends"],
             "excess_apart": s["apart"] - s["ends"],
             "excess_averaged": s["averaged"] - s["ends"],
             "shift": s["middle"] - s["averaged"],
-            "shift_apart": s["apart"] - s["averaged"],
+            "shift_apart": shift,
             "ceiling": flat - s["ends"],
             "ends": s["ends"],
             "entropy": s["entropy"],
             "divergence": s["divergence"],
             "drop": s["right_ends"] - s["right_middle"],
             "drop_apart": s["right_ends"] - s["right_apart"],
+            "soft_drop": s["soft_ends"] - s["soft_apart"],
+            "flips": s["flips"],
+            "shift_error": math.sqrt(max(s["shift_square"] - shift**2, 0.0) / max(self.count, 1)),
             "disagree": 1 - s["agree"],
             "logit_shift": s["logit_shift"] / max(s["signal"], 1e-12),
             "logit_gain": s["centre"] / max(s["signal"], 1e-12),
@@ -153,10 +176,11 @@ def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
         y = b.get(name)
         if y is None or not x.is_floating_point() or x.dim() < 2:
             continue
-        x, y = x.double(), y.double()
-        aa, bb, ab = float(x.square().sum()), float(y.square().sum()), float((x * y).sum())
+        x, y = (t.float() if t.element_size() < 4 else t for t in (x, y))
+        aa, bb, dd = sum_of_squares(x), sum_of_squares(y), sum_of_squares(x - y)
+        ab = (aa + bb - dd) / 2
         if aa > 0 and bb > 0:
-            distances.append(math.sqrt(max(aa + bb - 2 * ab, 0.0) / ((aa + bb) / 2)))
+            distances.append(math.sqrt(dd / ((aa + bb) / 2)))
             cosines.append(ab / math.sqrt(aa * bb))
         dot, squares_a, squares_b = dot + ab, squares_a + aa, squares_b + bb
     if not distances:

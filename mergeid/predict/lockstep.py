@@ -17,9 +17,9 @@ difference of the weights what the midpoint would answer, and beyond it they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ from mergeid.errors import MergeidError
 Forward = Callable[[nn.Module, Any], Tensor]
 NORMALISERS = ("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training", "aten.cudnn_batch_norm")
 """Operations with stored statistics that a repair estimates again; all take (x, weight, bias, mean, variance, …)."""
+
+
+BLOCK = 4096
+"""Numbers whose squares are added up before float64 takes over."""
 
 
 class PathsDiffer(MergeidError):
@@ -64,10 +68,9 @@ class Operation:
 
     def at(self, inputs: Sequence[Any], fresh: bool) -> Tensor:
         """The operation's answer to other activations; `fresh`: with normalisation by their own statistics."""
-        leaves = list(self.leaves)
+        leaves, writes = list(self.leaves), self.func._schema.is_mutable
         for i, x in zip(self.active, inputs, strict=True):
-            # some operations write into their argument
-            leaves[i] = x.clone() if isinstance(x, Tensor) else x
+            leaves[i] = x.clone() if writes and isinstance(x, Tensor) else x
         args, kwargs = tree_unflatten(leaves, self.spec)
         return first(normalised(self.func, args) if fresh and normalises(self.func) else self.func(*args, **kwargs))
 
@@ -105,7 +108,7 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors((*args, *kwargs.values()))
         names = tuple(dict.fromkeys(n for t in tensors for n in self.of_weights.get(t, ())))
         live = any(t in self.of_data for t in tensors)
         if names and live:
@@ -113,13 +116,23 @@ class _Seen(TorchDispatchMode):
             out = self.step(self, index, func, args, kwargs, names)
         else:
             out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                if live:
-                    self.of_data[leaf] = True
-                elif names and leaf not in self.of_weights:
-                    self.of_weights[leaf] = names
+        for leaf in _tensors((out,)):
+            if live:
+                self.of_data[leaf] = True
+            elif names and leaf not in self.of_weights:
+                self.of_weights[leaf] = names
         return out
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, which are nested in lists and tuples alone."""
+    found: list[Tensor] = []
+    for x in values:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += _tensors(x)
+    return found
 
 
 @contextmanager
@@ -143,48 +156,79 @@ def _run(model: nn.Module, forward: Forward, batch: Any, step: Callable[..., Any
 def watch(model: nn.Module, forward: Forward, batch: Any) -> tuple[Tensor, list[Operation]]:
     """The output of a model as it is, and its operations on weights and activations in order."""
     seen: list[Operation] = []
+    kept: Any = WeakIdKeyDictionary()
+
+    def keep(x: Tensor) -> Tensor:
+        """A copy, one for as long as nothing is written into it: what leaves one operation mostly enters the next."""
+        version, copied = kept.get(x, (-1, x))
+        if version != x._version:
+            version, copied = kept[x] = (x._version, x.clone())
+        return copied
 
     def step(mode: _Seen, index: int, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         active = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x in mode.of_data]
         for i in active:
-            leaves[i] = leaves[i].clone()
+            leaves[i] = keep(leaves[i])
         out = func(*args, **kwargs)
-        seen.append(Operation(func, spec, leaves, active, names, first(out).clone()))
+        # a write into its argument is counted after this
+        result = first(out).clone() if func._schema.is_mutable else keep(first(out))
+        seen.append(Operation(func, spec, leaves, active, names, result))
         return out
 
     return _run(model, forward, batch, step)[0], seen
 
 
+@dataclass(frozen=True)
+class Shift:
+    """What one operation's outputs become in the corrected runs: damping · out + (1 - damping) · middle ± damping ·
+    half, so that they are `middle` where the inputs are the averages.
+
+    Attributes:
+        middle: mean of the two networks' answers to the averaged inputs; None where that is no float.
+        half: half their difference.
+    """
+
+    middle: Tensor | None
+    half: Tensor | None
+    damping: float
+
+    @classmethod
+    def of(cls, at_a: Tensor, at_b: Tensor, damping: float) -> Shift:
+        if not at_a.is_floating_point():
+            return cls(None, None, 1.0)
+        return cls((at_a + at_b).div_(2), (at_b - at_a).div_(2), damping)
+
+    def apply(self, out: Tensor, sign: int) -> None:
+        """In place; sign: 1 for A, -1 for B."""
+        if self.middle is None or self.half is None:
+            return
+        if self.damping != 1:
+            out.mul_(self.damping).add_(self.middle, alpha=1 - self.damping)
+        out.add_(self.half, alpha=sign * self.damping)
+
+
 def corrected(
-    model: nn.Module,
-    forward: Forward,
-    batch: Any,
-    corrections: Sequence[Tensor | None],
-    *,
-    fresh: bool,
-    damping: Sequence[float],
+    model: nn.Module, forward: Forward, batch: Any, shifts: Sequence[Shift], sign: int, *, fresh: bool
 ) -> Tensor:
     """The output of a model whose operations' outputs are shifted.
 
     Args:
-        corrections: one per operation, as `watch` counts them.
+        shifts: one per operation, as `watch` counts them. sign: 1 for A, -1 for B.
         fresh: normalise by the statistics of this run in place of the stored ones."""
 
     def step(mode: _Seen, index: int, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Any:
-        shift = corrections[index] if index < len(corrections) else None
         if fresh and normalises(func):
             out = normalised(func, args)
-            return (out if shift is None else out + shift, *(out.new_zeros(0) for _ in func._schema.returns[1:]))
-        out = func(*args, **kwargs)
-        if shift is not None:
-            if damping[index] != 1:
-                first(out).mul_(damping[index])
-            first(out).add_(shift)
-        return out
+            found = (out, *(out.new_zeros(0) for _ in func._schema.returns[1:]))
+        else:
+            found = func(*args, **kwargs)
+        if index < len(shifts):
+            shifts[index].apply(first(found), sign)
+        return found
 
     out, count = _run(model, forward, batch, step)
-    if count != len(corrections):
+    if count != len(shifts):
         raise PathsDiffer("the models execute other operations from run to run")
     return out
 
@@ -201,13 +245,13 @@ class Deviation:
     own: float = 0.0
 
     def add(self, middle: Tensor, a: Tensor, b: Tensor) -> None:
-        if not middle.is_floating_point():
-            return
-        chord = (a + b) / 2
-        self.deviation += _square(middle - chord)
-        self.difference += _square((a - b) / 2)
-        self.chord += _square(_about_mean(chord))
-        self.own += (_square(_about_mean(a)) + _square(_about_mean(b))) / 2
+        chord, half = (a + b).div_(2), (a - b).div_(2)
+        self.deviation += sum_of_squares(middle - chord)
+        self.difference += sum_of_squares(half)
+        about = sum_of_squares(chord.sub_(chord.mean(0)))
+        self.chord += about
+        # |a|² + |b|² = 2 |(a + b) / 2|² + 2 |(a - b) / 2|², each about its mean
+        self.own += about + sum_of_squares(half.sub_(half.mean(0)))
 
 
 @dataclass
@@ -217,14 +261,15 @@ class Lockstep:
     Attributes:
         a, b: own outputs. middle: outputs of the corrected runs of A and of B; fresh: with fresh statistics, or None
             where no operation has stored ones.
-        deviations: per operation.
+        deviations, damping: per operation.
     """
 
     a: Tensor
     b: Tensor
     middle: tuple[Tensor, Tensor]
     fresh: tuple[Tensor, Tensor] | None
-    deviations: list[Deviation] = field(default_factory=list)
+    deviations: list[Deviation]
+    damping: list[float]
 
 
 @torch.no_grad()
@@ -235,11 +280,13 @@ def lockstep(
     batch: Any,
     *,
     seen_a: tuple[Tensor, list[Operation]] | None = None,
+    damping: Sequence[float] | None = None,
 ) -> Lockstep:
     """Run two models, in one order of neurons, on one batch.
 
     Args:
         seen_a: what `watch` said of A on this batch.
+        damping: that of an earlier batch: it is one of the weights alone.
 
     Raises `PathsDiffer` where they do not execute the same operations."""
     out_a, ops_a = seen_a or watch(a, forward, batch)
@@ -247,44 +294,33 @@ def lockstep(
     if [_signature(o) for o in ops_a] != [_signature(o) for o in ops_b]:
         raise PathsDiffer("the two models do not execute the same operations on the same inputs (routed experts?)")
     has_statistics = any(normalises(o.func) for o in ops_a)
-    plain, fresh = _Shifts(), _Shifts()
-    found: list[Deviation] = []
-    for one, two in zip(ops_a, ops_b, strict=True):
+    damping = damping or [damp(one, two) for one, two in zip(ops_a, ops_b, strict=True)]
+    plain: list[Shift] = []
+    fresh: list[Shift] = []
+    deviations: list[Deviation] = []
+    for k, one in enumerate(ops_a):
+        two = ops_b[k]
         middle = [_average(one.leaves[i], two.leaves[i]) for i in one.active]
-        at_a, at_b = one.at(middle, False), two.at(middle, False)
+        shift = Shift.of(one.at(middle, False), two.at(middle, False), damping[k])
         deviation = Deviation(one.weights)
-        deviation.add((at_a + at_b) / 2, one.out, two.out)
-        found.append(deviation)
-        damping = damp(one, two)
-        plain.add(at_a, at_b, damping)
-        if has_statistics and normalises(one.func):
-            at_a, at_b = one.at(middle, True), two.at(middle, True)
-        fresh.add(at_a, at_b, damping)
+        if shift.middle is not None:
+            deviation.add(shift.middle, one.out, two.out)
+        deviations.append(deviation)
+        plain.append(shift)
+        if has_statistics:
+            if normalises(one.func):
+                shift = Shift.of(one.at(middle, True), two.at(middle, True), damping[k])
+            fresh.append(shift)
+        two.leaves, two.out = [], out_b  # activations are large
 
-    def pair(shifts: _Shifts, statistics: bool) -> tuple[Tensor, Tensor]:
+    def pair(shifts: list[Shift], statistics: bool) -> tuple[Tensor, Tensor]:
         return (
-            corrected(a, forward, batch, shifts.a, fresh=statistics, damping=shifts.damping),
-            corrected(b, forward, batch, shifts.b, fresh=statistics, damping=shifts.damping),
+            corrected(a, forward, batch, shifts, 1, fresh=statistics),
+            corrected(b, forward, batch, shifts, -1, fresh=statistics),
         )
 
-    return Lockstep(out_a, out_b, pair(plain, False), pair(fresh, True) if has_statistics else None, found)
-
-
-@dataclass
-class _Shifts:
-    """What is added to the operations' outputs in the corrected runs."""
-
-    a: list[Tensor | None] = field(default_factory=list)
-    b: list[Tensor | None] = field(default_factory=list)
-    damping: list[float] = field(default_factory=list)
-
-    def add(self, at_a: Tensor, at_b: Tensor, damping: float) -> None:
-        if not at_a.is_floating_point():
-            damping = 1.0
-        middle = (at_a + at_b) / 2
-        for shifts, at in ((self.a, at_a), (self.b, at_b)):
-            shifts.append(middle - damping * at if at.is_floating_point() else None)
-        self.damping.append(damping)
+    both = pair(fresh, True) if has_statistics else None
+    return Lockstep(out_a, out_b, pair(plain, False), both, deviations, list(damping))
 
 
 def damp(one: Operation, two: Operation) -> float:
@@ -295,9 +331,9 @@ def damp(one: Operation, two: Operation) -> float:
     wa, wb = one.matrix(), two.matrix()
     if wa is None or wb is None:
         return 1.0
-    own = (_square(wa) + _square(wb)) / 2
-    mean = own / 2 + float((wa.double() * wb.double()).sum()) / 2
-    return max(mean / own, 0.0) ** 0.25 if own > 0 else 1.0
+    own = (sum_of_squares(wa) + sum_of_squares(wb)) / 2
+    # |(W_a + W_b) / 2|² by the difference: no averaged weights are made
+    return max(1 - sum_of_squares((wa - wb) / 2) / own, 0.0) ** 0.25 if own > 0 else 1.0
 
 
 def _signature(op: Operation) -> Any:
@@ -308,9 +344,9 @@ def _average(x: Any, y: Any) -> Any:
     return (x + y) / 2 if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _about_mean(x: Tensor) -> Tensor:
-    return x - x.mean(0, keepdim=True)
-
-
-def _square(x: Tensor) -> float:
-    return float(x.double().square().sum())
+def sum_of_squares(x: Tensor) -> float:
+    """Σ x²: blocks in the tensor's own precision, their sum in float64."""
+    flat = x.reshape(-1)
+    whole = len(flat) // BLOCK * BLOCK
+    parts = (flat[:whole].view(-1, BLOCK), flat[whole:].view(1, -1))
+    return sum(float(torch.linalg.vector_norm(p, dim=1).double().square().sum()) for p in parts if p.numel())

@@ -31,9 +31,8 @@ EXAMPLES, SHARE, LEAST = 128, 4, 32
 least `LEAST`: one example costs about as much as a dozen forward passes."""
 BUDGET = 1 << 30
 """Bytes of activations that are held at once."""
-COPIES = 8
-"""How often the activations of one model are held at most: inputs and outputs of both models and what is made of
-them."""
+COPIES = 4
+"""How often the activations of one model are held: those of both models and what is made of them."""
 
 
 @dataclass
@@ -58,6 +57,7 @@ class _Sums:
     plain: OutputSums = field(default_factory=OutputSums)
     fresh: OutputSums | None = None
     deviations: list[Deviation] = field(default_factory=list)
+    damping: list[float] | None = None
 
     def add(self, found: list[Deviation]) -> None:
         if not self.deviations:
@@ -113,7 +113,7 @@ def probe(
             seen = watch(a, forward, batch)
             for name, b in partners.items():
                 with eval_mode(b):
-                    found = lockstep(a, b, forward, batch, seen_a=seen)
+                    found = lockstep(a, b, forward, batch, seen_a=seen, damping=sums[name].damping)
                 if found.a.dim() < 2 or found.a.shape[-1] < 2 or not found.a.is_floating_point():
                     raise MergeidError(
                         f"the outputs of {type(a).__name__} have shape {list(found.a.shape)}, which are no logits of "
@@ -125,6 +125,7 @@ def probe(
                     total = sums[name].fresh = sums[name].fresh or OutputSums()
                     total.add(found.a, found.b, found.fresh, mask)
                 sums[name].add(found.deviations)
+                sums[name].damping = found.damping
     return {name: _evidence(a, partners[name], s) for name, s in sums.items()}
 
 
