@@ -22,8 +22,9 @@ from mergeid.members import Member, Members
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from mergeid.load import Loaded
     from mergeid.plugins import Batch
 
 EXAMPLES = 256
@@ -84,18 +85,56 @@ def compare(
         members: the models with their calibration data.
         direct, matched: complete merged state dicts, repaired as they would be written.
     """
-    first = members.first
-    shares = _shares(members)
-    nets = [_with(first.model, state, device) for state in (direct, matched)]
-    models = [m.loaded.model.to(device).eval() for m in members.models]
+    found, unit = distances(
+        members.first,
+        [m.loaded.model for m in members.models],
+        (direct, matched),
+        shares=_shares(members),
+        dataset=members.dataset,
+        collate=members.collate,
+        batch_size=batch_size,
+        device=device,
+    )
+    gap = found[1] - found[0]
+    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else float("inf")
+    means = found.mean(1).tolist()
+    # what is not finite in the matched merge alone speaks against it
+    worse = float(gap.mean()) > SIGMAS * error if bool(torch.isfinite(found).all()) else means[0] < float("inf")
+    return Comparison(means[0], means[1], unit, found.shape[1], worse)
+
+
+def distances(
+    first: Loaded,
+    models: Sequence[nn.Module],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    shares: Sequence[float],
+    dataset: Any,
+    collate: Callable[[Any], Any] | None,
+    batch_size: int,
+    device: str,
+) -> tuple[Tensor, str]:
+    """How far merged networks are from what the models say.
+
+    Args:
+        first: of the models, how they are run.
+        models: the networks that were merged; `shares` are their weights in the mean prediction.
+        states: complete state dicts of merged networks.
+        dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
+
+    Returns:
+        float64 [states, examples], and the unit as in `Comparison`.
+    """
+    nets = [_with(first.model, state, device) for state in states]
+    models = [m.to(device).eval() for m in models]
     classifies = _classifies(first)
     scores: list[Tensor] = []
-    count = len(members.dataset)
-    chosen = members.dataset
+    count = len(dataset)
+    chosen = dataset
     if count > EXAMPLES:
         chosen = Subset(chosen, [k * count // EXAMPLES for k in range(EXAMPLES)])
     spread = torch.zeros(3, dtype=torch.float64)
-    for raw in FixedBatches(chosen, batch_size, members.collate):
+    for raw in FixedBatches(chosen, batch_size, collate):
         batch = to_model(raw, torch.device(device), input_dtype(first.model))
         with torch.no_grad():
             own = [first.forward(m, batch).double() for m in models]
@@ -112,12 +151,7 @@ def compare(
     if not classifies:
         n, total, squares = spread.tolist()
         found = found / max(squares / n - (total / n) ** 2, 1e-300)
-    gap = found[1] - found[0]
-    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else float("inf")
-    means = found.mean(1).tolist()
-    # what is not finite in the matched merge alone speaks against it
-    worse = float(gap.mean()) > SIGMAS * error if bool(torch.isfinite(found).all()) else means[0] < float("inf")
-    return Comparison(means[0], means[1], "nats" if classifies else "relative", found.shape[1], worse)
+    return found, "nats" if classifies else "relative"
 
 
 def _with(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.Module:
