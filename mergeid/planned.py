@@ -103,9 +103,10 @@ def common_order(
     options = {k: v for k, v in how.items() if k not in ("data", "match", "limit", "batch_size")}
     pairs = [load_pair(first, other, seed=seed, **options) for other in others]
     loaded = [pairs[0].a, *(pair.b for pair in pairs)]
-    correlations = None
+    correlations = judge = None
     dataset, collate = dataset_of(how["data"], loaded[0], how["limit"], seed)
     if dataset is not None:
+        from mergeid.judging import judge_of
         from mergeid.planning import batches_of, evidence_of
 
         tell = options["progress"] or (lambda *_: None)
@@ -114,6 +115,8 @@ def common_order(
             (p, q): evidence_of(pairs[0].graph, loaded[p], loaded[q], batches, seed).correlations()
             for p, q in combinations(range(len(loaded)), 2)
         }
+        size, device = how["batch_size"], options["device"]
+        judge = judge_of(pairs[0].graph, loaded, dataset, collate, batch_size=size, device=device)
     generator = torch.Generator().manual_seed(seed)
-    universe = found.match_all(pairs[0].graph, [x.state() for x in loaded], generator, correlations)
+    universe = found.match_all(pairs[0].graph, [x.state() for x in loaded], generator, correlations, judge)
     return [relative(universe, 0, i) for i in range(1, len(loaded))]

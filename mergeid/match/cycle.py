@@ -10,7 +10,7 @@ others. Memory: a few copies of all models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -178,7 +178,8 @@ class CycleMatcher:
         states: Sequence[Mapping[str, Tensor]],
         generator: Generator,
         correlations: Correlations | None = None,
+        judge: Callable[[Sequence[Element]], float] | None = None,
     ) -> list[Element]:
         if correlations is None:
             return cycle_matching(graph, states, generator=generator)
-        return joint_matching(graph, states, correlations, generator=generator)
+        return joint_matching(graph, states, correlations, generator=generator, judge=judge)

@@ -3,13 +3,15 @@
 As in `mergeid.match.cycle` every model p has one element π_p into a common order, so that the maps between models
 compose to the identity around any cycle. What is maximised is the sum over all pairs of models of the correlations of
 the activations that meet in a place, plus the cosines of the weights. From the star of every model (the others matched
-to it) each model in turn is matched to all others at once, until none moves; the end with the largest sum is taken.
+to it) each model in turn is matched to all others at once, until none moves. Ends differ by more than the sum tells:
+where the average of the models can be run, the end whose average is nearest to what the models say is taken, else that
+with the largest sum.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from mergeid.match.weight import weight_matching
 Correlations = Mapping[tuple[int, int], Mapping[str, np.ndarray]]
 """(p, q) with p < q -> space id -> [size, size] Pearson correlations of model p's and model q's activations."""
 
+SHARES = (WEIGHT_SHARE, 3 * WEIGHT_SHARE)
+"""Weights of the cosines that make the ends to be judged. Five perceptrons on Fashion-MNIST, mean of five sets: 82.6 %
+by the largest sum, 82.8 % judged with the first weight alone, 82.9 % with both (`examples/methods`)."""
+
 
 def joint_matching(
     graph: NeuronGraph,
@@ -32,6 +38,7 @@ def joint_matching(
     correlations: Correlations,
     *,
     generator: Generator,
+    judge: Callable[[Sequence[Element]], float] | None = None,
     max_sweeps: int = 30,
 ) -> list[Element]:
     """One element per model into the universe, which is the first model's order.
@@ -39,12 +46,16 @@ def joint_matching(
     Args:
         states: state dicts of one architecture, at least two.
         correlations: of every pair; spaces that are missing are matched by their weights.
+        judge: of the elements of all models, how far their average is from what they say (`mergeid.judging`); the
+            lowest is taken. None: the largest sum is.
         max_sweeps: most rounds over all models from each start.
     """
     weights = scaled(graph, states)
     best: list[Element] = []
-    highest = -np.inf
-    for centre in range(len(states) if len(states) > 2 else 1):  # of two models both stars are the same
+    lowest = np.inf
+    centres = range(len(states) if len(states) > 2 else 1)  # of two models both stars are the same
+    shares = (WEIGHT_SHARE,) if judge is None or len(states) < 3 else SHARES
+    for share, centre in itertools.product(shares, centres):
         star = [
             graph.identity()
             if q == centre
@@ -52,13 +63,14 @@ def joint_matching(
                 WeightSimilarity(graph, weights[centre], weights[q]),
                 _between(correlations, centre, q),
                 generator=generator,
+                share=share,
             )
             for q in range(len(states))
         ]
-        found = _refined(graph, weights, correlations, star, generator, max_sweeps)
-        value = joint_value(graph, weights, correlations, found)
-        if value > highest:
-            best, highest = found, value
+        found = _refined(graph, weights, correlations, star, generator, max_sweeps, share)
+        cost = -joint_value(graph, weights, correlations, found) if judge is None else judge(found)
+        if not best or cost < lowest:
+            best, lowest = found, cost
     return [relative(best, 0, q) for q in range(len(states))]
 
 
@@ -91,6 +103,7 @@ def _refined(
     universe: Sequence[Element],
     generator: Generator,
     max_sweeps: int,
+    share: float,
 ) -> list[Element]:
     """Each model is matched to the mean of the others until none moves."""
     universe = list(universe)
@@ -119,7 +132,7 @@ def _refined(
                 element=universe[p],
                 extra=extra,
                 cosine=True,
-                weight=WEIGHT_SHARE,
+                weight=share,
                 max_passes=8,
             )
             moved |= any(not np.array_equal(found[k], universe[p][k]) for k in found)
