@@ -47,8 +47,8 @@ def cycle_matching(
     Args:
         states: state dicts of one architecture, at least two.
         max_steps: most Frank-Wolfe steps from each start (the identity, and weight matching to the first model).
-        tolerance: a step that gains less than this share of the objective is the last. With 1e-6 five perceptrons end no
-            higher after half as many steps again.
+        tolerance: a step that gains less than this share of the objective is the last. With 1e-6 five perceptrons
+            end no higher after half as many steps again.
     """
     weights = scaled(graph, states)
     star = [graph.identity()]
