@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,23 @@ def test_of_two_models_it_is_combined_matching() -> None:
     task = MatchTask(graph, models[0], models[1], torch.Generator().manual_seed(0), found[0, 1])
     cycle, combined = (get_matcher(name).match(task) for name in ("cycle", "combined"))
     assert all(np.array_equal(cycle[k], combined[k]) for k in combined)
+
+
+def test_the_end_that_is_judged_nearest_is_taken() -> None:
+    graph = graph_of(*WIDTHS)
+    models = states(3, *WIDTHS)
+    found = measured(graph, models)
+    seen: list[list[Element]] = []
+
+    def judge(universe: Sequence[Element]) -> float:
+        seen.append(list(universe))
+        return abs(len(seen) - 4)
+
+    taken = joint_matching(graph, models, found, generator=torch.Generator().manual_seed(0), judge=judge)
+    assert len(seen) == 6  # a star of every model, with two weights of the cosines
+    for q, element in enumerate(taken):
+        wanted = relative(seen[3], 0, q)
+        assert all(np.array_equal(wanted[k], element[k]) for k in wanted)
 
 
 def test_value_is_what_a_loop_says() -> None:
