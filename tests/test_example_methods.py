@@ -52,12 +52,12 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
 
 def test_runs_are_summed_up_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import fine_tunes
     import reproduce
-    import tasks
 
     rng = np.random.default_rng(0)
     runs = [{"linear": float(x), "ties": float(y)} for x, y in rng.uniform(0.5, 0.9, (5, 2))]
-    found = tasks.summed_up(runs, "linear")
+    found = fine_tunes.summed_up(runs, "linear")
     gaps = np.array([r["ties"] - r["linear"] for r in runs])
     assert found["ties"]["gap"] == pytest.approx(gaps.mean())
     assert found["ties"]["error"] == pytest.approx(gaps.std(ddof=1) / np.sqrt(5))

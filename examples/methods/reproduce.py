@@ -30,9 +30,9 @@ from mergeid.merge.zip import joint_correlations, spaces_up_to, zip_models
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Bench, State, forward, middle, repaired, task_of, with_state
+from fine_tunes import RUNS, four_tasks, one_task, summed_up
 from five import five
 from networks import Images, ResNet, accuracy, kept, perceptron, run, seeded
-from tasks import RUNS, four_tasks, one_task, summed_up
 
 TABLE = Path(__file__).parent / "table.md"
 MATCHERS = ("weight", "layerwise", "activation", "combined", "ot", "sinkhorn", "straight_through")
