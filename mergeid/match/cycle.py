@@ -40,15 +40,15 @@ def cycle_matching(
     *,
     generator: Generator,
     max_steps: int = 50,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
 ) -> list[Element]:
     """One element per model into the universe, which is the first model's order.
 
     Args:
         states: state dicts of one architecture, at least two.
         max_steps: most Frank-Wolfe steps from each start (the identity, and weight matching to the first model).
-        tolerance: a step that gains less than this share of the objective is the last. With 1e-6 five perceptrons
-            end no higher after half as many steps again.
+        tolerance: a step that gains less than this share of the objective is the last. (With 1e-4 perceptrons end as
+            high, but two ResNets end where weight matching does, at 54.7 % instead of 59.2 %.)
     """
     weights = scaled(graph, states)
     star = [graph.identity()]
