@@ -29,6 +29,7 @@ from mergeid.state import load_weights
 
 if TYPE_CHECKING:
     from mergeid.graph.neuron_graph import Element
+    from mergeid.load import Loaded
     from mergeid.planning import Plan
     from mergeid.plugins import Batch
     from mergeid.repairing import Repair
@@ -163,17 +164,55 @@ def compare(
         nets: merged networks by name, on the device, repaired as they would be written.
         planned: the one to prefer.
     """
-    first = members.first
-    shares = _shares(members)
-    models = [m.loaded.model.to(device).eval() for m in members.models]
+    found, unit = distances(
+        members.first,
+        [m.loaded.model for m in members.models],
+        list(nets.values()),
+        shares=_shares(members),
+        dataset=members.dataset,
+        collate=members.collate,
+        batch_size=batch_size,
+        device=device,
+    )
+    names = list(nets)
+    means = dict(zip(names, found.mean(1).tolist(), strict=True))
+    own_scores = found[names.index(planned)]
+    nearer = [n for n, other in zip(names, found, strict=True) if n != planned and _nearer(other, own_scores)]
+    best = min(nearer, key=means.__getitem__, default=planned)
+    return Comparison(means, planned, best, unit, found.shape[1])
+
+
+def distances(
+    first: Loaded,
+    models: Sequence[nn.Module],
+    nets: Sequence[nn.Module],
+    *,
+    shares: Sequence[float],
+    dataset: Any,
+    collate: Callable[[Any], Any] | None,
+    batch_size: int,
+    device: str,
+) -> tuple[Tensor, str]:
+    """How far merged networks are from what the models say.
+
+    Args:
+        first: of the models, how they are run.
+        models: the networks that were merged; `shares` are their weights in the mean prediction.
+        nets: merged networks, on the device, repaired as they would be written.
+        dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
+
+    Returns:
+        float64 [nets, examples], and the unit as in `Comparison`.
+    """
+    models = [m.to(device).eval() for m in models]
     classifies = _classifies(first)
     scores: list[Tensor] = []
-    count = len(members.dataset)
-    chosen = members.dataset
+    count = len(dataset)
+    chosen = dataset
     if count > EXAMPLES:
         chosen = Subset(chosen, [k * count // EXAMPLES for k in range(EXAMPLES)])
     spread = torch.zeros(3, dtype=torch.float64)
-    for raw in FixedBatches(chosen, batch_size, members.collate):
+    for raw in FixedBatches(chosen, batch_size, collate):
         batch = to_model(raw, torch.device(device), input_dtype(first.model))
         with torch.no_grad():
             own = [first.forward(m, batch).double() for m in models]
@@ -183,7 +222,7 @@ def compare(
                 middle = sum(w * o for w, o in zip(shares, own, strict=True))
                 spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])  # type: ignore[union-attr]
             rows = []
-            for net in nets.values():
+            for net in nets:
                 out = first.forward(net, batch).double()
                 far = -(target * out.log_softmax(-1)).sum(-1) if classifies else (out - middle).square().mean(-1)
                 rows.append(_per_example(far, batch))
@@ -192,12 +231,7 @@ def compare(
     if not classifies:
         n, total, squares = spread.tolist()
         found = found / max(squares / n - (total / n) ** 2, 1e-300)
-    names = list(nets)
-    means = dict(zip(names, found.mean(1).tolist(), strict=True))
-    own_scores = found[names.index(planned)]
-    nearer = [n for n, other in zip(names, found, strict=True) if n != planned and _nearer(other, own_scores)]
-    best = min(nearer, key=means.__getitem__, default=planned)
-    return Comparison(means, planned, best, "nats" if classifies else "relative", found.shape[1])
+    return found, "nats" if classifies else "relative"
 
 
 def _nearer(other: Tensor, own: Tensor) -> bool:

@@ -235,6 +235,8 @@ def load_checkpoint(
             )
         state[key] = value.to(own[key].dtype) if key in own else value
     result = model.load_state_dict(state, strict=False)
+    for name in names:
+        checkpoint.release(name)  # the model has copies
     tied = _tied(model)
     missing = [k for k in result.missing_keys if own[k].is_floating_point() and not tied.get(k, set()) & set(state)]
     if missing:
@@ -358,6 +360,7 @@ def graph_of(
     from mergeid.graph.recorder import Pass
     from mergeid.graph.trace import trace
     from mergeid.graph.verify import verify
+    from mergeid.memory import give_back
 
     model, batch = loaded.model, {k: v for k, v in loaded.example.items() if k != "labels"}
     size = sum(p.numel() for p in model.parameters())
@@ -402,7 +405,9 @@ def graph_of(
 
     found = proven([_one(x) for x in (batch, *more)])
     # one example is cheaper, but what compares examples with each other says nothing of one
-    return proven([batch, *more]) if graph.spaces and not found.spaces else found
+    found = proven([batch, *more]) if graph.spaces and not found.spaces else found
+    give_back()  # a copy of the model, in float64
+    return found
 
 
 def _one(batch: Batch) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from mergeid.pair import Pair, Progress, Source, dataset_of, load_base, load_pair
@@ -97,10 +98,25 @@ def common_order(
         return None
     import torch
 
-    from mergeid.match.cycle import relative
+    from mergeid.match.universe import relative
 
     options = {k: v for k, v in how.items() if k not in ("data", "match", "limit", "batch_size")}
     pairs = [load_pair(first, other, seed=seed, **options) for other in others]
-    states = [pairs[0].a.state(), *(pair.b.state() for pair in pairs)]
-    universe = found.match_all(pairs[0].graph, states, torch.Generator().manual_seed(seed))
-    return [relative(universe, 0, i) for i in range(1, len(states))]
+    loaded = [pairs[0].a, *(pair.b for pair in pairs)]
+    correlations = judge = None
+    dataset, collate = dataset_of(how["data"], loaded[0], how["limit"], seed)
+    if dataset is not None:
+        from mergeid.judging import judge_of
+        from mergeid.planning import batches_of, evidence_of
+
+        tell = options["progress"] or (lambda *_: None)
+        batches = batches_of(loaded[0], dataset, collate, how["batch_size"], tell)
+        correlations = {
+            (p, q): evidence_of(pairs[0].graph, loaded[p], loaded[q], batches, seed).correlations()
+            for p, q in combinations(range(len(loaded)), 2)
+        }
+        size, device = how["batch_size"], options["device"]
+        judge = judge_of(pairs[0].graph, loaded, dataset, collate, batch_size=size, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    universe = found.match_all(pairs[0].graph, [x.state() for x in loaded], generator, correlations, judge)
+    return [relative(universe, 0, i) for i in range(1, len(loaded))]

@@ -19,6 +19,7 @@ from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
 from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
+from mergeid.memory import give_back
 from mergeid.merge.asymmetric import compared
 from mergeid.nn.folding import effective_state
 from mergeid.structural import Batches, structure_of, why_not
@@ -167,6 +168,7 @@ def make_plan(
         evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto")
         tell("matching", 0, 1)
         correlation = evidence.correlations()
+        give_back()  # the sums that they come from
         similarity = WeightSimilarity(graph, a.state(), b.state())
         if named is None or named.name == "combined":
             matched = combined_matching(similarity, correlation, generator=generator)
@@ -181,6 +183,7 @@ def make_plan(
             if named is not None and named.name != "combined":
                 # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
                 scores = {k: np.eye(len(p))[p] for k, p in matched.items()}
+            give_back()  # the scores of all passes
             tell("judging on held-out examples", 0, 1)
             decided = decide_from_activations(evidence, scores, cosines, matched, seed=seed)
             element = decided.element

@@ -48,3 +48,20 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "apt-get install dataset-fashion-mnist" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_runs_are_summed_up_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import fine_tunes
+    import reproduce
+
+    rng = np.random.default_rng(0)
+    runs = [{"linear": float(x), "ties": float(y)} for x, y in rng.uniform(0.5, 0.9, (5, 2))]
+    found = fine_tunes.summed_up(runs, "linear")
+    gaps = np.array([r["ties"] - r["linear"] for r in runs])
+    assert found["ties"]["gap"] == pytest.approx(gaps.mean())
+    assert found["ties"]["error"] == pytest.approx(gaps.std(ddof=1) / np.sqrt(5))
+    assert set(found["linear"]) == {"accuracy"}
+    written = reproduce.table({f"tasks/{k}": v for k, v in found.items()})
+    assert "| | accuracy | against linear, points |" in written
+    assert f"{100 * gaps.mean():+.2f} ± {100 * found['ties']['error']:.2f} |" in written

@@ -281,4 +281,16 @@ def test_contradictions_are_counted(paper):
     lines = {line[0]: line[1:] for line in paper.falsify.contradictions(found)}
     assert lines["certified, barrier from the order"] == ["mnist mnist W 1", "1 of 4", "0.200", "0.010"]
     assert lines["decided match, no barrier"][1] == "1 of 4"
+    assert lines["certified, yet decided match"] == ["", "0", "", ""]
     assert lines["nothing fixed, no barrier"] == ["", "0", "", ""]
+
+
+def test_the_shipped_table_is_the_whole_grid(paper):
+    rows = paper.table.read(PAPER / "results.csv")
+    wanted = {paper.table.key(s, p) for s, p in paper.grid.work(list(paper.grid.EXPERIMENTS), 4)}
+    assert paper.table.done(rows) == wanted and len(rows) == 2 * len(wanted)
+    found = paper.falsify.cases(rows)
+    assert len(found) == len(wanted)
+    summary = (PAPER / "summary.md").read_text(encoding="utf-8")
+    for line in (*paper.falsify.counted(found), *paper.falsify.contradictions(found)):
+        assert f"| {' | '.join(line)} |" in summary

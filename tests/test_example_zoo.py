@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
-MODULES = ("tasks", "families", "recipes", "training", "measuring", "pairs_table", "build", "flips", "report")
+MODULES = ("tasks", "families", "recipes", "training", "measuring", "pairs_table", "build", "flips", "weak", "report")
 FASHION = Path("/usr/share/datasets/fashion-mnist").exists()
 CPU = ("seconds",)
 
@@ -158,6 +158,28 @@ def test_flips_are_measured_and_go_on(mini, tmp_path):
     assert "| match to direct | 1 |" in mini.report.flips(rows)
 
 
+def test_poor_matches_are_measured_and_go_on(mini, tmp_path):
+    work, cache = list(mini.recipes.work()), tmp_path / "cache"
+    chosen = [next(p for p in work if p.scramble == "all"), next(p for p in work if p.kind == "fine-tunes")]
+    for pair in chosen:
+        mini.build.build(tmp_path, cache, only=pair.id.replace("*", "[*]"))
+    rows = mini.weak.run(tmp_path, cache, 16)
+    assert rows == mini.weak.run(tmp_path, cache, 16) == mini.pairs_table.read(tmp_path / "weak.csv")
+    assert {r["pair"] for r in rows} == {p.id for p in chosen}
+    for row in rows:
+        pair, zoo = next(p for p in chosen if p.id == row["pair"]), mini.build.Zoo(cache)
+        (a, b), (held, _) = zoo.nets(pair), zoo.data(pair)
+        with torch.no_grad():
+            for p, q in zip(a.parameters(), b.parameters(), strict=True):
+                p.copy_((p + q) / 2)
+            batch = held.batch()
+            plain = torch.nn.functional.cross_entropy(a(batch["arg0"]), batch["labels"]).item()
+        assert float(row["direct"]) == pytest.approx(plain, abs=1e-4)
+        if row["auto_is"] in ("direct", "match"):
+            assert row["auto"] == row[row["auto_is"]]
+    assert "| 16 | fine-tunes | 1 |" in mini.report.poor(rows)
+
+
 # -- the parts ----------------------------------------------------------------------------------------------
 
 
@@ -275,3 +297,8 @@ def test_the_shipped_table(zoo):
             assert models[model.id]["file"].endswith(f"-{model.digest:08x}.safetensors")
     assert len({r["family"] for r in rows}) >= 8 and len({r["data"] for r in rows}) >= 4
     assert zoo.report.hard(rows) >= 1 / 3
+    flipped = [r for r in zoo.pairs_table.read(ZOO / "flips.csv") if r["space"]]
+    assert len(flipped) == 200 and {r["pair"] for r in flipped} <= {r["pair"] for r in rows}
+    for row in flipped:
+        change = float(row["loss_flipped"]) - float(row["loss"])
+        assert float(row["worse_by"]) == pytest.approx(change, abs=2e-5) and int(row["moved"]) > 0

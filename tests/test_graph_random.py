@@ -34,6 +34,10 @@ FOUND = {
     "a common quotient in which no label of the trace lies": [
         ("turn", 0, 0, 0), ("scale", 0, 0, 0), ("parts", 0, 0, 1), ("outer", 0, 0, 0), ("parts", 8, 1, 0),
     ],
+    "a member that two others put into two members of one space": [
+        ("activation", 0, 0, 0), ("parts", 0, 0, 2), ("add", 0, 1, 0), ("activation", 0, 0, 0),
+    ],
+    "a write into one of several copies": [("cut", 0, 1, 2), ("pick", 0, 1, 2), ("write", 0, 1, 0)],
 }  # fmt: skip
 """Steps that once gave a wrong graph."""
 

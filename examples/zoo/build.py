@@ -75,7 +75,7 @@ class Zoo:
             direct = curves["direct" + suffix] = nets.curve(plain, repaired)
             curves["match" + suffix] = nets.curve(matched, repaired, direct) if moved else direct
         decision = nets.decide(known)
-        choice = _named(decision.element, plain, matched)
+        choice = named(decision.element, plain, matched)
         # what mergeid repairs of its own accord are BatchNorm statistics
         suffix = "_repair" if nets.repair == "bn" else ""
         own = curves.get(choice + suffix)
@@ -91,7 +91,7 @@ class Zoo:
         return row
 
 
-def _named(element: Element, plain: Element, matched: Element) -> str:
+def named(element: Element, plain: Element, matched: Element) -> str:
     if same(element, plain):
         return "direct"
     return "match" if same(element, matched) else "mixed"
@@ -100,7 +100,7 @@ def _named(element: Element, plain: Element, matched: Element) -> str:
 def _weak(nets: PairOfNets, name: str, data: Examples | None, plain: Element) -> table.Row:
     """The decision and three midpoint losses with weak evidence."""
     decision, matched = nets.decide(data), nets.always(data)
-    choice = _named(decision.element, plain, matched)
+    choice = named(decision.element, plain, matched)
     losses = {k: nets.middle(e, data) for k, e in (("direct", plain), ("match", matched))}
     losses["auto"] = losses[choice] if choice in losses else nets.middle(decision.element, data)
     return table.decision_cells(f"{name}_", decision, choice) | {f"{name}_{k}": f"{v:.5f}" for k, v in losses.items()}

@@ -108,11 +108,20 @@ class PairOfNets:
 
     Args:
         repair: of the family, "bn", "repair" or "".
+        matcher: name in mergeid's registry; None: its own choice.
     """
 
     def __init__(
-        self, a: nn.Module, b: nn.Module, graph: NeuronGraph, repair: str, test: Examples, calibration: Examples
+        self,
+        a: nn.Module,
+        b: nn.Module,
+        graph: NeuronGraph,
+        repair: str,
+        test: Examples,
+        calibration: Examples,
+        matcher: str | None = None,
     ) -> None:
+        self.matcher = matcher
         self.graph, self.repair, self.test, self.calibration = graph, repair, test.batch(), calibration
         example = {k: v[:2] for k, v in self.test.items()}
         self.a, self.b = loaded(a, "a", example), loaded(b, "b", example)
@@ -231,6 +240,7 @@ class PairOfNets:
             graph=self.graph,
             structure=False,
             batch_size=256,
+            matcher=self.matcher,
         )
 
 

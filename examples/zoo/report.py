@@ -26,6 +26,9 @@ CLOSE = 0.01
 """Nats that two merges may differ by and count as equal."""
 FLIPPED = """Test loss at the midpoint with one space's decision turned round, minus the loss with all spaces as decided
 (512 inputs, before the last look), in nats. Worse, better: by more than {:g} nats."""
+POOR = """Matched by activations alone on few inputs, which parts many neurons that correspond (`weak.py`). Better: by
+more than {0:g} nats at the midpoint, on the test set. Always direct, always match, mergeid: share of pairs within
+{0:g} nats of the better of the two."""
 COLOURS = {"direct": "#c44e52", "match": "#4c72b0"}
 
 
@@ -112,6 +115,27 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
+def poor(rows: Sequence[Row]) -> str:
+    """Decisions where the match is poor, beside the constant rules, in Markdown."""
+    text = ["# Decisions between the plain merge and a poor match", "", POOR.format(CLOSE), ""]
+    body = []
+    for inputs in sorted({r["inputs"] for r in rows}, key=int, reverse=True):
+        for name, kinds in (
+            ("all", KINDS),
+            ("split, fine-tunes", ("split", "fine-tunes")),
+            *((k, (k,)) for k in KINDS),
+        ):
+            chosen = [r for r in rows if r["inputs"] == inputs and r["kind"] in kinds]
+            if not chosen:
+                continue
+            direct, match, auto = (values(chosen, c) for c in ("direct", "match", "auto"))
+            good = np.minimum(direct, match) + CLOSE
+            shares = [direct < match - CLOSE, match < direct - CLOSE, direct <= good, match <= good, auto <= good]
+            body.append([inputs, name, str(len(chosen)), *(f"{np.mean(s):.1%}" for s in shares)])
+    heads = ["inputs", "kind", "pairs", "direct better", "match better", "always direct", "always match", "mergeid"]
+    return "\n".join([*text, *_markdown(heads, body), ""])
+
+
 def flips(rows: Sequence[Row]) -> str:
     """What flipping single decisions did, in Markdown."""
     text = ["# Decisions flipped one at a time", "", FLIPPED.format(CLOSE), ""]
@@ -173,6 +197,8 @@ def main() -> None:
     if not rows:
         parser.error(f"{out / 'pairs.csv'} holds no pairs; run build.py first")
     text = [summary(rows)]
+    if weak := table.read(out / "weak.csv"):
+        text.append(poor(weak))
     if flipped := table.read(out / "flips.csv"):
         text.append(flips(flipped))
     (out / "summary.md").write_text("\n".join(text), encoding="utf-8")

@@ -64,7 +64,7 @@ def load(model: Model, cache: Path) -> nn.Module:
 
 
 def facts(model: Model, cache: Path) -> dict[str, float]:
-    """Loss (nats) and accuracy of a network on its own task's test set, and the CPU seconds that its training took."""
+    """Loss (nats) and accuracy of a trained network on its own task's test set, and CPU seconds of its training."""
     net, test = load(model, cache), tasks.test(model.group.data, (model.task, model.task))
     with safe_open(path(model, cache), "pt") as file, torch.no_grad():
         losses, right = scores(logits(net(test.x)), test.labels)

@@ -281,16 +281,24 @@ class Recorder(TorchDispatchMode):
             self._versions[tensor] = self._versions.get(tensor, 0) + 1
             return
         old = self.layout(tensor)
-        if any(f.kind == FREE for d in old.dims for f in d) or (new.data and not old.data):
-            self._upgrade(tensor, new)
+        root = self._root(tensor)
+        # a part is written where all positions were alike, or what is written varies
+        part = tensor.numel() < root.numel() and _has_free(self.layout(root))
+        if part or _has_free(old) or (new.data and not old.data):
+            self._upgrade(root, new)
             old = self.layout(tensor)
         relate(self.facts, old, new, call.why)
 
-    def _upgrade(self, tensor: Tensor, new: Layout) -> None:
+    def _root(self, tensor: Tensor) -> Tensor:
+        """What it is a view of."""
+        view: _View | None = self._views.get(tensor)
+        while view is not None:
+            tensor = view.parent
+            view = self._views.get(tensor)
+        return tensor
+
+    def _upgrade(self, root: Tensor, new: Layout) -> None:
         """Give the base of a view labels (or freeze it) where a write makes its values vary."""
-        root = tensor
-        while (view := self._views.get(root)) is not None:
-            root = view.parent
         layout = self.layout(root)
         kind = LABELLED if new.groups else FROZEN
         swap = {f: Fine(f.size, kind) for d in layout.dims for f in d if f.kind == FREE}
@@ -347,6 +355,10 @@ class Recorder(TorchDispatchMode):
             if set(fines) == set(g.fines) and 0 not in dims:
                 labels = g.ordered(fines).reshape(-1)
                 self.taps.append(Tap(name, kind, call, tensor.dim(), dims, labels))
+
+
+def _has_free(layout: Layout) -> bool:
+    return any(f.kind == FREE for d in layout.dims for f in d)
 
 
 def _flat(result: Result) -> list[Layout | None]:

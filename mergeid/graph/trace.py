@@ -108,23 +108,32 @@ def _simplified(cells: list[Cell]) -> list[_Draft | None]:
     moves = _moving(cells)
     drafts: list[_Draft | None] = []
     for cell, m in zip(cells, moves, strict=True):
-        columns: dict[int, np.ndarray] = {}
-        queue = [(p, cell.block_parents[:, k]) for k, p in enumerate(cell.parents)]
-        while queue:
-            p, column = queue.pop(0)
-            draft = drafts[p]
-            if draft is None:
-                continue
-            if draft.members.shape[1] == 1 and draft.parents:
-                # it only follows: its own parents say the same
-                queue += [(q, draft.block_parents[column, k]) for k, q in enumerate(draft.parents)]
-            else:
-                columns.setdefault(p, column)
+        given = [(p, cell.block_parents[:, k]) for k, p in enumerate(cell.parents) if drafts[p] is not None]
+        columns = _followed(given, drafts)
+        if columns is None:
+            columns = dict(given)
         implied = {q for q, column in columns.items() for p in columns if _says(drafts, p, columns[p], q, column)}
         names = tuple(sorted(p for p in columns if p not in implied))
         where = np.stack([columns[p] for p in names], 1) if names else np.zeros((len(cell.members), 0), np.int64)
         drafts.append(_Draft(cell.members, names, where, []) if m else None)
     return drafts
+
+
+def _followed(given: list[tuple[int, np.ndarray]], drafts: list[_Draft | None]) -> dict[int, np.ndarray] | None:
+    """The parents, or where one of them only follows, what it follows; None where that would be two members of one
+    draft, which cannot be said."""
+    columns: dict[int, np.ndarray] = {}
+    queue = list(given)
+    while queue:
+        p, column = queue.pop(0)
+        draft = drafts[p]
+        if draft is None:
+            continue
+        if draft.members.shape[1] == 1 and draft.parents:
+            queue += [(q, draft.block_parents[column, k]) for k, q in enumerate(draft.parents)]
+        elif not np.array_equal(columns.setdefault(p, column), column):
+            return None
+    return columns
 
 
 def _lay_out(
@@ -249,7 +258,7 @@ def _homes(
                 home[i] = first[alike]
             first[alike] = (home[i][0], home[i][1] + d.members.size)
         elif len(d.parents) == 1 and d.members.shape[1] == 1 and home[d.parents[0]][0] == d.parents[0]:
-            home[i] = (d.parents[0], 0)
+            home[i] = (d.parents[0], 0) if i not in has_children else (i, 0)
     # positions of every member must come in the same order of drafts
     for key, at in on_axis.items():
         here = _distinct(at)

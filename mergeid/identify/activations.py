@@ -15,8 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from mergeid.graph.neuron_graph import NeuronGraph, TapMap
 
-CHUNK = 512
-"""Rows that are added to the statistics at once, whatever the batch size."""
+CHUNK, FEW = 512, 32
+"""Rows that are added to the statistics at once, whatever the batch size; without a cross-covariance, whose sums are
+large beside the rows, few."""
+
+HELD = 1 << 28
+"""Bytes of both models' sampled activations that are held at once: larger batches run in parts."""
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -148,6 +152,7 @@ class Moments:
 
     def __init__(self, n: int, cross: bool) -> None:
         self.n, self.count = n, 0
+        self.chunk = CHUNK if cross else FEW
         self.shift: tuple[Tensor, Tensor] | None = None
         self.sums = torch.zeros(2, n, dtype=torch.float64)
         self.squares = torch.zeros(2, n, dtype=torch.float64)
@@ -156,19 +161,19 @@ class Moments:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         self._waiting.append((a, b))
-        if sum(len(x) for x, _ in self._waiting) >= CHUNK:
+        if sum(len(x) for x, _ in self._waiting) >= self.chunk:
             self._flush(False)
 
     def _flush(self, everything: bool) -> None:
         if not self._waiting:
             return
         a, b = (torch.cat([pair[k] for pair in self._waiting]) for k in range(2))
-        while len(a) >= CHUNK or (everything and len(a)):
-            self._chunk(a[:CHUNK], b[:CHUNK])
-            a, b = a[CHUNK:], b[CHUNK:]
+        while len(a) >= self.chunk or (everything and len(a)):
+            self._add(a[: self.chunk], b[: self.chunk])
+            a, b = a[self.chunk :], b[self.chunk :]
         self._waiting = [(a.clone(), b.clone())] if len(a) else []  # no views of the whole
 
-    def _chunk(self, a: Tensor, b: Tensor) -> None:
+    def _add(self, a: Tensor, b: Tensor) -> None:
         if self.shift is None:
             self.shift = (a.mean(0, dtype=torch.float64).float(), b.mean(0, dtype=torch.float64).float())
         a, b = a - self.shift[0], b - self.shift[1]
@@ -177,7 +182,7 @@ class Moments:
             self.sums[k] += x.sum(0, dtype=torch.float64)
             self.squares[k] += x.double().square().sum(0)
         if self.cross is not None:
-            self.cross += (a.T @ b).double()
+            self.cross += a.T @ b  # added in float64
 
     def finish(self) -> Moments:
         self._flush(True)
@@ -236,21 +241,12 @@ class PairStream:
     def rows(
         self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
     ) -> Iterator[tuple[str, int, Rows, Rows]]:
-        """(space, tap number, rows of A, rows of B) for every batch, space and tap.
+        """(space, tap number, rows of A, rows of B) for every batch (or part of one), space and tap.
 
         Args:
             half: only every other example, 0: from the first on, 1: from the second on.
         """
-        first = 0
-        for batch in self.batches():
-            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
-            ids = torch.arange(first, first + size)
-            first += size
-            if half is not None and all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
-                chosen = ids % 2 == half
-                batch, ids = {k: x[chosen.to(x.device)] for k, x in batch.items()}, ids[chosen]
-                if not len(ids):
-                    continue
+        for batch, ids in self._parts(taps, half):
             take = partial(self._sampled, taps, ids, real_tokens(batch))
             values = [
                 {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
@@ -260,6 +256,25 @@ class PairStream:
                 for k in range(len(list_of)):
                     if (space, k) in values[0] and (space, k) in values[1]:
                         yield space, k, values[0].pop((space, k)), values[1].pop((space, k))
+
+    def _parts(
+        self, taps: Mapping[str, Sequence[TapMap]], half: int | None
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Batches that give no more than `HELD` bytes of rows, with the places of their examples in the data."""
+        members = sum(int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of)
+        most = max(HELD // max(2 * 4 * self.per_example * members, 1), 1)
+        first = 0
+        for batch in self.batches():
+            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+            ids = torch.arange(first, first + size)
+            first += size
+            if not all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
+                yield batch, ids
+                continue
+            chosen = ids if half is None else ids[ids % 2 == half]
+            for part in chosen.split(most) if len(chosen) else ():
+                at = part - ids[0]
+                yield (batch if len(part) == size else {k: x[at.to(x.device)] for k, x in batch.items()}), part
 
     def _sampled(
         self, taps: Mapping[str, Sequence[TapMap]], ids: Tensor, mask: Tensor | None, key: Key, tensor: Tensor

@@ -2,8 +2,7 @@
 
 Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
 is at least as good within its interval: ties go to the identity, unless the weights of the moved neurons leave no
-doubt. Without data only the weights speak, judged on a half of them that the match has not seen, and nothing is
-promised.
+doubt. Without data only the weights speak, and nothing is promised.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mergeid.identify.evidence import ActivationEvidence, Judgement, Request
 from mergeid.identify.layers import SpaceRecord
 from mergeid.match.assignment import TreeAssignment, descendants
 from mergeid.match.inner_products import WeightSimilarity
-from mergeid.match.weight import weight_matching
+from mergeid.match.weight import good_start, weight_matching
 
 DIRECT, MATCH, WILL_NOT = "direct", "match", "will not merge"
 
@@ -35,7 +34,10 @@ activations above 0: two swapped neurons among many with heavy tails leave a wid
 the best of n random directions in d dimensions has a cosine of about sqrt(2 ln n / d)."""
 
 NULL_SIGMAS = 4.0
-"""Standard deviations of a random permutation's score that weight evidence must beat."""
+"""Standard deviations of a random permutation's score above which unseen weights confirm a match."""
+
+TIE = 1e-3
+"""Share of the moved neurons' similarity that a match of weights must gain: neurons that are alike stay."""
 
 
 @dataclass(frozen=True)
@@ -246,46 +248,56 @@ def _decision(
 
 
 def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -> Decisions:
-    """Weight evidence alone: a space is matched only if a match fitted on one half of its weights beats, on the other
-    half, both the identity and random permutations."""
+    """Weight evidence alone: the better order of the weights counts, and ties go to the identity.
+
+    Where nothing corresponds, a match costs nothing, since the identity is no better than it; where something does,
+    networks of one origin keep their order, as their weights are nearest to themselves. Whether weights that the match
+    has not seen confirm it is reported, and decides nothing.
+    """
     graph = similarity.graph
     accepted: set[str] = {s.id for s in graph.spaces}
     element = graph.identity()
     records: dict[str, SpaceEvidence] = {}
+    matched = weight_matching(similarity, generator=generator, element=good_start(similarity))
     for _ in range(3):
-        matched = weight_matching(similarity, generator=generator, only=accepted)
         halves = {s.id: similarity.halves(s, matched, generator) for s in graph.spaces}
+        scores = {s.id: similarity.scores(s, matched) for s in graph.spaces}
         fit = TreeAssignment(graph, {k: h[0] for k, h in halves.items()})
-        full = TreeAssignment(graph, {s.id: similarity.scores(s, matched) for s in graph.spaces})
+        full = TreeAssignment(graph, scores)
         element = {}
         before = set(accepted)
         for s in graph.spaces:
             follow = graph.follow(s, element)
             start = _completed(graph, {**element, s.id: follow}, matched)
-            tree = [c for c in descendants(graph, s) if halves[c.id][1].any()]
-            still, fitted = _tree_candidates(graph, fit, s, start) if s.id in accepted else (start, start)
-            gain, sd, score, moved = 0.0, 0.0, 0.0, 0
-            for c in [s] if s in tree else tree:
+            tree = [c for c in descendants(graph, s) if scores[c.id].any()]
+            judged = [s] if s in tree else tree
+            still, best = _tree_candidates(graph, full, s, start) if s.id in accepted else (start, start)
+            fitted = _tree_candidates(graph, fit, s, start)[1]
+            gain, size, moved, z = 0.0, 0.0, 0, 0.0
+            mean = var = unseen = 0.0
+            for c in judged:
+                now = follow if c is s else still[c.id]
+                to = np.flatnonzero(best[c.id] != now)
+                gain += float((scores[c.id][to, best[c.id][to]] - scores[c.id][to, now[to]]).sum())
+                size += float(np.abs(scores[c.id][to, best[c.id][to]]).sum())
+                moved += len(to)
                 held = halves[c.id][1]
-                rows = np.arange(c.size)
-                a = held[rows, follow] if c is s else held[rows, still[c.id]]
-                b = held[rows, fitted[c.id]]
-                mean, var = _null(held, c)
-                gain += float((b - a).sum())
-                score += float(b.sum()) - mean
-                sd = float(np.hypot(sd, np.sqrt(var)))
-                moved += int((fitted[c.id] != (follow if c is s else still[c.id])).sum())
-            total = sum(c.size for c in ([s] if s in tree else tree)) or 1
-            needed = NULL_SIGMAS * sd * np.sqrt(2 * max(moved, 1) / total)
-            matches = s.id in accepted and moved > 0 and gain > needed and score > NULL_SIGMAS * sd
+                unseen += float(held[np.arange(c.size), fitted[c.id]].sum())
+                chance = _null(held, c)
+                mean, var = mean + chance[0], var + chance[1]
+            if var > 0:
+                z = (unseen - mean) / float(np.sqrt(var))
+            matches = s.id in accepted and moved > 0 and gain > TIE * size
             choice = full.choose(s, start) if matches else follow
             element[s.id] = choice
-            z = score / sd if sd > 0 else 0.0
-            records[s.id] = _weight_record(graph, s, matches, int((choice != follow).sum()), gain, sd, z)
-            if not matches:
+            records[s.id] = _weight_record(
+                graph, s, matches, int((choice != follow).sum()), gain / size if size else None, z if judged else None
+            )
+            if moved and not matches:
                 accepted.discard(s.id)
         if accepted == before:
             break
+        matched = weight_matching(similarity, generator=generator, only=accepted)
     return Decisions([records[s.id] for s in graph.spaces], element)
 
 
@@ -315,14 +327,15 @@ def _null(score: np.ndarray, space: Space) -> tuple[float, float]:
 
 
 def _weight_record(
-    graph: NeuronGraph, space: Space, matches: bool, moved: int, gain: float, sd: float, z: float
+    graph: NeuronGraph, space: Space, matches: bool, moved: int, gain: float | None, z: float | None
 ) -> SpaceEvidence:
-    if matches:
-        why = f"the match beats random permutations on unseen weights by {z:.0f} standard deviations"
-    elif sd == 0:
+    if z is None:
         why = "no weights to judge by"
+    elif matches:
+        confirmed = "confirm" if z > NULL_SIGMAS else "do not confirm"
+        why = f"the weights fit better in another order; unseen ones {confirmed} it ({z:.0f} standard deviations)"
     else:
-        why = "on unseen weights no match is better than the identity and better than chance"
+        why = "the weights fit best as they lie"
     return _record(
         graph,
         space,
@@ -330,5 +343,5 @@ def _weight_record(
         why=why,
         evidence="weights",
         moved=moved,
-        gain=gain / sd if sd > 0 else None,
+        gain=gain,
     )

@@ -53,10 +53,11 @@ def combined_matching(
     *,
     generator: Generator,
     passes: int = 8,
+    share: float = WEIGHT_SHARE,
     workers: int | None = None,
 ) -> Element:
     """Activation matching, refined by the weights where activations leave a choice, and weight matching for spaces
-    whose activations cannot be read; `workers` as in `weight_matching`."""
+    whose activations cannot be read; `share` is the weight of the cosines, `workers` as in `weight_matching`."""
     graph = similarity.graph
 
     def extra(space: Space) -> np.ndarray:
@@ -70,7 +71,7 @@ def combined_matching(
         element=start,
         extra=extra,
         cosine=True,
-        weight=WEIGHT_SHARE,
+        weight=share,
         max_passes=passes,
         workers=workers,
     )

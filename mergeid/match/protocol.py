@@ -88,9 +88,21 @@ class JointMatcher(Matcher, Protocol):
     """A matcher that brings any number of models into one common order at once."""
 
     def match_all(
-        self, graph: NeuronGraph, states: Sequence[Mapping[str, Tensor]], generator: Generator
+        self,
+        graph: NeuronGraph,
+        states: Sequence[Mapping[str, Tensor]],
+        generator: Generator,
+        correlations: Mapping[tuple[int, int], Mapping[str, np.ndarray]] | None = None,
+        judge: Callable[[Sequence[Element]], float] | None = None,
     ) -> list[Element]:
-        """One element per model, which brings it into the common order (the universe)."""
+        """One element per model, which brings it into the common order (the universe).
+
+        Args:
+            correlations: (p, q) with p < q -> space id -> [size, size] correlations of both models' activations; None
+                without data.
+            judge: how far the average of the models in a common order is from what they say, lower is better; None
+                without data.
+        """
         ...
 
 

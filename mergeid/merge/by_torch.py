@@ -176,6 +176,7 @@ def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         tensor = checkpoint.tensor(name)
         if (tensor.is_floating_point() or tensor.is_complex()) and not _finite(tensor):
             raise MergeidError(not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any())))
+        checkpoint.release(name)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -133,7 +133,9 @@ def zip_models(
     shares: dict[str, float] = {}
     for s in chosen:
         if s.parents or graph.children(s):
-            raise MergeidError(f"{s.label!r} lies in heads or holds them; such spaces are not zipped")
+            raise MergeidError(
+                f"{s.label!r} lies in heads or holds them; only convolutional networks and perceptrons are zipped"
+            )
         if s.id not in correlations:
             raise MergeidError(f"the activations of {s.label!r} cannot be read; give zip only spaces that can")
         pairs = pairs_of(correlations[s.id], within=within)

