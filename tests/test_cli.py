@@ -62,16 +62,11 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return call
 
 
-def test_help_is_quick_and_light() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = f"import sys, mergeid.cli; print([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "mergeid", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
+    done = subprocess.run([sys.executable, "-m", "mergeid", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(verb in done.stdout for verb in VERBS)
-    assert min(seconds) < 1, seconds
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import mergeid as m
 from mergeid.evaluate.interpolate import load_between
+from mergeid.predict.features import OutputSums
 from mergeid.predict.lockstep import PathsDiffer, lockstep, watch
 from mergeid.predict.probe import probe
 
@@ -120,6 +121,39 @@ def test_every_weight_is_seen() -> None:
     _, seen = watch(a, forward, {"arg0": torch.randn(2, 1, 4, 4)})
     found = {name for op in seen for name in op.weights}
     assert found == {k for k, v in a.state_dict().items() if v.is_floating_point()}
+
+
+def test_the_chance_of_another_decision() -> None:
+    """`flips` against draws: a change of the logits of that size in a random direction, and what the first class had
+    been more probable by than the second where the two then stand the other way round."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    b, moved = a + 0.3 * torch.randn(3, 6, generator=generator, dtype=torch.float64), a + 0.8
+    moved[:, ::2] -= 1.3
+    sums = OutputSums()
+    sums.add(a, b, (moved, moved), None)
+    average, q = (a + b) / 2, (a.softmax(-1) + b.softmax(-1)) / 2
+    change = moved - average
+    size = (change - change.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+    drawn = average + size * torch.randn(40_000, 3, 6, generator=generator, dtype=torch.float64)
+    likely, which = q.topk(2, -1)
+    first, second = drawn.gather(-1, which.expand(40_000, 3, 2)).unbind(-1)
+    expected = ((second > first).double().mean(0) * (likely[:, 0] - likely[:, 1])).mean()
+    assert sums.features()["flips"] == pytest.approx(float(expected), rel=0.05, abs=1e-3)
+
+
+def test_the_error_of_the_rise_is_that_of_its_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, m1, m2 = (torch.randn(50, 4, generator=generator, dtype=torch.float64) for _ in range(4))
+    sums = OutputSums()
+    for part in (slice(20), slice(20, None)):
+        sums.add(a[part], b[part], (m1[part], m2[part]), None)
+    q = (a.softmax(-1) + b.softmax(-1)) / 2
+    apart = -(q * (m1.log_softmax(-1) + m2.log_softmax(-1)) / 2).sum(-1)
+    rise = apart + (q * ((a + b) / 2).log_softmax(-1)).sum(-1)
+    found = sums.features()
+    assert found["shift_apart"] == pytest.approx(float(rise.mean()))
+    assert found["shift_error"] == pytest.approx(float(rise.std(correction=0)) / 50**0.5)
 
 
 def test_other_paths_are_told() -> None:

@@ -79,6 +79,32 @@ def test_quantiles_cover_a_new_one_of_the_same_kind(values: list[float], level: 
     assert inside >= math.floor(level * len(values))
 
 
+def test_intervals_hold_in_every_group_but_the_worst() -> None:
+    """Groups differ by an offset that is large beside what varies inside them: the quantiles of all residuals together
+    miss most of two of them, and the widened interval most of one at the most."""
+    rng = np.random.default_rng(0)
+    shifts = [*rng.normal(0, 0.1, 30), -0.9, 0.9]
+    known = [
+        Row({"x": x, "z": 1.0, "divergence": 0.1}, float(lower(lift(x, 0.02) + s + rng.normal(0, 0.1), 0.02)), f"g{k}")
+        for k, s in enumerate(shifts)
+        for x in rng.uniform(0.5, 5, 30)
+    ]
+    model = fit(DESIGN, known)
+    assert model.stretch > 1
+
+    def held(model: Model, group: str) -> float:
+        own = [r for r in known if r.group == group]
+        return coverage(own, [model.predict(r.features) for r in own])
+
+    names = sorted({r.group for r in known})
+    assert sum(held(replace(model, stretch=1.0), g) < 0.8 for g in names) >= 2
+    assert sum(held(model, g) < 0.8 for g in names) <= 1
+
+
+def test_groups_that_are_alike_need_no_stretch() -> None:
+    assert fit(DESIGN, rows(0, groups=12, each=60)).stretch < 1.25
+
+
 def test_few_residuals_give_no_interval() -> None:
     assert conformal([0.1, -0.1], [0.5, 0.5], 0.9) == (-math.inf, math.inf)
     assert conformal([], [], 0.9) == (-math.inf, math.inf)

@@ -143,11 +143,16 @@ def predicted(found: Sequence[Case], unit: str, by: str) -> list[Interval]:
 def verdict_scores(found: Sequence[Case], nats: Sequence[Interval], by: str) -> list[float]:
     """What says that a merge is bad: the larger of the two predictions, each less its limit, on their scales."""
     known = [c for c in found if not math.isnan(c.points)]
-    points = iter(predicted(known, "points", by))
+    return worse_of(found, [i.score for i in nats], [i.score for i in predicted(known, "points", by)])
+
+
+def worse_of(found: Sequence[Case], nats: Sequence[float], points: Sequence[float]) -> list[float]:
+    """The larger of two scores, each less its limit; `points` are those of the cases whose points are known."""
+    left = iter(points)
     limits = float(lift(BAD_NATS, NATS)), float(lift(BAD_POINTS, POINTS))
     return [
-        i.score - limits[0] if math.isnan(c.points) else max(i.score - limits[0], next(points).score - limits[1])
-        for c, i in zip(found, nats, strict=True)
+        s - limits[0] if math.isnan(c.points) else max(s - limits[0], next(left) - limits[1])
+        for c, s in zip(found, nats, strict=True)
     ]
 
 
@@ -278,24 +283,28 @@ def _points(chosen: Sequence[Case]) -> str:
 
 def _rivals(found: Sequence[Case]) -> str:
     chosen = of(found, "inputs", "nats")
-    ours = [i.score for i in predicted(chosen, "nats", "family")]
-    everyone = {"mergeid, inputs": ours}
+    intervals = predicted(chosen, "nats", "family")
+    everyone = {
+        "mergeid, inputs": ([i.score for i in intervals], verdict_scores(chosen, intervals, "family")),
+    }
     for name in RIVALS:
-        everyone[name] = rival_scores(name, chosen)
+        nats, points = (rival_scores(name, chosen, unit) for unit in ("nats", "points"))
+        everyone[name] = nats, worse_of(chosen, nats, points)
     groups = {k: v for k, v in parts(chosen).items() if k.split()[0] in ("all", "kind", "way")}
     rows = []
     folds = [
         [i for i, c in enumerate(chosen) if c.pair["family"] == f] for f in sorted({c.pair["family"] for c in chosen})
     ]
-    for name, scores in everyone.items():
+    for name, (scores, verdicts) in everyone.items():
         by_fold = [ranks_agree([scores[i] for i in at], [chosen[i].nats for i in at]) for at in folds if len(at) >= 5]
         cells = [name, _show(float(np.nanmean(by_fold)) if by_fold else math.nan)]
         for at in groups.values():
-            part = figures([chosen[i] for i in at], [scores[i] for i in at], None)
+            part = figures([chosen[i] for i in at], [scores[i] for i in at], None, [verdicts[i] for i in at])
             cells.append(f"{part[1]} / {part[3]}")
         rows.append(cells)
-    return "Spearman / AUROC; by fold: the mean over families of Spearman inside each.\n\n" + markdown(
-        ("", "by fold", *groups), rows
+    return (
+        "Spearman / AUROC, rivals fitted alike; by fold: the mean over families of Spearman inside each.\n\n"
+        + markdown(("", "by fold", *groups), rows)
     )
 
 

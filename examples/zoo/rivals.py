@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mergeid.predict.fitting import Design, Row, left_out
+from mergeid.predict.fitting import Design, left_out
 from mergeid.predict.model import Term, lift
 
-NATS = 0.02
+SCALES = {"nats": 0.02, "points": 1.0}
 SINGLE = {
     "distance of weights": (Term("distance", None),),
     "cosine of weights": (Term("cosine", 0.5, sign=-1),),
@@ -26,21 +26,21 @@ RIVALS = (*SINGLE, LINEAR)
 PENALTIES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
-def rival_scores(name: str, cases: Sequence[Any]) -> list[float]:
-    """What a rival predicts for every case when its family is left out."""
+def rival_scores(name: str, cases: Sequence[Any], unit: str) -> list[float]:
+    """What a rival predicts for every case when its family is left out, "nats" or "points" on mergeid's scale."""
     if name in SINGLE:
-        rows = [Row(c.features, c.nats, c.pair["family"]) for c in cases]
-        return [i.score for i in left_out(Design("nats", NATS, SINGLE[name]), rows)]
-    return _lasso(cases)
+        rows = [c.row(unit, "family") for c in cases]
+        return [i.score for i in left_out(Design(unit, SCALES[unit], SINGLE[name]), rows)]
+    return _lasso(cases, unit)
 
 
-def _lasso(cases: Sequence[Any]) -> list[float]:
+def _lasso(cases: Sequence[Any], unit: str) -> list[float]:
     """L1-regularised least squares on standardised metrics, as published; the penalty is chosen on families left out
-    of the rest. The target is on mergeid's scale."""
+    of the rest."""
     from sklearn.linear_model import Lasso
 
     x = np.array([[c.features.get(m, 0.0) for m in METRICS] for c in cases])
-    y = np.asarray(lift([c.nats for c in cases], NATS))
+    y = np.asarray(lift([c.row(unit, "family").target for c in cases], SCALES[unit]))
     family = np.array([c.pair["family"] for c in cases])
     found = np.zeros(len(y))
 
