@@ -32,7 +32,7 @@ def test_python(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_exist(tmp_path: Path) -> None:
     text = README.read_text(encoding="utf-8")
     commands = [line for line in blocks("")[1].splitlines() if line.startswith("mergeid ")]
-    assert len(commands) == 12
+    assert len(commands) == 13
     for line in commands:
         verb, *rest = line.partition("#")[0].split()[1:]
         shown = mergeid(verb, "--help", cwd=tmp_path, columns=200).stdout
