@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -235,3 +236,26 @@ def test_what_transport_refuses(networks: Path, refuse: Refuse) -> None:
     assert "merge with --transport" in refuse("merge", *pair)
     assert "--skip" in refuse("merge", *two(networks, "a", "c", data=False), "--transport")
     assert "which" in refuse("merge", *two(networks, "a", "narrow", data=False), "--transport")
+
+
+def test_an_earlier_output_outlives_a_failed_publication(tmp_path, monkeypatch):
+    """Even where it cannot be put back: it stays where it was set aside."""
+
+    def write(place):
+        place.mkdir()
+        (place / "w").write_text("earlier")
+
+    write_together(tmp_path / "out", {"a": write}, record={})
+    rename, calls = os.rename, []
+
+    def once(source, target):
+        calls.append(source)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(MergeidError, match="no space left"):
+        write_together(tmp_path / "out", {"a": write}, record={}, force=True)
+    assert len(calls) == 3
+    assert [p.read_text() for p in tmp_path.rglob("w")] == ["earlier"]

@@ -22,6 +22,7 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.io.output import check_output, is_single_file, record_path
+from mergeid.io.publish import publish_folder, sync_folder, write_text
 from mergeid.io.shards import Shard, index_text, lay_out
 
 if TYPE_CHECKING:
@@ -199,12 +200,12 @@ class CheckpointWriter:
             else:
                 self._fill_folder()
                 self._publish_folder()
-            _sync_folder(self.output.parent)
+            sync_folder(self.output.parent)
 
     def _publish_file(self) -> None:
         check_output(self.output, inputs=self._inputs, force=self._force)  # it may have appeared meanwhile
         if self.record is not None:
-            _write_text(self._temporary_record, self._record_text())
+            write_text(self._temporary_record, self._record_text())
             record = record_path(self.output)
             before = record.exists()
             os.replace(self._temporary_record, record)
@@ -221,32 +222,23 @@ class CheckpointWriter:
         own = {shard.name for shard in self._shards}
         if self._index is not None:
             own.add(self._index)
-            _write_text(self._temporary / self._index, index_text(self._like, self._shards))
+            write_text(self._temporary / self._index, index_text(self._like, self._shards))
         for source in self._companions:
             target = self._temporary / self._inside(source)
             if str(self._inside(source)) in own:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.name in self._replace and target.parent == self._temporary:
-                _write_text(target, self._replace[source.name])
+                write_text(target, self._replace[source.name])
             else:
-                _write_text(target, source.read_bytes())
+                write_text(target, source.read_bytes())
         if self.record is not None:
-            _write_text(self._temporary / record_path(self.output).name, self._record_text())
-        _sync_folder(self._temporary)
+            write_text(self._temporary / record_path(self.output).name, self._record_text())
+        sync_folder(self._temporary)
 
     def _publish_folder(self) -> None:
         check_output(self.output, inputs=self._inputs, force=self._force)
-        if not self.output.is_dir() or not any(self.output.iterdir()):
-            os.rename(self._temporary, self.output)  # onto nothing, or onto an empty folder
-            return
-        os.rename(self.output, self._old)
-        try:
-            os.rename(self._temporary, self.output)
-        except BaseException:
-            os.rename(self._old, self.output)
-            raise
-        shutil.rmtree(self._old, ignore_errors=True)
+        publish_folder(self._temporary, self.output, self._old)
 
     def _discard(self) -> None:
         """Close and remove whatever is temporary; after a success there is nothing left to remove."""
@@ -310,20 +302,3 @@ def _pieces(tensor: Chunks) -> Iterable[Tensor | memoryview]:
 def _write_all(file: IO[bytes], view: memoryview) -> None:
     while len(view):
         view = view[file.write(view) :]
-
-
-def _write_text(path: Path, text: str | bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(text.encode("utf-8") if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; some systems cannot open folders, and those need no such call."""
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.output import RECORD, check_output
+from mergeid.io.publish import publish_folder, sync_folder, write_text
 
 
 def write_together(
@@ -46,16 +47,11 @@ def write_together(
         for name, write in parts.items():
             write(staged / name)
         text = json.dumps({**record, "output": final.name}, indent=2, ensure_ascii=False) + "\n"
-        (staged / RECORD).write_text(text, encoding="utf-8")
+        write_text(staged / RECORD, text)
+        sync_folder(staged)
         check_output(output, inputs=given, force=force)  # it may have appeared meanwhile
-        if final.is_dir():
-            os.rename(final, old)
-        try:
-            os.rename(staged, final)
-        except BaseException:
-            if old.is_dir():
-                os.rename(old, final)
-            raise
+        publish_folder(staged, final, old)
+        sync_folder(final.parent)
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise MergeidError(
@@ -63,5 +59,4 @@ def write_together(
         ) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return sorted(p for p in final.rglob("*") if p.is_file())
