@@ -118,17 +118,14 @@ def _merges(members: Members) -> tuple[str, dict[str, Members]]:
     """The planned merge's name, and the merges that differ. A plan that moves nothing is not looked at again, unless
     activations and weights disagree about some space."""
     plans = [m.plan for m in _all(members) if m.plan is not None]
-    matched = [plan.matched or plan.element for plan in plans]
-    full = all(_same(plan.element, m) for plan, m in zip(plans, matched, strict=True))
+    full = all(_same(plan.element, _full(plan)) for plan in plans)
     if not any(plan.moves for plan in plans):
         disputed = any(plan.disputed for plan in plans) and not full
         return PLAIN, {PLAIN: members, **({MATCHED: _under(members, _full)} if disputed else {})}
-    found = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
-    return (MATCHED if full else MIXED), {
-        **found,
-        **({} if full else {MIXED: members}),
-        MATCHED: members if full else _under(members, _full),
-    }
+    plain = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
+    if full:
+        return MATCHED, {**plain, MATCHED: members}
+    return MIXED, {**plain, MIXED: members, MATCHED: _under(members, _full)}
 
 
 def _all(members: Members) -> list[Member]:

@@ -112,7 +112,7 @@ def common_order(
         tell = options["progress"] or (lambda *_: None)
         batches = batches_of(loaded[0], dataset, collate, how["batch_size"], tell)
         correlations = {
-            (p, q): evidence_of(pairs[0].graph, loaded[p], loaded[q], batches, seed).correlations()
+            (p, q): evidence_of(pairs[0].graph, loaded[p], loaded[q], batches, seed, judged=False).correlations()
             for p, q in combinations(range(len(loaded)), 2)
         }
         size, device = how["batch_size"], options["device"]

@@ -77,7 +77,7 @@ def transported_members(
             correlation = None
             if dataset is not None:
                 batches = batches_of(first, dataset, collate, batch_size, tell)
-                correlation = evidence_of(graph, first, other, batches, seed).correlations()
+                correlation = evidence_of(graph, first, other, batches, seed, judged=False).correlations()
             generator = torch.Generator().manual_seed(seed)
             task = MatchTask(graph, first.state(), other.state(), generator, correlation)
             state = transported(graph, transport(task), other.state())

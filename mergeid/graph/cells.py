@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mergeid.graph.group import NoImage, random_permutations
-from mergeid.graph.keys import distinct_pairs, in_order
+from mergeid.graph.keys import distinct_pairs, in_order, spans
 
 
 class Edges(NamedTuple):
@@ -50,8 +50,7 @@ class _Parents:
             self.direct, self.direct_start = self.pairs[:, 1], self.start
             return
         below = np.repeat(self.pairs[:, 0], lengths)
-        at = np.arange(len(below)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        grand = self.pairs[np.repeat(self.start[self.pairs[:, 1]], lengths) + at, 1]
+        grand = self.pairs[spans(self.start[self.pairs[:, 1]], lengths), 1]
         code = self.pairs[:, 0] * count + self.pairs[:, 1]
         implied = np.sort(below * count + grand)
         where = np.minimum(np.searchsorted(code, implied), len(code) - 1)
@@ -62,9 +61,8 @@ class _Parents:
 
     def of(self, classes: np.ndarray) -> np.ndarray:
         """All classes that some of these lie in, sorted."""
-        counts = self.start[classes + 1] - self.start[classes]
-        at = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.unique(self.pairs[np.repeat(self.start[classes], counts) + at, 1])
+        start = self.start[classes]
+        return np.unique(self.pairs[spans(start, self.start[classes + 1] - start), 1])
 
     def several(self, classes: np.ndarray) -> np.ndarray:
         """Those that lie in more than one."""
@@ -159,12 +157,17 @@ def _cell(group: np.ndarray, parents: _Parents, cell_of: np.ndarray, place: np.n
         return None
     if not keys.shape[1]:
         return Cell(group[None], (), np.zeros((1, 0), np.int64))
-    order = np.lexsort(keys.T[::-1])
-    first = np.flatnonzero(np.r_[True, (np.diff(keys[order], axis=0) != 0).any(1)])
-    counts = np.diff(np.r_[first, len(group)])
+    return _in_blocks(group, tuple(names[0].tolist()), where)
+
+
+def _in_blocks(members: np.ndarray, parents: tuple[int, ...], where: np.ndarray) -> Cell | None:
+    """Members in blocks of the same positions in their parents, `where` [members, parents]; None for unequal blocks."""
+    order = np.lexsort(where.T[::-1])
+    first = np.flatnonzero(np.r_[True, (np.diff(where[order], axis=0) != 0).any(1)])
+    counts = np.diff(np.r_[first, len(members)])
     if (counts != counts[0]).any():
         return None
-    return Cell(group[order].reshape(len(first), -1), tuple(names[0].tolist()), where[order[first]])
+    return Cell(members[order].reshape(len(first), -1), parents, where[order[first]])
 
 
 class _Roles:
@@ -181,7 +184,7 @@ class _Roles:
         if self.by_child is None:
             self.by_child = in_order(self.edges.child, self.count)
         order, start = self.by_child
-        rows = np.concatenate([order[start[c] : start[c + 1]] for c in group.tolist()])
+        rows = order[spans(start[group], start[group + 1] - start[group])]
         kind, child, parent = (column[rows] for column in self.edges)
         names, kinds = np.unique(kind, return_inverse=True)
         rows, start = in_order(kinds, len(names))
@@ -196,14 +199,7 @@ class _Roles:
         cells, where = cell_of[above], place[above]
         if (cells != cells[:, :1]).any():
             return None
-        by_block = np.lexsort(where[::-1])
-        blocks = where[:, by_block]
-        first = np.flatnonzero(np.r_[True, (np.diff(blocks, axis=1) != 0).any(0)])
-        counts = np.diff(np.r_[first, len(group)])
-        if (counts != counts[0]).any():
-            return None
-        members = ordered[by_block].reshape(-1, counts[0])
-        return Cell(members, tuple(cells[:, 0].tolist()), blocks[:, first].T.copy())
+        return _in_blocks(ordered, tuple(cells[:, 0].tolist()), where.T)
 
 
 def _misfits(cells: list[Cell], trials: int = 24) -> set[int]:

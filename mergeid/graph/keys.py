@@ -82,6 +82,11 @@ def in_order(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return sorted_.indices, sorted_.indptr
 
 
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ranges of these lengths from these starts on, one after the other."""
+    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+
+
 def ranks(numbers: np.ndarray, count: int) -> np.ndarray:
     """The place of every entry among those with its number below `count`."""
     order, start = in_order(numbers, count)
