@@ -11,7 +11,7 @@ from mergeid.pair import Pair, Progress, Source, dataset_of, load_base, load_pai
 
 if TYPE_CHECKING:
     from mergeid.graph.neuron_graph import Element
-    from mergeid.planning import Plan
+    from mergeid.planning import Hears, Plan
 
 
 @dataclass
@@ -44,6 +44,7 @@ def plan_pair(
     certify: bool = False,
     matcher: str | None = None,
     matched: Element | None = None,
+    hears: Hears | None = None,
 ) -> Planned:
     """Load both models, what they were fine-tuned from and their data, and decide (`mergeid.planning.make_plan`)."""
     if matcher is not None:
@@ -81,6 +82,7 @@ def plan_pair(
         certify=certify,
         matcher=matcher,
         matched=matched,
+        hears=hears,
         progress=progress,
     )
     return Planned(made, pair, dataset, collate)

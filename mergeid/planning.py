@@ -25,6 +25,8 @@ from mergeid.nn.folding import effective_state
 from mergeid.structural import Batches, structure_of, why_not
 
 Progress = Callable[[str, int, int], None]
+Hears = Callable[[Any, Any, dict[str, Any]], None]
+"""Outputs of A and of B, and the batch that they are of."""
 MODES = ("auto", "never", "always")
 LEAST = 16
 """Calibration examples that evidence needs."""
@@ -111,6 +113,7 @@ def make_plan(
     certify: bool = False,
     matcher: str | None = None,
     matched: Element | None = None,
+    hears: Hears | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide for every space of the pair.
@@ -126,6 +129,7 @@ def make_plan(
         certify: with radii of stability.
         matcher: name in the registry (`mergeid.match.protocol`); None: combined with data, weight without.
         matched: the match of that matcher, where it was found already (`mergeid.match.cycle`).
+        hears: takes both models' outputs on every calibration batch that is run, as they are.
 
     Raises `MergeidError` for too few calibration examples, an unknown `match` or `matcher`, and where the matcher
     cannot do without data.
@@ -165,7 +169,7 @@ def make_plan(
             element, records = decided.element, decided.spaces
     else:
         batches = batches_of(a, dataset, collate, batch_size, tell)
-        evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto")
+        evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto", hears=hears)
         tell("matching", 0, 1)
         correlation = evidence.correlations()
         give_back()  # the sums that they come from
@@ -262,12 +266,31 @@ def batches_of(
 
 
 def evidence_of(
-    graph: NeuronGraph, a: Loaded, b: Loaded, batches: Batches, seed: int, *, judged: bool = True
+    graph: NeuronGraph,
+    a: Loaded,
+    b: Loaded,
+    batches: Batches,
+    seed: int,
+    *,
+    judged: bool = True,
+    hears: Hears | None = None,
 ) -> ActivationEvidence:
     """Activations of both models, collected in one pass; `judged`: of the half too that decisions are judged on."""
     taps = choose_taps(graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
-    stream = PairStream(TapReader(a.model, a.forward, flat), TapReader(b.model, b.forward, flat), batches, seed=seed)
+    kept: list[Any] = []
+
+    def forward_a(model: torch.nn.Module, batch: Any) -> Any:
+        kept[:] = [a.forward(model, batch)]
+        return kept[0]
+
+    def forward_b(model: torch.nn.Module, batch: Any) -> Any:
+        out = b.forward(model, batch)
+        if hears is not None:
+            hears(kept.pop(), out, batch)
+        return out
+
+    stream = PairStream(TapReader(a.model, forward_a, flat), TapReader(b.model, forward_b, flat), batches, seed=seed)
     evidence = ActivationEvidence(graph, stream, taps)
     evidence.collect(judged=judged)
     return evidence

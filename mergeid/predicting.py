@@ -55,7 +55,10 @@ def predict(
     """
     check_tolerated(tolerate)
     from mergeid.planned import plan_pair
+    from mergeid.predict.features import EndSums
+    from mergeid.predict.probe import hears
 
+    ends = EndSums()
     planned = plan_pair(
         a,
         b,
@@ -70,6 +73,7 @@ def predict(
         skip=skip,
         allow_pickle=allow_pickle,
         example_inputs=example_inputs,
+        hears=hears(ends),
         progress=progress,
     )
     from mergeid.predict.lockstep import PathsDiffer
@@ -93,6 +97,7 @@ def predict(
             pair.a.forward,
             examples,
             planned.collate,
+            ends=ends,
             progress=lambda done, total: tell("running both models", done, total),
         )
     except PathsDiffer as error:

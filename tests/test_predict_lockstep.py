@@ -6,17 +6,21 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mergeid as m
 from mergeid.evaluate.interpolate import load_between
-from mergeid.predict.features import OutputSums
+from mergeid.predict.features import EndSums, ShiftSums
 from mergeid.predict.lockstep import PathsDiffer, lockstep, watch
-from mergeid.predict.probe import probe
+from mergeid.predict.probe import hears, probe
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -123,37 +127,75 @@ def test_every_weight_is_seen() -> None:
     assert found == {k for k, v in a.state_dict().items() if v.is_floating_point()}
 
 
-def test_the_chance_of_another_decision() -> None:
-    """`flips` against draws: a change of the logits of that size in a random direction, and what the first class had
-    been more probable by than the second where the two then stand the other way round."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    b, moved = a + 0.3 * torch.randn(3, 6, generator=generator, dtype=torch.float64), a + 0.8
-    moved[:, ::2] -= 1.3
-    sums = OutputSums()
-    sums.add(a, b, (moved, moved), None)
-    average, q = (a + b) / 2, (a.softmax(-1) + b.softmax(-1)) / 2
-    change = moved - average
-    size = (change - change.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
-    drawn = average + size * torch.randn(40_000, 3, 6, generator=generator, dtype=torch.float64)
-    likely, which = q.topk(2, -1)
-    first, second = drawn.gather(-1, which.expand(40_000, 3, 2)).unbind(-1)
-    expected = ((second > first).double().mean(0) * (likely[:, 0] - likely[:, 1])).mean()
-    assert sums.features()["flips"] == pytest.approx(float(expected), rel=0.05, abs=1e-3)
+def drawn(*shape: int, count: int = 2, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def test_the_error_of_the_rise_is_that_of_its_mean() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b, m1, m2 = (torch.randn(50, 4, generator=generator, dtype=torch.float64) for _ in range(4))
-    sums = OutputSums()
-    for part in (slice(20), slice(20, None)):
-        sums.add(a[part], b[part], (m1[part], m2[part]), None)
-    q = (a.softmax(-1) + b.softmax(-1)) / 2
-    apart = -(q * (m1.log_softmax(-1) + m2.log_softmax(-1)) / 2).sum(-1)
-    rise = apart + (q * ((a + b) / 2).log_softmax(-1)).sum(-1)
+@pytest.mark.parametrize("seed", range(3))
+def test_averaged_logits_lose_the_same_under_any_labels(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergeid.predict.features.NUMBERS", 30)
+    a, b = drawn(40, 5, seed=seed)
+    sums = EndSums()
+    for part in (slice(15), slice(15, None)):
+        sums.add(a[part], b[part], None)
     found = sums.features()
-    assert found["shift_apart"] == pytest.approx(float(rise.mean()))
-    assert found["shift_error"] == pytest.approx(float(rise.std(correction=0)) / 50**0.5)
+    labels = torch.randint(5, (40,), generator=torch.Generator().manual_seed(seed))
+    own = (F.cross_entropy(a, labels) + F.cross_entropy(b, labels)) / 2
+    assert found["excess_averaged"] == pytest.approx(float(F.cross_entropy((a + b) / 2, labels) - own))
+    p, q = a.softmax(-1).numpy(), b.softmax(-1).numpy()
+    assert found["divergence"] == pytest.approx(np.mean([jensenshannon(x, y) ** 2 for x, y in zip(p, q, strict=True)]))
+    assert found["own_entropy"] == pytest.approx((entropy(p, axis=1).mean() + entropy(q, axis=1).mean()) / 2)
+    assert found["disagree"] == pytest.approx(np.mean(p.argmax(1) != q.argmax(1)))
+
+
+def test_shifts_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergeid.predict.features.NUMBERS", 20)
+    a, b, m1, m2 = drawn(7, 3, 4, count=4)
+    mask = torch.ones(7, 3, dtype=torch.bool)
+    mask[2, 1:] = False
+    sums = ShiftSums()
+    for part in (slice(3), slice(3, None)):
+        sums.add(a[part], b[part], (m1[part], m2[part]), mask[part])
+    found, shift, sharp = sums.features(), 0.0, 0.0
+    for e in range(7):
+        for t in range(int(mask[e].sum())):
+            average = (a[e, t] + b[e, t]) / 2
+            mixed = ((a[e, t].softmax(0) + b[e, t].softmax(0)) / 2) ** 1.5
+
+            def rise(labels: Tensor, e: int = e, t: int = t, average: Tensor = average) -> float:
+                losses = [-(labels * x.log_softmax(0)).sum() for x in (m1[e, t], m2[e, t], average)]
+                return float((losses[0] + losses[1]) / 2 - losses[2]) / int(mask[e].sum()) / 7
+
+            shift += rise(average.softmax(0))
+            sharp += rise(mixed / mixed.sum())
+    assert found["shift"] == pytest.approx(shift)
+    assert found["shift_sharp"] == pytest.approx(sharp)
+
+
+def test_what_averages_shifts_nothing() -> None:
+    a, b = drawn(9, 6)
+    sums = ShiftSums()
+    sums.add(a, b, ((a + b) / 2 + 3, (a + b) / 2 - 1), None)  # a constant changes no prediction
+    found = sums.features()
+    assert found["shift"] == pytest.approx(0, abs=1e-12) and found["shift_sharp"] == pytest.approx(0, abs=1e-12)
+    assert found["logit_gain"] == pytest.approx(1)
+
+
+def test_outputs_known_of_more_examples_count() -> None:
+    a, b = Small(0).eval(), Small(1).eval()
+    data = [{"arg0": x} for x in torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))]
+    ends = EndSums()
+    hear = hears(ends)
+    whole = torch.stack([d["arg0"] for d in data])
+    with torch.no_grad():
+        hear(a(whole), b(whole), {"arg0": whole})
+        hear(torch.zeros(3), torch.zeros(3), {})  # no logits
+    found = probe(a, {"direct": b}, forward, data, limit=32, ends=ends)["direct"]
+    for key, value in ends.features().items():
+        assert found.plain[key] == value
+    few = probe(a, {"direct": b}, forward, data, limit=32)["direct"]
+    assert few.plain["shift"] == found.plain["shift"] and few.plain["divergence"] != found.plain["divergence"]
 
 
 def test_other_paths_are_told() -> None:
@@ -175,7 +217,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = probe(a, {"direct": b}, forward, data)["direct"]
     monkeypatch.setattr("mergeid.predict.probe.BUDGET", 100_000)
     parts = probe(a, {"direct": b}, forward, data)["direct"]
-    for key in ("excess", "ends", "divergence", "drop", "distance"):
+    for key in ("excess", "shift", "shift_sharp", "divergence", "own_entropy", "distance"):
         assert parts.plain[key] == pytest.approx(whole.plain[key], rel=1e-4, abs=1e-6)
 
 

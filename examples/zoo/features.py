@@ -22,12 +22,12 @@ from build import HERE, Zoo
 from families import FAMILIES
 from measuring import ADAPTER, PairOfNets, loaded
 from recipes import Pair, work
-from tasks import shape
+from tasks import Examples, shape
 from torch import Tensor, nn
 
 from mergeid.errors import MergeidWarning
 from mergeid.plugins import Batch
-from mergeid.predict.features import Features
+from mergeid.predict.features import EndSums, Features
 from mergeid.predict.probe import EXAMPLES, probe
 from mergeid.predict.sketch import make_sketch
 from mergeid.predict.sketched import Standard, as_elements, output_features, sketch_features
@@ -50,13 +50,14 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
     (a, b), (held, known) = zoo.nets(pair), zoo.data(pair)
     nets = PairOfNets(a, b, zoo.graph(pair.a), FAMILIES[pair.a.group.family].repair, held, known)
     first = _with(nets.work, nets.state_a)
+    outputs = said(first, _with(nets.work, nets.state_b(nets.graph.identity())), known)
     for mode, data, calibration in (
         ("inputs", known, known),
         ("weights", random_inputs(pair.a.group.data), None),
     ):
         elements = {"direct": nets.graph.identity(), "match": nets.always(calibration)}
         partners = {k: _with(nets.work, nets.state_b(e)) for k, e in elements.items()}
-        found = probe(first, partners, ADAPTER.forward, data)
+        found = probe(first, partners, ADAPTER.forward, data, ends=outputs if mode == "inputs" else None)
         for assignment, evidence in found.items():
             rival: Features = {}
             if mode == "inputs":
@@ -76,12 +77,21 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
     second = _with(nets.work, nets.state_b(plain))
     sketches = [Standard(make_sketch(loaded(n, pair.id, example), nets.graph, known)) for n in (first, second)]
     elements = {"matched": plain, **as_elements(*sketches)}
-    outputs = output_features(*sketches)
+    own = output_features(*sketches)
     for assignment, element in elements.items():
         for repaired in (0, 1) if sketches[0].sketch.repairable else (0,):
-            features, _ = sketch_features(*sketches, element, outputs, repaired=bool(repaired))
+            features, _ = sketch_features(*sketches, element, own, repaired=bool(repaired))
             name = assignment.removesuffix("ed")
             yield {"pair": pair.id, "mode": "sketches", "assignment": name, "repaired": repaired, **features}
+
+
+def said(a: nn.Module, b: nn.Module, known: Examples) -> EndSums:
+    """What both networks say of the half of the calibration inputs that matching runs."""
+    half = {k: v[::2] for k, v in known.batch().items()}
+    ends = EndSums()
+    with torch.no_grad():
+        ends.add(ADAPTER.forward(a.eval(), half), ADAPTER.forward(b.eval(), half), None)
+    return ends
 
 
 def _with(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

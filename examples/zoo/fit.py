@@ -24,23 +24,21 @@ from mergeid.predict.fitting import Design, Row, area_under_curve, coverage, fit
 from mergeid.predict.model import FILE, Interval, Predictor, Term, lift
 
 HERE = Path(__file__).parent
-VERSION = "2"
+VERSION = "3"
 NATS, POINTS = 0.02, 1.0
 """Scales of the targets: differences far below them do not matter."""
 MODES = ("inputs", "weights", "sketches")
 BAD_NATS, BAD_POINTS = 0.05, 1.0
 """A merge is bad that loses more than either."""
 
-SHIFTS = (Term("excess_apart", NATS), Term("shift_apart", NATS))
-INPUTS = (*SHIFTS, Term("disagree", 0.01), Term("lost", 0.02))
-DECISIONS = (*SHIFTS, Term("flips", 0.01))
-WEIGHTS = (*SHIFTS, Term("distance_worst", None))
-EXCESS, SHIFT, GAP = Term("excess", NATS), Term("shift", NATS), Term("gap", None)
+EXCESS, SHIFT, SHARP = Term("excess", NATS), Term("shift", NATS), Term("shift_sharp", NATS)
+UNSURE, SURE = Term("own_entropy", NATS), Term("own_entropy", NATS, sign=-1)
+FAR, SHRUNK, GAP = Term("distance_worst", None), Term("logit_gain", None, sign=-1), Term("gap", None)
 TERMS = {
-    ("inputs", "nats"): (INPUTS, SHIFTS[1:]),
-    ("inputs", "points"): (DECISIONS, SHIFTS[1:]),
-    ("weights", "nats"): (WEIGHTS, SHIFTS[1:]),
-    ("weights", "points"): (WEIGHTS, SHIFTS[1:]),
+    ("inputs", "nats"): ((EXCESS, SHIFT, UNSURE, FAR), (SURE,)),
+    ("inputs", "points"): ((EXCESS, SHARP, UNSURE, FAR), (SHIFT,)),
+    ("weights", "nats"): ((EXCESS, SHIFT, SHRUNK, FAR), (SHIFT,)),
+    ("weights", "points"): ((EXCESS, SHIFT, SHRUNK, FAR), (SHIFT,)),
     ("sketches", "nats"): ((EXCESS, GAP), (SHIFT,)),
     ("sketches", "points"): ((EXCESS, SHIFT, GAP), (SHIFT,)),
 }

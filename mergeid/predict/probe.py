@@ -17,11 +17,13 @@ from mergeid.identify.activations import real_tokens
 from mergeid.load import Loaded
 from mergeid.plugins import Batch
 from mergeid.predict.features import (
+    EndSums,
     Features,
     LayerDeviation,
-    OutputSums,
+    ShiftSums,
     depth_features,
     layer_deviations,
+    output_features,
     weight_features,
 )
 from mergeid.predict.lockstep import Deviation, Forward, Operation, lockstep, watch
@@ -54,8 +56,8 @@ class Evidence:
 
 @dataclass
 class _Sums:
-    plain: OutputSums = field(default_factory=OutputSums)
-    fresh: OutputSums | None = None
+    plain: ShiftSums = field(default_factory=ShiftSums)
+    fresh: ShiftSums | None = None
     deviations: list[Deviation] = field(default_factory=list)
     damping: list[float] | None = None
 
@@ -76,6 +78,7 @@ def probe(
     collate: Callable[[Any], Batch] | None = None,
     *,
     limit: int | None = None,
+    ends: EndSums | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evidence]:
     """Features of A with each of its partners.
@@ -86,6 +89,7 @@ def probe(
         forward: (model, batch) -> logits [examples, …, classes].
         examples: map-style; labels are not looked at.
         limit: most examples; by default as `EXAMPLES` says.
+        ends: what the models' own outputs say, if it is known of more examples than are run here.
 
     Raises:
         MergeidError: data that does not fit, outputs that are no logits.
@@ -105,6 +109,7 @@ def probe(
         size = max(1, BUDGET // max(COPIES * _bytes(watch(a, forward, first)[1]), 1))
     slices = balanced(len(chosen), size)  # a small rest would have statistics of its own
     sums = {name: _Sums() for name in partners}
+    own = EndSums()
     for k, part in enumerate(slices):
         if progress:
             progress(k, len(slices))
@@ -114,26 +119,43 @@ def probe(
             for name, b in partners.items():
                 with eval_mode(b):
                     found = lockstep(a, b, forward, batch, seen_a=seen, damping=sums[name].damping)
-                if found.a.dim() < 2 or found.a.shape[-1] < 2 or not found.a.is_floating_point():
+                if not is_logits(found.a):
                     raise MergeidError(
                         f"the outputs of {type(a).__name__} have shape {list(found.a.shape)}, which are no logits of "
                         "classes; a barrier in nats cannot be predicted for it"
                     )
                 mask = real_tokens(batch)
+                if name == next(iter(partners)):
+                    own.add(found.a, found.b, mask)
                 sums[name].plain.add(found.a, found.b, found.middle, mask)
                 if found.fresh is not None:
-                    total = sums[name].fresh = sums[name].fresh or OutputSums()
+                    total = sums[name].fresh = sums[name].fresh or ShiftSums()
                     total.add(found.a, found.b, found.fresh, mask)
                 sums[name].add(found.deviations)
                 sums[name].damping = found.damping
-    return {name: _evidence(a, partners[name], s) for name, s in sums.items()}
+    said = (ends if ends is not None and ends.count else own).features()
+    return {name: _evidence(a, partners[name], said, s) for name, s in sums.items()}
 
 
-def _evidence(a: nn.Module, b: nn.Module, sums: _Sums) -> Evidence:
+def hears(ends: EndSums) -> Callable[[Any, Any, Batch], None]:
+    """Adds both models' outputs on a batch, where they are logits."""
+
+    def add(a: Any, b: Any, batch: Batch) -> None:
+        if is_logits(a) and is_logits(b):
+            ends.add(a, b, real_tokens(batch))
+
+    return add
+
+
+def is_logits(out: Any) -> bool:
+    return isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] > 1 and out.is_floating_point()
+
+
+def _evidence(a: nn.Module, b: nn.Module, ends: Features, sums: _Sums) -> Evidence:
     layers = layer_deviations(sums.deviations)
     common = {**depth_features(layers), **weight_features(a.state_dict(), b.state_dict())}
-    plain = {**sums.plain.features(), **common}
-    fresh = None if sums.fresh is None else {**sums.fresh.features(), **common}
+    plain = {**output_features(ends, sums.plain.features()), **common}
+    fresh = None if sums.fresh is None else {**output_features(ends, sums.fresh.features()), **common}
     return Evidence(plain, fresh, layers, sums.plain.count)
 
 

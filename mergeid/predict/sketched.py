@@ -12,7 +12,7 @@ from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element
 from mergeid.identify.evidence import _positions, _same_copy
 from mergeid.match.activation import activation_matching
-from mergeid.predict.features import Features, LayerDeviation, OutputSums
+from mergeid.predict.features import EndSums, Features, LayerDeviation
 from mergeid.predict.sketch import LEVELS, Sketch
 
 
@@ -55,9 +55,8 @@ def match(a: Standard, b: Standard) -> Element:
 
 def output_features(a: Standard, b: Standard) -> Features:
     """What the two models' own outputs say, under any assignment."""
-    one, two = a.sketch.logits, b.sketch.logits
-    outputs, mean = OutputSums(), (one + two) / 2
-    outputs.add(one, two, (mean, mean), None)
+    outputs = EndSums()
+    outputs.add(a.sketch.logits, b.sketch.logits, None)
     return outputs.features()
 
 
@@ -83,8 +82,7 @@ def sketch_features(
     gap = sum(gaps) / max(len(gaps), 1)
     nats, right = (_responses(one, two, gap, repaired, k) for k in range(2))
     found["excess"] = nats + found["excess_averaged"]
-    found["excess_apart"] = nats
-    found["shift"] = found["shift_apart"] = nats
+    found["shift"] = nats
     found["drop"] = right
     found["gap"] = gap
     found["deviation"] = gap
