@@ -177,6 +177,7 @@ def compare(
         [m.loaded.model for m in members.models],
         list(nets.values()),
         shares=_shares(members),
+        either=True,
         dataset=members.dataset,
         collate=members.collate,
         batch_size=batch_size,
@@ -203,6 +204,7 @@ def distances(
     nets: Sequence[nn.Module],
     *,
     shares: Sequence[float],
+    either: bool,
     dataset: Any,
     collate: Callable[[Any], Any] | None,
     batch_size: int,
@@ -214,6 +216,7 @@ def distances(
         first: of the models, how they are run.
         models: the networks that were merged; shares: their weights in the mixture (or mean) of what they say, which
             sum to 1.
+        either: take classifiers' predictions as a mixture, of which a merge may keep to any; else their mean.
         nets: merged networks, on the device, repaired as they would be written.
         dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
 
@@ -222,6 +225,7 @@ def distances(
     """
     models = [m.to(device).eval() for m in models]
     classifies = _classifies(first)
+    weights = shares if either else [1.0]
     scores: list[Tensor] = []
     count = len(dataset)
     chosen = dataset
@@ -232,14 +236,17 @@ def distances(
         batch = to_model(raw, torch.device(device), input_dtype(first.model))
         with torch.no_grad():
             own = [first.forward(m, batch).double() for m in models]
-            said = [o.softmax(-1) for o in own] if classifies else []
-            if not classifies:
+            if classifies:
+                said = [o.softmax(-1) for o in own]
+                if not either:
+                    said = [sum((w * p for w, p in zip(shares, said, strict=True)), torch.zeros_like(said[0]))]
+            else:
                 middle = sum(w * o for w, o in zip(shares, own, strict=True))
                 spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])  # type: ignore[union-attr]
             rows = []
             for net in nets:
                 out = first.forward(net, batch).double()
-                far = _cross_entropy(said, shares, out) if classifies else (out - middle).square().mean(-1)
+                far = _cross_entropy(said, weights, out) if classifies else (out - middle).square().mean(-1)
                 rows.append(_per_example(far, batch))
         scores.append(torch.stack(rows).cpu())
     found = torch.cat(scores, 1)

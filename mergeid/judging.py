@@ -25,8 +25,8 @@ def judge_of(
     batch_size: int,
     device: str,
 ) -> Callable[[Sequence[Element]], float]:
-    """How far the average of the models, each brought into the common order by its element, is from what they
-    say (`mergeid.comparing`): lower is better, infinite where the average's outputs are not finite. BatchNorm
+    """How far the average of the models, each brought into the common order by its element, is from their mean
+    prediction (`mergeid.comparing`): lower is better, infinite where the average's outputs are not finite. BatchNorm
     statistics are estimated again before; labels are not looked at."""
     first = models[0]
     states = [m.state() for m in models]
@@ -49,6 +49,7 @@ def judge_of(
             [m.model for m in models],
             [work],
             shares=shares,
+            either=False,
             dataset=dataset,
             collate=collate,
             batch_size=batch_size,

@@ -94,7 +94,7 @@ class Says(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
-def scores(models, nets, shares):
+def scores(models, nets, shares, either=True):
     """`distances` of modules that are called as they are."""
     first = SimpleNamespace(
         example={"x": torch.zeros(2, 1), "labels": torch.zeros(2)},
@@ -104,7 +104,9 @@ def scores(models, nets, shares):
         forward=lambda model, batch: model(batch["x"]),
     )
     data = [{"x": torch.zeros(1)} for _ in range(3)]
-    found, unit = distances(first, models, nets, shares=shares, dataset=data, collate=None, batch_size=2, device="cpu")
+    found, unit = distances(
+        first, models, nets, shares=shares, either=either, dataset=data, collate=None, batch_size=2, device="cpu"
+    )
     assert unit == "nats" and found.shape == (len(nets), 3) and bool((found == found[:, :1]).all())
     return found[:, 0].tolist()
 
@@ -114,9 +116,11 @@ def test_where_the_models_disagree_a_merge_may_keep_to_either():
     keeps, also_keeps, between = Says(0.96, 0.03, 0.01), Says(0.03, 0.96, 0.01), Says(0.44, 0.44, 0.12)
     found = scores([one, two], [keeps, also_keeps, between], [0.5, 0.5])
     assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] < found[2] - 0.05
-    # the mean prediction asks for the one that is never right
+    # their mean asks for the one that is never right
     mean, of_keeps, of_between = (np.array(p) for p in ([0.495, 0.495, 0.01], [0.96, 0.03, 0.01], [0.44, 0.44, 0.12]))
-    assert mean @ np.log(of_between) > mean @ np.log(of_keeps) + 0.5
+    expected = [-mean @ np.log(of_keeps), -mean @ np.log(of_between)]
+    assert expected[1] < expected[0] - 0.5
+    assert scores([one, two], [keeps, between], [0.5, 0.5], either=False) == pytest.approx(expected, rel=1e-5)
     # a model without a share, or with a negative one, is nobody to keep to
     alone = scores([one], [keeps, also_keeps], [1.0])
     assert scores([one, two], [keeps, also_keeps], [1.0, 0.0]) == pytest.approx(alone)
