@@ -8,9 +8,9 @@ and compared with what the models themselves say; the nearest is written, and ti
 Models with a classifying head: with H_i the cross-entropy of the merge against model i's prediction and s_i the model's
 share, an input (or token) counts -log Σ s_i exp(-H_i). That is the likelihood of a mixture: one of the models is right
 about this input, and its share is how likely that is beforehand. Where the models agree it is the cross-entropy against
-their mean prediction. Where they do not (fine-tunes on different tasks), the mean asks for a merge that lies between
-them, which is never right; this asks that the merge keeps to either. Other models: the squared distance from their mean
-output.
+their mean prediction. Where they do not (fine-tunes on different tasks), that would reward a merge that lies between
+them and is right about neither; this asks that the merge keeps to either. Other models: the squared distance from
+their mean output.
 
 Cost: every model and every merge runs on `EXAMPLES` inputs, and every merge is a network in memory meanwhile.
 """
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 EXAMPLES = 256
 """Calibration examples that are compared, evenly spaced."""
 TIE = 1e-3
-"""Nats (or share of the outputs' variance) that another merge must be nearer by than the planned one: merges that
+"""Nats (or share of the outputs' variance) that another merge must be nearer by than the planned one. Merges that
 differ in dead or equal neurons only are equal, up to rounding."""
 PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
 """The merges: nothing moved, some spaces matched, every space matched."""
