@@ -3,9 +3,14 @@
 A plan judges neurons space by space, and what it cannot see (statistics of BatchNorm layers that are not estimated
 again, errors that add up over depth) can still make its merge the worse one. Up to three merges are at hand: the plain
 one, the one that is planned, and the one with every space matched. They are run on calibration inputs, without labels,
-and compared with what the models themselves say: the cross-entropy against their mean prediction, for models with a
-classifying head, else the squared distance from their mean output. Another merge is written instead of the planned one
-only where it is nearer by more than the 95 % interval of the paired difference; ties stay with the plan.
+and compared with what the models themselves say; the nearest is written, and ties (`TIE`) stay with the plan.
+
+Models with a classifying head: with H_i the cross-entropy of the merge against model i's prediction and s_i the model's
+share, an input (or token) counts -log Σ s_i exp(-H_i). That is the likelihood of a mixture: one of the models is right
+about this input, and its share is how likely that is beforehand. Where the models agree it is the cross-entropy against
+their mean prediction. Where they do not (fine-tunes on different tasks), that would reward a merge that lies between
+them and is right about neither; this asks that the merge keeps to either. Other models: the squared distance from
+their mean output.
 
 Cost: every model and every merge runs on `EXAMPLES` inputs, and every merge is a network in memory meanwhile.
 """
@@ -15,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +41,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = 256
 """Calibration examples that are compared, evenly spaced."""
-SIGMAS = 1.96
+TIE = 1e-3
+"""Nats (or share of the outputs' variance) that another merge must be nearer by than the planned one. Merges that
+differ in dead or equal neurons only are equal, up to rounding."""
 PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
 """The merges: nothing moved, some spaces matched, every space matched."""
 
@@ -48,6 +55,8 @@ class Comparison:
     planned: the merge that the plan chose; chosen: the one to write.
     unit: "nats" (cross-entropy) or "relative" (squared distance over the mean output's variance).
     examples: how many were compared.
+    error: standard error of the difference of the planned and the chosen merge's distances; None where they are one
+        merge, or it is not known.
     """
 
     distances: dict[str, float]
@@ -55,6 +64,7 @@ class Comparison:
     chosen: str
     unit: str
     examples: int
+    error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -64,7 +74,10 @@ class Comparison:
         """What the user is told where the plan is not followed."""
         if self.chosen == self.planned:
             return None
-        what = "nats against the models' mean prediction" if self.unit == "nats" else "of the outputs' variance"
+        what = "nats from the models' predictions" if self.unit == "nats" else "of the outputs' variance"
+        if self.error is not None:
+            what += f", a difference of {abs(self.distances[self.planned] - self.distances[self.chosen]):.2g} with a "
+            what += f"standard error of {self.error:.2g}"
         own, other = self.distances[self.planned], self.distances[self.chosen]
         if self.chosen == PLAIN:
             said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
@@ -115,13 +128,11 @@ def last_look(
 
 
 def _merges(members: Members) -> tuple[str, dict[str, Members]]:
-    """The planned merge's name, and the merges that differ. A plan that moves nothing is not looked at again, unless
-    activations and weights disagree about some space."""
+    """The planned merge's name, and the merges that differ."""
     plans = [m.plan for m in _all(members) if m.plan is not None]
     full = all(_same(plan.element, _full(plan)) for plan in plans)
     if not any(plan.moves for plan in plans):
-        disputed = any(plan.disputed for plan in plans) and not full
-        return PLAIN, {PLAIN: members, **({MATCHED: _under(members, _full)} if disputed else {})}
+        return PLAIN, {PLAIN: members, **({} if full else {MATCHED: _under(members, _full)})}
     plain = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
     if full:
         return MATCHED, {**plain, MATCHED: members}
@@ -166,17 +177,25 @@ def compare(
         [m.loaded.model for m in members.models],
         list(nets.values()),
         shares=_shares(members),
+        either=True,
         dataset=members.dataset,
         collate=members.collate,
         batch_size=batch_size,
         device=device,
     )
-    names = list(nets)
-    means = dict(zip(names, found.mean(1).tolist(), strict=True))
-    own_scores = found[names.index(planned)]
-    nearer = [n for n, other in zip(names, found, strict=True) if n != planned and _nearer(other, own_scores)]
-    best = min(nearer, key=means.__getitem__, default=planned)
-    return Comparison(means, planned, best, unit, found.shape[1])
+    scores = dict(zip(nets, found, strict=True))
+    means = {name: float(score.mean()) for name, score in scores.items()}
+    chosen = min(means, key=lambda name: _or_far(means[name]))
+    # what is not finite in the planned merge alone speaks against it
+    if not _or_far(means[planned]) - _or_far(means[chosen]) > TIE:
+        chosen = planned
+    gap = scores[planned] - scores[chosen]
+    error = float(gap.std()) / sqrt(len(gap)) if chosen != planned and len(gap) > 1 else inf
+    return Comparison(means, planned, chosen, unit, found.shape[1], error if isfinite(error) else None)
+
+
+def _or_far(mean: float) -> float:
+    return mean if isfinite(mean) else inf
 
 
 def distances(
@@ -185,6 +204,7 @@ def distances(
     nets: Sequence[nn.Module],
     *,
     shares: Sequence[float],
+    either: bool,
     dataset: Any,
     collate: Callable[[Any], Any] | None,
     batch_size: int,
@@ -194,7 +214,9 @@ def distances(
 
     Args:
         first: of the models, how they are run.
-        models: the networks that were merged; `shares` are their weights in the mean prediction.
+        models: the networks that were merged; shares: their weights in the mixture (or mean) of what they say, which
+            sum to 1.
+        either: take classifiers' predictions as a mixture, of which a merge may keep to any; else their mean.
         nets: merged networks, on the device, repaired as they would be written.
         dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
 
@@ -203,6 +225,7 @@ def distances(
     """
     models = [m.to(device).eval() for m in models]
     classifies = _classifies(first)
+    weights = shares if either else [1.0]
     scores: list[Tensor] = []
     count = len(dataset)
     chosen = dataset
@@ -214,14 +237,16 @@ def distances(
         with torch.no_grad():
             own = [first.forward(m, batch).double() for m in models]
             if classifies:
-                target = sum(w * o.softmax(-1) for w, o in zip(shares, own, strict=True))
+                said = [o.softmax(-1) for o in own]
+                if not either:
+                    said = [sum((w * p for w, p in zip(shares, said, strict=True)), torch.zeros_like(said[0]))]
             else:
                 middle = sum(w * o for w, o in zip(shares, own, strict=True))
                 spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])  # type: ignore[union-attr]
             rows = []
             for net in nets:
                 out = first.forward(net, batch).double()
-                far = -(target * out.log_softmax(-1)).sum(-1) if classifies else (out - middle).square().mean(-1)
+                far = _cross_entropy(said, weights, out) if classifies else (out - middle).square().mean(-1)
                 rows.append(_per_example(far, batch))
         scores.append(torch.stack(rows).cpu())
     found = torch.cat(scores, 1)
@@ -231,14 +256,13 @@ def distances(
     return found, "nats" if classifies else "relative"
 
 
-def _nearer(other: Tensor, own: Tensor) -> bool:
-    """Whether scores [examples] are lower by more than the 95 % interval of the paired difference. What is not finite
-    in one of them alone speaks against it."""
-    gap = own - other
-    if not bool(torch.isfinite(gap).all()):
-        return bool(torch.isfinite(other).all())
-    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else inf
-    return float(gap.mean()) > SIGMAS * error
+def _cross_entropy(said: Sequence[Tensor], shares: Sequence[float], out: Tensor) -> Tensor:
+    """-log Σ s_i exp(-H_i) of logits [..., classes] against the models' probabilities; models that are subtracted
+    (a negative share) are not right about anything."""
+    against = torch.stack([(p * out.log_softmax(-1)).sum(-1) for p in said])
+    weights = torch.tensor(shares, dtype=torch.float64, device=out.device).clamp(min=0)
+    likely = (weights / weights.sum()).log().view(-1, *[1] * (against.dim() - 1))
+    return -torch.logsumexp(against + likely, 0)
 
 
 def _network(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.Module:
@@ -248,7 +272,7 @@ def _network(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.M
 
 
 def _shares(members: Members) -> list[float]:
-    """Weights of the models in their mean prediction: those of the merge where they are shares, else equal ones."""
+    """Weights of the models in what they say together: those of the merge where they are shares, else equal ones."""
     count = len(members.models)
     plain = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
     if members.settings.method.weights == "shares" and len(plain) == count and sum(plain) > 0:

@@ -49,6 +49,7 @@ def judge_of(
             [m.model for m in models],
             [work],
             shares=shares,
+            either=False,
             dataset=dataset,
             collate=collate,
             batch_size=batch_size,

@@ -206,7 +206,7 @@ def _with_data(
         )
 
     if match == "auto":
-        if progress and any(plan.moves or plan.disputed for plan in result.plans):
+        if progress and result.plans:
             progress("comparing the merges", 0, 1)
         written, found = last_look(members, repaired, skip=skip, batch_size=batch_size, device=device)
         members, done = written.members, written.repair

@@ -63,11 +63,6 @@ class Plan:
     matched: Element | None = None
 
     @property
-    def disputed(self) -> bool:
-        """Whether the activations of some space are for a match that its weights are against."""
-        return any(s.decision == DIRECT and s.gain_low is not None and s.gain_low > 0 for s in self.spaces)
-
-    @property
     def moves(self) -> bool:
         """Whether anything of B is permuted."""
         return any((p != range(len(p))).any() for p in self.element.values())

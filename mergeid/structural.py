@@ -2,17 +2,20 @@
 
 The fixed part is a base checkpoint, or what asymmetric layers store. A's inputs on the calibration data span the
 supports. A space is judged with B's other spaces as decided, because costs presume that a layer's inputs are matched,
-and its own neurons as they lie, because that is the question.
+and its own neurons as they lie, because that is the question. Stored fixed parts that coincide in another order of B
+only (a space before was matched, or B was scrambled) are judged in that order, and the plan says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mergeid.errors import MergeidError
-from mergeid.graph.neuron_graph import Element, NeuronGraph
+from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.identify.inputs import before_batchnorm, kind_of, supports
 from mergeid.identify.layers import SpaceRecord, space_records
 from mergeid.nn.names import FIXED, MASK, asymmetric_parameters
@@ -32,6 +35,7 @@ POSITIONS = 32
 NOTHING_SHARED = "no base and no stored fixed parts: every assignment costs the same and all margins are 0"
 NO_DATA = "the supports of the layers' inputs need calibration data: give --data"
 NO_DECISIONS = "structure stands beside the decisions, and --match {} makes none: use --match auto"
+AS_THEY_LIE, AS_DECIDED = "as it lies", "as decided"
 LEFT_OUT = "radii of stability (--certify computes them; slow above about a thousand neurons)"
 
 
@@ -58,7 +62,7 @@ def structure_of(
     """Records of the spaces that a layer makes, what was computed (for the JSON), and notes.
 
     Args:
-        element: the decided permutations of B.
+        element: the decided permutations of B. Where a space was judged in another order is under "orders".
         batches: starts a pass over the calibration data.
         base: state dict under the model's keys; stored fixed parts come before it.
         certify: compute the shift radii of every layer too.
@@ -80,11 +84,12 @@ def structure_of(
     origin = None if base is None else {k: v.detach().cpu() for k, v in base.items()}
     records: dict[str, SpaceRecord] = {}
     failed: dict[str, str] = {}
+    orders: dict[str, list[str]] = {AS_THEY_LIE: [], AS_DECIDED: []}
     for space in graph.spaces:
-        order = {**element, space.id: graph.follow(space, element)}
         names = {axis.tensor for axis in space.axes}
-        names |= {n + suffix for n in names for suffix in (FIXED, MASK)} & states[1].keys()
-        other = {n: graph.apply(order, n, states[1][n]) for n in names}
+        parts = {n + suffix for n in names for suffix in (FIXED, MASK)} & states[1].keys()
+        how, order = _order(graph, space, element, parts, states)
+        other = {n: graph.apply(order, n, states[1][n]) for n in names | parts}
         try:
             records |= space_records(
                 replace(graph, spaces=[space]),
@@ -96,6 +101,8 @@ def structure_of(
                 before_batchnorm=normed,
                 certify=certify,
             )
+            if how is not None:
+                orders[how].append(space.id)
         except MergeidError as error:
             failed[space.id] = str(error)
     said: dict[str, Any] = {
@@ -105,12 +112,32 @@ def structure_of(
         "identifiable": sum(r.identifiable for r in records.values()),
         "certified": certify,
         "left_out": failed if certify else {**failed, "stability": LEFT_OUT},
+        "orders": {i: how for how, ids in orders.items() for i in ids},
     }
-    notes = []
+    notes = [
+        f"{len(ids)} spaces have their structural margin with all of B {how}: only so both models store the same "
+        "fixed parts"
+        for how, ids in orders.items()
+        if ids
+    ]
     if failed:
         first, why = next(iter(failed.items()))
         notes.append(f"{len(failed)} spaces have no structural margin (first: {first}: {why})")
     return records, said, notes
+
+
+def _order(
+    graph: NeuronGraph, space: Space, element: Element, parts: set[str], states: Sequence[Mapping[str, Tensor]]
+) -> tuple[str | None, Element]:
+    """The order of B that a space is judged in, and its name where it is not the usual one: the first in which B's
+    stored fixed parts are A's, else B as it lies."""
+    plain = graph.identity()
+    usual = {**element, space.id: graph.follow(space, element)}
+    orders: tuple[tuple[str | None, Element], ...] = ((None, usual), (AS_THEY_LIE, plain), (AS_DECIDED, element))
+    for how, order in orders:
+        if all(n in states[0] and torch.equal(states[0][n], graph.apply(order, n, states[1][n])) for n in parts):
+            return how, order
+    return None, plain
 
 
 def _makers(graph: NeuronGraph, a: Loaded) -> list[str]:

@@ -1,20 +1,23 @@
-"""Another merge than the planned one is written only where it is nearer to the models."""
+"""The merge that is nearest to the models is written; ties stay with the plan."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import mergeid
 import mergeid.comparing
 import mergeid.merging
-from mergeid.comparing import compare
+from mergeid.comparing import TIE, compare, distances
 from mergeid.data import collate
 from mergeid.load import load
 from mergeid.members import Member, Members
@@ -40,8 +43,8 @@ class Pictures(torch.utils.data.Dataset):
 
 def members(models, weights=(0.5, 0.5)):
     loaded = [load(m) for m in models]
-    settings = MergeSettings.of(get_method("linear"), len(models), list(models[0].state_dict()), weights=list(weights))
-    return Members([Member(x) for x in loaded], None, settings, Pictures(), collate)
+    merge = MergeSettings.of(get_method("linear"), len(models), list(models[0].state_dict()), weights=list(weights))
+    return Members([Member(x) for x in loaded], None, merge, Pictures(), collate)
 
 
 def far(members, merges, planned, size):
@@ -63,9 +66,10 @@ def test_scores_against_a_naive_loop():
         for item in Pictures():
             x = item["x"][None]
             with torch.no_grad():
-                p = 0.3 * a(x)[0].double().softmax(0) + 0.7 * b(x)[0].double().softmax(0)
+                said = [model(x)[0].double().softmax(0) for model in (a, b)]
                 q = net(x)[0].double().softmax(0)
-            losses.append(-sum(float(p[k]) * np.log(float(q[k])) for k in range(5)))
+            crosses = [-sum(float(p[k]) * np.log(float(q[k])) for k in range(5)) for p in said]
+            losses.append(-np.log(0.3 * np.exp(-crosses[0]) + 0.7 * np.exp(-crosses[1])))
         assert got == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -73,16 +77,80 @@ def test_scores_against_a_naive_loop():
 def test_batches_do_not_matter(size):
     a, b = classifier(0), classifier(1)
     first, second = (
-        far(members([a, b]), {"plain": a.state_dict(), "mixed": b.state_dict()}, "mixed", n) for n in (size, 24)
+        far(members([a, b]), {"plain": noisy(a, 0.1), "mixed": noisy(a, 0.3)}, "mixed", n) for n in (size, 24)
     )
     assert first.distances["plain"] == pytest.approx(second.distances["plain"], rel=1e-6)
+    assert first.chosen == second.chosen == "plain" and first.error == pytest.approx(second.error, rel=1e-5)
+
+
+class Says(nn.Module):
+    """The same probabilities whatever it is given."""
+
+    def __init__(self, *probabilities):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1)
+
+
+def scores(models, nets, shares, either=True):
+    """`distances` of modules that are called as they are."""
+    first = SimpleNamespace(
+        example={"x": torch.zeros(2, 1), "labels": torch.zeros(2)},
+        model=models[0],
+        arch=None,
+        adapter=SimpleNamespace(loss=lambda *_: 0.0),
+        forward=lambda model, batch: model(batch["x"]),
+    )
+    data = [{"x": torch.zeros(1)} for _ in range(3)]
+    found, unit = distances(
+        first, models, nets, shares=shares, either=either, dataset=data, collate=None, batch_size=2, device="cpu"
+    )
+    assert unit == "nats" and found.shape == (len(nets), 3) and bool((found == found[:, :1]).all())
+    return found[:, 0].tolist()
+
+
+def test_where_the_models_disagree_a_merge_may_keep_to_either():
+    one, two = Says(0.98, 0.01, 0.01), Says(0.01, 0.98, 0.01)
+    keeps, also_keeps, between = Says(0.96, 0.03, 0.01), Says(0.03, 0.96, 0.01), Says(0.44, 0.44, 0.12)
+    found = scores([one, two], [keeps, also_keeps, between], [0.5, 0.5])
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] < found[2] - 0.05
+    # their mean asks for the one that is never right
+    mean, of_keeps, of_between = (np.array(p) for p in ([0.495, 0.495, 0.01], [0.96, 0.03, 0.01], [0.44, 0.44, 0.12]))
+    expected = [-mean @ np.log(of_keeps), -mean @ np.log(of_between)]
+    assert expected[1] < expected[0] - 0.5
+    assert scores([one, two], [keeps, between], [0.5, 0.5], either=False) == pytest.approx(expected, rel=1e-5)
+    # a model without a share, or with a negative one, is nobody to keep to
+    alone = scores([one], [keeps, also_keeps], [1.0])
+    assert scores([one, two], [keeps, also_keeps], [1.0, 0.0]) == pytest.approx(alone)
+    assert scores([one, two], [keeps, also_keeps], [1.5, -0.5]) == pytest.approx(alone)
+    assert alone[0] < alone[1] - 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 4))
+def test_models_that_agree_are_one_model(seed, count):
+    drawn = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    model, net = (Says(*row.tolist()) for row in drawn)
+    shares = np.random.default_rng(seed).dirichlet(np.ones(count)).tolist()
+    expected = -float(drawn[0].double() @ drawn[1].double().log())
+    assert scores([model] * count, [net], shares)[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("planned", ["plain", "mixed", "matched"])
 def test_ties_stay_with_the_plan(planned):
     a, b = classifier(0), classifier(1)
     found = far(members([a, b]), dict.fromkeys(("plain", "mixed", "matched"), b.state_dict()), planned, 8)
-    assert found.chosen == planned and found.note is None
+    assert found.chosen == planned and found.note is None and found.error is None
+
+
+@pytest.mark.parametrize("size", [1, 5, 24])
+def test_rounding_is_no_reason_to_leave_the_plan(size):
+    a, b = classifier(0), classifier(1)
+    states = {name: noisy(b, noise) for name, noise in (("plain", 1e-7), ("mixed", 0), ("matched", 1e-6))}
+    for planned in states:
+        assert far(members([a, b]), states, planned, size).chosen == planned
 
 
 def noisy(model, size):
@@ -105,6 +173,19 @@ def test_the_nearest_merge_is_chosen_whatever_was_planned():
             found = far(group, states, planned, 8)
             assert found.chosen == best
             assert (found.note is None) == (planned == best)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), noise=st.lists(st.floats(0, 0.3), min_size=3, max_size=3))
+def test_no_other_merge_is_nearer_than_the_one_that_is_written(seed, noise):
+    group = members([classifier(0), classifier(1)])
+    order = ("plain", "mixed", "matched")
+    states = {name: noisy(classifier(seed % 3), size) for name, size in zip(order, noise, strict=True)}
+    found = far(group, states, order[seed % 3], 24)
+    assert found.distances[found.chosen] <= min(found.distances.values()) + TIE
+    if found.note is not None:
+        gap = found.distances[found.planned] - found.distances[found.chosen]
+        assert gap > TIE and f"a difference of {gap:.2g} with a standard error of {found.error:.2g}" in found.note
 
 
 def network():
@@ -167,7 +248,7 @@ def scrambled():
     return a, b
 
 
-def half_a_plan(monkeypatch, moved, disputed=False):
+def half_a_plan(monkeypatch, moved):
     """Plans that match only the first `moved` spaces."""
     honest = mergeid.merging.plan_pair
 
@@ -176,18 +257,17 @@ def half_a_plan(monkeypatch, moved, disputed=False):
         plan = found.plan
         for space, record in list(zip(plan.graph.spaces, plan.spaces, strict=True))[moved:]:
             plan.element[space.id] = np.arange(space.size)
-            gain = record.gain_low if disputed else None
-            plan.spaces[plan.spaces.index(record)] = replace(record, decision="direct", gain_low=gain)
+            plan.spaces[plan.spaces.index(record)] = replace(record, decision="direct")
         plan.verdict = "match" if moved else "direct"
         return found
 
     monkeypatch.setattr(mergeid.merging, "plan_pair", planned)
 
 
-@pytest.mark.parametrize(("moved", "disputed"), [(1, False), (0, True)])
-def test_all_spaces_are_matched_where_that_is_nearer(monkeypatch, moved, disputed):
+@pytest.mark.parametrize("moved", [1, 0])
+def test_all_spaces_are_matched_where_that_is_nearer(monkeypatch, moved):
     a, b = scrambled()
-    half_a_plan(monkeypatch, moved, disputed)
+    half_a_plan(monkeypatch, moved)
     result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6))
     assert result.verdict == "match" and result.comparison["chosen"] == "matched"
     assert result.comparison["planned"] == ("mixed" if moved else "plain")
@@ -198,9 +278,11 @@ def test_all_spaces_are_matched_where_that_is_nearer(monkeypatch, moved, dispute
     assert set(result.plan.to_json()["permutations"]) == {s.id for s in result.plan.graph.spaces}
 
 
-def test_a_direct_plan_that_nothing_speaks_against_is_not_looked_at_again(monkeypatch):
-    a, b = scrambled()
-    half_a_plan(monkeypatch, 0)
+def test_where_the_match_moves_nothing_no_network_is_run(monkeypatch):
+    a, b = network(), network()
+    with torch.no_grad():
+        for p in b.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
     monkeypatch.setattr(mergeid.comparing, "compare", lambda *args, **kwargs: pytest.fail("networks were run"))
     result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6))
     assert result.verdict == "direct" and result.comparison is None

@@ -24,8 +24,9 @@ import mergeid
 from mergeid import MergeidError
 from mergeid import nn as mnn
 from mergeid.load import Loaded, load
-from mergeid.planning import Plan, make_plan
+from mergeid.planning import Plan, batches_of, make_plan
 from mergeid.report.evidence_plot import plot_evidence
+from mergeid.structural import structure_of
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -200,6 +201,40 @@ def test_asymmetric_models_need_no_base() -> None:
     apart = mergeid.plan(a, other, data=data, example_inputs=x[:2])
     assert missing(apart) == len(apart.spaces)
     assert any("do not store the same" in note for note in apart.notes)
+
+
+def test_stored_parts_are_compared_in_the_order_they_coincide_in() -> None:
+    a, b = mlp(0), mlp(1)
+    for model in (a, b):
+        mnn.asymmetrise(model, "w", generator=seeded(9))
+    x = torch.randn(64, 8, generator=seeded(4))
+    graph = mergeid.graph(a, x[:2])
+    first, second = graph.spaces
+    element = graph.random_element(seeded(5))
+    inverse = {k: np.argsort(p) for k, p in element.items()}
+    made_a = load(a, example_inputs=x[:2])
+    batches = batches_of(made_a, [{"arg0": row} for row in x], None, 64, lambda *_: None)
+
+    def records(b: nn.Module, order: dict[str, np.ndarray]) -> tuple[Any, Any, list[str]]:
+        return structure_of(
+            graph, made_a, load(b, example_inputs=x[:2]), order, batches, base=None, certify=False, seed=0
+        )
+
+    found, said, notes = records(b, graph.identity())
+    assert len(found) == 2 and said["orders"] == {} and notes == []
+    # a space before is matched: the fixed part of the next layer's columns coincides as B lies, and only so
+    matched = {first.id: element[first.id], second.id: np.arange(second.size)}
+    made, said, notes = records(b, matched)
+    assert made == found and not {first.id, second.id} & said["left_out"].keys()
+    assert said["orders"] == {second.id: "as it lies"} and "as it lies" in notes[0] and len(notes) == 1
+    # B is scrambled, and the decision finds its order again: what is said is what was said before
+    scrambled = copy.deepcopy(b)
+    scrambled.load_state_dict(graph.apply_state(element, b.state_dict()))
+    made, said, notes = records(scrambled, inverse)
+    assert made == found and said["orders"] == {first.id: "as decided", second.id: "as decided"}
+    # in no order: what is said holds of the models as they lie
+    made, said, notes = records(scrambled, graph.identity())
+    assert made == {} and said["orders"] == {} and "do not store the same '0.weight_fixed'" in notes[0]
 
 
 # -- two neurons swapped by hand ----------------------------------------------------------------------------
