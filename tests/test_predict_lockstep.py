@@ -179,7 +179,6 @@ def test_what_averages_shifts_nothing() -> None:
     sums.add(a, b, ((a + b) / 2 + 3, (a + b) / 2 - 1), None)  # a constant changes no prediction
     found = sums.features()
     assert found["shift"] == pytest.approx(0, abs=1e-12) and found["shift_sharp"] == pytest.approx(0, abs=1e-12)
-    assert found["logit_gain"] == pytest.approx(1)
 
 
 def test_outputs_known_of_more_examples_count() -> None:

@@ -78,22 +78,18 @@ class ShiftSums(_Sums):
         """As `EndSums.add`, with the outputs of the two corrected runs."""
         self.count += len(a)
         for (x, y, *runs), weight in _rows((a, b, *middle), mask):
-            average, centre = (x + y) / 2, (runs[0] + runs[1]) / 2
+            average = (x + y) / 2
             mixed = torch.logaddexp(x.log_softmax(-1), y.log_softmax(-1))
             logs = [r.log_softmax(-1) for r in (average, *runs)]
             found = {
                 name: (labels.softmax(-1) * (logs[0] - (logs[1] + logs[2]) / 2)).sum(-1)
                 for name, labels in (("shift", average), ("shift_sharp", SHARP * mixed))
             }
-            for name, z in (("signal", average), ("centre", centre)):
-                found[name] = (z - z.mean(-1, keepdim=True)).square().sum(-1)
             self._add(found, weight)
 
     def features(self) -> Features:
-        """Shifts in nats; `logit_gain`: by how much the merge's logits are smaller, as a ratio of squares."""
-        s = self._means()
-        gain = s.pop("centre") / max(s.pop("signal"), 1e-12)
-        return {**s, "logit_gain": gain}
+        """Nats."""
+        return self._means()
 
 
 def _rows(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
