@@ -85,6 +85,18 @@ def test_own_classes_are_the_five_of_each_image(monkeypatch: pytest.MonkeyPatch)
     assert logits.grad.abs().sum(0).nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
 
 
+def test_own_heads_are_those_of_the_fine_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import fine_tunes
+    import networks
+
+    merged, *tuned = (networks.seeded(networks.perceptron, s, width=8, classes=10) for s in range(3))
+    x = torch.randn(6, 1, 14, 14, generator=torch.Generator().manual_seed(0))
+    features = merged[:-1](x)
+    expected = torch.cat([tuned[0][-1](features)[:, :5], tuned[1][-1](features)[:, 5:]], 1)
+    torch.testing.assert_close(fine_tunes.with_heads(merged, tuned)(x), expected)
+
+
 def test_blocks_of_other_sets_use_their_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     import common
