@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "methods" / "reproduce.py"
 
@@ -65,3 +66,52 @@ def test_runs_are_summed_up_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     written = reproduce.table({f"tasks/{k}": v for k, v in found.items()})
     assert "| | accuracy | against linear, points |" in written
     assert f"{100 * gaps.mean():+.2f} ± {100 * found['ties']['error']:.2f} |" in written
+
+
+def test_own_classes_are_the_five_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import fine_tunes
+
+    logits = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(30) % 20
+    own, label = fine_tunes.own_classes(logits, y)
+    for i in range(30):
+        task = int(y[i]) // 5
+        assert torch.equal(own[i], logits[i, 5 * task : 5 * task + 5])
+        assert own[i, label[i]] == logits[i, y[i]]
+    logits.requires_grad_(True)
+    fine_tunes.own_loss(logits, torch.full((30,), 7)).backward()  # other tasks' classes are not trained
+    assert logits.grad is not None
+    assert logits.grad.abs().sum(0).nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
+
+
+def test_own_heads_are_those_of_the_fine_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import fine_tunes
+    import networks
+
+    merged, *tuned = (networks.seeded(networks.perceptron, s, width=8, classes=10) for s in range(3))
+    x = torch.randn(6, 1, 14, 14, generator=torch.Generator().manual_seed(0))
+    features = merged[:-1](x)
+    expected = torch.cat([tuned[0][-1](features)[:, :5], tuned[1][-1](features)[:, 5:]], 1)
+    torch.testing.assert_close(fine_tunes.with_heads(merged, tuned)(x), expected)
+
+
+def test_blocks_of_other_sets_use_their_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    import common
+    import reproduce
+
+    images(tmp_path)
+    bench = common.Bench(tmp_path, tmp_path)
+    other = reproduce.AGAINST["five"]
+
+    def measure(bench: common.Bench, i: int) -> dict[str, float]:
+        return {"cycle": i / 100, other: 0.0}
+
+    reproduce.many_runs(bench, "five", measure)
+    reproduce.many_runs(bench, "five, other sets", measure, first=reproduce.RUNS, of="five")
+    assert bench.rows["five/cycle"]["accuracy"] == pytest.approx(0.02)
+    assert bench.rows["five, other sets/cycle"]["accuracy"] == pytest.approx(0.07)
+    written = reproduce.table(bench.rows)
+    assert written.index("| cycle | 2.0 %") < written.index("| cycle | 7.0 %")

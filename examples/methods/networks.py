@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,14 @@ def perceptron(width: int = 256, classes: int = 10) -> nn.Module:
     )
 
 
+def convolutions(width: int = 16, classes: int = 10) -> nn.Module:
+    layers: list[nn.Module] = []
+    for n, m, stride in ((1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 4, 2), (4, 4, 1)):
+        inputs = n * width if layers else 1
+        layers += [nn.Conv2d(inputs, m * width, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * width, classes))
+
+
 class Block(nn.Module):
     def __init__(self, n: int, m: int, stride: int) -> None:
         super().__init__()
@@ -87,7 +96,12 @@ class ResNet(nn.Module):
         return self.fc(self.block3(self.block2(self.block1(self.stem(x)))).mean((2, 3)))
 
 
-def train(model: nn.Module, images: Images, *, seed: int, epochs: int, rate: float = 2e-3) -> nn.Module:
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def train(
+    model: nn.Module, images: Images, *, seed: int, epochs: int, rate: float = 2e-3, loss_of: Loss = F.cross_entropy
+) -> nn.Module:
     """AdamW on a one-cycle schedule; the seed decides the order of the images."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
@@ -96,7 +110,7 @@ def train(model: nn.Module, images: Images, *, seed: int, epochs: int, rate: flo
     model.train()
     for _ in range(epochs):
         for index in torch.randperm(len(images), generator=generator).split(100)[: len(images) // 100]:
-            loss = F.cross_entropy(model(images.x[index]), images.y[index])
+            loss = loss_of(model(images.x[index]), images.y[index])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
