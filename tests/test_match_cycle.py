@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from graph_helpers import composed, inverse, seeded, traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.match.cycle import cycle_matching, joint_objective
+from mergeid.match.cycle import _bound, _objective, cycle_matching, joint_objective
 from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.soft import apply_soft, hard, scaled, soft_element
 from mergeid.match.universe import relative
@@ -103,6 +105,33 @@ def test_against_brute_force() -> None:
     )
     universe = cycle_matching(graph, models, generator=torch.Generator().manual_seed(0))
     assert joint_objective(graph, models, universe) == pytest.approx(best, rel=1e-6)
+
+
+def test_nothing_is_searched_where_little_can_be_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of(3, 8, 2)
+    models, truth = planted(graph, 3, 0.05, 3, 8, 2)
+
+    def none(*_: object) -> list[Element]:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("mergeid.match.cycle._frank_wolfe", none)
+    universe = cycle_matching(graph, models, generator=torch.Generator().manual_seed(0))
+    for p, q in itertools.permutations(range(3), 2):
+        wanted, found = relative(truth, p, q), relative(universe, p, q)
+        assert all(np.array_equal(wanted[k], found[k]) for k in wanted)
+    with pytest.raises(AssertionError, match="searched"):
+        cycle_matching(graph, states(3, 3, 8, 2), generator=torch.Generator().manual_seed(0))
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_no_order_is_better_than_the_bound(seed: int) -> None:
+    graph = graph_of(3, 6, 2)
+    weights = scaled(graph, states(3, 3, 6, 2))
+    drawn = [graph.random_element(torch.Generator().manual_seed(3 * seed + i)) for i in range(3)]
+    assert _objective(graph, weights, drawn) <= _bound(graph, weights) * (1 + 1e-9)
+    same = [weights[0]] * 3
+    assert _objective(graph, same, [graph.identity()] * 3) == pytest.approx(_bound(graph, same))
 
 
 def test_objective_is_what_a_loop_says() -> None:

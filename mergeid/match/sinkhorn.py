@@ -2,8 +2,8 @@
 
 A soft element, the Sinkhorn projection of free logits, is moved by gradient descent so that ‖A − P(B)‖² over all
 weights falls; the temperature falls too, so that the matrices sharpen, and at the end the group element with the
-largest share is taken. The iterations are differentiated directly instead of implicitly: the gradient is the same in
-the limit, and no linear system is solved.
+largest share is taken. Once every matrix is sharp nothing is left to decide, and the descent ends. The iterations are
+differentiated directly instead of implicitly: the gradient is the same in the limit, and no linear system is solved.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from mergeid.match.assignment import TreeAssignment, roots
 from mergeid.match.protocol import MatchTask, Needs
 from mergeid.match.soft import Soft, apply_soft, scaled, soft_element
 
+SHARP = 0.99
+"""Mean of the largest share of every row in each space from which on gradients vanish."""
+
 
 def sinkhorn_matching(
     task: MatchTask,
     *,
-    steps: int = 200,
+    steps: int = 100,
     rate: float = 0.1,
     iterations: int = 20,
     temperatures: tuple[float, float] = (1.0, 0.1),
@@ -28,7 +31,8 @@ def sinkhorn_matching(
     """The element that the annealed soft element rounds to.
 
     Args:
-        steps, rate: of Adam on the logits.
+        steps, rate: of Adam on the logits; fewer steps where the element is sharp before. (200 steps end as high as
+            100 on pairs of perceptrons from independent seeds, twice the rate 15 % lower.)
         iterations: of Sinkhorn's algorithm in every step.
         temperatures: first and last, in geometric steps between.
     """
@@ -49,6 +53,8 @@ def sinkhorn_matching(
         optimiser.zero_grad()
         distance.backward()
         optimiser.step()
+        if all(float(m.detach().amax(1).mean()) > SHARP for m in soft.values()):
+            break
     return rounded(graph, soft)
 
 
