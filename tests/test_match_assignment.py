@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,3 +109,38 @@ def test_one_silent_space_is_placed_by_the_others(everything: tuple[NeuronGraph,
                 scores[s.id][np.arange(s.size), truth[s.id]] = 1
         found = TreeAssignment(graph, scores).solve(graph.spaces[0], graph.identity())
         assert all(np.array_equal(found[k], truth[k]) for k in truth)
+
+
+def twice_and_deeper() -> NeuronGraph:
+    """Two blocks for every head and dimension of a group, and pairs inside these."""
+    plain = grouped_attention()
+    out = plain.by_id["out"]
+    double = [(p, np.repeat(out.block_parents[:, k], 2)) for k, p in enumerate(out.parents)]
+    spaces = [*plain.spaces[:3], space("out", 2 * out.size, *double)]
+    spaces.append(space("deep", 4 * out.size, ("out", np.arange(2 * out.size))))
+    return NeuronGraph("twice", {}, spaces, [])
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_what_lies_in_coupled_spaces_goes_where_they_go(seed: int) -> None:
+    graph = twice_and_deeper()
+    rng = np.random.default_rng(seed)
+    scores = {s.id: rng.standard_normal((s.size, s.size)) for s in graph.spaces}
+    assert graph.contains(TreeAssignment(graph, scores).solve(graph.spaces[0], graph.identity()))
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_a_planted_element_is_found_where_blocks_have_the_same_parents(seed: int) -> None:
+    """Of the key heads nothing is known but what lies in them."""
+    graph = twice_and_deeper()
+    truth = graph.random_element(torch.Generator().manual_seed(seed))
+    scores = {s.id: np.zeros((s.size, s.size)) for s in graph.spaces}
+    for name in ("query", "value", "out", "deep"):
+        scores[name][np.arange(len(truth[name])), truth[name]] = 1
+    # other key heads would win if a second block could go where a first one is
+    group = np.repeat(np.arange(GROUPS), len(truth["out"]) // GROUPS)
+    scores["out"][1::2, 0::2] += 2.0 * (truth["key"][group][1::2, None] != group[None, 0::2])
+    found = TreeAssignment(graph, scores).solve(graph.spaces[0], graph.identity())
+    assert all(np.array_equal(found[k], truth[k]) for k in truth)

@@ -43,6 +43,16 @@ def block_images(structure: Structure, parent_perms: Sequence[np.ndarray], cell:
     return found
 
 
+def block_ranks(block_parents: np.ndarray) -> np.ndarray:
+    """For every block (row, [blocks, parents]) how many with the same parents stand before it: these go in order."""
+    seen: dict[tuple[int, ...], int] = {}
+    out = np.empty(len(block_parents), np.int64)
+    for i, row in enumerate(map(tuple, block_parents.tolist())):
+        out[i] = seen.get(row, 0)
+        seen[row] = int(out[i]) + 1
+    return out
+
+
 def random_permutations(structures: Sequence[Structure], permutation: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     """A random group element: for every cell (parents first) an array ``perm`` over its flat members, where the
     member at position i is taken from position ``perm[i]``. Raises `NoImage`."""

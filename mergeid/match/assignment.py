@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from mergeid.graph.group import block_images
+from mergeid.graph.group import block_images, block_ranks
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 
 Scores = Mapping[str, np.ndarray]
@@ -71,9 +71,13 @@ class TreeAssignment:
             element[s.id] = self.choose(s, element, free)
             free.discard(s.id)
         inside = {s.id for s in tree}
-        coupled = {p for s in tree if len(inside & set(s.parents)) > 1 for p in s.parents} & inside
-        again = [s for s in tree if inside & set(s.parents) and ({s.id, *s.parents} & coupled)]
-        for _ in range(ROUNDS if coupled else 0):
+        touched = {p for s in tree if len(inside & set(s.parents)) > 1 for p in s.parents} & inside
+        again = []
+        for s in tree:  # what lies in a coupled space at any depth goes where that goes
+            if inside & set(s.parents) and {s.id, *s.parents} & touched:
+                again.append(s)
+                touched.add(s.id)
+        for _ in range(ROUNDS if again else 0):
             before = element
             element = dict(element)
             for s in again:
@@ -139,7 +143,7 @@ class TreeAssignment:
         column = child.parents.index(space.id)
         mine = child.block_parents[:, column]
         others = [k for k in range(len(child.parents)) if k != column]
-        key = np.column_stack([mine, child.block_parents[:, others], _ranks(child.block_parents)])
+        key = np.column_stack([mine, child.block_parents[:, others], block_ranks(child.block_parents)])
         index = {tuple(k): b for b, k in enumerate(key.tolist())}
         moved = [element[child.parents[k]][child.block_parents[:, k]] for k in others]
         rest = np.column_stack([*moved, key[:, -1]]).tolist()
@@ -171,13 +175,13 @@ class TreeAssignment:
         value = np.zeros((space.size, space.size))
         sizes = [self.graph.by_id[p].size for p in joint.parents]
         code = np.ravel_multi_index(tuple(joint.block_parents.T), sizes)
-        order = np.argsort(code, kind="stable")
+        order, rank = np.argsort(code, kind="stable"), block_ranks(joint.block_parents)
         for i, j in self._pairs(space, images):
             sub = [self._within(self.graph.by_id[p], space, inner[p], i, j) for p in joint.parents]
             moved = np.stack([s[joint.block_parents[:, k]] for k, s in enumerate(sub)], 1)
             here = np.flatnonzero((moved >= 0).all(1))
             wanted = np.ravel_multi_index(tuple(moved[here].T), sizes)
-            at = np.searchsorted(code, wanted, sorter=order).clip(max=len(code) - 1)
+            at = (np.searchsorted(code, wanted, sorter=order) + rank[here]).clip(max=len(code) - 1)
             target = order[at]
             fits = code[target] == wanted
             here, target = here[fits], target[fits]
@@ -197,16 +201,6 @@ class TreeAssignment:
         for b, t in zip(mine, theirs, strict=False):
             perm[b * m : (b + 1) * m] = t * m + assign(inner[b * m : (b + 1) * m, t * m : (t + 1) * m])
         return perm
-
-
-def _ranks(rows: np.ndarray) -> np.ndarray:
-    """For every row how many equal ones stand before it: blocks in the same parents go in order."""
-    seen: dict[tuple[int, ...], int] = {}
-    out = np.empty(len(rows), np.int64)
-    for i, row in enumerate(map(tuple, rows.tolist())):
-        out[i] = seen.get(row, 0)
-        seen[row] = out[i] + 1
-    return out
 
 
 def _optimum(block: np.ndarray) -> float:

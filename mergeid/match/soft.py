@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mergeid.graph.group import block_ranks
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 
 Soft = Mapping[str, Tensor]
@@ -74,12 +74,7 @@ def _between(space: Space, soft: Soft) -> Tensor:
     """[blocks, blocks]: how much of block c goes to block b; blocks in the same parents go in order."""
     if not space.parents:
         return torch.eye(space.blocks)
-    keys = [tuple(row) for row in space.block_parents.tolist()]
-    seen: dict[tuple[int, ...], int] = {}
-    rank = np.empty(len(keys), np.int64)
-    for b, key in enumerate(keys):
-        rank[b] = seen.get(key, 0)
-        seen[key] = int(rank[b]) + 1
+    rank = block_ranks(space.block_parents)
     weight = torch.from_numpy(rank[:, None] == rank[None, :]).float()
     for k, parent in enumerate(space.parents):
         place = torch.from_numpy(space.block_parents[:, k])
