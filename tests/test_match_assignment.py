@@ -141,6 +141,6 @@ def test_a_planted_element_is_found_where_blocks_have_the_same_parents(seed: int
         scores[name][np.arange(len(truth[name])), truth[name]] = 1
     # other key heads would win if a second block could go where a first one is
     group = np.repeat(np.arange(GROUPS), len(truth["out"]) // GROUPS)
-    scores["out"][1::2, 0::2] += 2.0 * (truth["key"][group][1::2, None] != group[None, 0::2])
+    scores["out"][1::2, 0::2] += 20.0 * (truth["key"][group][1::2, None] != group[None, 0::2])
     found = TreeAssignment(graph, scores).solve(graph.spaces[0], graph.identity())
     assert all(np.array_equal(found[k], truth[k]) for k in truth)
