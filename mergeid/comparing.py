@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = 256
 """Calibration examples that are compared, evenly spaced."""
+NUMBERS = 1 << 22
+"""Logits of one network that are looked at at once: those of a language model are large in float64."""
 TIE = 1e-3
 """Nats (or share of the outputs' variance) that another merge must be nearer by than the planned one. Merges that
 differ in dead or equal neurons only are equal, up to rounding."""
@@ -225,7 +227,6 @@ def distances(
     """
     models = [m.to(device).eval() for m in models]
     classifies = _classifies(first)
-    weights = shares if either else [1.0]
     scores: list[Tensor] = []
     count = len(dataset)
     chosen = dataset
@@ -235,19 +236,14 @@ def distances(
     for raw in FixedBatches(chosen, batch_size, collate):
         batch = to_model(raw, torch.device(device), input_dtype(first.model))
         with torch.no_grad():
-            own = [first.forward(m, batch).double() for m in models]
+            own = [first.forward(m, batch) for m in models]
             if classifies:
-                said = [o.softmax(-1) for o in own]
-                if not either:
-                    said = [sum((w * p for w, p in zip(shares, said, strict=True)), torch.zeros_like(said[0]))]
+                far = _cross_entropies(own, [first.forward(net, batch) for net in nets], shares, either)
             else:
-                middle = sum(w * o for w, o in zip(shares, own, strict=True))
-                spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])  # type: ignore[union-attr]
-            rows = []
-            for net in nets:
-                out = first.forward(net, batch).double()
-                far = _cross_entropy(said, weights, out) if classifies else (out - middle).square().mean(-1)
-                rows.append(_per_example(far, batch))
+                middle = sum((w * o.double() for w, o in zip(shares, own, strict=True)), torch.zeros(()))
+                spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])
+                far = [(first.forward(net, batch).double() - middle).square().mean(-1) for net in nets]
+            rows = [_per_example(f, batch) for f in far]
         scores.append(torch.stack(rows).cpu())
     found = torch.cat(scores, 1)
     if not classifies:
@@ -256,13 +252,28 @@ def distances(
     return found, "nats" if classifies else "relative"
 
 
-def _cross_entropy(said: Sequence[Tensor], shares: Sequence[float], out: Tensor) -> Tensor:
-    """-log Σ s_i exp(-H_i) of logits [..., classes] against the models' probabilities; models that are subtracted
-    (a negative share) are not right about anything."""
-    against = torch.stack([(p * out.log_softmax(-1)).sum(-1) for p in said])
-    weights = torch.tensor(shares, dtype=torch.float64, device=out.device).clamp(min=0)
-    likely = (weights / weights.sum()).log().view(-1, *[1] * (against.dim() - 1))
-    return -torch.logsumexp(against + likely, 0)
+def _cross_entropies(
+    own: Sequence[Tensor], outs: Sequence[Tensor], shares: Sequence[float], either: bool
+) -> Sequence[Tensor]:
+    """For every network's logits [..., classes] how far they are from what the models say, float64 [...], a few rows
+    at a time: -log Σ s_i exp(-H_i), or the cross-entropy against the mean prediction.
+
+    Models that are subtracted (a negative share) are not right about anything."""
+    classes = outs[0].shape[-1]
+    weights = torch.tensor(shares, dtype=torch.float64, device=outs[0].device)
+    likely = (weights.clamp(min=0) / weights.clamp(min=0).sum()).log()
+    found = []
+    for parts in zip(*(t.reshape(-1, classes).split(max(NUMBERS // classes, 1)) for t in (*own, *outs)), strict=True):
+        said = torch.stack([p.double().softmax(-1) for p in parts[: len(own)]])
+        if not either:
+            said = torch.einsum("m,mrc->rc", weights, said)[None]
+        far = []
+        for out in parts[len(own) :]:
+            # classes that nobody names count nothing, be they ruled out (a logit of -inf) or not
+            against = (said * out.double().log_softmax(-1)).masked_fill(said == 0, 0.0).sum(-1)
+            far.append(-torch.logsumexp(against + likely[:, None], 0) if either else -against[0])
+        found.append(torch.stack(far))
+    return [f.reshape(outs[0].shape[:-1]) for f in torch.cat(found, 1)]
 
 
 def _network(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.Module:

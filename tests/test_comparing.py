@@ -56,7 +56,9 @@ def far(members, merges, planned, size):
     return compare(members, nets, planned, batch_size=size, device="cpu")
 
 
-def test_scores_against_a_naive_loop():
+@pytest.mark.parametrize("numbers", [3, 12, 1 << 22])
+def test_scores_against_a_naive_loop(numbers, monkeypatch):
+    monkeypatch.setattr(mergeid.comparing, "NUMBERS", numbers)
     a, b, *nets = (classifier(s) for s in range(5))
     states = {name: net.state_dict() for name, net in zip(("plain", "mixed", "matched"), nets, strict=True)}
     found = far(members([a, b], (0.3, 0.7)), states, "mixed", 7)
@@ -107,7 +109,8 @@ def scores(models, nets, shares, either=True):
     found, unit = distances(
         first, models, nets, shares=shares, either=either, dataset=data, collate=None, batch_size=2, device="cpu"
     )
-    assert unit == "nats" and found.shape == (len(nets), 3) and bool((found == found[:, :1]).all())
+    assert unit == "nats" and found.shape == (len(nets), 3)
+    torch.testing.assert_close(found, found[:, :1].expand(-1, 3), rtol=0, atol=0, equal_nan=True)
     return found[:, 0].tolist()
 
 
@@ -126,6 +129,16 @@ def test_where_the_models_disagree_a_merge_may_keep_to_either():
     assert scores([one, two], [keeps, also_keeps], [1.0, 0.0]) == pytest.approx(alone)
     assert scores([one, two], [keeps, also_keeps], [1.5, -0.5]) == pytest.approx(alone)
     assert alone[0] < alone[1] - 1
+
+
+def test_a_class_that_all_rule_out_counts_nothing():
+    both, three = ([Says(*p[:n]) for p in ([0.7, 0.3, 0.0], [0.4, 0.6, 0.0], [0.2, 0.8, 0.0])] for n in (2, 3))
+    for either in (True, False):
+        expected = scores(both[:2], both[2:], [0.5, 0.5], either)
+        assert scores(three[:2], three[2:], [0.5, 0.5], either) == pytest.approx(expected)
+    # what a model holds possible must not be ruled out, and what is no number is not taken for a class
+    assert scores([Says(0.5, 0.3, 0.2)], three[2:], [1.0]) == [np.inf]
+    assert np.isnan(scores(three[:2], [Says(0.5, float("nan"), 0.0)], [0.5, 0.5])[0])
 
 
 @settings(max_examples=25, deadline=None)
