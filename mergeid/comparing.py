@@ -69,7 +69,8 @@ class Comparison:
     error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        """The attributes; a distance that is not finite, which JSON has no number for, is None."""
+        return {**self.__dict__, "distances": {k: v if isfinite(v) else None for k, v in self.distances.items()}}
 
     @property
     def note(self) -> str | None:

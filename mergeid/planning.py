@@ -124,7 +124,8 @@ def make_plan(
         certify: with radii of stability.
         matcher: name in the registry (`mergeid.match.protocol`); None: combined with data, weight without.
         matched: the match of that matcher, where it was found already (`mergeid.match.cycle`).
-        hears: takes both models' outputs on every calibration batch that is run, as they are.
+        hears: takes both models' outputs on every calibration batch that is run, as they are. With "always" these are
+            of every other example, once; with "auto" of all, and of those that decisions are judged on again.
 
     Raises `MergeidError` for too few calibration examples, an unknown `match` or `matcher`, and where the matcher
     cannot do without data.
@@ -273,17 +274,18 @@ def evidence_of(
     """Activations of both models, collected in one pass; `judged`: of the half too that decisions are judged on."""
     taps = choose_taps(graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
-    kept: list[Any] = []
+    forward_a, forward_b = a.forward, b.forward
+    if hears is not None:
+        kept: list[Any] = []
 
-    def forward_a(model: torch.nn.Module, batch: Any) -> Any:
-        kept[:] = [a.forward(model, batch)]
-        return kept[0]
+        def forward_a(model: torch.nn.Module, batch: Any) -> Any:
+            kept[:] = [a.forward(model, batch)]
+            return kept[0]
 
-    def forward_b(model: torch.nn.Module, batch: Any) -> Any:
-        out = b.forward(model, batch)
-        if hears is not None:
+        def forward_b(model: torch.nn.Module, batch: Any) -> Any:
+            out = b.forward(model, batch)
             hears(kept.pop(), out, batch)
-        return out
+            return out
 
     stream = PairStream(TapReader(a.model, forward_a, flat), TapReader(b.model, forward_b, flat), batches, seed=seed)
     evidence = ActivationEvidence(graph, stream, taps)

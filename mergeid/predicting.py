@@ -97,7 +97,7 @@ def predict(
             pair.a.forward,
             examples,
             planned.collate,
-            ends=ends,
+            ends=None if skip else ends,  # under --skip B is run with A's tensors, and says something else
             progress=lambda done, total: tell("running both models", done, total),
         )
     except PathsDiffer as error:

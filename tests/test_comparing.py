@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -186,6 +187,7 @@ def test_the_nearest_merge_is_chosen_whatever_was_planned():
             found = far(group, states, planned, 8)
             assert found.chosen == best
             assert (found.note is None) == (planned == best)
+            json.dumps(found.to_json(), allow_nan=False)
 
 
 @settings(max_examples=10, deadline=None)

@@ -80,6 +80,16 @@ def test_with_itself_nothing_is_lost(nets: dict[str, nn.Module]) -> None:
         assert "as they are" in found.advice
 
 
+def test_what_is_skipped_is_taken_from_the_first_model(nets: dict[str, nn.Module]) -> None:
+    """Models that differ in their heads alone: with A's head both are A, whatever B says with its own."""
+    other = copy.deepcopy(nets["a"])
+    with torch.no_grad():
+        other[2].weight.neg_()  # type: ignore[index, union-attr, operator]
+    assert (predict(nets["a"], other).best.nats.within or 0) < 1
+    found = predict(nets["a"], other, skip=["2.*"])
+    assert found.best.nats.expected == 0 and found.best.nats.within == 1
+
+
 def test_scrambled_models_are_the_same_models(nets: dict[str, nn.Module]) -> None:
     graph = m.graph(nets["a"], X[:2])
     element = graph.random_element(torch.Generator().manual_seed(1))
