@@ -84,9 +84,9 @@ class Comparison:
         own, other = self.distances[self.planned], self.distances[self.chosen]
         if self.chosen == PLAIN:
             said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
-            return f"{said}the models than the plain one ({own:.3g} to {other:.3g} {what})"
+            return f"{said}the models than the plain one ({_shown(own)} to {_shown(other)} {what})"
         said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
-        return f"{said}than the planned one ({other:.3g} to {own:.3g} {what})"
+        return f"{said}than the planned one ({_shown(other)} to {_shown(own)} {what})"
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,11 @@ def compare(
     gap = scores[planned] - scores[chosen]
     error = float(gap.std()) / sqrt(len(gap)) if chosen != planned and len(gap) > 1 else inf
     return Comparison(means, planned, chosen, unit, found.shape[1], error if isfinite(error) else None)
+
+
+def _shown(distance: float) -> str:
+    """With the decimals that `TIE` tells apart."""
+    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"
 
 
 def _or_far(mean: float) -> float:
