@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mergeid.errors import MergeidError
 from mergeid.match import MatchTask, Training, get_matcher
-from mergeid.match.soft import log_sinkhorn
+from mergeid.match.soft import doubly_stochastic, log_sinkhorn
 from mergeid.match.transport import transport, transported
 
 
@@ -32,6 +32,21 @@ def test_sinkhorn_sums_and_scaling() -> None:
         x -= x[:, :1].clone()
         x -= x[:1].clone()
     assert torch.allclose(out, logits, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (2, 3, 4, 4)])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_implicit_gradient_is_that_of_many_iterations(shape: tuple[int, ...], temperature: float) -> None:
+    noise = torch.Generator().manual_seed(3)
+    logits = (torch.randn(shape, generator=noise, dtype=torch.float64) / temperature).requires_grad_()
+    weight = torch.randn(shape, generator=noise, dtype=torch.float64)
+
+    def loss(p: Tensor) -> Tensor:
+        return (weight * p + p.square()).sum()
+
+    (expected,) = torch.autograd.grad(loss(log_sinkhorn(logits, 2000).exp()), logits)
+    (found,) = torch.autograd.grad(loss(doubly_stochastic(logits, 2000)), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # the iterations end within 1e-6
 
 
 @pytest.mark.parametrize("name", ["sinkhorn", "ot", "layerwise"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,40 @@ def log_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return logits
 
 
+class _Sinkhorn(torch.autograd.Function):
+    """`log_sinkhorn(...).exp()`, differentiated implicitly (Eisenberger et al. 2022; Peña et al. 2023).
+
+    With G the gradient at P, that at the logits is P ∘ (G - α 1ᵀ - 1 βᵀ) where its rows and columns sum to 0: both
+    conditions are met in turn, which is the adjoint of the iterations at their limit. The memory is that of P, whatever
+    their number."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, iterations: int) -> Tensor:
+        p = log_sinkhorn(logits.detach(), iterations).exp()
+        ctx.save_for_backward(p)
+        ctx.iterations = iterations
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (p,), (g,) = ctx.saved_tensors, gradients
+        pg = p * g
+        rows, columns = pg.sum(-1, keepdim=True), pg.sum(-2, keepdim=True).mT
+        mass, beta = p.sum(-1, keepdim=True).clamp(min=1e-12), torch.zeros_like(columns)
+        alpha = rows
+        for _ in range(ctx.iterations):
+            alpha = (rows - p @ beta) / mass
+            beta = columns - p.mT @ alpha
+        return pg - p * (alpha + beta.mT), None
+
+
+def doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
+    """The doubly stochastic matrix ``diag(u) exp(logits) diag(v)``; the last two dimensions are the matrix."""
+    if logits.requires_grad:
+        return _Sinkhorn.apply(logits, iterations)  # type: ignore[no-any-return]
+    return log_sinkhorn(logits, iterations).exp()
+
+
 def soft_element(
     graph: NeuronGraph, logits: Mapping[str, Tensor], iterations: int, before: Soft | None = None, changed: str = ""
 ) -> dict[str, Tensor]:
@@ -65,7 +100,7 @@ def soft_element(
             continue
         new.add(s.id)
         n, m = s.blocks, s.members
-        inner = log_sinkhorn(logits[s.id].reshape(n, m, n, m).transpose(1, 2), iterations).exp()
+        inner = doubly_stochastic(logits[s.id].reshape(n, m, n, m).transpose(1, 2), iterations)
         soft[s.id] = (inner * _between(s, soft)[:, :, None, None]).transpose(1, 2).reshape(s.size, s.size)
     return soft
 
