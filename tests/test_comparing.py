@@ -200,7 +200,7 @@ def test_no_other_merge_is_nearer_than_the_one_that_is_written(seed, noise):
     found = far(group, states, order[seed % 3], 24)
     assert found.distances[found.chosen] <= min(found.distances.values()) + TIE
     if found.note is not None:
-        shown = re.search(r"\((\d+\.\d+) to (\d+\.\d+) nats", found.note)
+        shown = re.search(r"\((\S+) to (\S+) nats", found.note)
         assert shown is not None and shown[1] != shown[2]
         gap = found.distances[found.planned] - found.distances[found.chosen]
         assert gap > TIE and f"a difference of {gap:.2g} with a standard error of {found.error:.2g}" in found.note
