@@ -30,6 +30,7 @@ from torch.utils.data import Subset
 
 from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
 from mergeid.members import Member, Members
+from mergeid.memory import NUMBERS
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = 256
 """Calibration examples that are compared, evenly spaced."""
-NUMBERS = 1 << 22
-"""Logits of one network that are looked at at once: those of a language model are large in float64."""
 TIE = 1e-3
 """Nats (or share of the outputs' variance) that another merge must be nearer by than the planned one. Merges that
 differ in dead or equal neurons only are equal, up to rounding."""

@@ -1,10 +1,13 @@
-"""Memory that is free inside of the process, given back to the system."""
+"""Memory: what is free inside of the process is given back to the system, and how much is looked at at once."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from collections.abc import Callable
+
+NUMBERS = 1 << 22
+"""Logits of one network that are looked at at once: those of a language model are large in float64."""
 
 
 def give_back() -> None:

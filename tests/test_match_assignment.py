@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def total(scores: dict[str, np.ndarray], element: Element) -> float:
     return sum(float(s[np.arange(len(s)), element[k]].sum()) for k, s in scores.items())
 
 
-@pytest.fixture(scope="module")
+@cache  # no fixture: Hypothesis would print it all
 def everything() -> tuple[NeuronGraph, list[Element]]:
     graph = grouped_attention()
     found = elements(graph)
@@ -64,11 +65,9 @@ def everything() -> tuple[NeuronGraph, list[Element]]:
 
 @given(st.integers(0, 10_000), st.floats(0, 0.4), st.floats(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_a_planted_element_is_the_optimum_from_any_start(
-    everything: tuple[NeuronGraph, list[Element]], seed: int, noise: float, offset: float
-) -> None:
+def test_a_planted_element_is_the_optimum_from_any_start(seed: int, noise: float, offset: float) -> None:
     """What all pairs have in common (`offset`) changes no optimum."""
-    graph, group = everything
+    graph, group = everything()
     rng = np.random.default_rng(seed)
     truth, start = group[rng.integers(len(group))], group[rng.integers(len(group))]
     scores = {}
@@ -87,10 +86,8 @@ def test_a_planted_element_is_the_optimum_from_any_start(
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_without_a_space_in_two_others_the_optimum_is_exact(
-    everything: tuple[NeuronGraph, list[Element]], seed: int
-) -> None:
-    graph, group = everything
+def test_without_a_space_in_two_others_the_optimum_is_exact(seed: int) -> None:
+    graph, group = everything()
     rng = np.random.default_rng(seed)
     scores = {s.id: rng.standard_normal((s.size, s.size)) for s in graph.spaces}
     scores["out"][:] = 0
@@ -99,8 +96,8 @@ def test_without_a_space_in_two_others_the_optimum_is_exact(
 
 
 @pytest.mark.parametrize("silent", ["key", "query", "value", "out"])
-def test_one_silent_space_is_placed_by_the_others(everything: tuple[NeuronGraph, list[Element]], silent: str) -> None:
-    graph, group = everything
+def test_one_silent_space_is_placed_by_the_others(silent: str) -> None:
+    graph, group = everything()
     for truth in group[::17]:
         scores = {}
         for s in graph.spaces:

@@ -2,7 +2,8 @@
 
 A soft element, the Sinkhorn projection of free logits, is moved by gradient descent so that ‖A − P(B)‖² over all
 weights falls; the temperature falls too, so that the matrices sharpen, and at the end the group element with the
-largest share is taken. Once every matrix is sharp nothing is left to decide, and the descent ends.
+largest share is taken. Once the rows of every matrix are sharp in the mean little is left to decide, and the descent
+ends.
 """
 
 from __future__ import annotations

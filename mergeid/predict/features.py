@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergeid.memory import NUMBERS
 from mergeid.predict.lockstep import Deviation, sum_of_squares
 
 Features = dict[str, float]
 SHARE = 0.7
 """Of the shift against p in what is expected of the loss. Chosen on the zoo: with true labels shifts are twice as large
 for language models and half as large for networks that are wrong with confidence."""
-NUMBERS = 1 << 22
-"""Logits of one network that are looked at at once: those of a language model are large in float64."""
 SHARP = 1.5
 """Power of the predictions that sharper labels are: trained networks are mostly less sure than they are right."""
 
@@ -59,12 +58,11 @@ class EndSums(_Sums):
                 "excess_averaged": ((x + y) / 2).logsumexp(-1) - parts,
                 "own_entropy": own,
                 "divergence": entropy - own,
-                "disagree": (x.argmax(-1) != y.argmax(-1)).double(),
             }
             self._add(found, weight)
 
     def features(self) -> Features:
-        """Nats, and the share of other predictions; `divergence`: of Jensen and Shannon."""
+        """Nats; `divergence`: of Jensen and Shannon."""
         return self._means()
 
 
@@ -146,22 +144,14 @@ def layer_deviations(sums: list[Deviation]) -> list[LayerDeviation]:
 
 
 def depth_features(layers: list[LayerDeviation]) -> Features:
-    """Sums, means and extremes over the layers."""
-    if not layers:
-        return {"deviation": 0.0, "deviation_worst": 0.0, "lost": 0.0, "lost_last": 0.0, "difference": 0.0}
-    return {
-        "deviation": math.sqrt(sum(x.deviation for x in layers)),
-        "deviation_worst": math.sqrt(max(x.deviation for x in layers)),
-        "lost": sum(-math.log(max(1 - x.lost, 1e-6)) for x in layers) / len(layers),
-        "lost_last": layers[-1].lost,
-        "difference": math.sqrt(sum(x.difference for x in layers) / len(layers)),
-    }
+    """Over all layers."""
+    return {"deviation": math.sqrt(sum(x.deviation for x in layers))}
 
 
 def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
-    """Distance over the mean norm, and cosine, of matrices and kernels, over all of them together and in the median."""
-    dot = squares_a = squares_b = 0.0
-    distances, cosines = [], []
+    """Distance over the root mean square norm, and cosine, of all matrices and kernels together, and the largest
+    distance of one."""
+    dot = squares_a = squares_b = worst = 0.0
     for name, x in a.items():
         y = b.get(name)
         if y is None or not x.is_floating_point() or x.dim() < 2:
@@ -170,17 +160,12 @@ def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
         aa, bb, dd = sum_of_squares(x), sum_of_squares(y), sum_of_squares(x - y)
         ab = (aa + bb - dd) / 2
         if aa > 0 and bb > 0:
-            distances.append(math.sqrt(dd / ((aa + bb) / 2)))
-            cosines.append(ab / math.sqrt(aa * bb))
+            worst = max(worst, math.sqrt(dd / ((aa + bb) / 2)))
         dot, squares_a, squares_b = dot + ab, squares_a + aa, squares_b + bb
-    if not distances:
-        return {"distance": 0.0, "cosine": 1.0, "distance_median": 0.0, "distance_worst": 0.0, "cosine_least": 1.0}
-    half = sorted(distances)[len(distances) // 2]
+    if not squares_a * squares_b > 0:
+        return {"distance": 0.0, "cosine": 1.0, "distance_worst": 0.0}
     return {
         "distance": math.sqrt(max(squares_a + squares_b - 2 * dot, 0.0) / ((squares_a + squares_b) / 2)),
         "cosine": dot / math.sqrt(squares_a * squares_b),
-        "distance_median": half,
-        "distance_worst": max(distances),
-        "cosine_least": min(cosines),
-        "length_ratio": abs(math.log(squares_a / squares_b)) / 2,
+        "distance_worst": worst,
     }

@@ -86,7 +86,6 @@ def sketch_features(
     found["drop"] = right
     found["gap"] = gap
     found["deviation"] = gap
-    found["gap_worst"] = max(gaps, default=0.0)
     found["hash_distance"] = _distance(one, two)
     return found, layers
 
