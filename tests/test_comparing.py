@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 from dataclasses import replace
@@ -14,11 +15,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
 import mergeid
 import mergeid.comparing
 import mergeid.merging
+from mergeid.commands.show_plan import print_merge
 from mergeid.comparing import TIE, compare, distances
 from mergeid.data import collate
 from mergeid.load import load
@@ -228,6 +231,12 @@ def wrong_plan(monkeypatch):
     monkeypatch.setattr(mergeid.merging, "plan_pair", planned)
 
 
+def printed(result):
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_merge(result, console)
+    return console.export_text()
+
+
 def test_a_wrong_match_is_not_used(monkeypatch):
     a, b = network(), network()
     with torch.no_grad():
@@ -239,6 +248,7 @@ def test_a_wrong_match_is_not_used(monkeypatch):
     assert any("matching was not used: on 64 calibration examples" in note for note in result.notes)
     assert (result.comparison["planned"], result.comparison["chosen"]) == ("mixed", "plain")
     assert result.comparison["unit"] == "relative"
+    assert printed(result).startswith("Planned, before the last look: ")
     for key, value in result.state.items():
         assert torch.equal(value, (a.state_dict()[key] + b.state_dict()[key]) / 2)
     forced = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6), match="always")
@@ -253,6 +263,7 @@ def test_a_right_match_is_kept():
     result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6))
     assert result.verdict == "match" and result.comparison["chosen"] == "matched" == result.comparison["planned"]
     assert result.comparison["distances"]["matched"] < 1e-6 < result.comparison["distances"]["plain"]
+    assert printed(result).startswith("Verdict: ")
     for key, value in result.state.items():
         torch.testing.assert_close(value, a.state_dict()[key])
 

@@ -168,7 +168,11 @@ def print_merge(result: MergeResult, console: Console) -> None:
     elif result.plan is None:
         console.print("Plain merge: B's neurons were taken as they lie.")
     elif len(result.plans) < 2:
-        for line in verdict_lines(result.plan, result.notes):
+        looked = result.comparison
+        overruled = looked is not None and looked["chosen"] != looked["planned"]
+        for line in verdict_lines(
+            result.plan, result.notes, "Planned, before the last look" if overruled else "Verdict"
+        ):
             console.print(line, markup=False)
     else:
         for plan in result.plans:
@@ -214,10 +218,10 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     return fixed(value) + ends
 
 
-def verdict_lines(plan: Plan, notes: Sequence[str] | None = None) -> list[str]:
+def verdict_lines(plan: Plan, notes: Sequence[str] | None = None, what: str = "Verdict") -> list[str]:
     """The verdict in a sentence, how the spaces were decided, and the notes."""
     counts = Counter(s.decision for s in plan.spaces)
     shown = ", ".join(f"{n} {decision}" for decision, n in counts.most_common())
     meaning = ASKED.get(plan.match) or MEANING.get(plan.verdict, plan.verdict)
-    lines = [f"Verdict: {meaning}" + (f" ({shown})." if shown else ".")]
+    lines = [f"{what}: {meaning}" + (f" ({shown})." if shown else ".")]
     return lines + [f"Note: {note}" for note in (plan.notes if notes is None else notes)]
