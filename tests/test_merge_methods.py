@@ -51,6 +51,7 @@ def test_a_model_merged_with_itself_is_itself_for_every_weight(x: torch.Tensor, 
 
 @settings(max_examples=200, deadline=None)
 @given(any_tensor, st.floats(-1e6, 1e6))
+@example(torch.tensor([-0.0], dtype=torch.float16), -0.0)
 def test_so_also_when_extrapolating(x: torch.Tensor, weight: float) -> None:
     weights = check_weights([1 - weight, weight], 2)
     assert same_bits(linear([x, x.clone()], weights), x)

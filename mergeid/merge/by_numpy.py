@@ -69,6 +69,7 @@ def weighted_sum(
     promoted = dtypes[0]
     for dtype in dtypes[1:]:
         promoted = wider(promoted, dtype)
+    weights = [w + 0.0 for w in weights]  # -0.0 would turn the sign of zeros
     convex = all(0 <= w <= 1 for w in weights)
     wide = "F32" if convex and BITS[promoted] == 16 else "F64"
     total = widen(numbers[0], dtypes[0], wide)

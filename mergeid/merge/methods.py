@@ -238,6 +238,7 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     import torch
 
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    weights = [w + 0.0 for w in weights]  # -0.0 would turn the sign of zeros
     convex = all(0 <= w <= 1 for w in weights)
     wide = accumulator(dtype) if convex or dtype.is_complex else torch.float64
     total = tensors[0].to(wide, copy=True).mul_(weights[0])
