@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+from mergeid.graph.group import same_element
 from mergeid.members import Member, Members
-from mergeid.memory import NUMBERS
+from mergeid.memory import few_rows
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def last_look(
 def _merges(members: Members) -> tuple[str, dict[str, Members]]:
     """The planned merge's name, and the merges that differ."""
     plans = [m.plan for m in _all(members) if m.plan is not None]
-    full = all(_same(plan.element, _full(plan)) for plan in plans)
+    full = all(same_element(plan.element, _full(plan)) for plan in plans)
     if not any(plan.moves for plan in plans):
         return PLAIN, {PLAIN: members, **({} if full else {MATCHED: _under(members, _full)})}
     plain = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
@@ -147,10 +147,6 @@ def _all(members: Members) -> list[Member]:
 
 def _full(plan: Plan) -> Element:
     return plan.element if plan.matched is None else plan.matched
-
-
-def _same(a: Element, b: Element) -> bool:
-    return all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def _under(members: Members, element: Callable[[Plan], Element]) -> Members:
@@ -264,18 +260,17 @@ def _cross_entropies(
     at a time: -log Σ s_i exp(-H_i), or the cross-entropy against the mean prediction.
 
     Models that are subtracted (a negative share) are not right about anything."""
-    classes = outs[0].shape[-1]
     weights = torch.tensor(shares, dtype=torch.float64, device=outs[0].device)
     likely = (weights.clamp(min=0) / weights.clamp(min=0).sum()).log()
     found = []
-    for parts in zip(*(t.reshape(-1, classes).split(max(NUMBERS // classes, 1)) for t in (*own, *outs)), strict=True):
-        said = torch.stack([p.double().softmax(-1) for p in parts[: len(own)]])
+    for parts in few_rows(*own, *outs):
+        said = torch.stack([p.softmax(-1) for p in parts[: len(own)]])
         if not either:
             said = torch.einsum("m,mrc->rc", weights, said)[None]
         far = []
         for out in parts[len(own) :]:
             # classes that nobody names count nothing, be they ruled out (a logit of -inf) or not
-            against = (said * out.double().log_softmax(-1)).masked_fill(said == 0, 0.0).sum(-1)
+            against = (said * out.log_softmax(-1)).masked_fill(said == 0, 0.0).sum(-1)
             far.append(-torch.logsumexp(against + likely[:, None], 0) if either else -against[0])
         found.append(torch.stack(far))
     return [f.reshape(outs[0].shape[:-1]) for f in torch.cat(found, 1)]

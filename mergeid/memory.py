@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUMBERS = 1 << 22
 """Logits of one network that are looked at at once: those of a language model are large in float64."""
+
+
+def few_rows(*logits: Tensor) -> Iterator[list[Tensor]]:
+    """float64 [rows, classes] of logits of one shape [..., classes], `NUMBERS` of each at a time."""
+    classes = logits[0].shape[-1]
+    step = max(NUMBERS // classes, 1)
+    for parts in zip(*(t.reshape(-1, classes).split(step) for t in logits), strict=True):
+        yield [p.double() for p in parts]
 
 
 def give_back() -> None:

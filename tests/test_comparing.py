@@ -63,7 +63,7 @@ def far(members, merges, planned, size):
 
 @pytest.mark.parametrize("numbers", [3, 12, 1 << 22])
 def test_scores_against_a_naive_loop(numbers, monkeypatch):
-    monkeypatch.setattr(mergeid.comparing, "NUMBERS", numbers)
+    monkeypatch.setattr("mergeid.memory.NUMBERS", numbers)
     a, b, *nets = (classifier(s) for s in range(5))
     states = {name: net.state_dict() for name, net in zip(("plain", "mixed", "matched"), nets, strict=True)}
     found = far(members([a, b], (0.3, 0.7)), states, "mixed", 7)

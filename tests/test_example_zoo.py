@@ -139,6 +139,16 @@ def test_a_flipped_choice_holds_all_others(zoo):
     assert {(False, True, False), (False, False, False), (True, True, False), (True, False, False)} <= seen
 
 
+def loss_of_the_average(zoo, pair):
+    """Test loss of the two networks' average as they lie."""
+    (a, b), (held, _) = zoo.nets(pair), zoo.data(pair)
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.copy_((p + q) / 2)
+        batch = held.batch()
+        return torch.nn.functional.cross_entropy(a(batch["arg0"]), batch["labels"]).item()
+
+
 def test_flips_are_measured_and_go_on(mini, tmp_path):
     work, cache = list(mini.recipes.work()), tmp_path / "cache"
     scrambled = next(p for p in work if p.scramble == "all")
@@ -147,12 +157,7 @@ def test_flips_are_measured_and_go_on(mini, tmp_path):
     assert rows == mini.flips.flip(tmp_path, cache, 1) == mini.pairs_table.read(tmp_path / "flips.csv")
     (row,) = rows
     assert (row["decision"], row["flipped_to"], row["spaces"], row["unknown"]) == ("match", "direct", "1", "0")
-    (a, b), (held, _) = mini.build.Zoo(cache).nets(scrambled), mini.build.Zoo(cache).data(scrambled)
-    with torch.no_grad():
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
-            p.copy_((p + q) / 2)
-        batch = held.batch()
-        plain = torch.nn.functional.cross_entropy(a(batch["arg0"]), batch["labels"]).item()
+    plain = loss_of_the_average(mini.build.Zoo(cache), scrambled)
     assert float(row["loss_flipped"]) == pytest.approx(plain, abs=1e-4)
     assert float(row["worse_by"]) == pytest.approx(plain - float(row["loss"]), abs=1e-4)
     assert "| match to direct | 1 |" in mini.report.flips(rows)
@@ -167,13 +172,7 @@ def test_poor_matches_are_measured_and_go_on(mini, tmp_path):
     assert rows == mini.weak.run(tmp_path, cache, 16) == mini.pairs_table.read(tmp_path / "weak.csv")
     assert {r["pair"] for r in rows} == {p.id for p in chosen}
     for row in rows:
-        pair, zoo = next(p for p in chosen if p.id == row["pair"]), mini.build.Zoo(cache)
-        (a, b), (held, _) = zoo.nets(pair), zoo.data(pair)
-        with torch.no_grad():
-            for p, q in zip(a.parameters(), b.parameters(), strict=True):
-                p.copy_((p + q) / 2)
-            batch = held.batch()
-            plain = torch.nn.functional.cross_entropy(a(batch["arg0"]), batch["labels"]).item()
+        plain = loss_of_the_average(mini.build.Zoo(cache), next(p for p in chosen if p.id == row["pair"]))
         assert float(row["direct"]) == pytest.approx(plain, abs=1e-4)
         if row["auto_is"] in ("direct", "match"):
             assert row["auto"] == row[row["auto_is"]]

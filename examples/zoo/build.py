@@ -18,13 +18,14 @@ from pathlib import Path
 import pairs_table as table
 import torch
 from families import FAMILIES
-from measuring import WEAK, Curve, PairOfNets, graph, same
+from measuring import WEAK, Curve, PairOfNets, graph
 from recipes import Model, Pair, work
 from tasks import Examples, calibration, test
 from torch import nn
 from training import load, path
 
 from mergeid.errors import MergeidWarning
+from mergeid.graph.group import same_element
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 
 HERE = Path(__file__).parent
@@ -69,7 +70,7 @@ class Zoo:
         row = table.names(pair)
         row |= {"repair": nets.repair, "examples": str(len(held)), "spaces": str(len(nets.graph.spaces))}
         plain, matched = nets.graph.identity(), nets.always(known)
-        moved = not same(plain, matched)
+        moved = not same_element(plain, matched)
         curves: dict[str, Curve] = {}
         for suffix, repaired in (("", False), ("_repair", True)) if nets.repair else (("", False),):
             direct = curves["direct" + suffix] = nets.curve(plain, repaired)
@@ -92,9 +93,9 @@ class Zoo:
 
 
 def named(element: Element, plain: Element, matched: Element) -> str:
-    if same(element, plain):
+    if same_element(element, plain):
         return "direct"
-    return "match" if same(element, matched) else "mixed"
+    return "match" if same_element(element, matched) else "mixed"
 
 
 def _weak(nets: PairOfNets, name: str, data: Examples | None, plain: Element) -> table.Row:

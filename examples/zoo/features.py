@@ -49,14 +49,14 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
     """One per mode, assignment and repair."""
     (a, b), (held, known) = zoo.nets(pair), zoo.data(pair)
     nets = PairOfNets(a, b, zoo.graph(pair.a), FAMILIES[pair.a.group.family].repair, held, known)
-    first = _with(nets.work, nets.state_a)
-    outputs = said(first, _with(nets.work, nets.state_b(nets.graph.identity())), known)
+    plain = nets.graph.identity()
+    first, second = _with(nets.work, nets.state_a), _with(nets.work, nets.state_b(plain))
+    outputs = said(first, second, known)
     for mode, data, calibration in (
         ("inputs", known, known),
         ("weights", random_inputs(pair.a.group.data), None),
     ):
-        elements = {"direct": nets.graph.identity(), "match": nets.always(calibration)}
-        partners = {k: _with(nets.work, nets.state_b(e)) for k, e in elements.items()}
+        partners = {"direct": second, "match": _with(nets.work, nets.state_b(nets.always(calibration)))}
         found = probe(first, partners, ADAPTER.forward, data, ends=outputs if mode == "inputs" else None)
         for assignment, evidence in found.items():
             rival: Features = {}
@@ -73,8 +73,6 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
                         **rival,
                     }
     example = {k: v[:2] for k, v in known.batch().items()}
-    plain = nets.graph.identity()
-    second = _with(nets.work, nets.state_b(plain))
     sketches = [Standard(make_sketch(loaded(n, pair.id, example), nets.graph, known)) for n in (first, second)]
     elements = {"matched": plain, **as_elements(*sketches)}
     own = output_features(*sketches)

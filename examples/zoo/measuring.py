@@ -242,7 +242,3 @@ class PairOfNets:
             batch_size=256,
             matcher=self.matcher,
         )
-
-
-def same(a: Element, b: Element) -> bool:
-    return all(np.array_equal(a[k], b[k]) for k in a)

@@ -1,8 +1,8 @@
-"""Elements of the nested permutation group: draw, compose, invert."""
+"""Elements of the nested permutation group: draw, compose, invert, compare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -51,6 +51,11 @@ def block_ranks(block_parents: np.ndarray) -> np.ndarray:
         out[i] = seen.get(row, 0)
         seen[row] = int(out[i]) + 1
     return out
+
+
+def same_element(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    """Whether two elements permute the spaces of `a` alike."""
+    return all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def random_permutations(structures: Sequence[Structure], permutation: Callable[[int], np.ndarray]) -> list[np.ndarray]:

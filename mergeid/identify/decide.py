@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import ndtri
 from torch import Generator
 
+from mergeid.graph.group import same_element
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.identify.evidence import ActivationEvidence, Judgement, Request
 from mergeid.identify.layers import SpaceRecord
@@ -153,7 +154,7 @@ def decide_from_activations(
             lost = float((cosines[s.id][rows, follow] - cosines[s.id][rows, choice]).mean())
             records[s.id], matches = _decision(graph, s, judged.get(s.id), moved, lost)
             new[s.id] = choice if matches else follow
-        if all(np.array_equal(new[k], current[k]) for k in new):
+        if same_element(new, current):
             break
         current = new
     return Decisions([records[s.id] for s in graph.spaces], current)

@@ -14,6 +14,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from mergeid.graph.group import block_images, block_ranks
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
@@ -201,6 +202,15 @@ class TreeAssignment:
         for b, t in zip(mine, theirs, strict=False):
             perm[b * m : (b + 1) * m] = t * m + assign(inner[b * m : (b + 1) * m, t * m : (t + 1) * m])
         return perm
+
+
+def best_element(graph: NeuronGraph, scores: Mapping[str, Tensor]) -> Element:
+    """The group element with the largest inner product with scores (or shares) of every space."""
+    solver = TreeAssignment(graph, {k: m.detach().double().numpy() for k, m in scores.items()})
+    element = graph.identity()
+    for root in roots(graph):
+        element = solver.solve(root, element)
+    return element
 
 
 def _optimum(block: np.ndarray) -> float:

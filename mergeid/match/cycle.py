@@ -19,7 +19,7 @@ from numpy.polynomial import Chebyshev
 from torch import Generator, Tensor
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.match.assignment import best_element
 from mergeid.match.inner_products import WeightSimilarity
 from mergeid.match.joint import Correlations, joint_matching
 from mergeid.match.protocol import MatchTask, Needs
@@ -109,7 +109,7 @@ def _frank_wolfe(
     degree = 2 * max((len({a.axis for _, a in maps}) for maps in graph.on_tensor.values()), default=1)
     for _ in range(steps):
         slopes = _gradients(graph, weights, soft)
-        vertex = [hard(_assigned(graph, slope)) for slope in slopes]
+        vertex = [hard(best_element(graph, slope)) for slope in slopes]
         line = _on_the_way(graph, weights, soft, vertex, degree)
         stationary = line.deriv().roots()
         inside = [float(r.real) for r in stationary if abs(r.imag) < 1e-9 and 0 < r.real < 1]
@@ -117,7 +117,7 @@ def _frank_wolfe(
         if line(step) - line(0.0) <= tolerance * abs(line(0.0)):
             break
         soft = [_between(x, y, step) for x, y in zip(soft, vertex, strict=True)]
-    return [_assigned(graph, s) for s in soft]
+    return [best_element(graph, s) for s in soft]
 
 
 def _gradients(graph: NeuronGraph, weights: list[dict[str, Tensor]], soft: Softs) -> Softs:
@@ -142,15 +142,6 @@ def _soft_objective(
 
 def _between(x: Mapping[str, Tensor], y: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
     return {k: (1 - step) * m + step * y[k] for k, m in x.items()}
-
-
-def _assigned(graph: NeuronGraph, scores: Mapping[str, Tensor]) -> Element:
-    """The group element with the largest inner product with the scores."""
-    solver = TreeAssignment(graph, {k: m.double().numpy() for k, m in scores.items()})
-    element = graph.identity()
-    for root in roots(graph):
-        element = solver.solve(root, element)
-    return element
 
 
 def _refined(

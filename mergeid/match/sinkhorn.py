@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.match.assignment import TreeAssignment, roots
+from mergeid.graph.neuron_graph import Element
+from mergeid.match.assignment import best_element
 from mergeid.match.protocol import MatchTask, Needs
 from mergeid.match.soft import Soft, apply_soft, scaled, soft_element
 
@@ -55,16 +55,7 @@ def sinkhorn_matching(
         optimiser.step()
         if all(float(m.detach().amax(1).mean()) > SHARP for m in soft.values()):
             break
-    return rounded(graph, soft)
-
-
-def rounded(graph: NeuronGraph, soft: Soft) -> Element:
-    """The group element with the largest total share."""
-    solver = TreeAssignment(graph, {k: m.detach().double().numpy() for k, m in soft.items()})
-    element = graph.identity()
-    for root in roots(graph):
-        element = solver.solve(root, element)
-    return element
+    return best_element(graph, soft)
 
 
 class SinkhornMatcher:

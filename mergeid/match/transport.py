@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
+from mergeid.match.assignment import best_element
 from mergeid.match.protocol import MatchTask, Needs
-from mergeid.match.sinkhorn import rounded
 from mergeid.match.soft import apply_soft, scaled, soft_element
 
 
@@ -81,4 +81,4 @@ class TransportMatcher:
     needs: Needs = "weights"
 
     def match(self, task: MatchTask) -> Element:
-        return rounded(task.graph, transport(task))
+        return best_element(task.graph, transport(task))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeid.memory import NUMBERS
+from mergeid.memory import few_rows
 from mergeid.predict.lockstep import Deviation, sum_of_squares
 
 Features = dict[str, float]
@@ -93,16 +93,13 @@ class ShiftSums(_Sums):
 def _rows(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
     """float64 [rows, classes] of every output, a few rows at a time, and the share of every row in its example."""
     n, classes = len(outputs[0]), outputs[0].shape[-1]
-    flat = [t.detach().reshape(n, -1, classes) for t in outputs]
-    weight = torch.ones(flat[0].shape[:2], dtype=torch.float64, device=flat[0].device)
+    weight = torch.ones(n, outputs[0].numel() // (n * classes), dtype=torch.float64, device=outputs[0].device)
     if mask is not None and mask.shape == weight.shape:
         weight = mask.to(weight)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
-    step = max(NUMBERS // classes, 1)
-    for part, shares in zip(
-        zip(*(t.flatten(0, 1).split(step) for t in flat), strict=True), weight.reshape(-1).split(step), strict=True
-    ):
-        yield [t.double() for t in part], shares
+    left = (weight / weight.sum(1, keepdim=True).clamp(min=1)).reshape(-1)
+    for part in few_rows(*(t.detach() for t in outputs)):
+        shares, left = left[: len(part[0])], left[len(part[0]) :]
+        yield part, shares
 
 
 def output_features(ends: Features, shifts: Features) -> Features:

@@ -109,7 +109,8 @@ def probe(
         size = max(1, BUDGET // max(COPIES * _bytes(watch(a, forward, first)[1]), 1))
     slices = balanced(len(chosen), size)  # a small rest would have statistics of its own
     sums = {name: _Sums() for name in partners}
-    own = EndSums()
+    known = ends is not None and ends.count > 0
+    own = ends if ends is not None and known else EndSums()
     for k, part in enumerate(slices):
         if progress:
             progress(k, len(slices))
@@ -125,7 +126,7 @@ def probe(
                         "classes; a barrier in nats cannot be predicted for it"
                     )
                 mask = real_tokens(batch)
-                if name == next(iter(partners)):
+                if not known and name == next(iter(partners)):
                     own.add(found.a, found.b, mask)
                 sums[name].plain.add(found.a, found.b, found.middle, mask)
                 if found.fresh is not None:
@@ -133,8 +134,7 @@ def probe(
                     total.add(found.a, found.b, found.fresh, mask)
                 sums[name].add(found.deviations)
                 sums[name].damping = found.damping
-    said = (ends if ends is not None and ends.count else own).features()
-    return {name: _evidence(a, partners[name], said, s) for name, s in sums.items()}
+    return {name: _evidence(a, partners[name], own.features(), s) for name, s in sums.items()}
 
 
 def hears(ends: EndSums) -> Callable[[Any, Any, Batch], None]:
