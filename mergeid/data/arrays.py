@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.data.batching import IGNORED, Item, ItemDataset
+from mergeid.data.batching import IGNORED, Item, ItemDataset, told
 from mergeid.data.images import normalise
 from mergeid.data.targets import add_targets
 from mergeid.errors import MergeidError
@@ -18,21 +20,58 @@ from mergeid.errors import MergeidError
 INPUT_NAMES = ("x", "inputs", "input", "images", "image", "pixel_values", "input_ids", "input_values",
                "input_features", "data", "X")  # fmt: skip
 LABEL_NAMES = ("labels", "label", "y", "targets", "target")
+STREAMED = 1 << 16
+"""Examples that are taken at most from an iterable without a length."""
+STREAMED_BYTES = 1 << 32
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
     """All arrays of a ``.safetensors`` or ``.npz`` file. Raises `MergeidError` where it cannot be read."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            return {name: as_tensor(name, value, str(path)) for name, value in load_file(path).items()}
+        _refuse_bombs(path)
         with np.load(path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(np.ascontiguousarray(stored[name])) for name in stored.files}
+            return {name: as_tensor(name, stored[name], str(path)) for name in stored.files}
+    except MergeidError:
+        raise
     except Exception as error:  # safetensors, zipfile and NumPy each raise kinds of their own
         raise MergeidError(
-            f"{path} cannot be read as {path.suffix} data ({error}); write it again with arrays of inputs and labels"
+            f"{path} cannot be read as {path.suffix} data ({told(error)}); write it again with arrays of inputs and "
+            "labels"
         ) from error
+
+
+def _refuse_bombs(path: Path) -> None:
+    """A few MB may be packed zeros of many GB, which NumPy would unpack without asking."""
+    with zipfile.ZipFile(path) as packed:
+        size = sum(entry.file_size for entry in packed.infolist())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else size
+    if size > there // 2:
+        raise MergeidError(
+            f"{path} unpacks to {size / 2**30:,.0f} GB, more than half of this machine's memory; give fewer examples"
+        )
+
+
+def _from_numpy(array: Any) -> Tensor:
+    """Also in the other byte order, which torch does not take."""
+    found = np.ascontiguousarray(array)
+    return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Integer formats with which torch cannot calculate, as int64. Raises `MergeidError` where that does not hold
+    them, and for complex numbers."""
+    if tensor.is_complex():
+        raise MergeidError("an array holds complex numbers; expected real ones")
+    if tensor.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        return tensor
+    wide = tensor.long()
+    if tensor.dtype == torch.uint64 and bool((wide < 0).any()):
+        raise MergeidError("an array holds integers of 2^63 and more; expected smaller ones")
+    return wide
 
 
 def tensor_dataset(arrays: Mapping[str, Any], about: Mapping[str, Any], source: str) -> ItemDataset:
@@ -44,7 +83,7 @@ def tensor_dataset(arrays: Mapping[str, Any], about: Mapping[str, Any], source: 
     Raises `MergeidError` where there is no input or the lengths differ.
     """
     named = rename(arrays, about, source)
-    tensors = {k: torch.as_tensor(v) for k, v in named.items()}
+    tensors = {k: as_tensor(k, v, source) for k, v in named.items()}
     sizes = {k: v.shape[0] if v.dim() else 0 for k, v in tensors.items()}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{k} {n}" for k, n in sizes.items())
@@ -89,8 +128,8 @@ def squeeze_labels(labels: Tensor, source: str) -> Tensor:
     """Labels as integers; a trailing dimension of 1 is dropped. Raises `MergeidError` for fractions."""
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.is_floating_point():
-        if not bool((labels == labels.round()).all()):
+    if labels.is_floating_point() or labels.is_complex():
+        if labels.is_complex() or not bool((labels == labels.round()).all()):
             raise MergeidError(f"the data {source} has fractional labels; expected class numbers (integers)")
         labels = labels.long()
     return labels.long()
@@ -125,9 +164,7 @@ def finish(item: Item, about: Mapping[str, Any]) -> Item:
 
 def object_dataset(data: Any, about: Mapping[str, Any], source: str) -> ItemDataset:
     """A torch dataset, a list or any iterable of examples: dicts, (input, label) pairs or bare inputs."""
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        data = list(data)
-    rows: Sequence[Any] = data
+    rows: Sequence[Any] = data if hasattr(data, "__len__") and hasattr(data, "__getitem__") else gathered(data, source)
 
     def get(index: int) -> Item:
         row = rows[index]
@@ -137,6 +174,35 @@ def object_dataset(data: Any, about: Mapping[str, Any], source: str) -> ItemData
             named = {about["input"]: row[0], "labels": row[1]}
         else:
             named = {about["input"]: row}
-        return finish(Item({k: torch.as_tensor(v) for k, v in named.items()}), about)
+        return finish(Item({k: as_tensor(k, v, source) for k, v in named.items()}), about)
 
     return ItemDataset(len(rows), get, source=source)
+
+
+def as_tensor(name: str, value: Any, source: str) -> Tensor:
+    """Raises `MergeidError` for what is no tensor and cannot be made one."""
+    try:
+        return _plain(_from_numpy(value) if isinstance(value, np.ndarray) else torch.as_tensor(value))
+    except MergeidError as error:
+        raise MergeidError(f"the data {source}, {name!r}: {error}") from error
+    except Exception as error:  # TypeError, ValueError, RuntimeError, OverflowError, by the kind of value
+        raise MergeidError(
+            f"the data {source} has {name!r} of the kind {type(value).__name__}, which makes no tensor "
+            f"({told(error)}); give tensors or numbers"
+        ) from error
+
+
+def gathered(data: Iterable[Any], source: str) -> list[Any]:
+    """The examples of an iterable without a length, which may have no end. Raises `MergeidError` for too many."""
+    found: list[Any] = []
+    size = 0
+    for row in data:
+        found.append(row)
+        values = row.values() if isinstance(row, Mapping) else row if isinstance(row, (tuple, list)) else (row,)
+        size += sum(getattr(v, "nbytes", 0) for v in values)
+        if len(found) > STREAMED or size > STREAMED_BYTES:
+            raise MergeidError(
+                f"the data {source} gives more than {len(found) - 1:,} examples and has no length; expected a list, a "
+                "dataset with __len__, or an iterable that ends sooner"
+            )
+    return found

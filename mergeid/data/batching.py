@@ -19,6 +19,12 @@ MASKS = frozenset({"attention_mask", "decoder_attention_mask"})
 IDS = frozenset({"input_ids", "decoder_input_ids"})
 
 
+def told(error: BaseException) -> str:
+    """What an error of another library, or of the user's own code, says: its kind and first line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
+
+
 class Item(dict[str, Any]):
     """One example: forward keywords and perhaps ``"labels"``, without a batch dimension. `pad_id` fills up token ids
     where texts of different lengths meet in a batch."""
@@ -48,13 +54,31 @@ class ItemDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self._size:
             raise IndexError(index)
-        return self._get(index)
+        try:
+            return self._get(index)
+        except MergeidError:
+            raise
+        except Exception as error:  # the user's own code and files, and whatever library reads them
+            raise MergeidError(f"example {index} of the data {self.source} cannot be read ({told(error)})") from error
 
     def subset(self, indices: Sequence[int]) -> ItemDataset:
         """The examples of these indices, in this order."""
         chosen = list(indices)
         labels = None if self.labels is None else self.labels[chosen]
-        return ItemDataset(len(chosen), lambda i: self._get(chosen[i]), source=self.source, labels=labels)
+        return ItemDataset(len(chosen), lambda i: self[chosen[i]], source=self.source, labels=labels)
+
+    def watched(self, look: Callable[[Item], None]) -> ItemDataset:
+        """The same examples, each looked at before it is given away; `look` raises where it does not fit."""
+
+        def get(index: int) -> Item:
+            item = self[index]
+            try:
+                look(item)
+            except MergeidError as error:
+                raise MergeidError(f"example {index} of the data {self.source} does not fit: {error}") from error
+            return item
+
+        return ItemDataset(self._size, get, source=self.source, labels=self.labels)
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mergeid.data.batching import IGNORED, ItemDataset, collate
+from mergeid.data.batching import IGNORED, Item, ItemDataset, collate
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture, Batch
 
@@ -41,6 +41,27 @@ def check(dataset: ItemDataset, adapter: Adapter, arch: Architecture, about: Map
             _check_classes(arch.id, dataset.labels, int(about["classes"]))
     except MergeidError as error:
         raise MergeidError(f"the data {dataset.source} does not fit: {error}") from error
+
+
+def check_item(item: Item, about: Mapping[str, Any]) -> None:
+    """Values that no shape shows. Raises `MergeidError` for NaN and infinite inputs, and token ids out of range."""
+    for key, value in item.items():
+        if not isinstance(value, torch.Tensor) or key == "labels":
+            continue
+        if not value.numel():
+            if key == about["input"]:
+                raise MergeidError(f"{key!r} is empty (shape {list(value.shape)})")
+            continue
+        if value.is_floating_point():
+            if bool(value.isnan().any()) or (key == about["input"] and not bool(value.isfinite().all())):
+                raise MergeidError(f"{key!r} holds NaN or infinite values; repair or remove them")
+        elif key == about["input"] and about.get("vocab_size"):
+            low, high = int(value.min()), int(value.max())
+            if low < 0 or high >= about["vocab_size"]:
+                raise MergeidError(
+                    f"token id {low if low < 0 else high} is out of range: the model has a vocabulary of "
+                    f"{about['vocab_size']}; use the checkpoint's own tokenizer"
+                )
 
 
 def check_batch(batch: Batch, adapter: Adapter, arch: Architecture, about: Mapping[str, Any]) -> None:

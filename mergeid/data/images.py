@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.data.batching import Item, ItemDataset
+from mergeid.data.batching import Item, ItemDataset, told
 from mergeid.errors import MergeidError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LONGEST = 16
+"""Images more elongated than this lose their ends before they are resized: only their centre is kept in any case."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -28,6 +31,15 @@ def image_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
 
     Raises `MergeidError` where there are no images.
     """
+    try:
+        return _open_folder(folder, about)
+    except OSError as error:
+        raise MergeidError(
+            f"the folder {folder} cannot be read ({error.filename}: {error.strerror}); check its permissions"
+        ) from error
+
+
+def _open_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
     classes = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
     flat = _images(folder)
     if flat:
@@ -50,7 +62,8 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> tuple[bool, int, str]:
-    return (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path.name)
+    digits = path.name.isascii() and path.name.isdigit()
+    return (not digits, int(path.name) if digits else 0, path.name)
 
 
 def _class_numbers(names: Sequence[str], about: Mapping[str, Any]) -> dict[str, int]:
@@ -81,10 +94,20 @@ def read_image(path: Path, about: Mapping[str, Any]) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            return prepare(image, about)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise MergeidError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on metadata and palettes
+            with Image.open(path) as image:
+                return prepare(image, about)
+    except MergeidError as error:
+        raise MergeidError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise MergeidError(f"{path} cannot be read as an image (unknown format); repair or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise MergeidError(
+            f"{path} claims so many pixels that it could fill the memory ({told(error)}); make it smaller or remove it"
+        ) from error
+    except Exception as error:  # every format of Pillow raises kinds of its own on damaged files
+        raise MergeidError(f"{path} cannot be read as an image ({told(error)}); repair or remove it") from error
 
 
 def prepare(image: Image, about: Mapping[str, Any]) -> Tensor:
@@ -98,13 +121,43 @@ def prepare(image: Image, about: Mapping[str, Any]) -> Tensor:
             f"the model takes images with {channels} channels, but image files have 1, 3 or 4; give the data as "
             ".safetensors or .npz"
         )
-    image = image.convert(modes[channels])
+    image = _whole_numbers(image).convert(modes[channels])
+    image = _shortened(image, height / width)
     how = getattr(Resampling, str(about.get("interpolation", "bilinear")).upper(), Resampling.BILINEAR)
     size = _resized((image.width, image.height), (width, height), float(about.get("crop_pct") or 1.0))
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     image = image.resize(size, how).crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels))
     return normalise(pixels.permute(2, 0, 1), about)
+
+
+def _whole_numbers(image: Image) -> Image:
+    """16-bit greys as 8-bit ones (Pillow's own conversion cuts them off at 255)."""
+    from PIL import Image as images
+
+    if image.mode == "F":
+        raise MergeidError("an image of floating-point numbers has no fixed white; give the data as .npz")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise MergeidError("an image of 32-bit integers has no fixed white; give the data as .npz")
+    return images.fromarray((values / 257).round().astype(np.uint8))
+
+
+def _shortened(image: Image, ratio: float) -> Image:
+    """The centre of an image that is more than `LONGEST` times longer, in either direction, than `ratio` (height /
+    width) asks for: resized as a whole it might fill the memory."""
+    width, height = image.size
+    if height > LONGEST * max(width * ratio, 1):
+        most = math.ceil(LONGEST * width * ratio)
+        top = (height - most) // 2
+        return image.crop((0, top, width, top + most))
+    if width > LONGEST * max(height / ratio, 1):
+        most = math.ceil(LONGEST * height / ratio)
+        left = (width - most) // 2
+        return image.crop((left, 0, left + most, height))
+    return image
 
 
 def _resized(image: tuple[int, int], wanted: tuple[int, int], crop: float) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergeid.data import arrays, conform, images, text
-from mergeid.data.batching import Item, ItemDataset
+from mergeid.data.batching import Item, ItemDataset, told
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture
 
@@ -62,6 +62,7 @@ def load_data(
         about["max_length"] = min(max_length, longest) if longest else max_length
     dataset = _open(spec, about, folder, seed)
     conform.check(dataset, adapter, arch, about)
+    dataset = dataset.watched(lambda item: conform.check_item(item, about))
     if limit is not None and limit < len(dataset):
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
         dataset = dataset.subset(sorted(chosen.tolist()))
@@ -70,11 +71,21 @@ def load_data(
 
 def _open(spec: Any, about: Mapping[str, Any], folder: Path | None, seed: int) -> ItemDataset:
     if isinstance(spec, (str, os.PathLike)):
-        path = Path(spec).expanduser()
-        if path.is_dir():
-            return _folder(path, about, folder, seed)
-        if path.is_file():
-            return _file(path, about, folder, seed)
+        if not os.fspath(spec).strip():
+            raise MergeidError("the data has an empty name; leave the option out, or name a file or folder")
+        try:
+            path = Path(spec).expanduser()
+            is_folder, is_file = path.is_dir(), path.is_file()
+        except (OSError, RuntimeError) as error:  # a name too long, a folder without permission, nobody's home
+            raise MergeidError(f"the data {spec} cannot be read ({told(error)}); check the name") from error
+        try:
+            if is_folder:
+                return _folder(path, about, folder, seed)
+            if is_file:
+                return _file(path, about, folder, seed)
+        except OSError as error:
+            where = error.filename or path
+            raise MergeidError(f"the data {where} cannot be read ({error.strerror or told(error)})") from error
         return _named(str(spec), about, folder, seed)
     return _object(spec, about, folder, seed, type(spec).__name__)
 
@@ -134,13 +145,23 @@ def _call(spec: str) -> Any:
             f"the data {spec}: module {module_name!r} cannot be imported ({error}); it must lie in the working "
             "directory or be installed"
         ) from error
+    except (Exception, SystemExit) as error:  # the module is the user's, and may do anything while it is imported
+        raise MergeidError(
+            f"the data {spec}: module {module_name!r} fails while it is imported ({told(error)}); repair it"
+        ) from error
     finally:
         if added:
             sys.path.remove(here)
     make = getattr(module, function, None)
     if not callable(make):
         raise MergeidError(f"the data {spec}: module {module_name!r} has no function {function!r}")
-    return make()
+    try:
+        return make()
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise MergeidError(
+            f"the data {spec}: the function {function!r} fails ({told(error)}); expected one that takes no arguments "
+            "and returns a data set"
+        ) from error
 
 
 def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | None, seed: int) -> ItemDataset:
@@ -154,9 +175,8 @@ def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | 
     try:
         loaded = datasets.load_dataset(name) if split is None else datasets.load_dataset(name, split=split)
     except Exception as error:  # network, cache, format and permission errors of several libraries
-        first = str(error).strip().partition("\n")[0]
         raise MergeidError(
-            f"the Hugging Face dataset {name} cannot be loaded ({first}); check name and split"
+            f"the Hugging Face dataset {name} cannot be loaded ({told(error)}); check name and split"
         ) from error
     if split is None and isinstance(loaded, Mapping):
         split = next((s for s in SPLITS if s in loaded), next(iter(loaded), None))
@@ -173,13 +193,18 @@ def _object(data: Any, about: Mapping[str, Any], folder: Path | None, seed: int,
         return arrays.tensor_dataset({about["input"]: data}, about, source)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         return arrays.tensor_dataset({about["input"]: data[0], "labels": data[1]}, about, source)
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+    if isinstance(data, (str, bytes)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise MergeidError(
             f"the data {source} is a {type(data).__name__}; expected a torch dataset, a dict of tensors or a list"
         )
-    if not hasattr(data, "__getitem__"):
-        data = list(data)
-    return _rows(data, about, folder, seed, source)
+    try:
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            data = arrays.gathered(data, source)
+        return _rows(data, about, folder, seed, source)
+    except MergeidError:
+        raise
+    except Exception as error:  # the data set is the user's own code
+        raise MergeidError(f"the data {source} cannot be read ({told(error)}); expected a list of examples") from error
 
 
 def _rows(rows: Any, about: Mapping[str, Any], folder: Path | None, seed: int, source: str) -> ItemDataset:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mergeid.data.batching import IGNORED, Item, ItemDataset
+from mergeid.data.batching import IGNORED, Item, ItemDataset, told
 from mergeid.data.targets import add_targets, mask_tokens
 from mergeid.errors import MergeidError
 
@@ -38,14 +38,14 @@ def load_tokenizer(folder: Path | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise whatever their file formats' parsers raise
-        first = str(error).strip().partition("\n")[0]
-        raise MergeidError(f"the tokenizer in {folder} cannot be loaded ({first}); repair its files") from error
+        raise MergeidError(f"the tokenizer in {folder} cannot be loaded ({told(error)}); repair its files") from error
 
 
 def read_text(path: Path) -> str:
-    """A text file's content. Raises `MergeidError` where it is not UTF-8."""
+    """A text file's content, without the mark that some editors put first. Raises `MergeidError` where it is not
+    UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise MergeidError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
 
@@ -53,27 +53,38 @@ def read_text(path: Path) -> str:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a ``.jsonl`` file (one JSON object per line) or ``.json`` file (a list of objects)."""
     text = read_text(path)
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise MergeidError(f"{path} is not JSON ({error}); repair it") from error
+    if path.suffix.lower() == ".json":
+        rows = _parsed(text, str(path))
         rows = rows.get("data", rows) if isinstance(rows, dict) else rows
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
             raise MergeidError(f'{path} must hold a list of objects such as {{"text": …, "label": …}}')
         return rows
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split inside strings
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MergeidError(f"{path}, line {number}, is not JSON ({error}); repair it") from error
+        row = _parsed(line, f"{path}, line {number},")
         if not isinstance(row, dict):
             raise MergeidError(f'{path}, line {number}, must be an object such as {{"text": …, "label": …}}')
         rows.append(row)
     return rows
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MergeidError(f"{what} is not JSON ({error}); repair it") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; numbers of thousands of digits
+        raise MergeidError(f"{what} cannot be read as JSON ({told(error)}); repair it") from error
+
+
+def _text(row: Mapping[str, Any], name: str, index: int) -> str:
+    """A text of a record. Halves of surrogate pairs, which JSON can spell and no tokenizer takes, become U+FFFD."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise MergeidError(f"record {index + 1} has {name!r} of the kind {type(value).__name__}; expected text")
+    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def text_file(
@@ -118,12 +129,15 @@ def record_dataset(
     tokenizer = load_tokenizer(folder) if rows else None
     text_name = _name_of(rows, TEXT_NAMES)
     if rows and text_name is None:
+        _refuse_mixed(rows, TEXT_NAMES, source)
         given = ", ".join(rows[0]) or "nothing"
         raise MergeidError(
             f"the data {source} has no text: its records hold {given}; expected one of {', '.join(TEXT_NAMES)}"
         )
     pair_name = _name_of(rows, SECOND_NAMES)
     target_name = _name_of(rows, TARGET_NAMES) if about.get("task") == "seq2seq" else None
+    if about.get("classes") and _name_of(rows, LABEL_NAMES) is None:
+        _refuse_mixed(rows, LABEL_NAMES, source)
     labels = _labels(rows, about, source)
 
     def get(index: int) -> Item:
@@ -145,7 +159,7 @@ def _encode(
     seed: int,
 ) -> Item:
     length, task = int(about["max_length"]), about.get("task")
-    texts = [str(row[text_name])] + ([str(row[pair_name])] if pair_name else [])
+    texts = [_text(row, n, index) for n in (text_name, pair_name) if n is not None]
     made = tokenizer(*texts, truncation=True, max_length=length, return_special_tokens_mask=True)
     ids = made["input_ids"] or [int(about.get("pad_id") or 0)]
     item = Item(input_ids=torch.tensor(ids), attention_mask=torch.ones(len(ids), dtype=torch.long))
@@ -161,7 +175,7 @@ def _encode(
             item["input_ids"], special, tokenizer.mask_token_id, generator, ignored=IGNORED
         )
     elif target_name is not None:
-        target = tokenizer(text_target=str(row[target_name]), truncation=True, max_length=length)
+        target = tokenizer(text_target=_text(row, target_name, index), truncation=True, max_length=length)
         item["labels"] = torch.tensor(target["input_ids"])
         add_targets(item, about, ignored=IGNORED)
     elif task in ("causal", "seq2seq"):
@@ -175,6 +189,17 @@ def _name_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | N
     return next((n for n in names if rows and all(n in r for r in rows)), None)
 
 
+def _refuse_mixed(rows: Sequence[Mapping[str, Any]], names: Sequence[str], source: str) -> None:
+    """Raises `MergeidError` where some of the records have what all of them must have."""
+    for name in names:
+        without = [i for i, row in enumerate(rows, 1) if name not in row]
+        if 0 < len(without) < len(rows):
+            raise MergeidError(
+                f"the data {source} has {name!r} in {len(rows) - len(without)} of {len(rows)} records, and not in "
+                f"record {without[0]}; give it to all of them or to none"
+            )
+
+
 def _labels(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], source: str) -> torch.Tensor | None:
     name = _name_of(rows, LABEL_NAMES)
     if name is None or not about.get("classes"):
@@ -185,10 +210,20 @@ def _labels(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], source:
         label = row[name]
         if isinstance(label, str) and label in known:
             label = known[label]
-        if isinstance(label, bool) or not isinstance(label, int):
-            choices = ", ".join(known) if known else f"0 to {about['classes'] - 1}"
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
+        if isinstance(label, bool) or not isinstance(label, int) or label.bit_length() > 63:
+            choices = ", ".join(list(known)[:10]) if known else f"0 to {about['classes'] - 1}"
             raise MergeidError(
-                f"the data {source} has the label {label!r}, which the model does not know; expected {choices}"
+                f"the data {source} has the label {_short(label)}, which the model does not know; expected {choices}"
             )
         found.append(label)
     return torch.tensor(found)
+
+
+def _short(value: Any) -> str:
+    """A label in a message: an integer of thousands of digits has no text at all."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        return "of more than 63 bits"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "…"
