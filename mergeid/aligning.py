@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mergeid.loaded import Example
 from mergeid.merging import MergeResult, check_transport
 from mergeid.pair import LIMIT, Progress, Source, is_module, output_path, skipped_keys
 from mergeid.planned import plan_pair
@@ -30,6 +31,7 @@ def align(
     skip: Sequence[str] = (),
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    outputs: Sequence[str] = (),
     base: Source | None = None,
     certify: bool = False,
     progress: Progress | None = None,
@@ -39,6 +41,7 @@ def align(
     Args:
         b: the model to permute; to: the model whose order it takes. Others as for `merge`.
         base, certify: as for `plan`.
+        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         transport: carry B's neurons onto A's by optimal transport, as `merge` does with it: A's shapes, and no longer
             the same function.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
@@ -67,7 +70,7 @@ def align(
             batch_size=batch_size,
             device=device,
             allow_pickle=allow_pickle,
-            example_inputs=example_inputs,
+            example_inputs=Example.of(example_inputs, outputs),
             progress=progress,
         )
     planned = plan_pair(
@@ -83,7 +86,7 @@ def align(
         device=device,
         skip=skip,
         allow_pickle=allow_pickle,
-        example_inputs=example_inputs,
+        example_inputs=Example.of(example_inputs, outputs),
         base=base,
         certify=certify,
         progress=progress,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.aligning import align
 from mergeid.errors import MergeidError
-from mergeid.load import bare, further_batches, graph_of, load
+from mergeid.load import bare, graph_of, load
+from mergeid.loaded import Example, further_batches
 from mergeid.merging import MergeResult, merge
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, load_pair
 from mergeid.planned import plan_pair
@@ -54,6 +55,7 @@ def graph(
     example_inputs: Any = None,
     *,
     more_inputs: Sequence[Any] = (),
+    outputs: Sequence[str] = (),
     freeze: Sequence[str] = (),
     tie: Sequence[tuple[str, str]] = (),
     graph: Given | None = None,
@@ -70,6 +72,8 @@ def graph(
         example_inputs: for a live module: a tensor, tuple or dict of keywords that drives every branch.
         more_inputs: a list of further example inputs, where one does not drive every branch. The facts of all passes
             make one graph, which is verified on every input.
+        outputs: names or globs of those outputs of a live module that count (``"logits"``, ``"0"``); by default every
+            tensor that it returns, so that none of them may change.
         freeze: axes that must not move: ``"TENSOR[AXIS]"`` or ``"TENSOR"``, TENSOR may be a glob.
         tie: pairs of axes (``("a.weight[0]", "b.weight[0]")``) whose neurons move together.
         graph: a graph written or corrected by hand (a path, the exchange format, or a `NeuronGraph`): it is verified
@@ -100,10 +104,15 @@ def graph(
                 raise MergeidError(f"{second} (as an architecture: {error})") from None
     else:
         loaded = load(
-            source, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, revision=revision, seed=seed
+            source,
+            arch=arch,
+            example_inputs=example_inputs,
+            outputs=outputs,
+            allow_pickle=allow_pickle,
+            revision=revision,
+            seed=seed,
         )
-    live = not isinstance(source, (str, os.PathLike))
-    more = further_batches(loaded, more_inputs) if more_inputs or live else []
+    more = further_batches(more_inputs)
     return graph_of(loaded, seed=seed, more=more, constraints=Constraints(freeze, tie), given=given)
 
 
@@ -122,6 +131,7 @@ def plan(
     skip: Sequence[str] = (),
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    outputs: Sequence[str] = (),
     base: Source | None = None,
     certify: bool = False,
     progress: Progress | None = None,
@@ -135,6 +145,7 @@ def plan(
         matcher: how neurons are matched (`mergeid.match.matcher_names`); default: combined with data, weight without.
         limit: most calibration examples.
         skip: globs of tensor names that the merge takes from A as they are.
+        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         base: what both models were fine-tuned from. With data, and with a base or the fixed parts that asymmetric
             layers store, every space's record gets the structural margins of both models (`structure`).
         certify: compute the layers' radii of stability too.
@@ -154,7 +165,7 @@ def plan(
         device=device,
         skip=skip,
         allow_pickle=allow_pickle,
-        example_inputs=example_inputs,
+        example_inputs=Example.of(example_inputs, outputs),
         base=base,
         certify=certify,
         progress=progress,
@@ -183,6 +194,7 @@ def barrier(
     resume: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    outputs: Sequence[str] = (),
     label: str = "",
     progress: Progress | None = None,
 ) -> BarrierResult:
@@ -197,6 +209,7 @@ def barrier(
         calibration: data for matching and repair; default: `data`.
         limit: most examples to measure on; None: all.
         dtype: "float64" measures in float64.
+        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         resume: JSON file of finished points.
 
     Raises `MergeidError` for anything wrong with the input.
@@ -215,7 +228,7 @@ def barrier(
         allow_pickle=allow_pickle,
         device="cpu",
         seed=seed,
-        example_inputs=example_inputs,
+        example_inputs=Example.of(example_inputs, outputs),
         progress=progress,
     )
     import numpy as np

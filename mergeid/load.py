@@ -3,118 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.loaded import Example, Loaded, ModuleAdapter, as_batch, check_runs
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
-from mergeid.plugins import Adapter, Architecture, Batch, adapter_names, get_adapter, near_names
+from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, adapter_names, get_adapter, near_names
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from mergeid.graph.by_hand import Constraints
     from mergeid.graph.neuron_graph import NeuronGraph
-
-
-@dataclass
-class Loaded:
-    """A runnable model and where it came from.
-
-    Attributes:
-        source: what the user named.
-        model: in eval mode.
-        adapter, arch: who built it; for a live module of no known library, a stand-in that calls it as it is.
-        checkpoint: its weights on disk; None for a live module or a bare architecture.
-        names: checkpoint tensor name -> key of the model's state dict.
-        example: the batch that traces the model.
-    """
-
-    source: str
-    model: nn.Module
-    adapter: Adapter
-    arch: Architecture
-    checkpoint: Checkpoint | None
-    names: dict[str, str]
-    example: Batch
-
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.adapter.forward(model, batch)
-
-    def state(self) -> dict[str, Tensor]:
-        """The weights under the model's keys."""
-        return dict(self.model.state_dict())
-
-    @property
-    def folder(self) -> Path | None:
-        """Where tokenizer and preprocessor files lie."""
-        if self.checkpoint is None:
-            return None
-        return self.checkpoint.path if self.checkpoint.is_folder else self.checkpoint.path.parent
-
-
-class _ModuleAdapter:
-    """Calls a live module of no known library: positional inputs in the batch's order."""
-
-    name = "torch"
-
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        from torch.utils._pytree import tree_leaves
-
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        positional = [inputs.pop(k) for k in sorted(k for k in inputs if k.startswith("arg"))]
-        leaves = tree_leaves(model(*positional, **inputs))
-        import torch
-
-        found = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
-        if found is None:
-            raise MergeidError(f"{type(model).__name__} returned no tensor; its first tensor counts as its output")
-        return found
-
-    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> None:
-        return None
-
-    def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> None:
-        return None
-
-    def preprocessing(self, arch: Architecture) -> Mapping[str, Any]:
-        return {}
-
-
-def as_batch(inputs: Any) -> Batch:
-    """Example inputs of a live module: a batch dict as it is, a tensor or tuple as positional arguments."""
-    if isinstance(inputs, Mapping):
-        return dict(inputs)
-    values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return {f"arg{i}": v for i, v in enumerate(values)}
-
-
-def further_batches(loaded: Loaded, inputs: Iterable[Any]) -> list[Batch]:
-    """More example inputs of a live module as batches, all of which run, and the first example too.
-
-    Raises `MergeidError` where the module does not run on one of them."""
-    import torch
-
-    more = [{k: v for k, v in as_batch(x).items() if k != "labels"} for x in inputs]
-    for i, batch in enumerate([loaded.example, *more]):
-        try:
-            with torch.no_grad():
-                loaded.forward(loaded.model, batch)
-        except MergeidError:
-            raise
-        except Exception as error:  # whatever a foreign forward does wrong
-            which = "example_inputs" if i == 0 else f"more_inputs[{i - 1}]"
-            text = " ".join(str(error).split())[:200]
-            raise MergeidError(
-                f"{loaded.source} does not run on {which} ({type(error).__name__}: {text}); expected what its forward "
-                "takes: a tensor, a tuple of positional inputs, or a dict of keywords"
-            ) from error
-    return more
 
 
 def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[Adapter, Architecture]:
@@ -184,6 +90,7 @@ def load(
     *,
     arch: str | None = None,
     example_inputs: Any = None,
+    outputs: Sequence[str] = (),
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "cpu",
@@ -195,6 +102,7 @@ def load(
         source: ``.safetensors`` file, folder, hub id, or a live module.
         arch: its architecture where it cannot be told.
         example_inputs: for a live module of no known library: a tensor, a tuple, or a dict of keywords.
+        outputs: names or globs of those outputs of a live module that count (``"logits"``, ``"0"``); default: all.
         seed: of the example inputs.
 
     Raises:
@@ -204,7 +112,9 @@ def load(
 
     generator = torch.Generator().manual_seed(seed)
     if isinstance(source, torch.nn.Module):
-        return _live(source, arch, example_inputs, generator)
+        return _live(source, arch, Example.of(example_inputs, outputs), generator)
+    if outputs:
+        raise MergeidError(f"outputs= chooses among what a live module returns, but {source} is a path; leave it out")
     checkpoint = open_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
     adapter, found = find_architecture(checkpoint, arch)
     return load_checkpoint(checkpoint, adapter, found, device=device, generator=generator)
@@ -257,14 +167,31 @@ def _tied(model: nn.Module) -> dict[str, set[str]]:
     return {k: g for g in groups.values() for k in g}
 
 
-def _live(module: nn.Module, arch: str | None, inputs: Any, generator: torch.Generator) -> Loaded:
+def opened(source: str | os.PathLike[str] | nn.Module, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint of a file, folder or hub id, or one that holds a live module's tensors."""
+    if isinstance(source, (str, os.PathLike)):
+        return open_checkpoint(source, allow_pickle=allow_pickle)
+    from mergeid.offload import state_of
+
+    return Checkpoint.from_tensors(state_of(source), source=type(source).__name__)
+
+
+def _live(module: nn.Module, arch: str | None, given: Example, generator: torch.Generator) -> Loaded:
+    from mergeid.offload import in_memory
+
     source = type(module).__name__
-    checkpoint = Checkpoint.from_tensors(module.state_dict(), source=source)
+    try:
+        module = in_memory(module).eval()
+    except NotImplementedError as error:
+        raise MergeidError(
+            f"{source} cannot be put into evaluation mode ({error}); give the module that it was exported from"
+        ) from error
     names = {k: k for k in module.state_dict()}
-    if inputs is not None and arch is None:
-        adapter: Any = _ModuleAdapter()
+    if given.inputs is not None and arch is None:
+        adapter: Any = ModuleAdapter(_library(module))
         found = Architecture("torch", source)
-        return Loaded(source, module.eval(), adapter, found, None, names, as_batch(inputs))
+        return Loaded(source, module, adapter, found, None, names, as_batch(given.inputs), given.outputs)
+    checkpoint = Checkpoint.from_tensors(module.state_dict(), source=source)
     config = getattr(module, "config", None)
     to_dict: Callable[[], dict[str, Any]] | None = getattr(config, "to_dict", None)
     checkpoint.config = to_dict() if to_dict else None
@@ -272,8 +199,15 @@ def _live(module: nn.Module, arch: str | None, inputs: Any, generator: torch.Gen
         adapter, found = find_architecture(checkpoint, arch)
     except MergeidError as error:
         raise MergeidError(f"{error}; for a live module also: pass example_inputs") from None
+    inputs = given.inputs
     example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, generator)
-    return Loaded(source, module.eval(), adapter, found, None, names, example)
+    return Loaded(source, module, adapter, found, None, names, example, given.outputs)
+
+
+def _library(module: nn.Module) -> KnowsModules | None:
+    """The adapter whose library the module comes from."""
+    known = (get_adapter(name) for name in adapter_names())
+    return next((a for a in known if isinstance(a, KnowsModules) and a.owns(module)), None)
 
 
 def _of_config(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Architecture]:
@@ -361,58 +295,61 @@ def graph_of(
     from mergeid.graph.trace import trace
     from mergeid.graph.verify import verify
     from mergeid.memory import give_back
+    from mergeid.nested import mapped
 
-    model, batch = loaded.model, {k: v for k, v in loaded.example.items() if k != "labels"}
+    model, batch = loaded.model, loaded.inputs
     size = sum(p.numel() for p in model.parameters())
     meta = any(p.is_meta for p in model.parameters())
 
-    def moved(x: Batch) -> Batch:
-        return {k: v.to("meta") if meta and isinstance(v, torch.Tensor) else v for k, v in x.items()}
+    def moved(x: Batch) -> Batch:  # a copy: models may write into their inputs
+        return mapped(x, lambda t: t.to("meta") if meta else t.clone())
 
     if given is not None and meta:
         raise MergeidError(
             f"{loaded.source} has no weights here (it is too large to run), so a graph written by hand cannot be "
             "verified on it; give a smaller model of this architecture"
         )
-    if given is not None:
-        state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
-        graph = fitted(given, state, loaded.arch.id)
-    else:
-        inputs = moved(batch)
-        graph = trace(
-            model,
-            inputs,
-            lambda: loaded.forward(model, inputs),
-            values=batch if meta else None,
-            more=[Pass(y := moved(x), partial(loaded.forward, model, y), x if meta else None) for x in more],
-            constraints=constraints,
-            name=loaded.arch.id,
-            label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
-        )
-    if meta:
-        return _proven_small(loaded, graph, seed, samples)
-
-    def proven(batches: list[Batch]) -> NeuronGraph:
-        return verify(
+    with _blamed(loaded, more):
+        if given is not None:
+            state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
+            graph = fitted(given, state, loaded.arch.id)
+        else:
+            inputs = moved(batch)
+            graph = trace(
+                model,
+                inputs,
+                lambda: loaded.outputs(model, inputs),
+                values=batch if meta else None,
+                more=[Pass(y := moved(x), partial(loaded.outputs, model, y), x if meta else None) for x in more],
+                constraints=constraints,
+                name=loaded.arch.id,
+                label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
+            )
+        if meta:
+            return _proven_small(loaded, graph, seed, samples)
+        found = verify(
             graph,
             model,
-            batches,
-            lambda probe, given: [loaded.forward(probe, x) for x in given],
+            [batch, *more],
+            lambda probe, given: [loaded.outputs(probe, x) for x in given],
             generator=torch.Generator().manual_seed(seed),
             samples=samples,
             dtype=torch.float64 if size < LARGE else torch.float32,
         ).graph
-
-    found = proven([_one(x) for x in (batch, *more)])
-    # one example is cheaper, but what compares examples with each other says nothing of one
-    found = proven([batch, *more]) if graph.spaces and not found.spaces else found
     give_back()  # a copy of the model, in float64
     return found
 
 
-def _one(batch: Batch) -> Batch:
-    """Its first example."""
-    import torch
-
-    size = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
-    return {k: v[:1] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
+@contextmanager
+def _blamed(loaded: Loaded, more: Sequence[Batch]) -> Iterator[None]:
+    """Whatever goes wrong meanwhile is the model's fault, and said in a sentence, where it does not run by itself."""
+    try:
+        yield
+    except MergeidError:
+        raise
+    except Exception:
+        if not any(p.is_meta for p in loaded.model.parameters()):
+            check_runs(loaded, loaded.inputs, "example_inputs" if loaded.checkpoint is None else "its example inputs")
+            for i, batch in enumerate(more):
+                check_runs(loaded, batch, f"more_inputs[{i}]")
+        raise

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.load import opened
+from mergeid.loaded import Example
 from mergeid.merge.apply import check_base
 from mergeid.merge.methods import MergeMethod, get_method
 from mergeid.merge.settings import MergeSettings, setting_of_weights
+from mergeid.offload import state_of
 from mergeid.pair import LIMIT, Progress, Source, is_module, output_path
 from mergeid.planned import common_order, plan_pair
 from mergeid.writing import Inputs, write
@@ -96,6 +98,7 @@ def merge(
     device: str = "cpu",
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    outputs: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge two models or more, matched where the plan says so.
@@ -118,6 +121,7 @@ def merge(
         data: calibration data for the evidence, for the repair, and for methods that measure something.
         repair: True, "auto" or "bn": estimate the BatchNorm statistics of the merged network again on `data`;
             "repair": rescale its pre-activations (REPAIR); False or "none": neither.
+        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         force: overwrite, and merge even when the plan says that it will not work.
 
     Raises:
@@ -158,7 +162,7 @@ def merge(
         "batch_size": batch_size,
         "device": device,
         "allow_pickle": allow_pickle,
-        "example_inputs": example_inputs,
+        "example_inputs": Example.of(example_inputs, outputs),
         "progress": progress,
     }
     if transport:
@@ -272,12 +276,8 @@ def _float_names(first: Source, skip: Sequence[str], allow_pickle: bool) -> list
 
     from mergeid.merge.compare import MERGEABLE
 
-    opened = (
-        open_checkpoint(first, allow_pickle=allow_pickle)
-        if isinstance(first, (str, os.PathLike))
-        else Checkpoint.from_tensors(first.state_dict(), source=type(first).__name__)
-    )
-    names = [n for n, info in opened.table.items() if info.dtype in MERGEABLE]
+    table = opened(first, allow_pickle=allow_pickle).table
+    names = [n for n, info in table.items() if info.dtype in MERGEABLE]
     return [n for n in names if not any(fnmatchcase(n, p) for p in skip)]
 
 
@@ -326,9 +326,9 @@ def _state(
         return members.merged_state(skip)
     from mergeid.members import merged_state
 
-    origin = base.state_dict() if base is not None else None
+    origin = state_of(base) if base is not None else None
     return merged_state(
-        [m.state_dict() for m in models],
+        [state_of(m) for m in models],
         settings,
         base=origin.__getitem__ if origin is not None else None,
         skip=skip,

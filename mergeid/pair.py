@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
-from mergeid.load import Loaded, find_architecture, graph_of, load, load_checkpoint
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.load import find_architecture, graph_of, load, load_checkpoint, opened
+from mergeid.loaded import Example, Loaded
+from mergeid.offload import state_of
 from mergeid.plugins import Adapter, Architecture
 
 if TYPE_CHECKING:
@@ -41,12 +43,7 @@ def _open_pair(
     """Both checkpoints, compared by their headers before anything is built."""
     from mergeid.merge.compare import plan_tensors
 
-    first, second = (
-        open_checkpoint(x, allow_pickle=allow_pickle)
-        if isinstance(x, (str, os.PathLike))
-        else Checkpoint.from_tensors(x.state_dict(), source=type(x).__name__)
-        for x in (a, b)
-    )
+    first, second = (opened(x, allow_pickle=allow_pickle) for x in (a, b))
     tensors = plan_tensors(first, second, skip=skip, dtype=dtype)
     from mergeid.merge.by_torch import check_finite
 
@@ -75,8 +72,10 @@ def load_pair(
     import torch  # what is wrong with the files is said before torch is loaded
 
     if is_module(a):
-        one = load(a, arch=arch, example_inputs=example_inputs, seed=seed)
-        two = load(b, arch=arch, example_inputs=one.example if example_inputs is None else example_inputs, seed=seed)
+        given = Example.of(example_inputs)
+        one = load(a, arch=arch, example_inputs=given, seed=seed)
+        again = given if given.inputs is not None else Example(one.example, given.outputs)
+        two = load(b, arch=arch, example_inputs=again, seed=seed)
         two.adapter, two.arch = one.adapter, one.arch
         found = graph_of(one, seed=seed)
     else:
@@ -122,7 +121,7 @@ def load_base(
     tensors = plan_tensors(first, second, skip=[p for p in skip if any(fnmatchcase(n, p) for n in here)])
     check_finite(second, tensors.merged)
     if not isinstance(base, (str, os.PathLike)):
-        return dict(base.state_dict())
+        return state_of(base)
     import torch
 
     found = find_architecture(second, arch)[1] if skip else like.arch
@@ -182,12 +181,7 @@ def dataset_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> tuple
 
 def open_plain(sources: Sequence[Source], allow_pickle: bool) -> list[Checkpoint]:
     """Checkpoints of files, folders, hub ids and live modules."""
-    return [
-        open_checkpoint(x, allow_pickle=allow_pickle)
-        if isinstance(x, (str, os.PathLike))
-        else Checkpoint.from_tensors(x.state_dict(), source=type(x).__name__)
-        for x in sources
-    ]
+    return [opened(x, allow_pickle=allow_pickle) for x in sources]
 
 
 def output_path(output: str | os.PathLike[str] | None, a: Source, b: Source, force: bool) -> Path:

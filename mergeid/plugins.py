@@ -7,7 +7,7 @@ build and feed the models of one library. The neuron graph does not come from th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -32,7 +32,7 @@ class TensorInfo(NamedTuple):
 
 TensorTable = Mapping[str, TensorInfo]
 Batch = dict[str, Any]
-"""Keyword inputs of one forward pass, first dimension = examples; ``"labels"`` holds the targets, if any."""
+"""Keyword inputs of one forward pass, as the model takes them; ``"labels"`` holds the targets, if any."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,45 @@ class Adapter(Protocol):
     def companion_files(self, folder: Path) -> list[Path]:
         """Config, tokenizer and preprocessor files that belong beside the weights of a checkpoint folder."""
         ...
+
+
+@runtime_checkable
+class ReturnsSeveral(Protocol):
+    """An adapter whose models return more than their task output."""
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Every floating-point (or complex) tensor of one forward pass that a caller reads, by name, the task output
+        first (see `task_first`). All of them are frozen and compared. By-products are left out: caches, attentions,
+        hidden states beside a task's own outputs, outputs of sub-models."""
+        ...
+
+
+@runtime_checkable
+class KnowsModules(Protocol):
+    """An adapter that knows live modules of its library, however they are called."""
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether the module is one of the library's models, without importing the library."""
+        ...
+
+    def interface(self, names: Sequence[str]) -> list[str]:
+        """Of the names of all tensors that a model returned (``"logits"``, ``"past_key_values.layers.0.keys"``) those
+        that are no by-products."""
+        ...
+
+
+def returned_tensors(output: Any) -> dict[str, Tensor]:
+    """Every floating-point (or complex) tensor in what a model returned, by where it stands there: ``"logits"``,
+    ``"heads.0"``, ``""`` for a bare tensor."""
+    from mergeid.nested import returned_tensors
+
+    return returned_tensors(output)
+
+
+def task_first(task: Tensor, returned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All outputs by name, the task output first: one of them, or what was made of several (then called ``"task"``)."""
+    own = {k: t for k, t in returned.items() if t is task} or {"task": task}
+    return {**own, **returned}
 
 
 _registered: dict[str, Adapter] = {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
+from mergeid.loaded import Example
 from mergeid.pair import LIMIT, Progress, Source, load_base, skipped_keys
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def predict(
     device: str = "cpu",
     allow_pickle: bool = False,
     example_inputs: Any = None,
+    outputs: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> PredictResult:
     """How much two models would lose if they were merged, directly and matched, without merging them.
@@ -43,6 +45,7 @@ def predict(
     No network between the two is run: only A and B, each with its own weights (`mergeid.predict.lockstep`).
 
     Args:
+        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         a, b: files, folders, hub ids, or live modules whose outputs are logits.
         data: inputs of the kind that the models were trained on (labels unused); without them the models are run on
             random inputs, which says less.
@@ -72,7 +75,7 @@ def predict(
         device=device,
         skip=skip,
         allow_pickle=allow_pickle,
-        example_inputs=example_inputs,
+        example_inputs=Example.of(example_inputs, outputs),
         hears=hears(ends),
         progress=progress,
     )

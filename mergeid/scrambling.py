@@ -102,17 +102,14 @@ def _function_change(loaded: Loaded, found: NeuronGraph, element: Mapping[str, A
     import torch
 
     from mergeid.graph.verify import relative_error
+    from mergeid.nested import mapped
     from mergeid.state import forget_derived, load_weights
 
     model = copy.deepcopy(loaded.model).double()
-    batch = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in loaded.example.items()
-        if k != "labels"
-    }
+    batch = mapped(loaded.inputs, lambda t: t.double() if t.is_floating_point() else t)
     forget_derived(model)
     with torch.no_grad():
-        before = [loaded.forward(model, batch)]
+        before = list(loaded.outputs(model, batch).values())
         load_weights(model, found.apply_state(element, model.state_dict()))
-        after = [loaded.forward(model, batch)]
+        after = list(loaded.outputs(model, batch).values())
     return relative_error(before, after)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.graph.trace import trace
@@ -59,13 +60,26 @@ def change(graph: NeuronGraph, element: Element, model: nn.Module, inputs: Any, 
         probe.load_state_dict(state)
         with torch.no_grad():
             out = run(probe, copy.deepcopy(inputs))
-        outputs.append([t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()])
+        outputs.append(floats(out))
     assert outputs[0]
     worst = 0.0
     for x, y in zip(*outputs, strict=True):
         assert torch.isfinite(x).all()
         worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp(min=1e-300)))
     return worst
+
+
+def floats(out: Any) -> list[Tensor]:
+    """Every floating tensor in a nest of tuples, lists, dicts and dataclasses."""
+    if isinstance(out, Tensor):
+        return [out] if out.is_floating_point() else []
+    if isinstance(out, Mapping):
+        parts = list(out.values())
+    elif dataclasses.is_dataclass(out):
+        parts = [getattr(out, f.name) for f in dataclasses.fields(out)]
+    else:
+        parts = list(out) if isinstance(out, (tuple, list)) else []
+    return [t for part in parts for t in floats(part)]
 
 
 def worst_change(graph: NeuronGraph, model: nn.Module, inputs: Any, run: Run = call, samples: int = 3) -> float:

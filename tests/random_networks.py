@@ -7,6 +7,7 @@ their tensor do nothing, so that every list is a network.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -44,7 +45,8 @@ class Network(nn.Module):
             self.vectors[key] = nn.Parameter(torch.randn(*shape))
         return self.vectors[key]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def walk(self, x: Tensor) -> list[Tensor]:
+        """All tensors on the way."""
         have, self.used = [x], []
         for i, (name, a, b, c) in enumerate(self.steps):
             # mostly the last tensor
@@ -52,10 +54,52 @@ class Network(nn.Module):
             new = OPERATIONS[name](self, f"s{i}", have, x, b, c)
             if new is not None and 0 < new.numel() <= MOST:
                 have.append(new)
-        last = have[-1]
+        return have
+
+    def forward(self, x: Tensor) -> object:
+        last = self.walk(x)[-1]
         if last.dim() < 2:
             return last
         return self.layer("out", lambda: nn.Linear(last.shape[-1], 2))(torch.tanh(last))
+
+
+@dataclass
+class Pair:
+    """A container that PyTorch's own trees do not know."""
+
+    first: object
+    second: object
+
+
+class Several(Network):
+    """The same steps; it returns several of the tensors on the way, nested, with heads or bare.
+
+    Args:
+        returned: (which tensor, a head of so many outputs or none) for every output.
+        nest: how they are packed.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], example: Tensor, returned: Sequence[tuple[int, int]], nest: int = 0
+    ) -> None:
+        self.returned, self.nest = list(returned), nest
+        super().__init__(steps, example)
+
+    def forward(self, x: Tensor) -> object:
+        have = self.walk(x)
+        outs = []
+        for i, (which, width) in enumerate(self.returned):
+            y = have[-1 - which % len(have)]
+            if width and y.dim():
+                y = self.layer(f"out{i}", lambda y=y, width=width: nn.Linear(y.shape[-1], width))(torch.tanh(y))
+            outs.append(y)
+        first, rest = outs[0], outs[1:]
+        return (
+            (first, *rest),
+            {"logits": first, "rest": rest},
+            Pair(first, {"more": tuple(rest)}),
+            [{"a": first}, Pair(None, Pair(3, rest))],
+        )[self.nest % 4]
 
 
 Operation = Callable[[Network, str, "list[Tensor]", Tensor, int, int], "Tensor | None"]

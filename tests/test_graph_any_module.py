@@ -258,7 +258,7 @@ def test_no_output() -> None:
         def forward(self, x: Tensor) -> None:
             return None
 
-    with pytest.raises(MergeidError, match="Silent returned no tensor"):
+    with pytest.raises(MergeidError, match="Silent returned no floating-point tensor"):
         mergeid.graph(Silent(), X)
 
 

@@ -8,7 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import Architecture, Batch, LossParts, MergeidError, TensorTable, near_names
+from mergeid.plugins import (
+    Architecture,
+    Batch,
+    LossParts,
+    MergeidError,
+    TensorTable,
+    near_names,
+    returned_tensors,
+    task_first,
+)
 from mergeid_timm import names
 from mergeid_timm.index import bare_names, first_difference, load_index, nearest
 from mergeid_timm.labels import space_label
@@ -228,16 +237,22 @@ class TimmAdapter:
 
         Raises `MergeidError` where the batch has no image ``"x"`` of four dimensions.
         """
+        return _task(self._run(model, batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """All that the model returns, the logits first; errors as in `forward`."""
+        output = self._run(model, batch)
+        return task_first(_task(output), returned_tensors(output))
+
+    @staticmethod
+    def _run(model: nn.Module, batch: Batch) -> Any:
         import torch
 
         x = batch.get("x")
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             given = list(x.shape) if isinstance(x, torch.Tensor) else ", ".join(batch) or "nothing"
             raise MergeidError(f"timm models take images 'x' [batch, channels, height, width]; the data has {given}")
-        output = model(x)
-        if isinstance(output, (tuple, list)):
-            output = torch.cat([o.flatten(1) for o in output], dim=1)
-        return output
+        return model(x)
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
         """Cross-entropy per example; None without labels or without a head.
@@ -312,6 +327,13 @@ class TimmAdapter:
             and p.name not in NOT_COMPANIONS
             and not p.name.endswith(".index.json")
         ]
+
+
+def _task(output: Any) -> Tensor:
+    import torch
+
+    several = isinstance(output, (tuple, list))
+    return torch.cat([o.flatten(1) for o in output], dim=1) if several else output
 
 
 def _instance(name: str, options: Mapping[str, Any], device: torch.device) -> nn.Module:

@@ -4,11 +4,11 @@ since its import takes seconds."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import Architecture, Batch, LossParts, MergeidError, TensorTable
+from mergeid.plugins import Architecture, Batch, LossParts, MergeidError, TensorTable, returned_tensors, task_first
 from mergeid_transformers import files, labels
 from mergeid_transformers.names import tensor_names
 
@@ -157,8 +157,35 @@ class TransformersAdapter:
 
         Raises `MergeidError` where the batch has inputs that the model does not take or lacks all it needs.
         """
-        from mergeid_transformers.inputs import parameters_of
         from mergeid_transformers.tasks import task_output
+
+        return task_output(self._run(model, batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The task output and all else that the model returns but by-products; errors as in `forward`."""
+        from mergeid_transformers.outputs import interface
+        from mergeid_transformers.tasks import task_output
+
+        output = self._run(model, batch)
+        found = returned_tensors(output)
+        return task_first(task_output(output), {k: found[k] for k in interface(list(found))})
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether it is one of transformers' models, which has been imported then."""
+        import sys
+
+        library = sys.modules.get("transformers")
+        return library is not None and isinstance(model, library.PreTrainedModel)
+
+    def interface(self, names: Sequence[str]) -> list[str]:
+        """Without caches, attentions, hidden states beside a task's own outputs, and outputs of sub-models."""
+        from mergeid_transformers.outputs import interface
+
+        return interface(names)
+
+    @staticmethod
+    def _run(model: nn.Module, batch: Batch) -> Any:
+        from mergeid_transformers.inputs import parameters_of
 
         accepted = parameters_of(model)
         inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -171,7 +198,7 @@ class TransformersAdapter:
             inputs["use_cache"] = False
         if "return_dict" in accepted or "kwargs" in accepted:
             inputs["return_dict"] = True
-        return task_output(model(**inputs))
+        return model(**inputs)
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
         """Cross-entropy as transformers computes it, summed per example; None without labels or a task head."""

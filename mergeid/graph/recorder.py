@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mergeid.errors import MergeidError
 from mergeid.graph.combine import relate
 from mergeid.graph.facts import Facts, Labels
 from mergeid.graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
 from mergeid.graph.rules import Result, rule_for
 from mergeid.graph.shadows import Shadows
+from mergeid.nested import named_tensors
 
 
 class Call:
@@ -370,9 +372,9 @@ class Pass:
     """One forward pass.
 
     Attributes:
-        inputs: every tensor in this tree is an input: frozen in all dimensions.
-        forward: returns the task's output; all labels on it are frozen.
-        values: for inputs on the meta device, the same tree with real tensors.
+        inputs: every tensor in this nest is an input: frozen in all dimensions.
+        forward: returns all outputs that a caller reads; all labels on them are frozen.
+        values: for inputs on the meta device, the same nest with real tensors.
     """
 
     inputs: Any
@@ -399,29 +401,33 @@ def record(model: nn.Module, state: Mapping[str, Tensor], passes: Sequence[Pass]
             recorder.tapping = False
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    _freeze_unread(recorder)
+    _freeze_unread(recorder, model)
     return recorder
 
 
 def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
+    inputs = named_tensors(one.inputs)
     if one.values is not None:
-        for tensor, value in zip(tree_leaves(one.inputs), tree_leaves(one.values), strict=True):
-            if isinstance(tensor, Tensor):
-                recorder.shadows.add(tensor, value)
-    for tensor in tree_leaves(one.inputs):
-        if isinstance(tensor, Tensor):
-            recorder.add_input(tensor)
+        for name, value in named_tensors(one.values).items():
+            recorder.shadows.add(inputs[name], value)
+    for tensor in inputs.values():
+        recorder.add_input(tensor)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder.watching(model), recorder:
         output = one.forward()
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, Tensor):
-            recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
+    for tensor in named_tensors(output).values():
+        recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
 
 
-def _freeze_unread(recorder: Recorder) -> None:
+def _freeze_unread(recorder: Recorder, model: nn.Module) -> None:
     """Rows of a table that this input never reached (positions beyond its length) may matter to another input."""
     read = np.zeros(recorder.facts.count, bool)
     for labels in recorder.facts.reads:
         read[labels] = True
-    for labels in recorder.axes.values():
+    several = [labels for labels in recorder.axes.values() if len(labels) > 1]
+    if several and not any(read[labels].any() for labels in several):
+        raise MergeidError(
+            f"the forward pass of {type(model).__name__} on the example inputs used none of its {len(recorder.axes)} "
+            "weights; give inputs that drive it, and a model whose own tensors do the work"
+        )
+    for labels in several:  # an axis of size 1 has nothing to be told apart from
         recorder.facts.freeze(labels[~read[labels]], "never read by the traced forward pass")

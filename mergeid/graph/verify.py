@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.graph.settle import own_statistics, shaken
+from mergeid.nested import mapped, returned_tensors
 from mergeid.state import forget_derived
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -90,7 +90,7 @@ def verify(
 
     Args:
         model: not modified (a copy of it runs in `dtype`).
-        forward: ``forward(model, inputs)`` returns the task output.
+        forward: ``forward(model, inputs)`` returns all outputs that a caller reads, in any nest.
         samples: group elements tried (and again after something was frozen).
         randomise: disturb the weights first, see `randomised`.
 
@@ -114,8 +114,8 @@ def verify(
         # a model that draws random numbers draws the same ones every time
         with torch.no_grad(), _AtLeast(dtype), torch.random.fork_rng(cuda):
             torch.manual_seed(0)
-            out = forward(probe, _cast(inputs, dtype))
-        return [t.double() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+            out = forward(probe, mapped(inputs, lambda t: _cast(t, dtype)))
+        return [_real(t) for t in returned_tensors(out).values()]
 
     try:
         probe = probe.to(dtype)
@@ -207,8 +207,13 @@ def _any_nan(outputs: list[Tensor]) -> bool:
     return any(bool(t.isnan().any()) for t in outputs)  # infinities are masked logits
 
 
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy: the model may write into its inputs."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
 
 
 def _bisect(

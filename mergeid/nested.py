@@ -1,0 +1,70 @@
+"""The tensors inside whatever a model takes and returns: tuples, dicts, dataclasses, objects of other libraries."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def named_tensors(value: Any) -> dict[str, Tensor]:
+    """Every tensor in a nest, by where it stands there: ``""`` for a bare tensor, ``"1"``, ``"logits"``,
+    ``"heads.0.boxes"``. A tensor that stands in several places is named once, by the first."""
+    return {".".join(name): tensor for name, tensor in _walk(value, (), {})}
+
+
+def returned_tensors(value: Any) -> dict[str, Tensor]:
+    """Those that hold real or complex numbers: what a model computes, without indices and masks."""
+    return {k: _strided(t) for k, t in named_tensors(value).items() if t.is_floating_point() or t.is_complex()}
+
+
+def mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A copy of a nest, with every tensor in it changed."""
+    memo: dict[int, Any] = {id(t): change(t) for t in named_tensors(value).values()}
+    return copy.deepcopy(value, memo)
+
+
+def _walk(value: Any, name: tuple[str, ...], seen: dict[int, Any]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if id(value) in seen:
+        return
+    parts = None if isinstance(value, Tensor) else _parts(value)
+    if isinstance(value, Tensor) or parts:
+        seen[id(value)] = value  # held, so that no other object takes its identity meanwhile
+    if isinstance(value, Tensor):
+        yield name, value
+    for key, part in parts or ():
+        yield from _walk(part, (*name, key), seen)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, by name; None for anything else."""
+    if isinstance(value, (nn.Module, type, str, bytes, FunctionType, MethodType, ModuleType, partial)):
+        return None
+    if isinstance(value, Mapping):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, (list, tuple)):
+        return [(str(i), v) for i, v in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return [(str(i), v) for i, v in enumerate(value) if isinstance(v, Tensor)]
+    if dataclasses.is_dataclass(value):
+        return [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict):  # a distribution, a graph of another library
+        return [(str(k).strip("_"), v) for k, v in held.items()]
+    return None
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    if tensor.is_nested or tensor.layout == torch.strided:
+        return tensor
+    return tensor.to_dense()

@@ -1,0 +1,54 @@
+"""Live modules whose weights are not in place: Accelerate's hooks bring them in as each layer runs."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from mergeid.errors import MergeidError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def in_memory(module: nn.Module) -> nn.Module:
+    """The module itself where its weights are in place; else a plain copy of it with all weights in memory.
+
+    Raises `MergeidError` for layers without a shape yet, and where weights are nowhere to be found."""
+    from torch.nn.parameter import is_lazy
+
+    lazy = next((n for n, p in (*module.named_parameters(), *module.named_buffers()) if is_lazy(p)), None)
+    if lazy is not None:
+        raise MergeidError(
+            f"parameter {lazy!r} of {type(module).__name__} has no shape yet (a lazy layer); run the model once first"
+        )
+    if not _has_hooks(module):
+        return module
+    from accelerate.hooks import remove_hook_from_module
+
+    state = state_of(module)
+    plain = remove_hook_from_module(copy.deepcopy(module), recurse=True)
+    plain.load_state_dict(state, strict=False, assign=True)
+    if hasattr(plain, "tie_weights"):
+        plain.tie_weights()
+    plain = plain.to("cpu")
+    absent = next((n for n, p in plain.named_parameters() if p.is_meta), None)
+    if absent is not None:
+        raise MergeidError(
+            f"parameter {absent!r} of {type(module).__name__} is offloaded, and its values cannot be found; load the "
+            "model again without offloading"
+        )
+    return plain
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a live module, with the values of what is offloaded."""
+    if not _has_hooks(module):
+        return dict(module.state_dict())
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return {k: v.to("cpu") for k, v in get_state_dict_offloaded_model(module).items()}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(hasattr(m, "_hf_hook") for m in module.modules())
