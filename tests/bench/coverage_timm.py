@@ -83,7 +83,7 @@ def make(name: str, native: bool = False) -> Case:
         batch.pop("labels", None)
         return batch
 
-    return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.forward, another, note)
+    return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.outputs, another, note)
 
 
 def _smaller_image(adapter: Any, arch: Any) -> tuple[Any, str]:

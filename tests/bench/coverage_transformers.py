@@ -126,7 +126,7 @@ def _case(name: str) -> Case:
         batch.pop("labels", None)
         return batch
 
-    return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.forward, another, type(model).__name__)
+    return Case(model, another(torch.Generator().manual_seed(0), 2), adapter.outputs, another, type(model).__name__)
 
 
 def _each(types: Iterable[str], fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
