@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.load import find_architecture, graph_of, load, load_checkpoint, opened
-from mergeid.loaded import Example, Loaded
+from mergeid.loaded import Example, Loaded, as_batch
 from mergeid.offload import state_of
 from mergeid.plugins import Adapter, Architecture
 
@@ -172,11 +172,24 @@ def dataset_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> tuple
     if data is None:
         return None, None
     if loaded.adapter.name == "torch":
-        return data, None
+        return _as_given(data, loaded), None
     from mergeid.data import collate, load_data
 
     dataset = load_data(data, adapter=loaded.adapter, arch=loaded.arch, folder=loaded.folder, limit=limit, seed=seed)
     return dataset, collate
+
+
+def _as_given(data: Any, loaded: Loaded) -> Any:
+    """A live module's data: examples that are stacked into batches where its items have one dimension less than the
+    example inputs, else whole inputs."""
+    from mergeid.evaluate.batches import WholeInputs, dataset_length
+    from mergeid.nested import named_tensors
+
+    dataset_length(data)
+    first, example = named_tensors(as_batch(data[0])), named_tensors(loaded.inputs)
+    first.pop("labels", None)
+    alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
+    return WholeInputs(data) if alike else data
 
 
 def open_plain(sources: Sequence[Source], allow_pickle: bool) -> list[Checkpoint]:

@@ -108,13 +108,16 @@ def common_order(
     correlations = judge = None
     dataset, collate = dataset_of(how["data"], loaded[0], how["limit"], seed)
     if dataset is not None:
+        from mergeid.evaluate.batches import is_whole
         from mergeid.judging import judge_of
         from mergeid.planning import batches_of, evidence_of
 
         tell = options["progress"] or (lambda *_: None)
         batches = batches_of(loaded[0], dataset, collate, how["batch_size"], tell)
         correlations = {
-            (p, q): evidence_of(pairs[0].graph, loaded[p], loaded[q], batches, seed, judged=False).correlations()
+            (p, q): evidence_of(
+                pairs[0].graph, loaded[p], loaded[q], batches, seed, judged=False, whole=is_whole(dataset)
+            ).correlations()
             for p, q in combinations(range(len(loaded)), 2)
         }
         size, device = how["batch_size"], options["device"]

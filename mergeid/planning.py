@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+from mergeid.evaluate.batches import FixedBatches, input_dtype, is_whole, to_model
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.identify.activations import PairStream, TapReader, choose_taps
 from mergeid.identify.decide import DIRECT, MATCH, WILL_NOT, SpaceEvidence, decide_from_activations, decide_from_weights
@@ -165,7 +165,7 @@ def make_plan(
             element, records = decided.element, decided.spaces
     else:
         batches = batches_of(a, dataset, collate, batch_size, tell)
-        evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto", hears=hears)
+        evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto", whole=is_whole(dataset), hears=hears)
         tell("matching", 0, 1)
         correlation = evidence.correlations()
         give_back()  # the sums that they come from
@@ -249,6 +249,8 @@ def batches_of(
     a: Loaded, dataset: Any, collate: Callable[[Any], Any] | None, batch_size: int, tell: Progress
 ) -> Batches:
     """Starts a pass over the calibration data, without labels, on A's device."""
+    if is_whole(dataset):
+        batch_size, collate = 1, lambda items: items[0]
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
     def batches() -> Iterator[dict[str, Any]]:
@@ -256,7 +258,7 @@ def batches_of(
             items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = collate(items) if collate else torch.utils.data.default_collate(items)
             tell("calibration", start, len(dataset))
-            yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "labels"}
+            yield to_model({k: v for k, v in batch.items() if k != "labels"}, device, None)
 
     return batches
 
@@ -269,9 +271,11 @@ def evidence_of(
     seed: int,
     *,
     judged: bool = True,
+    whole: bool = False,
     hears: Hears | None = None,
 ) -> ActivationEvidence:
-    """Activations of both models, collected in one pass; `judged`: of the half too that decisions are judged on."""
+    """Activations of both models, collected in one pass; `judged`: of the half too that decisions are judged on;
+    `whole`: every batch is one input, whose tensors need not have a common first dimension."""
     taps = choose_taps(graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
     forward_a, forward_b = a.forward, b.forward
@@ -287,7 +291,9 @@ def evidence_of(
             hears(kept.pop(), out, batch)
             return out
 
-    stream = PairStream(TapReader(a.model, forward_a, flat), TapReader(b.model, forward_b, flat), batches, seed=seed)
+    stream = PairStream(
+        TapReader(a.model, forward_a, flat), TapReader(b.model, forward_b, flat), batches, whole=whole, seed=seed
+    )
     evidence = ActivationEvidence(graph, stream, taps)
     evidence.collect(judged=judged)
     return evidence

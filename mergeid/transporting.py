@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergeid.errors import MergeidError
+from mergeid.evaluate.batches import is_whole
 from mergeid.graph.neuron_graph import NeuronGraph
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.load import Loaded, graph_of, load
@@ -77,7 +78,9 @@ def transported_members(
             correlation = None
             if dataset is not None:
                 batches = batches_of(first, dataset, collate, batch_size, tell)
-                correlation = evidence_of(graph, first, other, batches, seed, judged=False).correlations()
+                correlation = evidence_of(
+                    graph, first, other, batches, seed, judged=False, whole=is_whole(dataset)
+                ).correlations()
             generator = torch.Generator().manual_seed(seed)
             task = MatchTask(graph, first.state(), other.state(), generator, correlation)
             state = transported(graph, transport(task), other.state())

@@ -192,3 +192,41 @@ def test_offloaded_models(where: str, tmp_path: Path) -> None:
 def test_lazy_layers_are_refused() -> None:
     with pytest.raises(MergeidError, match=r"parameter '0\.weight' of Sequential has no shape yet"):
         mergeid.graph(nn.Sequential(nn.LazyLinear(4)), seeded((2, 4)))
+
+
+class WithNorm(Graph):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return super().forward(self.norm(x), edges)
+
+
+@pytest.mark.parametrize("form", ["dicts", "tuples", "objects"])
+def test_calibration_items_that_are_whole_inputs(form: str) -> None:
+    """Graphs of different sizes, also of as many edges as nodes: a planted permutation is found, and B comes back."""
+    kind: type[nn.Module] = OfObject if form == "objects" else WithNorm
+    torch.manual_seed(0)
+    a = disturbed(kind()).float()
+    generator = torch.Generator().manual_seed(2)
+    graphs = []
+    for i in range(20):
+        n = 5 + i % 4
+        edges = torch.randint(n, (2, n if i % 2 else 9), generator=generator)
+        graphs.append((torch.randn(n, 8, generator=generator), edges))
+    data: list[Any] = {
+        "dicts": [{"arg0": x, "arg1": e} for x, e in graphs],
+        "tuples": graphs,
+        "objects": [Features(x, e) for x, e in graphs],
+    }[form]
+    example = Features(*graphs[0]) if form == "objects" else graphs[0]
+    graph = mergeid.graph(a, example)
+    b = kind()
+    b.load_state_dict(graph.apply_state(graph.random_element(torch.Generator().manual_seed(5)), a.state_dict()))
+    result = mergeid.merge(a, b.eval(), data=data, example_inputs=example, repair=False)
+    assert result.verdict == "match"
+    for key, value in a.state_dict().items():
+        torch.testing.assert_close(result.state[key], value)
+    if form != "objects":
+        mergeid.merge(a, b, data=data, example_inputs=example)  # statistics are estimated again, graph by graph

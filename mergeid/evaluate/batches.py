@@ -14,9 +14,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from mergeid.errors import MergeidError
+from mergeid.loaded import as_batch
+from mergeid.nested import mapped
 from mergeid.plugins import Batch
 
 Collate = Callable[[list[Any]], Batch]
@@ -50,6 +52,32 @@ def balanced(count: int, size: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
+class WholeInputs(Sequence[Any]):
+    """Data of which every item is all that one forward pass takes (a graph's nodes and edges, a packed sequence): items
+    are never stacked."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return dataset_length(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return as_batch(self.items[index])
+
+
+def is_whole(dataset: Any) -> bool:
+    """Whether items are whole inputs, also in a part of a data set."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return isinstance(dataset, WholeInputs)
+
+
+def _only(items: Sequence[Any]) -> Batch:
+    (item,) = items
+    return dict(item)
+
+
 class FixedBatches(Sequence[Batch]):
     """A data set as a sequence of batches of about `size` examples that depend on nothing else.
 
@@ -59,9 +87,10 @@ class FixedBatches(Sequence[Batch]):
     def __init__(self, dataset: Any, size: int = 128, collate: Collate | None = None) -> None:
         if size < 1:
             raise MergeidError(f"the calibration batch is {size}; expected at least 1")
+        whole = is_whole(dataset)
         self.dataset = dataset
-        self.slices = balanced(dataset_length(dataset), size)
-        self.collate = collate or default_collate
+        self.slices = balanced(dataset_length(dataset), 1 if whole else size)
+        self.collate = _only if whole else collate or default_collate
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -121,10 +150,11 @@ def to_model(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> B
     """The batch on `device`; floating inputs (never the labels) in the model's `dtype`."""
 
     def place(key: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        as_input = dtype is not None and key != "labels" and value.is_floating_point()
-        return value.to(device=device, dtype=dtype if as_input else None, non_blocking=True)
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            as_input = dtype is not None and key != "labels" and x.is_floating_point()
+            return x.to(device=device, dtype=dtype if as_input else None, non_blocking=True)
+
+        return moved(value) if isinstance(value, torch.Tensor) else mapped(value, moved)
 
     if not isinstance(batch, Mapping):
         raise MergeidError(

@@ -229,12 +229,14 @@ class PairStream:
 
     Attributes:
         batches: starts a new pass; yields batches (first dimension = examples).
+        whole: every batch is one example, taken as it is.
         per_example: most positions (tokens, pixels) of an example that count as rows.
     """
 
     reader_a: TapReader
     reader_b: TapReader
     batches: Callable[[], Iterator[Mapping[str, Any]]]
+    whole: bool = False
     per_example: int = 32
     seed: int = 0
 
@@ -265,6 +267,11 @@ class PairStream:
         most = max(HELD // max(2 * 4 * self.per_example * members, 1), 1)
         first = 0
         for batch in self.batches():
+            if self.whole:
+                if half is None or first % 2 == half:
+                    yield batch, torch.tensor([first])
+                first += 1
+                continue
             size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
             ids = torch.arange(first, first + size)
             first += size
