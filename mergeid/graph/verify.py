@@ -204,7 +204,8 @@ def _power(
 
 
 def _any_nan(outputs: list[Tensor]) -> bool:
-    return any(bool(t.isnan().any()) for t in outputs)  # infinities are masked logits
+    """Infinities are masked logits; a single number beside other outputs may be a mean over nothing."""
+    return any(bool(t.isnan().any()) for t in outputs if t.numel() > 1 or len(outputs) == 1)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,11 +241,12 @@ MASKED = 1e30
 
 
 def relative_error(reference: list[Tensor], other: list[Tensor]) -> float:
-    """max |a − b| / max |a| over the outputs, without what is masked in both; infinite where only one is."""
+    """max |a − b| / max |a| over the outputs, without what is masked (or no number) in both; infinite where only one
+    is."""
     worst = 0.0
     for a, b in zip(reference, other, strict=True):
-        masked = a.abs() >= MASKED
-        if not torch.equal(masked, b.abs() >= MASKED):
+        masked = ~(a.abs() < MASKED)
+        if not torch.equal(masked, ~(b.abs() < MASKED)):
             return float("inf")
         if bool(masked.all()):  # also: empty
             continue

@@ -115,6 +115,24 @@ def convolution(call: Call) -> Layout:
     return out.with_dims((*out.dims[:2], *({**frozen, **own}[d] for d in spatial)))
 
 
+@rule("torchvision.deform_conv2d")
+def deformable(call: Call) -> Layout:
+    """A convolution that reads where data say: offsets and masks are fixed, and so are groups of channels."""
+    x, w = call.freeze_dims(call.layout("input"), [2, 3]), call.freeze_dims(call.layout("weight"), [2, 3])
+    for name in ("offset", "mask"):
+        where = call.layout(name)
+        call.freeze_dims(where, range(len(where.dims)))
+    if call["groups"] > 1 or call["offset_groups"] > 1:
+        x = call.freeze_dims(x, [1])
+        w = call.freeze_dims(w, [0, 1])
+        inner = "j"  # a part of the input's channels
+    else:
+        inner = "i"
+    out = combine(call.facts, [(x, "nihw"), (w, ["o", inner, "k", "l"])], "no", call.why)
+    out = combine(call.facts, [(out, "no"), (call.layout("bias"), "o")], "no", call.why)
+    return out.with_dims((*out.dims, *((Fine(n, FROZEN),) if n > 1 else () for n in call.out.shape[2:])))
+
+
 def _each(value: Sequence[int] | int, dim: int) -> int:
     """The entry of a stride or padding for a dimension of the input; one entry may stand for all."""
     values = [value] if isinstance(value, int) else list(value)

@@ -39,6 +39,16 @@ def embedding(call: Call) -> Layout:
     return replace(found, data=weight.data or call.layout("indices").data)
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> list[Layout | None]:
+    """Rows of [V, D] that data choose, summed (or averaged, or the largest) bag by bag."""
+    weight = call.freeze_dims(call.layout("weight"), [0])
+    if call.get("per_sample_weights") is not None:
+        call.freeze_dims(call.layout("per_sample_weights"), [0])
+    found = weight.with_dims((_frozen(call.outputs()[0].shape[0]), weight.dims[1]))
+    return [replace(found, data=True), *(None for _ in call.outputs()[1:])]
+
+
 @rule("index_select")
 def index_select(call: Call) -> Layout:
     layout = call.layout("self")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     "masked_fill",
     "where",
     "_conj",
+    "complex",
+    "polar",
     "nan_to_num",
     "hardtanh",
     "hardswish",

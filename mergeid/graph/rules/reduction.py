@@ -44,6 +44,8 @@ def normalised(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:
     "nansum",
     "nanmean",
     "count_nonzero",
+    "_is_all_true",
+    "_is_any_true",
 )
 def reduction(call: Call) -> list[Layout]:
     layout = call.layout("self")
@@ -52,6 +54,15 @@ def reduction(call: Call) -> list[Layout]:
         return [layout for _ in call.outputs()]
     out = reduce(call.facts, layout, dims_of(call.get("dim"), n), bool(call.get("keepdim", False)), call.why)
     return [out for _ in call.outputs()]
+
+
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
+def loss(call: Call) -> Layout:
+    """An elementwise comparison, left as it is (`reduction` 0) or summed over all positions."""
+    n = len(call.layout("self").dims)
+    layouts = [call.layout_of(t) for t in call.tensors()]
+    each = elementwise(call.facts, layouts, max(len(x.dims) for x in layouts), call.why)
+    return reduce(call.facts, each, range(n), False, call.why) if call["reduction"] else each
 
 
 @rule("max", "min", "aminmax", "median", "mode")
