@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mergeid.boundary import verb
 from mergeid.loaded import Example
 from mergeid.merging import MergeResult, check_transport
 from mergeid.pair import LIMIT, Progress, Source, is_module, output_path, skipped_keys
 from mergeid.planned import plan_pair
 
 
+@verb
 def align(
     b: Source,
     to: Source,
@@ -52,7 +54,7 @@ def align(
     target = None
     if not (live and output is None):
         default = "aligned" if isinstance(b, (str, os.PathLike)) and os.path.isdir(b) else "aligned.safetensors"
-        target = output_path(output or default, to, b, force)
+        target = output_path(output or default, [to, b, base, data, arch], force)
     from mergeid.scrambling import rewrite
 
     if transport:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.aligning import align
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError
 from mergeid.load import bare, graph_of, load
 from mergeid.loaded import Example, further_batches
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 
+@verb
 def graph(
     source: Source,
     example_inputs: Any = None,
@@ -116,6 +118,7 @@ def graph(
     return graph_of(loaded, seed=seed, more=more, constraints=Constraints(freeze, tie), given=given)
 
 
+@verb
 def plan(
     a: Source,
     b: Source,
@@ -172,6 +175,7 @@ def plan(
     ).plan
 
 
+@verb
 def barrier(
     a: Source,
     b: Source,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid import api
 from mergeid.errors import MergeidError
+from mergeid.io.publish import whole_file, write_text, write_whole
+from mergeid.io.reading import json_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -241,9 +242,9 @@ class _Folder:
 
         def make(name: str, seed: int) -> None:
             path = self.path / f"{name}.safetensors"
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(save(train(digits, seed, tell).state_dict(), metadata=self.recipe(seed)))
-            partial.replace(path)
+            content = save(train(digits, seed, tell).state_dict(), metadata=self.recipe(seed))
+            with whole_file(path, "-o") as partial:
+                write_text(partial, content)
 
         with ThreadPoolExecutor(2) as pool:
             try:
@@ -278,8 +279,12 @@ def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress 
     with one_thread():
         seeds = {"a": 2 * seed + 1, "b": 2 * seed + 2}
         reused = place.networks(seeds, digits, progress or (lambda *_: None), force)
-        np.savez(data, x=digits.train_x[:CALIBRATION])
-        np.savez(held_out, x=digits.test_x, labels=digits.test_y)
+        for path, arrays in (
+            (data, {"x": digits.train_x[:CALIBRATION]}),
+            (held_out, {"x": digits.test_x, "labels": digits.test_y}),
+        ):
+            with whole_file(path, "-o") as partial, open(partial, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # names of arrays, not the option of that name
         plan = api.plan(a, b, data=data, progress=progress)
         rows = [_row("network a", "its own", a, held_out), _row("network b", "its own", b, held_out)]
         for name, stem, match in (("direct average", "direct", "never"), ("mergeid", "merged", "auto")):
@@ -318,7 +323,7 @@ def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress 
     }
     result = DemoResult(folder, rows, plan, curves, files, len(digits.test_y), reused)
     result.seconds = time.perf_counter() - began
-    (folder / "demo.json").write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "demo.json", json_text(result.to_json(), indent=1) + "\n", "-o")
     return result
 
 

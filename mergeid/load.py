@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.loaded import Example, Loaded, ModuleAdapter, as_batch, check_runs
@@ -32,11 +32,11 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
     Raises `MergeidError` when nothing fits, when several libraries do, or for an unknown name."""
     config, table = checkpoint.config, plain_table(checkpoint.table)
     if arch is not None and arch.endswith(".json"):
-        from mergeid.io.weights import read_json
+        from mergeid.io.reading import read_table
 
         if not os.path.isfile(arch):
             raise MergeidError(f"--arch {arch}: no such config file")
-        config, arch = read_json(Path(arch)), None
+        config, arch = read_table(arch, "the model's config.json"), None
     if arch is not None:
         return resolve_name(arch, table, config)
     found = []
@@ -85,6 +85,7 @@ def resolve_name(
     )
 
 
+@verb
 def load(
     source: str | os.PathLike[str] | nn.Module,
     *,
@@ -229,9 +230,9 @@ def bare(arch: str, *, seed: int = 0) -> Loaded:
     import torch
 
     if arch.endswith(".json"):
-        from mergeid.io.weights import read_json
+        from mergeid.io.reading import read_table
 
-        adapter, found = _of_config(arch, read_json(Path(arch)))
+        adapter, found = _of_config(arch, read_table(arch, "the model's config.json"))
     else:
         adapter, found = resolve_name(arch, None, None)
     model = adapter.build(found, device="meta")

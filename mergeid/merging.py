@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.load import opened
 from mergeid.loaded import Example
@@ -72,6 +73,7 @@ class MergeResult:
         }
 
 
+@verb
 def merge(
     a: Source | Sequence[Source],
     b: Source | None = None,
@@ -140,7 +142,7 @@ def merge(
 
         check_matcher(matcher, match, data is not None)
     live = is_module(models[0])
-    target = None if live and output is None else output_path(output, models[0], models[1], force)
+    target = None if live and output is None else output_path(output, [*models, base, data, arch], force)
     settings = MergeSettings.of(
         chosen,
         len(models),

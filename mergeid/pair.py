@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.weights import PICKLES
 from mergeid.load import find_architecture, graph_of, load, load_checkpoint, opened
 from mergeid.loaded import Example, Loaded, as_batch
 from mergeid.offload import state_of
@@ -197,14 +198,17 @@ def open_plain(sources: Sequence[Source], allow_pickle: bool) -> list[Checkpoint
     return [opened(x, allow_pickle=allow_pickle) for x in sources]
 
 
-def output_path(output: str | os.PathLike[str] | None, a: Source, b: Source, force: bool) -> Path:
+def output_path(output: str | os.PathLike[str] | None, reads: Sequence[Any], force: bool) -> Path:
+    """Where the output goes: beside the working directory's files, of the first model's kind, if it has no name.
 
-    if output is None:
-        folder = isinstance(a, (str, os.PathLike)) and not str(a).endswith(
-            (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-        )
-        output = "merged" if folder else "merged.safetensors"
+    Args:
+        reads: all that is read, models first; none of it may be touched.
+
+    Raises `MergeidError` where it cannot be written."""
     from mergeid.io.output import check_output
 
-    inputs = [Path(x) for x in (a, b) if isinstance(x, (str, os.PathLike)) and os.path.exists(x)]
-    return check_output(output, inputs=inputs, force=force)
+    if output is None:
+        first = reads[0]
+        folder = isinstance(first, (str, os.PathLike)) and not str(first).endswith((".safetensors", *PICKLES))
+        output = "merged" if folder else "merged.safetensors"
+    return check_output(output, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=force)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from mergeid.errors import MergeidError
+from mergeid.io.reading import read_json as read_json
 
 if TYPE_CHECKING:
     import torch

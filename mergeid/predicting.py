@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError
 from mergeid.loaded import Example
 from mergeid.pair import LIMIT, Progress, Source, load_base, skipped_keys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TOLERATED = 0.01
 
 
+@verb
 def predict(
     a: Source,
     b: Source,

@@ -24,23 +24,14 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.io.reading import read_yaml
+from mergeid.io.schema import ConditionEntry, RecipeFile, validated
 from mergeid.merge.methods import MergeMethod, get_method
 from mergeid.merge.settings import Condition, Setting
-from mergeid.plugins import near_names
 
-_KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
-_REFUSED = {
-    "slices": "stacking slices of layers is not a merge of aligned models",
-    "modules": "only whole models are merged",
-    "tokenizer": "the tokenizer is the first model's",
-    "chat_template": "the chat template is the first model's",
-    "experts": "mixtures of experts are not built",
-    "gate_mode": "mixtures of experts are not built",
-}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "dare_ties": {"normalize": False},
     "karcher": {"max_iter": 10, "tol": 1e-5},
@@ -88,49 +79,27 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     Raises:
         MergeidError: no such file, no YAML, unknown or refused keys, values of another kind than expected.
     """
-    import yaml
-
-    name = os.fspath(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MergeidError(f"no such file or folder: {name}; expected a recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeidError(f"{name} cannot be read as text ({error}); expected a recipe in YAML") from None
-    try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise MergeidError(f"{name} is not valid YAML{where}: {problem}; expected a recipe") from None
-    return parse_recipe(parsed, name)
+    return parse_recipe(read_yaml(path, "a recipe in YAML"), os.fspath(path))
 
 
 def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
     """A recipe from parsed YAML; `name` is what messages call it. Raises `MergeidError` as `read_recipe` does."""
-    table = _table(parsed, name, _KEYS)
-    if not isinstance(table.get("merge_method"), str):
-        raise MergeidError(f"{name} names no method; expected merge_method: linear, ties, …")
-    try:
-        method = get_method(table["merge_method"])
-    except MergeidError as error:
-        raise MergeidError(f"{name}: {error}") from None
-    if table.get("tokenizer_source") is not None:
+    told = validated(RecipeFile, parsed, name)
+    if told.tokenizer_source is not None:
         warnings.warn(
             f"{name}: tokenizer_source is ignored, the tokenizer is the first model's", MergeidWarning, stacklevel=3
         )
-    base = table.get("base_model")
-    if base is not None and not isinstance(base, str):
-        raise MergeidError(f"{name}: base_model is {base!r}; expected a path or hub id")
-    models, own = _models(table.get("models"), name)
-    everywhere = _parameters(table.get("parameters"), name)
-    dtypes = [table.get(k) for k in ("out_dtype", "dtype")]
-    for value in dtypes:
-        if value is not None and not isinstance(value, str):
-            raise MergeidError(f"{name}: dtype is {value!r}; expected float32, float16, bfloat16 or float64")
+    for i, entry in enumerate(told.models):
+        if "+" in entry.model and not os.path.exists(entry.model):
+            raise MergeidError(
+                f"{name}: models[{i}]: {entry.model} asks for a LoRA on top of a model; merge it into the model first"
+            )
+    own = [_settings(entry.parameters) for entry in told.models]
+    everywhere = _settings(told.parameters)
     try:
-        return _assembled(method, models, own, base, everywhere, next((d for d in dtypes if d), None))
+        method = get_method(told.merge_method)
+        models, dtype = [entry.model for entry in told.models], told.out_dtype or told.dtype
+        return _assembled(method, models, own, told.base_model, everywhere, dtype)
     except MergeidError as error:
         raise MergeidError(f"{name}: {error}") from None
 
@@ -231,85 +200,24 @@ def _joined(levels: Sequence[Any]) -> Any:
     return tuple(conditions)
 
 
-def _table(value: Any, name: str, keys: Sequence[str]) -> dict[str, Any]:
-    """A mapping with these keys and no others."""
-    if not isinstance(value, Mapping):
-        raise MergeidError(f"{name} is {_kind(value)}; expected a table with {', '.join(keys)}")
-    for key in value:
-        if key in _REFUSED and key not in keys:
-            raise MergeidError(f"{name} has the key {key!r}, which is not supported: {_REFUSED[key]}")
-        if key not in keys:
-            near = near_names(str(key), keys, n=3)
-            hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-            raise MergeidError(f"{name} has an unknown key {key!r}{hint}; expected {', '.join(keys)}")
-    return dict(value)
+def _settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings as the methods take them: scalars, tuples of numbers (gradients), tuples of `Condition`."""
+    return {key: _setting(value) for key, value in (given or {}).items()}
 
 
-def _kind(value: Any) -> str:
-    kinds = {type(None): "empty", list: "a list", str: "text", dict: "a table"}
-    return kinds.get(type(value), repr(value))
+def _setting(value: Any) -> Any:
+    entries = value if isinstance(value, list) else [value]
+    if isinstance(entries[0], ConditionEntry):
+        return tuple(_condition(entry) for entry in entries)
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _models(value: Any, name: str) -> tuple[list[str], list[dict[str, Any]]]:
-    if not isinstance(value, list) or not value:
-        raise MergeidError(f"{name} lists no models; expected models: [{{model: A}}, {{model: B}}]")
-    models, parameters = [], []
-    for i, entry in enumerate(value, 1):
-        place = f"{name}, model {i}"
-        table = _table(entry, place, ("model", "parameters"))
-        model = table.get("model")
-        if not isinstance(model, str):
-            raise MergeidError(f"{place} has no path or hub id under 'model'")
-        if "+" in model and not os.path.exists(model):
-            raise MergeidError(f"{place}: {model} asks for a LoRA on top of a model; merge it into the model first")
-        models.append(model)
-        parameters.append(_parameters(table.get("parameters"), place))
-    return models, parameters
-
-
-def _parameters(value: Any, place: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise MergeidError(f"{place}: parameters are {_kind(value)}; expected a table of names and values")
-    return {str(k): _setting(v, f"{place}, parameter {str(k)!r}") for k, v in value.items()}
-
-
-def _setting(value: Any, place: str) -> Any:
-    """A scalar, a tuple of numbers (gradient), or a tuple of `Condition`."""
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list):
-        return _scalar(value, place)
-    if not value:
-        raise MergeidError(f"{place} is an empty list; expected numbers, or conditions with filter and value")
-    if not any(isinstance(v, Mapping) for v in value):
-        return tuple(_scalar(v, place) for v in value)
-    conditions = []
-    for entry in value:
-        table = _table(entry, place, ("filter", "value"))
-        wanted = table.get("filter")
-        if "value" not in table or not (wanted is None or isinstance(wanted, str)):
-            raise MergeidError(f"{place} has a condition without a value, or a filter that is no text")
-        found = _setting(table["value"], place)
-        if isinstance(found, tuple) and isinstance(found[0], Condition):
-            raise MergeidError(f"{place} has conditions inside a condition; expected numbers there")
-        everywhere = wanted is None or wanted == "*"
-        conditions.append(Condition(found, "*" if everywhere else f"*{_literally(str(wanted))}*", False))
-    return tuple(conditions)
+def _condition(entry: ConditionEntry) -> Condition:
+    everywhere = entry.filter is None or entry.filter == "*"
+    pattern = "*" if everywhere else f"*{_literally(str(entry.filter))}*"
+    return Condition(_setting(entry.value), pattern, False)
 
 
 def _literally(text: str) -> str:
     """A glob that matches this text and nothing else."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-def _scalar(value: Any, place: str) -> bool | int | float:
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML reads 1e-5 as text
-        except ValueError:
-            pass
-    if not isinstance(value, (bool, int, float)):
-        raise MergeidError(f"{place} is {value!r}; expected a number, true or false, a list of numbers, or conditions")
-    return value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.load import Loaded, graph_of, load
 from mergeid.pair import Progress, output_path
@@ -56,6 +57,7 @@ def rewrite(
     return list(writer.paths())
 
 
+@verb
 def scramble(
     a: str | os.PathLike[str],
     *,
@@ -77,7 +79,7 @@ def scramble(
 
     import torch
 
-    target = output_path(output, a, a, force)
+    target = output_path(output, [a, arch], force)
     loaded = load(a, arch=arch, allow_pickle=allow_pickle)
     found = graph_of(loaded)
     element = found.random_element(torch.Generator().manual_seed(seed))

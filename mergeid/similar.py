@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError
 from mergeid.load import Loaded, load
 from mergeid.pair import LIMIT, Progress, Source, dataset_of
@@ -72,6 +73,7 @@ class SimilarityResult:
         }
 
 
+@verb
 def similarity(
     a: Source,
     b: Source,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError
-from mergeid.io.output import check_place
+from mergeid.io.output import check_files
 from mergeid.pair import Progress, Source, dataset_of
 from mergeid.predicting import TOLERATED, check_tolerated
 
@@ -50,6 +51,7 @@ class PredictionMatrix:
         }
 
 
+@verb
 def sketch(
     source: Source,
     *,
@@ -73,7 +75,7 @@ def sketch(
         limit: most inputs. force: replace an earlier output.
 
     Raises `MergeidError` for anything wrong with the input."""
-    target = None if output is None else check_sketch_output(output, force)
+    target = None if output is None else check_sketch_output(output, force, [source, data, arch])
     if limit < 2:
         raise MergeidError(f"--limit must be at least 2 for a sketch, got {limit}")
     from mergeid.load import graph_of, load
@@ -93,17 +95,18 @@ def sketch(
     return made
 
 
-def check_sketch_output(output: str | os.PathLike[str], force: bool) -> Path:
-    """Raises `MergeidError` where the sketch cannot be written."""
+def check_sketch_output(output: str | os.PathLike[str], force: bool, reads: Sequence[Any] = ()) -> Path:
+    """Raises `MergeidError` where the sketch cannot be written, or is something that is read."""
     path = Path(os.fspath(output))
     if path.suffix != ".sketch":
         raise MergeidError(f"-o {path}: a sketch needs the ending .sketch, such as {path.stem}.sketch")
-    check_place(path, "-o")
+    check_files({"-o": path}, [x for x in reads if isinstance(x, (str, os.PathLike))])
     if path.exists() and not force:
         raise MergeidError(f"output {path} exists already; choose another name (option -o) or pass --force")
     return path
 
 
+@verb
 def predict_sketches(
     sketches: Sequence[str | os.PathLike[str] | Sketch],
     *,

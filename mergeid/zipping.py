@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.boundary import verb
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import open_checkpoint
+from mergeid.io.output import RECORD
+from mergeid.io.reading import read_table
 from mergeid.load import Loaded, graph_of, load
 from mergeid.pair import LIMIT, Progress, Source, dataset_of, is_module
 
@@ -64,6 +66,7 @@ class ZipResult:
         }
 
 
+@verb
 def zip_models(
     a: Source,
     b: Source,
@@ -112,7 +115,7 @@ def zip_models(
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
     target = None
     if not (live and output is None):
-        target = _target(output, a, b, one_head, force)
+        target = _target(output, [a, b, data, arch], one_head, force)
     one, two = _loaded(a, b, arch, allow_pickle, device, seed, example_inputs, one_head, tell)
     tell("tracing and verifying the neuron graph", 0, 1)
     graph = graph_of(one, seed=seed)
@@ -144,6 +147,7 @@ def zip_models(
     return result
 
 
+@verb
 def load_zipped(folder: str | os.PathLike[str], *, device: str = "cpu") -> TwoHeads:
     """The two heads that ``mergeid zip`` wrote, on one trunk that lies in memory once; calling it gives both outputs.
 
@@ -151,33 +155,31 @@ def load_zipped(folder: str | os.PathLike[str], *, device: str = "cpu") -> TwoHe
     """
     path = Path(folder)
     try:
-        record = json.loads((path / "mergeid.json").read_text(encoding="utf-8"))
-        trunk = record["zip"]["trunk"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_table(path / RECORD)
+        trunk, arch = record["zip"]["trunk"], record["zip"]["arch"]
+    except (MergeidError, KeyError, TypeError):
         raise MergeidError(
-            f"{path} is no output of mergeid zip with two heads; expected a folder with a, b and mergeid.json"
+            f"{path} is no output of mergeid zip with two heads; expected a folder with a, b and {RECORD}"
         ) from None
     from mergeid.merge.zip import TwoHeads
 
-    arch = record["zip"]["arch"]
     one, two = (load(path / part, arch=arch, device=device) for part in ("a", "b"))
     return TwoHeads((one.model, two.model), [one.names[name] for name in trunk])
 
 
-def _target(output: Any, a: Source, b: Source, one_head: bool, force: bool) -> Path:
-    from mergeid.io.output import check_output, is_single_file
+def _target(output: Any, reads: Sequence[Any], one_head: bool, force: bool) -> Path:
+    from mergeid.io.output import is_single_file
     from mergeid.pair import output_path
 
     if one_head:
-        return output_path(output, a, b, force)
+        return output_path(output, reads, force)
     chosen = "zipped" if output is None else output
     if is_single_file(chosen):
         raise MergeidError(
             f"output {os.fspath(chosen)} is the name of a file; two heads are written as a folder with one model each "
             "(option -o), or give --one-head"
         )
-    inputs = [Path(x) for x in (a, b) if isinstance(x, (str, os.PathLike)) and os.path.exists(x)]
-    return check_output(chosen, inputs=inputs, force=force)
+    return output_path(chosen, reads, force)
 
 
 def _loaded(

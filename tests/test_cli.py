@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -263,15 +264,38 @@ def test_reader_that_stops_reading(tmp_path: Path) -> None:
     assert done.stdout == '{"format":' and done.stderr == ""
 
 
-def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
-    code = (
-        "import mergeid.plugins as p, mergeid.cli as c\n"
-        "def broken(): raise KeyError('a bug')\n"
-        "p.adapter_names = broken\n"
-        "c.run(['adapters'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
+def test_a_fault_of_mergeid_itself(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3, one sentence with the place, and the traceback on request, wherever that stands."""
+
+    def broken() -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("mergeid.plugins.adapter_names", broken)
+    done = inside("adapters")
+    assert done.code == 3 and done.stdout == "" and len(done.lines) == 1
+    assert "mergeid itself failed in " in done.lines[0] and "KeyError: 'a bug'" in done.lines[0]
+    assert "--traceback" in done.lines[0]
+    for words in (("--traceback", "adapters"), ("adapters", "--traceback")):
+        shown = inside(*words)
+        assert shown.code == 3 and "Traceback" in shown.stderr and shown.lines[-1] == done.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "not enough memory"),
+        (OSError(28, "No space left on device", "there"), "there.*no space left"),
+        (PermissionError(13, "Permission denied"), "permission denied"),
+    ],
+)
+def test_what_the_system_refuses(inside: Inside, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str) -> None:
+    def refused() -> None:
+        raise error
+
+    monkeypatch.setattr("mergeid.plugins.adapter_names", refused)
+    done = inside("adapters")
+    assert done.code == 2 and len(done.lines) == 1 and re.search(part, done.lines[0])
 
 
 def test_python_verbs_and_subpackages_of_one_name() -> None:

@@ -199,9 +199,9 @@ SOME = [[0, i] for i in range(8)]
 BAD_GRAPHS = {
     "has format": {"format": "other"},
     "'spaces'": {k: v for k, v in WRONG.items() if k != "spaces"},
-    "AttributeError": {**WRONG, "tensors": ["inner.weight"]},
+    "tensors is a list of 1; expected a table": {**WRONG, "tensors": ["inner.weight"]},
     "8 neurons in 3 blocks": changed(blocks=3),
-    "must come before it": changed(blocks=2, parents=["later"]),
+    "must come before it": changed(blocks=2, parents=["later"], axes=[]),
     "a different one for each": {**WRONG, "spaces": [WRONG["spaces"][0], WRONG["spaces"][0]]},
     "names more": changed(axes=[{"tensor": "inner.weight", "axis": 0, "index": [*SOME[:7], [0, 8]]}]),
     "that tensor has shape": changed(axes=[{"tensor": "inner.weight", "axis": -1, "index": SOME}]),
@@ -265,7 +265,7 @@ def test_no_output() -> None:
 def test_not_json(tmp_path: Path) -> None:
     file = tmp_path / "graph.json"
     file.write_text("{")
-    with pytest.raises(MergeidError, match=r"graph.json is not JSON"):
+    with pytest.raises(MergeidError, match=r"graph.json is not valid JSON"):
         mergeid.graph(made(Branches), X, graph=file)
 
 

@@ -255,7 +255,7 @@ def test_an_earlier_output_outlives_a_failed_publication(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", once)
-    with pytest.raises(MergeidError, match="no space left"):
+    with pytest.raises(MergeidError, match="disk full"):
         write_together(tmp_path / "out", {"a": write}, record={}, force=True)
     assert len(calls) == 3
     assert [p.read_text() for p in tmp_path.rglob("w")] == ["earlier"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergeid.plugins import MergeidError
+from mergeid import plugins
 
 COMPANION_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model", ".vocab", ".bpe", ".spm", ".tiktoken"})
 # Weights by another name, tables of contents of shards (the writer makes its own), training state, our own record.
@@ -63,10 +62,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None where there is no such file. Raises `MergeidError` where it is not JSON."""
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MergeidError(f"{path} is not a JSON file ({error}); repair or remove it") from error
+    found = plugins.read_json(path, "JSON that transformers wrote")
     return found if isinstance(found, dict) else None
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mergeid.commands import options as o
-from mergeid.commands.work import check_text_output, to_text, working, write_text
+from mergeid.commands.work import check_outputs, to_text, working
+from mergeid.io.publish import write_whole
 
 
 def command(
@@ -94,12 +95,7 @@ def command(
     """
     from mergeid import api
 
-    if output is not None:
-        check_text_output(output, "-o", inputs=(a, b))
-    if plot is not None:
-        from mergeid.report.plots import check_plot_path
-
-        check_plot_path(plot)
+    check_outputs((a, b, data, calibration, arch), output=output, plot=plot, resume=resume)
     with working(as_json) as work:
         result = api.barrier(
             a,
@@ -125,7 +121,7 @@ def command(
         if not first_process():
             return 0
         if output is not None:
-            write_text(output, to_text(result.to_json()) + "\n", "-o")
+            write_whole(output, to_text(result.to_json()) + "\n", "-o")
         if plot is not None:
             from mergeid.report.plots import plot_barriers
 

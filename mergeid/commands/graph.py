@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergeid.commands import options as o
-from mergeid.commands.work import check_text_output, to_text, working, write_text
+from mergeid.commands.work import to_text, working
 from mergeid.errors import MergeidError
+from mergeid.io.output import check_files
+from mergeid.io.publish import write_whole
 
 if TYPE_CHECKING:
     from mergeid.graph.neuron_graph import NeuronGraph
@@ -68,10 +70,9 @@ def command(
     """Show which neurons of a model may trade places: its neuron graph, found by tracing and proven on the spot."""
     from mergeid import api
 
-    files = [Path(f) for f in (json_target, output) if f not in (None, "-")]
-    inputs = (model,) if given is None else (model, str(given))
-    for file in files:
-        check_text_output(file, "--json" if str(file) == json_target else "-o", inputs=inputs)
+    target = Path(json_target) if json_target not in (None, "-") else None
+    check_files({"--json": target, "-o": output}, (model, arch, given))
+    files = {option: file for option, file in (("--json", target), ("-o", output)) if file is not None}
     as_json = json_target is not None
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or Path(model).suffix in o.WEIGHTS):
         raise MergeidError(f"no such file or folder: {model}; expected {o.MODEL}, or an architecture's name")
@@ -81,8 +82,8 @@ def command(
         work.progress("tracing and verifying" if given is None else "verifying", 0, 0)
         found = api.graph(model, arch=arch, graph=given, seed=seed, allow_pickle=allow_pickle)
         answer = explain(found, why) if why is not None else None
-        for file in files:
-            write_text(file, to_text(found.to_json() if answer is None else answer, indent=None) + "\n", "-o")
+        for option, file in files.items():
+            write_whole(file, to_text(found.to_json() if answer is None else answer, indent=None) + "\n", option)
         if json_target == "-":
             work.emit(found.to_json() if answer is None else answer, indent=None)
         elif answer is not None and not as_json:
@@ -93,7 +94,7 @@ def command(
             work.close()
             print_graph(found, work.console, every=every)
         if files:
-            work.note("wrote " + ", ".join(map(str, files)))
+            work.note("wrote " + ", ".join(map(str, files.values())))
     return 0
 
 

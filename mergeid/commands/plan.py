@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mergeid.commands import options as o
-from mergeid.commands.work import check_text_output, to_text, working, write_text
+from mergeid.commands.work import check_outputs, to_text, working
+from mergeid.io.publish import write_whole
 
 
 def command(
@@ -51,12 +52,7 @@ def command(
     """
     from mergeid import api
 
-    if output is not None:
-        check_text_output(output, "-o", inputs=(a, b))
-    if plot is not None:
-        from mergeid.report.plots import check_plot_path
-
-        check_plot_path(plot)
+    check_outputs((a, b, base, data, arch), output=output, plot=plot)
     with working(as_json) as work:
         found = api.plan(
             a,
@@ -77,7 +73,7 @@ def command(
         )
         result = found.to_json()
         if output is not None:
-            write_text(output, to_text(result) + "\n", "-o")
+            write_whole(output, to_text(result) + "\n", "-o")
         if plot is not None:
             from mergeid.report.evidence_plot import plot_evidence
 

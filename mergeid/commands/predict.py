@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergeid.commands import options as o
-from mergeid.commands.work import Work, check_text_output, to_text, working, write_text
+from mergeid.commands.work import Work, check_outputs, to_text, working
 from mergeid.errors import MergeidError
+from mergeid.io.publish import write_whole
 
 if TYPE_CHECKING:
     from mergeid.predict.result import PredictResult
@@ -71,12 +72,7 @@ def command(
         raise MergeidError("sketches hold what was found on their own inputs; leave --data and --base out")
     if plot is not None and not all(sketched):
         raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
-    if output is not None:
-        check_text_output(output, "-o", inputs=models)
-    if plot is not None:
-        from mergeid.report.plots import check_plot_path
-
-        check_plot_path(plot)
+    check_outputs((*models, data, base, arch), output=output, plot=plot)
     with working(as_json) as work:
         if all(sketched):
             return _matrix(work, models, tolerate, output, plot)
@@ -106,7 +102,7 @@ def command(
 
 def _written(work: Work, result: Any, output: Path | None) -> None:
     if output is not None:
-        write_text(output, to_text(result.to_json()) + "\n", "-o")
+        write_whole(output, to_text(result.to_json()) + "\n", "-o")
     if work.as_json:
         work.emit(result.to_json())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -12,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mergeid.commands.options import WEIGHTS
-from mergeid.errors import MergeidError
-from mergeid.io.output import check_place
+from mergeid.errors import plain, visible
+from mergeid.io.output import check_files
+from mergeid.io.reading import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,9 +41,7 @@ class Work:
     @property
     def console(self) -> Console:
         """For tables and text on stdout: colours on a terminal only."""
-        from rich.console import Console
-
-        return Console(file=self.stdout, highlight=False, soft_wrap=False)
+        return _console(self.stdout)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Told by long work how far it is: a bar on a terminal, else a line every few seconds."""
@@ -59,7 +56,6 @@ class Work:
 
     def _advance(self, stage: str, done: int, total: int) -> None:
         if self._bar is None:
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(
@@ -67,7 +63,7 @@ class Work:
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=_console(sys.stderr),
                 transient=True,
             )
             self._bar.start()
@@ -91,17 +87,30 @@ class Work:
     def say(self, text: str) -> None:
         """Text of the result, on stdout."""
         self.close()
-        print(text, file=self.stdout, flush=True)
+        print(visible(text), file=self.stdout, flush=True)
 
     def note(self, text: str) -> None:
         """A remark, on stderr."""
         self.close()
-        print(f"mergeid: {text}", file=sys.stderr, flush=True)
+        print(f"mergeid: {plain(text)}", file=sys.stderr, flush=True)
 
     def wrote(self, files: Iterable[os.PathLike[str] | str]) -> None:
         """Where the outputs lie, one per line."""
         for file in files:
             self.say(f"wrote {os.fspath(file)}")
+
+
+def _console(file: TextIO) -> Console:
+    """Rich's console, which prints names from files without obeying what they may hold."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Plain(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for part in super().render(renderable, options):
+                yield part if part.control else Segment(visible(part.text), part.style)
+
+    return Plain(file=file, highlight=False, soft_wrap=False)
 
 
 @contextlib.contextmanager
@@ -118,7 +127,7 @@ def working(as_json: bool = False) -> Iterator[Work]:
 
 def to_text(value: Any, indent: int | None = 1) -> str:
     """JSON that every parser reads: numbers that are not finite become null."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json_text(_plain(value), indent)
 
 
 def _plain(value: Any) -> Any:
@@ -133,35 +142,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def check_text_output(path: Path, option: str, inputs: Iterable[str] = ()) -> None:
+def check_outputs(inputs: Iterable[str | os.PathLike[str] | None], **outputs: Path | None) -> None:
     """To be called before long work.
 
-    Raises:
-        MergeidError: the place cannot be written, or holds weights."""
-    if path.suffix in WEIGHTS:
-        raise MergeidError(f"{option} {path} would be a file of weights; expected a name such as {path.stem}.json")
-    if any(os.path.realpath(path) == os.path.realpath(given) for given in inputs):
-        raise MergeidError(f"{option} {path} is an input; choose another name")
-    check_place(path, option)
-
-
-def write_text(path: Path, text: str, option: str) -> None:
-    """Write a small result file whole or not at all (straight into a pipe or device).
+    Args:
+        inputs: all that the command reads.
+        outputs: ``output`` (-o), ``plot``, ``resume``: what it writes besides weights.
 
     Raises:
-        MergeidError: the place cannot be written.
+        MergeidError: one of them cannot be written, or is an input or another output.
     """
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise MergeidError(
-            f"{option} {path} cannot be written: {(error.strerror or str(error)).lower()}; choose another place"
-        ) from None
+    if (plot := outputs.get("plot")) is not None:
+        from mergeid.report.plots import check_plot_path
+
+        check_plot_path(plot)
+    check_files({"-o" if name == "output" else f"--{name}": path for name, path in outputs.items()}, inputs)

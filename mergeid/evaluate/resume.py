@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, reason
 from mergeid.evaluate.measure import Metrics
+from mergeid.io.publish import write_whole
+from mergeid.io.reading import read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,34 +58,26 @@ class PointFile:
             return
         point = {"loss": metrics.loss, "accuracy": metrics.accuracy, "count": metrics.count}
         self._curves.setdefault(self.digest, {})[repr(x)] = point
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"format": FORMAT, "curves": self._curves}, indent=1) + "\n")
-            partial.replace(self.path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise MergeidError(
-                f"{self.path} cannot be written ({error.strerror}); choose another file to resume from"
-            ) from error
+        write_whole(self.path, json.dumps({"format": FORMAT, "curves": self._curves}, indent=1) + "\n", "--resume")
 
     def _read(self) -> dict[str, dict[str, Any]]:
+        from mergeid.io.schema import PointsFile, validated
+
         try:
-            text = self.path.read_text()
+            os.lstat(self.path)
         except FileNotFoundError:
             return {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise MergeidError(f"{self.path} cannot be read as a file of barrier points: {error}") from error
+        except (OSError, ValueError) as error:
+            raise MergeidError(f"{self.path} cannot be a file of barrier points: {reason(error)}") from None
+        wanted = "a file that an earlier barrier run wrote, so choose another one or delete it"
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError:
-            content = None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise MergeidError(
-                f"{self.path} holds no barrier points; expected a file that an earlier barrier run wrote, "
-                "so choose another one or delete it"
-            )
-        return content["curves"]
+            content = read_json(self.path, wanted)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise MergeidError("another format")
+        except MergeidError as error:
+            raise MergeidError(f"{self.path} holds no barrier points ({error}); expected {wanted}") from None
+        found = validated(PointsFile, content, str(self.path))
+        return {digest: {repr(x): p.model_dump() for x, p in curve.items()} for digest, curve in found.curves.items()}
 
 
 def digest_of(states: Sequence[Mapping[str, Any]], datasets: Sequence[Any], settings: Mapping[str, Any]) -> str:

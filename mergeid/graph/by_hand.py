@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from mergeid.errors import MergeidError
 from mergeid.graph.exchange import from_json
 from mergeid.graph.facts import Facts, Labels
 from mergeid.graph.neuron_graph import NeuronGraph
+from mergeid.io.reading import read_json
 
 FROZEN_BY_HAND = "frozen by hand"
 Given = Union[NeuronGraph, Mapping[str, Any], str, "os.PathLike[str]"]
@@ -101,12 +101,11 @@ def read_graph(given: Given) -> NeuronGraph:
     if isinstance(given, Mapping):
         return from_json(given)
     path = Path(given)
-    if not path.is_file():
+    if not path.exists():
         raise MergeidError(f"no such graph file: {path}; expected JSON as `mergeid graph MODEL --json FILE` writes it")
+    parsed = read_json(path, "a neuron graph as `mergeid graph MODEL --json FILE` writes it", own=True)
     try:
-        return from_json(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MergeidError(f"{path} is not JSON ({error}); expected a neuron graph") from None
+        return from_json(parsed)
     except MergeidError as error:
         raise MergeidError(f"{path}: {error}") from None
 

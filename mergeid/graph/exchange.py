@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, shown
 from mergeid.graph.group import NoImage, random_permutations
 from mergeid.graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
+from mergeid.io.reading import parse_json
+
+if TYPE_CHECKING:
+    from mergeid.io.schema import GraphFile, SpaceEntry
 
 FORMAT = "mergeid.graph/1"
+UNSPOKEN = 1 << 20
+"""Most neurons of a space beyond the positions that the graph itself lists."""
 
 
 def to_json(graph: NeuronGraph) -> dict[str, Any]:
@@ -58,64 +63,68 @@ def from_json(data: Mapping[str, Any] | str) -> NeuronGraph:
 
     Raises `MergeidError` for anything that is not a valid graph."""
     if isinstance(data, str):
-        try:
-            data = json.loads(data)
-        except json.JSONDecodeError as e:
-            raise MergeidError(f"the graph is not JSON ({e}); expected the format {FORMAT}") from None
+        data = parse_json(data, "the graph", f"the format {FORMAT}", own=True)
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-        raise MergeidError(f"the graph has format {found!r}; expected {FORMAT!r}")
-    try:
-        graph = _parsed(data)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise MergeidError(f"the graph is not a valid {FORMAT}: {type(e).__name__} {e}") from None
-    _validate(graph)
+        found = data.get("format") if isinstance(data, Mapping) else data
+        raise MergeidError(f"the graph has format {shown(found)}; expected {FORMAT!r}")
+    from mergeid.io.schema import GraphFile, validated
+
+    graph = _parsed(validated(GraphFile, data, "the graph"))
+    check_graph(graph)
     return graph
 
 
-def _parsed(data: Mapping[str, Any]) -> NeuronGraph:
-    tensors = {t: tuple(int(n) for n in v["shape"]) for t, v in data["tensors"].items()}
-    spaces, taps = [], {}
-    for s in data["spaces"]:
-        blocks, size = int(s.get("blocks", 1)), int(s["size"])
-        if blocks < 1 or size < 1 or size % blocks:
-            raise ValueError(f"space {s['id']!r} has {size} neurons in {blocks} blocks of equal size")
-        members, parents = size // blocks, tuple(s.get("parents", ()))
-        where = s.get("block_parents")
-        if where is None:
-            if len(parents) > 1:
-                raise ValueError(f"space {s['id']!r} has several parents and needs block_parents")
-            where = [[b] for b in range(blocks)] if parents else [[] for _ in range(blocks)]
-        axes = tuple(AxisMap(a["tensor"], int(a["axis"]), _flat(a["index"], members)) for a in s["axes"])
-        spaces.append(
-            Space(
-                s["id"],
-                s.get("label", s["id"]),
-                size,
-                blocks,
-                parents,
-                np.array(where, np.int64).reshape(blocks, len(parents)),
-                axes,
-            )
+def space_of(entry: SpaceEntry) -> Space:
+    """A space as a file has it. Raises `MergeidError` for blocks and parents that do not fit together."""
+    size, blocks, name = entry.size, entry.blocks, shown(entry.id)
+    if size % blocks:
+        raise MergeidError(f"space {name} has {size} neurons in {blocks} blocks; expected blocks of equal size")
+    where = entry.block_parents
+    if where is None and len(entry.parents) > 1:
+        raise MergeidError(f"space {name} has several parents and needs block_parents")
+    if where is None:
+        where = [[b] for b in range(blocks)] if entry.parents else [[]] * blocks
+    if len(where) != blocks or any(len(row) != len(entry.parents) for row in where):
+        raise MergeidError(
+            f"space {name} has {blocks} blocks and {len(entry.parents)} parents; expected one row of block_parents for "
+            "each block, with one neuron of each parent"
         )
-        taps[s["id"]] = [
-            TapMap(t["module"], t["kind"], t["call"], t["ndim"], tuple(t["dims"]), _flat(t["index"], members))
-            for t in s.get("taps", [])
+    parents = np.array(where, np.int64).reshape(blocks, len(entry.parents))
+    axes = tuple(AxisMap(a.tensor, a.axis, _flat(a.index, size // blocks, blocks, name)) for a in entry.axes)
+    label = entry.id if entry.label is None else entry.label
+    return Space(entry.id, label, size, blocks, tuple(entry.parents), parents, axes)
+
+
+def _parsed(data: GraphFile) -> NeuronGraph:
+    spoken_of = sum(len(a.index) for s in data.spaces for a in s.axes)
+    spoken_of += sum(len(row) for s in data.spaces for row in s.block_parents or ())
+    for entry in data.spaces:
+        if entry.size > max(spoken_of, UNSPOKEN):
+            raise MergeidError(
+                f"space {shown(entry.id)} has {entry.size:,} neurons, but all axes of the graph have {spoken_of:,} "
+                "positions; expected the size of a layer"
+            )
+    taps = {
+        s.id: [
+            TapMap(t.module, t.kind, t.call, t.ndim, tuple(t.dims), _flat(t.index, s.size // s.blocks, s.blocks, s.id))
+            for t in s.taps
         ]
-    frozen = [(f["tensor"], int(f["axis"]), f["why"]) for f in data.get("frozen", [])]
+        for s in data.spaces
+    }
     return NeuronGraph(
-        data.get("model", ""),
-        tensors,
-        spaces,
-        frozen,
+        data.model,
+        {t: tuple(v.shape) for t, v in data.tensors.items()},
+        [space_of(s) for s in data.spaces],
+        [(f.tensor, f.axis, f.why) for f in data.frozen],
         taps,
-        dict(data.get("versions", {})),
-        data.get("verified"),
-        dict(data.get("unknown_ops", {})),
+        dict(data.versions),
+        data.verified,
+        dict(data.unknown_ops),
     )
 
 
-def _validate(graph: NeuronGraph) -> None:
+def check_graph(graph: NeuronGraph) -> None:
+    """Raises `MergeidError` where spaces, parents and axes do not make a group that acts on the tensors."""
     seen: dict[str, Space] = {}
     taken: dict[tuple[str, int], np.ndarray] = {}
     for s in graph.spaces:
@@ -167,6 +176,8 @@ def _validate_group(graph: NeuronGraph) -> None:
     for _ in range(2):
         try:
             element = random_permutations(graph.structures, draw)
+        except (ValueError, OverflowError, MemoryError):
+            raise MergeidError("the parents of the graph's blocks have more combinations than can be counted") from None
         except NoImage as error:
             s = graph.spaces[error.cell]
             raise MergeidError(
@@ -186,5 +197,10 @@ def _pairs(index: np.ndarray, members: int) -> list[list[int] | None]:
     return [None if i < 0 else [i // members, i % members] for i in index.tolist()]
 
 
-def _flat(pairs: Sequence[Sequence[int] | None], members: int) -> np.ndarray:
+def _flat(pairs: Sequence[Sequence[int] | None], members: int, blocks: int, space: str) -> np.ndarray:
+    for pair in pairs:
+        if pair is not None and not (pair[0] < blocks and pair[1] < members):
+            raise MergeidError(
+                f"space {space} has {blocks} blocks of {members} neurons, but an index names more: {list(pair)}"
+            )
     return np.array([-1 if p is None else p[0] * members + p[1] for p in pairs], np.int64)

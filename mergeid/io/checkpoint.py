@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mergeid.errors import MergeidError
 from mergeid.io.dtypes import dtype_name, torch_dtype
 from mergeid.io.header import Header, read_header
-from mergeid.io.weights import PICKLES, find_weights, pickle_refused, read_index, read_json
+from mergeid.io.reading import read_table
+from mergeid.io.weights import PICKLES, find_weights, pickle_refused, read_index
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def open_checkpoint(
 
 def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
     config = path.parent / "config.json"
-    parsed = read_json(config) if config.is_file() else None
+    parsed = _config(config) if config.exists() else None
     if path.name.endswith(".index.json"):
         raise MergeidError(f"{path} is the index of a sharded checkpoint; name its folder instead: {path.parent}")
     if path.suffix in PICKLES and path.stat().st_size:
@@ -204,10 +205,14 @@ def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
     return _from_headers(source, path, {path: read_header(path)}, config=parsed)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    return read_table(path, "the model's config.json")
+
+
 def _open_folder(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
     names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     weights = find_weights(names, folder, allow_pickle=allow_pickle)
-    config = read_json(folder / "config.json") if "config.json" in names else None
+    config = _config(folder / "config.json") if (folder / "config.json").exists() else None
     shards: list[str]
     weight_map: dict[str, str] = {}
     metadata: dict[str, Any] = {}

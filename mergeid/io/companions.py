@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.io.weights import read_json
+from mergeid.errors import MergeidError, shown
+from mergeid.io.reading import read_json, read_table, read_text
 
 if TYPE_CHECKING:
     from mergeid.io.checkpoint import Checkpoint
@@ -50,11 +50,15 @@ def default_companions(checkpoint: Checkpoint) -> list[Path]:
 def _module_files(folder: Path, modules: Path) -> list[Path]:
     """Files of the subfolders that a ``modules.json`` lists (a pooling or normalising step, for instance)."""
     try:
-        steps = json.loads(modules.read_text(encoding="utf-8"))
-        names = [s["path"] for s in steps if s["path"]]
-    except (ValueError, TypeError, KeyError):
+        steps = read_json(modules)
+    except MergeidError:
         return []
-    inside = [folder / n for n in names if Path(n).name == n != ".." and (folder / n).is_dir()]
+    names = [s.get("path") for s in steps if isinstance(s, dict)] if isinstance(steps, list) else []
+    inside = [
+        folder / n
+        for n in names
+        if isinstance(n, str) and n not in ("", "..") and Path(n).name == n and (folder / n).is_dir()
+    ]
     return [p for sub in inside for p in sorted(sub.iterdir()) if p.is_file() and not p.name.startswith(".")]
 
 
@@ -76,19 +80,36 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
         return None
     folder = checkpoint.path
     if (folder / "tokenizer.json").is_file():
-        parsed = read_json(folder / "tokenizer.json")
-        model = parsed.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, list):  # unigram models list (token, score) in order
-            vocab = {str(entry[0]): i for i, entry in enumerate(vocab)}
-        if isinstance(vocab, dict):
-            added = {t["content"]: t["id"] for t in parsed.get("added_tokens") or []}
-            return {**vocab, **added}
+        found = _tokenizer_vocabulary(folder / "tokenizer.json")
+        if found is not None:
+            return found
     if (folder / "vocab.json").is_file():
-        return read_json(folder / "vocab.json")
+        return _rows(read_table(folder / "vocab.json", "tokens and their numbers"), folder / "vocab.json")
     if (folder / "vocab.txt").is_file():
-        return {t: i for i, t in enumerate((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())}
+        return {t: i for i, t in enumerate(read_text(folder / "vocab.txt", "one token a line").splitlines())}
     return None
+
+
+def _tokenizer_vocabulary(path: Path) -> dict[str, int] | None:
+    """The vocabulary of a ``tokenizer.json``; None where its model has none."""
+    parsed = read_table(path, "a tokenizer")
+    model = parsed.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # unigram models list (token, score) in order
+        vocab = {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    if not isinstance(vocab, dict):
+        return None
+    added = parsed.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(t, dict) and {"content", "id"} <= set(t) for t in added):
+        raise MergeidError(f"{path} has added_tokens without content and id; copy or download it again")
+    return {**_rows(vocab, path), **_rows({str(t["content"]): t["id"] for t in added}, path)}
+
+
+def _rows(vocabulary: dict[str, Any], path: Path) -> dict[str, int]:
+    for token, number in vocabulary.items():
+        if not isinstance(number, int):
+            raise MergeidError(f"{path} gives token {shown(token)} the number {shown(number)}; expected a whole number")
+    return vocabulary
 
 
 def same_tokenizer_files(a: Checkpoint, b: Checkpoint) -> bool:

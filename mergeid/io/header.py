@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, is_text, reason
 from mergeid.io.dtypes import BITS
+from mergeid.io.reading import check_regular
 from mergeid.plugins import TensorInfo
 
 MAX_HEADER = 100_000_000
 """Longest header that the format allows, in bytes."""
+LARGEST = 2**63 - 1
+"""Largest number of a shape or offset, and most elements of a tensor."""
+MOST_DIMENSIONS = 32
+"""Most dimensions of a tensor (NumPy and torch stop at about twice as many)."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,15 @@ def read_header(path: Path) -> Header:
     Raises:
         MergeidError: missing, unreadable, empty, not safetensors, truncated or damaged, in one sentence.
     """
+    check_regular(path, "a .safetensors file or a model folder")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             text = file.read(length) if 2 <= length <= min(MAX_HEADER, size) else file.read(32)
-    except FileNotFoundError:
-        raise MergeidError(f"no such file: {path}; expected a .safetensors file or a model folder") from None
     except OSError as error:
-        raise MergeidError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+        raise MergeidError(f"cannot read {path}: {reason(error)}") from None
     if size == 0:
         raise MergeidError(f"{path} is empty (0 bytes); expected a safetensors file: copy or download it again")
     if size < 10 or length > MAX_HEADER or text[:1] != b"{":
@@ -84,7 +89,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise MergeidError(f"{path} is not a valid safetensors file: its header is no JSON ({error})") from None
+        why = "it nests too deep" if isinstance(error, RecursionError) else reason(error)
+        raise MergeidError(f"{path} is not a valid safetensors file: its header is no JSON ({why})") from None
     return parsed
 
 
@@ -104,11 +110,15 @@ def _check(path: Path, entries: dict[str, Any], begin: int, size: int) -> Header
         except (TypeError, KeyError, ValueError):
             raise bad(name, "lacks dtype, shape or data_offsets") from None
         numbers = (*shape, first, last)
-        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers) or first > last:
+        if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n <= LARGEST for n in numbers):
             raise bad(name, "has a wrong dtype, shape or data_offsets")
-        elements = 1
-        for n in shape:
-            elements *= n
+        if len(shape) > MOST_DIMENSIONS or first > last:
+            raise bad(name, "has too many dimensions, or data_offsets that run backwards")
+        if not is_text(name):
+            raise bad(name, "has half a character in its name")
+        elements = prod(shape)
+        if not elements and prod(n for n in shape if n) > LARGEST:  # nothing, but no library can count it
+            raise bad(name, "has a shape beyond 64 bits")
         if dtype in BITS and (last - first) * 8 != elements * BITS[dtype]:
             raise bad(name, f"claims {last - first:,} bytes for {dtype} of shape {list(shape)}")
         found.append((first, last, name, TensorInfo(dtype, shape)))

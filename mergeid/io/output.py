@@ -1,14 +1,30 @@
-"""Where an output may be written: checked before any work, and without touching anything."""
+"""Where an output may be written: checked before any work. No output may touch an input, whatever option names it."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
-from collections.abc import Iterable
+import re
+import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, reason
+from mergeid.io.reading import read_table
 from mergeid.io.weights import INDEX, PICKLES, SAFETENSORS
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where the disk, a quota or a size limit is full."""
+
+_READ_BESIDE = re.compile(
+    r"(config|tokenizer|vocab|tokenizer_config|special_tokens_map|added_tokens|\w*processor_config|adapter_config|"
+    r"generation_config|modules|.*\.index)\.json|(vocab|merges)\.txt|.*\.model"
+)
+"""Files that may be read where a file of weights lies beside them."""
+
+Input = str | os.PathLike[str]
+"""Something that is read: a file, a folder, or a name that is neither (a hub id, a function)."""
 
 RECORD = "mergeid.json"
 """Name of the record that is written beside (or into) every output."""
@@ -19,12 +35,13 @@ def is_single_file(output: str | os.PathLike[str]) -> bool:
     return os.fspath(output).endswith(SAFETENSORS)
 
 
-def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Path] = (), force: bool = False) -> Path:
+def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Input] = (), force: bool = False) -> Path:
     """The place that will be written, links resolved.
 
     Args:
         output: a ``.safetensors`` file or a folder.
-        inputs: files and folders that are read; none of them may be overwritten, even with `force`.
+        inputs: files and folders that are read (names that are neither count nothing); none of them, nor what lies in
+            them, may be overwritten, even with `force`.
         force: whether an earlier output there may be replaced.
 
     Raises:
@@ -34,37 +51,102 @@ def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Path] = (),
     name = os.fspath(output)
     if name.endswith((*PICKLES, ".json")):
         raise MergeidError(f"output {name} has a wrong ending; expected a .safetensors file or a folder (option -o)")
-    final = Path(os.path.realpath(Path(name).expanduser()))
-    for given in inputs:
-        if _same(final, given):
-            raise MergeidError(
-                f"output {name} is the same {'folder' if given.is_dir() else 'file'} as the input {given}; "
-                "choose another name (option -o)"
-            )
-    parent = final.parent
-    if not parent.is_dir():
-        raise MergeidError(f"output folder {parent} does not exist; create it, or choose another place (option -o)")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise MergeidError(f"output folder {parent} is not writable; choose another place (option -o)")
-    if final.exists():
-        _check_existing(name, final, list(inputs), force)
+    final = _resolved(name, "output")
+    given = _paths(inputs)
+    _check_untouched(final, f"output {name}", given, " (option -o)")
+    _check_folder(final.parent, "output")
+    if os.path.lexists(final):
+        _check_existing(name, final, given, force)
     return final
 
 
-def check_place(path: Path, option: str) -> None:
-    """Of a file that holds no weights. Raises `MergeidError` where there can be none of that name."""
-    if path.is_dir():
-        raise MergeidError(f"{option} {path} is a folder; expected the name of a file")
-    if not path.parent.is_dir():
-        raise MergeidError(f"{option} {path}: its folder does not exist; create {path.parent} or choose another place")
+def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | None] = ()) -> None:
+    """Of files that hold no weights: to be called before long work.
+
+    Args:
+        outputs: option -> the file that it names; None: not given.
+        inputs: files and folders that are read, and names that are neither.
+
+    Raises:
+        MergeidError: one is an input or lies in one, is another output too, or is a place where no file can be written.
+    """
+    given, taken = _paths(i for i in inputs if i is not None), dict[Path, str]()
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        what = f"{option} {path}"
+        final = _resolved(os.fspath(path), option)
+        if final.suffix in (SAFETENSORS, *PICKLES):
+            raise MergeidError(f"{what} would be a file of weights; expected a name such as {path.stem}.json")
+        _check_untouched(final, what, given)
+        if final.is_dir():
+            raise MergeidError(f"{what} is a folder; expected the name of a file")
+        if final.exists() and not final.is_file():
+            raise MergeidError(f"{what} is a pipe or a device; expected the name of a file (--json alone prints)")
+        if final in taken:
+            raise MergeidError(f"{what} is the file of {taken[final]} too; choose another name for one of them")
+        taken[final] = option
+        _check_folder(final.parent, what)
+
+
+def _resolved(name: str, what: str) -> Path:
+    """Where an output really lies. Raises `MergeidError` for what cannot be the name of a file."""
+    try:
+        final = Path(os.path.realpath(Path(name).expanduser()))
+        os.lstat(final)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MergeidError(f"{what} {name} cannot be written: {reason(error)}; choose another place") from None
+    if not final.name:
+        raise MergeidError(f"{what} {name or repr(name)} is no name of a file; choose another place")
+    return final
+
+
+def _paths(inputs: Iterable[Input]) -> list[Path]:
+    """Those inputs that lie on this machine."""
+    found = (Path(os.fspath(given)).expanduser() for given in inputs)
+    return [path for path in found if os.path.exists(path)]
+
+
+def _check_untouched(final: Path, what: str, inputs: list[Path], option: str = "") -> None:
+    """Also through symbolic and hard links."""
+    other = f"choose another name{option}"
+    for given in inputs:
+        real = Path(os.path.realpath(given))
+        if final == real or _same(final, real):
+            kind = "folder" if given.is_dir() else "file"
+            raise MergeidError(f"{what} is the same {kind} as the input {given}; {other}")
+        if not final.exists():
+            continue
+        if real.is_dir() and real in final.parents and not (final / RECORD).is_file():
+            raise MergeidError(f"{what} lies in the input folder {given}; {other}, or another place")
+        if real.is_file() and final.parent == real.parent and _READ_BESIDE.fullmatch(final.name):
+            raise MergeidError(f"{what} belongs to the input {given}; {other}")
+
+
+def _check_folder(parent: Path, what: str) -> None:
+    """Whether a file can be made in a folder: tried, since permissions alone do not tell."""
+    again = "choose another place (option -o)" if what == "output" else "choose another place"
+    whose = f"output folder {parent}" if what == "output" else f"{what}: its folder {parent}"
+    if not parent.is_dir():
+        raise MergeidError(f"{whose} does not exist; create it, or {again}")
+    probe = parent / f".{secrets.token_hex(6)}.mergeid-tmp"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as error:
+        if error.errno not in FULL:  # how much room there is, is asked later
+            raise MergeidError(f"{whose} is not writable; {again}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(probe)
 
 
 def _same(final: Path, given: Path) -> bool:
-    """Also through symbolic and hard links."""
     try:
         return os.path.samefile(final, given)
     except OSError:
-        return final == Path(os.path.realpath(given))
+        return False
 
 
 def _check_existing(name: str, final: Path, inputs: list[Path], force: bool) -> None:
@@ -72,6 +154,8 @@ def _check_existing(name: str, final: Path, inputs: list[Path], force: bool) -> 
         raise MergeidError(f"output {name} is a folder; expected the name of a new file (option -o)")
     if not is_single_file(final) and not final.is_dir():
         raise MergeidError(f"output {name} is a file; expected a folder or a name that ends in .safetensors")
+    if final.exists() and not final.is_dir() and not final.is_file():
+        raise MergeidError(f"output {name} is a pipe or a device; expected the name of a file or folder (option -o)")
     if final.is_dir() and not any(final.iterdir()) and not _same(final, Path.cwd()):
         return
     if not force:
@@ -102,7 +186,7 @@ def record_path(final: Path) -> Path:
     if not beside.exists():
         return beside
     try:
-        mine = json.loads(beside.read_text(encoding="utf-8")).get("output") == final.name
-    except (OSError, ValueError, AttributeError):
+        mine = read_table(beside).get("output") == final.name
+    except MergeidError:
         mine = False
     return beside if mine else final.parent / f"{final.stem}.{RECORD}"

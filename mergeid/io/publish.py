@@ -1,34 +1,95 @@
-"""How a finished output takes its place: files that are on the disk, and a folder that replaces an earlier one."""
+"""How a finished output takes its place: written under a hidden name beside it, on the disk before it is renamed, whole
+or not at all. Whatever mergeid writes goes through here, so that nothing is left behind where it fails or is stopped.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
+from mergeid import stopping
+from mergeid.errors import MergeidError, reason
+from mergeid.io.output import FULL
 
-def publish_folder(staged: Path, final: Path, old: Path) -> None:
-    """Rename `staged` to `final`. An earlier output there is set aside as `old`, comes back where that fails, and is
-    removed only once the new one is in its place."""
+
+def hidden(final: Path) -> Path:
+    """A new hidden name beside an output, to be removed if the process is stopped; short, whatever the output's is."""
+    return stopping.note(_beside(final, "tmp"))
+
+
+def _beside(final: Path, kind: str) -> Path:
+    return final.parent / f".{secrets.token_hex(6)}.mergeid-{kind}"
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """Rename `staged` to `final`. An earlier output there is set aside, comes back where that fails, and is removed
+    only once the new one is in its place."""
     if not final.is_dir() or not any(final.iterdir()):
         os.rename(staged, final)  # onto nothing, or onto an empty folder
         return
-    os.rename(final, old)
+    old = _beside(final, "old")
+    with stopping.uninterrupted():
+        os.rename(final, old)
+        try:
+            os.rename(staged, final)
+        except BaseException:
+            os.rename(old, final)
+            raise
+        stopping.note(old)
+    stopping.remove(old)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, option: str) -> Iterator[Path]:
+    """Gives a hidden name to write a file under; leaving the block without an exception puts it at `path`, its links
+    followed.
+
+    Args:
+        option: what messages call it (``-o``).
+
+    Raises:
+        MergeidError: it cannot be written; then nothing is left behind.
+    """
+    final = Path(os.path.realpath(path))
+    partial = hidden(final)
     try:
-        os.rename(staged, final)
-    except BaseException:
-        os.rename(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise MergeidError(cannot_write(error, path, option)) from None
+    finally:
+        stopping.remove(partial)
+
+
+def cannot_write(error: OSError, path: os.PathLike[str] | str, option: str) -> str:
+    """One sentence for what the system says to an output."""
+    where = f"{option} {os.fspath(path)}".strip()
+    if error.errno in FULL:
+        return (
+            f"disk full (or over a size limit) while writing {where}; nothing was left behind: free some space or "
+            "choose another place"
+        )
+    return f"cannot write {where} ({reason(error)}); nothing was left behind: choose another place"
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write a whole file, durably."""
+    """Write a whole file, durably, under its final name (inside a folder that is not published yet)."""
     with open(path, "wb") as file:
         file.write(text.encode("utf-8") if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str, option: str) -> None:
+    """Write a text file whole or not at all. Raises `MergeidError` where it cannot be written."""
+    with whole_file(path, option) as partial:
+        write_text(partial, text)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,10 +7,7 @@ folder beside the output. Only when everything is on the disk does it get its fi
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,11 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Union
 
+from mergeid import stopping
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.io.output import check_output, is_single_file, record_path
-from mergeid.io.publish import publish_folder, sync_folder, write_text
+from mergeid.io.publish import cannot_write, hidden, publish_folder, sync_folder, write_text
+from mergeid.io.reading import json_text
 from mergeid.io.shards import Shard, index_text, lay_out
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 Chunks = Union["Tensor", Iterable[Union["Tensor", memoryview]]]
 """A tensor, or its elements (or their bytes) in row-major order in pieces."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointWriter:
@@ -76,10 +73,8 @@ class CheckpointWriter:
         self._replace = dict(replace or {})
         self._open: dict[str, IO[bytes]] = {}
         self._written: set[str] = set()
-        token = secrets.token_hex(4)
-        self._temporary = self.output.parent / f".{self.output.name}.{token}.mergeid-tmp"
-        self._temporary_record = self.output.parent / f".{self.output.name}.{token}.json.mergeid-tmp"
-        self._old = self.output.parent / f".{self.output.name}.{token}.mergeid-old"
+        self._temporary = hidden(self.output)
+        self._temporary_record = hidden(self.output)
 
     def __enter__(self) -> CheckpointWriter:
         try:
@@ -156,7 +151,7 @@ class CheckpointWriter:
 
     def _record_text(self) -> str:
         record = {**(self.record or {}), "output": self.output.name}
-        return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        return json_text(record) + "\n"
 
     def _place(self, shard: Shard) -> Path:
         return self._temporary if self._single else self._temporary / shard.name
@@ -180,13 +175,7 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
-                why, cure = "disk full (or over a size limit) while writing", "free some space or "
-            else:
-                why, cure = f"cannot write ({(error.strerror or str(error)).lower()})", ""
-            raise MergeidError(
-                f"{why} {self.output}; nothing was left behind: {cure}choose another place (option -o)"
-            ) from None
+            raise MergeidError(cannot_write(error, self.output, "-o")) from None
 
     def _finish(self) -> None:
         missing = [n for n in self._shard_of if n not in self._written]
@@ -208,13 +197,14 @@ class CheckpointWriter:
             write_text(self._temporary_record, self._record_text())
             record = record_path(self.output)
             before = record.exists()
-            os.replace(self._temporary_record, record)
-            try:
-                os.replace(self._temporary, self.output)
-            except BaseException:
-                if not before:
-                    record.unlink()
-                raise
+            with stopping.uninterrupted():
+                os.replace(self._temporary_record, record)
+                try:
+                    os.replace(self._temporary, self.output)
+                except BaseException:
+                    if not before:
+                        record.unlink()
+                    raise
         else:
             os.replace(self._temporary, self.output)
 
@@ -238,18 +228,15 @@ class CheckpointWriter:
 
     def _publish_folder(self) -> None:
         check_output(self.output, inputs=self._inputs, force=self._force)
-        publish_folder(self._temporary, self.output, self._old)
+        publish_folder(self._temporary, self.output)
 
     def _discard(self) -> None:
         """Close and remove whatever is temporary; after a success there is nothing left to remove."""
         for file in self._open.values():
             file.close()
         self._open.clear()
-        if self._temporary.is_dir():
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        else:
-            self._temporary.unlink(missing_ok=True)
-        self._temporary_record.unlink(missing_ok=True)
+        stopping.remove(self._temporary)
+        stopping.remove(self._temporary_record)
 
 
 def write_checkpoint(

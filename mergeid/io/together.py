@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeid import stopping
 from mergeid.errors import MergeidError
 from mergeid.io.output import RECORD, check_output
-from mergeid.io.publish import publish_folder, sync_folder, write_text
+from mergeid.io.publish import cannot_write, hidden, publish_folder, sync_folder, write_text
+from mergeid.io.reading import json_text
 
 
 def write_together(
@@ -40,23 +39,18 @@ def write_together(
     """
     given = list(inputs)
     final = check_output(output, inputs=given, force=force)
-    token = secrets.token_hex(4)
-    staged, old = (final.parent / f".{final.name}.{token}.mergeid-{kind}" for kind in ("tmp", "old"))
+    staged = hidden(final)
     try:
         staged.mkdir()
         for name, write in parts.items():
             write(staged / name)
-        text = json.dumps({**record, "output": final.name}, indent=2, ensure_ascii=False) + "\n"
-        write_text(staged / RECORD, text)
+        write_text(staged / RECORD, json_text({**record, "output": final.name}) + "\n")
         sync_folder(staged)
         check_output(output, inputs=given, force=force)  # it may have appeared meanwhile
-        publish_folder(staged, final, old)
+        publish_folder(staged, final)
         sync_folder(final.parent)
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise MergeidError(
-            f"cannot write {output} ({why}); nothing was left behind: choose another place (option -o)"
-        ) from None
+        raise MergeidError(cannot_write(error, output, "-o")) from None
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        stopping.remove(staged)
     return sorted(p for p in final.rglob("*") if p.is_file())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergeid.errors import MergeidError
+from mergeid.io.reading import read_table
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -100,26 +100,13 @@ def pickle_refused(subject: str) -> str:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `MergeidError` where it is none."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MergeidError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
-        raise MergeidError(f"{path} is not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(parsed, dict):
-        raise MergeidError(f"{path} holds no JSON object; expected a table of names")
-    return parsed
-
-
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight map (tensor name -> shard's file name) and the metadata of an index file.
 
     Raises:
         MergeidError: broken JSON, no weight map, or a shard name that points outside the folder.
     """
-    parsed = read_json(path)
+    parsed = read_table(path, "the index that was written with the shards")
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MergeidError(f'{path} has no "weight_map"; expected the index that was written with the shards')

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, listed, shown
 from mergeid.evaluate.batches import input_dtype, to_model
 from mergeid.evaluate.measure import eval_mode, fits_the_model
+from mergeid.graph.exchange import check_graph, space_of
 from mergeid.graph.neuron_graph import NeuronGraph, Space, TapMap
 from mergeid.identify.activations import TapReader, choose_taps, real_tokens, sample_rows
+from mergeid.io.publish import whole_file, write_text
+from mergeid.io.reading import parse_json
 from mergeid.load import Loaded
 
 FORMAT = "mergeid.sketch/1"
@@ -44,6 +47,10 @@ LEVELS = (0.0, 0.005, 0.02, 0.06, 0.15, 0.3, 0.5, 0.75, 1.0)
 """1 - ρ at which it is measured."""
 BUCKETS = 256
 """Length of the hash of a weight matrix."""
+IN_JSON = ("spaces", "names", "repairable")
+"""Entries of a sketch's metadata that are JSON inside a text."""
+BEYOND = 1e18
+"""Activations of this size have squares that float32 cannot add up."""
 LOGITS = 1 << 22
 """Numbers of the outputs that are kept at most."""
 
@@ -250,9 +257,7 @@ def _disturbed(
 
 def save_sketch(sketch: Sketch, path: Path) -> Path:
     """Whole or not at all. Raises `MergeidError` where it cannot be written."""
-    import os
-
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {f"activations.{k}": v.contiguous() for k, v in sketch.activations.items()}
     tensors |= {f"members.{k}": v.contiguous() for k, v in sketch.members.items()}
@@ -271,14 +276,8 @@ def save_sketch(sketch: Sketch, path: Path) -> Path:
         "names": json.dumps(sketch.names),
         "repairable": json.dumps(sketch.repairable),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=about)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise MergeidError(f"the sketch {path} cannot be written: {error}; choose another place (-o)") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, "-o") as partial:
+        write_text(partial, save(tensors, metadata=about))
     return path
 
 
@@ -287,39 +286,65 @@ def load_sketch(path: Path) -> Sketch:
     from safetensors import safe_open
 
     from mergeid.io.header import read_header
+    from mergeid.io.schema import SketchAbout, validated
 
     about = read_header(path).metadata
     if about.get("format") != FORMAT:
         raise MergeidError(
             f"{path} is no sketch; make one with: mergeid sketch MODEL --data DATA -o {path.stem}.sketch"
         )
+    said = {k: parse_json(v, f"{path}, {k}", own=True) if k in IN_JSON else v for k, v in about.items()}
+    told = validated(SketchAbout, {k: v for k, v in said.items() if k != "format"}, str(path))
     with safe_open(str(path), "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    try:
-        spaces = [
-            Space(
-                s["id"],
-                s["label"],
-                s["size"],
-                s["blocks"],
-                tuple(s["parents"]),
-                np.asarray(s["block_parents"], np.int64).reshape(s["blocks"], len(s["parents"])),
-                (),
-            )
-            for s in json.loads(about["spaces"])
-        ]
-        return Sketch(
-            about["source"],
-            about["arch"],
-            about["inputs"],
-            spaces,
-            {k.removeprefix("activations."): v for k, v in tensors.items() if k.startswith("activations.")},
-            {k.removeprefix("members."): v for k, v in tensors.items() if k.startswith("members.")},
-            tensors["logits"],
-            json.loads(about["names"]),
-            tensors["hashes"],
-            tensors["response"],
-            json.loads(about["repairable"]),
+    made = Sketch(
+        told.source,
+        told.arch,
+        told.inputs,
+        [space_of(s) for s in told.spaces],
+        _under("activations.", tensors),
+        _under("members.", tensors),
+        tensors.get("logits", torch.empty(0)),
+        told.names,
+        tensors.get("hashes", torch.empty(0)),
+        tensors.get("response", torch.empty(0)),
+        told.repairable,
+    )
+    _check(made, path)
+    return made
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _check(sketch: Sketch, path: Path) -> None:
+    """Raises `MergeidError` where the tensors of a sketch are not of the kinds and shapes that belong together."""
+    sizes, rows = {s.id: s.size for s in sketch.spaces}, len(sketch.logits) if sketch.logits.dim() == 2 else 0
+    shapes = {
+        "logits": (sketch.logits, torch.float32, (rows, sketch.logits.shape[-1] if rows else 0)),
+        "hashes": (sketch.hashes, torch.float32, (len(sketch.names), BUCKETS)),
+        "response": (sketch.response, torch.float64, (len(LEVELS), 2, 2)),
+    }
+    wrong = [k for k, (v, dtype, shape) in shapes.items() if v.dtype != dtype or v.shape != shape or not rows]
+    for space, values in sketch.activations.items():
+        members = sketch.members.get(space, torch.empty(0))
+        fits = values.dim() == 2 and members.dtype == torch.int64 and members.shape == values.shape[1:]
+        if not fits or values.dtype != torch.float32 or space not in sizes or not _among(members, sizes[space]):
+            wrong.append(f"activations of space {shown(space)}")
+    if wrong:
+        raise MergeidError(f"{path} is a damaged sketch ({listed(wrong, 3)} of a wrong kind or shape); make it again")
+    numbers = (sketch.logits, sketch.hashes, sketch.response, *sketch.activations.values())
+    if not all(bool((v.abs() < BEYOND).all()) for v in numbers):  # also where one is no number
+        raise MergeidError(
+            f"{path} holds numbers that are not finite or beyond {BEYOND:g}; make the sketch of a model whose "
+            "activations are in range"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise MergeidError(f"{path} is a damaged sketch ({error}); make it again") from error
+    try:
+        check_graph(sketch.graph)
+    except MergeidError as error:
+        raise MergeidError(f"{path} is a damaged sketch: {error}") from None
+
+
+def _among(members: Tensor, size: int) -> bool:
+    return bool(((members >= 0) & (members < size)).all())

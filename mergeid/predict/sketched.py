@@ -24,6 +24,14 @@ def check_alike(a: Sketch, b: Sketch) -> None:
         raise MergeidError(
             f"the sketches of {a.source} and {b.source} were made on different inputs; make both with the same --data"
         )
+    if _kept(a) != _kept(b):
+        raise MergeidError(
+            f"the sketches of {a.source} and {b.source} keep other activations or outputs; make both with one version"
+        )
+
+
+def _kept(sketch: Sketch) -> tuple[object, ...]:
+    return (sketch.logits.shape, {s: (v.shape, sketch.members[s].tolist()) for s, v in sketch.activations.items()})
 
 
 class Standard:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergeid.errors import MergeidError
+from mergeid.io.publish import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,20 +183,14 @@ def save_plot(draw: Callable[[Figure], None], path: str | Path, title: str = "")
     from matplotlib.figure import Figure
 
     path = check_plot_path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with rc_context({"svg.hashsalt": "mergeid", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(layout="constrained", dpi=150)
         draw(figure)
         if title:
             figure.suptitle(title, fontsize=10)
         kind = path.suffix.lower().removeprefix(".")
-        try:
+        with whole_file(path, "--plot") as partial:
             figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
-            partial.replace(path)
-        except OSError as error:
-            raise MergeidError(f"the plot {path} cannot be written: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,186 @@
+"""All commands in one application: one subcommand per file beside this one, one sentence per error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergeid.commands import adapters, align, barrier, demo, graph, merge, plan, predict, scramble, similarity, sketch
+from mergeid.commands import zip as zip_verb
+from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason
+
+FAULT = 3
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+TRACEBACK = "--traceback"
+
+app = typer.Typer(
+    name="mergeid",
+    help="Will these two models merge, and how?",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _verb in (merge, zip_verb, plan, predict, sketch, align, barrier, similarity, graph, scramble, adapters, demo):
+    # Rich keeps the line breaks of a docstring inside its paragraphs; the terminal has its own width.
+    _help = "\n\n".join(" ".join(p.split()) for p in (_verb.command.__doc__ or "").split("\n\n"))
+    app.command(_verb.__name__.rpartition(".")[2], help=_help)(_verb.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import mergeid
+
+        print(f"mergeid {mergeid.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Show where a fault of mergeid itself came from (exit code 3).")
+    ] = False,
+) -> None:
+    """Will these two models merge, and how?
+
+    Finds which neurons of a network may trade places, decides for every layer whether two checkpoints can be averaged
+    as they are or must be matched first, merges them, and measures the barrier between them.
+    """
+
+
+def answer(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code; whatever goes wrong becomes one line on stderr."""
+    words, traced = _without_traceback(args)
+    with _plain_warnings():
+        try:
+            return _call(words or ["--help"])
+        except Exception as error:
+            return _failed(error, traced)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+
+
+def finish(code: int) -> int:
+    """Write out what is still buffered for stdout, and the exit code that this leaves."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _drop_stdout()
+        if not isinstance(error, BrokenPipeError):
+            return _say(f"error: cannot write the result to stdout: {reason(error)}", MergeidError.exit_code)
+        return BROKEN_PIPE
+    return code
+
+
+def _without_traceback(args: Sequence[str]) -> tuple[list[str], bool]:
+    """``--traceback`` may stand anywhere before a ``--``."""
+    words = list(args)
+    end = words.index("--") if "--" in words else len(words)
+    return [w for i, w in enumerate(words) if w != TRACEBACK or i > end], TRACEBACK in words[:end]
+
+
+def _call(words: list[str]) -> int:
+    _tolerate_any_text()
+    command = typer.main.get_command(app)
+    if words[0] == "graph":
+        words = ["graph", *graph.spell_out_json(words[1:], command.commands["graph"])]  # type: ignore[attr-defined]
+    return command.main(args=words, prog_name="mergeid", standalone_mode=False) or 0
+
+
+def _failed(error: Exception, traced: bool) -> int:
+    """Say what happened, in one line, and return the exit code that belongs to it."""
+    if isinstance(error, WillNotMerge):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, MergeidError):
+        return _say(f"error: {error}", error.exit_code)
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        _drop_stdout()  # the reader (head, less) is gone; the interpreter would complain again while flushing at exit
+        return BROKEN_PIPE
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        # Typer brings its own copy of click from some version on, so there is no one class to catch.
+        return _say(f"error: {_usage(error)}", error.exit_code)
+    from mergeid.boundary import explained
+
+    if (sentence := explained(error)) is not None:
+        return _say(f"error: {sentence}", MergeidError.exit_code)
+    if traced:
+        traceback.print_exception(error)
+    return _say(f"error: {_fault(error)}", FAULT)
+
+
+def _fault(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if any(p.startswith("mergeid") for p in Path(f.filename).parts[:-1])] or frames
+    place = f" in {'/'.join(Path(own[-1].filename).parts[-2:])}, line {own[-1].lineno}" if own else ""
+    return (
+        f"mergeid itself failed{place} ({type(error).__name__}: {cut(reason(error), 200)}); this is a fault of "
+        f"mergeid: please report it with what {TRACEBACK} shows"
+    )
+
+
+def _usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    text = plain(error.format_message()).rstrip(".").replace("Value error, ", "")
+    return f"{text}; see {context.command_path} --help" if context is not None else text
+
+
+def _say(text: str, code: int) -> int:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"mergeid: {plain(text)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _drop_stdout() -> None:
+    """What is still to be written to stdout goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tolerate_any_text() -> None:
+    """Names that the terminal's encoding lacks are printed as escapes, never as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our own warnings as one line on stderr, each once; those of the libraries below only where Python was asked
+    for warnings (-W, PYTHONWARNINGS)."""
+    said: set[str] = set()
+
+    def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+        if not issubclass(category, MergeidWarning):
+            original(message, category, *args, **kwargs)
+        elif (text := plain(message)) not in said:
+            said.add(text)
+            _say(f"warning: {text}", 0)
+
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    with warnings.catch_warnings():
+        original = warnings.showwarning
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("always", MergeidWarning)
+        warnings.showwarning = show
+        yield
