@@ -131,7 +131,7 @@ def merged(folder: Path, mode: str, calibration: Images, repair: bool) -> Path:
         match=mode,
         data=calibration,
         limit=None,
-        repair=repair,
+        repair="bn" if repair else "none",
         arch=f"timm/{ARCHITECTURE}",
         force=True,
     )

@@ -1,135 +1,254 @@
-"""The last look before a merge is written: is what the plan chose really nearest to the models?
+"""The last look before a merge is written: which one is nearest to the models, and is it near enough?
 
-A plan judges neurons space by space, and what it cannot see (statistics of BatchNorm layers that are not estimated
-again, errors that add up over depth) can still make its merge the worse one. Up to three merges are at hand: the plain
-one, the one that is planned, and the one with every space matched. They are run on calibration inputs, without labels,
-and compared with what the models themselves say; the nearest is written, and ties (`TIE`) stay with the plan.
+A plan judges neurons space by space, and what it cannot see (statistics of BatchNorm layers, errors that add up over
+depth) can still make its merge the worse one. Up to three merges are at hand: the plain one, the one that is planned,
+and the one with every space matched; each as it is, and with BatchNorm statistics estimated again, or with REPAIR. All
+are run on calibration inputs, without labels, and compared with what the models themselves say
+(`mergeid.evaluate.nearness`). The nearest is written; ties (`TIE`) stay with the simplest: no repair before one, and
+the planned merge before another.
 
-Models with a classifying head: with H_i the cross-entropy of the merge against model i's prediction and s_i the model's
-share, an input (or token) counts -log Σ s_i exp(-H_i). That is the likelihood of a mixture: one of the models is right
-about this input, and its share is how likely that is beforehand. Where the models agree it is the cross-entropy against
-their mean prediction. Where they do not (fine-tunes on different tasks), that would reward a merge that lies between
-them and is right about neither; this asks that the merge keeps to either. Other models: the squared distance from
-their mean output.
+A repair is judged on inputs that it has not seen. The inputs are dealt out to `PARTS` parts; the network that is run on
+one is repaired on the others. What is written is then repaired on all of them: more than any of the trials had, so that
+it is, on average, nearer than the figure that it was chosen by.
 
-Cost: every model and every merge runs on `EXAMPLES` inputs, and every merge is a network in memory meanwhile.
+Where even the nearest merge is too far from the models (`Comparison.refused`), it should not be written: its distance
+is an excess over what the models reach themselves, so that neither their own doubts nor their disagreement counts.
+
+Cost: every model and every merge runs on up to `EXAMPLES` inputs; one merged network is held at a time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+from mergeid.evaluate.nearness import NATS, RELATIVE, Far, Panel, joined
 from mergeid.graph.group import same_element
 from mergeid.members import Member, Members
-from mergeid.memory import few_rows
+from mergeid.repairing import repair_network, repairs
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
     from mergeid.graph.neuron_graph import Element
-    from mergeid.load import Loaded
+    from mergeid.pair import Progress
     from mergeid.planning import Plan
-    from mergeid.plugins import Batch
-    from mergeid.repairing import Repair
 
-EXAMPLES = 256
-"""Calibration examples that are compared, evenly spaced."""
 TIE = 1e-3
-"""Nats (or share of the outputs' variance) that another merge must be nearer by than the planned one. Merges that
-differ in dead or equal neurons only are equal, up to rounding."""
+"""Nats (or share of an output's variance) that another merge must be nearer by than a simpler one. Merges that differ
+in dead or equal neurons only are equal, up to rounding."""
+PARTS = 4
+"""Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
 PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
 """The merges: nothing moved, some spaces matched, every space matched."""
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far a merge is from the models by one output: nats of excess, or share of the output's variance."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        if self.unit == NATS:
+            return f"{shown(self.value)} nats farther from the models' predictions than they are themselves"
+        return f"off the models' outputs by {shown(self.value)} of their variance"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Attributes:
-    distances: merge -> mean over the examples, lower is nearer to the models.
+    distances: merge ("plain", "matched+bn", …) -> how far it is from the models, mean over the outputs.
     planned: the merge that the plan chose; chosen: the one to write.
-    unit: "nats" (cross-entropy) or "relative" (squared distance over the mean output's variance).
+    repair: of the one to write, "none", "bn" or "repair".
+    outputs: output -> how far the one to write is by it alone.
     examples: how many were compared.
-    error: standard error of the difference of the planned and the chosen merge's distances; None where they are one
-        merge, or it is not known.
+    error: standard error of the difference between the distances of the planned merge (under its own best repair) and
+        of the chosen one; None where they are one merge, or it is not known.
     """
 
     distances: dict[str, float]
     planned: str
     chosen: str
-    unit: str
+    repair: str
+    outputs: dict[str, Distance]
     examples: int
     error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The attributes; a distance that is not finite, which JSON has no number for, is None."""
-        return {**self.__dict__, "distances": {k: v if isfinite(v) else None for k, v in self.distances.items()}}
+        """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
+        number for, is None."""
+
+        def known(value: float) -> float | None:
+            return value if isfinite(value) else None
+
+        return {
+            "planned": self.planned,
+            "chosen": self.chosen,
+            "repair": self.repair,
+            "distance": known(self.worst.value),
+            "unit": self.unit,
+            "distances": {k: known(v) for k, v in self.distances.items()},
+            "outputs": {k: {"distance": known(d.value), "unit": d.unit} for k, d in self.outputs.items()},
+            "examples": self.examples,
+            "error": self.error,
+        }
+
+    @property
+    def label(self) -> str:
+        """The merge to write with its repair, as in `distances`."""
+        return label(self.chosen, self.repair)
+
+    @property
+    def unit(self) -> str:
+        """ "nats", "relative", or "both" where there are outputs of either kind."""
+        units = {d.unit for d in self.outputs.values()}
+        return units.pop() if len(units) == 1 else "both"
+
+    @property
+    def worst(self) -> Distance:
+        """The merge to write, by the output that it is farthest by."""
+        return max(self.outputs.values(), key=lambda d: d.value)
+
+    def refused(self, above: float) -> str | None:
+        """Why the nearest merge should not be written; None where it is near enough."""
+        if self.worst.value <= above:
+            return None
+        name = next(n for n, d in self.outputs.items() if d is self.worst)
+        by = f" by its output {name!r}" if len(self.outputs) > 1 else ""
+        return (
+            f"even the nearest merge ({self.label}) is{by} {self.worst}, on {self.examples} "
+            f"calibration examples; --refuse-above is {above:g}"
+        )
 
     @property
     def note(self) -> str | None:
         """What the user is told where the plan is not followed."""
         if self.chosen == self.planned:
             return None
-        what = "nats from the models' predictions" if self.unit == "nats" else "of the outputs' variance"
+        what = {NATS: "nats of excess", RELATIVE: "of the outputs' variance"}.get(self.unit, "on the outputs' mean")
+        own = min((v for k, v in self.distances.items() if k.split("+")[0] == self.planned), default=inf)
+        other = self.distances[self.label]
         if self.error is not None:
-            what += f", a difference of {abs(self.distances[self.planned] - self.distances[self.chosen]):.2g} with a "
-            what += f"standard error of {self.error:.2g}"
-        own, other = self.distances[self.planned], self.distances[self.chosen]
+            what += f", a difference of {abs(own - other):.2g} with a standard error of {self.error:.2g}"
         if self.chosen == PLAIN:
             said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
-            return f"{said}the models than the plain one ({_shown(own)} to {_shown(other)} {what})"
+            return f"{said}the models than the plain one ({shown(own)} to {shown(other)} {what})"
         said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
-        return f"{said}than the planned one ({_shown(other)} to {_shown(own)} {what})"
+        return f"{said}than the planned one ({shown(other)} to {shown(own)} {what})"
 
 
-@dataclass(frozen=True)
-class Merge:
-    """One of the merges that could be written.
+def label(merge: str, repair: str) -> str:
+    """``"matched"``, ``"matched+bn"``."""
+    return merge if repair == "none" else f"{merge}+{repair}"
 
-    Attributes:
-        name: "plain", "mixed" or "matched".
-        repair: of the merged network, as it would be written.
-    """
 
-    name: str
-    members: Members
-    repair: Repair
+def shown(distance: float) -> str:
+    """With the decimals that `TIE` tells apart."""
+    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"
 
 
 def last_look(
     members: Members,
-    repaired: Callable[[Members], Repair],
+    stage: str,
     *,
+    among: bool = True,
     skip: Sequence[str] = (),
     batch_size: int,
     device: str,
-) -> tuple[Merge, Comparison | None]:
-    """The merge to write, and the comparison that it comes from; None where there was nothing to compare.
+    progress: Progress | None = None,
+) -> tuple[Members, Comparison]:
+    """The merge to write, not repaired yet, and the comparison that it comes from.
 
     Args:
         members: the models with their plans and calibration data.
-        repaired: the repair of a merge.
+        stage: the repair that is asked for; "auto": the nearest.
+        among: compare the planned merge with the others; else it alone is looked at, with the repairs.
         skip: globs of tensor names that are not merged.
     """
-    planned, merges = _merges(members)
-    if len(merges) == 1:
-        return Merge(planned, members, repaired(members)), None
-    made = {name: Merge(name, of, repaired(of)) for name, of in merges.items()}
-    nets = {
-        name: _network(members.first.model, {**m.members.merged_state(skip), **m.repair.tensors}, device)
-        for name, m in made.items()
-    }
-    found = compare(members, nets, planned, batch_size=batch_size, device=device)
-    return made[found.chosen], found
+    planned, merges = merges_of(members)
+    if not among:
+        merges = {planned: members}
+    kinds = repairs(members, stage, device)
+    voices = _voices(members)
+    panel = Panel(
+        members.first,
+        [m.loaded.model for m, _ in voices],
+        shares=[share for _, share in voices],
+        dataset=members.dataset,
+        collate=members.collate,
+        batch_size=batch_size,
+        device=device,
+        parts=1 if kinds == ["none"] else PARTS,
+    )
+    found: dict[tuple[str, str], dict[str, Far]] = {}
+    for name, merge in merges.items():
+        if progress:
+            progress("comparing the merges", len(found), len(merges) * len(kinds))
+        for kind, far in _tried(panel, merge, kinds, skip, device):
+            found[name, kind] = far
+    chosen = compare(found, planned, panel.examples)
+    return merges[chosen.chosen], chosen
 
 
-def _merges(members: Members) -> tuple[str, dict[str, Members]]:
+def _tried(
+    panel: Panel, members: Members, kinds: Sequence[str], skip: Sequence[str], device: str
+) -> Iterator[tuple[str, dict[str, Far]]]:
+    """How far one merge is from the models, under each repair."""
+    state = members.merged_state(skip)
+    net = copy.deepcopy(members.first.model).to(device)
+    for kind in kinds:
+        parts = []
+        for part in range(len(panel.parts)):
+            load_weights(net, state)
+            if kind != "none":
+                repair_network(replace(members, dataset=panel.rest(part)), net, mode=kind, device=device)
+            parts.append(panel.far(net, part))
+        yield kind, joined(parts)
+
+
+def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, examples: int) -> Comparison:
+    """Choose among merges.
+
+    Args:
+        found: (merge, repair) -> output -> how far it is from the models.
+        planned: the merge to prefer.
+        examples: how many were compared.
+    """
+    means = {key: _mean(far) for key, far in found.items()}
+    least = min(means.values())
+    simplest = sorted(found, key=lambda key: (key[1] != "none", key[0] != planned))
+    # what is not finite in all of them is no reason to leave the plan
+    merge, repair = next(key for key in simplest if means[key] <= least + TIE or least == inf)
+    own = min((key for key in found if key[0] == planned), key=lambda key: means[key])
+    return Comparison(
+        {label(*key): mean for key, mean in means.items()},
+        planned,
+        merge,
+        repair,
+        {name: Distance(far.distance, far.unit) for name, far in found[merge, repair].items()},
+        examples,
+        None if merge == planned else _error(found[own], found[merge, repair]),
+    )
+
+
+def _mean(far: Mapping[str, Far]) -> float:
+    return sum(f.distance for f in far.values()) / len(far)
+
+
+def _error(one: Mapping[str, Far], other: Mapping[str, Far]) -> float | None:
+    """Standard error of the difference of two merges' mean distances."""
+    gap = torch.stack([one[name].nearest - other[name].nearest for name in one]).mean(0)
+    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else inf
+    return error if isfinite(error) else None
+
+
+def merges_of(members: Members) -> tuple[str, dict[str, Members]]:
     """The planned merge's name, and the merges that differ."""
     plans = [m.plan for m in _all(members) if m.plan is not None]
     full = all(same_element(plan.element, _full(plan)) for plan in plans)
@@ -160,153 +279,16 @@ def _under(members: Members, element: Callable[[Plan], Element]) -> Members:
     return replace(members, models=[other(m) for m in members.models], base=base)
 
 
-def compare(
-    members: Members, nets: Mapping[str, nn.Module], planned: str, *, batch_size: int, device: str
-) -> Comparison:
-    """Run merged networks and the models on calibration inputs.
-
-    Args:
-        members: the models with their calibration data.
-        nets: merged networks by name, on the device, repaired as they would be written.
-        planned: the one to prefer.
-    """
-    found, unit = distances(
-        members.first,
-        [m.loaded.model for m in members.models],
-        list(nets.values()),
-        shares=_shares(members),
-        either=True,
-        dataset=members.dataset,
-        collate=members.collate,
-        batch_size=batch_size,
-        device=device,
-    )
-    scores = dict(zip(nets, found, strict=True))
-    means = {name: float(score.mean()) for name, score in scores.items()}
-    chosen = min(means, key=lambda name: _or_far(means[name]))
-    # what is not finite in the planned merge alone speaks against it
-    if not _or_far(means[planned]) - _or_far(means[chosen]) > TIE:
-        chosen = planned
-    gap = scores[planned] - scores[chosen]
-    error = float(gap.std()) / sqrt(len(gap)) if chosen != planned and len(gap) > 1 else inf
-    return Comparison(means, planned, chosen, unit, found.shape[1], error if isfinite(error) else None)
-
-
-def _shown(distance: float) -> str:
-    """With the decimals that `TIE` tells apart."""
-    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"
-
-
-def _or_far(mean: float) -> float:
-    return mean if isfinite(mean) else inf
-
-
-def distances(
-    first: Loaded,
-    models: Sequence[nn.Module],
-    nets: Sequence[nn.Module],
-    *,
-    shares: Sequence[float],
-    either: bool,
-    dataset: Any,
-    collate: Callable[[Any], Any] | None,
-    batch_size: int,
-    device: str,
-) -> tuple[Tensor, str]:
-    """How far merged networks are from what the models say.
-
-    Args:
-        first: of the models, how they are run.
-        models: the networks that were merged; shares: their weights in the mixture (or mean) of what they say, which
-            sum to 1.
-        either: take classifiers' predictions as a mixture, of which a merge may keep to any; else their mean.
-        nets: merged networks, on the device, repaired as they would be written.
-        dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
-
-    Returns:
-        float64 [nets, examples], and the unit as in `Comparison`.
-    """
-    models = [m.to(device).eval() for m in models]
-    classifies = _classifies(first)
-    scores: list[Tensor] = []
-    count = len(dataset)
-    chosen = dataset
-    if count > EXAMPLES:
-        chosen = Subset(chosen, [k * count // EXAMPLES for k in range(EXAMPLES)])
-    spread = torch.zeros(3, dtype=torch.float64)
-    for raw in FixedBatches(chosen, batch_size, collate):
-        batch = to_model(raw, torch.device(device), input_dtype(first.model))
-        with torch.no_grad():
-            own = [first.forward(m, batch) for m in models]
-            if classifies:
-                far = _cross_entropies(own, [first.forward(net, batch) for net in nets], shares, either)
-            else:
-                middle = sum((w * o.double() for w, o in zip(shares, own, strict=True)), torch.zeros(()))
-                spread += torch.tensor([middle.numel(), float(middle.sum()), float(middle.square().sum())])
-                far = [(first.forward(net, batch).double() - middle).square().mean(-1) for net in nets]
-            rows = [_per_example(f, batch) for f in far]
-        scores.append(torch.stack(rows).cpu())
-    found = torch.cat(scores, 1)
-    if not classifies:
-        n, total, squares = spread.tolist()
-        found = found / max(squares / n - (total / n) ** 2, 1e-300)
-    return found, "nats" if classifies else "relative"
-
-
-def _cross_entropies(
-    own: Sequence[Tensor], outs: Sequence[Tensor], shares: Sequence[float], either: bool
-) -> Sequence[Tensor]:
-    """For every network's logits [..., classes] how far they are from what the models say, float64 [...], a few rows
-    at a time: -log Σ s_i exp(-H_i), or the cross-entropy against the mean prediction.
-
-    Models that are subtracted (a negative share) are not right about anything."""
-    weights = torch.tensor(shares, dtype=torch.float64, device=outs[0].device)
-    likely = (weights.clamp(min=0) / weights.clamp(min=0).sum()).log()
-    found = []
-    for parts in few_rows(*own, *outs):
-        said = torch.stack([p.softmax(-1) for p in parts[: len(own)]])
-        if not either:
-            said = torch.einsum("m,mrc->rc", weights, said)[None]
-        far = []
-        for out in parts[len(own) :]:
-            # classes that nobody names count nothing, be they ruled out (a logit of -inf) or not
-            against = (said * out.log_softmax(-1)).masked_fill(said == 0, 0.0).sum(-1)
-            far.append(-torch.logsumexp(against + likely[:, None], 0) if either else -against[0])
-        found.append(torch.stack(far))
-    return [f.reshape(outs[0].shape[:-1]) for f in torch.cat(found, 1)]
-
-
-def _network(model: nn.Module, state: Mapping[str, Tensor], device: str) -> nn.Module:
-    net = copy.deepcopy(model).to(device)
-    load_weights(net, state)
-    return net
-
-
-def _shares(members: Members) -> list[float]:
-    """Weights of the models in what they say together: those of the merge where they are shares, else equal ones."""
+def _voices(members: Members) -> list[tuple[Member, float]]:
+    """Whom a merge should be near to, with their shares: those of the merge where its weights are shares, else equal
+    ones. Who is subtracted is not among them; where all are (task vectors taken away), the base is."""
     count = len(members.models)
     plain = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
-    if members.settings.method.weights == "shares" and len(plain) == count and sum(plain) > 0:
-        return [w / sum(plain) for w in plain]
-    return [1 / count] * count
-
-
-def _classifies(first: Any) -> bool:
-    """Whether the last dimension of the output holds logits: the adapter can score it against labels."""
-    example = first.example
-    if "labels" not in example:
-        return False
-    with torch.no_grad():
-        inputs = {k: v for k, v in example.items() if k != "labels"}
-        device = next(first.model.parameters()).device
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
-        out = first.forward(first.model, {k: moved[k] for k in inputs})
-        return first.adapter.loss(first.arch, out, moved) is not None
-
-
-def _per_example(scores: Tensor, batch: Batch) -> Tensor:
-    """Mean over the tokens of an example, without padding."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == scores.shape:
-        return (scores * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return scores.reshape(len(scores), -1).mean(1)
+    if len(plain) < count or not any(plain):
+        plain = [1.0] * count
+    kept = [(m, w) for m, w in zip(members.models, plain, strict=True) if w > 0]
+    if not kept:
+        return [(members.base or members.models[0], 1.0)]
+    if members.settings.method.weights != "shares":
+        kept = [(m, 1.0) for m, _ in kept]
+    return [(m, w / sum(w for _, w in kept)) for m, w in kept]

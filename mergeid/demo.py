@@ -290,7 +290,8 @@ def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress 
         for name, stem, match in (("direct average", "direct", "never"), ("mergeid", "merged", "auto")):
             for repair, ending in ((False, "-no-repair"), (True, "")):
                 output = folder / f"{stem}{ending}.safetensors"
-                api.merge(a, b, output=output, match=match, data=data, repair=repair, force=True, progress=progress)
+                stage = "bn" if repair else "none"
+                api.merge(a, b, output=output, match=match, data=data, repair=stage, force=True, progress=progress)
                 rows.append(_row(name, "re-estimated" if repair else "averaged", output, held_out))
         curves = [
             api.barrier(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mergeid.comparing import distances
 from mergeid.evaluate.measure import make_accelerator
+from mergeid.evaluate.nearness import Panel
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.load import Loaded
 from mergeid.merge.repair import calibration_batches, reestimate_batchnorm
@@ -26,11 +26,20 @@ def judge_of(
     device: str,
 ) -> Callable[[Sequence[Element]], float]:
     """How far the average of the models, each brought into the common order by its element, is from their mean
-    prediction (`mergeid.comparing`): lower is better, infinite where the average's outputs are not finite. BatchNorm
-    statistics are estimated again before; labels are not looked at."""
+    prediction (`mergeid.evaluate.nearness`): lower is better, infinite where the average's outputs are not finite.
+    BatchNorm statistics are estimated again before; labels are not looked at."""
     first = models[0]
     states = [m.state() for m in models]
-    shares = [1 / len(models)] * len(models)
+    panel = Panel(
+        first,
+        [m.model for m in models],
+        shares=[1 / len(models)] * len(models),
+        either=False,
+        dataset=dataset,
+        collate=collate,
+        batch_size=batch_size,
+        device=device,
+    )
 
     def judge(universe: Sequence[Element]) -> float:
         moved = [graph.apply_state(e, s) for e, s in zip(universe, states, strict=True)]
@@ -44,17 +53,7 @@ def judge_of(
         batches = calibration_batches(work, dataset, forward=first.forward, collate=collate, accelerator=accelerator)
         statistics = reestimate_batchnorm(work, batches, forward=first.forward, accelerator=accelerator)
         load_weights(work, average | statistics)
-        found, _ = distances(
-            first,
-            [m.model for m in models],
-            [work],
-            shares=shares,
-            either=False,
-            dataset=dataset,
-            collate=collate,
-            batch_size=batch_size,
-            device=device,
-        )
-        return float(found.mean()) if bool(torch.isfinite(found).all()) else float("inf")
+        far = panel.far(work, 0).values()
+        return sum(f.distance for f in far) / len(far)
 
     return judge

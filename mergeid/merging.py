@@ -23,11 +23,14 @@ from mergeid.writing import Inputs, write
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergeid.comparing import Comparison
     from mergeid.members import Members
     from mergeid.planning import Plan
 
 MATCHES = ("auto", "never", "always")
 REPAIRS = ("auto", "bn", "repair", "none")
+REFUSE_ABOVE = 0.5
+"""Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
 
 
 @dataclass
@@ -41,8 +44,8 @@ class MergeResult:
         verdict: "direct", "match" or "will not merge"; "transported" where neurons were carried by optimal transport.
         notes: what the user should know.
         repaired: tensors that were repaired after the merge.
-        comparison: how far the plain, the planned and the fully matched merge are from the models on calibration
-            inputs (`mergeid.comparing`), where they differ and there is data.
+        comparison: how far the merges that were at hand are from the models on calibration inputs, and which was chosen
+            (`mergeid.comparing`); None without data.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
@@ -90,6 +93,7 @@ def merge(
     transport: bool = False,
     data: Any = None,
     repair: bool | str = True,
+    refuse_above: float = REFUSE_ABOVE,
     arch: str | None = None,
     dtype: str | None = None,
     skip: Sequence[str] = (),
@@ -121,13 +125,18 @@ def merge(
         transport: carry the neurons of every further model onto the first one's by optimal transport plans instead of
             matching them one to one (OT fusion); plain layers may then have other widths. Needs no `base`.
         data: calibration data for the evidence, for the repair, and for methods that measure something.
-        repair: True, "auto" or "bn": estimate the BatchNorm statistics of the merged network again on `data`;
-            "repair": rescale its pre-activations (REPAIR); False or "none": neither.
+        repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
+            pre-activations (REPAIR); True or "auto": the one that the network takes, where the merge is nearer to the
+            models with it; False or "none": neither.
+        refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
+            farther from their predictions than they are themselves, for outputs that are no classification the share
+            of their variance (`mergeid.evaluate.nearness`).
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
-        force: overwrite, and merge even when the plan says that it will not work.
+        force: overwrite, and merge even when the plan, or the last look, says that it will not work.
 
     Raises:
-        WillNotMerge: the plan says no (and `force` is not given); nothing was written.
+        WillNotMerge: the plan says no, or even the nearest merge is too far from the models (and `force` is not
+            given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
     models = _listed(a, b, more)
@@ -135,6 +144,7 @@ def merge(
     check_base(chosen, base is not None)
     stage = ("auto" if repair else "none") if isinstance(repair, bool) else repair
     _check_modes(chosen, match, stage, data)
+    _check_limit(refuse_above)
     if transport:
         check_transport(match, matcher, base)
     elif matcher is not None:
@@ -171,14 +181,24 @@ def merge(
         from mergeid.transporting import transported_members
 
         members, result.verdict = transported_members(models, settings, **common), "transported"
-    elif match != "never" or chosen.statistics or (data is not None and stage != "none"):
+    elif match != "never" or data is not None:
         how = {"match": match, "matcher": matcher, "dtype": dtype, **common}
         members = _plan_all(models, base, settings, result, force, **how)
     if members is not None:
+        from mergeid.repairing import repair_merged
+
         if chosen.statistics:
             members.measure(batch_size, device, seed, progress or (lambda *_: None))
         if members.dataset is not None:
-            members, repaired = _with_data(members, result, stage, match, skip, batch_size, device, progress)
+            members, found = _look(members, result, stage, match, skip, batch_size, device, progress)
+            why = found.refused(refuse_above)
+            if why and not force:
+                names = " and ".join(m.loaded.source for m in members.models)
+                raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes all the same)")
+            result.notes += [f"{why}: written all the same, as asked with --force"] if why else []
+            done = repair_merged(members, mode=found.repair, skip=skip, device=device, progress=progress)
+            result.notes += done.notes
+            result.repair, repaired = done.to_json(), done.tensors
         elif result.verdict in ("match", "transported") and _has_batchnorm(members):
             result.notes.append(
                 "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
@@ -192,7 +212,7 @@ def merge(
     return write(result, inputs, target, settings, dtype, skip, force, progress)
 
 
-def _with_data(
+def _look(
     members: Members,
     result: MergeResult,
     stage: str,
@@ -201,35 +221,29 @@ def _with_data(
     batch_size: int,
     device: str,
     progress: Progress | None,
-) -> tuple[Members, dict[str, Tensor]]:
-    """Repair the merge, and see that no other merge than the planned one is nearer to the models."""
+) -> tuple[Members, Comparison]:
+    """The nearest merge, of all where the plan decides and else of what was asked for; the result says so."""
     from mergeid.comparing import MATCHED, PLAIN, last_look
-    from mergeid.repairing import Repair, repair_merged
 
-    def repaired(of: Members) -> Repair:
-        return (
-            repair_merged(of, mode=stage, skip=skip, device=device, progress=progress) if stage != "none" else Repair()
-        )
-
-    if match == "auto":
-        if progress and result.plans:
-            progress("comparing the merges", 0, 1)
-        written, found = last_look(members, repaired, skip=skip, batch_size=batch_size, device=device)
-        members, done = written.members, written.repair
-        result.comparison = found.to_json() if found else None
-        if found and found.note:
-            if written.name == PLAIN:
-                result.verdict = "direct"
-            elif written.name == MATCHED and result.verdict == "direct":
-                result.verdict = "match"
-            result.notes.append(found.note)
-            result.plans = [m.plan for m in [*members.models, members.base] if m is not None and m.plan is not None]
-            result.plan = result.plans[0]
-    else:
-        done = repaired(members)
-    result.notes += done.notes
-    result.repair = done.to_json()
-    return members, done.tensors
+    chosen, found = last_look(
+        members,
+        stage,
+        among=match == "auto",
+        skip=skip,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    result.comparison = found.to_json()
+    if found.note:
+        if found.chosen == PLAIN:
+            result.verdict = "direct"
+        elif found.chosen == MATCHED and result.verdict == "direct":
+            result.verdict = "match"
+        result.notes.append(found.note)
+        result.plans = [m.plan for m in [*chosen.models, chosen.base] if m is not None and m.plan is not None]
+        result.plan = result.plans[0]
+    return chosen, found
 
 
 def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Source]) -> list[Source]:
@@ -263,6 +277,12 @@ def _check_modes(method: MergeMethod, match: str, stage: str, data: Any) -> None
     if data is None and method.statistics:
         what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
         raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
+
+
+def _check_limit(refuse_above: float) -> None:
+    number = isinstance(refuse_above, (int, float)) and not isinstance(refuse_above, bool)
+    if not number or not refuse_above >= 0:
+        raise MergeidError(f"--refuse-above is {refuse_above!r}; expected a distance of 0 or more (inf: never refuse)")
 
 
 def _with_density(parameters: Mapping[str, Any] | None, density: float | Sequence[float] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mergeid.evaluate.batches import input_dtype, to_model
 from mergeid.evaluate.measure import make_accelerator
 from mergeid.members import Members
 from mergeid.merge.repair import batchnorm_layers, calibration_batches, reestimate_batchnorm
-from mergeid.merge.rescale import output_moments, rescalable_layers, rescale
+from mergeid.merge.rescale import Layer, output_moments, rescalable_layers, rescale
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from mergeid.pair import Progress
-
-MODES = ("auto", "bn", "repair", "none")
 
 
 @dataclass
@@ -61,6 +59,21 @@ class Repair:
         }
 
 
+def repairs(members: Members, stage: str, device: str = "cpu") -> list[str]:
+    """What can be done to a merge of these models, of "none", "bn" and "repair", the simplest first.
+
+    Args:
+        stage: "auto": nothing, or what this kind of network takes: estimating the statistics of its BatchNorm layers
+            again, or REPAIR where it has none. Anything else: that, where it applies.
+    """
+    norms = bool(batchnorm_layers(members.first.model))
+    if stage == "auto":
+        if norms:
+            return ["none", "bn"]
+        return ["none", "repair"] if _rescalable(members, members.first.model, device) else ["none"]
+    return ["none"] if stage == "bn" and not norms else [stage]
+
+
 def repair_merged(
     members: Members, *, mode: str, skip: Sequence[str] = (), device: str = "cpu", progress: Progress | None = None
 ) -> Repair:
@@ -68,22 +81,28 @@ def repair_merged(
 
     Args:
         members: the models with settings and calibration data.
-        mode: "auto" or "bn": estimate the statistics of BatchNorm layers again, where there are some; "repair":
-            REPAIR of linear and convolutional layers, then of BatchNorm layers.
+        mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
+            layers, then of BatchNorm layers; "none": neither.
         skip: globs of tensor names that are not merged.
     """
-    norms = bool(batchnorm_layers(members.first.model))
-    if mode in ("auto", "bn") and not norms:
+    if mode == "none" or (mode == "bn" and not batchnorm_layers(members.first.model)):
         return Repair()
-    tell = progress or (lambda *_: None)
     merged = copy.deepcopy(members.first.model)
     load_weights(merged, members.merged_state(skip))
+    return repair_network(members, merged, mode=mode, device=device, progress=progress)
+
+
+def repair_network(
+    members: Members, merged: nn.Module, *, mode: str, device: str = "cpu", progress: Progress | None = None
+) -> Repair:
+    """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
+    tell = progress or (lambda *_: None)
     accelerator = make_accelerator(device)
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
         found = _rescale(members, merged, accelerator)
-    if norms:
+    if batchnorm_layers(merged):
         tell("estimating BatchNorm statistics", 0, 1)
         _reestimate(members, merged, accelerator, found)
     return found
@@ -112,11 +131,15 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
     found.kind = "repair+bn" if found.kind else "bn"
 
 
+def _rescalable(members: Members, model: nn.Module, device: str | torch.device) -> list[Layer]:
+    """Layers that REPAIR can rescale, by one example."""
+    batch = next(members.batches(1, str(device)))
+    return rescalable_layers(model.to(device), batch, forward=members.first.forward)
+
+
 def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> Repair:
     forward, names = members.first.forward, members.names()
-    merged.to(accelerator.device)
-    batch = to_model(next(members.batches(1, "cpu")), accelerator.device, input_dtype(merged))
-    layers = rescalable_layers(merged, batch, forward=forward)
+    layers = _rescalable(members, merged, accelerator.device)
     if not layers:
         return Repair(notes=["REPAIR found no linear or convolutional layer that it could rescale"])
     sized = calibration_batches(

@@ -172,9 +172,16 @@ def test_plan_and_merge(inside: Inside, networks: Path, tmp_path: Path) -> None:
     for name in a:
         if a[name].is_floating_point():
             assert torch.equal(out[name], ((a[name].double() + b[name].double()) / 2).float())
-    repaired = inside("merge", *pair, "--data", networks / "data.npz", "-o", "r.safetensors")
+    repaired = inside("merge", *pair, "--data", networks / "data.npz", "--repair", "bn", "-o", "r.safetensors")
+    assert "The merge (plain+bn) is 0." in repaired.stdout
     assert repaired.code == 0 and "re-estimated on the calibration data" in repaired.stdout
     assert not torch.equal(load_file(tmp_path / "r.safetensors")["bn1.running_mean"], out["bn1.running_mean"])
+    words = ("merge", *pair, "--data", networks / "data.npz", "-o", "n.safetensors", "--refuse-above", "0")
+    refused = inside(*words)
+    assert (refused.code, refused.written) == (1, []) and "--refuse-above is 0; nothing was written" in refused.stderr
+    assert inside(*words, "--force").written == ["n.mergeid.json", "n.safetensors"]
+    record = json.loads((tmp_path / "n.mergeid.json").read_text())["comparison"]
+    assert record["distance"] > 0 and record["unit"] == "nats" and record["examples"] > 0
 
 
 @pytest.mark.parametrize("columns", [80, 120])

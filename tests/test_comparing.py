@@ -22,8 +22,10 @@ import mergeid
 import mergeid.comparing
 import mergeid.merging
 from mergeid.commands.show_plan import print_merge
-from mergeid.comparing import TIE, compare, distances
+from mergeid.comparing import TIE, compare
 from mergeid.data import collate
+from mergeid.errors import WillNotMerge
+from mergeid.evaluate.nearness import Panel
 from mergeid.load import load
 from mergeid.members import Member, Members
 from mergeid.merge.methods import get_method
@@ -54,11 +56,21 @@ def members(models, weights=(0.5, 0.5)):
 
 def far(members, merges, planned, size):
     """`compare` of state dicts by name."""
-    nets = {}
+    panel = Panel(
+        members.first,
+        [m.loaded.model for m in members.models],
+        shares=list(members.settings.weights),
+        dataset=members.dataset,
+        collate=members.collate,
+        batch_size=size,
+        device="cpu",
+    )
+    found = {}
     for name, state in merges.items():
-        nets[name] = classifier(9)
-        nets[name].load_state_dict(state)
-    return compare(members, nets, planned, batch_size=size, device="cpu")
+        net = classifier(9)
+        net.load_state_dict(state)
+        found[name, "none"] = panel.far(net, 0)
+    return compare(found, planned, panel.examples)
 
 
 @pytest.mark.parametrize("numbers", [3, 12, 1 << 22])
@@ -68,6 +80,11 @@ def test_scores_against_a_naive_loop(numbers, monkeypatch):
     states = {name: net.state_dict() for name, net in zip(("plain", "mixed", "matched"), nets, strict=True)}
     found = far(members([a, b], (0.3, 0.7)), states, "mixed", 7)
     assert (found.unit, found.examples, list(found.distances)) == ("nats", 24, list(states))
+
+    def worth(said, q):
+        crosses = [-sum(float(p[k]) * np.log(float(q[k])) for k in range(5)) for p in said]
+        return -np.log(0.3 * np.exp(-crosses[0]) + 0.7 * np.exp(-crosses[1]))
+
     for net, got in zip(nets, found.distances.values(), strict=True):
         losses = []
         for item in Pictures():
@@ -75,9 +92,9 @@ def test_scores_against_a_naive_loop(numbers, monkeypatch):
             with torch.no_grad():
                 said = [model(x)[0].double().softmax(0) for model in (a, b)]
                 q = net(x)[0].double().softmax(0)
-            crosses = [-sum(float(p[k]) * np.log(float(q[k])) for k in range(5)) for p in said]
-            losses.append(-np.log(0.3 * np.exp(-crosses[0]) + 0.7 * np.exp(-crosses[1])))
-        assert got == pytest.approx(np.mean(losses), rel=1e-5)
+            own = min(worth(said, r) for r in (*said, 0.3 * said[0] + 0.7 * said[1]))
+            losses.append(worth(said, q) - own)
+        assert got == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])
@@ -101,22 +118,34 @@ class Says(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
-def scores(models, nets, shares, either=True):
-    """`distances` of modules that are called as they are."""
+def panel_of(models, shares, count=3, **how):
+    """A panel of modules that are called as they are, and whose last dimension holds logits."""
     first = SimpleNamespace(
         example={"x": torch.zeros(2, 1), "labels": torch.zeros(2)},
         model=models[0],
         arch=None,
         adapter=SimpleNamespace(loss=lambda *_: 0.0),
         forward=lambda model, batch: model(batch["x"]),
+        outputs=lambda model, batch: {"output": model(batch["x"])},
     )
-    data = [{"x": torch.zeros(1)} for _ in range(3)]
-    found, unit = distances(
-        first, models, nets, shares=shares, either=either, dataset=data, collate=None, batch_size=2, device="cpu"
-    )
-    assert unit == "nats" and found.shape == (len(nets), 3)
-    torch.testing.assert_close(found, found[:, :1].expand(-1, 3), rtol=0, atol=0, equal_nan=True)
-    return found[:, 0].tolist()
+    data = [{"x": torch.full((1,), float(i))} for i in range(count)]
+    return Panel(first, models, shares=shares, dataset=data, collate=None, batch_size=2, device="cpu", **how)
+
+
+def scores(models, nets, shares, either=True):
+    """Excess of networks that say the same whatever they are given."""
+    panel = panel_of(models, shares, either=either)
+    found = []
+    for net in nets:
+        far = panel.far(net, 0)["output"]
+        assert far.unit == "nats" and far.rows.shape == (1, 3)
+        torch.testing.assert_close(far.rows, far.rows[:, :1].expand(-1, 3), rtol=0, atol=0, equal_nan=True)
+        found.append(far.rows[0, 0].item())
+    return found
+
+
+def entropy(*p):
+    return -sum(x * np.log(x) for x in p)
 
 
 def test_where_the_models_disagree_a_merge_may_keep_to_either():
@@ -126,7 +155,7 @@ def test_where_the_models_disagree_a_merge_may_keep_to_either():
     assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] < found[2] - 0.05
     # their mean asks for the one that is never right
     mean, of_keeps, of_between = (np.array(p) for p in ([0.495, 0.495, 0.01], [0.96, 0.03, 0.01], [0.44, 0.44, 0.12]))
-    expected = [-mean @ np.log(of_keeps), -mean @ np.log(of_between)]
+    expected = [-mean @ np.log(of_keeps) - entropy(*mean), -mean @ np.log(of_between) - entropy(*mean)]
     assert expected[1] < expected[0] - 0.5
     assert scores([one, two], [keeps, between], [0.5, 0.5], either=False) == pytest.approx(expected, rel=1e-5)
     # a model without a share, or with a negative one, is nobody to keep to
@@ -152,8 +181,9 @@ def test_models_that_agree_are_one_model(seed, count):
     drawn = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     model, net = (Says(*row.tolist()) for row in drawn)
     shares = np.random.default_rng(seed).dirichlet(np.ones(count)).tolist()
-    expected = -float(drawn[0].double() @ drawn[1].double().log())
-    assert scores([model] * count, [net], shares)[0] == pytest.approx(expected, rel=1e-5)
+    p, q = drawn.double()
+    found = scores([model] * count, [net, model], shares)
+    assert found == pytest.approx([float(p @ (p / q).log()), 0], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("planned", ["plain", "mixed", "matched"])
@@ -203,7 +233,7 @@ def test_no_other_merge_is_nearer_than_the_one_that_is_written(seed, noise):
     found = far(group, states, order[seed % 3], 24)
     assert found.distances[found.chosen] <= min(found.distances.values()) + TIE
     if found.note is not None:
-        shown = re.search(r"\((\S+) to (\S+) nats", found.note)
+        shown = re.search(r"\((\S+) to (\S+) nats of excess", found.note)
         assert shown is not None and shown[1] != shown[2]
         gap = found.distances[found.planned] - found.distances[found.chosen]
         assert gap > TIE and f"a difference of {gap:.2g} with a standard error of {found.error:.2g}" in found.note
@@ -243,7 +273,7 @@ def test_a_wrong_match_is_not_used(monkeypatch):
         for p in b.parameters():
             p += 0.01 * torch.randn_like(p)
     wrong_plan(monkeypatch)
-    result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6))
+    result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6), repair="none")
     assert result.verdict == "direct" and not result.plan.moves
     assert any("matching was not used: on 64 calibration examples" in note for note in result.notes)
     assert (result.comparison["planned"], result.comparison["chosen"]) == ("mixed", "plain")
@@ -251,8 +281,11 @@ def test_a_wrong_match_is_not_used(monkeypatch):
     assert printed(result).startswith("Planned, before the last look: ")
     for key, value in result.state.items():
         assert torch.equal(value, (a.state_dict()[key] + b.state_dict()[key]) / 2)
-    forced = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6), match="always")
-    assert forced.comparison is None and forced.verdict == "match"
+    how = {"data": rows(), "example_inputs": torch.randn(2, 6), "match": "always", "repair": "none"}
+    with pytest.raises(WillNotMerge, match=r"even the nearest merge .mixed. is off the models' outputs by .* variance"):
+        mergeid.merge(a, b, **how)
+    forced = mergeid.merge(a, b, **how, force=True)
+    assert list(forced.comparison["distances"]) == ["mixed"] and forced.verdict == "match"
 
 
 def test_a_right_match_is_kept():
@@ -307,14 +340,13 @@ def test_all_spaces_are_matched_where_that_is_nearer(monkeypatch, moved):
     assert set(result.plan.to_json()["permutations"]) == {s.id for s in result.plan.graph.spaces}
 
 
-def test_where_the_match_moves_nothing_no_network_is_run(monkeypatch):
+def test_where_the_match_moves_nothing_there_is_one_merge():
     a, b = network(), network()
     with torch.no_grad():
         for p in b.parameters():
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
-    monkeypatch.setattr(mergeid.comparing, "compare", lambda *args, **kwargs: pytest.fail("networks were run"))
-    result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6))
-    assert result.verdict == "direct" and result.comparison is None
+    result = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6), repair="none")
+    assert result.verdict == "direct" and list(result.comparison["distances"]) == ["plain"]
 
 
 def test_the_plan_carries_the_match_of_every_space():

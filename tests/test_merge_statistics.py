@@ -143,7 +143,7 @@ def test_merges_with_statistics() -> None:
     a, b = live(0), live(1)
     inputs = torch.randn(48, 6, generator=torch.Generator().manual_seed(2))
     rows = [{"arg0": x} for x in inputs]
-    how = {"data": rows, "example_inputs": inputs[:2], "match": "never"}
+    how = {"data": rows, "example_inputs": inputs[:2], "match": "never", "repair": "none", "force": True}
     found = mergeid.merge(a, b, method="regmean", parameters={"alpha": 1.0}, **how).state
     grams = [gram_matrices(m, [{"x": inputs}], forward=lambda m, batch: m(batch["x"])) for m in (a, b)]
     for name, weights in (("0.weight", [a[0].weight, b[0].weight]), ("2.weight", [a[2].weight, b[2].weight])):
@@ -198,7 +198,7 @@ def test_several_models_and_a_base_in_other_orders(tmp_path: Path) -> None:
         return moved
 
     others = [models[0], scrambled(models[1], 1), scrambled(models[2], 2)]
-    how = {"data": [{"arg0": x} for x in inputs], "example_inputs": inputs[:2], "match": "always"}
+    how = {"data": [{"arg0": x} for x in inputs], "example_inputs": inputs[:2], "match": "always", "repair": "none"}
     told = {"method": "ties", "density": 0.5, "weights": (1.0, 0.5, 0.7)}
     found = mergeid.merge(others, base=scrambled(base, 3), **told, **how)
     assert len(found.plans) == 3 and found.verdict == "match"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import inf
 
 import pytest
 import torch
@@ -228,10 +229,9 @@ def test_the_stage_is_reported() -> None:
     a, b = live(0), live(1)
     inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     rows = [{"arg0": x} for x in inputs]
-    how = {"data": rows, "example_inputs": inputs[:2], "match": "never"}
+    how = {"data": rows, "example_inputs": inputs[:2], "match": "never", "refuse_above": inf}
     plain = mergeid.merge(a, b, repair=False, **how)
     assert plain.repair is None and plain.repaired == []
-    assert mergeid.merge(a, b, **how).repair is None  # no BatchNorm: nothing to do by itself
     done = mergeid.merge(a, b, repair="repair", **how)
     assert done.repair is not None and done.repair["kind"] == "repair" and done.repair["layers"] == 2
     assert done.repair["spread_before"] < 0.95 and done.repair["spread_after"] == pytest.approx(1, abs=1e-5)
@@ -275,7 +275,8 @@ def test_it_repairs_the_midpoint_of_two_real_networks() -> None:
             return (model(x[test]).argmax(1) == y[test]).float().mean().item()
 
     a, b = trained(1), trained(2)
-    how = {"data": [{"arg0": v} for v in x[train[:256]]], "example_inputs": x[:2], "match": "never"}
+    rows = [{"arg0": v} for v in x[train[:256]]]
+    how = {"data": rows, "example_inputs": x[:2], "match": "never", "refuse_above": inf}
     found = {}
     for stage in ("none", "repair"):
         merged = copy.deepcopy(a)
@@ -293,7 +294,7 @@ def test_with_batchnorm_its_statistics_come_last() -> None:
 
     a, b = model(0), model(1)
     x = data(40).float()
-    how = {"data": [{"arg0": v} for v in x], "example_inputs": x[:2], "match": "never"}
+    how = {"data": [{"arg0": v} for v in x], "example_inputs": x[:2], "match": "never", "refuse_above": inf}
     done = mergeid.merge(a, b, repair="repair", **how)
     assert done.repair is not None and done.repair["kind"] == "repair+bn" and done.repair["layers"] == 2
     merged = model(0)
@@ -304,7 +305,7 @@ def test_with_batchnorm_its_statistics_come_last() -> None:
     torch.testing.assert_close(merged[1].running_mean, inputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(merged[1].running_var, inputs.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(spread[2], (spread[0] + spread[1]) / 2, rtol=1e-4, atol=1e-5)
-    only = mergeid.merge(a, b, **how)
+    only = mergeid.merge(a, b, repair="bn", **how)
     assert only.repair is not None and only.repair["kind"] == "bn" and set(only.repaired) == {
         "1.running_mean", "1.running_var",
     }  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +209,8 @@ def fine_tunes(bench: Bench) -> None:
                 weights=[1.0, 1.0] if sums else None,
                 match="never",
                 data=bench.calibration if name in ("fisher", "regmean") else None,
+                repair="none",
+                refuse_above=math.inf,
                 example_inputs=bench.test.x[:2],
             )
             assert result.state is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import tabular
 import torch
 from tasks import Shape
 from torch import Tensor, nn
@@ -213,6 +214,7 @@ FAMILIES = {
     "resnet-wide": Family(ResNet, "bn", "sgd", 0.1),
     "vgg": Family(lambda w, d, s: Vgg(w, d, s, norm=False), "repair", "sgd", 0.05),
     "vgg-bn": Family(lambda w, d, s: Vgg(w, d, s, norm=True), "bn", "sgd", 0.1),
+    "tabular": Family(lambda w, d, s: tabular.network(s.columns, w, d, s.classes), "bn", "adamw", 3e-3),
     "convnext": Family(_convnext, "", "adamw", 3e-3),
     "vit": Family(_vit, "", "adamw", 3e-3),
     "mixer": Family(_mixer, "", "adamw", 3e-3),

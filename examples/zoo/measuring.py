@@ -13,7 +13,7 @@ from tasks import Examples
 from torch import Tensor, nn
 from training import logits, scores
 
-from mergeid.comparing import last_look
+from mergeid.comparing import Comparison, label, last_look, merges_of
 from mergeid.evaluate.interpolate import load_between
 from mergeid.evaluate.measure import make_accelerator
 from mergeid.graph.neuron_graph import Element, NeuronGraph
@@ -26,7 +26,8 @@ from mergeid.merge.settings import MergeSettings
 from mergeid.nn import fold_module, fold_state, is_asymmetric
 from mergeid.planning import Plan, make_plan
 from mergeid.plugins import Architecture, Batch, LossParts
-from mergeid.repairing import repair_merged
+from mergeid.repairing import repair_merged, repairs
+from mergeid.state import load_weights
 
 LAMBDAS = tuple(k / 10 for k in range(11))
 WEAK = 64
@@ -217,15 +218,34 @@ class PairOfNets:
         plan = self.planned(calibration)
         if calibration is None:
             return Decision(plan, plan.element, False)
+        written, found = last_look(self._members(plan, calibration), "auto", batch_size=len(calibration), device="cpu")
+        chosen = written.models[1].plan
+        assert chosen is not None
+        return Decision(plan, chosen.element, found.chosen != found.planned)
+
+    def looked(self, calibration: Examples) -> tuple[Comparison, dict[str, np.ndarray]]:
+        """What mergeid's last look says, and the test losses, float64 [examples], of every merge that it looked at,
+        repaired on all of the calibration inputs."""
+        members = self._members(self.planned(calibration), calibration)
+        _, found = last_look(members, "auto", batch_size=len(calibration), device="cpu")
+        losses = {}
+        for name, merge in merges_of(members)[1].items():
+            for kind in repairs(members, "auto"):
+                net = copy.deepcopy(self.a.model)
+                repaired = repair_merged(merge, mode=kind).tensors
+                load_weights(net, {**merge.merged_state(), **repaired})
+                losses[label(name, kind)] = self.losses_of(net)
+        return found, losses
+
+    def losses_of(self, net: nn.Module) -> np.ndarray:
+        """Test losses of a network, float64 [examples]."""
+        with torch.no_grad():
+            return scores(ADAPTER.forward(net.eval(), self.test), self.test["labels"])[0].numpy()
+
+    def _members(self, plan: Plan, calibration: Examples) -> Members:
         names = [k for k, v in self.a.state().items() if v.is_floating_point()]
         settings = MergeSettings.of(get_method("linear"), 2, names)
-        members = Members([Member(self.a), Member(self.b, plan)], None, settings, calibration)
-        written, found = last_look(
-            members, lambda of: repair_merged(of, mode="auto"), batch_size=len(calibration), device="cpu"
-        )
-        chosen = written.members.models[1].plan
-        assert chosen is not None
-        return Decision(plan, chosen.element, found is not None and found.chosen != found.planned)
+        return Members([Member(self.a), Member(self.b, plan)], None, settings, calibration)
 
     def planned(self, calibration: Examples | None) -> Plan:
         """mergeid's plan, before the last look."""

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import tabular
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -30,9 +31,9 @@ IMAGES = ("fashion", "mnist", "digits")
 SNIPPETS = ("packages", "modules")
 CHARACTERS = ("code", "prose")
 VARIANTS = ("all", "turned", "mixed", "low", "high", "lower", "upper")
-"""`turned`: images rotated by a quarter, sequences reversed; `mixed`: every second example turned; `low` and `high`:
-the lower and the upper 60 % of the classes (of the documents, where characters are predicted); `lower` and `upper`:
-the same with every fifth example of the other classes."""
+"""`turned`: images rotated by a quarter, sequences reversed, columns of tables mirrored at their mean; `mixed`: every
+second example turned; `low` and `high`: the lower and the upper 60 % of the classes (of the documents, where characters
+are predicted); `lower` and `upper`: the same with every fifth example of the other classes."""
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml", "importlib", "http", "urllib")
 MODULES = ("argparse", "_pydecimal", "typing", "tarfile", "inspect", "datetime", "subprocess", "pydoc")
 LENGTH = 16
@@ -77,17 +78,22 @@ class Examples(Dataset):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a network has to take and give: `side` pixels (0: tokens), `tokens` in the vocabulary, `classes`."""
+    """What a network has to take and give: `side` pixels (0: tokens or columns), `tokens` in the vocabulary, `classes`,
+    `columns` of a table."""
 
     side: int
     tokens: int
     classes: int
+    columns: int = 0
 
 
 def shape(data: str) -> Shape:
     """Of a data set by name."""
     if data in IMAGES:
         return Shape(8 if data == "digits" else 12, 0, 10)
+    if data in tabular.TABLES:
+        columns, classes = tabular.size(data)
+        return Shape(0, 0, classes, columns)
     return Shape(0, WORDS, len(PACKAGES)) if data in SNIPPETS else Shape(0, ALPHABET, ALPHABET)
 
 
@@ -124,7 +130,7 @@ def _variant(part: Part, variant: str, data: str) -> Part:
         x, labels = part.x.clone(), part.labels.clone()
         x[odd], labels[odd] = turned.x[odd], turned.labels[odd]
         return Part(x, labels, part.group)
-    groups = 10 if data in IMAGES else 8
+    groups = shape(data).classes if data in tabular.TABLES else 10 if data in IMAGES else 8
     some = torch.arange(len(part)) % 5 == 0
     low, high = part.group < 0.6 * groups, part.group >= 0.4 * groups
     chosen = {"all": part.group >= 0, "low": low, "high": high, "lower": low | some, "upper": high | some}[variant]
@@ -134,6 +140,8 @@ def _variant(part: Part, variant: str, data: str) -> Part:
 def _turned(part: Part, data: str) -> Part:
     if data in IMAGES:
         return Part(part.x.rot90(1, (2, 3)), part.labels, part.group)
+    if data in tabular.TABLES:
+        return Part(2 * part.x.mean(0) - part.x, part.labels, part.group)
     if data in SNIPPETS:
         return Part(part.x.flip(1), part.labels, part.group)
     windows = torch.cat([part.x, part.labels[:, -1:]], 1).flip(1)
@@ -159,6 +167,9 @@ def _load(data: str) -> tuple[Part, Part]:
         order = np.random.default_rng(0).permutation(len(x))
         part = _images(x[order].reshape(-1, 8, 8), labels[order], 8)
         return part.at(slice(797)), part.at(slice(797, None))
+    if data in tabular.TABLES:
+        trained, tested = (Part(x, labels, labels) for x, labels in tabular.split(data))
+        return trained, tested
     return _snippets(data) if data in SNIPPETS else _characters(data)
 
 

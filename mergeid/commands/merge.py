@@ -52,7 +52,7 @@ def command(
         typer.Option(
             "--force",
             rich_help_panel=o.OUTPUT,
-            help="Replace an earlier output, and write although the plan says that the pair will not merge.",
+            help="Replace an earlier output, and write although mergeid says that the models will not merge.",
         ),
     ] = False,
     as_json: o.Json = False,
@@ -104,23 +104,25 @@ def command(
         typer.Option(
             "--repair",
             rich_help_panel=o.HOW,
-            help="bn, auto: estimate BatchNorm statistics again; repair: rescale the pre-activations of a network "
-            "without BatchNorm (REPAIR); none.",
+            help="bn: estimate BatchNorm statistics again; repair: rescale pre-activations (REPAIR); auto: bn, or "
+            "repair of a network without BatchNorm, where that is nearer to the models; none.",
         ),
     ] = o.Repair.auto,
     no_repair: Annotated[
         bool, typer.Option("--no-repair", rich_help_panel=o.HOW, help="The same as --repair none.")
     ] = False,
+    refuse_above: o.RefuseAbove = 0.5,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 32,
     device: o.Device = "cpu",
 ) -> int:
     """Merge models into one checkpoint, matched where the plan says so.
 
-    With --data the decision rests on the models' activations, and BatchNorm statistics are re-estimated after the
-    merge. Every further model is brought into A's order. The output follows A: tensor order, shards, metadata, config
-    and tokenizer files; mergeid.json beside it records what was done. If they will not merge, nothing is written and
-    the exit code is 1. A recipe takes the fields of mergekit's.
+    With --data the decision rests on the models' activations; the merges at hand, with and without repair, are then run
+    on the data, and the one that is nearest to the models is written. Every further model is brought into A's order.
+    The output follows A: tensor order, shards, metadata, config and tokenizer files; mergeid.json beside it records
+    what was done. If they will not merge, nothing is written and the exit code is 1. A recipe takes the fields of
+    mergekit's.
     """
     from mergeid import api
 
@@ -163,6 +165,7 @@ def command(
             transport=transport,
             data=data,
             repair="none" if no_repair else repair.value,
+            refuse_above=refuse_above,
             arch=arch,
             skip=skip or (),
             force=force,

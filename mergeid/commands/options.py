@@ -198,6 +198,16 @@ Transport = Annotated[
         "convolutional networks and multilayer perceptrons may then have other widths than A.",
     ),
 ]
+RefuseAbove = Annotated[
+    float,
+    typer.Option(
+        "--refuse-above",
+        metavar="NATS",
+        rich_help_panel=HOW,
+        help="With --data: write nothing where even the nearest merge is farther from the models than that: nats of "
+        "excess over the models' own predictions (outputs that are no classes: share of their variance); inf: never.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, rich_help_panel=HOW, help="Seed of every draw.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=HOW, help="Examples per forward pass.")

@@ -179,6 +179,8 @@ def print_merge(result: MergeResult, console: Console) -> None:
             console.print(f"{plan.b}: {verdict_lines(plan, [])[0]}", markup=False)
         for note in result.notes:
             console.print(f"Note: {note}", markup=False)
+    if result.comparison:
+        console.print(comparison_line(result.comparison), markup=False)
     if result.repair:
         console.print(repair_line(result.repair), markup=False)
     report = result.report
@@ -188,6 +190,25 @@ def print_merge(result: MergeResult, console: Console) -> None:
             console.print(f"{meaning}: {next(iter(names))}{more}.", markup=False)
     for file in result.files:
         console.print(f"wrote {file}", markup=False, soft_wrap=True)
+
+
+def comparison_line(comparison: dict[str, Any]) -> str:
+    """How far the merge is from the models, beside those that were not chosen."""
+    from mergeid.comparing import label, shown
+
+    def figure(value: float | None) -> str:
+        return "not finite" if value is None else shown(value)
+
+    unit = {
+        "nats": " nats farther from the models' predictions than they are themselves",
+        "relative": " of the outputs' variance away from the models",
+        "both": " (mean of all outputs) away from the models",
+    }[comparison["unit"]]
+    own = label(comparison["chosen"], comparison["repair"])
+    found = dict(comparison["distances"])
+    text = f"The merge ({own}) is {figure(found.pop(own))}{unit}, on {comparison['examples']} calibration examples"
+    rest = ", ".join(f"{name} {figure(value)}" for name, value in found.items())
+    return text + (f"; not chosen: {rest}." if rest else ".")
 
 
 def repair_line(repair: dict[str, Any]) -> str:

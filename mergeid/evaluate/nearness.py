@@ -1,0 +1,300 @@
+"""How far a network is from what the models of a merge say, on unlabelled inputs.
+
+A classifying head: with p_i what model i predicts, s_i its share and H the cross-entropy, an input (or token) is worth
+
+    S(q) = −log Σ_i s_i exp(−H(p_i, q))
+
+to a network that predicts q. That is the likelihood of a mixture: one of the models is right about this input, and its
+share is how likely that is beforehand. Where the models agree it is the cross-entropy against their prediction. Where
+they do not (fine-tunes on different tasks), the mean would reward a merge that lies between them and is right about
+neither; this asks that the merge keeps to either.
+
+S counts how unsure the models are themselves, and how much they disagree. What remains is the *excess*: S(q) less the
+smallest of S(p_1), …, S(p_n) and S(Σ s_i p_i) on that input, in nats. It is 0 for a merge that says what one of the
+models says, or their mean, whatever that is; with one model it is the Kullback-Leibler divergence. It may be negative.
+
+Any other output: the squared distance over the variance of what it should be, about its mean over the examples (the
+unexplained share of the variance: a network that always says the same is at 1 or beyond); of the models and their mean
+the one that is nearest. Several outputs: each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from mergeid.evaluate.batches import FixedBatches, dataset_length, input_dtype, to_model
+from mergeid.evaluate.measure import fits_the_model
+from mergeid.memory import few_rows
+from mergeid.plugins import Batch
+
+if TYPE_CHECKING:
+    from mergeid.loaded import Loaded
+
+EXAMPLES = 256
+"""Calibration examples that networks are run on, evenly spaced."""
+KEPT = 1 << 28
+"""Bytes of inputs and outputs that are kept between networks; where there are more, the models run again for each."""
+NATS, RELATIVE = "nats", "relative"
+"""Units of a distance: the excess of a classifying head, the share of the variance of any other output."""
+
+
+def joined(parts: Sequence[Mapping[str, Far]]) -> dict[str, Far]:
+    """How far a network is on all parts of a panel, from how far it is on each."""
+    return {n: Far(far.unit, torch.cat([p[n].rows for p in parts], 1)) for n, far in parts[0].items()}
+
+
+@dataclass(frozen=True)
+class Far:
+    """How far a network is by one of its outputs.
+
+    Attributes:
+        unit: "nats" or "relative".
+        rows: float64 [references, examples]: what it may be near to; of classifying heads the nearest is taken example
+            by example, and there is one row.
+    """
+
+    unit: str
+    rows: Tensor
+
+    @property
+    def distance(self) -> float:
+        """Mean over the examples, infinite where it is no number."""
+        means = self.rows.mean(1).tolist()
+        return min(m if isfinite(m) else inf for m in means)
+
+    @property
+    def nearest(self) -> Tensor:
+        """The row of the nearest reference, [examples]."""
+        return self.rows[int(torch.nan_to_num(self.rows.mean(1), nan=inf).argmin())]
+
+
+class Panel:
+    """The models of a merge, and the examples on which networks are compared with them.
+
+    Args:
+        first: of the models, how they are run.
+        models: the networks that were merged; shares: their weights in what they say together. Models that are
+            subtracted (a negative share) are not right about anything.
+        either: a network may keep to any of the models; else it is compared with their mean alone.
+        dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
+        parts: how many parts these examples are dealt out to: networks can be asked about one part at a time.
+        batch_size: for speed and memory only.
+    """
+
+    def __init__(
+        self,
+        first: Loaded,
+        models: Sequence[nn.Module],
+        *,
+        shares: Sequence[float],
+        dataset: Any,
+        collate: Callable[[Any], Any] | None,
+        batch_size: int,
+        device: str,
+        either: bool = True,
+        parts: int = 1,
+    ) -> None:
+        self.first, self.either = first, either
+        self.models = [m.to(device).eval() for m in models]
+        self.dataset, self.collate, self.batch_size, self.device = dataset, collate, batch_size, device
+        weights = torch.tensor(shares, dtype=torch.float64)
+        self.shares = weights.clamp(min=0) / weights.clamp(min=0).sum() if either else weights
+        count = dataset_length(dataset)
+        self.parts = [_spaced(range(k, count, parts), max(EXAMPLES // parts, 1)) for k in range(min(parts, count))]
+        self._kept: list[list[tuple[Batch, list[dict[str, Tensor]]]]] | None = [[] for _ in self.parts]
+        self._heads = _classifying(first)
+        self._least: list[dict[str, Tensor]] = []
+        self._spreads: dict[str, list[_Spread]] = {}
+        self._listen()
+
+    @property
+    def examples(self) -> int:
+        return sum(map(len, self.parts))
+
+    def rest(self, part: int) -> Any:
+        """The calibration data that this part says nothing about: all but every so manieth example. Where there is one
+        part only, all of it."""
+        count, parts = dataset_length(self.dataset), len(self.parts)
+        if parts == 1:
+            return self.dataset
+        return Subset(self.dataset, [i for i in range(count) if i % parts != part])
+
+    def far(self, net: nn.Module, part: int) -> dict[str, Far]:
+        """How far a network on the device is from the models on the examples of one part, by the outputs' names."""
+        found: dict[str, list[Tensor]] = {}
+        for (batch, own), count in zip(self._said(part), self._sizes(part), strict=True):
+            with torch.no_grad(), fits_the_model(batch):
+                said = self._outputs(net, batch)
+            for name, out in said.items():
+                rows = self._rows(name, out, [o[name] for o in own], batch, count)
+                found.setdefault(name, []).append(rows.cpu())
+        least = self._least[part]
+        whole = {name: torch.cat(rows, 1) for name, rows in found.items()}
+        return {n: Far(NATS, rows - least[n]) if n in least else Far(RELATIVE, rows) for n, rows in whole.items()}
+
+    def _outputs(self, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {n: torch.view_as_real(t) if t.is_complex() else t for n, t in self.first.outputs(net, batch).items()}
+
+    def _batches(self, part: int) -> FixedBatches:
+        return FixedBatches(Subset(self.dataset, list(self.parts[part])), self.batch_size, self.collate)
+
+    def _sizes(self, part: int) -> list[int]:
+        return [len(s) for s in self._batches(part).slices]
+
+    def _said(self, part: int) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
+        """Every batch of a part with the models' outputs."""
+        if self._kept is not None and self._kept[part]:
+            yield from self._kept[part]
+            return
+        for raw in self._batches(part):
+            batch = to_model(raw, torch.device(self.device), input_dtype(self.first.model))
+            with torch.no_grad(), fits_the_model(batch):
+                own = [self._outputs(m, batch) for m in self.models]
+            yield batch, own
+
+    def _listen(self) -> None:
+        """Run the models once: what they reach themselves, and how much their outputs vary."""
+        size = 0
+        for part in range(len(self.parts)):
+            least: dict[str, list[Tensor]] = {}
+            said = []
+            for (batch, own), count in zip(self._said(part), self._sizes(part), strict=True):
+                for name in own[0]:
+                    outs = [o[name] for o in own]
+                    if name in self._heads and outs[0].shape[-1] > 1:
+                        least.setdefault(name, []).append(_per_example(self._best(outs), batch, count)[None].cpu())
+                    else:
+                        spreads = self._spreads.setdefault(name, [_Spread() for _ in self._references(outs)])
+                        for spread, reference in zip(spreads, self._references(outs), strict=True):
+                            spread.add(reference, batch)
+                tensors = [*(v for v in batch.values() if isinstance(v, Tensor)), *(t for o in own for t in o.values())]
+                size += sum(t.numel() * t.element_size() for t in tensors)
+                if self._kept is not None and size <= KEPT:
+                    said.append((batch, own))
+                else:
+                    self._kept = None
+            self._least.append({name: torch.cat(rows, 1) for name, rows in least.items()})
+            if self._kept is not None:
+                self._kept[part] = said
+
+    def _references(self, outs: Sequence[Tensor]) -> list[Tensor]:
+        """What an output that is no classification may be near to: the models' mean, and each of them."""
+        mean = sum((w * o.double() for w, o in zip(self.shares.tolist(), outs, strict=True)), torch.zeros(()))
+        alone = [o for w, o in zip(self.shares.tolist(), outs, strict=True) if w > 0] if self.either else []
+        return [mean, *(alone if len(alone) > 1 else [])]
+
+    def _best(self, outs: Sequence[Tensor]) -> Tensor:
+        """The smallest S of the models and of their mean, [...]."""
+        found = []
+        for parts in few_rows(*outs):
+            said = torch.stack([p.softmax(-1) for p in parts])
+            mean = torch.einsum("m,mrc->rc", self.shares.to(said.device), said)
+            tried = [mean, *said[(self.shares > 0).to(said.device)]] if self.either else [mean]
+            found.append(torch.stack([self._worth(said, q.log()) for q in tried]).amin(0))
+        return torch.cat(found).reshape(outs[0].shape[:-1])
+
+    def _worth(self, said: Tensor, log_q: Tensor) -> Tensor:
+        """S of log-probabilities [rows, classes], given what the models predict [models, rows, classes]."""
+        shares = self.shares.to(said.device)
+        if not self.either:
+            said, shares = torch.einsum("m,mrc->rc", shares, said)[None], torch.ones_like(shares[:1])
+        # classes that nobody names count nothing, be they ruled out (a logit of -inf) or not
+        against = (said * log_q).masked_fill(said == 0, 0.0).sum(-1)
+        return -torch.logsumexp(against + shares.log()[:, None], 0)
+
+    def _rows(self, name: str, out: Tensor, outs: Sequence[Tensor], batch: Batch, count: int) -> Tensor:
+        """[references, examples] of one batch: S of a classifying head, or the relative squared distance."""
+        if name not in self._spreads:
+            found = [
+                self._worth(torch.stack([p.softmax(-1) for p in parts]), logits.log_softmax(-1))
+                for logits, *parts in few_rows(out, *outs)
+            ]
+            return _per_example(torch.cat(found).reshape(out.shape[:-1]), batch, count)[None]
+        rows = []
+        for spread, reference in zip(self._spreads[name], self._references(outs), strict=True):
+            # what is infinite in both, such as a mask, is no difference
+            gap = torch.where(out == reference, 0.0, out.double() - reference.double()).square()
+            gap = gap.mean(-1) if gap.dim() > 1 else gap
+            rows.append(_per_example(gap, batch, count) / spread.variance(outs[0].dtype))
+        return torch.stack(rows)
+
+
+def _spaced(of: range, most: int) -> list[int]:
+    """Up to `most` of a range, evenly spaced."""
+    count = len(of)
+    return list(of) if count <= most else [of[k * count // most] for k in range(most)]
+
+
+def _classifying(first: Loaded) -> set[str]:
+    """Names of the outputs whose last dimension holds logits: the adapter can score the task output against labels."""
+    example: Mapping[str, Any] = first.example
+    if "labels" not in example:
+        return set()
+    device = next((p.device for p in first.model.parameters()), torch.device("cpu"))
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
+    with torch.no_grad():
+        found = first.outputs(first.model, {k: v for k, v in moved.items() if k != "labels"})
+        name, out = next(iter(found.items()))
+        return {name} if first.adapter.loss(first.arch, out, moved) is not None else set()
+
+
+def _per_example(scores: Tensor, batch: Batch, count: int) -> Tensor:
+    """Means over what belongs to an example, padding left out, float64 [count]; where the first dimension is not that
+    of the examples, the mean over all of them for each."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == scores.shape:
+        return (scores * mask).sum(1) / mask.sum(1).clamp(min=1)
+    if scores.shape[:1] != (count,):
+        return scores.double().mean().expand(count)
+    return scores.double().reshape(count, -1).mean(1)
+
+
+class _Spread:
+    """Variance of an output about its mean over the examples: element by element where all batches have one shape,
+    else by the last dimension. Padding and what is not finite is left out."""
+
+    def __init__(self) -> None:
+        self.shape: torch.Size | None = None
+        self.same = True
+        self.whole: list[Tensor] = []
+        self.last: list[Tensor] = []
+        self.square = torch.zeros(2, dtype=torch.float64)
+        self.numbers = 0
+
+    def add(self, out: Tensor, batch: Batch) -> None:
+        values = out.detach().double().cpu()
+        mask = batch.get("attention_mask")
+        masked = isinstance(mask, Tensor) and values.dim() > 2 and mask.shape == values.shape[:2]
+        self.shape = self.shape or values.shape[1:]
+        self.same = self.same and not masked and values.dim() > 1 and values.shape[1:] == self.shape
+        rows = values[mask.bool().cpu()] if masked and isinstance(mask, Tensor) else values
+        rows = rows.reshape(-1, rows.shape[-1]) if rows.dim() > 1 else rows.reshape(-1, 1)
+        self.last = _added(self.last, rows)
+        if self.same:
+            self.whole = _added(self.whole, values.flatten(1))
+        self.numbers += rows.numel()
+        finite = rows[rows.isfinite()]
+        self.square += torch.tensor([finite.square().sum(), len(finite)], dtype=torch.float64)
+
+    def variance(self, dtype: torch.dtype) -> float:
+        """At least what rounding alone could make."""
+        count, total, squares = self.whole if self.same else self.last
+        mean = total / count.clamp(min=1)
+        spread = float((squares - count * mean.square()).clamp(min=0).sum()) / max(self.numbers, 1)
+        size = float(self.square[0] / self.square[1].clamp(min=1))
+        return max(spread, torch.finfo(dtype).eps * size, 1e-300)
+
+
+def _added(sums: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """(count, sum, sum of squares) per column, with these rows."""
+    finite = rows.isfinite()
+    known = rows.masked_fill(~finite, 0.0)
+    new = [finite.double().sum(0), known.sum(0), known.square().sum(0)]
+    return [a + b for a, b in zip(sums, new, strict=True)] if sums else new
