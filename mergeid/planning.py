@@ -13,7 +13,15 @@ from mergeid.errors import MergeidError
 from mergeid.evaluate.batches import FixedBatches, input_dtype, is_whole, to_model
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.identify.activations import PairStream, TapReader, choose_taps
-from mergeid.identify.decide import DIRECT, MATCH, WILL_NOT, SpaceEvidence, decide_from_activations, decide_from_weights
+from mergeid.identify.decide import (
+    DIRECT,
+    MATCH,
+    WILL_NOT,
+    SpaceEvidence,
+    decide_from_activations,
+    decide_from_structure,
+    decide_from_weights,
+)
 from mergeid.identify.evidence import ActivationEvidence
 from mergeid.load import Loaded, graph_of
 from mergeid.match.activation import WEIGHT_SHARE, combined_matching
@@ -22,7 +30,7 @@ from mergeid.match.protocol import Matcher, MatchTask, Training, check_matcher, 
 from mergeid.memory import give_back
 from mergeid.merge.asymmetric import compared
 from mergeid.nn.folding import effective_state
-from mergeid.structural import Batches, structure_of, why_not
+from mergeid.structural import Batches, certified, contradictions, structure_of, why_not, without_data
 
 Progress = Callable[[str, int, int], None]
 Hears = Callable[[Any, Any, dict[str, Any]], None]
@@ -41,7 +49,7 @@ class Plan:
         spaces: one record per space of the graph.
         element: permutations of B, space id -> int array; the identity where the decision is direct.
         notes: what the user should know besides.
-        evidence: "activations" or "weights".
+        evidence: "activations", "weights" or "structure" (all spaces identified, without data).
         structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
         matched: permutations of B with every space matched, where activations were compared.
     """
@@ -119,7 +127,8 @@ def make_plan(
         match: "auto" decides per space, "always" matches every space, "never" none.
         batch_size: for speed and memory only.
         graph: skip tracing (must be this architecture's).
-        structure: attach structural margins where both models share a fixed part; they change no decision.
+        structure: attach structural margins where both models share a fixed part; they change no decision. Without
+            data the structure decides all spaces if it identifies every one, whatever this says.
         base: state dict, under the model's keys, of what both were fine-tuned from.
         certify: with radii of stability.
         matcher: name in the registry (`mergeid.match.protocol`); None: combined with data, weight without.
@@ -140,14 +149,11 @@ def make_plan(
     notes = _graph_notes(graph) + compared(a.state(), b.state())
     generator = torch.Generator().manual_seed(seed)
     count = 0 if dataset is None else len(dataset)
-    if dataset is None:
-        notes.append(
-            "no calibration data: only the weights speak, which is weaker evidence, and nothing is promised; "
-            "give --data for activations"
-        )
-    elif count < LEAST:
+    if dataset is not None and count < LEAST:
         raise MergeidError(f"--data holds {count} examples; the evidence needs at least {LEAST}")
     records: list[SpaceEvidence]
+    said: dict[str, Any] = {"computed": False, "why": why_not(a.state(), base, match)}
+    speaks = "weights" if dataset is None else "activations"
     settings: dict[str, Any] = {"batch_size": batch_size, "weight_share": WEIGHT_SHARE}
     if matcher is not None:
         settings["matcher"] = matcher
@@ -157,12 +163,22 @@ def make_plan(
         if match == "always":
             tell("matching", 0, 1)
             task = MatchTask(graph, a.state(), b.state(), generator)
-            found = matched or (named or get_matcher("weight")).match(task)
-            element, records = found, []
+            element, records = matched or (named or get_matcher("weight")).match(task), []
         else:
-            tell("weight matching", 0, 1)
-            decided = decide_from_weights(WeightSimilarity(graph, a.state(), b.state()), generator=generator)
-            element, records = decided.element, decided.spaces
+            known = {}
+            if said["why"] is None:
+                tell("structure", 0, 1)
+                known = certified(graph, a, b, base)
+                said, more = without_data(known, certify)
+                notes += more
+            decided = decide_from_structure(graph, known) if known else None
+            if decided is not None:
+                speaks = "structure"
+            else:
+                tell("weight matching", 0, 1)
+                decided = decide_from_weights(WeightSimilarity(graph, a.state(), b.state()), generator=generator)
+            element = decided.element
+            records = [replace(r, certificate=known.get(r.id)) for r in decided.spaces]
     else:
         batches = batches_of(a, dataset, collate, batch_size, tell)
         evidence = evidence_of(graph, a, b, batches, seed, judged=match == "auto", whole=is_whole(dataset), hears=hears)
@@ -189,15 +205,20 @@ def make_plan(
             element = decided.element
             effective = effective_state(a.state()), effective_state(b.state())
             records = _with_chords(graph, evidence, decided.spaces, element, matched, *effective)
-    said: dict[str, Any] = {"computed": False, "why": why_not(a.state(), base, dataset is not None, match)}
-    if structure and said["why"] is None:
+    if structure and dataset is not None and said["why"] is None:
         tell("structure", 0, 1)
         batches = batches_of(a, dataset, collate, batch_size, tell)
-        made, said, more = structure_of(graph, a, b, element, batches, base=base, certify=certify, seed=seed)
-        records = [replace(r, structure=made.get(r.id)) for r in records]
-        notes += more
-    elif base is not None:
+        found = structure_of(graph, a, b, element, batches, base=base, certify=certify, seed=seed)
+        records = [replace(r, structure=found.records.get(r.id), certificate=found.certificates[r.id]) for r in records]
+        said = found.said
+        notes += found.notes + contradictions(records, said["orders"])
+    elif base is not None and not said["computed"]:
         notes.append(f"the base was not used: {said['why']}")
+    if speaks == "weights":
+        notes.append(
+            "no calibration data: only the weights speak, which is weaker evidence, and nothing is promised; "
+            "give --data for activations"
+        )
     verdict = _verdict(match, records, notes)
     return Plan(
         a.source,
@@ -209,7 +230,7 @@ def make_plan(
         notes,
         graph,
         element,
-        "weights" if dataset is None else "activations",
+        speaks,
         count,
         seed,
         settings,

@@ -24,7 +24,7 @@ from transformers import (
 
 from mergeid import MergeidError
 from mergeid import nn as mnn
-from mergeid.nn.layers import neuron_axes
+from mergeid.nn.layers import bare_tables, neuron_axes
 from mergeid.plugins import get_adapter
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 50}
@@ -51,7 +51,7 @@ def images(size: int) -> Tensor:
 
 
 TOKENS = torch.arange(12).reshape(2, 6)
-# name -> (maker, input, head)
+# name -> (maker, input, head; one that is tied to the embedding is converted with it)
 MODELS = {
     "resnet": (vision("resnet10t", zero_init_last=False), images(48), "fc"),
     "convnext": (
@@ -97,9 +97,14 @@ def test_fold_is_the_same_function_in_the_ordinary_architecture(model_and_input,
     assert again.keys() == folded.keys() and all(torch.equal(again[k], folded[k]) for k in folded)
     # the head and what has no neurons are left alone, nothing else is
     every = {n for n, m in model.named_modules() if neuron_axes(m)}
-    assert set(done.converted) | set(done.skipped) == every
-    assert head in done.skipped and done.skipped[head] == "task head"
-    assert {n for n, m in model.named_modules() if isinstance(m, mnn.Asymmetric)} == set(done.converted)
+    tables = {f"{n}.{k}".lstrip(".") for n, m in model.named_modules() for k in bare_tables(m)}
+    assert set(done.converted) | set(done.skipped) == every | tables
+    tied = head in ("cls.predictions.decoder", "lm_head") and getattr(model.config, "tie_word_embeddings", False)
+    assert done.skipped == ({} if tied else {head: "task head"})
+    fixed = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, mnn.Asymmetric) for k in m.fixed_names}
+    assert {n.lstrip(".").removesuffix("_weight") for n in fixed if "bias" not in n} == {
+        n if n in tables else f"{n}.in_proj" if n.endswith("self_attn") else f"{n}.weight" for n in done.converted
+    }
 
 
 @pytest.mark.parametrize("kind", ["w", "syre"])
@@ -156,7 +161,7 @@ def test_networks_of_any_seed_share_the_fixed_parts(kind):
 @pytest.mark.parametrize("name", ["vit", "gpt2"])
 def test_outputs_keep_their_scale(name):
     # a pre-norm transformer has no normalisation that would hide a change of scale
-    make, x, _ = MODELS[name]
+    make, x, head = MODELS[name]
     torch.manual_seed(0)
     model = make().eval()
     wild = copy.deepcopy(model)
@@ -164,8 +169,9 @@ def test_outputs_keep_their_scale(name):
     mnn.asymmetrise(wild, "w", sigma=1.0, generator=seeded(), preserve_scale=False)
     norms: dict[str, list[float]] = {"kept": [], "wild": []}
     for label, chosen in (("kept", model), ("wild", wild)):
-        for module in chosen.modules():
-            if isinstance(module, mnn.Asymmetric):
+        for path, module in chosen.named_modules():
+            weighs = isinstance(module, mnn.Asymmetric) and "weight" in module.fixed_names
+            if weighs and not isinstance(module, nn.Embedding) and path != head:
                 module.register_forward_hook(
                     lambda m, i, o, label=label: norms[label].append(float(o.std() / i[0].std()))
                 )
@@ -200,20 +206,78 @@ def test_layers_are_chosen_by_glob_or_predicate():
     assert names("blocks.*.mlp.fc1") == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
     assert names(["head", "patch_embed.proj"]) == ["patch_embed.proj", "head"]
     assert names(lambda name, module: module.weight.shape[0] == 5) == ["head"]
-    with pytest.raises(MergeidError, match="'nothing' matches no linear or convolutional layer; the first are patch_e"):
+    assert names("cls_token") == ["cls_token"]
+    with pytest.raises(
+        MergeidError, match="matches no linear or convolutional layer, embedding or table; the first ar"
+    ):
         names("nothing")
 
 
-def test_layers_too_narrow_for_distinct_masks_are_left_out_by_name():
+def test_layers_too_narrow_for_distinct_masks_are_fixed_in_every_entry():
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 2, groups=64), nn.Linear(64, 3))
 
     model = make()
     done = mnn.asymmetrise(model, "w", generator=seeded())
-    assert done.converted == ["0"]
-    assert "64 neurons need distinct masks, but 4 weights with 1 fixed give only 4" in done.skipped["1"]
-    with pytest.raises(MergeidError, match=r"layer '1'.*64 neurons need distinct masks"):
+    assert done.converted == ["0", "1"]
+    assert bool((model[0].weight_fixed == 0).any()) and bool((model[1].weight_fixed != 0).all())
+    assert len(model[1].weight_mask.unique()) == 1
+    # who names a layer is told what it cannot have
+    with pytest.raises(
+        MergeidError, match=r"layer '1'.*64 neurons need distinct masks, but 4 weights with 1 fixed give"
+    ):
         mnn.asymmetrise(make(), "w", layers="1", generator=seeded())
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
+def test_tables_get_fixed_parts_and_gains_do_not(name):
+    make, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    done = mnn.asymmetrise(model, "w", generator=seeded())
+    expected = {
+        "vit": {"cls_token", "pos_embed", "patch_embed.proj"},
+        "bert": {f"bert.embeddings.{n}_embeddings" for n in ("word", "position", "token_type")},
+        "gpt2": {"transformer.wte", "transformer.wpe", "lm_head"},
+        "llama": {"model.embed_tokens"},
+    }[name]
+    assert expected <= set(done.converted)
+    state = model.state_dict()
+    fixed = [k for k in state if k.endswith("_fixed")]
+    assert not any("norm" in k.lower() or "gamma" in k for k in fixed)
+    for key in fixed:
+        assert (state[key] != 0).any()
+    assert type(make()).__name__ == type(model).__name__ and type(make()).__module__ == type(model).__module__
+
+
+def test_gains_padding_and_what_is_not_trained_are_left_alone():
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, 8, padding_idx=3)
+            self.waves = nn.Embedding(5, 8)
+            self.waves.weight.requires_grad = False
+            self.scale = nn.Parameter(torch.ones(1, 1, 8))
+            self.place = nn.Parameter(torch.randn(1, 5, 8, generator=seeded(1)))
+            self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    torch.manual_seed(0)
+    model = Network()
+    done = mnn.asymmetrise(model, "w", generator=seeded())
+    assert sorted(done.converted) == ["embed", "inner", "place"]
+    assert done.skipped["waves"] == "it is not trained" and "gain or an offset" in done.skipped["scale"]
+    assert bool((model.embed.weight[3] == 0).all()) and not bool((model.embed.weight[4] == 0).any())
+
+
+def test_weights_that_start_too_large_are_brought_down_beside_the_fixed_part():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(50)
+    mnn.asymmetrise(model, "w", generator=seeded())
+    trained = model[0]._parameters["weight"].detach()
+    assert float(trained.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
+    assert float(model[0].weight.detach().square().sum(1).mean()) == pytest.approx(1, rel=0.3)
 
 
 def test_without_a_layer_to_convert_the_model_is_refused():
@@ -242,8 +306,9 @@ def test_tied_weights_stay_tied(kind):
     torch.manual_seed(0)
     model = Tied().double()
     done = mnn.asymmetrise(model, kind, generator=seeded())
-    assert done.converted == ["first", "second"]
-    assert done.skipped["out"] == "its weight is tied to embed.weight, which is not converted alike"
+    assert done.converted == ["embed", "first", "second", "out"]
+    assert torch.equal(model.out.weight, model.embed.weight) and torch.equal(model.out(torch.eye(8).double()).T[:, 0],
+        model.embed.weight[:, 0])  # fmt: skip
     assert model.first._parameters["weight"] is model.second._parameters["weight"]
     assert torch.equal(model.first.weight, model.second.weight)
     x = torch.arange(6)
@@ -255,6 +320,12 @@ def test_tied_weights_stay_tied(kind):
     expected.square().sum().backward()
     steps.step()
     assert torch.equal(model.first.weight, model.second.weight)
+    assert torch.equal(model.out.weight, model.embed.weight)
+    # a checkpoint of tied weights may hold them once
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("out.", "second.weight"))}
+    other = mnn.restore(Tied().double(), state)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x))
 
 
 def test_half_of_a_tied_pair_is_refused_by_name():

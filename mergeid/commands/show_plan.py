@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from mergeid.identify.anchored import IDENTIFIED, IF_INPUTS, NOT
 from mergeid.report.tables import Column, make_table, number
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeid.api import MergeResult
+    from mergeid.identify.anchored import Certificate
     from mergeid.identify.decide import SpaceEvidence
     from mergeid.identify.layers import SpaceRecord
     from mergeid.planning import Plan
@@ -43,8 +45,17 @@ LEGEND_WEIGHTS = (
 )
 LEGEND_STRUCTURE = (
     "structure: the least that it costs, in squared weights, to train what both models share (the base, or the stored "
-    "fixed parts) into another order's functions. Above 0 in both, it alone keeps the neurons in place. no: another "
-    "order is as cheap; in brackets, by how much it is dearer."
+    "fixed parts) into another order's functions, if the inputs of the layer correspond. no: another order is as "
+    "cheap; in brackets, by how much it is dearer."
+)
+LEGEND_ANGLE = (
+    "angle: the widest, in either model, between what two neurons' weights differ by and what their fixed parts differ "
+    "by; below 45° in both, no swap brings B's neurons nearer to A's, whatever was trained."
+)
+LEGEND_RADII = (
+    "ε*: how far the covariance Σ of the layer's inputs may move (spectral norm) before another order of its neurons "
+    "could fit the fixed part as well, the smaller of A's and B's; g: the eigengap behind Σ's leading directions. 0: "
+    "no certificate. A dash: a BatchNorm frees the scale, and no bound is known."
 )
 REMARKS = {
     "taken_from_a": "Integer tensors that differ, taken from A",
@@ -61,9 +72,16 @@ def print_plan(plan: Plan, console: Console) -> None:
         columns, rows = _with_numbers(plan) if numbers else _without_data(plan)
         title = f"{len(rows)} spaces of {plan.arch}, judged by {plan.evidence}"
         console.print(make_table(columns, rows, width=console.width, title=title))
-        console.print(LEGEND if numbers else LEGEND_WEIGHTS, style="dim")
+        console.print(
+            LEGEND if numbers else LEGEND_WEIGHTS if plan.evidence == "weights" else LEGEND_ANGLE, style="dim"
+        )
         for line in structure_lines(plan):
             console.print(line, markup=False)
+        if plan.structure.get("certified"):
+            columns, rows = radii(plan)
+            title = "Certified shifts of the inputs, layer by layer"
+            console.print(make_table(columns, rows, width=console.width, title=title))
+            console.print(LEGEND_RADII, style="dim")
     for line in verdict_lines(plan):
         console.print(line, markup=False)
 
@@ -111,12 +129,37 @@ def _without_data(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
         Column("space", shrink=True, min_width=14),
         Column("size", "right"),
         Column("decision"),
-        Column("moved", "right"),
-        Column("gain (σ)", "right"),
     ]
+    if plan.evidence == "structure":
+        columns.append(Column("angle", "right"))
+        return columns, [[s.id, s.label, f"{s.size:,}", _decision(s), angle_cell(s.certificate)] for s in plan.spaces]
+    columns += [Column("moved", "right"), Column("gain (σ)", "right")]
     rows: list[Sequence[Any]] = [
         [s.id, s.label, f"{s.size:,}", _decision(s), f"{s.moved:,}", number(s.gain, 1)] for s in plan.spaces
     ]
+    return columns, rows
+
+
+def angle_cell(certificate: Certificate | None) -> str:
+    """``12°``; a dash for a space that follows the ones it lies in."""
+    if certificate is None or certificate.angle_a is None or certificate.angle_b is None:
+        return number(None)
+    return f"{max(certificate.angle_a, certificate.angle_b):.0f}°"
+
+
+def radii(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
+    """ε*, ε*/g and ε*/‖Σ‖ of every layer that makes a space."""
+    columns = [
+        Column("layer", shrink=True, min_width=12),
+        Column("space", optional=1),
+        *(Column(name, "right") for name in ("ε*", "ε*/g", "ε*/‖Σ‖")),
+    ]
+    rows: list[Sequence[Any]] = []
+    for space in plan.spaces:
+        for layer in space.structure.layers if space.structure else ():
+            sides = (layer.a, layer.b)
+            values = [[getattr(side, name) for side in sides] for name in ("radius", "by_gap", "by_norm")]
+            rows.append([layer.layer, space.id, *(number(None) if None in v else short(min(v)) for v in values)])
     return columns, rows
 
 
@@ -139,21 +182,29 @@ def short(value: float) -> str:
 
 
 def structure_lines(plan: Plan) -> list[str]:
-    """How many spaces are identified by structure, the weakest ones, and what was left out; nothing without records."""
-    with_record = [s for s in plan.spaces if s.structure is not None]
-    if not with_record:
+    """How many spaces are identified by structure, where the chain from the inputs breaks, which are not held and why,
+    and what was left out; nothing where no fixed part is known."""
+    known = {s.id: s for s in plan.spaces if s.certificate is not None}
+    if not known:
         return []
-    lines = [LEGEND_STRUCTURE]
-    lost = [s for s in with_record if s.structure is not None and not s.structure.identifiable]
-    text = f"Identified by structure: {len(with_record) - len(lost)} of {len(with_record)} spaces"
-    said = []
-    for space in lost[:3]:
-        assert space.structure is not None
-        worst, name = min(((space.structure.a, "A"), (space.structure.b, "B")), key=lambda x: x[0].margin)
-        said.append(f"{space.label}: cheapest swap {short(worst.least_swap)} in {name}")
-    if said:
-        text += f". Not identified: {'; '.join(said)}" + (f"; and {len(lost) - 3} more" if len(lost) > 3 else "")
-    lines.append(text + ".")
+    lines = [LEGEND_STRUCTURE] if any(s.structure is not None for s in plan.spaces) else []
+    says: dict[str, list[Certificate]] = {}
+    for space in known.values():
+        assert space.certificate is not None
+        says.setdefault(space.certificate.says, []).append(space.certificate)
+    lines.append(f"Identified by structure: {len(says.get(IDENTIFIED, []))} of {len(known)} spaces.")
+    if conditional := says.get(IF_INPUTS):
+        breaks = Counter(i for c in conditional for i in c.breaks)
+        where = "; ".join(
+            f"{known[i].label} ({c.gap})" for i, _ in breaks.most_common(3) if (c := known[i].certificate)
+        )
+        lines.append(
+            f"Identified if the inputs correspond: {len(conditional)}. The chain from the inputs breaks at {where}."
+        )
+    if lost := says.get(NOT):
+        said = "; ".join(f"{known[c.space].label}: {c.why}" for c in lost[:3])
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
+        lines.append(f"Not identified: {len(lost)}. {said}{more}.")
     if "stability" in (left := plan.structure.get("left_out", {})):
         lines.append(f"Left out: {left['stability']}.")
     return lines

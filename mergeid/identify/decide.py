@@ -2,7 +2,8 @@
 
 Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
 is at least as good within its interval: ties go to the identity, unless the weights of the moved neurons leave no
-doubt. Without data only the weights speak, and nothing is promised.
+doubt. Without data the fixed parts speak where they reach from the inputs to every space, else only the weights, and
+nothing is promised.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Generator
 
 from mergeid.graph.group import same_element
 from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
+from mergeid.identify.anchored import IDENTIFIED, Certificate
 from mergeid.identify.evidence import ActivationEvidence, Judgement, Request
 from mergeid.identify.layers import SpaceRecord
 from mergeid.match.assignment import TreeAssignment, descendants
@@ -47,7 +49,7 @@ class SpaceEvidence:
 
     Attributes:
         decision: "direct", "match" or "will not merge"; why: one line.
-        evidence: "activations", "weights" or "none".
+        evidence: "activations", "weights", "structure" or "none".
         j_identity, j_match, j_random: mean correlation of paired activations (or cosine of weights).
         iota, iota_low, iota_high: identifiability index, 95 % interval.
         deviation_identity, deviation_match: share of the activations' variance that the midpoint loses, (1 − J)/2.
@@ -56,6 +58,7 @@ class SpaceEvidence:
         chord_identity, chord_match: relative chord deviation at the first layer that consumes the space, under the
             identity and under the match, all other spaces as decided (`mergeid.identify.chord`).
         structure: both models' margins relative to the fixed part that they share; None where there is none.
+        certificate: what the fixed parts say of the space, from the network's inputs on; None where there are none.
     """
 
     id: str
@@ -82,6 +85,7 @@ class SpaceEvidence:
     chord_identity: float | None = None
     chord_match: float | None = None
     structure: SpaceRecord | None = None
+    certificate: Certificate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Infinite margins as null."""
@@ -300,6 +304,24 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
             break
         matched = weight_matching(similarity, generator=generator, only=accepted)
     return Decisions([records[s.id] for s in graph.spaces], element)
+
+
+def decide_from_structure(graph: NeuronGraph, certificates: Mapping[str, Certificate]) -> Decisions | None:
+    """Every space direct where the structure identifies every one; None where it does not."""
+    if any(certificates[s.id].says != IDENTIFIED for s in graph.spaces):
+        return None
+    records = [
+        _record(
+            graph,
+            s,
+            decision=DIRECT,
+            why=f"identified by structure: {certificates[s.id].why}",
+            evidence="structure",
+            certificate=certificates[s.id],
+        )
+        for s in graph.spaces
+    ]
+    return Decisions(records, graph.identity())
 
 
 def _completed(graph: NeuronGraph, decided: Element, matched: Element) -> Element:

@@ -38,7 +38,8 @@ class ModelRecord:
     Attributes:
         margin: min_{π≠id} Δ_π, +∞ where nothing else is realizable. identity_optimal: see `Margin`.
         least_swap, median_swap: of T_ij over the pairs of a block; bad_swaps: share of pairs with T_ij ≤ 0.
-        by_gap, by_norm: shift radius ε* over the eigengap and over ‖Σ‖; None where it was not asked for or none is
+        radius, by_gap, by_norm: shift radius ε*, and over the eigengap and over ‖Σ‖ (`mergeid.identify.stability`; the
+            better of both forms, but over the gap the one that needs it); None where it was not asked for or none is
             known (behind a BatchNorm), and for spaces: see their layers.
     """
 
@@ -49,6 +50,7 @@ class ModelRecord:
     bad_swaps: float
     by_gap: float | None = None
     by_norm: float | None = None
+    radius: float | None = None
 
     @property
     def identifiable(self) -> bool:
@@ -158,7 +160,7 @@ def space_records(
                 raise MergeidError(f"layer {name!r}: {error}") from error
         if found:
             sums = [found[0].a, found[0].b] if totals[0].single else [t.record() for t in totals]
-            summed = [replace(s, by_gap=None, by_norm=None) for s in sums]
+            summed = [replace(s, by_gap=None, by_norm=None, radius=None) for s in sums]
             out[space.id] = SpaceRecord(space.id, tuple(found), summed[0], summed[1])
     return out
 
@@ -206,7 +208,7 @@ class _Total:
         return _summary([self.blocks[b] for b in sorted(self.blocks)])
 
 
-def _summary(costs: Sequence[Tensor], radii: Sequence[tuple[float, float]] | None = None) -> ModelRecord:
+def _summary(costs: Sequence[Tensor], radii: Sequence[tuple[float, float, float]] | None = None) -> ModelRecord:
     """The least over blocks, and statistics of all pairs in them."""
     margins: list[Margin] = []
     swaps = []
@@ -216,7 +218,7 @@ def _summary(costs: Sequence[Tensor], radii: Sequence[tuple[float, float]] | Non
         swaps.append(swap.numpy().reshape(-1))
     values = np.concatenate(swaps) if len(swaps) > 1 else swaps[0]
     pairs = len(values) - sum(map(len, costs))  # the diagonals are +∞, at the end of the order
-    by_gap, by_norm = (min(r[k] for r in radii) for k in range(2)) if radii else (None, None)
+    by_gap, by_norm, radius = (min(r[k] for r in radii) for k in range(3)) if radii else (None, None, None)
     return ModelRecord(
         min(m.value for m in margins),
         all(m.identity_optimal for m in margins),
@@ -225,6 +227,7 @@ def _summary(costs: Sequence[Tensor], radii: Sequence[tuple[float, float]] | Non
         float((values <= 0).sum()) / max(pairs, 1),
         by_gap,
         by_norm,
+        radius,
     )
 
 
@@ -248,7 +251,7 @@ class _Layer:
         """Margins of one model's effective weight; its costs are added to the space's. `separate`: take γ too."""
         rows_of = weight_rows(self.module, weight)
         costs: list[Tensor] = []
-        radii: list[tuple[float, float]] | None = [] if certify and not self.free_scale else None
+        radii: list[tuple[float, float, float]] | None = [] if certify and not self.free_scale else None
         positions, members = self.axis.positions, self.axis.members
         blocks = members // self.space.members
         for block in np.unique(blocks):
@@ -288,11 +291,11 @@ class _Layer:
                 ),
             )
 
-    def _radius(self, classes: FunctionClasses, weights: Tensor) -> tuple[float, float]:
+    def _radius(self, classes: FunctionClasses, weights: Tensor) -> tuple[float, float, float]:
         if self.part.source == "nothing":
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         found = stability(classes, weights)
-        return found.by_gap, found.by_norm
+        return found.by_gap, found.by_norm, found.radius
 
     def record(self, supports: Sequence[Support], a: ModelRecord, b: ModelRecord) -> LayerRecord:
         return LayerRecord(

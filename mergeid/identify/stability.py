@@ -61,10 +61,14 @@ class Stability:
         return self.permutations / self.gap if self.gap > 0 else 0.0
 
     @property
+    def radius(self) -> float:
+        """ε* for all permutations, the better of both forms."""
+        return max(self.permutations, self.ridge_permutations or 0.0)
+
+    @property
     def by_norm(self) -> float:
         """ε*/‖Σ‖ for all permutations, the better of both forms."""
-        best = max(self.permutations, self.ridge_permutations or 0.0)
-        return best / self.norm if self.norm > 0 else 0.0
+        return self.radius / self.norm if self.norm > 0 else 0.0
 
 
 def projection_shift(epsilon: float, gap: float) -> float:

@@ -61,8 +61,11 @@ def _effective_property(name: str) -> property:
 @cache
 def _asymmetric_class(ordinary: Any, names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _effective_property(name) for name in names}
-    body |= {"ordinary": ordinary, "fixed_names": names, "__module__": __name__}
-    return type(f"Asymmetric{ordinary.__name__}", (Asymmetric, ordinary), body)
+    body |= {"ordinary": ordinary, "fixed_names": names}
+    # a layer says what it is; a model that only holds a table of its own keeps the name that configs and loaders read
+    named = any(n.endswith("weight") for n in names)
+    body |= {"__module__": __name__ if named else ordinary.__module__}
+    return type(f"Asymmetric{ordinary.__name__}" if named else ordinary.__name__, (Asymmetric, ordinary), body)
 
 
 def _blank(ordinary: Any, names: tuple[str, ...]) -> nn.Module:

@@ -20,6 +20,7 @@ from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.nn.effective import Parts, attach
 from mergeid.nn.folding import fold_state
 from mergeid.nn.names import FIXED, GATE, MASK, asymmetric_parameters, gates, is_asymmetric, plain_table
+from mergeid.nn.selection import users
 from mergeid.nn.sigma_asymmetric import give_gate
 
 __all__ = ["fold_file", "folded", "is_asymmetric", "plain_table", "restore"]
@@ -45,6 +46,13 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     for owner in [*by_module, *(g.rpartition(".")[0] for g in gates(state))]:
         if owner not in modules:
             raise MergeidError(f"{type(model).__name__} has no layer {owner!r} to put the checkpoint's fixed parts in")
+    # a tied tensor is stored under one name, and has its fixed part in every layer that uses it
+    tied = users(model)
+    for owner, parts in list(by_module.items()):
+        for name, part in parts.items():
+            for other, _, key in tied.get(id(modules[owner]._parameters.get(name)), []):
+                if modules[other] is not modules[owner]:
+                    by_module.setdefault(other, {}).setdefault(key, part)
     done: set[int] = set()
     for owner, parts in by_module.items():
         # a layer under two names is one layer

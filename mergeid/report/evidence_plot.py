@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
+from mergeid.identify.hold import WIDEST
 from mergeid.report.plots import COLOURS, MARKERS, save_plot
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ LABEL = 34
 
 
 def plot_evidence(plan: Plan, path: str | Path) -> Path:
-    """One panel each for ι, J, chord deviations and structural margins, as far as they are known; spaces in the order
-    of the graph, which is that of depth.
+    """One panel each for ι, J, chord deviations, structural margins and angles, as far as they are known; spaces in the
+    order of the graph, which is that of depth.
 
     Raises `MergeidError` where the plan has no evidence, or for a path that cannot be written."""
     spaces = plan.spaces
@@ -31,7 +32,7 @@ def plot_evidence(plan: Plan, path: str | Path) -> Path:
         raise MergeidError(
             f"there is no evidence to plot: --match {plan.match} decides no space; use --match auto for --plot"
         )
-    panels = [p for p in (_iota, _gains, _correlations, _chords, _structure) if p(None, spaces)]
+    panels = [p for p in (_iota, _gains, _correlations, _chords, _structure, _angles) if p(None, spaces)]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -135,3 +136,18 @@ def _structure(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
         largest = max((abs(v) for values in series.values() for v in values if math.isfinite(v)), default=0.0)
         axis.set_yscale("symlog", linthresh=1e-2 * largest or 1.0)
     return any(map(_known, series.values()))
+
+
+def _angles(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
+    """Only where nothing is known of the calibration inputs: else the margins say more."""
+    found = [s.certificate for s in spaces]
+    series = {
+        side: [math.nan if c is None or (v := getattr(c, name)) is None else v for c in found]
+        for side, name in (("A", "angle_a"), ("B", "angle_b"))
+    }
+    if axis is not None:
+        _lines(axis, series)
+        axis.axhline(WIDEST, color="0.5", linewidth=0.8)
+        axis.set_ylabel("angle to the\nfixed parts (°)")
+        axis.set_ylim(bottom=0)
+    return any(map(_known, series.values())) and all(s.structure is None for s in spaces)
