@@ -1,0 +1,1 @@
+"""Closing the barrier that averaging leaves."""

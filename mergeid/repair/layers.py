@@ -1,0 +1,240 @@
+"""What one operation on weights and activations computes, as rows to fit: which operations can be solved, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergeid.repair.paced import Stop
+
+Rows = tuple[Tensor, Tensor]
+"""Inputs [examples, positions, d] and answers [examples, positions, m]."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear map inside an operation.
+
+    Attributes:
+        weight: [m, d], a view of the parameter (writing into it changes the parameter).
+        bias: [m], likewise, or None.
+        kernel: shape of a row of the weight in the parameter, where it is not [d].
+        alone: every output has one input of its own (norms): weight [m], inputs and answers of equal width.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    alone: bool = False
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put new values where the old ones lie."""
+        self.weight.copy_(weight.reshape(self.weight.shape))
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    @property
+    def matrix(self) -> Tensor:
+        """[m, d]; of norms [m]."""
+        return self.weight if self.alone else self.weight.reshape(len(self.weight), -1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A solvable operation at which a network rests.
+
+    Attributes:
+        parts: its linear maps (one per group or expert).
+        positions: how many rows an example has.
+        rows: (part, input tensors of the call, answer, chosen positions or None) -> rows of that part.
+    """
+
+    parts: list[Part]
+    positions: int
+    rows: Callable[[int, Tensor, Tensor, Tensor | None], Rows]
+    source: Tensor
+
+
+def layer_of(stop: Stop, examples: int) -> Layer | None:
+    """The layer that an operation is, None where it is none that can be solved.
+
+    Args:
+        examples: in the batch; they lie in the first dimension of what the operation takes, flattened with others."""
+    name = stop.name.removeprefix("aten.")
+    make = KINDS.get(name)
+    return make(stop, examples) if make is not None else None
+
+
+def _per_example(x: Tensor, examples: int) -> Tensor | None:
+    """[rows, d] as [examples, positions, d]."""
+    if examples < 1 or len(x) % examples:
+        return None
+    return x.reshape(examples, len(x) // examples, x.shape[-1])
+
+
+def _picked(x: Tensor, at: Tensor | None) -> Tensor:
+    return x if at is None else x[:, at]
+
+
+def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | None) -> Layer | None:
+    """left @ right, one of which is a weight; three dimensions are as many products."""
+    a, b = stop.args[left], stop.args[right]
+    turned = left in stop.weights
+    if turned == (right in stop.weights):
+        return None
+    x, w = (b.mT, a) if turned else (a, b.mT)
+    if x.dim() == 2:
+        x, w = x[None], w[None]
+    if len(w) > 1 and w.stride(0) == 0:  # one weight for the whole stack
+        x, w = x.reshape(1, -1, x.shape[-1]), w[:1]
+    stacked = len(w)
+    if x.shape[1] % examples or len(x) != stacked:
+        return None
+
+    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+        out = answer.mT if turned else answer
+        x = (source.mT if turned else source).reshape(stacked, -1, source.shape[-2 if turned else -1])[part]
+        y = out.reshape(stacked, -1, out.shape[-1])[part]
+        u, v = _per_example(x, examples), _per_example(y, examples)
+        assert u is not None and v is not None
+        return _picked(u, at), _picked(v, at)
+
+    return Layer([Part(m, bias) for m in w], x.shape[1] // examples, rows, b if turned else a)
+
+
+def _mm(stop: Stop, examples: int) -> Layer | None:
+    return _matmul(stop, examples, 0, 1, None)
+
+
+def _addmm(stop: Stop, examples: int) -> Layer | None:
+    bias = stop.args[0]
+    plain = all(stop.kwargs.get(k, 1) == 1 for k in ("beta", "alpha"))
+    if 0 not in stop.weights or 2 not in stop.weights or bias.dim() != 1 or not plain:
+        return None
+    return _matmul(stop, examples, 1, 2, bias)
+
+
+def _convolution(stop: Stop, examples: int) -> Layer | None:
+    x, w, bias, stride, padding, dilation, transposed, _, groups = stop.args[:9]
+    if transposed or 1 not in stop.weights or (bias is not None and 2 not in stop.weights) or len(x) != examples:
+        return None
+    nd = w.dim() - 2
+    stride, padding, dilation = (_each(v, nd) for v in (stride, padding, dilation))
+    out = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(nd)
+    ]
+    count = 1
+    for n in out:
+        count *= n
+    wide = len(w) // groups
+
+    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+        each = source.shape[1] // groups
+        h = source[:, part * each : (part + 1) * each]
+        h = F.pad(h, [p for v in reversed(padding) for p in (v, v)])
+        for i in range(nd):
+            h = h.unfold(2 + i, dilation[i] * (w.shape[2 + i] - 1) + 1, stride[i])
+        taps: list[Any] = [slice(None), slice(None)] + [slice(None)] * nd
+        taps += [slice(None, None, dilation[i]) for i in range(nd)]
+        h = h[tuple(taps)]
+        places = torch.arange(count) if at is None else at
+        where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(places, tuple(out)))
+        patches = h[where].movedim(2, 1).flatten(2)  # from [examples, channels, positions, kernel]
+        y = answer[:, part * wide : (part + 1) * wide][where]
+        return patches, y.movedim(2, 1)
+
+    parts = [
+        Part(w[g * wide : (g + 1) * wide], None if bias is None else bias[g * wide : (g + 1) * wide])
+        for g in range(groups)
+    ]
+    return Layer(parts, count, rows, x)
+
+
+def _each(value: Sequence[int], nd: int) -> list[int]:
+    return list(value) * nd if len(value) == 1 else list(value)
+
+
+def _channels_first(examples: int, scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
+    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+        u, v = (t.flatten(2) if t.dim() > 2 else t[..., None] for t in (scaled(source), answer))
+        return _picked(u.mT, at), _picked(v.mT, at)
+
+    return rows
+
+
+def _channels_last(examples: int, scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
+    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+        u, v = (t.reshape(examples, -1, t.shape[-1]) for t in (scaled(source), answer))
+        return _picked(u, at), _picked(v, at)
+
+    return rows
+
+
+def _batch_norm(stop: Stop, examples: int) -> Layer | None:
+    x, weight, bias, mean, variance = stop.args[:5]
+    training = stop.args[5] is True
+    if training or weight is None or bias is None or not {1, 2} <= set(stop.weights) or len(x) != examples:
+        return None
+    epsilon = float(stop.args[-1])
+
+    def scaled(h: Tensor) -> Tensor:
+        return F.batch_norm(h, mean, variance, None, None, False, 0.0, epsilon)
+
+    positions = x[0].numel() // x.shape[1]
+    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(examples, scaled), x)
+
+
+def _layer_norm(stop: Stop, examples: int) -> Layer | None:
+    x, shape, weight, bias, epsilon = stop.args[:5]
+    if weight is None or len(shape) != 1 or 2 not in stop.weights or x.numel() % (examples * shape[0]):
+        return None
+
+    def scaled(h: Tensor) -> Tensor:
+        return F.layer_norm(h, shape, None, None, epsilon)
+
+    positions = x.numel() // shape[0] // examples
+    return Layer([Part(weight, bias, alone=True)], positions, _channels_last(examples, scaled), x)
+
+
+def _group_norm(stop: Stop, examples: int) -> Layer | None:
+    x, weight, bias = stop.args[:3]
+    groups, epsilon = stop.args[6], stop.args[7]
+    if weight is None or bias is None or 1 not in stop.weights or len(x) != examples:
+        return None
+
+    def scaled(h: Tensor) -> Tensor:
+        return F.group_norm(h, groups, None, None, epsilon)
+
+    positions = x[0].numel() // x.shape[1]
+    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(examples, scaled), x)
+
+
+def _scale(stop: Stop, examples: int) -> Layer | None:
+    """Activations times a vector over the last dimension: the end of an RMSNorm, LayerScale."""
+    (at,) = stop.weights if len(stop.weights) == 1 else (None,)
+    if at is None or len(stop.args) != 2:
+        return None
+    w, x = stop.args[at], stop.args[1 - at]
+    fits = isinstance(x, Tensor) and w.dim() == 1 and x.dim() >= 2 and x.shape[-1] == len(w) > 1
+    if not fits or x.numel() % (examples * len(w)):
+        return None
+    positions = x.numel() // len(w) // examples
+    return Layer([Part(w, None, alone=True)], positions, _channels_last(examples, lambda h: h), x)
+
+
+KINDS: dict[str, Callable[[Stop, int], Layer | None]] = {
+    "mm": _mm,
+    "bmm": _mm,
+    "addmm": _addmm,
+    "convolution": _convolution,
+    "native_batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "cudnn_batch_norm": _batch_norm,
+    "native_layer_norm": _layer_norm,
+    "native_group_norm": _group_norm,
+    "mul": _scale,
+}

@@ -1,0 +1,185 @@
+"""Networks that run side by side and wait for each other at every layer.
+
+A layer of the merged network is to be solved when its inputs are known, with all layers before it solved, and the
+models' own answers at the same place beside it. So every network (and every batch of it) runs in a thread of its own,
+one at a time, and rests at each operation of interest: activations are carried from layer to layer, nothing is run
+twice, and of all that was computed only what lies at the current cut is held.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mergeid.nested import named_tensors
+from mergeid.plugins import Batch
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class _Stopped(BaseException):
+    """Ends a thread that nobody waits for."""
+
+
+@dataclass
+class Stop:
+    """Where a network rests.
+
+    Attributes:
+        index: number of the operation among those on weights and activations.
+        func, args, kwargs: the call.
+        weights: names of the weights, by the position of the argument that is one of them or a view of it.
+        places: which part of the weight each of these arguments is.
+        out: what it answered; None where the network rests before it.
+    """
+
+    index: int
+    func: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    weights: dict[int, str]
+    places: dict[int, Any]
+    out: Any = None
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket)
+
+    @property
+    def signature(self) -> Any:
+        return (self.index, self.func, tuple(sorted(self.weights.items())))
+
+
+class _Watch(TorchDispatchMode):
+    """Counts operations that take a weight, or a view of one, together with activations."""
+
+    def __init__(self, model: nn.Module, batch: Batch, meet: Callable[[Stop], Any]) -> None:
+        super().__init__()
+        self.meet, self.count = meet, 0
+        self.names: dict[int, str] = {}
+        for name, value in model.state_dict(keep_vars=True).items():
+            if value.is_floating_point() and value.numel():
+                self.names.setdefault(value.untyped_storage().data_ptr(), name)
+        self.live: Any = WeakIdKeyDictionary()
+        for tensor in named_tensors(batch).values():
+            self.live[tensor] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, Tensor)]
+        live = any(t in self.live for t in tensors)
+        weights = {i: name for i, x in enumerate(args) if (name := self._weight(x)) is not None} if live else {}
+        if weights:
+            index, self.count = self.count, self.count + 1
+            places = {i: (name, args[i].storage_offset(), args[i].numel()) for i, name in weights.items()}
+            out = self.meet(Stop(index, func, args, kwargs, weights, places))
+        else:
+            out = func(*args, **kwargs)
+        if live:
+            for x in _flat((out,)):
+                if isinstance(x, Tensor):
+                    self.live[x] = True
+        return out
+
+    def _weight(self, x: Any) -> str | None:
+        if not isinstance(x, Tensor) or x in self.live or not x.is_floating_point():
+            return None
+        return self.names.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for x in values:
+        if isinstance(x, (list, tuple)):
+            found += _flat(x)
+        else:
+            found.append(x)
+    return found
+
+
+def operations(model: nn.Module, forward: Forward, batch: Batch) -> list[Stop]:
+    """All operations on weights and activations of one pass; tensors that are no weights are let go."""
+    seen: list[Stop] = []
+
+    def meet(stop: Stop) -> Any:
+        out = stop.func(*stop.args, **stop.kwargs)
+        seen.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places))
+        return out
+
+    with torch.no_grad(), _Watch(model, batch, meet):
+        forward(model, batch)
+    return seen
+
+
+class Paced:
+    """One network on one batch, resting at the operations of interest.
+
+    Args:
+        wanted: numbers of the operations to rest at.
+        after: rest when the operation has answered (its `out` is known), else before it runs: then it runs with the
+            weights as they are when the network goes on.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Forward, batch: Batch, wanted: frozenset[int], *, after: bool
+    ) -> None:
+        self.model, self.forward, self.batch, self.wanted, self.after = model, forward, batch, wanted, after
+        self.result: Any = None
+        self._stop: Stop | None = None
+        self._error: BaseException | None = None
+        self._done = self._ending = False
+        self._go, self._rests = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def advance(self) -> Stop | None:
+        """Run to the next operation of interest; None at the end, when `result` is known. Raises what the network
+        raised."""
+        if not self._done:
+            self._stop = None
+            self._go.release()
+            self._rests.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._stop
+
+    def close(self) -> None:
+        """Give up what is left of the run."""
+        if not self._done:
+            self._ending = True
+            self._go.release()
+            self._rests.acquire()
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._ending:
+                with torch.no_grad(), _Watch(self.model, self.batch, self._meet):
+                    self.result = self.forward(self.model, self.batch)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._done = True
+        self._stop = None
+        self._rests.release()
+
+    def _meet(self, stop: Stop) -> Any:
+        if stop.index not in self.wanted:
+            return stop.func(*stop.args, **stop.kwargs)
+        if self.after:
+            stop.out = stop.func(*stop.args, **stop.kwargs)
+        self._stop = stop
+        self._rests.release()
+        self._go.acquire()
+        if self._ending:
+            raise _Stopped
+        return stop.out if self.after else stop.func(*stop.args, **stop.kwargs)
