@@ -14,7 +14,7 @@ the merged network, both for fine-tunes of one base.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -115,6 +115,7 @@ class Fit:
     weight: float64 [m, d]; bias: float64 [m], or None.
     ridge: ρ; infinite where the average stays.
     before, after: squared error per row on unseen rows, over the targets' spread there, of the average and of the fit.
+    leaves: values of the parameters that the weight is computed from, where it is no parameter.
     """
 
     weight: Tensor
@@ -122,6 +123,7 @@ class Fit:
     ridge: float
     before: float
     after: float
+    leaves: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def ridge_solution(moments: Moments, mean: Tensor, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor | None]:

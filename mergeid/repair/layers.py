@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergeid.repair.paced import Stop
+from mergeid.repair.closed_form import Fit
+from mergeid.repair.paced import Derived, Stop
 
 Rows = tuple[Tensor, Tensor]
 """Inputs [examples, positions, d] and answers [examples, positions, m]."""
@@ -21,21 +22,26 @@ class Part:
     """One linear map inside an operation.
 
     Attributes:
-        weight: [m, d], a view of the parameter (writing into it changes the parameter).
-        bias: [m], likewise, or None.
-        kernel: shape of a row of the weight in the parameter, where it is not [d].
+        weight: [m, …], a view of the parameter (writing into it changes the parameter), or computed from parameters.
+        bias: [m], likewise a view, or None.
         alone: every output has one input of its own (norms): weight [m], inputs and answers of equal width.
+        derived: how the weight is computed, where it is no parameter.
     """
 
     weight: Tensor
     bias: Tensor | None
     alone: bool = False
+    derived: Derived | None = None
 
-    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+    def write(self, found: Fit) -> None:
         """Put new values where the old ones lie."""
-        self.weight.copy_(weight.reshape(self.weight.shape))
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
+        if self.derived is None:
+            self.weight.copy_(found.weight.reshape(self.weight.shape))
+        else:
+            for name, leaf in self.derived.leaves.items():
+                leaf.copy_(found.leaves[name])
+        if self.bias is not None and found.bias is not None:
+            self.bias.copy_(found.bias)
 
     @property
     def matrix(self) -> Tensor:
@@ -64,9 +70,14 @@ def layer_of(stop: Stop, examples: int) -> Layer | None:
 
     Args:
         examples: in the batch; they lie in the first dimension of what the operation takes, flattened with others."""
-    name = stop.name.removeprefix("aten.")
-    make = KINDS.get(name)
-    return make(stop, examples) if make is not None else None
+    make = KINDS.get(stop.name.removeprefix("aten."))
+    layer = make(stop, examples) if make is not None else None
+    if layer is None or not stop.derived:
+        return layer
+    ((at, derived),) = stop.derived.items() if len(stop.derived) == 1 else ((None, None),)
+    if len(layer.parts) != 1 or at is None or derived is None or stop.args[at].shape != layer.parts[0].weight.shape:
+        return None
+    return replace(layer, parts=[replace(layer.parts[0], derived=derived)])
 
 
 def _per_example(x: Tensor, examples: int) -> Tensor | None:

@@ -9,7 +9,7 @@ twice, and of all that was computed only what lies at the current cut is held.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,19 @@ class _Stopped(BaseException):
     """Ends a thread that nobody waits for."""
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that the network computes from weights alone (standardised kernels, weight norm, 1 + gain).
+
+    Attributes:
+        leaves: the weights that it comes from, by name.
+        remake: computes it again from other values of these, differentiably.
+    """
+
+    leaves: dict[str, Tensor]
+    remake: Callable[[Mapping[str, Tensor]], Tensor]
+
+
 @dataclass
 class Stop:
     """Where a network rests.
@@ -36,7 +49,8 @@ class Stop:
         index: number of the operation among those on weights and activations.
         func, args, kwargs: the call.
         weights: names of the weights, by the position of the argument that is one of them or a view of it.
-        places: which part of the weight each of these arguments is.
+        places: which parts of weights each of these arguments is or comes from.
+        derived: of arguments that are computed from weights: how.
         out: what it answered; None where the network rests before it.
     """
 
@@ -45,7 +59,8 @@ class Stop:
     args: Sequence[Any]
     kwargs: dict[str, Any]
     weights: dict[int, str]
-    places: dict[int, Any]
+    places: dict[int, list[Any]]
+    derived: dict[int, Derived]
     out: Any = None
 
     @property
@@ -64,9 +79,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.meet, self.count = meet, 0
         self.names: dict[int, str] = {}
-        for name, value in model.state_dict(keep_vars=True).items():
+        self.state = model.state_dict(keep_vars=True)
+        for name, value in self.state.items():
             if value.is_floating_point() and value.numel():
                 self.names.setdefault(value.untyped_storage().data_ptr(), name)
+        self.made: Any = WeakIdKeyDictionary()
         self.live: Any = WeakIdKeyDictionary()
         for tensor in named_tensors(batch).values():
             self.live[tensor] = True
@@ -75,23 +92,82 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, Tensor)]
         live = any(t in self.live for t in tensors)
-        weights = {i: name for i, x in enumerate(args) if (name := self._weight(x)) is not None} if live else {}
-        if weights:
+        if not live:
+            out = func(*args, **kwargs)
+            if any(self._weight(t) is not None or t in self.made for t in tensors):
+                for k, x in enumerate(_flat((out,))):
+                    if isinstance(x, Tensor) and self._weight(x) is None:
+                        self.made[x] = (func, args, kwargs, k)
+            return out
+        places = {i: list(dict.fromkeys(found)) for i, x in enumerate(args) if (found := self._places(x))}
+        if places:
             index, self.count = self.count, self.count + 1
-            places = {i: (name, args[i].storage_offset(), args[i].numel()) for i, name in weights.items()}
-            out = self.meet(Stop(index, func, args, kwargs, weights, places))
+            weights = {i: "+".join(dict.fromkeys(name for name, *_ in found)) for i, found in places.items()}
+            derived = {i: self._derived(args[i]) for i in places if args[i] in self.made}
+            out = self.meet(Stop(index, func, args, kwargs, weights, places, derived))
         else:
             out = func(*args, **kwargs)
-        if live:
-            for x in _flat((out,)):
-                if isinstance(x, Tensor):
-                    self.live[x] = True
+        for x in _flat((out,)):
+            if isinstance(x, Tensor):
+                self.live[x] = True
         return out
 
     def _weight(self, x: Any) -> str | None:
-        if not isinstance(x, Tensor) or x in self.live or not x.is_floating_point():
+        """The weight that a tensor is, or is a view of."""
+        if not isinstance(x, Tensor) or x in self.live or not x.is_floating_point() or x.layout != torch.strided:
             return None
-        return self.names.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
+        return self.names.get(x.untyped_storage().data_ptr())
+
+    def _places(self, x: Any) -> list[Any]:
+        name = self._weight(x)
+        if name is not None:
+            return [(name, x.storage_offset(), x.numel())]
+        if not isinstance(x, Tensor) or x not in self.made:
+            return []
+        _, args, kwargs, _ = self.made[x]
+        return [place for y in _flat((*args, *kwargs.values())) for place in self._places(y)]
+
+    def _derived(self, tensor: Tensor) -> Derived:
+        leaves: dict[str, Tensor] = {}
+
+        def gather(x: Any) -> None:
+            if not isinstance(x, Tensor):
+                return
+            name = self._weight(x)
+            if name is not None:
+                leaves[name] = self.state[name]
+            elif x in self.made:
+                _, args, kwargs, _ = self.made[x]
+                for y in _flat((*args, *kwargs.values())):
+                    gather(y)
+
+        def remake(values: Mapping[str, Tensor]) -> Tensor:
+            done: dict[int, Tensor] = {}
+
+            def of(x: Any) -> Any:
+                if isinstance(x, (list, tuple)):
+                    return type(x)(of(y) for y in x)
+                if not isinstance(x, Tensor):
+                    return x
+                if id(x) not in done:
+                    name = self._weight(x)
+                    if name is not None:
+                        whole = values[name]
+                        done[id(x)] = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+                    elif x in self.made:
+                        func, args, kwargs, k = self.made[x]
+                        wide = next(iter(values.values())).dtype
+                        given = {key: wide if key == "dtype" else of(y) for key, y in kwargs.items()}
+                        done[id(x)] = _flat((func(*of(args), **given),))[k]
+                    else:
+                        like = next(iter(values.values()))
+                        done[id(x)] = x.to(like.dtype) if x.is_floating_point() else x
+                return done[id(x)]
+
+            return of(tensor)
+
+        gather(tensor)
+        return Derived(leaves, remake)
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
@@ -110,7 +186,7 @@ def operations(model: nn.Module, forward: Forward, batch: Batch) -> list[Stop]:
 
     def meet(stop: Stop) -> Any:
         out = stop.func(*stop.args, **stop.kwargs)
-        seen.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places))
+        seen.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places, {}))
         return out
 
     with torch.no_grad(), _Watch(model, batch, meet):

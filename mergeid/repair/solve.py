@@ -24,6 +24,7 @@ from mergeid.identify.activations import real_tokens
 from mergeid.plugins import Batch
 from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit, Moments, fit
+from mergeid.repair.derived import fit_derived
 from mergeid.repair.layers import KINDS, Layer, Part, layer_of
 from mergeid.repair.paced import Forward, Paced, Stop, operations
 
@@ -87,13 +88,12 @@ def solve_network(
                 ]
                 for batch in batches
             ]
-            generator = torch.Generator().manual_seed(seed)
             done: list[SolvedLayer] = []
             for k in range(len(wanted)):
                 if progress is not None:
                     progress(k, len(wanted))
                 stops = [[net.advance() for net in side] for side in nets]
-                done += _solve_at(stops, shares, batches, examples, generator)
+                done += _solve_at(stops, shares, batches, examples, seed + 7919 * k)
             for side in nets:
                 side[0].advance()
             return done
@@ -112,11 +112,12 @@ def _wanted(model: nn.Module, forward: Forward, batch: Batch) -> frozenset[int]:
     """Numbers of the operations whose weights take part in no other one: a weight that is used twice cannot suit both
     places."""
     seen = operations(model, forward, batch)
-    uses = Counter(key for stop in seen for key in stop.places.values())
+    uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
     return frozenset(
         stop.index
         for stop in seen
-        if stop.name.removeprefix("aten.") in KINDS and all(uses[key] == 1 for key in stop.places.values())
+        if stop.name.removeprefix("aten.") in KINDS
+        and all(uses[key] == 1 for keys in stop.places.values() for key in keys)
     )
 
 
@@ -125,7 +126,7 @@ def _solve_at(
     shares: Sequence[float],
     batches: Sequence[Batch],
     examples: Sequence[int],
-    generator: torch.Generator,
+    seed: int,
 ) -> list[SolvedLayer]:
     first = stops[0][0]
     if any(s is None or first is None or s.signature != first.signature for side in stops for s in side):
@@ -138,20 +139,22 @@ def _solve_at(
     if any(layer is None for layer in layers):
         return []
     found = [layer for layer in layers if layer is not None]
-    names = tuple(dict.fromkeys(first.weights.values()))
+    names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
     out: list[SolvedLayer] = []
     for p, part in enumerate(found[0].parts):
-        seen, unseen = _moments(p, part, found, stops, shares, batches, generator)
+        seen, unseen = _moments(p, part, found, stops, shares, batches, seed)
         if not seen.count or not unseen.count:
             continue
         made = _fitted(part, seen, unseen)
         if made.ridge < inf:
-            part.write(made.weight.to(part.weight.dtype), None if made.bias is None else made.bias)
+            part.write(made)
         out.append(SolvedLayer(names, made.ridge, made.before, made.after))
     return out
 
 
 def _fitted(part: Part, seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments) -> Fit:
+    if part.derived is not None:
+        return fit_derived(seen, unseen, part)
     if isinstance(seen, ChannelMoments) and isinstance(unseen, ChannelMoments):
         return fit_channels(seen, unseen, part.weight, part.bias)
     assert isinstance(seen, Moments) and isinstance(unseen, Moments)
@@ -165,7 +168,7 @@ def _moments(
     stops: Sequence[Sequence[Stop | None]],
     shares: Sequence[float],
     batches: Sequence[Batch],
-    generator: torch.Generator,
+    seed: int,
 ) -> tuple[Moments | ChannelMoments, Moments | ChannelMoments]:
     """Of the examples to fit on and of the others."""
     d = len(part.weight) if part.alone else part.matrix.shape[1]
@@ -177,6 +180,7 @@ def _moments(
     for layer, side, batch in zip(layers, stops, batches, strict=True):
         at = None
         if layer.positions > most:
+            generator = torch.Generator().manual_seed(seed + 104729 * layer.positions)
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
         answers: Tensor | None = None
         for share, stop in zip(shares, side[1:], strict=True):

@@ -1,0 +1,242 @@
+"""The merged network, solved layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from math import inf
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_helpers import disturbed
+from torch import Tensor, nn
+
+from mergeid.errors import MergeidError
+from mergeid.repair.layers import layer_of
+from mergeid.repair.paced import Paced, Stop, operations
+from mergeid.repair.solve import solve_network
+
+
+def forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return model(batch["x"])
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Everything(nn.Module):
+    """A layer of every kind that can be solved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.batch = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.grouped, self.group = nn.Conv2d(8, 16, 3, groups=2, dilation=2), nn.GroupNorm(2, 16)
+        self.layer, self.qkv = nn.LayerNorm(16), nn.Linear(16, 48)
+        self.experts = nn.Parameter(torch.randn(2, 16, 24))
+        self.scale, self.head = nn.Parameter(torch.ones(24)), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group(self.grouped(self.batch(self.conv(x)).relu())).relu().flatten(2).mT
+        q, k, v = self.qkv(self.layer(h)).chunk(3, -1)
+        h = h + F.scaled_dot_product_attention(q, k, v)
+        h = torch.bmm(torch.stack([h, h.tanh()]).flatten(1, 2), self.experts).sum(0)
+        return self.head((h.view(len(x), -1, 24) * self.scale).mean(1))
+
+
+def pair(seed: int = 0) -> tuple[Everything, Everything]:
+    torch.manual_seed(seed)
+    a = disturbed(Everything(), seed).float()
+    b = copy.deepcopy(a)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for p in b.parameters():
+        p.data += 0.3 * p.data.std() * torch.randn(p.shape, generator=generator)
+    return a, b
+
+
+X = seeded(64, 3, 12, 12)
+BATCHES = [{"x": X[:24]}, {"x": X[24:]}]
+
+
+def test_imitating_one_model_gives_it_back() -> None:
+    """From A's weights, with B as the only model: every layer has an exact answer."""
+    a, b = pair()
+    merged = copy.deepcopy(a)
+    done = solve_network(merged, [b], [1.0], forward, BATCHES)
+    assert {w for layer in done for w in layer.weights} >= set(dict(a.named_parameters()))
+    unseen = seeded(40, 3, 12, 12, seed=9)
+    with torch.no_grad():
+        far, near = ((m(unseen) - b(unseen)).norm() / b(unseen).norm() for m in (a, merged))
+    assert far > 0.3 and near < 0.01
+    assert all(layer.after <= layer.before for layer in done)
+
+
+class Standardised(nn.Module):
+    """Weights that are computed from parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.gain = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 12))
+        self.around_one, self.head = nn.Parameter(0.1 * torch.randn(12)), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.kernel, dim=(1, 2, 3), keepdim=True)
+        weight = self.gain * (self.kernel - mean) * torch.rsqrt(variance + 1e-5)
+        h = self.normed(F.conv2d(x, weight).relu().mean((2, 3))).tanh()
+        return self.head(h * (1 + self.around_one))
+
+
+def test_weights_that_are_computed_from_parameters() -> None:
+    torch.manual_seed(0)
+    a, b = (disturbed(Standardised(), seed).float() for seed in (0, 1))
+    merged = copy.deepcopy(a)
+    done = solve_network(merged, [b], [1.0], forward, BATCHES)
+    assert [set(layer.weights) for layer in done] == [
+        {"kernel", "gain"},
+        {"normed.bias", "normed.parametrizations.weight.original0", "normed.parametrizations.weight.original1"},
+        {"around_one"},
+        {"head.weight", "head.bias"},
+    ]
+    unseen = seeded(40, 3, 12, 12, seed=9)
+    with torch.no_grad():
+        far, near = ((m(unseen) - b(unseen)).norm() / b(unseen).norm() for m in (a, merged))
+    assert far > 0.3 and near < 0.05, (far, near, done)
+
+
+def test_a_merge_of_a_model_with_itself_stays_as_it_is() -> None:
+    a, _ = pair()
+    merged = copy.deepcopy(a)
+    done = solve_network(merged, [a, copy.deepcopy(a)], [0.5, 0.5], forward, BATCHES)
+    assert all(layer.ridge == inf for layer in done)
+    for key, value in a.state_dict().items():
+        assert torch.equal(merged.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_the_batch_size_does_not_matter(size: int) -> None:
+    a, b = pair()
+    results = []
+    for s in (32, size):
+        merged = copy.deepcopy(a)
+        solve_network(merged, [a, b], [0.5, 0.5], forward, [{"x": x} for x in X.split(s)])
+        with torch.no_grad():
+            results.append(merged(X))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_models_and_hooks_are_left_alone() -> None:
+    a, b = pair()
+    before = [copy.deepcopy(m.state_dict()) for m in (a, b)]
+    threads = __import__("threading").active_count()
+    solve_network(copy.deepcopy(a), [a, b], [0.5, 0.5], forward, BATCHES)
+    for model, state in zip((a, b), before, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert __import__("threading").active_count() == threads
+
+
+class Shared(nn.Module):
+    """A layer that is used twice and a head that is tied to the first weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.twice, self.once = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.once(self.twice(self.twice(self.table(x)).tanh()).tanh()).tanh())
+
+
+def test_what_is_used_twice_stays_averaged() -> None:
+    torch.manual_seed(0)
+    a, b = Shared().eval(), Shared().eval()
+    merged = copy.deepcopy(a)
+    ids = torch.arange(60).reshape(20, 3) % 12
+    done = solve_network(merged, [a, b], [0.5, 0.5], forward, [{"x": ids}])
+    assert {w for layer in done for w in layer.weights} == {"once.weight", "once.bias"}
+    assert torch.equal(merged.twice.weight, a.twice.weight) and torch.equal(merged.head.weight, a.head.weight)
+
+
+def test_padding_is_not_looked_at() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    a, b = Tokens().eval(), Tokens().eval()
+    x = seeded(40, 5, 6)
+    mask = torch.ones(40, 5, dtype=torch.long)
+    mask[:, 3:] = 0
+    wild = x.clone()
+    wild[:, 3:] = 1e3
+    solved = []
+    for values in (x, wild):
+        merged = copy.deepcopy(a)
+        solve_network(merged, [a, b], [0.5, 0.5], forward, [{"x": values, "attention_mask": mask}])
+        solved.append(merged.layer.weight.detach())
+    assert torch.equal(*solved)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 1, 1, 3), ((2, 1), (1, 2), (1, 2), 1)]
+)
+def test_patches_are_what_the_convolution_sees(stride: Any, padding: Any, dilation: Any, groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(6, 9, (3, 2), stride, padding, dilation, groups).eval()
+    x = seeded(4, 6, 9, 8)
+    net = Paced(model, lambda m, b: m(b["x"]), {"x": x}, frozenset([0]), after=True)
+    stop = net.advance()
+    assert isinstance(stop, Stop)
+    layer = layer_of(stop, 4)
+    assert layer is not None and len(layer.parts) == groups
+    at = torch.tensor([0, 3, layer.positions - 1])
+    for places in (None, at):
+        found = [layer.rows(g, layer.source, stop.out, places) for g in range(groups)]
+        for part, (inputs, answers) in zip(layer.parts, found, strict=True):
+            assert part.bias is not None
+            torch.testing.assert_close(inputs @ part.matrix.T + part.bias, answers, rtol=1e-4, atol=1e-5)
+    net.close()
+
+
+def test_every_row_is_used_of_small_layers() -> None:
+    """One layer, beside NumPy's least squares over exactly the rows that fit and judge together."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(3, 2).eval(), nn.Linear(3, 2).eval()
+    x = seeded(32, 3)
+    merged = copy.deepcopy(a)
+    (done,) = solve_network(merged, [a, b], [0.25, 0.75], lambda m, q: m(q["x"]), [{"x": x}])
+    with torch.no_grad():
+        y = 0.25 * a(x) + 0.75 * b(x)
+    expected = np.linalg.lstsq(np.concatenate([x.numpy(), np.ones((32, 1))], 1), y.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(merged.weight.detach().numpy(), expected[:, :3], atol=5e-3)
+    np.testing.assert_allclose(merged.bias.detach().numpy(), expected[:, 3], atol=5e-3)
+    assert done.ridge == 1e-3
+
+
+class Routed(nn.Module):
+    def __init__(self, cut: float) -> None:
+        super().__init__()
+        self.a, self.b, self.cut = nn.Linear(4, 4), nn.Linear(4, 4), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x) if float(x.sum()) > self.cut else self.b(self.a(x))
+
+
+def test_other_operations_are_refused() -> None:
+    torch.manual_seed(0)
+    a, b = Routed(-1e9).eval(), Routed(1e9).eval()
+    with pytest.raises(MergeidError, match="do not execute the same operations"):
+        solve_network(copy.deepcopy(a), [a, b], [0.5, 0.5], forward, [{"x": seeded(8, 4)}])
+
+
+def test_operations_of_a_pass() -> None:
+    a, _ = pair()
+    names = [stop.name for stop in operations(a, forward, BATCHES[0])]
+    assert names.count("aten.convolution") == 2 and names[-1] == "aten.addmm"
