@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mergeid.planning import Plan
 
 MATCHES = ("auto", "never", "always")
-REPAIRS = ("auto", "bn", "repair", "none")
+REPAIRS = ("auto", "bn", "repair", "solve", "none")
 REFUSE_ABOVE = 0.5
 """Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
 
@@ -126,8 +126,9 @@ def merge(
             matching them one to one (OT fusion); plain layers may then have other widths. Needs no `base`.
         data: calibration data for the evidence, for the repair, and for methods that measure something.
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
-            pre-activations (REPAIR); True or "auto": the one that the network takes, where the merge is nearer to the
-            models with it; False or "none": neither.
+            pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
+            (`mergeid.repair.solve`); True or "auto": "bn" or "repair", whichever the network takes, where the merge is
+            nearer to the models with it; False or "none": nothing.
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
             farther from their predictions than they are themselves, for outputs that are no classification the share
             of their variance (`mergeid.evaluate.nearness`).
@@ -272,7 +273,7 @@ def _check_modes(method: MergeMethod, match: str, stage: str, data: Any) -> None
         raise MergeidError(f"--match {match!r} is not one of auto, never, always")
     if stage not in REPAIRS:
         raise MergeidError(f"--repair {stage!r} is not one of {', '.join(REPAIRS)}")
-    if data is None and stage in ("bn", "repair"):
+    if data is None and stage in ("bn", "repair", "solve"):
         raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
     if data is None and method.statistics:
         what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +24,22 @@ if TYPE_CHECKING:
 
     from mergeid.pair import Progress
 
+SOLVE = "solve"
+SOLVED_AT_ONCE = 64
+"""Examples in a batch of the solve."""
+
 
 @dataclass
 class Repair:
     """What the stage did.
 
     Attributes:
-        kind: "bn", "repair", "repair+bn", or "" where there was nothing to do.
+        kind: "bn", "repair", "repair+bn", "solve", or "" where there was nothing to do.
         tensors: state-dict key -> repaired tensor.
         layers: how many layers were repaired.
         before, after: median over all channels of the standard deviation of the merged network's activations, as a
-            share of what it should be (BatchNorm: of what its statistics say; REPAIR: of the models' own average).
+            share of what it should be (BatchNorm: of what its statistics say; REPAIR: of the models' own average); of a
+            solved network the mean error of its layers' answers on unseen examples, as a share of their spread.
         examples: calibration examples that were used.
         notes: what the user should know.
     """
@@ -50,17 +56,18 @@ class Repair:
         """Everything but the tensors; None where nothing was repaired."""
         if not self.kind:
             return None
+        what = "error" if self.kind == SOLVE else "spread"
         return {
             "kind": self.kind,
             "layers": self.layers,
-            "spread_before": self.before,
-            "spread_after": self.after,
+            f"{what}_before": self.before,
+            f"{what}_after": self.after,
             "examples": self.examples,
         }
 
 
 def repairs(members: Members, stage: str, device: str = "cpu") -> list[str]:
-    """What can be done to a merge of these models, of "none", "bn" and "repair", the simplest first.
+    """What can be done to a merge of these models, of "none", "bn", "repair" and "solve", the simplest first.
 
     Args:
         stage: "auto": nothing, or what this kind of network takes: estimating the statistics of its BatchNorm layers
@@ -82,7 +89,8 @@ def repair_merged(
     Args:
         members: the models with settings and calibration data.
         mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
-            layers, then of BatchNorm layers; "none": neither.
+            layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`); "none":
+            nothing.
         skip: globs of tensor names that are not merged.
     """
     if mode == "none" or (mode == "bn" and not batchnorm_layers(members.first.model)):
@@ -98,6 +106,8 @@ def repair_network(
     """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
     tell = progress or (lambda *_: None)
     accelerator = make_accelerator(device)
+    if mode == SOLVE:
+        return _solve(members, merged.to(accelerator.device), progress)
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
@@ -106,6 +116,39 @@ def repair_network(
         tell("estimating BatchNorm statistics", 0, 1)
         _reestimate(members, merged, accelerator, found)
     return found
+
+
+def _solve(members: Members, merged: nn.Module, progress: Progress | None) -> Repair:
+    from mergeid.repair.solve import solve_network
+
+    weights = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
+    total = sum(weights)
+    equal = [1 / len(members.models)] * len(members.models)
+    shares = [w / total for w in weights] if len(weights) == len(equal) and abs(total) > 1e-8 else equal
+    device = next(merged.parameters()).device
+    models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
+    batches = [
+        {k: v for k, v in batch.items() if k != "labels"} for batch in members.batches(SOLVED_AT_ONCE, str(device))
+    ]
+    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    done = solve_network(
+        merged.eval(),
+        models,
+        shares,
+        members.first.forward,
+        batches,
+        progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
+    )
+    tensors = {k: v.detach().cpu() for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}
+    count = max(len(done), 1)
+    return Repair(
+        SOLVE,
+        tensors,
+        sum(layer.ridge < inf for layer in done),
+        sum(layer.before for layer in done) / count,
+        sum(layer.after for layer in done) / count,
+        len(members.dataset),
+    )
 
 
 def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair) -> None:

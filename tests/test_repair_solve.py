@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from graph_helpers import disturbed
 from torch import Tensor, nn
 
+import mergeid
 from mergeid.errors import MergeidError
 from mergeid.repair.layers import layer_of
 from mergeid.repair.paced import Paced, Stop, operations
@@ -46,9 +47,9 @@ class Everything(nn.Module):
         return self.head((h.view(len(x), -1, 24) * self.scale).mean(1))
 
 
-def pair(seed: int = 0) -> tuple[Everything, Everything]:
+def pair(seed: int = 0, kind: type[nn.Module] = Everything) -> tuple[Any, Any]:
     torch.manual_seed(seed)
-    a = disturbed(Everything(), seed).float()
+    a = disturbed(kind(), seed).float()
     b = copy.deepcopy(a)
     generator = torch.Generator().manual_seed(seed + 1)
     for p in b.parameters():
@@ -90,8 +91,7 @@ class Standardised(nn.Module):
 
 
 def test_weights_that_are_computed_from_parameters() -> None:
-    torch.manual_seed(0)
-    a, b = (disturbed(Standardised(), seed).float() for seed in (0, 1))
+    a, b = pair(kind=Standardised)
     merged = copy.deepcopy(a)
     done = solve_network(merged, [b], [1.0], forward, BATCHES)
     assert [set(layer.weights) for layer in done] == [
@@ -103,7 +103,7 @@ def test_weights_that_are_computed_from_parameters() -> None:
     unseen = seeded(40, 3, 12, 12, seed=9)
     with torch.no_grad():
         far, near = ((m(unseen) - b(unseen)).norm() / b(unseen).norm() for m in (a, merged))
-    assert far > 0.3 and near < 0.05, (far, near, done)
+    assert far > 0.2 and near < 0.02
 
 
 def test_a_merge_of_a_model_with_itself_stays_as_it_is() -> None:
@@ -240,3 +240,61 @@ def test_operations_of_a_pass() -> None:
     a, _ = pair()
     names = [stop.name for stop in operations(a, forward, BATCHES[0])]
     assert names.count("aten.convolution") == 2 and names[-1] == "aten.addmm"
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return torch.from_numpy(found.data).float() / 16, torch.from_numpy(found.target)
+
+
+def trained(seed: int) -> nn.Module:
+    x, y = digits()
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(12):
+        for i in torch.randperm(1200).split(50):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x[i]), y[i]).backward()
+            optimiser.step()
+    return net.eval()
+
+
+def test_merge_solves_on_request() -> None:
+    """Independent seeds: what matching leaves of the barrier is nearly gone."""
+    x, y = digits()
+    a, b = trained(0), trained(1)
+    data = [{"arg0": v} for v in x[:400]]
+    losses = {}
+    for repair in ("none", "solve"):
+        result = mergeid.merge(a, b, data=data, example_inputs=x[:2], match="always", repair=repair, force=True)
+        net = copy.deepcopy(a)
+        net.load_state_dict(result.state)
+        with torch.no_grad():
+            losses[repair] = float(F.cross_entropy(net(x[1200:]), y[1200:]))
+    with torch.no_grad():
+        ends = sum(float(F.cross_entropy(m(x[1200:]), y[1200:])) for m in (a, b)) / 2
+    assert result.repair is not None and result.repair["kind"] == "solve"
+    assert result.repair["layers"] == 2  # averaged weights are exact on the network's own inputs
+    assert result.repair["error_after"] < result.repair["error_before"] / 2
+    assert losses["solve"] - ends < 0.25 * (losses["none"] - ends)
+
+
+def test_solving_a_merge_with_a_scrambled_copy_gives_the_model_back() -> None:
+    x, _ = digits()
+    a = trained(0)
+    graph = mergeid.graph(a, x[:2])
+    b = copy.deepcopy(a)
+    b.load_state_dict(graph.apply_state(graph.random_element(torch.Generator().manual_seed(1)), a.state_dict()))
+    data = [{"arg0": v} for v in x[:200]]
+    result = mergeid.merge(a, b, data=data, example_inputs=x[:2], repair="solve")
+    for key, value in a.state_dict().items():
+        torch.testing.assert_close(result.state[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_solve_needs_data() -> None:
+    a = trained(0)
+    with pytest.raises(MergeidError, match="--repair solve measures activations; give examples with --data"):
+        mergeid.merge(a, a, example_inputs=torch.zeros(2, 64), repair="solve")

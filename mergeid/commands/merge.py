@@ -105,7 +105,8 @@ def command(
             "--repair",
             rich_help_panel=o.HOW,
             help="bn: estimate BatchNorm statistics again; repair: rescale pre-activations (REPAIR); auto: bn, or "
-            "repair of a network without BatchNorm, where that is nearer to the models; none.",
+            "repair of a network without BatchNorm, where that is nearer to the models; solve: every layer in closed "
+            "form, to answer as the models do on average; none.",
         ),
     ] = o.Repair.auto,
     no_repair: Annotated[

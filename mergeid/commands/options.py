@@ -29,6 +29,7 @@ class Repair(str, Enum):
     auto = "auto"
     bn = "bn"
     repair = "repair"
+    solve = "solve"
     none = "none"
 
 

@@ -263,7 +263,13 @@ def comparison_line(comparison: dict[str, Any]) -> str:
 
 
 def repair_line(repair: dict[str, Any]) -> str:
-    """What the repair stage did, with the spread of activations before and after."""
+    """What the repair stage did, with the spread of activations (or the layers' error) before and after."""
+    if repair["kind"] == "solve":
+        before, after = (f"{repair[key]:.0%}" for key in ("error_before", "error_after"))
+        return (
+            f"Solved layer by layer on {repair['examples']} examples: {repair['layers']} layers were changed. On "
+            f"examples not used for the fit, they miss the models' answers by {after} of the spread ({before} before)."
+        )
     before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))
     if repair["kind"] == "bn":
         return (

@@ -34,13 +34,13 @@ def fit_derived(seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments
     values = start
     for strength in reversed(RIDGES):
         values, shift = _descend(seen, part, values, mean, strength, bias is not None)
-        found = _error(unseen, _weight(part, values), shift)
+        found = _error(unseen, part.remade(values), shift)
         if found < lowest - NOTHING:
             best, lowest, ridge = (values, shift), found, strength
     if best is None:
         return Fit(mean, bias, inf, before, before, start)
     values, shift = _descend(_together(seen, unseen), part, best[0], mean, ridge, bias is not None)
-    return Fit(_weight(part, values), shift, ridge, before, lowest, values)
+    return Fit(part.remade(values), shift, ridge, before, lowest, values)
 
 
 def _together(seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments) -> Moments | ChannelMoments:
@@ -52,12 +52,6 @@ def _together(seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments) 
 
 def _error(moments: Moments | ChannelMoments, weight: Tensor, bias: Tensor | None) -> float:
     return error(moments, weight, bias) if isinstance(moments, Moments) else moments.error(weight, bias)
-
-
-def _weight(part: Part, values: dict[str, Tensor]) -> Tensor:
-    assert part.derived is not None
-    made = part.derived.remake(values)
-    return made if part.alone else made.reshape(len(made), -1)
 
 
 def _descend(
@@ -87,7 +81,7 @@ def _descend(
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        w = _weight(part, values)
+        w = part.remade(values)
         quadratic = (w @ xx) * w - 2 * xy.T * w if w.dim() == 2 else xx * w.square() - 2 * xy * w
         loss = (quadratic.sum() + strength * (w - mean).square().sum()) / scale
         loss.backward()
@@ -96,7 +90,7 @@ def _descend(
     with torch.enable_grad():
         optimiser.step(closure)
     found = {k: v.detach() for k, v in values.items()}
-    w = _weight(part, found)
+    w = part.remade(found)
     if not shifted:
         return found, None
     return found, y - (w @ x if w.dim() == 2 else w * x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,23 +25,32 @@ class Part:
         weight: [m, …], a view of the parameter (writing into it changes the parameter), or computed from parameters.
         bias: [m], likewise a view, or None.
         alone: every output has one input of its own (norms): weight [m], inputs and answers of equal width.
+        turned: the operation takes the weight transposed.
         derived: how the weight is computed, where it is no parameter.
     """
 
     weight: Tensor
     bias: Tensor | None
     alone: bool = False
+    turned: bool = False
     derived: Derived | None = None
 
     def write(self, found: Fit) -> None:
-        """Put new values where the old ones lie."""
-        if self.derived is None:
-            self.weight.copy_(found.weight.reshape(self.weight.shape))
-        else:
+        """Put new values where the old ones lie; a computed weight and the parameters that it comes from are both
+        replaced, since it was computed before."""
+        self.weight.copy_(found.weight.reshape(self.weight.shape))
+        if self.derived is not None:
             for name, leaf in self.derived.leaves.items():
                 leaf.copy_(found.leaves[name])
         if self.bias is not None and found.bias is not None:
             self.bias.copy_(found.bias)
+
+    def remade(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The matrix [m, d] (of norms [m]) that other values of its parameters give."""
+        assert self.derived is not None
+        made = self.derived.remake(values)
+        made = made.mT if self.turned else made
+        return made if self.alone else made.reshape(len(made), -1)
 
     @property
     def matrix(self) -> Tensor:
@@ -74,10 +83,9 @@ def layer_of(stop: Stop, examples: int) -> Layer | None:
     layer = make(stop, examples) if make is not None else None
     if layer is None or not stop.derived:
         return layer
-    ((at, derived),) = stop.derived.items() if len(stop.derived) == 1 else ((None, None),)
-    if len(layer.parts) != 1 or at is None or derived is None or stop.args[at].shape != layer.parts[0].weight.shape:
-        return None
-    return replace(layer, parts=[replace(layer.parts[0], derived=derived)])
+    (derived, *more), (part, *others) = stop.derived.values(), layer.parts
+    whole = part.weight.numel() == sum(stop.args[at].numel() for at in stop.derived)
+    return replace(layer, parts=[replace(part, derived=derived)]) if whole and not (more or others) else None
 
 
 def _per_example(x: Tensor, examples: int) -> Tensor | None:
@@ -114,7 +122,7 @@ def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | Non
         assert u is not None and v is not None
         return _picked(u, at), _picked(v, at)
 
-    return Layer([Part(m, bias) for m in w], x.shape[1] // examples, rows, b if turned else a)
+    return Layer([Part(m, bias, turned=not turned) for m in w], x.shape[1] // examples, rows, b if turned else a)
 
 
 def _mm(stop: Stop, examples: int) -> Layer | None:

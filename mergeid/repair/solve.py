@@ -147,7 +147,8 @@ def _solve_at(
             continue
         made = _fitted(part, seen, unseen)
         if made.ridge < inf:
-            part.write(made)
+            for layer in found if part.derived is not None else found[:1]:  # every batch has computed its own
+                layer.parts[p].write(made)
         out.append(SolvedLayer(names, made.ridge, made.before, made.after))
     return out
 
