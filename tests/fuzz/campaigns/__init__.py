@@ -1,0 +1,3 @@
+"""All campaigns; importing this registers them."""
+
+from . import data, folders, graphs, headers, hub, kept, pickles, recipes, sketches, values  # noqa: F401
