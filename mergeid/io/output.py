@@ -105,7 +105,7 @@ def _resolved(name: str, what: str) -> Path:
 
 def _paths(inputs: Iterable[Input]) -> list[Path]:
     """Those inputs that lie on this machine."""
-    found = (Path(os.fspath(given)).expanduser() for given in inputs)
+    found = (Path(os.path.expanduser(given)) for given in inputs)  # which leaves the home of nobody as it is
     return [path for path in found if os.path.exists(path)]
 
 
