@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, is_text, reason, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,10 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError
-        reason = str(error).split("\n", 1)[0]
+        # torch recommends to load it without protection where it holds code
+        why = "it holds more than tensors" if "Weights only load failed" in str(error) else reason(error)
         raise MergeidError(
-            f"{path} cannot be read as a pickled state dict ({reason}); expected plain tensors: "
+            f"{path} cannot be read as a pickled state dict ({why}); expected plain tensors: "
             "save model.state_dict() as safetensors"
         ) from None
     for key in _WRAPPERS:
@@ -40,4 +41,28 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise MergeidError(f"{path} holds no tensors; expected a state dict (names and tensors)")
-    return tensors
+    for name, tensor in tensors.items():
+        _check_plain(path, name, tensor)
+    return {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+
+
+def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises `MergeidError` for a tensor that safetensors cannot hold."""
+    import torch
+
+    kind = next(
+        (
+            kind
+            for kind, found in (
+                ("no values (meta device)", tensor.is_meta),
+                ("quantised values", tensor.is_quantized),
+                ("sparse values", tensor.layout is not torch.strided or tensor.is_nested),
+            )
+            if found
+        ),
+        None,
+    )
+    if kind is not None:
+        raise MergeidError(f"tensor {shown(name)} of {path} has {kind}; expected a plain, dense tensor")
+    if not is_text(name):
+        raise MergeidError(f"{path} has the tensor {shown(name)}, whose name no file can hold; rename it")

@@ -202,9 +202,7 @@ def check_weights(weights: Sequence[float], models: int, *, normalize: bool = Fa
     try:
         total = math.fsum(weights)
     except OverflowError:
-        raise MergeidError(
-            f"weights {shown} are too large to be added up; give smaller ones (option --weights)"
-        ) from None
+        raise MergeidError(f"weights {shown} are too large to be added up (option --weights)") from None
     if not normalize and abs(total - 1) > 1e-6:
         raise MergeidError(
             f"weights {shown} sum to {total:g}, expected 1; change them (option --weights) or pass --normalize"

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from . import campaigns as _campaigns  # noqa: F401
+from .campaigns import models
 from .case import CAMPAIGNS, Campaign, rng_of
 from .lane import Lane
 from .oracle import Ran, faults, snapshot
@@ -210,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = place.resolve()
     place.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MERGEID_FUZZ_MODELS", str(place / "models"))
+    models.folder()  # once, before there are several threads
     if given.replay:
         return replay(given.replay, given.seed, place)
     names = [n for n in (given.only or [*CAMPAIGNS, "kills"])]

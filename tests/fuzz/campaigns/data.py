@@ -23,7 +23,7 @@ Made = tuple[str, bool]
 """Name of the data, and whether it is certainly good."""
 
 
-@campaign("data", share=2.5, processes=60)
+@campaign("data", share=1.2, processes=120)
 def data(rng: random.Random, folder: Path) -> Case:
     make, image = rng.choice(((records, False), (records, False), (plain, False), (arrays, False), (arrays, True),
                               (tensors, False), (images, True), (images, True), (functions, False)))  # fmt: skip

@@ -21,9 +21,9 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-@campaign("folders", share=9, processes=60)
+@campaign("folders", share=9, processes=50)
 def folders(rng: random.Random, folder: Path) -> Case:
-    if rng.random() < 0.06:
+    if rng.random() < 0.04:
         return _real(rng, folder)
     names = ["w", "b", "layers.0.weight", "layers.1.weight"]
     a, b = pair(rng, names, [[3, 2], [4], [2, 2], [2, 2]])

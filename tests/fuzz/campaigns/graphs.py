@@ -18,7 +18,7 @@ def _graph() -> Any:
     return json.loads(models.content("g.json"))
 
 
-@campaign("graphs", share=1.0, processes=80)
+@campaign("graphs", share=0.5, processes=100)
 def graphs(rng: random.Random, folder: Path) -> Case:
     models.put(folder, "a")
     valid = rng.random() < 0.03

@@ -36,7 +36,7 @@ DTYPES = (
 )
 
 
-@campaign("headers", share=15, processes=60)
+@campaign("headers", share=16, processes=50)
 def headers(rng: random.Random, folder: Path) -> Case:
     """A pair whose second file is damaged, more often than not."""
     a, b = _tables(rng)
@@ -50,14 +50,14 @@ def headers(rng: random.Random, folder: Path) -> Case:
     words = ["merge", *names, "-o", OUT, "--match", "never"]
     if codes == {0, 1, 2}:
         roll = rng.random()
-        if roll < 0.04:
+        if roll < 0.01:
             words = [
                 rng.choice(("plan", "barrier", "merge")),
                 *names,
                 *(["--data", "nothing.npz"] * (rng.random() < 0.5)),
             ]
             words += [] if words[0] != "merge" else ["-o", OUT]
-        elif roll < 0.08:
+        elif roll < 0.03:
             words = rng.choice((["graph", names[1]], ["predict", *names], ["scramble", names[1], "-o", OUT]))
         elif roll < 0.3:
             words += rng.choice((["--json"], ["--skip", "*"], ["--dtype", "float16"], ["--skip", odd.word(rng)]))

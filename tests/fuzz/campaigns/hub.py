@@ -30,8 +30,8 @@ WAYS = ("good", "good", "listing", "listing", "status", "status", "redirect", "l
 
 @campaign(
     "hub",
-    share=0.3,
-    processes=4,
+    share=0.2,
+    processes=5,
     env={"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "HF_TOKEN": "x"},
 )
 def hub(rng: random.Random, folder: Path) -> Case:

@@ -12,7 +12,7 @@ from ..files import pair, safetensors
 from . import models
 
 
-@campaign("kept", share=0.8, processes=40)
+@campaign("kept", share=0.5, processes=50)
 def kept(rng: random.Random, folder: Path) -> Case:
     if rng.random() < 0.35:
         return _resumed(rng, folder)

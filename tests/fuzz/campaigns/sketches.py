@@ -14,7 +14,7 @@ from ..files import join
 from . import models
 
 
-@campaign("sketches", share=1.2, processes=60)
+@campaign("sketches", share=0.6, processes=100)
 def sketches(rng: random.Random, folder: Path) -> Case:
     raw = {name: models.content(name) for name in ("a.sketch", "b.sketch")}
     valid = rng.random() < 0.04
