@@ -68,6 +68,11 @@ def endpoint() -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
+def content(name: str) -> bytes:
+    """A file of the model."""
+    return safetensors(_models()[0], {"format": "pt"}) if name.endswith(".safetensors") else b'{"model_type": "x"}'
+
+
 class Liar(BaseHTTPRequestHandler):
     """One answer."""
 
@@ -93,15 +98,15 @@ class Liar(BaseHTTPRequestHandler):
         listing = path.startswith("api/")
         try:
             if listing and way not in ("short", "long", "etag", "size", "weights", "config", "slow", "garbage"):
-                self.list(way, rng, body)
+                self.list(way, rng, body, "/tree/" in path)
             elif listing:
-                self.list("good", rng, body)
+                self.list("good", rng, body, "/tree/" in path)
             else:
                 self.file(way, rng, path.rpartition("/")[2], body)
         except OSError:
             self.close_connection = True
 
-    def list(self, way: str, rng: random.Random, body: bool) -> None:
+    def list(self, way: str, rng: random.Random, body: bool, tree: bool) -> None:
         names: list[Any] = ["config.json", "model.safetensors", "README.md"]
         about: Any = {"id": "org/x", "modelId": "org/x", "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
         if way == "names":
@@ -112,6 +117,8 @@ class Liar(BaseHTTPRequestHandler):
                 "model.safetensors/x",
             ]
         about["siblings"] = [{"rfilename": n} for n in names]
+        if tree:
+            about = [{"type": "file", "path": n, "size": len(content(n)), "oid": COMMIT} for n in names]
         raw = json.dumps(about).encode()
         if way == "listing":
             raw = odd.written(rng, odd.damaged(rng, about), 0.3)
@@ -122,7 +129,7 @@ class Liar(BaseHTTPRequestHandler):
         self.odd_ways(way, rng, raw, body)
 
     def file(self, way: str, rng: random.Random, name: str, body: bool) -> None:
-        raw = safetensors(_models()[0], {"format": "pt"}) if name.endswith(".safetensors") else b'{"model_type": "x"}'
+        raw = content(name)
         more = {"ETag": f'"{name}-{len(raw)}"', "X-Repo-Commit": COMMIT}
         if way == "weights" and name.endswith(".safetensors"):
             raw = odd.damaged_bytes(rng, raw)
