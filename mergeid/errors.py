@@ -15,8 +15,8 @@ UNSEEN = re.compile(
 )
 """Control characters, characters that turn the direction of text or cannot be seen, and halves of surrogate pairs."""
 
-_WORD, _SENTENCE, _QUOTED = 160, 1000, 100
-"""Most characters of one word, of one message, and of what is quoted in one."""
+_WORD, _LONG, _SENTENCE, _QUOTED = 160, 600, 1000, 100
+"""Most characters of one word, of a message that is still easy to read, of any message, of what is quoted in one."""
 
 
 def visible(text: str) -> str:
@@ -43,7 +43,10 @@ def plain(message: object) -> str:
     if len(text) > 100 * _SENTENCE:  # what nobody reads is not worth the work
         text = cut(text, 50 * _SENTENCE)
     words = visible(" ".join(text.split())).split(" ")
-    return cut(" ".join(cut(word, _WORD) for word in words), _SENTENCE)
+    text = " ".join(cut(word, _WORD) for word in words)
+    if len(text) > _LONG:  # long names give way first
+        text = " ".join(cut(word, _WORD // 4) for word in words)
+    return cut(text, _SENTENCE)
 
 
 def is_text(value: str) -> bool:
