@@ -154,7 +154,18 @@ def test_what_the_generators_write_is_the_format(tmp_path: Path) -> None:
 
 
 def test_the_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    ledger = Ledger("headers", 0, next=7, processes=1, codes={"0": 3, "2": 4}, faults={"hang": 1}, failing=[4])
+    ledger = Ledger(
+        "headers", 0, next=7, processes=1, codes={"0": 3, "2": 4}, faults={"hang": 1}, failing={"4": ["None", "hang"]}
+    )
     ledger.save(tmp_path)
     assert Ledger.of(tmp_path, "headers", 0) == ledger and Ledger.of(tmp_path, "headers", 1).next == 0
     assert "| **all** | 7 | 1 | 3 | 4 | 0 | 0 | 1 |" in table([ledger])
+
+
+def test_an_input_that_is_mended_is_counted_as_what_it_is_now() -> None:
+    ledger = Ledger("headers", 0)
+    ledger.count(4, 3, ["exit code: 3", "traceback: x"])
+    assert ledger.codes == {"3": 1} and ledger.failing == {"4": ["3", "exit code", "traceback"]}
+    code, *kinds = ledger.failing.pop("4")
+    ledger.count(4, 2, [], code, kinds)
+    assert ledger.codes == {"3": 0, "2": 1} and not any(ledger.faults.values()) and not ledger.failing

@@ -41,9 +41,9 @@ class Work:
 
 WORKS = (
     Work("merge to a file", ["merge", "a.safetensors", "b.safetensors", "-o", "o.safetensors", "--match", "never"],
-    ("o.safetensors", "mergeid.json"), 4),
-    Work("merge to a folder", ["merge", "fa", "fb", "-o", "o", "--match", "never"], ("o",), 4),
-    Work("replace a folder", ["merge", "fa", "fb", "-o", "o", "--match", "never", "--force"], ("o",), 2),
+    ("o.safetensors", "mergeid.json"), 6),
+    Work("merge to a folder", ["merge", "fa", "fb", "-o", "o", "--match", "never"], ("o",), 6),
+    Work("replace a folder", ["merge", "fa", "fb", "-o", "o", "--match", "never", "--force"], ("o",), 3),
     Work("ties", ["merge", "a.safetensors", "b.safetensors", "--base", "b.safetensors", "--method", "ties", "-o", "o",
     "--match", "never"], ("o",), 1),
     Work("matched merge", ["merge", "a", "b", "--data", "d.npz", "-o", "o", "--force"], ("o",), 1),
@@ -97,6 +97,8 @@ def kills(count: int, seed: int, place: Path) -> Killed:
         if wrong:
             found.failing.append(f"{number} {work.name} {sent.name}: {wrong}")
             print(f"kills:{found.failing[-1]}", file=sys.stderr, flush=True)
+        if number % 50 == 49:
+            print(f"kills: {number + 1} of {count} signals sent", file=sys.stderr, flush=True)
     return found
 
 

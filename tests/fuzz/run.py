@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -35,8 +36,22 @@ class Ledger:
     processes: int = 0
     codes: dict[str, int] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
-    failing: list[int] = field(default_factory=list)
+    failing: dict[str, list[str]] = field(default_factory=dict)
+    mended: int = 0
     slowest: float = 0.0
+
+    def count(
+        self, index: int, code: int | None, found: list[str], before: str = "", kinds: Sequence[str] = ()
+    ) -> None:
+        """Of one input: its exit code and faults, instead of those that it had before."""
+        now = sorted({f.partition(":")[0] for f in found})
+        for table, gone, come in ((self.codes, [before] if before else [], [str(code)]), (self.faults, kinds, now)):
+            for key in gone:
+                table[key] -= 1
+            for key in come:
+                table[key] = table.get(key, 0) + 1
+        if found:
+            self.failing[str(index)] = [str(code), *now]
 
     @classmethod
     def of(cls, place: Path, name: str, seed: int) -> Ledger:
@@ -71,7 +86,19 @@ def one(campaign: Campaign, seed: int, index: int, lane: Lane, place: Path, *, a
     return found, ran
 
 
-def several(campaign: Campaign, seed: int, count: int, lane: Lane, place: Path, say: bool = True) -> Ledger:
+def again(campaign: Campaign, seed: int, lane: Lane, place: Path) -> Ledger:
+    """The inputs that failed, once more after a mend: each is counted as what it is now."""
+    ledger = Ledger.of(place, campaign.name, seed)
+    for index in list(ledger.failing):
+        found, ran = one(campaign, seed, int(index), lane, place, alone=int(index) % campaign.processes == 0)
+        code, *kinds = ledger.failing.pop(index)
+        ledger.count(int(index), ran.code, found, code, kinds)
+        ledger.mended += not found
+        ledger.save(place)
+    return ledger
+
+
+def several(campaign: Campaign, seed: int, count: int, lane: Lane, place: Path) -> Ledger:
     """`count` inputs of a campaign, those done earlier included."""
     ledger = Ledger.of(place, campaign.name, seed)
     while ledger.next < count:
@@ -81,14 +108,9 @@ def several(campaign: Campaign, seed: int, count: int, lane: Lane, place: Path, 
         ledger.next += 1
         ledger.processes += alone
         ledger.slowest = max(ledger.slowest, ran.seconds)
-        code = str(ran.code)
-        ledger.codes[code] = ledger.codes.get(code, 0) + 1
-        for kind in {f.partition(":")[0] for f in found}:
-            ledger.faults[kind] = ledger.faults.get(kind, 0) + 1
+        ledger.count(index, ran.code, found)
         if found:
-            ledger.failing.append(index)
-            if say:
-                print(f"{campaign.name}:{index}: {'; '.join(found)[:300]!r}", file=sys.stderr, flush=True)
+            print(f"{campaign.name}:{index}: {'; '.join(found)[:300]!r}", file=sys.stderr, flush=True)
         if index % 50 == 49 or found:
             ledger.save(place)
     ledger.save(place)
@@ -115,7 +137,7 @@ FAULTS = (
 
 def table(ledgers: list[Ledger]) -> str:
     """Markdown: campaign, inputs, exit codes, failures by kind."""
-    codes = sorted({c for x in ledgers for c in x.codes}, key=lambda c: (c == "None", c))
+    codes = sorted({c for x in ledgers for c, n in x.codes.items() if n}, key=lambda c: (c == "None", c))
     head = [
         "campaign",
         "inputs",
@@ -144,8 +166,10 @@ def table(ledgers: list[Ledger]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
 
-def campaign_all(names: list[str], counts: dict[str, int], seed: int, place: Path, jobs: int) -> list[Ledger]:
-    """All campaigns, `jobs` at a time."""
+def campaign_all(
+    names: list[str], counts: dict[str, int], seed: int, place: Path, jobs: int, only_failing: bool = False
+) -> list[Ledger]:
+    """All campaigns, `jobs` at a time; or what failed in them."""
     place.mkdir(parents=True, exist_ok=True)
     waiting: SimpleQueue[str] = SimpleQueue()
     for name in sorted(names, key=lambda n: -counts[n] * (10 if n in ("data", "graphs", "hub") else 1)):
@@ -164,7 +188,11 @@ def campaign_all(names: list[str], counts: dict[str, int], seed: int, place: Pat
             home.mkdir(parents=True)
             lane = Lane(home, campaign.env)
             try:
-                done[name] = several(campaign, seed, counts[name], lane, place)
+                done[name] = (
+                    again(campaign, seed, lane, place)
+                    if only_failing
+                    else several(campaign, seed, counts[name], lane, place)
+                )
             finally:
                 lane.close()
 
@@ -203,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, help="where progress and failing inputs are kept; going on there is possible"
     )
+    parser.add_argument("--again", action="store_true", help="only what failed in --folder, after a mend")
     parser.add_argument("--replay", metavar="CAMPAIGN:NUMBER", help="one input again")
     parser.add_argument("--table", type=Path, help="also write the table there (Markdown)")
     given = parser.parse_args(arguments)
@@ -217,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [n for n in (given.only or [*CAMPAIGNS, "kills"])]
     began = time.monotonic()
     fuzzed = [n for n in names if n != "kills"]
-    ledgers = campaign_all(fuzzed, shares(given.count, fuzzed), given.seed, place, given.jobs) if fuzzed else []
+    counts = shares(given.count, fuzzed) if fuzzed else {}
+    ledgers = campaign_all(fuzzed, counts, given.seed, place, given.jobs, given.again)
     text = table(ledgers) if ledgers else ""
     failing = sum(len(x.failing) for x in ledgers)
     if "kills" in names:
