@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import mergeid
 from mergeid import MergeidError
@@ -348,3 +350,59 @@ def test_a_state_with_a_layer_that_the_model_lacks_is_refused():
     state = mnn.asymmetric_layer(nn.Linear(8, 4), generator=seeded()).state_dict()
     with pytest.raises(MergeidError, match="Linear has no layer 'fc'"):
         mnn.restore(nn.Linear(8, 4), {f"fc.{k}": v for k, v in state.items()})
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "bert"])
+def test_tables_and_tied_heads_as_files(name, tmp_path):
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        if name == "vit":
+            model = timm.create_model("test_vit", num_classes=4)
+        else:
+            small = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1}
+            model = {
+                "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, **small)),
+                "bert": lambda: BertForMaskedLM(
+                    BertConfig(
+                        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, **small
+                    )
+                ),
+            }[name]()
+        mnn.asymmetrise(model, "w", generator=seeded(9))
+        return model.eval()
+
+    models = [make(0), make(1)]
+    for end, model in zip("ab", models, strict=True):
+        if name == "vit":
+            file_of(model.state_dict(), tmp_path / f"{end}.safetensors")
+        else:
+            model.save_pretrained(tmp_path / end)
+    paths = [tmp_path / (f"{end}.safetensors" if name == "vit" else end) for end in "ab"]
+    x = torch.randn(2, 3, 160, 160, generator=seeded(3)) if name == "vit" else torch.arange(12).reshape(2, 6)
+
+    def outputs(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            out = model(x)
+        return out if name == "vit" else out.logits
+
+    for path, model in zip(paths, models, strict=True):
+        torch.testing.assert_close(outputs(mergeid.load(path).model), outputs(model))
+    # no data: the fixed parts reach from the inputs to every space
+    plan = mergeid.plan(*paths)
+    assert plan.evidence == "structure", [s.certificate.why for s in plan.spaces]
+    merged = mergeid.merge(*paths, output=tmp_path / ("m.safetensors" if name == "vit" else "m"))
+    result = mergeid.load(merged.files[0] if name == "vit" else tmp_path / "m").model
+    middle = copy.deepcopy(models[0])
+    other = models[1].state_dict()
+    middle.load_state_dict(
+        {k: (v + other[k]) / 2 if v.is_floating_point() else v for k, v in middle.state_dict().items()}
+    )
+    torch.testing.assert_close(outputs(result), outputs(middle))
+    # folded, for tools that know the ordinary architecture only
+    folded = mnn.fold_file(paths[0], tmp_path / ("f.safetensors" if name == "vit" else "f"))
+    plain = mergeid.load(folded[0] if name == "vit" else tmp_path / "f")
+    assert not stored.is_asymmetric(plain.model.state_dict())
+    torch.testing.assert_close(outputs(plain.model), outputs(models[0]))
+    if name != "vit":
+        again = type(models[0]).from_pretrained(tmp_path / "f")
+        torch.testing.assert_close(outputs(again.eval()), outputs(models[0]))

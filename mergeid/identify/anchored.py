@@ -85,7 +85,7 @@ class _Chain:
             return False
         if space.members == 1 and space.parents:
             return True  # nothing of its own to trade: it follows
-        return self.hold(space, lambda w: w.unknown is None and w.reads <= reached).firm and self.hold(space).firm
+        return self.hold(space).firm and self.hold(space, lambda w: w.unknown is None and w.reads <= reached).firm
 
     def gap(self, space: Space, reached: set[str]) -> str:
         """Why the chain breaks at a space that fixed parts hold if its inputs correspond."""

@@ -30,8 +30,8 @@ from mergeid.nn.names import FIXED, MASK
 
 WIDEST = 45.0
 """Degrees: the widest angle at which two models' neurons cannot be nearer in another order."""
-VALUES = 1 << 23
-"""Float64 values that are held at once (64 MB) per sum of products."""
+VALUES = 1 << 24
+"""Float64 values that are held at once (128 MB) per sum of products."""
 
 Read = Callable[[str, str], "Tensor | None"]
 """(space id, tensor) -> the tensor of a model in the order that this space is judged in; None where it has none."""
@@ -166,13 +166,13 @@ def hold(fixed: Fixed, space: Space, writers: Sequence[Writer], *, across: bool 
             continue
         between_f = _between(rows, 2, f, part)
         for side, own, with_f in ((0, a, fa), (1, b, fb)):
-            into, out = _products(rows, 2, side, part), _products(rows, side, 2, part)
+            into, out = _both_ways(rows, 2, side, part)
             swap = with_f[part, None] + with_f[None] - into - out
             size = (_between(rows, side, own, part) * between_f).clamp(min=0).sqrt()
             cosine = torch.where(size > 1e-12 * (own.max() * f.max()).sqrt(), swap / size, 0.0)
             angles[side] = max(angles[side], degrees(acos(min(1.0, float(cosine[other].min().clamp(min=-1))))))
             _dominates(dominant, side, own, f, with_f, into, out, part, other)
-        _dominates(dominant, 2, b, a, ab, _products(rows, 0, 1, part), _products(rows, 1, 0, part), part, other)
+        _dominates(dominant, 2, b, a, ab, *_both_ways(rows, 0, 1, part), part, other)
     nearest = [bool(d.any()) for d in dominant]
     if max(angles) < WIDEST:
         # dominance is enough, not needed
@@ -208,6 +208,12 @@ def _products(rows: Rows, one: int, two: int, part: Tensor) -> Tensor:
     for x, y in _columns(rows, one, two):
         out += x[part] @ y.T
     return out
+
+
+def _both_ways(rows: Rows, one: int, two: int, part: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨x_i, y_j⟩ and ⟨y_i, x_j⟩ at [i in part, j]."""
+    found = _products(rows, one, two, part)
+    return found, found.T if len(part) == found.shape[1] else _products(rows, two, one, part)
 
 
 def _between(rows: Rows, side: int, norms: Tensor, part: Tensor) -> Tensor:
