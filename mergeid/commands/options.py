@@ -127,7 +127,7 @@ Base = Annotated[
         metavar="BASE",
         rich_help_panel=INPUT,
         show_default=False,
-        help="What A and B were fine-tuned from: with --data every space gets its structural margins relative to it.",
+        help="What A and B were fine-tuned from: what structure identifies by it, and with --data the margins.",
     ),
 ]
 Certify = Annotated[
@@ -135,7 +135,7 @@ Certify = Annotated[
     typer.Option(
         "--certify",
         rich_help_panel=HOW,
-        help="With the margins also by how much the inputs may shift (slow above about a thousand neurons).",
+        help="Also by how much every layer's inputs may shift; needs --data (slow above about a thousand neurons).",
     ),
 ]
 Skip = Annotated[

@@ -77,11 +77,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         )
         for line in structure_lines(plan):
             console.print(line, markup=False)
-        if plan.structure.get("certified"):
-            columns, rows = radii(plan)
-            title = "Certified shifts of the inputs, layer by layer"
-            console.print(make_table(columns, rows, width=console.width, title=title))
-            console.print(LEGEND_RADII, style="dim")
+        print_radii(plan, console)
     for line in verdict_lines(plan):
         console.print(line, markup=False)
 
@@ -145,6 +141,15 @@ def angle_cell(certificate: Certificate | None) -> str:
     if certificate is None or certificate.angle_a is None or certificate.angle_b is None:
         return number(None)
     return f"{max(certificate.angle_a, certificate.angle_b):.0f}°"
+
+
+def print_radii(plan: Plan, console: Console) -> None:
+    """The table of `radii`, where they were computed (--certify)."""
+    if plan.structure.get("certified"):
+        columns, rows = radii(plan)
+        title = "Certified shifts of the inputs, layer by layer"
+        console.print(make_table(columns, rows, width=console.width, title=title))
+        console.print(LEGEND_RADII, style="dim")
 
 
 def radii(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
@@ -225,6 +230,7 @@ def print_merge(result: MergeResult, console: Console) -> None:
             result.plan, result.notes, "Planned, before the last look" if overruled else "Verdict"
         ):
             console.print(line, markup=False)
+        print_radii(result.plan, console)
     else:
         for plan in result.plans:
             console.print(f"{plan.b}: {verdict_lines(plan, [])[0]}", markup=False)
