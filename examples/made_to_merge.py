@@ -140,7 +140,7 @@ def llama() -> nn.Module:
 
 
 NETWORKS = {
-    "mlp": Network(mlp, lambda: images(6000, flat=True), 6, 3e-3, ("3",), batch=128),
+    "mlp": Network(mlp, lambda: images(6000, flat=True), 6, 3e-3, ("3",)),
     "resnet": Network(resnet, lambda: images(4000, pad=2), 4, 3e-3, ("layer*",)),
     "vit": Network(vit, lambda: images(4000), 8, 2e-3, ("blocks.*",)),
     "llama": Network(llama, lambda: text(5000), 4, 3e-3, ("model.layers.*",)),

@@ -1,9 +1,10 @@
 """How firmly the fixed parts of some tensors hold the neurons that they write, without data.
 
 A tensor's rows are F + D ⊙ W, with the fixed part F that both models share. It is judged as if the inputs were
-isotropic (P = I) and every entry trainable at one price (D = 1): with D in {0, c}, as asymmetric layers have it, the true
-costs of a layer are these over c², or infinite, so that its margins are no smaller. Then the costs of several tensors add up to those of their rows put side by side,
-C_ij = ‖w_j − f_i‖², and a swap costs T_ij = 2⟨w_i − w_j, f_i − f_j⟩, w effective.
+isotropic (P = I) and every entry trainable at one price (D = 1): with D in {0, c}, as asymmetric layers have it, the
+true costs of a layer are these over c², or infinite, so that its margins are no smaller. Then the costs of several
+tensors add up to those of their rows put side by side, C_ij = ‖w_j − f_i‖², and a swap costs
+T_ij = 2⟨w_i − w_j, f_i − f_j⟩, w effective.
 
 A positive margin is not enough. Where the trained part outweighs the fixed one, F is still found in the weights (it is
 stored there), but it is not what the neurons do. So the *angle* between w_i − w_j and f_i − f_j must be below 45° for
