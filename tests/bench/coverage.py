@@ -1,4 +1,5 @@
-"""The neuron graph of every timm, transformers and torchvision model: does it trace, does it hold, what is frozen?
+"""The neuron graph of every timm, transformers and torchvision model, and of the models of seven further libraries that
+no adapter knows (`pip install mergeid[coverage]`): does it trace, does it hold, what is frozen?
 
     python tests/bench/coverage.py timm [--jobs 2] [--only 'resnet*'] [--smallest] [--sample 50]
     python tests/bench/coverage.py timm --summary
@@ -32,7 +33,8 @@ from typing import Any
 import mergeid.graph
 
 sys.path.insert(0, str(Path(__file__).parent))
-from coverage_check import check
+import coverage_check
+import coverage_live
 
 HERE = Path(__file__).parent
 TABLES = HERE / "tables"
@@ -42,11 +44,14 @@ COLUMNS = [
 ]
 SAME = [c for c in COLUMNS if c not in ("name", "family", "code", "structure")]
 LIBRARIES = ("timm", "transformers", "torchvision")
+LIVE = ("diffusers", "segmentation_models_pytorch", "open_clip", "monai", "torch_geometric", "torchaudio")
+LIVE += ("sentence_transformers",)
+"""Libraries whose models are given as live modules with example inputs."""
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", choices=LIBRARIES)
+    parser.add_argument("library", choices=(*LIBRARIES, *LIVE))
     parser.add_argument("--only", default="*", help="glob of model names")
     parser.add_argument("--smallest", action="store_true", help="timm: the smallest model of every module")
     parser.add_argument("--sample", type=int, help="that many models, drawn with --seed")
@@ -70,7 +75,7 @@ def measure(library: str, name: str, end: Connection) -> None:
     try:
         row["structure"] = models.structure(name) if hasattr(models, "structure") else name
         end.send(row["structure"])  # the answer is None, or the row of a model of the same structure
-        row |= end.recv() or check(models.make(name))
+        row |= end.recv() or (coverage_live if library in LIVE else coverage_check).check(models.make(name))
     except Exception as error:  # whatever a model does wrong is a row of the table
         last = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{Path(last.filename).name}:{last.lineno}"
@@ -221,8 +226,9 @@ def main() -> int:
     rows = read(table)
     if not args.summary:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        import timm.models  # noqa: F401  # imported before forking: children share it
-        import transformers  # noqa: F401
+        if args.library in LIBRARIES:
+            import timm.models  # noqa: F401  # imported before forking: children share it
+            import transformers  # noqa: F401
 
         names = chosen(args, rows)
         print(f"{len(names)} models to measure, {len(rows)} in {table}", flush=True)

@@ -28,6 +28,7 @@ _FAMILIES = (
     "indexing",
     "scatter",
     "contraction",
+    "distance",
     "recurrent",
     "normalisation",
     "reduction",

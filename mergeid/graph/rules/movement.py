@@ -242,6 +242,22 @@ def channel_shuffle(call: Call) -> Layout:
     return view(call.facts, layout, call.out.shape, call.why)
 
 
+@rule("diagonal", "diagonal_copy")
+def diagonal(call: Call) -> Layout:
+    """The pairs (i, i + offset) of two dimensions, in a new last one: the dimensions move together."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    rows, columns = call["dim1"] % n, call["dim2"] % n
+    rest = [d for d in range(n) if d not in (rows, columns)]
+    height, width = layout.shape[rows], layout.shape[columns]
+    i = np.arange(height)
+    j = i + call["offset"]
+    pairs = (i * width + j)[(j >= 0) & (j < width)]
+    layout = permuted(layout, [*rest, rows, columns])
+    layout = view(call.facts, layout, [*layout.shape[:-2], height * width], call.why)
+    return take(call.facts, layout, n - 2, pairs, call.why)
+
+
 @rule("as_strided")
 def as_strided(call: Call) -> Layout:
     """Only the strides of size-1 dimensions changed (pooling does this for memory formats), or frozen."""

@@ -1,13 +1,14 @@
-"""Recurrent layers that a kernel runs over all time steps at once."""
+"""Recurrent layers that a kernel runs over all time steps at once, and sequences packed for them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mergeid.graph.combine import combine, elementwise
-from mergeid.graph.layout import Layout, of_axes, take, view
+from mergeid.graph.layout import FROZEN, Fine, Layout, of_axes, take, view
 from mergeid.graph.rules import rule
 
 if TYPE_CHECKING:
@@ -16,13 +17,34 @@ if TYPE_CHECKING:
 LSTM_GATES = 4
 
 
+@rule("_pack_padded_sequence")
+def pack(call: Call) -> list[Layout | None]:
+    """[T, B, …] (or [B, T, …]) and lengths -> the steps that are there, [N, …]."""
+    layout = call.freeze_dims(call.layout("input"), [0, 1])
+    data = layout.with_dims((_frozen(call.outputs()[0].shape[0]), *layout.dims[2:]))
+    return [replace(data, data=True), None]
+
+
+@rule("_pad_packed_sequence")
+def unpack(call: Call) -> list[Layout | None]:
+    """[N, …] -> [T, B, …] (or [B, T, …]); what is filled in is the same number for every neuron."""
+    layout = call.freeze_dims(call.layout("data"), [0])
+    padded, lead = layout.dims[1:], call.outputs()[0].shape[:2]
+    return [layout.with_dims((*(_frozen(n) for n in lead), *padded)), None]
+
+
+def _frozen(n: int) -> tuple[Fine, ...]:
+    return (Fine(n, FROZEN),) if n > 1 else ()
+
+
 @rule("mkldnn_rnn_layer")
 def lstm_layer(call: Call) -> list[Layout | None]:
     """One direction of one LSTM layer, input [T, B, I]: a cell has one row in each of the four gates, and all gates
     read the cells of the step before."""
     facts, why, size = call.facts, call.why, call["hidden_size"]
     cells = of_axes([facts.fresh([size])], [size])
-    read = combine(facts, [(call.layout("input"), "tbi"), (call.layout("weight0"), "gi")], "tbg", why)
+    steps = call.freeze_dims(call.layout("input"), [0])
+    read = combine(facts, [(steps, "tbi"), (call.layout("weight0"), "gi")], "tbg", why)
     again = combine(facts, [(cells, "h"), (call.layout("weight1"), "gh")], "g", why)
     biases = [call.layout(n) for n in ("weight2", "weight3")] if call["has_biases"] else []
     gates = elementwise(facts, [read, again, *biases], 3, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergeid.graph.combine import elementwise, reduce
+from mergeid.graph.combine import elementwise, reduce, relate
 from mergeid.graph.layout import FROZEN, Fine, Layout, uniform
 from mergeid.graph.rules import rule
 
@@ -97,6 +97,14 @@ def arg_extremum(call: Call) -> Layout:
     layout = call.layout("self")
     dims = dims_of(call.get("dim"), len(layout.dims))
     return reduce(call.facts, call.freeze_dims(layout, dims), dims, bool(call.get("keepdim")), call.why)
+
+
+@rule("equal")
+def equal(call: Call) -> list[Layout]:
+    """One answer for the whole of two tensors, which is no tensor: the same where both move alike."""
+    if call["self"].shape == call["other"].shape:
+        relate(call.facts, call.layout("self"), call.layout("other"), call.why)
+    return []
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")

@@ -52,6 +52,12 @@ def index_fill(call: Call) -> Layout:
 def index_put(call: Call) -> Layout:
     indices: list[Tensor | None] = list(call["indices"])
     n = call.out.dim()
+    mask, values = indices[0], call.layout("values")
+    if len(indices) == 1 and mask is not None and mask.dtype == torch.bool and len(values.dims) <= n - mask.dim():
+        # one row of values wherever the mask says so
+        chosen = call.layout_of(mask)
+        operands = [(call.layout("self"), range(n)), (chosen, range(mask.dim()))]
+        return combine(call.facts, [*operands, (values, range(n - len(values.dims), n))], range(n), call.why)
     held: list[int] = []
     dim, shape = 0, 0
     for i in indices:
@@ -66,7 +72,6 @@ def index_put(call: Call) -> Layout:
     adjacent = held == list(range(held[0], held[-1] + 1))
     before = [d for d in rest if adjacent and d < held[0]]
     letters = [*before, *places, *(d for d in rest if d not in before)]
-    values = call.layout("values")
     k = len(values.dims)
     return _written(call, held, values, letters[len(letters) - k :] if k else [])
 
