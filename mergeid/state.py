@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,6 +17,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     mode is changed."""
     model.load_state_dict(state, strict=False)
     forget_derived(model)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """While open, what was given to `torch.compile` (by the model, or by flex attention) runs as it is written, so that
+    every call can be seen."""
+    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    return stance("force_eager") if stance is not None else nullcontext()
 
 
 def forget_derived(model: nn.Module) -> None:

@@ -21,11 +21,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mergeid.errors import MergeidError
 from mergeid.graph.combine import relate
+from mergeid.graph.composed import HigherOrderOperator, plain_calls
 from mergeid.graph.facts import Facts, Labels
 from mergeid.graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
 from mergeid.graph.rules import Result, rule_for
 from mergeid.graph.shadows import Shadows
 from mergeid.nested import named_tensors
+from mergeid.state import uncompiled
+
+_KNOWN_CONSTANTS = {"aten.eye", "aten.empty", "aten.empty_strided", "aten.empty_permuted"}
+"""Made from no tensor, with a rule of their own."""
 
 
 class Call:
@@ -134,6 +139,8 @@ class Tap:
 class Recorder(TorchDispatchMode):
     """Records `facts` and `taps` of the calls made inside its context."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.facts = Facts()
@@ -214,6 +221,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator) or rule_for(func) is None:
+            plain = plain_calls(func)
+            if plain is not None:
+                with self:
+                    return plain(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            return self._opaque(func, args, kwargs)
         call = Call(self, func, args, kwargs)
         for first in call.tensors()[:1]:
             if first.layout == torch.strided:
@@ -247,10 +261,22 @@ class Recorder(TorchDispatchMode):
                 self._views[tensor] = _View(sources[0], call, i, self._version(sources[0]))
         return call.out
 
+    def _opaque(self, func: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """An operator that nobody can look into freezes what goes in and what comes out."""
+        out = func(*args, **kwargs)
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self.facts.freeze(self.layout(x).all_labels, f"no rule for {func} at {self.where()}")
+        self.unknown.setdefault(str(func), self.where())
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._layouts[x] = uniform(x.shape, FROZEN, data=True)
+        return out
+
     def _apply(self, call: Call) -> Result:
         tensors = call.tensors()
         rule = rule_for(call.func)
-        if not tensors and call.name != "aten.eye":
+        if not tensors and call.name not in _KNOWN_CONSTANTS:
             return [self._constant(t) for t in call.outputs()]
         if rule is not None:
             call.rerun = lambda: rule(call)
@@ -412,7 +438,7 @@ def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
             recorder.shadows.add(inputs[name], value)
     for tensor in inputs.values():
         recorder.add_input(tensor)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), recorder.watching(model), recorder:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder:
         output = one.forward()
     for tensor in named_tensors(output).values():
         recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergeid.errors import MergeidError
+from mergeid.graph.composed import HigherOrderOperator, plain_calls
 from mergeid.graph.neuron_graph import Element, NeuronGraph
 from mergeid.graph.settle import own_statistics, shaken
 from mergeid.nested import mapped, returned_tensors
-from mergeid.state import forget_derived
+from mergeid.state import forget_derived, uncompiled
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative output error that counts as unchanged (rounding of deep networks is far below it)."""
@@ -63,12 +64,17 @@ class _AtLeast(TorchDispatchMode):
     """Casts to a shorter float that the model's own code asks for (norms in float32, say) go to `dtype` instead, so
     that a check in float64 has its precision throughout."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            with self:
+                return (plain_calls(func) or func)(*args, **kwargs)
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point and asked.itemsize < self.dtype.itemsize:
             kwargs["dtype"] = self.dtype
@@ -112,7 +118,7 @@ def verify(
                 value.copy_(change(name, state[name]))  # one tensor at a time: large models fit
         forget_derived(probe)
         # a model that draws random numbers draws the same ones every time
-        with torch.no_grad(), _AtLeast(dtype), torch.random.fork_rng(cuda):
+        with torch.no_grad(), uncompiled(), _AtLeast(dtype), torch.random.fork_rng(cuda):
             torch.manual_seed(0)
             out = forward(probe, mapped(inputs, lambda t: _cast(t, dtype)))
         return [_real(t) for t in returned_tensors(out).values()]

@@ -90,7 +90,7 @@ MODELS: dict[str, Model] = {
     "LocalNet": (
         "LocalNet",
         {"spatial_dims": 2, "in_channels": 2, "num_channel_initial": 8, "extract_levels": (0, 1),
-         "out_kernel_initializer": None, "out_activation": None},
+         "out_kernel_initializer": "kaiming_uniform", "out_activation": None},
         *((2, 16, 16), "x"),
     ),
     "RegUNet": ("RegUNet", {"spatial_dims": 2, "in_channels": 2, "num_channel_initial": 8, "depth": 2},
@@ -121,7 +121,7 @@ MODELS: dict[str, Model] = {
         {"spatial_dims": 2, "channels": 8, "in_channels": 1, "out_channels": 1, "num_layers_d": 2},
         *((1, 32, 32), "x"),
     ),
-    "Quicknat": ("Quicknat", {"num_classes": 3, "num_channels": 1, "num_filters": 8, "se_block": "CSSE"},
+    "Quicknat": ("Quicknat", {"num_classes": 3, "num_channels": 1, "num_filters": 8},
                  (1, 32, 32), "input"),
     "Regressor": ("Regressor", {"in_shape": (1, 16, 16), "out_shape": (2,), "channels": (8, 16), "strides": (2, 2)},
                   (1, 16, 16), "x"),
@@ -134,12 +134,6 @@ MODELS: dict[str, Model] = {
                                      "block_inplanes": (8, 16, 24, 32)}, (1, 32, 32), "x"),
     "ResNetFeatures": ("ResNetFeatures", {"model_name": "resnet10", "pretrained": False, "spatial_dims": 2,
                                           "in_channels": 1}, (1, 32, 32), "inputs"),
-    "Restormer": (
-        "Restormer",
-        {"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "dim": 16, "num_blocks": (1, 1), "heads": (1, 2),
-         "num_refinement_blocks": 1},
-        *((1, 16, 16), "x"),
-    ),
     "SegResNet": ("SegResNet", {**TWO, "init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
                   (1, 32, 32), "x"),
     "SegResNet/deconv": (
@@ -164,7 +158,7 @@ MODELS: dict[str, Model] = {
     "SEResNeXt": ("SENet", {"spatial_dims": 2, "in_channels": 1, "num_classes": 3, "block": "se_resnetxt_bottleneck",
                             "layers": (1, 1, 1, 1), "groups": 8, "reduction": 8, "inplanes": 64,
                             "input_3x3": False}, (1, 64, 64), "x"),
-    "SPADENet": ("SPADENet", {**TWO, "label_nc": 2, "input_shape": (16, 16), "num_channels": (8, 16), "z_dim": 4,
+    "SPADENet": ("SPADENet", {**TWO, "label_nc": 2, "input_shape": (16, 16), "channels": (8, 16), "z_dim": 4,
                               "is_vae": False}, (1, 16, 16), "seg"),
     "SPADEAutoencoderKL": (
         "SPADEAutoencoderKL",
@@ -183,7 +177,7 @@ MODELS: dict[str, Model] = {
         *((1, 64, 64), "x_in"),
     ),
     "TorchVisionFCModel": ("TorchVisionFCModel", {"model_name": "resnet18", "num_classes": 3, "pretrained": False},
-                           (3, 64, 64), "x"),
+                           (3, 224, 224), "x"),
     "DecoderOnlyTransformer": (
         "DecoderOnlyTransformer",
         {"num_tokens": 20, "max_seq_len": 12, "attn_layers_dim": 16, "attn_layers_depth": 2, "attn_layers_heads": 2},
@@ -249,7 +243,8 @@ def make(name: str) -> Live:
 
     kind, options, shape, what = MODELS[name]
     torch.manual_seed(0)
-    return Live(getattr(nets, kind)(**options), _drawn(name, shape, what))
+    frozen = "the features of every layer are returned" if name.endswith("PatchDiscriminator") else ""
+    return Live(getattr(nets, kind)(**options), _drawn(name, shape, what), frozen=frozen)
 
 
 def _drawn(name: str, shape: Sequence[int], what: str) -> Draw:

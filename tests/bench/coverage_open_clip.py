@@ -82,6 +82,10 @@ def make(name: str) -> Live:
     torch.manual_seed(0)
     width = 768 if name == "MobileCLIP" else text["width"]  # it has no projection of its own
     model = getattr(open_clip, kind)(embed_dim=width, vision_cfg=dict(vision), text_cfg=dict(text), **more)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the captioner leaves some as the memory was
+            if not parameter.abs().max() < 1e3:
+                parameter.normal_(0, 0.1)
     size = getattr(model.visual, "image_size", vision["image_size"])
     height, across = size if isinstance(size, tuple) else (size, size)
     length = text["context_length"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from coverage_live import Draw, Live
@@ -54,10 +55,19 @@ def _tacotron2() -> tuple[nn.Module, Draw]:
     from torchaudio.models import Tacotron2
 
     model = Tacotron2(
-        n_mels=6, n_symbol=12, symbol_embedding_dim=10, encoder_embedding_dim=12, encoder_n_convolution=2,
-        attention_rnn_dim=14, attention_hidden_dim=10, attention_location_n_filter=4, decoder_rnn_dim=16,
-        prenet_dim=8, postnet_n_convolution=3, postnet_embedding_dim=10,
-    )  # fmt: skip
+        n_mels=6,
+        n_symbol=12,
+        symbol_embedding_dim=12,
+        encoder_embedding_dim=12,
+        encoder_n_convolution=2,
+        attention_rnn_dim=14,
+        attention_hidden_dim=10,
+        attention_location_n_filter=4,
+        decoder_rnn_dim=16,
+        prenet_dim=8,
+        postnet_n_convolution=3,
+        postnet_embedding_dim=10,
+    )
 
     def draw(g: torch.Generator, n: int) -> dict[str, Tensor]:
         return {
@@ -98,9 +108,13 @@ def _wav2vec2(mode: str, first: bool, heads: int | None) -> tuple[nn.Module, Dra
     from torchaudio.models import wav2vec2_model
 
     model = wav2vec2_model(
-        extractor_mode=mode, encoder_layer_norm_first=first, encoder_pos_conv_kernel=8, encoder_pos_conv_groups=4,
-        aux_num_out=heads, **_encoder_options(),
-    )  # fmt: skip
+        extractor_mode=mode,
+        encoder_layer_norm_first=first,
+        encoder_pos_conv_kernel=8,
+        encoder_pos_conv_groups=4,
+        aux_num_out=heads,
+        **_encoder_options(),
+    )
     return model, _waves
 
 
@@ -109,28 +123,62 @@ def _wavlm() -> tuple[nn.Module, Draw]:
 
     options = _encoder_options()
     model = wavlm_model(
-        extractor_mode="group_norm", encoder_layer_norm_first=False, encoder_pos_conv_kernel=8,
-        encoder_pos_conv_groups=4, encoder_num_buckets=8, encoder_max_distance=16, aux_num_out=5, **options,
-    )  # fmt: skip
-    return model, _waves
+        extractor_mode="group_norm",
+        encoder_layer_norm_first=False,
+        encoder_pos_conv_kernel=8,
+        encoder_pos_conv_groups=4,
+        encoder_num_buckets=8,
+        encoder_max_distance=16,
+        aux_num_out=5,
+        **options,
+    )
+    return model, lambda g, n: {"waveforms": torch.randn(n, 400, generator=g)}
+
+
+class _Pretraining(nn.Module):
+    """Its targets are an input, so they go by another name than those of a task."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, waveforms: Tensor, targets: Tensor) -> Any:
+        return self.model(waveforms, targets)
 
 
 def _hubert_pretrain() -> tuple[nn.Module, Draw]:
     from torchaudio.models import hubert_pretrain_model
 
     model = hubert_pretrain_model(
-        extractor_mode="group_norm", encoder_layer_norm_first=False, encoder_pos_conv_kernel=8,
-        encoder_pos_conv_groups=4, mask_prob=0.4, mask_selection="static", mask_other=0.0, mask_length=2,
-        no_mask_overlap=False, mask_min_space=1, mask_channel_prob=0.0, mask_channel_selection="static",
-        mask_channel_other=0.0, mask_channel_length=2, no_mask_channel_overlap=False, mask_channel_min_space=1,
-        skip_masked=False, skip_nomask=False, num_classes=6, final_dim=8, feature_grad_mult=None, **_encoder_options(),
-    )  # fmt: skip
+        extractor_mode="group_norm",
+        encoder_layer_norm_first=False,
+        encoder_pos_conv_kernel=8,
+        encoder_pos_conv_groups=4,
+        mask_prob=0.4,
+        mask_selection="static",
+        mask_other=0.0,
+        mask_length=2,
+        no_mask_overlap=False,
+        mask_min_space=1,
+        mask_channel_prob=0.0,
+        mask_channel_selection="static",
+        mask_channel_other=0.0,
+        mask_channel_length=2,
+        no_mask_channel_overlap=False,
+        mask_channel_min_space=1,
+        skip_masked=False,
+        skip_nomask=False,
+        num_classes=6,
+        final_dim=8,
+        feature_grad_mult=None,
+        **_encoder_options(),
+    )
 
     def draw(g: torch.Generator, n: int) -> dict[str, Tensor]:
         frames = 39
-        return {"waveforms": torch.randn(n, 400, generator=g), "labels": torch.randint(0, 6, (n, frames), generator=g)}
+        return {"waveforms": torch.randn(n, 400, generator=g), "targets": torch.randint(0, 6, (n, frames), generator=g)}
 
-    return model, draw
+    return _Pretraining(model), draw
 
 
 def _wavernn() -> tuple[nn.Module, Draw]:
@@ -154,13 +202,28 @@ def _rnnt() -> tuple[nn.Module, Draw]:
     from torchaudio.models.rnnt import emformer_rnnt_model
 
     model = emformer_rnnt_model(
-        input_dim=8, encoding_dim=12, num_symbols=9, segment_length=8, right_context_length=4, time_reduction_input_dim=6,
-        time_reduction_stride=4, transformer_num_heads=2, transformer_ffn_dim=16, transformer_num_layers=2,
-        transformer_dropout=0.0, transformer_activation="gelu", transformer_left_context_length=4,
-        transformer_max_memory_size=0, transformer_weight_init_scale_strategy="depthwise",
-        transformer_tanh_on_mem=True, symbol_embedding_dim=10, num_lstm_layers=2, lstm_layer_norm=True,
-        lstm_layer_norm_epsilon=1e-3, lstm_dropout=0.0,
-    )  # fmt: skip
+        input_dim=8,
+        encoding_dim=12,
+        num_symbols=9,
+        segment_length=8,
+        right_context_length=4,
+        time_reduction_input_dim=6,
+        time_reduction_stride=4,
+        transformer_num_heads=2,
+        transformer_ffn_dim=16,
+        transformer_num_layers=2,
+        transformer_dropout=0.0,
+        transformer_activation="gelu",
+        transformer_left_context_length=4,
+        transformer_max_memory_size=0,
+        transformer_weight_init_scale_strategy="depthwise",
+        transformer_tanh_on_mem=True,
+        symbol_embedding_dim=10,
+        num_lstm_layers=2,
+        lstm_layer_norm=True,
+        lstm_layer_norm_epsilon=1e-3,
+        lstm_dropout=0.0,
+    )
 
     def draw(g: torch.Generator, n: int) -> dict[str, Tensor]:
         return {

@@ -43,7 +43,14 @@ def names() -> list[str]:
     import mergeid.graph.verify  # noqa: F401
 
     types = model_types()
-    return sorted([*types, *(t + EAGER for t in types if _source(t).count("_supports_sdpa = True"))])
+    every = [*types, *(t + EAGER for t in types if _source(t).count("_supports_sdpa = True"))]
+    return sorted(every, key=lambda n: (n.endswith(EAGER), _plain(n.removesuffix(EAGER)), n))
+
+
+def _plain(model_type: str) -> bool:
+    """Whether its task has logits and little else: these come last."""
+    found = task_class(model_type)
+    return found.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "Classification", "ForCTC"))
 
 
 @cache

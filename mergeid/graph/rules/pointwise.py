@@ -50,8 +50,22 @@ def pointwise(call: Call) -> list[Layout]:
     return [layout for _ in out]
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+@rule(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "new_empty_strided",
+    "empty",
+    "empty_strided",
+    "empty_permuted",
+)
 def constant_like(call: Call) -> Layout:
+    """The same number everywhere, or none yet."""
     return uniform(call.out.shape, FREE)
 
 
