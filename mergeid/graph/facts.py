@@ -52,6 +52,20 @@ class Facts:
         """child[i] lies in parent[i]; `parent` broadcasts against `child`."""
         self.pars.append((child.reshape(-1), np.broadcast_to(parent, child.shape).reshape(-1)))
 
+    def read(self) -> np.ndarray:
+        """Whether an operation used a label's values, bool [count]; who uses a pair uses both parts of it."""
+        read = np.zeros(self.count, bool)
+        for labels in self.reads:
+            read[labels] = True
+        news = True
+        while news:
+            news = False
+            for child, parent in self.pars:
+                new = parent[read[child] & ~read[parent]]
+                read[new] = True
+                news |= bool(new.size)
+        return read
+
     def freeze(self, labels: Labels, why: str) -> None:
         """No permutation may move these labels; `why` is what the user reads."""
         if labels.size:

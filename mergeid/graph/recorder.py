@@ -446,9 +446,7 @@ def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
 
 def _freeze_unread(recorder: Recorder, model: nn.Module) -> None:
     """Rows of a table that this input never reached (positions beyond its length) may matter to another input."""
-    read = np.zeros(recorder.facts.count, bool)
-    for labels in recorder.facts.reads:
-        read[labels] = True
+    read = recorder.facts.read()
     several = [labels for labels in recorder.axes.values() if len(labels) > 1]
     if several and not any(read[labels].any() for labels in several):
         raise MergeidError(

@@ -158,7 +158,7 @@ MODELS: dict[str, Model] = {
     "SEResNeXt": ("SENet", {"spatial_dims": 2, "in_channels": 1, "num_classes": 3, "block": "se_resnetxt_bottleneck",
                             "layers": (1, 1, 1, 1), "groups": 8, "reduction": 8, "inplanes": 64,
                             "input_3x3": False}, (1, 64, 64), "x"),
-    "SPADENet": ("SPADENet", {**TWO, "label_nc": 2, "input_shape": (16, 16), "channels": (8, 16), "z_dim": 4,
+    "SPADENet": ("SPADENet", {**TWO, "label_nc": 2, "input_shape": (16, 16), "channels": [8, 16], "z_dim": 4,
                               "is_vae": False}, (1, 16, 16), "seg"),
     "SPADEAutoencoderKL": (
         "SPADEAutoencoderKL",

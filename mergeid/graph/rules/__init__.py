@@ -29,6 +29,7 @@ _FAMILIES = (
     "scatter",
     "contraction",
     "distance",
+    "matrices",
     "recurrent",
     "normalisation",
     "reduction",

@@ -35,6 +35,18 @@ def baddbmm(call: Call) -> Layout:
     return elementwise(call.facts, [product, call.layout("self")], 3, call.why)
 
 
+@rule("addbmm")
+def addbmm(call: Call) -> Layout:
+    product = combine(call.facts, [(call.layout("batch1"), "bnk"), (call.layout("batch2"), "bkm")], "nm", call.why)
+    return elementwise(call.facts, [product, call.layout("self")], 2, call.why)
+
+
+@rule("addr")
+def addr(call: Call) -> Layout:
+    product = combine(call.facts, [(call.layout("vec1"), "n"), (call.layout("vec2"), "m")], "nm", call.why)
+    return elementwise(call.facts, [product, call.layout("self")], 2, call.why)
+
+
 @rule("_grouped_mm")
 def grouped_mm(call: Call) -> Layout | None:
     """Rows [N, K] by the matrix [E, K, M] of the expert that data chose for them: experts stay, widths are shared."""

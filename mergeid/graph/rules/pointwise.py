@@ -69,6 +69,14 @@ def constant_like(call: Call) -> Layout:
     return uniform(call.out.shape, FREE)
 
 
+@rule("bucketize")
+def bucketize(call: Call) -> Layout:
+    """Which interval a number lies in; the bounds are in order."""
+    bounds = call.layout("boundaries")
+    call.freeze_dims(bounds, range(len(bounds.dims)))
+    return call.layout("self")
+
+
 @rule("eye")
 def eye(call: Call) -> Layout:
     """An identity matrix stays what it is where rows and columns move together."""

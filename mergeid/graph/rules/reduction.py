@@ -56,7 +56,14 @@ def reduction(call: Call) -> list[Layout]:
     return [out for _ in call.outputs()]
 
 
-@rule("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
+@rule(
+    "mse_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "soft_margin_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+)
 def loss(call: Call) -> Layout:
     """An elementwise comparison, left as it is (`reduction` 0) or summed over all positions."""
     n = len(call.layout("self").dims)
@@ -99,12 +106,31 @@ def arg_extremum(call: Call) -> Layout:
     return reduce(call.facts, call.freeze_dims(layout, dims), dims, bool(call.get("keepdim")), call.why)
 
 
-@rule("equal")
+@rule("equal", "allclose")
 def equal(call: Call) -> list[Layout]:
     """One answer for the whole of two tensors, which is no tensor: the same where both move alike."""
     if call["self"].shape == call["other"].shape:
         relate(call.facts, call.layout("self"), call.layout("other"), call.why)
     return []
+
+
+@rule("renorm")
+def renorm(call: Call) -> Layout:
+    """Slices along a dimension that are too long are made shorter."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    return normalised(call, layout, [d for d in range(n) if d != call["dim"] % n])
+
+
+@rule("segment_reduce")
+def segment_reduce(call: Call) -> Layout:
+    """Runs of positions along a dimension become one each."""
+    layout = call.layout("data")
+    axis = call["axis"] % len(layout.dims)
+    layout = call.freeze_dims(layout, [axis])
+    rest = reduce(call.facts, layout, [axis], True, call.why)
+    n = call.out.shape[axis]
+    return rest.with_dims(((Fine(n, FROZEN),) if n > 1 else ()) if d == axis else x for d, x in enumerate(rest.dims))
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from mergeid.graph.combine import combine
-from mergeid.graph.layout import FREE, FROZEN, Fine, Layout, uniform
+from mergeid.graph.layout import FREE, FROZEN, Fine, Layout, uniform, view
 from mergeid.graph.rules import rule
 from mergeid.graph.rules.joining import concatenate
 
@@ -48,6 +49,7 @@ _RESIZES = [
         "lanczos2d_aa",
     )
 ]
+_POOLS += ["fractional_max_pool2d", "fractional_max_pool3d"]
 _PADS = [f"{kind}_pad{d}d" for kind in ("reflection", "replication") for d in (1, 2, 3)]
 
 
@@ -95,6 +97,35 @@ def pad(call: Call) -> Layout:
                 parts.append(uniform([amount if d == dim else 1 for d in range(n)], FREE, layout.data))
         layout = concatenate(call, parts, dim)
     return layout
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(call: Call) -> Layout:
+    """Values go back to the places that they were taken from; channels agree with those of the places."""
+    keep = call.out.dim() - (3 if call.name.endswith("3d") else 2)
+    layouts = [call.freeze_dims(call.layout(n), range(keep, call.out.dim())) for n in ("self", "indices")]
+    lead = combine(call.facts, [(_only(x, keep), range(keep)) for x in layouts], range(keep), call.why)
+    return lead.with_dims((*lead.dims, *_frozen_dims(call.out.shape[keep:])))
+
+
+@rule("col2im")
+def col2im(call: Call) -> Layout:
+    """[..., C·k, L] -> [..., C, H, W]: the places of the kernel are fixed."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    k = prod(call["kernel_size"])
+    layout = view(call.facts, layout, [*layout.shape[:-2], layout.shape[-2] // k, k, layout.shape[-1]], call.why)
+    layout = call.freeze_dims(layout, [n - 1, n])
+    return layout.with_dims((*layout.dims[: n - 1], *_frozen_dims(call.out.shape[-2:])))
+
+
+@rule("unfold_backward")
+def fold_windows(call: Call) -> Layout:
+    """[..., windows, ..., size] -> [..., length, ...]."""
+    dim = call["dim"] % call.out.dim()
+    layout = call.freeze_dims(call.layout("grad_in"), [dim, call.out.dim()])
+    length = _frozen_dims((call.out.shape[dim],))
+    return layout.with_dims((*layout.dims[:dim], *length, *layout.dims[dim + 1 : -1]))
 
 
 @rule("im2col")
