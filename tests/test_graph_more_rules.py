@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_helpers import only, seeded, sound
+from graph_helpers import only, seeded, sound, traced
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -297,9 +297,9 @@ class Compiled(nn.Module):
         return self.b(self.a(x))
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
 def test_compiled_parts_run_as_they_are_written() -> None:
-    torch.manual_seed(0)
-    graph = mergeid.graph(Compiled(), X)
+    graph = traced(seeded(Compiled), (X.double(),))
     assert only(graph, "a.weight", 0) is only(graph, "b._orig_mod.1.weight", 1)
 
 
