@@ -95,6 +95,23 @@ def test_repeating_it_changes_nothing():
     assert_same(statistics(model), once, rel=1e-10)
 
 
+@pytest.mark.parametrize("size", [1, 7, 30])
+def test_a_constant_channel_keeps_its_variance(size):
+    """A column that never varies on the calibration data, and may elsewhere."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2)).double().eval()
+    model[0].running_var.copy_(torch.tensor([2.0, 3.0, 4.0]))
+    x = torch.randn(30, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 5.0
+    reestimate_batchnorm(model, FixedBatches([{"x": row} for row in x], size), forward=lambda m, b: m(b["x"]))
+    variance = x.var(0, correction=0)
+    expected = torch.tensor([variance[0], 3.0, variance[2]], dtype=F64)
+    torch.testing.assert_close(model[0].running_var, expected)
+    torch.testing.assert_close(model[0].running_mean, x.mean(0))
+    with torch.no_grad():
+        hidden = model[1](model[0](x))
+    torch.testing.assert_close(model[2].running_var, hidden.var(0, correction=0), rtol=1e-9, atol=1e-9)
+
+
 def test_any_iterable_of_batches_will_do():
     data = Items(30)
     whole, streamed = net(6, F64), net(6, F64)

@@ -11,6 +11,9 @@ of its inputs over all calibration data when the network runs, in eval mode, wit
 exactly one such set (the first layer's input does not depend on it, the second's only on the first's, …), it does not
 know of batch size or device count, and it is the state in which the merged network will be used.
 
+A channel that is constant on the calibration data (a pixel that is nearly always empty) has no variance that could be
+measured there; divided by none, any other value would blow up. It keeps the variance that it had.
+
 How it is computed: one pass with all data in one batch, each layer normalising by that batch, gives exactly these
 statistics. So the automatic choice is as many examples as fit into one batch of `ACTIVATION_BUDGET` (6,500 images of 32
 pixels in a ResNet-18, 130 of 224 pixels in a ResNet-50: few examples exactly are worth more than many in pieces; in the
@@ -63,6 +66,8 @@ ACTIVATION_BUDGET = 2 * 2**30
 share of the free memory, so that the same inputs give the same statistics everywhere."""
 LIVE_TENSORS = 5
 """Tensors of that width held at a time: input, output, shortcut, and what the calling frames still refer to."""
+CONSTANT = 1e-6
+"""A channel that varies by less than this share of the variance that it had is constant on the calibration data."""
 SLICE = 2**22
 """Values converted to float64 at a time."""
 
@@ -115,7 +120,8 @@ def reestimate_batchnorm(
     Mean and (population) variance are exact over all values of all examples, not moving averages: per-batch moments are
     taken in float64 and pooled by the parallel-variance formula (Chan, Golub, LeVeque 1983), in the order of the
     batches whatever process computed them. The module's text says what they mean and how many passes they take.
-    Dropout and everything else stays in eval mode; a BatchNorm that the forward pass never calls keeps its statistics.
+    Dropout and everything else stays in eval mode; a BatchNorm that the forward pass never calls keeps its statistics,
+    a constant channel its variance.
 
     Args:
         model: changed in place and moved to the accelerator's device.
@@ -155,7 +161,7 @@ class _Pass(NamedTuple):
 
 @dataclass
 class _Run:
-    """Repeated passes over this process's share of the calibration batches."""
+    """Repeated passes over this process's share of the calibration batches. `own`: the layers' variances before."""
 
     model: nn.Module
     layers: list[_BatchNorm]
@@ -164,6 +170,7 @@ class _Run:
     batches: Iterable[Batch]
     count: int = 0
     mine: list[tuple[int, Batch]] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -175,6 +182,7 @@ class _Run:
             raise MergeidError("BatchNorm statistics cannot be measured without data; expected calibration batches")
         self.model.to(self.accelerator.device)
         self.dtype = input_dtype(self.model)
+        self.own = [_statistics(layer)[1] for layer in self.layers]
 
     def measure(self, *, by_batch: bool) -> _Pass:
         """One pass over all data that ends with the pooled statistics in place.
@@ -183,7 +191,8 @@ class _Run:
         """
         widths = [1 + 2 * layer.num_features for layer in self.layers]
         table = torch.zeros(self.count, sum(widths) + 2, dtype=torch.float64)  # one row per batch
-        with eval_mode(self.model), torch.no_grad(), _moments(self.layers, by_batch=by_batch) as seen:
+        own = self.own if by_batch else None
+        with eval_mode(self.model), torch.no_grad(), _moments(self.layers, own) as seen:
             for index, raw in self.mine:
                 batch = to_model(raw, self.accelerator.device, self.dtype)
                 with fits_the_model(batch):
@@ -198,10 +207,12 @@ class _Run:
                     calls.clear()
         table = reduce_sum(table, self.accelerator)
         called = set()
-        for layer, rows_of_layer in zip(self.layers, table[:, :-2].split(widths, dim=1), strict=True):
+        for layer, own_of_layer, rows_of_layer in zip(
+            self.layers, self.own, table[:, :-2].split(widths, dim=1), strict=True
+        ):
             count, mean, squares = _pool(rows_of_layer).split([1, layer.num_features, layer.num_features])
             if count > 0:
-                _set_statistics(layer, mean, squares / count)
+                _set_statistics(layer, mean, squares / count, own_of_layer)
                 called.add(id(layer))
         return _Pass(called, bool(table[:, -2].any()), table[:, -1].max().item())
 
@@ -216,13 +227,14 @@ class _Seen:
 
 
 @contextmanager
-def _moments(layers: Sequence[_BatchNorm], *, by_batch: bool) -> Iterator[_Seen]:
-    """While open, every call of a layer leaves the moments of its input. The layers stay in eval mode; `by_batch` puts
-    the call's own statistics in place before it, which is training-mode normalisation for every subclass, without its
-    moving average and without its process group."""
+def _moments(layers: Sequence[_BatchNorm], own: Sequence[Tensor] | None) -> Iterator[_Seen]:
+    """While open, every call of a layer leaves the moments of its input. The layers stay in eval mode; with the layers'
+    `own` variances the call's statistics are put in place before it, which is training-mode normalisation for every
+    subclass, without its moving average and without its process group."""
     seen = _Seen([[] for _ in layers])
+    known_variances: Sequence[Tensor | None] = [None] * len(layers) if own is None else own
 
-    def watch(calls: list[Tensor]) -> Callable[..., None]:
+    def watch(calls: list[Tensor], known: Tensor | None) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             if x.numel() == 0:
@@ -235,14 +247,14 @@ def _moments(layers: Sequence[_BatchNorm], *, by_batch: bool) -> Iterator[_Seen]
             moments = [torch.var_mean(part.double(), dim=over, correction=0) for part in parts]
             variance, mean = (torch.cat(values) for values in zip(*moments, strict=True))
             calls.append(torch.cat([mean.new_tensor([count]), mean, variance * count]).cpu())
-            if by_batch:
-                _set_statistics(layer, mean, variance)
+            if known is not None:
+                _set_statistics(layer, mean, variance, known)
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(watch(calls), with_kwargs=True)
-        for layer, calls in zip(layers, seen.moments, strict=True)
+        layer.register_forward_pre_hook(watch(calls, known), with_kwargs=True)
+        for layer, calls, known in zip(layers, seen.moments, known_variances, strict=True)
     ]
     try:
         yield seen
@@ -264,9 +276,11 @@ def _statistics(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.running_mean.cpu().double().clone(), layer.running_var.cpu().double().clone()
 
 
-def _set_statistics(layer: Any, mean: Tensor, variance: Tensor) -> None:
+def _set_statistics(layer: Any, mean: Tensor, variance: Tensor, own: Tensor) -> None:
+    """Mean and variance of a layer's inputs; of a constant channel the mean, and the variance that was its `own`."""
+    own = own.to(variance)
     layer.running_mean.copy_(mean)
-    layer.running_var.copy_(variance)
+    layer.running_var.copy_(torch.where(variance > CONSTANT * own, variance, own))
 
 
 def _largest_change(before: list[tuple[Tensor, Tensor]], layers: Sequence[_BatchNorm]) -> float:
