@@ -30,7 +30,7 @@ import torch
 from mergeid.evaluate.nearness import NATS, RELATIVE, Far, Panel, joined
 from mergeid.graph.group import same_element
 from mergeid.members import Member, Members
-from mergeid.repairing import repair_network, repairs
+from mergeid.repairing import SOLVE, repair_network, repairs
 from mergeid.state import load_weights
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ TIE = 1e-3
 in dead or equal neurons only are equal, up to rounding."""
 PARTS = 4
 """Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
+PARTS_OF_DEAR = 2
+"""The same where the network is solved, which takes long."""
 PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
 """The merges: nothing moved, some spaces matched, every space matched."""
 
@@ -65,7 +67,7 @@ class Comparison:
     """Attributes:
     distances: merge ("plain", "matched+bn", …) -> how far it is from the models, mean over the outputs.
     planned: the merge that the plan chose; chosen: the one to write.
-    repair: of the one to write, "none", "bn" or "repair".
+    repair: of the one to write, "none", "bn", "repair" or "solve".
     outputs: output -> how far the one to write is by it alone.
     examples: how many were compared.
     error: standard error of the difference between the distances of the planned merge (under its own best repair) and
@@ -184,7 +186,7 @@ def last_look(
         collate=members.collate,
         batch_size=batch_size,
         device=device,
-        parts=1 if kinds == ["none"] else PARTS,
+        parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS,
     )
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():

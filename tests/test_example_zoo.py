@@ -304,3 +304,23 @@ def test_the_shipped_table(zoo):
     for row in flipped:
         change = float(row["loss_flipped"]) - float(row["loss"])
         assert float(row["worse_by"]) == pytest.approx(change, abs=2e-5) and int(row["moved"]) > 0
+
+
+# -- the last look --------------------------------------------------------------------------------------------
+
+
+def test_looks_are_measured_once_and_say_what_was_lost(zoo, tmp_path, monkeypatch):
+    """Tables, with few steps: the chosen merge's loss is among those of the row, and `lost` is its excess."""
+    group = zoo.recipes.Group("tabular", "wine", 1, 8, 1, steps=20)
+    monkeypatch.setattr(zoo.looks, "TABLES", (group,))
+    monkeypatch.setattr(zoo.looks, "IMAGES", ())
+    monkeypatch.setattr(zoo.looks, "MOST", {"tabular": 2, "images": 0})
+    rows = zoo.looks.run(tmp_path, tmp_path / "cache", 32)
+    assert rows == zoo.looks.run(tmp_path, tmp_path / "cache", 32) == zoo.pairs_table.read(tmp_path / "looks.csv")
+    assert [r["inputs"] for r in rows] == ["32", "32"] and len({r["pair"] for r in rows}) == 2
+    for row in rows:
+        merges = [k for k in zoo.looks.COLUMNS if k.split("+")[0] in ("plain", "mixed", "matched")]
+        losses = {k: float(row[k]) for k in merges if row.get(k)}
+        assert {"plain", "plain+bn"} <= set(losses) and row["chosen"] in losses
+        assert float(row["lost"]) == pytest.approx(losses[row["chosen"]] - min(losses.values()), abs=2e-4)
+    assert "| tables | trained on | 2 |" in zoo.looks.summary(rows)

@@ -77,7 +77,8 @@ def measure(zoo: Zoo, pair: Pair, inputs: int, fresh: bool) -> table.Row:
     seconds = time.process_time() - began
     best = min(losses.values(), key=lambda values: float(values.mean()))
     gap = losses[own] - best
-    row = {"pair": pair.id, "kind": pair.kind, "family": pair.a.group.family, "data": pair.a.group.data}
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {"pair": pair.id, "kind": pair.kind, "family": pair.a.group.family, "data": pair.a.group.data}
     row |= {"inputs": _inputs(len(known), fresh), "test": str(len(held)), "chosen": own}
     row |= {f"loss_{n}": f"{float(nets.losses_of(net).mean()):.4f}" for n, net in (("a", a), ("b", b))}
     row |= {name: f"{float(values.mean()):.4f}" for name, values in losses.items()}
