@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.companions import is_companion
 from mergeid.io.weights import PICKLES, SAFETENSORS, find_weights, read_index
 
+PATIENCE = 10.0
+"""Seconds without a sign of life after which the hub counts as unreachable."""
 _ID = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 
 
@@ -37,10 +42,15 @@ def download(source: str, *, revision: str | None = None, allow_pickle: bool = F
     if named and revision and named != revision:
         raise MergeidError(f"{source} names the revision {named} and --revision names {revision}; give one")
     revision = revision or named
+    with _Patience().applied():
+        return _fetch(repo, revision, allow_pickle)
+
+
+def _fetch(repo: str, revision: str | None, allow_pickle: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        siblings = HfApi().model_info(repo, revision=revision).siblings or []
+        siblings = HfApi().model_info(repo, revision=revision, timeout=PATIENCE).siblings or []
     except Exception as error:  # huggingface_hub, its HTTP client (which has changed) and the socket layer
         if _unreachable(error):
             return _cached(repo, revision, error)
@@ -58,6 +68,46 @@ def download(source: str, *, revision: str | None = None, allow_pickle: bool = F
     except Exception as error:
         raise MergeidError(_explain(error, repo, revision)) from None
     return folder
+
+
+class _Patience:
+    """Gives every request of huggingface_hub a time limit, since some of its calls have none, and ends its retries
+    where nothing was answered meanwhile."""
+
+    def __init__(self) -> None:
+        self._waiting: float | None = None
+        """Since when no request was answered."""
+
+    def asked(self, request: Any) -> None:
+        now = time.monotonic()
+        if self._waiting is None:
+            self._waiting = now
+        elif now - self._waiting > PATIENCE:
+            raise TimeoutError(f"no answer in {PATIENCE:.0f} seconds")
+        given = request.extensions.get("timeout") or {}
+        limits = {kind: given.get(kind) or PATIENCE for kind in ("connect", "read", "write", "pool")}
+        request.extensions["timeout"] = limits
+
+    def answered(self, response: Any) -> None:
+        self._waiting = None
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While open, to the client that huggingface_hub shares (versions before 1 have another, with its own)."""
+        from huggingface_hub.utils import get_session
+
+        hooks = getattr(get_session(), "event_hooks", None)
+        if hooks is None:
+            yield
+            return
+        added = [(hooks["request"], self.asked), (hooks["response"], self.answered)]
+        for row, hook in added:
+            row.append(hook)
+        try:
+            yield
+        finally:
+            for row, hook in added:
+                row.remove(hook)
 
 
 def _exactly(names: Iterable[str]) -> list[str]:

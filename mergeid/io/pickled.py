@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergeid.errors import MergeidError, is_text, reason, shown
+from mergeid.io.header import MOST_DIMENSIONS
+from mergeid.io.reading import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_EXPANDED = 1 << 20
+"""Bytes up to which a tensor may be larger than what is stored of it."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts put the state dict."""
 
@@ -21,10 +25,15 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         MergeidError: damaged, needs code to load (refused even when pickles are allowed), or holds no tensors.
     """
+    import warnings
+
     import torch
 
+    check_regular(path, "a pickled state dict")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about formats that are refused below
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds, from UnpicklingError to RuntimeError
         # torch recommends to load it without protection where it holds code
         why = "it holds more than tensors" if "Weights only load failed" in str(error) else reason(error)
@@ -57,6 +66,9 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
                 ("no values (meta device)", tensor.is_meta),
                 ("quantised values", tensor.is_quantized),
                 ("sparse values", tensor.layout is not torch.strided or tensor.is_nested),
+                ("a class of its own", type(tensor) not in (torch.Tensor, torch.nn.Parameter)),
+                (f"{tensor.dim()} dimensions", tensor.dim() > MOST_DIMENSIONS),
+                ("more elements than are stored (expanded)", _expanded(tensor)),
             )
             if found
         ),
@@ -66,3 +78,10 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
         raise MergeidError(f"tensor {shown(name)} of {path} has {kind}; expected a plain, dense tensor")
     if not is_text(name):
         raise MergeidError(f"{path} has the tensor {shown(name)}, whose name no file can hold; rename it")
+
+
+def _expanded(tensor: Tensor) -> bool:
+    """Whether writing it out would take far more room than the file that it came from."""
+    if tensor.is_meta or tensor.is_nested or str(tensor.layout) != "torch.strided":
+        return False
+    return tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MOST_EXPANDED)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, shown
 from mergeid.plugins import near_names
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENTRY_POINT_GROUP = "mergeid.methods"
+LARGEST_WEIGHT = 1e12
+"""Beyond this no share or factor means anything, and sums would overflow."""
 
 MethodFunction = Callable[..., "Tensor"]
 """(tensors, weights, \*\*what the method declares) -> tensor."""
@@ -61,12 +64,12 @@ class Parameter:
         if kind is bool:
             if isinstance(value, bool):
                 return value
-            raise MergeidError(f"parameter {self.name!r} is {value!r}; expected true or false")
+            raise MergeidError(f"parameter {self.name!r} is {shown(value)}; expected true or false")
         wanted = "a whole number" if kind is int else "a number"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
-            raise MergeidError(f"parameter {self.name!r} is {value!r}; expected {wanted}{self._range()}")
-        if not math.isfinite(value) or not self.low <= value <= self.high:
-            raise MergeidError(f"parameter {self.name!r} is {value:g}; expected {wanted}{self._range()}")
+        number = not isinstance(value, bool) and isinstance(value, (int, float))
+        high = min(self.high, LARGEST_WEIGHT)  # compared as they are: a whole number may be beyond every float
+        if not number or not max(self.low, -high) <= value <= high or (kind is int and value != int(value)):
+            raise MergeidError(f"parameter {self.name!r} is {shown(value)}; expected {wanted}{self._range()}")
         return kind(value)
 
     def _range(self) -> str:
@@ -190,25 +193,27 @@ def check_weights(weights: Sequence[float], models: int, *, normalize: bool = Fa
         MergeidError: a wrong number of weights, a weight that is no number, or a sum that is not 1 (within 1e-6;
             what rounding leaves is scaled away).
     """
-    shown = " + ".join(f"{w:g}" for w in weights)
+    if not all(isinstance(w, Real) and -LARGEST_WEIGHT <= w <= LARGEST_WEIGHT for w in weights):
+        named = " + ".join(shown(w) for w in weights)
+        raise MergeidError(
+            f"weights {named} are not all numbers that a merge can have; expected finite shares or factors near 1 "
+            "(option --weights)"
+        )
+    weights = [float(w) for w in weights]
+    told = " + ".join(f"{w:g}" for w in weights)
     if len(weights) != models:
         raise MergeidError(
-            f"{len(weights)} weights given ({shown}) for {models} models; expected one per model (option --weights)"
+            f"{len(weights)} weights given ({told}) for {models} models; expected one per model (option --weights)"
         )
-    if not all(math.isfinite(w) for w in weights):
-        raise MergeidError(f"weights {shown} are not all numbers; expected finite values (option --weights)")
     if free and not normalize:
-        return [float(w) for w in weights]
-    try:
-        total = math.fsum(weights)
-    except OverflowError:
-        raise MergeidError(f"weights {shown} are too large to be added up (option --weights)") from None
+        return weights
+    total = math.fsum(weights)
     if not normalize and abs(total - 1) > 1e-6:
         raise MergeidError(
-            f"weights {shown} sum to {total:g}, expected 1; change them (option --weights) or pass --normalize"
+            f"weights {told} sum to {total:g}, expected 1; change them (option --weights) or pass --normalize"
         )
     if abs(total) < 1e-12:
-        raise MergeidError(f"weights {shown} sum to 0 and cannot be normalised; change them (option --weights)")
+        raise MergeidError(f"weights {told} sum to 0 and cannot be normalised; change them (option --weights)")
     return [w / total for w in weights]
 
 

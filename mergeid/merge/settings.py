@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Union
 
-from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.errors import MergeidError, MergeidWarning, listed, shown
 from mergeid.merge.methods import MergeMethod, check_weights
 
 if TYPE_CHECKING:
@@ -81,7 +81,12 @@ def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
     high = min(low + 1, len(values) - 1)
     if any(isinstance(v, bool) for v in values):
         return values[low]
-    return (1 - (place - low)) * values[low] + (place - low) * values[high]
+    try:
+        return (1 - (place - low)) * values[low] + (place - low) * values[high]
+    except (TypeError, OverflowError):
+        raise MergeidError(
+            f"the values {listed(map(shown, values))} are no numbers to go from one to the next"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class MergeSettings:
             value = evaluate(setting, name, self.depth.get(name, 0.0))
             if value is None:
                 raise MergeidError(f"no weight is given for tensor {name!r}; add one without a pattern (or for '*')")
-            values.append(float(value))
+            values.append(value)
         return check_weights(values, len(values), normalize=self.normalize, free=self.method.weights != "shares")
 
     def keywords(self, name: str) -> dict[str, Any]:
