@@ -87,7 +87,8 @@ def reason(error: BaseException) -> str:
     """What an error of the system or of a library says, in a few words for a sentence of ours."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return cut(visible(first), 300).rstrip(".") or type(error).__name__
 
 

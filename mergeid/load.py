@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergeid.boundary import verb
+from mergeid.building import BARE, Room, build, within
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.loaded import Example, Loaded, ModuleAdapter, as_batch, check_runs
@@ -42,7 +43,8 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
     found = []
     for name in adapter_names():
         adapter = get_adapter(name)
-        match = adapter.recognise(table, config, checkpoint.metadata)
+        with within(Room.of(table), checkpoint.source) if config is not None else nullcontext():
+            match = adapter.recognise(table, config, checkpoint.metadata)
         if match is not None:
             found.append((adapter, match))
     if len(found) == 1:
@@ -128,7 +130,7 @@ def load_checkpoint(
     so in the model.
 
     Raises `MergeidError` when a floating-point tensor of the model is missing or has another shape."""
-    model = adapter.build(arch, device=device)
+    model = build(adapter, arch, Room.of(checkpoint.table), device=device)
     names = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
     if is_asymmetric(checkpoint.table):
         from mergeid.nn.stored import restore
@@ -215,7 +217,8 @@ def _of_config(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Architect
     """The architecture that a config.json alone describes. Raises `MergeidError` where it does not say which."""
     for name in adapter_names():
         adapter = get_adapter(name)
-        found = adapter.recognise({}, config, {})
+        with within(BARE, path):
+            found = adapter.recognise({}, config, {})
         if found is not None:
             return adapter, found
     raise MergeidError(
@@ -235,9 +238,10 @@ def bare(arch: str, *, seed: int = 0) -> Loaded:
         adapter, found = _of_config(arch, read_table(arch, "the model's config.json"))
     else:
         adapter, found = resolve_name(arch, None, None)
-    model = adapter.build(found, device="meta")
-    if sum(p.numel() for p in model.parameters()) < HUGE or not hasattr(adapter, "shrink"):
-        model = adapter.build(found)
+    model = build(adapter, found, BARE, device="meta")
+    size = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    if size < HUGE or not hasattr(adapter, "shrink"):
+        model = build(adapter, found, BARE)
     model = model.eval()
     example = adapter.example_inputs(found, model, torch.Generator().manual_seed(seed))
     return Loaded(arch, model, adapter, found, None, {k: k for k in model.state_dict()}, example)

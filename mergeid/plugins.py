@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from mergeid.errors import MergeidError
+from mergeid.errors import reason as reason
+from mergeid.errors import shown as shown
 from mergeid.io.reading import read_json as read_json
 
 if TYPE_CHECKING:

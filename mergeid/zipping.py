@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.boundary import verb
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import open_checkpoint
 from mergeid.io.output import RECORD
 from mergeid.io.reading import read_table
@@ -154,17 +154,22 @@ def load_zipped(folder: str | os.PathLike[str], *, device: str = "cpu") -> TwoHe
     Raises `MergeidError` where the folder holds no zip.
     """
     path = Path(folder)
+    wanted = f"{path} is no output of mergeid zip with two heads; expected a folder with a, b and {RECORD}"
     try:
-        record = read_table(path / RECORD)
-        trunk, arch = record["zip"]["trunk"], record["zip"]["arch"]
-    except (MergeidError, KeyError, TypeError):
-        raise MergeidError(
-            f"{path} is no output of mergeid zip with two heads; expected a folder with a, b and {RECORD}"
-        ) from None
+        found = read_table(path / RECORD)
+    except MergeidError:
+        raise MergeidError(wanted) from None
+    if not isinstance(found.get("zip"), dict):
+        raise MergeidError(wanted)
+    from mergeid.io.schema import ZipRecord, validated
     from mergeid.merge.zip import TwoHeads
 
-    one, two = (load(path / part, arch=arch, device=device) for part in ("a", "b"))
-    return TwoHeads((one.model, two.model), [one.names[name] for name in trunk])
+    record = validated(ZipRecord, found, str(path / RECORD)).zip
+    one, two = (load(path / part, arch=record.arch, device=device) for part in ("a", "b"))
+    unknown = [name for name in record.trunk if name not in one.names]
+    if unknown:
+        raise MergeidError(f"{path / RECORD} names the tensor {shown(unknown[0])}, which {path / 'a'} does not have")
+    return TwoHeads((one.model, two.model), [one.names[name] for name in record.trunk])
 
 
 def _target(output: Any, reads: Sequence[Any], one_head: bool, force: bool) -> Path:

@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import Architecture, Batch, LossParts, MergeidError, TensorTable, returned_tensors, task_first
+from mergeid.plugins import (
+    Architecture,
+    Batch,
+    LossParts,
+    MergeidError,
+    TensorTable,
+    reason,
+    returned_tensors,
+    task_first,
+)
 from mergeid_transformers import files, labels
 from mergeid_transformers.names import tensor_names
 
@@ -88,7 +97,7 @@ class TransformersAdapter:
     def _architecture(self, model_type: str, table: TensorTable, config: Mapping[str, Any] | None) -> Architecture:
         names = frozenset(table)
         stated = (config or {}).get("architectures")
-        if isinstance(stated, list) and stated and not (config or {}).get("auto_map"):
+        if isinstance(stated, list) and stated and isinstance(stated[0], str) and not (config or {}).get("auto_map"):
             chosen = stated[0]  # checked when it is built, so that recognising stays fast
         else:
             from mergeid_transformers.configs import choose_class
@@ -130,8 +139,8 @@ class TransformersAdapter:
             raise
         except Exception as error:  # hundreds of classes, and none expects a config that does not fit together
             raise MergeidError(
-                f"transformers cannot build {name} from the config.json: {error}; check that config and "
-                "transformers version belong together"
+                f"transformers cannot build {name} from the config.json ({type(error).__name__}: {reason(error)}); "
+                "check that config and transformers version belong together"
             ) from error
         if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
             model.pooler = None

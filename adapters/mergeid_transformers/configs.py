@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import MergeidError, near_names
+from mergeid.plugins import MergeidError, near_names, reason, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+MOST_LAYERS = 10_000
+COUNTS = re.compile(r"layers?$|depths?$|blocks?$|stages?$|^n_layer|num_hidden_layers|num_.*_layers")
+"""Fields that count layers."""
 # A checkpoint's storage choices that say nothing of the network: we always build in float32 on plain layers.
 STORAGE_KEYS = frozenset({"dtype", "torch_dtype", "quantization_config", "compression_config"})
 
@@ -52,16 +56,27 @@ def library_config(model_type: str, config: Mapping[str, Any] | None) -> Pretrai
             + "; name another one or install a version of transformers that has it"
         )
     kind = CONFIG_MAPPING[model_type]
+    _check_counts(config)
     try:
         made = kind() if config is None else kind.from_dict(_without_storage(dict(config)))
     except Exception as error:  # every class has checks of its own, and a kind of error for them
         raise MergeidError(
-            f"config.json does not describe a {model_type!r} model for transformers {transformers.__version__}: {error}"
+            f"config.json does not describe a {model_type!r} model for transformers {transformers.__version__}: "
+            f"{reason(error)}"
         ) from error
     for part in _parts(made):
         if hasattr(part, "use_cache"):
             part.use_cache = False
     return made
+
+
+def _check_counts(config: Any, place: str = "") -> None:
+    """Raises `MergeidError` for more layers than any network has: some classes make a list of that length first."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        if isinstance(value, Mapping):
+            _check_counts(value, f"{place}{key}.")
+        elif isinstance(value, int) and value > MOST_LAYERS and COUNTS.search(str(key)):
+            raise MergeidError(f"config.json says {place}{key} {shown(value)}; expected at most {MOST_LAYERS:,}")
 
 
 def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -221,7 +236,8 @@ def choose_class(model_type: str, config: Mapping[str, Any] | None, names: froze
 
     Raises `MergeidError` where the config names only classes that transformers does not have.
     """
-    asked = [a for a in (config or {}).get("architectures") or [] if isinstance(a, str)]
+    stated = (config or {}).get("architectures")
+    asked = [a for a in stated if isinstance(a, str)] if isinstance(stated, list) else []
     for name in asked:
         if has_class(name):
             return name

@@ -57,7 +57,9 @@ def command(
     matcher: o.Matcher = None,
     points: Annotated[
         int,
-        typer.Option("--points", metavar="N", min=2, rich_help_panel=o.HOW, help="Points on the line, both ends too."),
+        typer.Option(
+            "--points", metavar="N", min=2, max=10_000, rich_help_panel=o.HOW, help="Points on the line, both ends too."
+        ),
     ] = 11,
     repair: Annotated[
         bool,

@@ -209,7 +209,9 @@ RefuseAbove = Annotated[
         "excess over the models' own predictions (outputs that are no classes: share of their variance); inf: never.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, rich_help_panel=HOW, help="Seed of every draw.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, rich_help_panel=HOW, help="Seed of every draw.")
+]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=HOW, help="Examples per forward pass.")
 ]

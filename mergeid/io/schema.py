@@ -130,15 +130,15 @@ class ZipEntry(Own):
     seed: Count
 
 
-class RecordFile(Own):
-    """``mergeid.record/1``, the ``mergeid.json`` beside an output; what only people read is not looked into."""
+class ZipRecord(Own):
+    """``mergeid.record/1`` of two models with one trunk, which is read again to load them."""
 
+    format: Literal["mergeid.record/1"]
     output: str
-    format: Literal["mergeid.record/1"] = "mergeid.record/1"
-    method: str | None = None
-    inputs: list[dict[str, Any]] = []
-    base: dict[str, Any] | None = None
-    zip: ZipEntry | None = None
+    method: Literal["zip"]
+    inputs: list[dict[str, Any]]
+    zip: ZipEntry
+    versions: dict[str, str]
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------
