@@ -15,7 +15,8 @@ models says, or their mean, whatever that is; with one model it is the Kullback-
 
 Any other output: the squared distance over the variance of what it should be, about its mean over the examples (the
 unexplained share of the variance: a network that always says the same is at 1 or beyond); of the models and their mean
-the one that is nearest. Several outputs: each by itself.
+the one that is nearest, where the mean counts only if their outputs vary together: that of two networks which
+contradict each other says nothing. Several outputs: each by itself.
 """
 
 from __future__ import annotations
@@ -223,7 +224,15 @@ class Panel:
             gap = torch.where(out == reference, 0.0, out.double() - reference.double()).square()
             gap = gap.mean(-1) if gap.dim() > 1 else gap
             rows.append(_per_example(gap, batch, count) / spread.variance(outs[0].dtype))
+        if not self._agree(name, outs[0].dtype):
+            rows[0] = torch.full_like(rows[0], inf)
         return torch.stack(rows)
+
+    def _agree(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the models' outputs vary together: their mean varies more than that of as many unrelated ones."""
+        mean, *alone = (spread.variance(dtype) for spread in self._spreads[name])
+        shares = [w for w in self.shares.tolist() if w > 0]
+        return not alone or mean > sum(w * w * v for w, v in zip(shares, alone, strict=True))
 
 
 def _spaced(of: range, most: int) -> list[int]:
