@@ -204,7 +204,7 @@ def midpoint(a: nn.Module, b: nn.Module, task: Task) -> nn.Module:
     state = {k: (v + other[k]) / 2 if v.is_floating_point() else v for k, v in a.state_dict().items()}
     middle.load_state_dict(state)
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in middle.modules()):
-        reestimate_batchnorm(middle, [{"x": x} for x in task.x[:512].split(64)], lambda m, batch: m(batch["x"]))
+        reestimate_batchnorm(middle, [{"x": task.x[:512]}], forward=lambda m, batch: m(batch["x"]))
     return middle.eval()
 
 

@@ -121,6 +121,14 @@ def test_several_writers_are_rows_side_by_side_and_free_ones_weigh_too() -> None
     assert not hold(Fixed(lambda _, n: states[0].get(n), lambda _, n: states[1].get(n)), space, parts).firm
 
 
+def test_weights_that_are_not_finite_hold_nothing() -> None:
+    a, b, f = drawn(6, 20, 0.1, 3)
+    space, writer = one_space(6)
+    assert hold(fixed_of(a, b, f), space, [writer]).firm
+    a[2, 3] = torch.nan
+    assert not hold(fixed_of(a, b, f), space, [writer]).firm
+
+
 # -- the chain ----------------------------------------------------------------------------------------------
 
 

@@ -155,7 +155,7 @@ def hold(fixed: Fixed, space: Space, writers: Sequence[Writer], *, across: bool 
     names = tuple(w.tensor for w in writers if fixed.has(space.id, w.tensor))
     if not names:
         return LOOSE
-    rows = [fixed.rows(space, w) for w in writers]
+    rows = _Rows(fixed, space, writers)
     blocks = torch.zeros(space.size, dtype=torch.int64) if across else torch.arange(space.size) // space.members
     angles = [0.0, 0.0]
     dominant = np.ones((3, 2), bool)
@@ -171,6 +171,7 @@ def hold(fixed: Fixed, space: Space, writers: Sequence[Writer], *, across: bool 
             swap = with_f[part, None] + with_f[None] - into - out
             size = (_between(rows, side, own, part) * between_f).clamp(min=0).sqrt()
             cosine = torch.where(size > 1e-12 * (own.max() * f.max()).sqrt(), swap / size, 0.0)
+            cosine.nan_to_num_(nan=-1.0)  # weights that are not finite hold nothing
             angles[side] = max(angles[side], degrees(acos(min(1.0, float(cosine[other].min().clamp(min=-1))))))
             _dominates(dominant, side, own, f, with_f, into, out, part, other)
         _dominates(dominant, 2, b, a, ab, *_both_ways(rows, 0, 1, part), part, other)
@@ -182,42 +183,48 @@ def hold(fixed: Fixed, space: Space, writers: Sequence[Writer], *, across: bool 
     return Hold(angles[0], angles[1], (nearest[0], nearest[1], nearest[2]), names)
 
 
-Rows = Sequence[tuple[Tensor, Tensor, "Tensor | None"]]
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of A, B and F side by side over all writers, one writer at a time in memory."""
+
+    fixed: Fixed
+    space: Space
+    writers: Sequence[Writer]
+
+    def columns(self, one: int, two: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of two of (A, B, F), piece by piece of their entries, float64."""
+        for writer in self.writers:
+            triple = self.fixed.rows(self.space, writer)
+            x, y = triple[one], triple[two]
+            if x is None or y is None:
+                continue
+            step = max(VALUES // len(x), 1)
+            for start in range(0, x.shape[1], step):
+                yield x[:, start : start + step].double(), y[:, start : start + step].double()
 
 
-def _columns(rows: Rows, one: int, two: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of two of (A, B, F), piece by piece of their entries, float64."""
-    for triple in rows:
-        x, y = triple[one], triple[two]
-        if x is None or y is None:
-            continue
-        step = max(VALUES // len(x), 1)
-        for start in range(0, x.shape[1], step):
-            yield x[:, start : start + step].double(), y[:, start : start + step].double()
-
-
-def _diagonals(rows: Rows, one: int, two: int) -> Tensor:
-    out = torch.zeros(len(rows[0][0]), dtype=torch.float64)
-    for x, y in _columns(rows, one, two):
+def _diagonals(rows: _Rows, one: int, two: int) -> Tensor:
+    out = torch.zeros(rows.space.size, dtype=torch.float64)
+    for x, y in rows.columns(one, two):
         out += (x * y).sum(1)
     return out
 
 
-def _products(rows: Rows, one: int, two: int, part: Tensor) -> Tensor:
+def _products(rows: _Rows, one: int, two: int, part: Tensor) -> Tensor:
     """⟨x_i, y_j⟩ at [i in part, j]."""
-    out = torch.zeros(len(part), len(rows[0][0]), dtype=torch.float64)
-    for x, y in _columns(rows, one, two):
+    out = torch.zeros(len(part), rows.space.size, dtype=torch.float64)
+    for x, y in rows.columns(one, two):
         out += x[part] @ y.T
     return out
 
 
-def _both_ways(rows: Rows, one: int, two: int, part: Tensor) -> tuple[Tensor, Tensor]:
+def _both_ways(rows: _Rows, one: int, two: int, part: Tensor) -> tuple[Tensor, Tensor]:
     """⟨x_i, y_j⟩ and ⟨y_i, x_j⟩ at [i in part, j]."""
     found = _products(rows, one, two, part)
     return found, found.T if len(part) == found.shape[1] else _products(rows, two, one, part)
 
 
-def _between(rows: Rows, side: int, norms: Tensor, part: Tensor) -> Tensor:
+def _between(rows: _Rows, side: int, norms: Tensor, part: Tensor) -> Tensor:
     """‖x_i − x_j‖²."""
     return (norms[part, None] + norms[None] - 2 * _products(rows, side, side, part)).clamp_(min=0)
 
@@ -242,7 +249,7 @@ def _dominates(
     found[at, 1] &= bool((by_neuron > mine)[other].all())
 
 
-def _optimal(rows: Rows, classes: int, side: int, norms: Sequence[Tensor], blocks: Tensor) -> bool:
+def _optimal(rows: _Rows, classes: int, side: int, norms: Sequence[Tensor], blocks: Tensor) -> bool:
     """The exact margin, block by block."""
     squares = {0: norms[0], 1: norms[1], 2: norms[2]}
     for block in blocks.unique():
