@@ -543,6 +543,14 @@ def test_no_output_touches_an_input(inside: Inside, networks: Path, tmp_path: Pa
         )
 
 
+def test_a_recipe_outlives_the_folder_that_it_lies_in(inside: Inside, pair: Path) -> None:
+    (pair / "out").mkdir()
+    (pair / "out" / "config.json").write_text("{}")
+    models = "[{model: a.safetensors}, {model: b.safetensors}]"
+    (pair / "out" / "r.yaml").write_text(f"merge_method: linear\nmodels: {models}\n")
+    refused(inside("merge", "out/r.yaml", *PLAIN, "-o", "out", "--force"), "out/r.yaml lies in it")
+
+
 PLACES = ("/proc/x", "nowhere/x", "a.safetensors/x", "/dev/null/x")
 
 

@@ -10,6 +10,7 @@ import typer
 from mergeid.commands import options as o
 from mergeid.commands.work import working
 from mergeid.errors import MergeidError
+from mergeid.io.output import check_output
 
 
 def command(
@@ -153,6 +154,8 @@ def command(
         for option in (option for option, value in given.items() if value):
             raise MergeidError(f"{option} does not go with a recipe; write it into {models[0]}")
         recipe = read_recipe(models[0])
+        if output is not None:
+            check_output(output, inputs=models, force=force)  # replacing a folder would take the recipe in it along
         models, what = recipe.models, recipe.arguments()
     elif len(models) == 1:
         raise MergeidError("Missing argument 'B'; expected two models at least, or one recipe (a .yaml file)")
