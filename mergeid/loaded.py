@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mergeid.io.checkpoint import Checkpoint
 
-POSITION = re.compile(r"arg(\d+)")
+POSITION = re.compile(r"arg(\d{1,9})")
 
 
 @dataclass(frozen=True)

@@ -241,3 +241,32 @@ def test_names_that_are_none(spec):
 def test_iterables_with_an_end_are_read():
     rows = itertools.islice(itertools.repeat((torch.zeros(3, 64, 64), 1)), 7)
     assert len(load_data(rows, adapter=TIMM, arch=NET)) == 7
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"size": "large"},
+        {"size": {"height": "x", "width": 3}},
+        {"image_mean": 3},
+        {"image_mean": ["a", "b", "c"]},
+        {"image_std": [0, 0, 0]},
+        {"image_mean": [1, 2]},
+        {"resample": [3]},
+        {"crop_size": -5},
+    ],
+)
+def test_preprocessor_files_of_any_content(stated, tmp_path):
+    """Read or refused, by the file's own sentence or at the first image."""
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 32, "patch_size": 8}
+    arch = HF.recognise({}, config, {})
+    assert arch is not None
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a.png")
+    try:
+        found = load_data(tmp_path / "images", adapter=HF, arch=arch, folder=tmp_path)[0]["pixel_values"]
+    except MergeidError as error:
+        assert len(str(error)) < 600
+    else:
+        assert found.shape == (3, 32, 32) and bool(found.isfinite().all())

@@ -78,7 +78,7 @@ def _label_map(folder: Path) -> dict[int, str]:
     found = (read_json(folder / "config.json") or {}).get("id2label")
     if not isinstance(found, Mapping):
         return {}
-    return {int(k): str(v) for k, v in found.items() if str(k).isdigit()}
+    return {int(k): str(v) for k, v in found.items() if str(k).isdecimal() and len(str(k)) < 10}
 
 
 def _label_difference(a: Path, b: Path) -> str | None:

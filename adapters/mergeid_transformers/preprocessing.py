@@ -46,7 +46,7 @@ def preprocessing(arch: Architecture, task: str, folder: Path | None) -> dict[st
     classes = int(getattr(config, "num_labels", 0) or 0)
     if task in (EXAMPLE_TASKS | {"token"}) - {"choice"} and classes > 1:
         found["classes"] = classes
-        found["class_names"] = {v: k for k, v in config.id2label.items() if v != f"LABEL_{k}"}
+        found["class_names"] = {str(v): k for k, v in config.id2label.items() if v != f"LABEL_{k}"}
     return found
 
 

@@ -125,7 +125,7 @@ def _positional(words: Sequence[str], valued: set[str]) -> bool:
 
 def parse_axis(text: str) -> tuple[str, int]:
     """``"conv1.weight[1]"`` as ("conv1.weight", 1). Raises `MergeidError` for anything else."""
-    match = re.fullmatch(r"(.+)\[(\d+)\]", text.strip())
+    match = re.fullmatch(r"(.+)\[(\d{1,9})\]", text.strip())
     if match is None:
         raise MergeidError(f"--why {text!r} is no axis; expected TENSOR[AXIS], such as 'conv1.weight[1]'")
     return match[1], int(match[2])

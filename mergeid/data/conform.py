@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mergeid.data.batching import IGNORED, Item, ItemDataset, collate
+from mergeid.data.batching import IGNORED, Item, ItemDataset, collate, told
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture, Batch
 
@@ -25,7 +25,15 @@ def facts(adapter: Adapter, arch: Architecture, folder: Path | None) -> dict[str
     """The adapter's preprocessing facts, from the checkpoint's own files where the adapter reads such."""
     ask: Any = adapter.preprocessing
     takes_folder = "folder" in inspect.signature(ask).parameters
-    found = dict(ask(arch, folder=folder) if takes_folder else ask(arch))
+    try:
+        found = dict(ask(arch, folder=folder) if takes_folder else ask(arch))
+    except MergeidError:
+        raise
+    except Exception as error:  # numbers that are texts, tables that are lists, in the files of another library
+        raise MergeidError(
+            f"how {folder or arch.id} wants its inputs prepared cannot be read ({told(error)}); repair its "
+            "preprocessor_config.json or config.json"
+        ) from error
     found.setdefault("input", INPUT_OF_KIND.get(str(found.get("kind")), POSITIONAL))
     return found
 

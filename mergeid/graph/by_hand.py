@@ -64,7 +64,7 @@ class Constraints:
 
 def _split(text: str) -> tuple[str, int | None]:
     """``"a.weight[1]"`` as ("a.weight", 1), ``"a.weight"`` as ("a.weight", None)."""
-    match = re.fullmatch(r"(.+)\[(\d+)\]", text.strip())
+    match = re.fullmatch(r"(.+)\[(\d{1,9})\]", text.strip())
     return (match[1], int(match[2])) if match else (text.strip(), None)
 
 

@@ -43,7 +43,7 @@ class Condition:
 
 Setting = Union[Scalar, tuple[Scalar, ...], tuple[Condition, ...]]
 
-_NUMBERED = re.compile(r"^(.*?)\.(\d+)\.")
+_NUMBERED = re.compile(r"^(.*?)\.(\d{1,9})\.")
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
