@@ -11,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
 from .campaigns import models
 from .files import pair, safetensors
@@ -76,29 +78,52 @@ class Killed:
         return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
 
-def kills(count: int, seed: int, place: Path) -> Killed:
-    """`count` signals. What fails is told on stderr."""
-    home = place / "homes" / "kills"
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
-    lane = Lane(home, {})
+def kills(count: int, seed: int, place: Path, jobs: int = 1) -> Killed:
+    """`count` signals, `jobs` at a time; those sent earlier included. What fails is told on stderr."""
+    kept = place / f"kills-{seed}.json"
+    done: dict[str, list[Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     inputs = _inputs(place / "kill-inputs")
-    wholes = {w.name: _whole(w, inputs, home, lane) for w in WORKS}
-    found = Killed()
     order = [w for w in WORKS for _ in range(w.share)]
+    waiting: SimpleQueue[int] = SimpleQueue()
     for number in range(count):
-        rng = random.Random(f"kills:{seed}:{number}")
-        work, sent = order[number % len(order)], SIGNALS[number // len(order) % len(SIGNALS)]
-        wrong, states = _hit(work, sent, rng, inputs, home / "case", lane, *wholes[work.name])
-        for name in (sent.name, work.name):
-            found.sent[name] += 1
-            for state in (*states, *(["failing"] if wrong else [])):
-                found.how[name, state] += 1
+        if str(number) not in done:
+            waiting.put(number)
+    wholes: dict[str, tuple[dict[str, str], float]] = {}
+    lock = threading.Lock()
+
+    def work(home: Path) -> None:
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        lane = Lane(home, {})
+        while True:
+            try:
+                number = waiting.get_nowait()
+            except Empty:
+                return
+            rng = random.Random(f"kills:{seed}:{number}")
+            work, sent = order[number % len(order)], SIGNALS[number // len(order) % len(SIGNALS)]
+            if work.name not in wholes:
+                wholes[work.name] = _whole(work, inputs, home, lane)
+            wrong, states = _hit(work, sent, rng, inputs, home / "case", lane, *wholes[work.name])
+            with lock:
+                done[str(number)] = [work.name, sent.name, wrong, states]
+                kept.write_text(json.dumps(done))
+            if wrong:
+                print(f"kills:{number} {work.name} {sent.name}: {wrong}", file=sys.stderr, flush=True)
+
+    threads = [threading.Thread(target=work, args=(place / "homes" / f"kills-{seed}-{k}",)) for k in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = Killed()
+    for number in range(count):
+        name, signal_name, wrong, states = done[str(number)]
+        for subject in (signal_name, name):
+            found.sent[subject] += 1
+            found.how.update((subject, state) for state in (*states, *(["failing"] if wrong else [])))
         if wrong:
-            found.failing.append(f"{number} {work.name} {sent.name}: {wrong}")
-            print(f"kills:{found.failing[-1]}", file=sys.stderr, flush=True)
-        if number % 50 == 49:
-            print(f"kills: {number + 1} of {count} signals sent", file=sys.stderr, flush=True)
+            found.failing.append(f"{number} {name} {signal_name}: {wrong}")
     return found
 
 

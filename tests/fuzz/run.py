@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "kills" in names:
         from .kills import kills
 
-        killed = kills(given.signals or max(8, given.count // 150), given.seed, place)
+        killed = kills(given.signals or max(8, given.count // 150), given.seed, place, given.jobs)
         text += "\n\n" + killed.table()
         failing += len(killed.failing)
     print(text)

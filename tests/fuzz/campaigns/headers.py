@@ -36,7 +36,7 @@ DTYPES = (
 )
 
 
-@campaign("headers", share=16, processes=50)
+@campaign("headers", share=16, processes=25)
 def headers(rng: random.Random, folder: Path) -> Case:
     """A pair whose second file is damaged, more often than not."""
     a, b = _tables(rng)

@@ -37,7 +37,7 @@ TEXTS = (
 )  # fmt: skip
 
 
-@campaign("recipes", share=10, processes=50)
+@campaign("recipes", share=10, processes=200)
 def recipes(rng: random.Random, folder: Path) -> Case:
     tables = dict(zip("ab", pair(rng, NAMES, [[3, 2], [2, 2], [4]]), strict=True))
     tables["c"] = pair(rng, NAMES, [[3, 2], [2, 2], [4]])[0]

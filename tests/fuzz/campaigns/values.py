@@ -61,7 +61,7 @@ VERBS = ("plan", "predict", "sketch", "align", "barrier", "similarity", "graph",
 DEAR = ("--matcher", "--data")
 
 
-@campaign("values", share=9, processes=25)
+@campaign("values", share=9, processes=50)
 def values(rng: random.Random, folder: Path) -> Case:
     for name, table in zip(("a", "b"), pair(rng, NAMES, [[3, 3], [3, 3], [3]]), strict=True):
         (folder / f"{name}.safetensors").write_bytes(safetensors(table))
