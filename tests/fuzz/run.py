@@ -38,6 +38,7 @@ class Ledger:
     faults: dict[str, int] = field(default_factory=dict)
     failing: dict[str, list[str]] = field(default_factory=dict)
     mended: int = 0
+    waiting: list[int] = field(default_factory=list)
     slowest: float = 0.0
 
     def count(
@@ -99,20 +100,31 @@ def again(campaign: Campaign, seed: int, lane: Lane, place: Path) -> Ledger:
 
 
 def several(campaign: Campaign, seed: int, count: int, lane: Lane, place: Path) -> Ledger:
-    """`count` inputs of a campaign, those done earlier included."""
+    """`count` inputs of a campaign, those done earlier included; those with a process of their own come last."""
     ledger = Ledger.of(place, campaign.name, seed)
-    while ledger.next < count:
-        index = ledger.next
-        alone = index % campaign.processes == 0
+
+    def judged(index: int, alone: bool) -> None:
         found, ran = one(campaign, seed, index, lane, place, alone=alone)
-        ledger.next += 1
         ledger.processes += alone
         ledger.slowest = max(ledger.slowest, ran.seconds)
         ledger.count(index, ran.code, found)
         if found:
             print(f"{campaign.name}:{index}: {'; '.join(found)[:300]!r}", file=sys.stderr, flush=True)
-        if index % 50 == 49 or found:
             ledger.save(place)
+
+    while ledger.next < count:
+        index = ledger.next
+        if index % campaign.processes == 0:
+            ledger.waiting.append(index)
+        else:
+            judged(index, alone=False)
+        ledger.next += 1
+        if index % 50 == 49:
+            ledger.save(place)
+    while ledger.waiting:
+        judged(ledger.waiting[-1], alone=True)
+        ledger.waiting.pop()
+        ledger.save(place)
     ledger.save(place)
     return ledger
 
@@ -147,12 +159,12 @@ def table(ledgers: list[Ledger]) -> str:
         "slowest",
     ]
     rows = [
-        [x.name, f"{x.next:,}", f"{x.processes:,}", *(f"{x.codes.get(c, 0):,}" for c in codes)]
+        [x.name, f"{x.next - len(x.waiting):,}", f"{x.processes:,}", *(f"{x.codes.get(c, 0):,}" for c in codes)]
         + [f"{x.faults.get(f, 0):,}" for f in FAULTS]
         + [f"{x.slowest:.1f} s"]
         for x in ledgers
     ]
-    whole = Ledger("all", 0, sum(x.next for x in ledgers), sum(x.processes for x in ledgers))
+    whole = Ledger("all", 0, sum(x.next - len(x.waiting) for x in ledgers), sum(x.processes for x in ledgers))
     sums: collections.Counter[str] = collections.Counter()
     kinds: collections.Counter[str] = collections.Counter()
     for x in ledgers:
