@@ -176,7 +176,7 @@ def open_checkpoint(
         MergeidError: anything that is wrong with it, in one sentence.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which leaves the home of nobody as it is
     if not os.path.exists(path):
         if not isinstance(source, str) or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:
             raise MergeidError(

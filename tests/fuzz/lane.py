@@ -85,34 +85,32 @@ class Lane:
                 start_new_session=True,
                 preexec_fn=_bounded,
             )
-            code: int | None = None
-            with contextlib.suppress(TimeoutError):
-                code = _wait(process)
+            code, starved = _wait(process)
             if code is None:
                 _kill(process)
-            return Ran(code, _text(out), _text(err), time.monotonic() - began)
+            return Ran(code, _text(out), _text(err), time.monotonic() - began - starved)
 
     def _inside(self, case: Case, folder: Path) -> Ran:
         worker = self._started()
         streams = {k: str(self.home / k) for k in ("out", "err")}
         job = {"words": case.words, "folder": str(folder), "env": case.env, **streams}
         assert worker.stdin is not None and worker.stdout is not None
-        began = time.monotonic()
+        began, starved = time.monotonic(), _starved(worker.pid)
         worker.stdin.write(json.dumps(job) + "\n")
         worker.stdin.flush()
-        answer = _line(worker, began)
+        answer = _line(worker, began - starved)
+        seconds = time.monotonic() - began - (_starved(worker.pid) - starved)
         self._runs += 1
         out, err = (_text(open(streams[k], "rb")) for k in ("out", "err"))  # noqa: SIM115
         if answer is None or self._runs >= RUNS:
             self.close()
         if answer is None:
-            return Ran(None, out, err, time.monotonic() - began)
+            return Ran(None, out, err, seconds)
         if answer == "":
             code = worker.wait()
             self.close()
-            return Ran(code, out, err, time.monotonic() - began)
-        done = json.loads(answer)
-        return Ran(done["code"], out, err, done["seconds"])
+            return Ran(code, out, err, seconds)
+        return Ran(json.loads(answer)["code"], out, err, seconds)
 
     def _started(self) -> subprocess.Popen[str]:
         if self._worker is None:
@@ -156,25 +154,23 @@ def _starved(pid: int) -> float:
         return 0.0
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Exit code. Raises TimeoutError."""
-    began = time.monotonic()
-    while True:
-        try:
-            return process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            if time.monotonic() - began - _starved(process.pid) > LIMIT:
-                raise TimeoutError from None
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int | None, float]:
+    """Exit code (None: none in time), and the seconds that it waited for a processor."""
+    began, starved = time.monotonic(), 0.0
+    while time.monotonic() - began - starved <= LIMIT:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=0.5), starved
+        starved = _starved(process.pid)
+    return None, starved
 
 
-def _line(worker: subprocess.Popen[str], began: float) -> str | None:
-    """The worker's answer; None: none in time; empty: it died."""
+def _line(worker: subprocess.Popen[str], since: float) -> str | None:
+    """The worker's answer; None: none in time; empty: it died. `since`: when, less what it had been starved by then."""
     assert worker.stdout is not None
-    starved = _starved(worker.pid)
     with selectors.DefaultSelector() as ready:
         ready.register(worker.stdout, selectors.EVENT_READ)
         while not ready.select(timeout=1):
-            if time.monotonic() - began - (_starved(worker.pid) - starved) > LIMIT:
+            if time.monotonic() - _starved(worker.pid) - since > LIMIT:
                 return None
     return worker.stdout.readline()
 

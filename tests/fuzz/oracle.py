@@ -26,7 +26,7 @@ class Ran:
     Attributes:
         code: exit code; negative: the signal that ended it; None: it did not end in time.
         out, err: both streams, bytes that are no UTF-8 as surrogates.
-        seconds: wall time.
+        seconds: wall time, less what the process waited for a busy processor.
         left: files in the folder for temporary files afterwards.
     """
 
