@@ -25,6 +25,7 @@ def align(
     transport: bool = False,
     data: Any = None,
     arch: str | None = None,
+    config: str | None = None,
     force: bool = False,
     seed: int = 0,
     limit: int | None = LIMIT,
@@ -44,6 +45,7 @@ def align(
         b: the model to permute; to: the model whose order it takes. Others as for `merge`.
         base, certify: as for `plan`.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
+        config: "a" (`to`) or "b": whose config B gets where they differ in what the network computes.
         transport: carry B's neurons onto A's by optimal transport, as `merge` does with it: A's shapes, and no longer
             the same function.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
@@ -67,6 +69,7 @@ def align(
             skip=skip,
             data=data,
             arch=arch,
+            config=config,
             seed=seed,
             limit=limit,
             batch_size=batch_size,
@@ -80,6 +83,7 @@ def align(
         b,
         data=data,
         arch=arch,
+        config=config,
         match=match,
         matcher=matcher,
         seed=seed,
@@ -101,7 +105,11 @@ def align(
     assert pair.b.checkpoint is not None
     files = made.graph.renamed({k: n for n, k in pair.b.names.items()})
     result.files = rewrite(
-        pair.b.checkpoint, target, lambda n, t: files.apply(made.element, n, t), {"align": made.to_json()}, force
+        pair.b.checkpoint,
+        target,
+        lambda n, t: files.apply(made.element, n, t),
+        {"align": made.to_json(), **pair.agreed.record()},
+        force,
     )
     return result
 

@@ -125,6 +125,7 @@ def plan(
     *,
     data: Any = None,
     arch: str | None = None,
+    config: str | None = None,
     match: str = "auto",
     matcher: str | None = None,
     seed: int = 0,
@@ -144,6 +145,7 @@ def plan(
     Args:
         a, b: files, folders, hub ids, or live modules.
         data: calibration data (labels unused), see `mergeid.data.load_data`; without it only the weights speak.
+        config: "a" or "b": whose config counts where they differ in what the network computes; None: that is refused.
         match: "auto" as decided per space, "always", "never".
         matcher: how neurons are matched (`mergeid.match.matcher_names`); default: combined with data, weight without.
         limit: most calibration examples.
@@ -160,6 +162,7 @@ def plan(
         b,
         data=data,
         arch=arch,
+        config=config,
         match=match,
         matcher=matcher,
         seed=seed,
@@ -187,6 +190,7 @@ def barrier(
     points: int = 11,
     calibration: Any = None,
     arch: str | None = None,
+    config: str | None = None,
     skip: Sequence[str] = (),
     limit: int | None = None,
     calibration_limit: int | None = LIMIT,
@@ -207,7 +211,7 @@ def barrier(
     Args:
         data: labelled data.
         match: "never" measures the pair as it is, "auto" and "always" align B first (evidence from `calibration`).
-        matcher: as for `plan`.
+        matcher, config: as for `plan`.
         repair: estimate the BatchNorm statistics again at every point, on `calibration`.
         points: grid points λ from 0 to 1, at least 2.
         calibration: data for matching and repair; default: `data`.
@@ -228,6 +232,7 @@ def barrier(
         a,
         b,
         arch=arch,
+        config=config,
         skip=skip,
         allow_pickle=allow_pickle,
         device="cpu",

@@ -103,6 +103,11 @@ class MergeidError(Exception):
         super().__init__(plain(message))
 
 
+class NoModel(MergeidError):
+    """The weights may be fine, but no model can be built of them: unknown architecture, foreign code, names that do not
+    fit. What needs no model goes on."""
+
+
 class WillNotMerge(MergeidError):
     """The answer is "no": the plan says that the pair will not merge. Nothing was written."""
 

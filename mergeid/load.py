@@ -12,6 +12,7 @@ from mergeid.boundary import verb
 from mergeid.building import BARE, Room, build, within
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.lora import refuse_adapter
 from mergeid.loaded import Example, Loaded, ModuleAdapter, as_batch, check_runs
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
 from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, adapter_names, get_adapter, near_names
@@ -31,6 +32,8 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
         arch: ``timm/resnet18``, ``transformers/bert``, a bare name, or the path of a config.json.
 
     Raises `MergeidError` when nothing fits, when several libraries do, or for an unknown name."""
+    if checkpoint.files:
+        refuse_adapter(checkpoint)
     config, table = checkpoint.config, plain_table(checkpoint.table)
     if arch is not None and arch.endswith(".json"):
         from mergeid.io.reading import read_table
@@ -89,7 +92,7 @@ def resolve_name(
 
 @verb
 def load(
-    source: str | os.PathLike[str] | nn.Module,
+    source: str | os.PathLike[str] | Checkpoint | nn.Module,
     *,
     arch: str | None = None,
     example_inputs: Any = None,
@@ -102,7 +105,7 @@ def load(
     """A runnable model with its weights.
 
     Args:
-        source: ``.safetensors`` file, folder, hub id, or a live module.
+        source: ``.safetensors`` file, folder, hub id, an open checkpoint, or a live module.
         arch: its architecture where it cannot be told.
         example_inputs: for a live module of no known library: a tensor, a tuple, or a dict of keywords.
         outputs: names or globs of those outputs of a live module that count (``"logits"``, ``"0"``); default: all.
@@ -170,13 +173,16 @@ def _tied(model: nn.Module) -> dict[str, set[str]]:
     return {k: g for g in groups.values() for k in g}
 
 
-def opened(source: str | os.PathLike[str] | nn.Module, *, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint of a file, folder or hub id, or one that holds a live module's tensors."""
-    if isinstance(source, (str, os.PathLike)):
+def opened(source: str | os.PathLike[str] | Checkpoint | nn.Module, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint of a file, folder or hub id; for a live module one that holds its tensors, and its config where it
+    says of itself what a ``config.json`` says."""
+    if isinstance(source, (str, os.PathLike, Checkpoint)):
         return open_checkpoint(source, allow_pickle=allow_pickle)
     from mergeid.offload import state_of
 
-    return Checkpoint.from_tensors(state_of(source), source=type(source).__name__)
+    to_dict: Callable[[], dict[str, Any]] | None = getattr(getattr(source, "config", None), "to_dict", None)
+    config = to_dict() if to_dict else None
+    return Checkpoint.from_tensors(state_of(source), source=type(source).__name__, config=config)
 
 
 def _live(module: nn.Module, arch: str | None, given: Example, generator: torch.Generator) -> Loaded:
@@ -194,12 +200,8 @@ def _live(module: nn.Module, arch: str | None, given: Example, generator: torch.
         adapter: Any = ModuleAdapter(_library(module))
         found = Architecture("torch", source)
         return Loaded(source, module, adapter, found, None, names, as_batch(given.inputs), given.outputs)
-    checkpoint = Checkpoint.from_tensors(module.state_dict(), source=source)
-    config = getattr(module, "config", None)
-    to_dict: Callable[[], dict[str, Any]] | None = getattr(config, "to_dict", None)
-    checkpoint.config = to_dict() if to_dict else None
     try:
-        adapter, found = find_architecture(checkpoint, arch)
+        adapter, found = find_architecture(opened(module), arch)
     except MergeidError as error:
         raise MergeidError(f"{error}; for a live module also: pass example_inputs") from None
     inputs = given.inputs

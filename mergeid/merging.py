@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.boundary import verb
-from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.load import opened
+from mergeid.errors import MergeidError, NoModel, WillNotMerge
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.loaded import Example
 from mergeid.merge.apply import check_base
 from mergeid.merge.methods import MergeMethod, get_method
 from mergeid.merge.settings import MergeSettings, setting_of_weights
 from mergeid.offload import state_of
-from mergeid.pair import LIMIT, Progress, Source, is_module, output_path
+from mergeid.pair import LIMIT, Progress, Source, is_module, open_models, output_path
 from mergeid.planned import common_order, plan_pair
 from mergeid.writing import Inputs, write
 
@@ -84,7 +84,7 @@ def merge(
     base: Source | None = None,
     output: str | os.PathLike[str] | None = None,
     weights: Sequence[Any] | Mapping[str, Sequence[float]] | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     method: str = "linear",
     density: float | Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -95,6 +95,7 @@ def merge(
     repair: bool | str = True,
     refuse_above: float = REFUSE_ABOVE,
     arch: str | None = None,
+    config: str | None = None,
     dtype: str | None = None,
     skip: Sequence[str] = (),
     force: bool = False,
@@ -116,6 +117,8 @@ def merge(
         output: ``.safetensors`` file or folder; default ``./merged.safetensors``, for folders ``./merged``.
         weights: one per model (shares with sum 1; factors of any size for task vectors), or glob of tensor names ->
             one per model, of which the first that matches counts. Default: equal shares.
+        normalize: True: scale the weights to sum 1; False: take them as they are; None: shares of another sum are
+            refused.
         method: name in the registry (`mergeid.merge.methods`).
         density: the method's parameter of that name, one or one per model.
         parameters: further parameters of the method by name: one value, or a list with one per model.
@@ -133,6 +136,8 @@ def merge(
             farther from their predictions than they are themselves, for outputs that are no classification the share
             of their variance (`mergeid.evaluate.nearness`).
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
+        config: "a" (the first model), "b", …: whose config the result gets where configs differ in what the network
+            computes; None: that is refused.
         force: overwrite, and merge even when the plan, or the last look, says that it will not work.
 
     Raises:
@@ -154,22 +159,31 @@ def merge(
         check_matcher(matcher, match, data is not None)
     live = is_module(models[0])
     target = None if live and output is None else output_path(output, [*models, base, data, arch], force)
+    if live and len(models) > 2 and config not in (None, "a"):
+        raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
+    met = open_models(
+        models, base, skip=skip, config=config, arch=arch, widths=not transport, allow_pickle=allow_pickle
+    )
+    skip = met.skip
+    if not live:
+        models, base, config = [*met.agreed.models], met.agreed.base, None
     settings = MergeSettings.of(
         chosen,
         len(models),
-        _float_names(models[0], skip, allow_pickle),
+        _float_names(met.agreed.models[0], skip),
         weights=setting_of_weights(weights),
         parameters=_with_density(parameters, density),
         normalize=normalize,
         seed=seed,
     )
-    result = MergeResult("direct")
+    result = MergeResult("direct", notes=list(met.agreed.notes))
     members: Members | None = None
     repaired: dict[str, Tensor] = {}
     common: dict[str, Any] = {
         "skip": skip,
         "data": data,
         "arch": arch,
+        "config": config,
         "seed": seed,
         "limit": limit,
         "batch_size": batch_size,
@@ -184,7 +198,15 @@ def merge(
         members, result.verdict = transported_members(models, settings, **common), "transported"
     elif match != "never" or data is not None:
         how = {"match": match, "matcher": matcher, "dtype": dtype, **common}
-        members = _plan_all(models, base, settings, result, force, **how)
+        try:
+            members = _plan_all(models, base, settings, result, force, **how)
+        except NoModel as error:
+            if match != "auto" or chosen.statistics:
+                raise
+            without = " (without --data)" if data is not None else ""
+            raise NoModel(
+                f"{error}; or merge the tensors as they lie with --match never{without}, which builds no model"
+            ) from error
     if members is not None:
         from mergeid.repairing import repair_merged
 
@@ -210,7 +232,7 @@ def merge(
         result.state = {**_state(models, base, members, settings, skip), **repaired}
         return result
     inputs = Inputs.of(models, base, members, repaired, allow_pickle)
-    return write(result, inputs, target, settings, dtype, skip, force, progress)
+    return write(result, inputs, target, settings, dtype, skip, force, progress, met.agreed.record())
 
 
 def _look(
@@ -293,14 +315,13 @@ def _with_density(parameters: Mapping[str, Any] | None, density: float | Sequenc
     return found
 
 
-def _float_names(first: Source, skip: Sequence[str], allow_pickle: bool) -> list[str]:
+def _float_names(first: Checkpoint, skip: Sequence[str]) -> list[str]:
     """Names of the tensors that settings speak of: the first model's, those that are merged."""
     from fnmatch import fnmatchcase
 
     from mergeid.merge.compare import MERGEABLE
 
-    table = opened(first, allow_pickle=allow_pickle).table
-    names = [n for n, info in table.items() if info.dtype in MERGEABLE]
+    names = [n for n, info in first.table.items() if info.dtype in MERGEABLE]
     return [n for n in names if not any(fnmatchcase(n, p) for p in skip)]
 
 

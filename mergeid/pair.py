@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.weights import PICKLES
 from mergeid.load import find_architecture, graph_of, load, load_checkpoint, opened
@@ -19,9 +19,10 @@ from mergeid.plugins import Adapter, Architecture
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mergeid.configs import Agreed
     from mergeid.graph.neuron_graph import NeuronGraph
 
-Source = Union[str, "os.PathLike[str]", "nn.Module"]
+Source = Union[str, "os.PathLike[str]", "nn.Module", Checkpoint]
 Progress = Callable[[str, int, int], None]
 LIMIT = 512
 """Calibration examples that are used unless told otherwise."""
@@ -29,28 +30,88 @@ LIMIT = 512
 
 @dataclass
 class Pair:
+    """Attributes:
+    a, b: as networks that compute one function of their weights.
+    agreed: their checkpoints, and what was overruled.
+    """
+
     a: Loaded
     b: Loaded
     graph: NeuronGraph
+    agreed: Agreed
 
 
-def is_module(source: Any) -> bool:
-    return not isinstance(source, (str, os.PathLike))
+@dataclass
+class Opened:
+    """Models that can be merged tensor by tensor, as far as names, configs and heads say.
+
+    Attributes:
+        agreed: their checkpoints, with the same heads and with configs of one function.
+        skip: the globs that still say something.
+    """
+
+    agreed: Agreed
+    skip: tuple[str, ...]
 
 
-def _open_pair(
-    a: Source, b: Source, skip: Sequence[str], dtype: str | None, allow_pickle: bool
-) -> tuple[Checkpoint, Checkpoint]:
-    """Both checkpoints, compared by their headers before anything is built."""
+def is_module(source: Source) -> TypeGuard[nn.Module]:
+    return not isinstance(source, (str, os.PathLike, Checkpoint))
+
+
+def open_models(
+    models: Sequence[Source],
+    base: Source | None = None,
+    *,
+    skip: Sequence[str] = (),
+    config: str | None = None,
+    arch: str | None = None,
+    widths: bool = True,
+    heads: bool = True,
+    allow_pickle: bool = False,
+) -> Opened:
+    """Open all models, give them the same heads, and compare their configs. Nothing is built for models of equal
+    configs and names.
+
+    Args:
+        config: "a", "b", …: whose config counts where they differ in what the network computes.
+        widths: whether layers must be of equal widths.
+        heads: whether the task heads are merged too.
+
+    Raises:
+        MergeidError: adapters instead of models, heads that contradict their config, configs that differ.
+    """
+    from fnmatch import fnmatchcase
+
+    from mergeid.configs import agree
+    from mergeid.heads import SameHeads, same_heads
+    from mergeid.io.lora import refuse_adapter
+    from mergeid.merge.compare import plan_many
+
+    everyone = open_plain([*models, *([base] if base is not None else [])], allow_pickle)
+    for checkpoint in everyone:
+        refuse_adapter(checkpoint)
+    given = same_heads(everyone, skip) if heads else SameHeads(everyone)
+    left = {name for c in given.models for name in c.table}
+    kept = tuple(
+        p for p in skip if any(fnmatchcase(n, p) for n in left) or not any(fnmatchcase(n, p) for n in given.dropped)
+    )
+    origin = given.models.pop() if base is not None else None
+    if widths and heads:  # other architectures are called so, and not configs that differ
+        plan_many(given.models, base=origin, skip=kept)
+    agreed = agree(given.models, origin, config=config, same_head=heads and not kept, widths=widths, arch=arch)
+    agreed.notes = [*given.notes, *agreed.notes]
+    return Opened(agreed, kept)
+
+
+def _check_pair(first: Checkpoint, second: Checkpoint, skip: Sequence[str], dtype: str | None) -> None:
+    """Both checkpoints compared by their headers, before anything is built."""
     from mergeid.merge.compare import plan_tensors
 
-    first, second = (opened(x, allow_pickle=allow_pickle) for x in (a, b))
     tensors = plan_tensors(first, second, skip=skip, dtype=dtype)
     from mergeid.merge.by_torch import check_finite
 
     for checkpoint in (first, second):
         check_finite(checkpoint, tensors.merged)
-    return first, second
 
 
 def load_pair(
@@ -63,37 +124,64 @@ def load_pair(
     device: str,
     seed: int,
     dtype: str | None = None,
+    config: str | None = None,
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Pair:
     if is_module(a) != is_module(b):
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
     tell = progress or (lambda *_: None)
-    first, second = _open_pair(a, b, skip, dtype, allow_pickle)
-    import torch  # what is wrong with the files is said before torch is loaded
-
+    met = open_models([a, b], skip=skip, config=config, arch=arch, allow_pickle=allow_pickle)
+    first, second = met.agreed.models
+    skip = met.skip
+    _check_pair(first, second, skip, dtype)
     if is_module(a):
         given = Example.of(example_inputs)
         one = load(a, arch=arch, example_inputs=given, seed=seed)
         again = given if given.inputs is not None else Example(one.example, given.outputs)
         two = load(b, arch=arch, example_inputs=again, seed=seed)
         two.adapter, two.arch = one.adapter, one.arch
+        if met.agreed.chosen is not None:
+            _in_one_class(one, two, config == "b")
         found = graph_of(one, seed=seed)
     else:
-        tell("loading", 0, 2)
-        adapter, found_arch = find_architecture(first, arch)
-        generator = torch.Generator().manual_seed(seed)
-        one = load_checkpoint(first, adapter, found_arch, device=device, generator=generator)
-        tell("loading", 1, 2)
-        same = skip == () or not skip
-        other = found_arch if same else find_architecture(second, arch)[1]
-        two = load_checkpoint(second, adapter, other, device=device, generator=generator)
-        tell("tracing and verifying the neuron graph", 0, 1)
-        found = _common_graph(adapter, found_arch, one, seed)
+        try:
+            one, two, found = _built(first, second, arch, device, seed, tell)
+        except MergeidError as error:
+            raise NoModel(str(error)) from error
     if skip:
         keys = skipped_keys(one, skip)
         found = found.on_tensors([t for t in found.tensors if t not in keys])
-    return Pair(one, two, found)
+    return Pair(one, two, found, met.agreed)
+
+
+def _built(
+    first: Checkpoint, second: Checkpoint, arch: str | None, device: str, seed: int, tell: Progress
+) -> tuple[Loaded, Loaded, NeuronGraph]:
+    """Both models, each from its own config, and their common graph."""
+    import torch
+
+    tell("loading", 0, 2)
+    adapter, found = find_architecture(first, arch)
+    generator = torch.Generator().manual_seed(seed)
+    one = load_checkpoint(first, adapter, found, device=device, generator=generator)
+    tell("loading", 1, 2)
+    other = found if second.config is None else find_architecture(second, arch)[1]
+    two = load_checkpoint(second, adapter, other, device=device, generator=generator)
+    tell("tracing and verifying the neuron graph", 0, 1)
+    return one, two, _common_graph(adapter, found, one, seed)
+
+
+def _in_one_class(one: Loaded, two: Loaded, second: bool) -> None:
+    """Both live models as the one whose config was chosen computes, each with its own weights."""
+    import copy
+
+    from mergeid.state import load_weights
+
+    chosen, other = (two, one) if second else (one, two)
+    model = copy.deepcopy(chosen.model)
+    load_weights(model, other.state())
+    other.model = model
 
 
 def skipped_keys(loaded: Loaded, skip: Sequence[str]) -> set[str]:
@@ -104,28 +192,40 @@ def skipped_keys(loaded: Loaded, skip: Sequence[str]) -> set[str]:
 
 
 def load_base(
-    base: Source, like: Loaded, *, arch: str | None, skip: Sequence[str], allow_pickle: bool, seed: int
+    base: Source,
+    like: Loaded,
+    *,
+    arch: str | None,
+    skip: Sequence[str],
+    allow_pickle: bool,
+    seed: int,
+    overruled: bool = False,
 ) -> dict[str, Tensor]:
     """The weights that both models were fine-tuned from, under the keys of `like`'s state dict.
+
+    Args:
+        overruled: whether `like`'s config counts where the base's differs.
 
     Raises `MergeidError` where it is no checkpoint of the same architecture."""
     from fnmatch import fnmatchcase
 
     if is_module(base) != (like.checkpoint is None):
         raise MergeidError("the base is a live module and the models are paths, or the reverse; expected all of a kind")
-    first = like.checkpoint or Checkpoint.from_tensors(like.state(), source=like.source)
-    (second,) = open_plain([base], allow_pickle)
+    first = like.checkpoint or opened(like.model)
+    config = "a" if overruled else None
+    met = open_models([first, base], skip=skip, config=config, arch=arch, allow_pickle=allow_pickle)
+    second, skip = met.agreed.models[1], met.skip
     from mergeid.merge.by_torch import check_finite
     from mergeid.merge.compare import plan_tensors
 
     here = {*first.table, *second.table}
     tensors = plan_tensors(first, second, skip=[p for p in skip if any(fnmatchcase(n, p) for n in here)])
     check_finite(second, tensors.merged)
-    if not isinstance(base, (str, os.PathLike)):
+    if is_module(base):
         return state_of(base)
     import torch
 
-    found = find_architecture(second, arch)[1] if skip else like.arch
+    found = like.arch if second.config is None else find_architecture(second, arch)[1]
     generator = torch.Generator().manual_seed(seed)
     return load_checkpoint(second, like.adapter, found, device="cpu", generator=generator).state()
 
@@ -194,7 +294,7 @@ def _as_given(data: Any, loaded: Loaded) -> Any:
 
 
 def open_plain(sources: Sequence[Source], allow_pickle: bool) -> list[Checkpoint]:
-    """Checkpoints of files, folders, hub ids and live modules."""
+    """Checkpoints of files, folders, hub ids and live modules; open ones as they are."""
     return [opened(x, allow_pickle=allow_pickle) for x in sources]
 
 

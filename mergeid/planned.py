@@ -45,6 +45,7 @@ def plan_pair(
     matcher: str | None = None,
     matched: Element | None = None,
     hears: Hears | None = None,
+    config: str | None = None,
 ) -> Planned:
     """Load both models, what they were fine-tuned from and their data, and decide (`mergeid.planning.make_plan`)."""
     if matcher is not None:
@@ -60,12 +61,15 @@ def plan_pair(
         device=device,
         seed=seed,
         dtype=dtype,
+        config=config,
         example_inputs=example_inputs,
         progress=progress,
     )
     origin = None
     if base is not None:
-        origin = load_base(base, pair.a, arch=arch, skip=skip, allow_pickle=allow_pickle, seed=seed)
+        origin = load_base(
+            base, pair.a, arch=arch, skip=skip, allow_pickle=allow_pickle, seed=seed, overruled=config is not None
+        )
     dataset, collate = dataset_of(data, pair.a, limit, seed)
     from mergeid.planning import make_plan  # needs torch, which a pair that does not fit never loads
 
@@ -85,6 +89,7 @@ def plan_pair(
         hears=hears,
         progress=progress,
     )
+    made.notes[:0] = pair.agreed.notes
     return Planned(made, pair, dataset, collate)
 
 

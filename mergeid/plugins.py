@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from mergeid.errors import MergeidError
 from mergeid.errors import reason as reason
@@ -145,6 +145,41 @@ class ReturnsSeveral(Protocol):
         ...
 
 
+class ConfigDifference(NamedTuple):
+    """A field in which two configs describe networks that compute different things.
+
+    Attributes:
+        field: its name, dotted where it is nested (``"text_config.hidden_act"``).
+        a, b: both values; None where a config does not have the field.
+        effect: "function": what the network computes; "head": only what it does with its last features; "width": the
+            widths of its layers; "inputs": how raw data should be prepared for it, or how long it may be.
+    """
+
+    field: str
+    a: Any
+    b: Any
+    effect: Literal["function", "head", "width", "inputs"] = "function"
+
+
+@runtime_checkable
+class ComparesConfigs(Protocol):
+    """Optional ability of an adapter: tells which fields of its library's configs change what a network computes."""
+
+    def described(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+        """What a ``config.json`` and a file's metadata say of the network; None: nothing, or not this library's."""
+        ...
+
+    def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
+        """Every field in which two descriptions differ, other than those known to be harmless. Formats of other
+        versions and defaults that are written out or left out are no differences."""
+        ...
+
+    def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
+        """A config.json that computes what `other` computes, with `config`'s own labels, sizes and storage; with
+        `head` its class is `other`'s too."""
+        ...
+
+
 @runtime_checkable
 class KnowsModules(Protocol):
     """An adapter that knows live modules of its library, however they are called."""
@@ -171,6 +206,19 @@ def task_first(task: Tensor, returned: Mapping[str, Tensor]) -> dict[str, Tensor
     """All outputs by name, the task output first: one of them, or what was made of several (then called ``"task"``)."""
     own = {k: t for k, t in returned.items() if t is task} or {"task": task}
     return {**own, **returned}
+
+
+@runtime_checkable
+class TiesWeights(Protocol):
+    """Optional ability of an adapter: knows configs under which an output head is the embedding itself."""
+
+    def ties(self, config: Mapping[str, Any]) -> bool | None:
+        """Whether the config says so; None: not this library's, or its networks have no such head."""
+        ...
+
+    def with_ties(self, config: Mapping[str, Any], tied: bool) -> dict[str, Any] | None:
+        """The config with that setting; None where it cannot be had without changing something else."""
+        ...
 
 
 _registered: dict[str, Adapter] = {}

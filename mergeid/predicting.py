@@ -31,6 +31,7 @@ def predict(
     base: Source | None = None,
     tolerate: float = TOLERATED,
     arch: str | None = None,
+    config: str | None = None,
     matcher: str | None = None,
     skip: Sequence[str] = (),
     limit: int | None = LIMIT,
@@ -52,6 +53,7 @@ def predict(
         data: inputs of the kind that the models were trained on (labels unused); without them the models are run on
             random inputs, which says less.
         base: what both were fine-tuned from; for the paper's bound.
+        config: "a" or "b": whose config counts where they differ in what the network computes.
         tolerate: loss in nats whose probability is asked for.
         limit: most examples that are matched on; at most `mergeid.predict.probe.EXAMPLES` of them are run in lockstep.
         batch_size: of matching; for speed and memory only.
@@ -69,6 +71,7 @@ def predict(
         b,
         data=data,
         arch=arch,
+        config=config,
         match="always",
         matcher=matcher,
         seed=seed,
@@ -116,7 +119,9 @@ def predict(
     ]
     origin = None
     if base is not None:
-        origin = load_base(base, pair.a, arch=arch, skip=skip, allow_pickle=allow_pickle, seed=seed)
+        origin = load_base(
+            base, pair.a, arch=arch, skip=skip, allow_pickle=allow_pickle, seed=seed, overruled=config is not None
+        )
     notes = [n for n in plan.notes if not n.startswith("no calibration data")]
     if data is None:
         notes.append("no --data: both models were run on random inputs, which says less than inputs of their kind")

@@ -49,7 +49,7 @@ class Recipe:
         base: the base model, for methods that need one.
         weights: one setting per model; None: equal shares.
         parameters: of the method.
-        normalize: scale the weights to sum 1.
+        normalize: True: scale the weights to sum 1; False: take them as they are; None: as the method does.
         dtype: of the output.
     """
 
@@ -58,7 +58,7 @@ class Recipe:
     base: str | None = None
     weights: list[Setting] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
-    normalize: bool = False
+    normalize: bool | None = None
     dtype: str | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -119,6 +119,12 @@ def _assembled(
         models, own = models[:at] + models[at + 1 :], own[:at] + own[at + 1 :]
     elif base is not None and base in models:
         base = None  # mergekit takes the tokenizer from it, and merges it like the others
+    if method.base and base is None:
+        raise MergeidError(
+            f"method {method.name!r} needs the model that the others were fine-tuned from; add base_model"
+        )
+    if base is not None and not method.base:
+        raise MergeidError(f"method {method.name!r} uses no base model; leave out base_model, or add it to the models")
     for given in (everywhere, *own):
         if given.pop("int8_mask", None):
             warnings.warn("int8_mask only saves memory in mergekit and is ignored", MergeidWarning, stacklevel=4)
@@ -126,7 +132,7 @@ def _assembled(
     if weights is not None and method.weights == "ignored":
         raise MergeidError(f"method {method.name!r} uses no weights; leave out 'weight'")
     parameters: dict[str, Any] = dict(_DEFAULTS.get(method.name, {}))
-    normalize = method.weights == "shares"
+    normalize = True if method.weights == "shares" else None
     if normalize and "normalize" in everywhere:
         normalize = _switch(everywhere.pop("normalize"))
     named = {key for given in (everywhere, *own) for key in given} - {"weight"}
@@ -156,7 +162,7 @@ def _slerp(
     if "t" not in given:
         raise MergeidError("slerp needs a parameter t, from 0 (the base) to 1 (the other model)")
     t = given["t"]
-    return Recipe([base, models[other]], "slerp", None, [_complement(t), t], {}, False, dtype)
+    return Recipe([base, models[other]], "slerp", None, [_complement(t), t], dtype=dtype)
 
 
 def _complement(setting: Any) -> Any:

@@ -45,11 +45,17 @@ def rewrite(
     force: bool,
 ) -> list[Path]:
     """The checkpoint with every tensor transformed (equal shape and dtype), streamed."""
+    from mergeid.configs import config_files
     from mergeid.io.companions import default_companions
     from mergeid.io.stream import CheckpointWriter
 
     writer = CheckpointWriter(
-        output, like=checkpoint, companions=default_companions(checkpoint), record=dict(record), force=force
+        output,
+        like=checkpoint,
+        companions=default_companions(checkpoint),
+        replace=config_files(checkpoint),
+        record=dict(record),
+        force=force,
     )
     with writer:
         for name in writer.order():

@@ -18,7 +18,7 @@ from mergeid.match.transport import transport, transported
 from mergeid.match.widths import transport_widths
 from mergeid.members import Member, Members
 from mergeid.nn.names import is_asymmetric
-from mergeid.pair import Progress, Source, dataset_of, is_module, skipped_keys
+from mergeid.pair import Progress, Source, dataset_of, is_module, open_models, skipped_keys
 from mergeid.planning import batches_of, evidence_of
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def transported_members(
     skip: Sequence[str] = (),
     data: Any = None,
     arch: str | None = None,
+    config: str | None = None,
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
@@ -57,6 +58,10 @@ def transported_members(
     tell = progress or (lambda *_: None)
     if len({is_module(m) for m in models}) > 1:
         raise MergeidError("some models are live modules and others paths; load the paths into modules first")
+    opened = open_models(models, skip=skip, config=config, arch=arch, widths=False, allow_pickle=allow_pickle)
+    skip = opened.skip
+    if not is_module(models[0]):
+        models = [*opened.agreed.models]
     loaded: list[Loaded] = []
     for i, source in enumerate(models):
         tell("loading", i, len(models))
@@ -151,5 +156,5 @@ def _carried(loaded: Loaded, state: dict[str, Tensor]) -> Checkpoint | None:
         config=own.config,
         is_folder=own.is_folder,
     )
-    found.files = own.files
+    found.files, found.config_changed = own.files, own.config_changed
     return found

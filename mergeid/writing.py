@@ -85,12 +85,15 @@ def write(
     skip: Sequence[str],
     force: bool,
     progress: Progress | None,
+    configs: Mapping[str, Any],
 ) -> MergeResult:
-    """Write the merge and its record; the result gets the files and the report."""
+    """Write the merge and its record; the result gets the files and the report. `configs`: what the record says of
+    configs that differed."""
     from mergeid.merge.asymmetric import note
 
     record = {
         "verdict": result.verdict,
+        **configs,
         "plan": result.plan.to_json() if result.plan else None,
         "repaired": result.repaired,
         **({"repair": result.repair} if result.repair else {}),

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.boundary import verb
 from mergeid.errors import MergeidError, shown
-from mergeid.io.checkpoint import open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.output import RECORD
 from mergeid.io.reading import read_table
 from mergeid.load import Loaded, graph_of, load
-from mergeid.pair import LIMIT, Progress, Source, dataset_of, is_module
+from mergeid.pair import LIMIT, Progress, Source, dataset_of, is_module, open_models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,7 @@ def zip_models(
     one_head: bool = False,
     repair: bool = True,
     arch: str | None = None,
+    config: str | None = None,
     force: bool = False,
     seed: int = 0,
     limit: int | None = LIMIT,
@@ -100,6 +101,7 @@ def zip_models(
         across: pair features of A with features of B only, as matching does.
         one_head: also average the heads, for models of one task: the result is one model of A's architecture whose
             outputs are the mean of both heads'.
+        config: "a" or "b": whose config both get where they differ in what the trunk computes.
         repair: estimate BatchNorm statistics again on `data`.
 
     Raises:
@@ -116,7 +118,11 @@ def zip_models(
     target = None
     if not (live and output is None):
         target = _target(output, [a, b, data, arch], one_head, force)
-    one, two = _loaded(a, b, arch, allow_pickle, device, seed, example_inputs, one_head, tell)
+    opened = open_models([a, b], config=config, arch=arch, heads=one_head, allow_pickle=allow_pickle)
+    agreed = opened.agreed
+    if not live:
+        a, b = agreed.models
+    one, two = _loaded(a, b, arch, device, seed, example_inputs, one_head, tell)
     tell("tracing and verifying the neuron graph", 0, 1)
     graph = graph_of(one, seed=seed)
     _same_trunk(graph, one, two)
@@ -136,6 +142,7 @@ def zip_models(
 
     zipped = _zipped(graph, one, two, batches, up_to, across)
     result = _result(graph, one, zipped, one_head)
+    result.notes += agreed.notes
     if repair:
         tell("estimating BatchNorm statistics", 0, 1)
         _renormalise(result, (one, two), dataset, collate, device)
@@ -143,7 +150,8 @@ def zip_models(
         result.notes.append("the BatchNorm statistics are averages, not those of the zipped network")
     if target is not None:
         tell("writing", 0, 1)
-        result.files = _write(result, (one, two), target, {"up_to": up_to, "across": across, "seed": seed}, force)
+        how = {"up_to": up_to, "across": across, "seed": seed, **agreed.record()}
+        result.files = _write(result, (one, two), target, how, force)
     return result
 
 
@@ -191,7 +199,6 @@ def _loaded(
     a: Source,
     b: Source,
     arch: str | None,
-    allow_pickle: bool,
     device: str,
     seed: int,
     example_inputs: Any,
@@ -199,11 +206,11 @@ def _loaded(
     tell: Progress,
 ) -> tuple[Loaded, Loaded]:
     """Both models; what is wrong with files is said from their headers where it can be."""
-    if isinstance(a, (str, os.PathLike)) and isinstance(b, (str, os.PathLike)):
+    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
         from mergeid.merge.by_torch import check_finite
         from mergeid.merge.compare import MERGEABLE, plan_tensors, refuse_quantised
 
-        opened = [open_checkpoint(x, allow_pickle=allow_pickle) for x in (a, b)]
+        opened = [a, b]
         if one_head:
             for name in (n for n in opened[0].table if n in opened[1].table):
                 ours, theirs = (c.table[name].shape for c in opened)
@@ -220,9 +227,7 @@ def _loaded(
     for i, source in enumerate((a, b)):
         tell("loading", i, 2)
         example = found[0].example if found and example_inputs is not None else example_inputs
-        found.append(
-            load(source, arch=arch, example_inputs=example, allow_pickle=allow_pickle, device=device, seed=seed)
-        )
+        found.append(load(source, arch=arch, example_inputs=example, device=device, seed=seed))
     return found[0], found[1]
 
 
@@ -318,6 +323,7 @@ def _has_batchnorm(loaded: Loaded) -> bool:
 def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[str, Any], force: bool) -> list[Path]:
     from importlib.metadata import version
 
+    from mergeid.configs import config_files
     from mergeid.io.companions import default_companions
     from mergeid.io.stream import write_checkpoint
     from mergeid.io.together import write_together
@@ -348,7 +354,15 @@ def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[
             key = names.get(name)
             return state[key].to(value.dtype).contiguous() if key in state else value.contiguous()
 
-        return write_checkpoint(place, tensor, like=like, companions=default_companions(like), inputs=inputs, **more)
+        return write_checkpoint(
+            place,
+            tensor,
+            like=like,
+            companions=default_companions(like),
+            replace=config_files(like),
+            inputs=inputs,
+            **more,
+        )
 
     if len(result.states) == 1:
         return writer(0, target, record=record, force=force)

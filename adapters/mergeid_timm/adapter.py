@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.plugins import (
     Architecture,
     Batch,
+    ConfigDifference,
     LossParts,
     MergeidError,
     TensorTable,
@@ -18,7 +19,7 @@ from mergeid.plugins import (
     returned_tensors,
     task_first,
 )
-from mergeid_timm import names
+from mergeid_timm import compare, names
 from mergeid_timm.index import bare_names, first_difference, load_index, nearest
 from mergeid_timm.labels import space_label
 from mergeid_timm.shapes import Shape
@@ -309,6 +310,25 @@ class TimmAdapter:
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and about.get("classes"):
             check_labels(arch.id, labels, x.shape[0], about["classes"])
+
+    def described(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+        """A hub config.json, or the architecture that the file's metadata name."""
+        stated = (config or {}).get("architecture")
+        if config is not None and isinstance(stated, str) and self._known(compare.name_of(stated)):
+            return config
+        if config is not None and config.get("model_type") is not None:
+            return None
+        hints = (metadata.get(key, "") for key in HINTS)
+        hint = next((h for h in hints if h and self._known(compare.name_of(h))), None)
+        return None if hint is None else {"architecture": hint}
+
+    def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
+        """Architectures and options that change what the network computes; see `mergeid_timm.compare`."""
+        return compare.differences(a, b, lambda name, o: self.build(Architecture(self.name, name, o), device="meta"))
+
+    def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
+        """`other`'s architecture and options with `config`'s own classes and preprocessing."""
+        return compare.adopted(config, other)
 
     def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
         """``"stage 2 block 1 conv1"``, ``"blocks.3 MLP hidden"``, ``"residual stream"``, …"""

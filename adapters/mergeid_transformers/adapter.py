@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.plugins import (
     Architecture,
     Batch,
+    ConfigDifference,
     LossParts,
     MergeidError,
     TensorTable,
@@ -18,7 +19,7 @@ from mergeid.plugins import (
     returned_tensors,
     task_first,
 )
-from mergeid_transformers import files, labels
+from mergeid_transformers import compare, files, labels
 from mergeid_transformers.names import tensor_names
 
 if TYPE_CHECKING:
@@ -246,6 +247,26 @@ class TransformersAdapter:
     def companion_files(self, folder: Path) -> list[Path]:
         """Config, tokenizer, processor and pipeline files beside the weights."""
         return files.companion_files(folder)
+
+    def described(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+        """The config itself: tensors and metadata say too little."""
+        return config if config is not None and isinstance(config.get("model_type"), str) else None
+
+    def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
+        """Fields that change what the network computes; see `mergeid_transformers.compare`."""
+        return compare.differences(a, b)
+
+    def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
+        """`other`'s function with `config`'s own labels, sizes and storage; `other`'s class with `head`."""
+        return compare.adopted(config, other, head=head)
+
+    def ties(self, config: Mapping[str, Any]) -> bool | None:
+        """Whether the config says that the output head is the embedding."""
+        return compare.ties(config)
+
+    def with_ties(self, config: Mapping[str, Any], tied: bool) -> dict[str, Any] | None:
+        """The config with ``tie_word_embeddings`` set; None where more than that would change."""
+        return compare.with_ties(config, tied)
 
     def differences(self, a_folder: Path, b_folder: Path) -> list[str]:
         """Label maps and tokenizers in which two checkpoints disagree, one sentence each."""

@@ -36,6 +36,7 @@ def command(
         ),
     ] = None,
     arch: o.Arch = None,
+    config: o.Config = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -109,6 +110,7 @@ def command(
             repair=repair,
             points=points,
             arch=arch,
+            config=config,
             skip=skip or (),
             limit=limit,
             batch_size=batch_size,

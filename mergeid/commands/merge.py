@@ -34,6 +34,7 @@ def command(
     ] = None,
     data: o.Data = None,
     arch: o.Arch = None,
+    config: o.Config = None,
     skip: o.Skip = None,
     limit: o.Limit = 512,
     allow_pickle: o.AllowPickle = False,
@@ -71,8 +72,14 @@ def command(
         ),
     ] = None,
     normalize: Annotated[
-        bool, typer.Option("--normalize", rich_help_panel=o.HOW, help="Scale the weights to sum 1.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            rich_help_panel=o.HOW,
+            show_default=False,
+            help="Scale the weights to sum 1, or take them as they are whatever their sum.",
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -144,7 +151,7 @@ def command(
 
         given = {
             "--weights": weights,
-            "--normalize": normalize,
+            "--normalize": normalize is not None,
             "--method": method != "linear",
             "--base": base,
             "--density": density,
@@ -171,6 +178,7 @@ def command(
             repair="none" if no_repair else repair.value,
             refuse_above=refuse_above,
             arch=arch,
+            config=config,
             skip=skip or (),
             force=force,
             seed=seed,

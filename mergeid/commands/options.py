@@ -110,6 +110,17 @@ Arch = Annotated[
         "found by itself where the files say enough.",
     ),
 ]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="a|b",
+        rich_help_panel=INPUT,
+        show_default=False,
+        help="Whose config counts where the models' configs differ in what the network computes: a (the first model), "
+        "b, …; such models are refused if not given.",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

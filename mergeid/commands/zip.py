@@ -25,6 +25,7 @@ def command(
         ),
     ],
     arch: o.Arch = None,
+    config: o.Config = None,
     limit: o.Limit = 512,
     allow_pickle: o.AllowPickle = False,
     output: Annotated[
@@ -92,6 +93,7 @@ def command(
             one_head=one_head,
             repair=not no_repair,
             arch=arch,
+            config=config,
             force=force,
             seed=seed,
             limit=limit,

@@ -295,8 +295,16 @@ class NeuronGraph:
         )
 
     def on_tensors(self, names: Iterable[str]) -> NeuronGraph:
-        """The graph over some of its tensors: the others are no longer permuted (nor evidence)."""
-        return self.renamed({n: n for n in names})
+        """The graph over some of its tensors: the others are no longer permuted (nor evidence). Spaces that nothing is
+        left of are gone."""
+        found = self.renamed({n: n for n in names})
+        left = {s.id for s in found.spaces if s.axes}
+        for space in reversed(found.spaces):  # parents come first
+            if space.id in left:
+                left |= set(space.parents)
+        found.spaces = [s for s in found.spaces if s.id in left]
+        found.taps = {k: v for k, v in found.taps.items() if k in left}
+        return found
 
     # -- exchange format ---------------------------------------------------------------------------------
 

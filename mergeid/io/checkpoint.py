@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class Checkpoint:
         file_metadata: each file's own ``__metadata__``.
         index: name of the index file of a sharded checkpoint, else None.
         index_metadata: the ``metadata`` of that index.
+        config_changed: whether `config` is not what the file says, so that an output needs it written.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Checkpoint:
     file_metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
     index: str | None = None
     index_metadata: dict[str, Any] = field(default_factory=dict)
+    config_changed: bool = False
     _spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
     _tensors: dict[str, Tensor] | None = None
@@ -135,6 +137,18 @@ class Checkpoint:
             first = begin - begin % mmap.PAGESIZE
             file.madvise(mmap.MADV_DONTNEED, first, end - first)
 
+    def with_alias(self, name: str, of: str) -> Checkpoint:
+        """The same checkpoint with one of its tensors under a second name too."""
+        found = replace(
+            self,
+            table={**self.table, name: self.table[of]},
+            file_of={**self.file_of, name: self.file_of[of]},
+            _spans={**self._spans, **({name: self._spans[of]} if of in self._spans else {})},
+        )
+        if self._tensors is not None:
+            found._tensors = {**self._tensors, name: self._tensors[of]}
+        return found
+
     def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
         """SHA-256 of every weight file, by file name (computed once). `stop` ends it early, with an empty answer."""
         if self._hashes is None:
@@ -161,20 +175,22 @@ def _sha256(path: Path, stop: threading.Event | None) -> str:
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], *, revision: str | None = None, allow_pickle: bool = False
+    source: str | os.PathLike[str] | Checkpoint, *, revision: str | None = None, allow_pickle: bool = False
 ) -> Checkpoint:
     """Open a ``.safetensors`` file, a model folder, or a hub id (``org/name``, ``org/name@revision``).
 
     A path that exists wins over a hub id. Headers are read and checked, tensors are not.
 
     Args:
-        source: file, folder or hub id.
+        source: file, folder or hub id; a checkpoint that is open already is given back.
         revision: branch, tag or commit on the hub (or write ``org/name@revision``).
         allow_pickle: also read ``.bin``, ``.pt``, ``.pth`` and ``.ckpt``, through torch's restricted unpickler.
 
     Raises:
         MergeidError: anything that is wrong with it, in one sentence.
     """
+    if isinstance(source, Checkpoint):
+        return source
     text = os.fspath(source)
     path = Path(os.path.expanduser(text))  # which leaves the home of nobody as it is
     if not os.path.exists(path):

@@ -38,7 +38,7 @@ def default_companions(checkpoint: Checkpoint) -> list[Path]:
         return []
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
     if not checkpoint.is_folder:
-        return [folder / "config.json"] if checkpoint.config is not None else []
+        return [folder / "config.json"] if (folder / "config.json").is_file() else []
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and is_companion(p.name)]
     found = [p for p in found if p.stat().st_size <= _LARGEST]
     modules = folder / "modules.json"

@@ -41,7 +41,7 @@ class CheckpointWriter:
         record: written as ``mergeid.json`` into the folder or beside the file, with the key ``output`` added. May
             be set later, as the attribute `record`, until the context is left.
         companions: files that belong beside the weights; copied into a folder output.
-        replace: companion name -> new content, for those that must change (a config's dtype).
+        replace: companion name -> new content, for those that must change (a config's dtype) or are new.
         inputs: further files and folders that the output must not overwrite (those of `like` never are).
         force: replace an earlier output.
 
@@ -130,7 +130,9 @@ class CheckpointWriter:
         found = [self.output if self._single else self.output / s.name for s in self._shards]
         if self._index is not None:
             found.append(self.output / self._index)
-        found += [self.output / self._inside(path) for path in self._companions]
+        inside = [self._inside(path) for path in self._companions]
+        inside += [Path(name) for name in self._replace if not self._single and Path(name) not in inside]
+        found += [self.output / path for path in inside]
         return found if self.record is None else [*found, record_path(self.output)]
 
     def order(self) -> list[str]:
@@ -222,6 +224,9 @@ class CheckpointWriter:
                 write_text(target, self._replace[source.name])
             else:
                 write_text(target, source.read_bytes())
+        for name, text in self._replace.items():
+            if not (self._temporary / name).exists():
+                write_text(self._temporary / name, text)
         if self.record is not None:
             write_text(self._temporary / record_path(self.output).name, self._record_text())
         sync_folder(self._temporary)

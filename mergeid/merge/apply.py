@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -11,10 +10,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.configs import config_files
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.companions import default_companions
@@ -80,7 +80,7 @@ def merge_checkpoints(
     output: str | os.PathLike[str],
     *,
     weights: Sequence[Setting] | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     method: str = "linear",
     parameters: Mapping[str, Setting | Sequence[Setting]] | None = None,
     seed: int = 0,
@@ -106,7 +106,7 @@ def merge_checkpoints(
         a, b: file, folder, hub id or open checkpoint.
         output: a ``.safetensors`` file or a folder.
         weights: one per model (with sum 1 unless the method says otherwise); default: equal shares.
-        normalize: scale the weights to sum 1.
+        normalize: True: scale the weights to sum 1; False: take them as they are.
         method: name in the registry (`mergeid.merge.methods`).
         parameters: of the method, by name (`mergeid.merge.settings`).
         seed: of methods that draw.
@@ -258,13 +258,13 @@ def _checked_overrides(a: Checkpoint, overrides: Mapping[str, Tensor]) -> dict[s
 def _changed_config(a: Checkpoint, plan: TensorPlan) -> dict[str, str]:
     """A config that names a dtype must name the new one, else loading it casts the weights back."""
     key = next((k for k in ("dtype", "torch_dtype") if k in (a.config or {})), None)
-    if a.config is None or key is None or not plan.dtypes:
-        return {}
+    if a.config is None or key is None or not plan.dtypes or not a.files:
+        return config_files(a)
     dtypes = Counter(plan.dtypes.get(n, a.table[n].dtype) for n in plan.merged)
     name = _CONFIG_NAMES.get(dtypes.most_common(1)[0][0])
     if name is None or a.config[key] == name:
-        return {}
-    return {"config.json": json.dumps({**a.config, key: name}, indent=2, ensure_ascii=False) + "\n"}
+        return config_files(a)
+    return config_files(replace(a, config={**a.config, key: name}, config_changed=True))
 
 
 def _record(

@@ -6,6 +6,7 @@ parameters. The arithmetic is that of `mergeid.merge.methods.linear`, to the las
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def weighted_sum(
     Args:
         numbers: stored numbers of equal length, as `widen` takes them.
         dtypes: their dtypes (F64, F32, F16, BF16).
-        weights: one per array, with sum 1.
+        weights: one per array.
         out: dtype of the result.
 
     Returns:
@@ -78,7 +79,9 @@ def weighted_sum(
         part = widen(array, dtype, wide)
         part *= weight
         total += part
-    if not convex or wide == promoted:  # no wider format makes up for the rounding: keep what all agree on
+    if (not convex or wide == promoted) and math.isclose(
+        math.fsum(weights), 1, abs_tol=1e-9
+    ):  # no wider format makes up for the rounding: keep what all agree on
         first = widen(numbers[0], dtypes[0], wide)
         agreed = np.ones(total.shape, bool)
         for array, dtype in zip(numbers[1:], dtypes[1:], strict=True):

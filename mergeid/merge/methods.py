@@ -95,6 +95,7 @@ class MergeMethod:
             ``statistics``: one tensor per model, or None where there is none for this tensor).
         seeded: whether it draws random numbers (keyword ``generator``, seeded by the tensor's name).
         most: largest number of models; None: any.
+        scales: whether shares of another sum than 1 mean something (the sum, scaled).
     """
 
     name: str
@@ -106,6 +107,7 @@ class MergeMethod:
     statistics: Literal["gram", "fisher"] | None = None
     seeded: bool = False
     most: int | None = None
+    scales: bool = False
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Any) -> Tensor:
         return self.function(tensors, weights, **needs)
@@ -134,6 +136,7 @@ def register_method(
     statistics: Literal["gram", "fisher"] | None = None,
     seeded: bool = False,
     most: int | None = None,
+    scales: bool = False,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Decorator: register a merge function (arguments: see `MergeMethod`). Raises ValueError on a duplicate name."""
 
@@ -141,7 +144,7 @@ def register_method(
         if name in _registered:
             raise ValueError(f"merge method {name!r} is registered already")
         _registered[name] = MergeMethod(
-            name, function, elementwise, weights, base, tuple(parameters), statistics, seeded, most
+            name, function, elementwise, weights, base, tuple(parameters), statistics, seeded, most, scales
         )
         return function
 
@@ -180,13 +183,15 @@ def get_method(name: str) -> MergeMethod:
     return _registered[name]
 
 
-def check_weights(weights: Sequence[float], models: int, *, normalize: bool = False, free: bool = False) -> list[float]:
+def check_weights(
+    weights: Sequence[float], models: int, *, normalize: bool | None = None, free: bool = False
+) -> list[float]:
     """One finite weight per model, with sum 1 to the last digit unless they are free.
 
     Args:
         weights: as given by the user.
         models: how many models there are.
-        normalize: scale them to sum 1 instead of refusing them.
+        normalize: True: scale them to sum 1 instead of refusing them; False: take them as they are.
         free: any sum will do (`MergeMethod.weights`).
 
     Raises:
@@ -205,15 +210,16 @@ def check_weights(weights: Sequence[float], models: int, *, normalize: bool = Fa
         raise MergeidError(
             f"{len(weights)} weights given ({told}) for {models} models; expected one per model (option --weights)"
         )
-    if free and not normalize:
+    if (free and not normalize) or normalize is False:
         return weights
     total = math.fsum(weights)
     if not normalize and abs(total - 1) > 1e-6:
         raise MergeidError(
-            f"weights {told} sum to {total:g}, expected 1; change them (option --weights) or pass --normalize"
+            f"weights {told} sum to {total:g}, expected 1; change them (option --weights), or pass --normalize, or "
+            "--no-normalize to take them as they are"
         )
     if abs(total) < 1e-12:
-        raise MergeidError(f"weights {told} sum to 0 and cannot be normalised; change them (option --weights)")
+        raise MergeidError(f"weights {told} sum to 0 and cannot be normalised; change them")
     return [w / total for w in weights]
 
 
@@ -226,7 +232,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize <= 2 else torch.float64
 
 
-@register_method("linear")
+@register_method("linear", scales=True)
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum ``Σ_i w_i x_i``, rounded once.
 

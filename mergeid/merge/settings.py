@@ -97,14 +97,15 @@ class MergeSettings:
         method: the method.
         weights: one setting per model.
         parameters: parameter -> setting, or one setting per model for parameters that differ by model.
-        normalize: scale the weights to sum 1, tensor by tensor.
+        normalize: True: scale the weights to sum 1, tensor by tensor; False: take them as they are; None: expect sum 1
+            where the method's weights are shares.
         seed: of the methods that draw.
     """
 
     method: MergeMethod
     weights: tuple[Setting, ...]
     parameters: Mapping[str, Setting | Sequence[Setting]] = field(default_factory=dict)
-    normalize: bool = False
+    normalize: bool | None = None
     seed: int = 0
     depth: dict[str, float] = field(default_factory=dict)
 
@@ -117,7 +118,7 @@ class MergeSettings:
         *,
         weights: Sequence[Setting] | None = None,
         parameters: Mapping[str, Setting | Sequence[Setting]] | None = None,
-        normalize: bool = False,
+        normalize: bool | None = None,
         seed: int = 0,
     ) -> MergeSettings:
         """Settings checked for every tensor that will be merged, before anything is done.
@@ -138,6 +139,8 @@ class MergeSettings:
                 if method.name == "slerp"
                 else f"method {method.name!r} merges at most {method.most} models, got {models}"
             )
+        if normalize is False and method.weights == "shares" and not method.scales:
+            raise MergeidError(f"method {method.name!r} needs weights of sum 1; scale them (normalize), or use linear")
         given = tuple(weights) if weights is not None else (1 / models,) * models
         found = cls(method, given, dict(parameters or {}), normalize, seed, depths(names))
         found._check(models)
