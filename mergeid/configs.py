@@ -87,9 +87,16 @@ def agree(
     if arch is not None and arch.endswith(".json"):
         return Agreed(list(models), base)
     everyone = [*models, *([base] if base is not None else [])]
-    first = everyone[0]
     said = [_description(c) for c in everyone]
+    donor = next((c for c, (_, words) in zip(everyone, said, strict=True) if c.config is not None and words), None)
+    lacking = [c for c, (_, words) in zip(everyone, said, strict=True) if words is None and c.config is None]
     found = Agreed(list(models), base)
+    if donor is not None and lacking:
+        everyone = [replace(c, config=donor.config, config_changed=True) if c in lacking else c for c in everyone]
+        names = ", ".join(c.source for c in lacking)
+        found.notes.append(f"no config.json lies beside {names}; that of {donor.source} was taken")
+        found.models, found.base = everyone[: len(models)], everyone[-1] if base is not None else None
+    first = everyone[0]
     disagreements = []
     for other, theirs in zip(everyone[1:], said[1:], strict=True):
         fields = [

@@ -49,6 +49,9 @@ def same_heads(models: Sequence[Checkpoint], skip: Sequence[str] = ()) -> SameHe
     adapter = _adapter(models)
     if adapter is None or not _suspicious(models):
         return found
+    live = [not c.files for c in models]
+    if all(live) and all(_stated(c.config) == _stated(models[0].config) for c in models):
+        return found
     tied = [adapter.ties(c.config or {}) for c in models]
     if None in tied or not any(tied):
         return found
@@ -57,6 +60,12 @@ def same_heads(models: Sequence[Checkpoint], skip: Sequence[str] = ()) -> SameHe
         skipped = any(fnmatchcase(copy, pattern) for pattern in skip)
         if "missing" in kinds:
             continue
+        if any(live) and "own" in kinds and len(set(kinds)) > 1:
+            one, two = (models[kinds.index(k)].source for k in ("own", next(k for k in kinds if k != "own")))
+            raise MergeidError(
+                f"{copy} of the {one} is a tensor of its own and that of the {two} is {source}; expected live modules "
+                "that both tie them, or both do not: untie the second before the merge"
+            )
         if "own" in kinds and not skipped:
             found.models = [_untied(adapter, c, k, copy, source) for c, k in zip(found.models, kinds, strict=True)]
             names = ", ".join(c.source for c, k in zip(models, kinds, strict=True) if k != "own")

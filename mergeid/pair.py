@@ -211,16 +211,12 @@ def load_base(
 
     if is_module(base) != (like.checkpoint is None):
         raise MergeidError("the base is a live module and the models are paths, or the reverse; expected all of a kind")
-    first = like.checkpoint or opened(like.model)
-    config = "a" if overruled else None
-    met = open_models([first, base], skip=skip, config=config, arch=arch, allow_pickle=allow_pickle)
-    second, skip = met.agreed.models[1], met.skip
-    from mergeid.merge.by_torch import check_finite
-    from mergeid.merge.compare import plan_tensors
-
+    first, second = like.checkpoint or opened(like.model), opened(base, allow_pickle=allow_pickle)
     here = {*first.table, *second.table}
-    tensors = plan_tensors(first, second, skip=[p for p in skip if any(fnmatchcase(n, p) for n in here)])
-    check_finite(second, tensors.merged)
+    skip = [p for p in skip if any(fnmatchcase(n, p) for n in here)]
+    met = open_models([first, second], skip=skip, config="a" if overruled else None, arch=arch)
+    first, second = met.agreed.models
+    _check_pair(first, second, met.skip, None)
     if is_module(base):
         return state_of(base)
     import torch
