@@ -260,13 +260,10 @@ def changed(config: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[s
 
 
 UNCOUNTED = (
-    "output_hidden_states",
-    "output_attentions",
-    "tie_word_embeddings",
-    "architectures",
+    "output_hidden_states", "output_attentions", "return_dict", "tie_word_embeddings", "architectures", "model_type",
     "transformers_version",
-)
-"""By-products; and what is judged by itself."""
+)  # fmt: skip
+"""Form of the output and by-products; and what is judged by itself."""
 
 
 def silent(name: str, config: dict[str, Any], fields: str = "") -> tuple[int, list[str]]:
