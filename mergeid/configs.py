@@ -132,6 +132,15 @@ def agree(
     return found
 
 
+def disagreement(
+    a: tuple[str, Mapping[str, Any] | None], b: tuple[str, Mapping[str, Any] | None]
+) -> Disagreement | None:
+    """What two models (name, config) compute differently; None where nothing is known to differ."""
+    said = [_understood(config, {}) for _, config in (a, b)]
+    fields = tuple(d for d in _differences(*said) if d.effect != "inputs")
+    return Disagreement(a[0], b[0], fields) if fields else None
+
+
 def index_of(config: str | None, models: int) -> int | None:
     """Which model "a", "b", … names. Raises `MergeidError` for something else."""
     if config is None:
@@ -151,15 +160,19 @@ def config_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _description(checkpoint: Checkpoint) -> tuple[ComparesConfigs | None, Mapping[str, Any] | None]:
     """What is said of a network, and the adapter that understands it; a config that none understands as it is."""
-    if checkpoint.config is None and not checkpoint.metadata:
+    return _understood(checkpoint.config, checkpoint.metadata)
+
+
+def _understood(
+    config: Mapping[str, Any] | None, metadata: Mapping[str, str]
+) -> tuple[ComparesConfigs | None, Mapping[str, Any] | None]:
+    if config is None and not metadata:
         return None, None
     for name in adapter_names():
         adapter = get_adapter(name)
-        if isinstance(adapter, ComparesConfigs):
-            found = adapter.described(checkpoint.config, checkpoint.metadata)
-            if found is not None:
-                return adapter, found
-    return None, checkpoint.config
+        if isinstance(adapter, ComparesConfigs) and (found := adapter.described(config, metadata)) is not None:
+            return adapter, found
+    return None, config
 
 
 def _differences(

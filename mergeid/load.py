@@ -34,14 +34,8 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
     Raises `MergeidError` when nothing fits, when several libraries do, or for an unknown name."""
     if checkpoint.files:
         refuse_adapter(checkpoint)
-    config, table = checkpoint.config, plain_table(checkpoint.table)
-    if arch is not None and arch.endswith(".json"):
-        from mergeid.io.reading import read_table
-
-        if not os.path.isfile(arch):
-            raise MergeidError(f"--arch {arch}: no such config file")
-        config, arch = read_table(arch, "the model's config.json"), None
-    if arch is not None:
+    config, table = stated_config(checkpoint, arch), plain_table(checkpoint.table)
+    if arch is not None and not arch.endswith(".json"):
         return resolve_name(arch, table, config)
     found = []
     for name in adapter_names():
@@ -62,6 +56,18 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
         f"cannot tell the architecture of {checkpoint.source} from its {len(checkpoint.table)} tensors{near}; "
         f"name it with --arch (timm/NAME, transformers/TYPE or a config.json), or put its config.json beside it"
     )
+
+
+def stated_config(checkpoint: Checkpoint, arch: str | None) -> dict[str, Any] | None:
+    """The config that a checkpoint is built from: the file that `arch` names, else its own. Raises `MergeidError` where
+    there is no such file."""
+    if arch is None or not arch.endswith(".json"):
+        return checkpoint.config
+    from mergeid.io.reading import read_table
+
+    if not os.path.isfile(arch):
+        raise MergeidError(f"--arch {arch}: no such config file")
+    return read_table(arch, "the model's config.json")
 
 
 def resolve_name(

@@ -78,7 +78,7 @@ def sketch(
     target = None if output is None else check_sketch_output(output, force, [source, data, arch])
     if limit < 2:
         raise MergeidError(f"--limit must be at least 2 for a sketch, got {limit}")
-    from mergeid.load import graph_of, load
+    from mergeid.load import graph_of, load, opened, stated_config
     from mergeid.predict.sketch import make_sketch, save_sketch
 
     tell = progress or (lambda *_: None)
@@ -90,6 +90,7 @@ def sketch(
     made = make_sketch(
         loaded, graph, dataset, collate, limit=limit, progress=lambda done, total: tell("sketching", done, total)
     )
+    made.config = stated_config(loaded.checkpoint or opened(loaded.model), arch)
     if target is not None:
         save_sketch(made, target)
     return made

@@ -326,3 +326,24 @@ def test_foreign_code_merges_as_it_lies(work: Path) -> None:
     edit(work / "b", rms_norm_eps=0.1)
     with pytest.raises(MergeidError, match=r"differ in rms_norm_eps \(1e-06 and 0.1\)"):
         plain(work / "a", work / "b", output=work / "out2")
+
+
+def test_sketches_of_two_functions(work: Path) -> None:
+    text = work / "text.txt"
+    text.write_text("one line\nanother\n" * 20)
+    shutil.copytree(work / "b", work / "c")
+    edit(work / "b", use_cache=False, attention_dropout=0.1)
+    edit(work / "c", hidden_act="relu")
+    tokens = {"input_ids": torch.randint(0, 90, (16, 8)), "labels": torch.randint(0, 90, (16, 8))}
+    save_file(tokens, work / "data.safetensors")
+    made = [
+        mergeid.sketch(work / name, data=str(work / "data.safetensors"), output=work / f"{name}.sketch")
+        for name in ("a", "b", "c")
+    ]
+    assert len(mergeid.predict_sketches([work / "a.sketch", made[1]]).pairs) == 1
+    with pytest.raises(
+        MergeidError, match=r"differ in hidden_act \(silu and relu\).*make both sketches with the config"
+    ):
+        mergeid.predict_sketches([work / "a.sketch", work / "c.sketch"])
+    again = mergeid.sketch(work / "c", data=str(work / "data.safetensors"), arch=str(work / "a" / "config.json"))
+    assert len(mergeid.predict_sketches([made[0], again]).pairs) == 1

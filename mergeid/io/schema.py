@@ -98,6 +98,7 @@ class SketchAbout(Own):
     spaces: list[SpaceEntry]
     names: list[str]
     repairable: bool
+    config: dict[str, Any] | None = None
 
 
 class PointEntry(Own):

@@ -47,7 +47,7 @@ LEVELS = (0.0, 0.005, 0.02, 0.06, 0.15, 0.3, 0.5, 0.75, 1.0)
 """1 - ρ at which it is measured."""
 BUCKETS = 256
 """Length of the hash of a weight matrix."""
-IN_JSON = ("spaces", "names", "repairable")
+IN_JSON = ("spaces", "names", "repairable", "config")
 """Entries of a sketch's metadata that are JSON inside a text."""
 BEYOND = 1e18
 """Activations of this size have squares that float32 cannot add up."""
@@ -65,6 +65,7 @@ class Sketch:
     hashes: float32 [matrices, buckets], ⟨hash of X, hash of Y⟩ ≈ ⟨X, Y⟩ (Charikar et al. 2002); names: of the matrices.
     response: float64 [levels, 2 (as averaged, repaired), 2 (nats, share of right predictions lost)].
     repairable: whether the model stores statistics of normalisation.
+    config: what its ``config.json`` says, None without one.
     """
 
     source: str
@@ -78,6 +79,7 @@ class Sketch:
     hashes: Tensor
     response: Tensor
     repairable: bool
+    config: dict[str, Any] | None = None
 
     @property
     def graph(self) -> NeuronGraph:
@@ -275,6 +277,7 @@ def save_sketch(sketch: Sketch, path: Path) -> Path:
         "spaces": json.dumps(spaces),
         "names": json.dumps(sketch.names),
         "repairable": json.dumps(sketch.repairable),
+        **({"config": json.dumps(sketch.config, default=str)} if sketch.config is not None else {}),
     }
     with whole_file(path, "-o") as partial:
         write_text(partial, save(tensors, metadata=about))
@@ -309,6 +312,7 @@ def load_sketch(path: Path) -> Sketch:
         tensors.get("hashes", torch.empty(0)),
         tensors.get("response", torch.empty(0)),
         told.repairable,
+        told.config,
     )
     _check(made, path)
     return made

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergeid.configs import disagreement
 from mergeid.errors import MergeidError
 from mergeid.graph.neuron_graph import Element
 from mergeid.identify.evidence import _positions, _same_copy
@@ -20,6 +21,12 @@ def check_alike(a: Sketch, b: Sketch) -> None:
     """Raises `MergeidError` where two sketches do not compare."""
     if a.arch != b.arch or [(s.id, s.size, s.blocks) for s in a.spaces] != [(s.id, s.size, s.blocks) for s in b.spaces]:
         raise MergeidError(f"the sketches of {a.source} ({a.arch}) and {b.source} ({b.arch}) are of two architectures")
+    differ = disagreement((a.source, a.config), (b.source, b.config))
+    if differ is not None:
+        raise MergeidError(
+            f"{differ}, which changes what the network computes; make both sketches with the config that counts "
+            "(--arch path/to/config.json)"
+        )
     if a.inputs != b.inputs:
         raise MergeidError(
             f"the sketches of {a.source} and {b.source} were made on different inputs; make both with the same --data"
