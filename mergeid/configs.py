@@ -10,11 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_lowercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.plugins import ComparesConfigs, ConfigDifference, adapter_names, get_adapter
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SHOWN = 3
 """Differences that a message names."""
@@ -71,6 +74,7 @@ def agree(
     same_head: bool = True,
     widths: bool = True,
     arch: str | None = None,
+    modules: Sequence[nn.Module] = (),
 ) -> Agreed:
     """Compare the configs of all models, and the base's, with the first one's.
 
@@ -79,6 +83,7 @@ def agree(
         same_head: whether the task heads are merged too, so that their classes must be the same.
         widths: whether layers must be of equal widths.
         arch: what the user named as the architecture; a config.json named there counts for all models.
+        modules: the live modules themselves, the base's last, whose layers say what files leave to their config.
 
     Raises:
         MergeidError: fields that change what the network computes differ and `config` does not say which counts.
@@ -98,12 +103,13 @@ def agree(
         found.models, found.base = everyone[: len(models)], everyone[-1] if base is not None else None
     first = everyone[0]
     disagreements = []
-    for other, theirs in zip(everyone[1:], said[1:], strict=True):
-        fields = [
-            d
-            for d in _differences(said[0], theirs)
-            if (same_head or d.effect != "head") and (widths or d.effect != "width")
-        ]
+    for i, other in enumerate(everyone[1:], 1):
+        told = _differences(said[0], said[i])
+        if modules and widths and not told:
+            from mergeid.live import module_differences
+
+            told = module_differences(modules[0], modules[i])
+        fields = [d for d in told if (same_head or d.effect != "head") and (widths or d.effect != "width")]
         changed = tuple(d for d in fields if d.effect != "inputs")
         rest = [d for d in fields if d.effect == "inputs"]
         if changed:

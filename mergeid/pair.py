@@ -87,7 +87,8 @@ def open_models(
     from mergeid.io.lora import refuse_adapter
     from mergeid.merge.compare import plan_many
 
-    everyone = open_plain([*models, *([base] if base is not None else [])], allow_pickle)
+    sources = [*models, *([base] if base is not None else [])]
+    everyone = open_plain(sources, allow_pickle)
     for checkpoint in everyone:
         refuse_adapter(checkpoint)
     given = same_heads(everyone, skip) if heads else SameHeads(everyone)
@@ -98,7 +99,15 @@ def open_models(
     origin = given.models.pop() if base is not None else None
     if widths and heads:  # other architectures are called so, and not configs that differ
         plan_many(given.models, base=origin, skip=kept)
-    agreed = agree(given.models, origin, config=config, same_head=heads and not kept, widths=widths, arch=arch)
+    agreed = agree(
+        given.models,
+        origin,
+        config=config,
+        same_head=heads and not kept,
+        widths=widths,
+        arch=arch,
+        modules=[m for m in sources if is_module(m)] if all(map(is_module, sources)) and not kept else (),
+    )
     agreed.notes = [*given.notes, *agreed.notes]
     return Opened(agreed, kept)
 

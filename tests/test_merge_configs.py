@@ -154,6 +154,32 @@ def test_live_modules() -> None:
     torch.testing.assert_close(state["lm_head.weight"], (a.lm_head.weight + b.lm_head.weight).detach() / 2)
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        (nn.ReLU(), nn.GELU(), r"1 \(ReLU and GELU\)"),
+        (nn.GELU(), nn.GELU("tanh"), r"1.approximate \(none and tanh\)"),
+        (nn.LayerNorm(6), nn.LayerNorm(6, eps=0.1), r"1.eps \(1e-05 and 0.1\)"),
+        (nn.ReLU(inplace=True), nn.ReLU(), None),
+        (nn.Dropout(0.1), nn.Dropout(0.5), None),
+        (nn.Dropout(0.1), nn.Identity(), None),
+        (nn.BatchNorm1d(6, momentum=0.1), nn.BatchNorm1d(6, momentum=0.01), None),
+    ],
+    ids=str,
+)
+def test_layers_of_live_modules(one: nn.Module, two: nn.Module, said: str | None) -> None:
+    """What a file leaves to its config is in the layers themselves."""
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(4, 6), layer, nn.Linear(6, 3)) for layer in (one, two))
+    if said is None:
+        assert merge(a, b, match="never").notes == []
+        return
+    with pytest.raises(MergeidError, match=f"differ in {said}, which changes .* --config a|b"):
+        merge(a, b, example_inputs=torch.randn(3, 4))
+    done = merge(a, b, example_inputs=torch.randn(3, 4), config="b")
+    assert done.state is not None and done.state.keys() == b.state_dict().keys()
+
+
 def test_another_architecture_is_called_so(work: Path, tmp_path: Path) -> None:
     BertForMaskedLM(BertConfig(**{k: v for k, v in TINY.items() if k != "num_key_value_heads"})).save_pretrained(
         work / "bert"
