@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mergeid.plugins import ConfigDifference, MergeidError
+from mergeid.plugins import ConfigDifference
 from mergeid_transformers.configs import STORAGE_KEYS, library_config, model_types
 
 RECORDS = frozenset({
@@ -123,7 +123,7 @@ def ties(config: Mapping[str, Any]) -> bool | None:
         return stated if isinstance(stated, bool) else None
     try:
         found = getattr(library_config(str(config["model_type"]), config), "tie_word_embeddings", None)
-    except MergeidError:
+    except Exception:  # whatever a class says of values it does not know
         return None
     return found if isinstance(found, bool) else None
 
@@ -196,8 +196,8 @@ def _compared(
     """Fields that differ; one that is missing and one that is null are the same. Tables inside of a config that are no
     configs have their own rules, so that all in them counts."""
     found: list[ConfigDifference] = []
-    kinds = {c.get("model_type", model_type) for c in (a, b)}
-    kind = min(map(str, kinds)) if len(kinds) == 1 and None not in kinds else None
+    one, two = (c.get("model_type", model_type) for c in (a, b))
+    kind = one if one == two and isinstance(one, str) else None
     for key in sorted({*a, *b}):
         x, y = a.get(key), b.get(key)
         if x == y or (key in LAYOUT and _same_layout(a, b) and kind is not None and not _code_reads(key, kind)):
