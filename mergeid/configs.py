@@ -19,6 +19,12 @@ from mergeid.plugins import ComparesConfigs, ConfigDifference, adapter_names, ge
 if TYPE_CHECKING:
     from torch import nn
 
+UNCOUNTED = frozenset({
+    "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "label_names", "num_labels", "num_classes",
+    "vocab_size",
+})  # fmt: skip
+"""Fields of a config that no adapter understands which say nothing of the function: storage, and what is compared with
+the tensors."""
 SHOWN = 3
 """Differences that a message names."""
 
@@ -190,7 +196,10 @@ def _differences(
         return []
     if adapter is not None and adapter is other:
         return adapter.config_differences(mine, theirs)
-    return [ConfigDifference("architecture", _kind(mine), _kind(theirs))] if _kind(mine) != _kind(theirs) else []
+    if _kind(mine) != _kind(theirs):
+        return [ConfigDifference("architecture", _kind(mine), _kind(theirs))]
+    keys = sorted(key for key in {*mine, *theirs} if key not in UNCOUNTED and not key.startswith("_"))
+    return [ConfigDifference(k, mine.get(k), theirs.get(k)) for k in keys if mine.get(k) != theirs.get(k)]
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -189,6 +189,20 @@ def test_a_config_that_only_one_has() -> None:
     assert agree([checkpoint("A", None), checkpoint("B", None)]).notes == []
 
 
+def test_configs_of_a_library_that_nobody_knows() -> None:
+    one = {"_class_name": "Net", "_version": "1", "act": "silu", "dtype": "float32", "num_classes": 3}
+    agree([checkpoint("A", one), checkpoint("B", {**one, "_version": "2", "dtype": "float16", "num_classes": 4})])
+    for change, said in (
+        ({"act": "relu"}, r"act \(silu and relu\)"),
+        ({"_class_name": "Other"}, r"architecture \(Net"),
+    ):
+        with pytest.raises(MergeidError, match=f"A and B differ in {said}"):
+            agree([checkpoint("A", one), checkpoint("B", {**one, **change})])
+        assert agree([checkpoint("A", one), checkpoint("B", {**one, **change})], config="a").models[1].config == one
+    with pytest.raises(MergeidError, match=r"differ in architecture \(llama and resnet18\)"):
+        agree([checkpoint("A", SAVED["llama"]["saved"]), checkpoint("B", {"architecture": "resnet18"})])
+
+
 def test_what_names_a_model() -> None:
     assert [index_of(c, 3) for c in (None, "a", "c")] == [None, 0, 2]
     for wrong in ("d", "A", "first", ""):
