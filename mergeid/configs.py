@@ -87,7 +87,7 @@ def agree(
     Args:
         config: "a", "b", … : whose config counts where they differ; None: refuse.
         same_head: whether the task heads are merged too, so that their classes must be the same.
-        widths: whether layers must be of equal widths.
+        widths: whether to compare the widths of layers (else the tensors' shapes are compared elsewhere).
         arch: what the user named as the architecture; a config.json named there counts for all models.
         modules: the live modules themselves, the base's last, whose layers say what files leave to their config.
 
@@ -100,7 +100,11 @@ def agree(
     everyone = [*models, *([base] if base is not None else [])]
     said = [_description(c) for c in everyone]
     donor = next((c for c, (_, words) in zip(everyone, said, strict=True) if c.config is not None and words), None)
-    lacking = [c for c, (_, words) in zip(everyone, said, strict=True) if words is None and c.config is None]
+    lacking = [
+        c
+        for c, (_, words) in zip(everyone, said, strict=True)
+        if words is None and c.config is None and donor is not None and _alike(c, donor)
+    ]
     found = Agreed(list(models), base)
     if donor is not None and lacking:
         everyone = [replace(c, config=donor.config, config_changed=True) if c in lacking else c for c in everyone]
@@ -111,7 +115,7 @@ def agree(
     disagreements = []
     for i, other in enumerate(everyone[1:], 1):
         told = _differences(said[0], said[i])
-        if modules and widths and not told:
+        if modules and not told:
             from mergeid.live import module_differences
 
             told = module_differences(modules[0], modules[i])
@@ -204,6 +208,11 @@ def _differences(
 
 def _kind(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type") or config.get("architecture") or config.get("_class_name") or "unknown")
+
+
+def _alike(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both have tensors of the same names and shapes, so that one's config describes the other too."""
+    return {n: info.shape for n, info in a.table.items()} == {n: info.shape for n, info in b.table.items()}
 
 
 def _adopting(checkpoint: Checkpoint, chosen: Checkpoint, head: bool) -> Checkpoint:

@@ -74,7 +74,7 @@ def open_models(
 
     Args:
         config: "a", "b", …: whose config counts where they differ in what the network computes.
-        widths: whether layers must be of equal widths.
+        widths: whether layers must be of equal widths; else the caller compares the tensors' names and shapes.
         heads: whether the task heads are merged too.
 
     Raises:
@@ -97,7 +97,7 @@ def open_models(
         p for p in skip if any(fnmatchcase(n, p) for n in left) or not any(fnmatchcase(n, p) for n in given.dropped)
     )
     origin = given.models.pop() if base is not None else None
-    if widths and heads:  # other architectures are called so, and not configs that differ
+    if widths:  # other architectures are called so, and not configs that differ
         plan_many(given.models, base=origin, skip=kept)
     agreed = agree(
         given.models,

@@ -118,7 +118,7 @@ def zip_models(
     target = None
     if not (live and output is None):
         target = _target(output, [a, b, data, arch], one_head, force)
-    opened = open_models([a, b], config=config, arch=arch, heads=one_head, allow_pickle=allow_pickle)
+    opened = open_models([a, b], config=config, arch=arch, heads=one_head, widths=False, allow_pickle=allow_pickle)
     agreed = opened.agreed
     if not live:
         a, b = agreed.models
