@@ -61,11 +61,11 @@ def index_put(call: Call) -> Layout:
     held: list[int] = []
     dim, shape = 0, 0
     for i in indices:
-        mask = i is not None and i.dtype in (torch.bool, torch.uint8)
-        width = i.dim() if mask and i is not None else 1
+        masks = i is not None and i.dtype in (torch.bool, torch.uint8)
+        width = i.dim() if masks and i is not None else 1
         if i is not None:
             held += range(dim, dim + width)
-            shape = max(shape, 1 if mask else i.dim())
+            shape = max(shape, 1 if masks else i.dim())
         dim += width
     places: list[Letter] = [f"index {k}" for k in range(shape)]
     rest = [d for d in range(n) if d not in held]
