@@ -62,7 +62,7 @@ def test_many_of_every_campaign(name: str, place: Path) -> None:
         ledger = several(CAMPAIGNS[name], 21, shares(3000, list(CAMPAIGNS))[name], own, place)
     finally:
         own.close()
-    assert not ledger.failing and ledger.processes
+    assert not ledger.failing and ledger.waiting
 
 
 @pytest.mark.slow

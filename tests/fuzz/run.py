@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -24,6 +24,7 @@ from .oracle import Ran, faults, snapshot
 
 KEPT = 200
 """Failing inputs of a campaign whose folders are kept."""
+LOCK = threading.Lock()
 
 
 @dataclass
@@ -100,33 +101,65 @@ def again(campaign: Campaign, seed: int, lane: Lane, place: Path) -> Ledger:
 
 
 def several(campaign: Campaign, seed: int, count: int, lane: Lane, place: Path) -> Ledger:
-    """`count` inputs of a campaign, those done earlier included; those with a process of their own come last."""
+    """`count` inputs of a campaign, those done earlier included; those with a process of their own are kept waiting."""
     ledger = Ledger.of(place, campaign.name, seed)
-
-    def judged(index: int, alone: bool) -> None:
-        found, ran = one(campaign, seed, index, lane, place, alone=alone)
-        ledger.processes += alone
-        ledger.slowest = max(ledger.slowest, ran.seconds)
-        ledger.count(index, ran.code, found)
-        if found:
-            print(f"{campaign.name}:{index}: {'; '.join(found)[:300]!r}", file=sys.stderr, flush=True)
-            ledger.save(place)
-
     while ledger.next < count:
         index = ledger.next
         if index % campaign.processes == 0:
             ledger.waiting.append(index)
         else:
-            judged(index, alone=False)
+            judge(campaign, ledger, index, lane, place, alone=False)
         ledger.next += 1
         if index % 50 == 49:
             ledger.save(place)
-    while ledger.waiting:
-        judged(ledger.waiting[-1], alone=True)
-        ledger.waiting.pop()
-        ledger.save(place)
     ledger.save(place)
     return ledger
+
+
+def judge(campaign: Campaign, ledger: Ledger, index: int, lane: Lane, place: Path, *, alone: bool) -> None:
+    """One input more in the ledger."""
+    found, ran = one(campaign, ledger.seed, index, lane, place, alone=alone)
+    with LOCK:
+        ledger.processes += alone
+        if alone:
+            ledger.waiting.remove(index)
+        ledger.slowest = max(ledger.slowest, ran.seconds)
+        ledger.count(index, ran.code, found)
+        if found:
+            print(f"{campaign.name}:{index}: {'; '.join(found)[:300]!r}", file=sys.stderr, flush=True)
+        if found or alone:
+            ledger.save(place)
+
+
+def alone(ledgers: list[Ledger], place: Path, jobs: int) -> None:
+    """The inputs that wait for a process of their own, `jobs` at a time."""
+    waiting: SimpleQueue[tuple[Ledger, int]] = SimpleQueue()
+    for ledger in ledgers:
+        for index in list(ledger.waiting):
+            waiting.put((ledger, index))
+
+    def work(home: Path) -> None:
+        while True:
+            try:
+                ledger, index = waiting.get_nowait()
+            except Empty:
+                return
+            campaign = CAMPAIGNS[ledger.name]
+            judge(campaign, ledger, index, Lane(home, campaign.env), place, alone=True)
+
+    threaded(work, [place / "homes" / f"alone-{k}" for k in range(jobs)])
+
+
+def threaded(work: Callable[[Path], None], homes: list[Path]) -> None:
+    """One thread for each home, until all are done."""
+    for home in homes:
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+    threads = [threading.Thread(target=work, args=(home,)) for home in homes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def shares(count: int, names: list[str]) -> dict[str, int]:
@@ -188,17 +221,14 @@ def campaign_all(
         waiting.put(name)
     done: dict[str, Ledger] = {}
 
-    def work() -> None:
+    def work(home: Path) -> None:
         while True:
             try:
                 name = waiting.get_nowait()
             except Empty:
                 return
             campaign = CAMPAIGNS[name]
-            home = place / "homes" / name
-            shutil.rmtree(home, ignore_errors=True)
-            home.mkdir(parents=True)
-            lane = Lane(home, campaign.env)
+            lane = Lane(home / name, campaign.env)
             try:
                 done[name] = (
                     again(campaign, seed, lane, place)
@@ -208,12 +238,10 @@ def campaign_all(
             finally:
                 lane.close()
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [done[n] for n in names if n in done]
+    threaded(work, [place / "homes" / f"lane-{k}" for k in range(jobs)])
+    ledgers = [done[n] for n in names if n in done]
+    alone(ledgers, place, jobs)
+    return ledgers
 
 
 def replay(which: str, seed: int, place: Path) -> int:
