@@ -23,6 +23,8 @@ def verb(function: Verb) -> Verb:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         check_seed(kwargs.get("seed", 0))
+        if str(kwargs.get("device", "")).partition(":")[0] == "meta":
+            raise MergeidError("device 'meta' holds no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
         for name, least in _LEAST.items():
             if kwargs.get(name) is not None:
                 _check_count(name, kwargs[name], least)

@@ -185,7 +185,14 @@ def _start(work: Work, case: Path, lane: Lane, err: IO[bytes]) -> subprocess.Pop
         stdout=subprocess.DEVNULL,
         stderr=err,
         start_new_session=True,
+        preexec_fn=_hears,
     )
+
+
+def _hears() -> None:
+    """Signals that this process was told to ignore (nohup) would stay ignored."""
+    for number in SIGNALS[1:]:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _whole(work: Work, inputs: Path, home: Path, lane: Lane) -> tuple[dict[str, str], float]:
@@ -226,11 +233,11 @@ def _hit(
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(sent)
         try:
-            code = process.wait(LIMIT + 10)
+            code = process.wait(3 * LIMIT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            return f"does not end within {LIMIT + 10:.0f} s", []
+            return f"does not end within {3 * LIMIT:.0f} s", []
     said = case.with_name("err").read_text(errors="replace")
     found = _state(work, case)
     new = sorted({p.name for p in case.iterdir()} - before - set(work.outputs))
