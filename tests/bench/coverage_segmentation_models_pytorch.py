@@ -46,7 +46,8 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def _models() -> dict[str, tuple[str, str, dict[str, Any]]]:
-    plain = {f"{a}/{e}": (a, e, {}) for a, encoders in ARCHITECTURES.items() for e in encoders}
+    pairs = [(a, e) for a, encoders in ARCHITECTURES.items() for e in encoders]
+    plain = {f"{a}/{e}": (a, e, {}) for a, e in sorted(pairs, key=lambda p: ARCHITECTURES[p[0]].index(p[1]))}
     return {**plain, **MORE}
 
 
