@@ -66,7 +66,7 @@ def make(name: str) -> Live:
 
     architecture, encoder, options = _models()[name]
     torch.manual_seed(0)
-    size = 224 if architecture == "DPT" else 64
+    size = {"DPT": 224, "PAN": 128}.get(architecture, 64)
     build = getattr(smp, architecture)
     model = build(encoder_name=encoder, encoder_weights=None, in_channels=3, classes=3, **options)
     return Live(model, lambda g, n: {"x": torch.randn(n, 3, size, size, generator=g)}, f"images of {size}")
