@@ -40,4 +40,4 @@ def test_options_exist(tmp_path: Path) -> None:
         assert all(option in shown for option in options), (line, shown)
     table = re.findall(r"^\| `(--[a-z-]+)", text, flags=re.M)
     shown = mergeid("merge", "--help", cwd=tmp_path, columns=200).stdout
-    assert len(table) == 13 and all(option in shown for option in table)
+    assert len(table) == 14 and all(option in shown for option in table)

@@ -183,7 +183,7 @@ def test_bert_heads_are_judged_block_by_block():
     )  # fmt: skip
     model = BertForSequenceClassification(config).double().eval()
     batch = {"input_ids": torch.randint(0, 40, (16, 9), generator=torch.Generator().manual_seed(1))}
-    graph = traced(model, {"input_ids": batch["input_ids"][:2]})
+    graph = traced(model, {"input_ids": batch["input_ids"][:2]}, lambda m, x: m(**x).logits)
     found = supports(model, [batch], run)
     base, a, b = dict(model.state_dict()), tuned(model, 0.3, 1), tuned(model, 0.3, 2)
     records = space_records(graph, model, a, b, found, base=base, certify=False)
@@ -208,7 +208,7 @@ def test_gpt2_fused_rows():
     config = GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2, n_positions=12, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).double().eval()
     batch = {"input_ids": torch.randint(0, 40, (16, 9), generator=torch.Generator().manual_seed(1))}
-    graph = traced(model, {"input_ids": batch["input_ids"][:2]})
+    graph = traced(model, {"input_ids": batch["input_ids"][:2]}, lambda m, x: m(**x).logits)
     found = supports(model, [batch], run)
     base, a, b = dict(model.state_dict()), tuned(model, 0.3, 1), tuned(model, 0.3, 2)
     records = space_records(graph, model, a, b, found, base=base)

@@ -98,7 +98,7 @@ def llama(**changed: Any) -> tuple[nn.Module, NeuronGraph, dict[str, Tensor]]:
     built = transformers.AutoConfig.for_model(kind, **{**config, **changed}, tie_word_embeddings=False)
     model = seeded(lambda: transformers.LlamaForCausalLM(built))
     batch = {"input_ids": torch.randint(3, 90, (2, 7), generator=generator())}
-    return model, traced(model, batch), batch
+    return model, traced(model, batch, lambda m, x: m(**x).logits), batch
 
 
 def test_gated_units_and_values_scale() -> None:

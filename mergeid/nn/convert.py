@@ -17,6 +17,9 @@ from mergeid.nn.kinds import Kind, get_kind
 from mergeid.nn.layers import is_table
 from mergeid.nn.selection import Candidate, Layers, choose, selector, users
 
+CLEAR = 1.1
+"""Times 1/√inputs: weights drawn with that standard deviation lie closer to it."""
+
 
 @dataclass
 class Conversion:
@@ -245,11 +248,11 @@ def _without_padding(parts: Parts, module: nn.Module) -> Parts:
 
 
 def _brought_down(weight: nn.Parameter, inputs: int) -> None:
-    """Weights that start with a variance above 1/inputs start with that one: beside larger ones the fixed part would
-    be less than was asked for."""
+    """Weights that start with a variance clearly above 1/inputs start with that one: beside larger ones the fixed part
+    would be less than was asked for."""
     with torch.no_grad():
         size = float(weight.double().square().mean().sqrt()) * sqrt(inputs)
-        if size > 1:
+        if size > CLEAR:
             weight.div_(size)
 
 
