@@ -231,6 +231,8 @@ class _Folder:
         """Train and save what is missing, side by side; whether everything was there already (trained this way)."""
         from safetensors.torch import save
 
+        from mergeid.io.header import in_order
+
         missing = {n: s for n, s in seeds.items() if force or self._metadata(n) != self.recipe(s)}
         steps, lock, stop = itertools.count(1), threading.Lock(), threading.Event()
 
@@ -242,7 +244,7 @@ class _Folder:
 
         def make(name: str, seed: int) -> None:
             path = self.path / f"{name}.safetensors"
-            content = save(train(digits, seed, tell).state_dict(), metadata=self.recipe(seed))
+            content = in_order(save(train(digits, seed, tell).state_dict(), metadata=self.recipe(seed)))
             with whole_file(path, "-o") as partial:
                 write_text(partial, content)
 

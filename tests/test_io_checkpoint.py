@@ -307,3 +307,22 @@ def test_in_memory() -> None:
     assert checkpoint.table == {"w": ("F32", (2,))} and checkpoint.fingerprint() == {}
     assert not checkpoint.tensor("w").requires_grad
     checkpoint.release("w")
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes() -> None:
+    """The library's own header lists the metadata in another order every time."""
+    from safetensors.torch import load, save
+
+    from mergeid.io.header import in_order
+
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+    about = {f"key {i}": f"ü {i}" for i in range(20)}
+    written = {in_order(save(tensors, metadata=about)) for _ in range(6)}
+    assert len(written) == 1
+    (data,) = written
+    found = load(data)
+    assert all(torch.equal(found[k], v) for k, v in tensors.items()) and set(found) == set(tensors)
+    size = int.from_bytes(data[:8], "little")
+    assert json.loads(data[8 : 8 + size])["__metadata__"] == about and size % 8 == 0
+    plain = save(tensors)
+    assert in_order(plain) == plain

@@ -142,3 +142,16 @@ def _check(path: Path, entries: dict[str, Any], begin: int, size: int) -> Header
         spans={name: (begin + first, begin + last) for first, last, name, _ in found},
         metadata=metadata,
     )
+
+
+def in_order(data: bytes) -> bytes:
+    """A safetensors file in memory with its metadata sorted: the library writes them in an order that changes from run
+    to run, and the same content should be the same bytes."""
+    size = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + size])
+    about = entries.pop("__metadata__", None)
+    if about is None:
+        return data
+    header = json.dumps({"__metadata__": dict(sorted(about.items())), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]

@@ -261,6 +261,8 @@ def save_sketch(sketch: Sketch, path: Path) -> Path:
     """Whole or not at all. Raises `MergeidError` where it cannot be written."""
     from safetensors.torch import save
 
+    from mergeid.io.header import in_order
+
     tensors = {f"activations.{k}": v.contiguous() for k, v in sketch.activations.items()}
     tensors |= {f"members.{k}": v.contiguous() for k, v in sketch.members.items()}
     tensors |= {"logits": sketch.logits.contiguous(), "hashes": sketch.hashes, "response": sketch.response}
@@ -280,7 +282,7 @@ def save_sketch(sketch: Sketch, path: Path) -> Path:
         **({"config": json.dumps(sketch.config, default=str)} if sketch.config is not None else {}),
     }
     with whole_file(path, "-o") as partial:
-        write_text(partial, save(tensors, metadata=about))
+        write_text(partial, in_order(save(tensors, metadata=about)))
     return path
 
 
