@@ -218,7 +218,7 @@ def test_transport_from_another_width(networks: Path, tmp_path: Path) -> None:
 
 
 def test_transport_with_data_is_repaired(networks: Path, tmp_path: Path) -> None:
-    done("merge", *two(networks, "narrow", "wide"), "--transport", "-o", tmp_path / "merged")
+    done("merge", *two(networks, "narrow", "wide"), "--transport", "--repair", "bn", "-o", tmp_path / "merged")
     model = mergeid.load(tmp_path / "merged").model
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     seen: list[Tensor] = []
