@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from math import inf
 from typing import Any
 
@@ -130,11 +131,11 @@ def test_the_batch_size_does_not_matter(size: int) -> None:
 def test_models_and_hooks_are_left_alone() -> None:
     a, b = pair()
     before = [copy.deepcopy(m.state_dict()) for m in (a, b)]
-    threads = __import__("threading").active_count()
+    threads = threading.active_count()
     solve_network(copy.deepcopy(a), [a, b], [0.5, 0.5], forward, BATCHES)
     for model, state in zip((a, b), before, strict=True):
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert __import__("threading").active_count() == threads
+    assert threading.active_count() == threads
 
 
 class Shared(nn.Module):

@@ -185,9 +185,7 @@ def _moments(
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
         answers: Tensor | None = None
         for share, stop in zip(shares, side[1:], strict=True):
-            assert stop is not None
-            out = stop.out[0] if isinstance(stop.out, (tuple, list)) else stop.out
-            y = layer.rows(p, layer.source, out, at)[1] * share
+            y = layer.rows(p, layer.source, _first_out(stop), at)[1] * share
             answers = y if answers is None else answers + y
         assert answers is not None and side[0] is not None
         x = layer.rows(p, layer.source, _first_out(side[1]), at)[0]
