@@ -19,9 +19,9 @@ import torch
 from digits import images, train
 from scipy.stats import spearmanr
 
-from mergeid.identify.equivalent import Equivalents, study
-from mergeid.identify.function_class import FunctionClasses
-from mergeid.identify.inputs import supports
+from mergeid.evidence.equivalent import Equivalents, study
+from mergeid.evidence.function_class import FunctionClasses
+from mergeid.evidence.inputs import supports
 
 
 @dataclass

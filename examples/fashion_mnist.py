@@ -35,9 +35,9 @@ from torch.utils.data import Dataset
 
 import mergeid
 from mergeid.evaluate.measure import Metrics, evaluate
-from mergeid.merge.repair import calibration_batches, reestimate_batchnorm
-from mergeid.report.plots import plot_barriers
-from mergeid.report.tables import Column, barrier_summary, number, percent, show
+from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm
+from mergeid.reporting.plots import plot_barriers
+from mergeid.reporting.tables import Column, barrier_summary, number, percent, show
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 ARCHITECTURE = "resnet18"

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.identify.activation_cost import relu_costs
-from mergeid.identify.equivalent import Equivalence, measure
-from mergeid.identify.function_class import FunctionClasses
-from mergeid.identify.interaction import Interactions, interactions
-from mergeid.identify.margin import Margin, margin
-from mergeid.identify.stability import Stability, stability
-from mergeid.identify.support import InputMoments
+from mergeid.evidence.activation_cost import relu_costs
+from mergeid.evidence.equivalent import Equivalence, measure
+from mergeid.evidence.function_class import FunctionClasses
+from mergeid.evidence.interaction import Interactions, interactions
+from mergeid.evidence.margin import Margin, margin
+from mergeid.evidence.stability import Stability, stability
+from mergeid.evidence.support import InputMoments
 
 READOUT = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
 A = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)

@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergeid
-from mergeid.merge.repair import reestimate_batchnorm
 from mergeid.nn import asymmetrise
+from mergeid.repair.batchnorm import reestimate_batchnorm
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FIXED_SEED = 9

@@ -22,12 +22,12 @@ from digits import KINDS, images, train
 from scipy import ndimage
 from torch import Tensor, nn
 
-from mergeid.identify.activation_cost import linear_ridge_costs
-from mergeid.identify.function_class import FunctionClasses
-from mergeid.identify.inputs import supports
-from mergeid.identify.margin import margin
-from mergeid.identify.stability import Stability, stability
-from mergeid.identify.support import Support
+from mergeid.evidence.activation_cost import linear_ridge_costs
+from mergeid.evidence.function_class import FunctionClasses
+from mergeid.evidence.inputs import supports
+from mergeid.evidence.margin import margin
+from mergeid.evidence.stability import Stability, stability
+from mergeid.evidence.support import Support
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 LAYERS = ("0", "2")

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge
 
 if TYPE_CHECKING:
-    from mergeid.api import align as align
-    from mergeid.api import barrier as barrier
-    from mergeid.api import graph as graph
-    from mergeid.api import load as load
-    from mergeid.api import load_zipped as load_zipped
-    from mergeid.api import merge as merge
-    from mergeid.api import plan as plan
-    from mergeid.api import predict as predict
-    from mergeid.api import predict_sketches as predict_sketches
-    from mergeid.api import scramble as scramble
-    from mergeid.api import similarity as similarity
-    from mergeid.api import sketch as sketch
-    from mergeid.api import zip_models as zip_models
+    from mergeid.verbs.api import align as align
+    from mergeid.verbs.api import barrier as barrier
+    from mergeid.verbs.api import graph as graph
+    from mergeid.verbs.api import load as load
+    from mergeid.verbs.api import load_zipped as load_zipped
+    from mergeid.verbs.api import merge as merge
+    from mergeid.verbs.api import plan as plan
+    from mergeid.verbs.api import predict as predict
+    from mergeid.verbs.api import predict_sketches as predict_sketches
+    from mergeid.verbs.api import scramble as scramble
+    from mergeid.verbs.api import similarity as similarity
+    from mergeid.verbs.api import sketch as sketch
+    from mergeid.verbs.api import zip_models as zip_models
 
     __version__: str
 
@@ -59,7 +59,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in VERBS:
-        from mergeid import api
+        from mergeid.verbs import api
 
         return getattr(api, name)
     if name == "__version__":
@@ -77,14 +77,14 @@ class _Verb(ModuleType):
     """A subpackage that bears the name of a verb: calling ``mergeid.merge`` means the verb, always."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from mergeid import api
+        from mergeid.verbs import api
 
         return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing mergeid.merge.apply binds the subpackage mergeid.merge over the function of that name.
+        # Importing mergeid.combine.apply binds the subpackage mergeid.merge over the function of that name.
         if name in VERBS and type(value) is ModuleType:
             value.__class__ = _Verb
         super().__setattr__(name, value)

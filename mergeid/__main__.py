@@ -1,6 +1,6 @@
 """``python -m mergeid`` is the command ``mergeid``."""
 
-from mergeid.cli import main
+from mergeid.commands.cli import main
 
 if __name__ == "__main__":
     main()

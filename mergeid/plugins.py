@@ -197,7 +197,7 @@ class KnowsModules(Protocol):
 def returned_tensors(output: Any) -> dict[str, Tensor]:
     """Every floating-point (or complex) tensor in what a model returned, by where it stands there: ``"logits"``,
     ``"heads.0"``, ``""`` for a bare tensor."""
-    from mergeid.nested import returned_tensors
+    from mergeid.data.nested import returned_tensors
 
     return returned_tensors(output)
 

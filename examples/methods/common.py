@@ -14,12 +14,12 @@ from networks import Images, ResNet, accuracy, fashion, kept, perceptron, run, s
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergeid.graph.neuron_graph import NeuronGraph
-from mergeid.identify.activations import PairStream, TapReader, choose_taps
-from mergeid.identify.evidence import ActivationEvidence
-from mergeid.match import MatchTask, Training
-from mergeid.merge.repair import calibration_batches, reestimate_batchnorm
-from mergeid.merge.rescale import output_moments, rescalable_layers, rescale
+from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.matchers import MatchTask, Training
+from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm
+from mergeid.repair.rescale import output_moments, rescalable_layers, rescale
 
 State = Mapping[str, Tensor]
 

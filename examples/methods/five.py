@@ -14,11 +14,11 @@ from networks import Images, accuracy, run
 from torch import nn
 
 import mergeid
-from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.match import get_matcher
-from mergeid.match.cycle import cycle_matching
-from mergeid.match.joint import joint_matching
-from mergeid.match.universe import relative
+from mergeid.matchers import get_matcher
+from mergeid.matchers.cycle import cycle_matching
+from mergeid.matchers.joint import joint_matching
+from mergeid.matchers.universe import relative
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 
 SEQUENCES = 24
 """Of the 120 orders of five networks."""

@@ -24,10 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import mergeid
-from mergeid.match import MatchTask, get_matcher
-from mergeid.match.transport import transport, transported
-from mergeid.match.widths import transport_widths
-from mergeid.merge.zip import joint_correlations, spaces_up_to, zip_models
+from mergeid.combine.zip import joint_correlations, spaces_up_to, zip_models
+from mergeid.matchers import MatchTask, get_matcher
+from mergeid.matchers.transport import transport, transported
+from mergeid.matchers.widths import transport_widths
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Bench, State, forward, middle, repaired, task_of, with_state

@@ -21,9 +21,9 @@ from torch import nn
 from train import Setting, file_of, stored
 
 import mergeid
-from mergeid.graph.neuron_graph import NeuronGraph
-from mergeid.identify.inputs import before_batchnorm, supports
-from mergeid.identify.layers import space_records
+from mergeid.evidence.inputs import before_batchnorm, supports
+from mergeid.evidence.layers import space_records
+from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
 POSITIONS = 32
 """Most places of an image that count as inputs of a convolution."""

@@ -29,7 +29,7 @@ from measure import measure
 from rich.console import Console
 
 from mergeid import MergeidWarning
-from mergeid.report.tables import Column, show
+from mergeid.reporting.tables import Column, show
 
 HERE = Path(__file__).parent
 SETTLE = f"""Certified: in every layer of both networks no other order of the neurons is as cheap as theirs, given the

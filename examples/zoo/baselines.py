@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from mergeid.predict.features import Features
-from mergeid.predict.lockstep import watch
+from mergeid.prediction.features import Features
+from mergeid.prediction.lockstep import watch
 
 EXAMPLES = 128
 COLUMNS = 1024

@@ -25,8 +25,8 @@ from torch import nn
 from training import load, path
 
 from mergeid.errors import MergeidWarning
-from mergeid.graph.group import same_element
-from mergeid.graph.neuron_graph import Element, NeuronGraph
+from mergeid.neuron_graph.group import same_element
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 
 HERE = Path(__file__).parent
 SCRAMBLE = 5

@@ -26,12 +26,12 @@ from tasks import Examples, shape
 from torch import Tensor, nn
 
 from mergeid.errors import MergeidWarning
+from mergeid.models.state import load_weights
 from mergeid.plugins import Batch
-from mergeid.predict.features import EndSums, Features
-from mergeid.predict.probe import EXAMPLES, probe
-from mergeid.predict.sketch import make_sketch
-from mergeid.predict.sketched import Standard, as_elements, output_features, sketch_features
-from mergeid.state import load_weights
+from mergeid.prediction.features import EndSums, Features
+from mergeid.prediction.probe import EXAMPLES, probe
+from mergeid.prediction.sketch import make_sketch
+from mergeid.prediction.sketched import Standard, as_elements, output_features, sketch_features
 
 FILE = "features.csv"
 Record = dict[str, "str | float | int"]

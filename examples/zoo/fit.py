@@ -2,7 +2,7 @@
 
     python examples/zoo/fit.py
 
-reads pairs.csv and features.csv, writes the coefficients that ship with the package (mergeid/predict/coefficients.json)
+reads pairs.csv and features.csv, writes the coefficients that ship with the package (mergeid/prediction/coefficients.json)
 and the tables of validation.md. Nothing is trained or run, so that it takes a minute.
 """
 
@@ -20,8 +20,8 @@ import pairs_table as table
 from measuring import excess
 from rivals import RIVALS, rival_scores
 
-from mergeid.predict.fitting import Design, Row, area_under_curve, coverage, fit, left_out, ranks_agree
-from mergeid.predict.model import FILE, Interval, Predictor, Term, lift
+from mergeid.prediction.fitting import Design, Row, area_under_curve, coverage, fit, left_out, ranks_agree
+from mergeid.prediction.model import FILE, Interval, Predictor, Term, lift
 
 HERE = Path(__file__).parent
 VERSION = "3"

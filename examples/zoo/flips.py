@@ -24,7 +24,7 @@ from measuring import PairOfNets
 from recipes import Pair, work
 
 from mergeid.errors import MergeidWarning
-from mergeid.graph.neuron_graph import Element, NeuronGraph, Space
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
 HERE = Path(__file__).parent
 SEED = 0

@@ -13,21 +13,21 @@ from tasks import Examples
 from torch import Tensor, nn
 from training import logits, scores
 
-from mergeid.comparing import Comparison, label, last_look, merges_of
 from mergeid.evaluate.interpolate import load_between
 from mergeid.evaluate.measure import make_accelerator
-from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.load import Loaded, graph_of
-from mergeid.members import Member, Members
-from mergeid.merge.methods import get_method
-from mergeid.merge.repair import reestimate_batchnorm
-from mergeid.merge.rescale import output_moments, rescalable_layers, rescale
-from mergeid.merge.settings import MergeSettings
+from mergeid.methods.registry import get_method
+from mergeid.methods.settings import MergeSettings
+from mergeid.models.load import Loaded, graph_of
+from mergeid.models.state import load_weights
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.nn import fold_module, fold_state, is_asymmetric
-from mergeid.planning import Plan, make_plan
 from mergeid.plugins import Architecture, Batch, LossParts
-from mergeid.repairing import repair_merged, repairs
-from mergeid.state import load_weights
+from mergeid.repair.batchnorm import reestimate_batchnorm
+from mergeid.repair.rescale import output_moments, rescalable_layers, rescale
+from mergeid.stages.compare import Comparison, label, last_look, merges_of
+from mergeid.stages.members import Member, Members
+from mergeid.stages.plan import Plan, make_plan
+from mergeid.stages.repair import repair_merged, repairs
 
 LAMBDAS = tuple(k / 10 for k in range(11))
 WEAK = 64

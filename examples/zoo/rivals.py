@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mergeid.predict.fitting import Design, left_out
-from mergeid.predict.model import Term, lift
+from mergeid.prediction.fitting import Design, left_out
+from mergeid.prediction.model import Term, lift
 
 SCALES = {"nats": 0.02, "points": 1.0}
 SINGLE = {

@@ -41,7 +41,7 @@ def command(
         if as_json:
             work.emit(rows)
         else:
-            from mergeid.report.tables import Column, show
+            from mergeid.reporting.tables import Column, show
 
             columns = [Column("adapter"), Column("package"), Column("version"), Column("architectures", "right")]
             work.close()

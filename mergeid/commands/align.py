@@ -52,7 +52,7 @@ def command(
 
     With --transport its neurons are carried onto A's instead, in A's shapes: a function close to B's, for merging only.
     """
-    from mergeid import api
+    from mergeid.verbs import api
 
     with working(as_json) as work:
         result = api.align(

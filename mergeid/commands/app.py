@@ -116,7 +116,7 @@ def _failed(error: Exception, traced: bool) -> int:
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         # Typer brings its own copy of click from some version on, so there is no one class to catch.
         return _say(f"error: {_usage(error)}", error.exit_code)
-    from mergeid.boundary import explained
+    from mergeid.request.boundary import explained
 
     if (sentence := explained(error)) is not None:
         return _say(f"error: {sentence}", MergeidError.exit_code)

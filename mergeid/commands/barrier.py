@@ -96,7 +96,7 @@ def command(
 
     Runs under ``accelerate launch`` too; then the first process alone prints and writes.
     """
-    from mergeid import api
+    from mergeid.verbs import api
 
     check_outputs((a, b, data, calibration, arch), output=output, plot=plot, resume=resume)
     with working(as_json) as work:
@@ -127,13 +127,13 @@ def command(
         if output is not None:
             write_whole(output, to_text(result.to_json()) + "\n", "-o")
         if plot is not None:
-            from mergeid.report.plots import plot_barriers
+            from mergeid.reporting.plots import plot_barriers
 
             plot_barriers([result], plot)
         if as_json:
             work.emit(result.to_json())
         else:
-            from mergeid.report.tables import barrier_points, barrier_summary
+            from mergeid.reporting.tables import barrier_points, barrier_summary
 
             work.close()
             console = work.console

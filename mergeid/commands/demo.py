@@ -27,7 +27,7 @@ def command(
     Needs no download: the digits come with scikit-learn. A second run reuses the two networks.
     """
     with working(as_json) as work:
-        from mergeid.demo import run
+        from mergeid.verbs.demo import run
 
         result = run(output, force=force, seed=seed, progress=work.progress)
         if as_json:

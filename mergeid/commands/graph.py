@@ -16,7 +16,7 @@ from mergeid.io.output import check_files
 from mergeid.io.publish import write_whole
 
 if TYPE_CHECKING:
-    from mergeid.graph.neuron_graph import NeuronGraph
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
 
 def command(
@@ -68,7 +68,7 @@ def command(
     seed: o.Seed = 0,
 ) -> int:
     """Show which neurons of a model may trade places: its neuron graph, found by tracing and proven on the spot."""
-    from mergeid import api
+    from mergeid.verbs import api
 
     target = Path(json_target) if json_target not in (None, "-") else None
     check_files({"--json": target, "-o": output}, (model, arch, given))

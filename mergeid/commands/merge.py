@@ -133,7 +133,7 @@ def command(
     what was done. If they will not merge, nothing is written and the exit code is 1. A recipe takes the fields of
     mergekit's.
     """
-    from mergeid import api
+    from mergeid.verbs import api
 
     if method in ("zip", "zipit"):
         raise MergeidError("--method zip is a command of its own, since it may leave two heads; see mergeid zip --help")
@@ -147,7 +147,7 @@ def command(
         "dtype": dtype,
     }
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        from mergeid.recipe import read_recipe
+        from mergeid.methods.recipe import read_recipe
 
         given = {
             "--weights": weights,

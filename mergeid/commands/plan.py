@@ -51,7 +51,7 @@ def command(
     Without --data only the weights are compared, which says less, and the plan says so. With --base (or asymmetric
     layers, which store their fixed parts) the structure is judged beside them. No weights are written.
     """
-    from mergeid import api
+    from mergeid.verbs import api
 
     check_outputs((a, b, base, data, arch), output=output, plot=plot)
     with working(as_json) as work:
@@ -77,7 +77,7 @@ def command(
         if output is not None:
             write_whole(output, to_text(result) + "\n", "-o")
         if plot is not None:
-            from mergeid.report.evidence_plot import plot_evidence
+            from mergeid.reporting.evidence_plot import plot_evidence
 
             plot_evidence(found, plot)
         if as_json:

@@ -13,7 +13,7 @@ from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
 
 if TYPE_CHECKING:
-    from mergeid.predict.result import PredictResult
+    from mergeid.prediction.result import PredictResult
 
 
 def command(
@@ -77,7 +77,7 @@ def command(
     with working(as_json) as work:
         if all(sketched):
             return _matrix(work, models, tolerate, output, plot)
-        from mergeid import api
+        from mergeid.verbs import api
 
         result = api.predict(
             *models,
@@ -110,7 +110,7 @@ def _written(work: Work, result: Any, output: Path | None) -> None:
 
 
 def _shown(work: Work, result: PredictResult) -> None:
-    from mergeid.report.predictions import prediction_table
+    from mergeid.reporting.predictions import prediction_table
 
     work.close()
     work.console.print(prediction_table(result, width=work.console.width))
@@ -123,20 +123,20 @@ def _shown(work: Work, result: PredictResult) -> None:
 
 
 def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None, plot: Path | None) -> int:
-    from mergeid.sketching import predict_sketches
+    from mergeid.verbs.sketch import predict_sketches
 
     matrix = predict_sketches(models, tolerate=tolerate, progress=work.progress)
     _written(work, matrix, output)
     if plot is not None:
         import numpy as np
 
-        from mergeid.report.plots import plot_heat_map
+        from mergeid.reporting.plots import plot_heat_map
 
         values = np.array(matrix.expected())
         largest = float(values[np.isfinite(values)].max(initial=0.0)) or 1.0
         plot_heat_map(matrix.names, matrix.names, values, plot, label="expected barrier in nats", largest=largest)
     if not work.as_json:
-        from mergeid.report.predictions import matrix_table
+        from mergeid.reporting.predictions import matrix_table
 
         work.close()
         work.console.print(matrix_table(matrix, width=work.console.width))

@@ -34,7 +34,7 @@ def command(
 
     The output computes the same function with its neurons in another order.
     """
-    from mergeid import api
+    from mergeid.verbs import api
 
     with working(as_json) as work:
         result = api.scramble(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from mergeid.report.tables import Column, make_table, percent
+from mergeid.reporting.tables import Column, make_table, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergeid.graph.neuron_graph import NeuronGraph, Space
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space
 
 LINES = 3
 """Lines that one space may take for its axes."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from mergeid.identify.anchored import IDENTIFIED, IF_INPUTS, NOT
-from mergeid.report.tables import Column, make_table, number
+from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT
+from mergeid.reporting.tables import Column, make_table, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mergeid.api import MergeResult
-    from mergeid.identify.anchored import Certificate
-    from mergeid.identify.decide import SpaceEvidence
-    from mergeid.identify.layers import SpaceRecord
-    from mergeid.planning import Plan
+    from mergeid.evidence.anchored import Certificate
+    from mergeid.evidence.decide import SpaceEvidence
+    from mergeid.evidence.layers import SpaceRecord
+    from mergeid.stages.plan import Plan
+    from mergeid.verbs.api import MergeResult
 
 STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
 MEANING = {
@@ -251,7 +251,7 @@ def print_merge(result: MergeResult, console: Console) -> None:
 
 def comparison_line(comparison: dict[str, Any]) -> str:
     """How far the merge is from the models, beside those that were not chosen."""
-    from mergeid.comparing import label, shown
+    from mergeid.stages.compare import label, shown
 
     def figure(value: float | None) -> str:
         return "not finite" if value is None else shown(value)

@@ -57,7 +57,7 @@ def command(
     device: o.Device = "cpu",
 ) -> int:
     """Compare the layers of A and B on the same data: CKA (plain and unbiased), SVCCA and PWCCA."""
-    from mergeid import api
+    from mergeid.verbs import api
 
     check_outputs((a, b, data, arch), output=output, plot=plot)
     with working(as_json) as work:
@@ -77,7 +77,7 @@ def command(
         if output is not None:
             write_whole(output, to_text(result.to_json()) + "\n", "-o")
         if plot is not None:
-            from mergeid.report.plots import plot_heat_map
+            from mergeid.reporting.plots import plot_heat_map
 
             plot_heat_map(
                 result.names_a,
@@ -90,7 +90,7 @@ def command(
         if as_json:
             work.emit(result.to_json())
         else:
-            from mergeid.report.tables import similarity_table
+            from mergeid.reporting.tables import similarity_table
 
             work.close()
             work.console.print(similarity_table(result, width=work.console.width))

@@ -40,7 +40,7 @@ def command(
     device: o.Device = "cpu",
 ) -> int:
     """Keep what a model does on some inputs, so that `mergeid predict *.sketch` compares it without running it."""
-    from mergeid import api
+    from mergeid.verbs import api
 
     with working(as_json) as work:
         made = api.sketch(

@@ -153,7 +153,7 @@ def check_outputs(inputs: Iterable[str | os.PathLike[str] | None], **outputs: Pa
         MergeidError: one of them cannot be written, or is an input or another output.
     """
     if (plot := outputs.get("plot")) is not None:
-        from mergeid.report.plots import check_plot_path
+        from mergeid.reporting.plots import check_plot_path
 
         check_plot_path(plot)
     check_files({"-o" if name == "output" else f"--{name}": path for name, path in outputs.items()}, inputs)

@@ -80,7 +80,7 @@ def command(
     b, two models with equal tensors up to where the zip ends: each loads where its input loaded, and
     mergeid.load_zipped(OUT) in Python loads both with the common part in memory once.
     """
-    from mergeid import api
+    from mergeid.verbs import api
 
     with working(as_json) as work:
         result = api.zip_models(

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
+from mergeid.data.nested import mapped
 from mergeid.errors import MergeidError
-from mergeid.loaded import as_batch
-from mergeid.nested import mapped
+from mergeid.models.loaded import as_batch
 from mergeid.plugins import Batch
 
 Collate = Callable[[list[Any]], Batch]

@@ -15,9 +15,9 @@ from mergeid.evaluate.batches import Collate, dataset_length, input_dtype
 from mergeid.evaluate.measure import Forward, Loss, Metrics, default_accelerator, evaluate
 from mergeid.evaluate.result import BarrierResult
 from mergeid.evaluate.resume import PointFile, digest_of
-from mergeid.merge.repair import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.models.state import forget_derived
 from mergeid.plugins import Batch
-from mergeid.state import forget_derived
+from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +63,7 @@ def barrier_curve(
         loss: `LossParts` of an output and a batch.
         lambdas: increasing, from 0 to 1.
         repair: re-estimate the BatchNorm statistics on `calibration` at every point, the ends included (so that a pair
-            with itself keeps barrier 0); `mergeid.merge.repair` says how.
+            with itself keeps barrier 0); `mergeid.repair.batchnorm` says how.
         calibration: map-style data set, needed by `repair` where the model has BatchNorm.
         calibration_batch: runs all of `calibration` in batches of that size, exactly but in many passes. None takes as
             many of its examples as one batch can hold, in one pass.

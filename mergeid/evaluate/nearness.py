@@ -32,11 +32,11 @@ from torch.utils.data import Subset
 
 from mergeid.evaluate.batches import FixedBatches, dataset_length, input_dtype, to_model
 from mergeid.evaluate.measure import fits_the_model
-from mergeid.memory import few_rows
+from mergeid.io.memory import few_rows
 from mergeid.plugins import Batch
 
 if TYPE_CHECKING:
-    from mergeid.loaded import Loaded
+    from mergeid.models.loaded import Loaded
 
 EXAMPLES = 256
 """Calibration examples that networks are run on, evenly spaced."""

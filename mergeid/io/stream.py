@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Union
 
-from mergeid import stopping
 from mergeid.errors import MergeidError
+from mergeid.io import stopping
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.io.output import check_output, is_single_file, record_path

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergeid import stopping
 from mergeid.errors import MergeidError
+from mergeid.io import stopping
 from mergeid.io.output import RECORD, check_output
 from mergeid.io.publish import cannot_write, hidden, publish_folder, sync_folder, write_text
 from mergeid.io.reading import json_text

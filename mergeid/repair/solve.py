@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergeid.errors import MergeidError
-from mergeid.identify.activations import real_tokens
+from mergeid.evidence.activations import real_tokens
 from mergeid.plugins import Batch
 from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit, Moments, fit

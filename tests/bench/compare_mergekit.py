@@ -151,9 +151,9 @@ def run(command: list[str], folder: Path) -> None:
 
 def compare(ours: Path, theirs: Path, folder: Path, recipe: Path) -> dict[str, Any]:
     """Largest absolute difference, and apart from it those that are explained (see the module's text)."""
-    from mergeid.merge.methods import get_method
-    from mergeid.merge.settings import MergeSettings
-    from mergeid.recipe import read_recipe
+    from mergeid.methods.recipe import read_recipe
+    from mergeid.methods.registry import get_method
+    from mergeid.methods.settings import MergeSettings
 
     x, y = tensors_of(ours), tensors_of(theirs)
     inputs = {name: tensors_of(folder / name) for name in ("base", "a", "b")}

@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import mergeid.graph
+import mergeid.neuron_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
 import coverage_check
@@ -107,7 +107,7 @@ def write(table: Path, rows: dict[str, dict[str, Any]]) -> None:
 def code() -> str:
     """A digest of the code that a row depends on."""
     digest = hashlib.sha256()
-    for file in sorted(Path(mergeid.graph.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(mergeid.neuron_graph.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mergeid.graph.neuron_graph import NeuronGraph
-from mergeid.graph.trace import trace
-from mergeid.graph.verify import verify
+from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.neuron_graph.trace import trace
+from mergeid.neuron_graph.verify import verify
 
 Batch = dict[str, Any]
 FLOAT32_PARAMETERS = 400_000_000

@@ -14,7 +14,7 @@ from coverage_check import Batch, main_reason
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.graph import NeuronGraph
+from mergeid.neuron_graph import NeuronGraph
 from mergeid.plugins import MergeidError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}

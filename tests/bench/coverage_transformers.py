@@ -39,8 +39,8 @@ def names() -> list[str]:
     from mergeid_transformers.configs import model_types
     from transformers import modeling_utils  # noqa: F401
 
-    import mergeid.graph.trace
-    import mergeid.graph.verify  # noqa: F401
+    import mergeid.neuron_graph.trace
+    import mergeid.neuron_graph.verify  # noqa: F401
 
     types = model_types()
     every = [*types, *(t + EAGER for t in types if _source(t).count("_supports_sdpa = True"))]

@@ -12,10 +12,10 @@ import time
 
 import torch
 
-from mergeid.identify.function_class import FunctionClasses
-from mergeid.identify.margin import margin
-from mergeid.identify.separation import gamma_out
-from mergeid.identify.support import InputMoments
+from mergeid.evidence.function_class import FunctionClasses
+from mergeid.evidence.margin import margin
+from mergeid.evidence.separation import gamma_out
+from mergeid.evidence.support import InputMoments
 
 
 def main() -> None:

@@ -41,13 +41,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergeid.graph.neuron_graph import Element, NeuronGraph
-from mergeid.graph.trace import trace
-from mergeid.identify.activations import PairStream, TapReader, choose_taps
-from mergeid.identify.evidence import ActivationEvidence
-from mergeid.match import MatchTask, Training, WeightSimilarity, get_matcher, matcher_names, weight_matching
-from mergeid.match.layerwise import layerwise_matching
-from mergeid.match.weight import good_start
+from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.matchers import MatchTask, Training, WeightSimilarity, get_matcher, matcher_names, weight_matching
+from mergeid.matchers.layerwise import layerwise_matching
+from mergeid.matchers.weight import good_start
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
+from mergeid.neuron_graph.trace import trace
 
 TABLE = Path(__file__).parent / "tables" / "matching.csv"
 FIELDS = ("case", "pair", "matcher", "cpu_seconds", "objective", "planted", "right", "peak_mb", "note")

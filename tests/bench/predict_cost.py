@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import mergeid as m
-from mergeid.predict.sketch import Sketch
+from mergeid.prediction.sketch import Sketch
 
 
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:

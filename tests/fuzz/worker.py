@@ -21,11 +21,10 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
+    import mergeid.cli  # noqa: F401
     import numpy  # noqa: F401
     import torch
     import typer.main
-
-    import mergeid.cli  # noqa: F401
 
     torch.set_num_threads(1)
     # The commands' options are read from signatures every time, which is most of what a small input takes.
@@ -62,7 +61,7 @@ def main() -> None:
 
 def run(words: list[str]) -> int:
     """Exit code of one command line."""
-    from mergeid import cli
+    from mergeid.commands import cli
 
     sys.argv = ["mergeid", *words]
     try:

@@ -30,7 +30,7 @@ for seed, name in enumerate("ab"):
     save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), f"{name}.safetensors")
 np.savez("d.npz", input_ids=np.arange(200).reshape(20, 10) % 40, labels=np.arange(20) % 3)
 import contextlib
-from mergeid.cli import run
+from mergeid.commands.cli import run
 with contextlib.redirect_stdout(sys.stderr):
     for words in (["graph", "a", "--json", "g.json"], ["sketch", "a", "--data", "d.npz", "-o", "a.sketch"],
                   ["sketch", "b", "--data", "d.npz", "-o", "b.sketch"],

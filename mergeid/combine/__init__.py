@@ -1,0 +1,1 @@
+"""Tensors into tensors, streamed."""

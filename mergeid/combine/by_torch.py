@@ -1,0 +1,193 @@
+"""Merging with torch: any method, permuted tensors, replaced tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeid.combine.refusals import not_finite, overflows
+from mergeid.combine.tensor_plan import TensorPlan
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.dtypes import dtype_name, torch_dtype
+from mergeid.methods.settings import MergeSettings
+
+CHUNK = 1 << 15
+"""Elements merged at once: small enough for the cache, and for torch not to wake its threads (twice as fast)."""
+
+
+Transform = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A checkpoint whose tensors are read with their neurons in the first model's order.
+
+    Attributes:
+        checkpoint: where they lie.
+        transform: (name, tensor) -> the same tensor permuted, equal shape; None: as it lies.
+    """
+
+    checkpoint: Checkpoint
+    transform: Transform | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in the first model's order."""
+        tensor = self.checkpoint.tensor(name)
+        if self.transform is None:
+            return tensor
+        moved = self.transform(name, tensor)
+        if moved.shape != tensor.shape:
+            raise ValueError(f"transform_b made {tuple(moved.shape)} of {name!r} {tuple(tensor.shape)}")
+        return moved
+
+
+class TorchMerge:
+    """Yields the tensors of the result, in pieces.
+
+    Args:
+        models: the models in the first one's order; the first gives what is not merged.
+        plan: what happens to each tensor.
+        settings: method, weights and parameters.
+        overrides: tensors that replace those of the result.
+        base: the base model, for methods that need one.
+        statistics: per model, tensor name -> what the method asked for.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Aligned],
+        plan: TensorPlan,
+        settings: MergeSettings,
+        overrides: Mapping[str, Tensor],
+        base: Aligned | None = None,
+        statistics: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.models, self.plan, self.settings, self.overrides = list(models), plan, settings, overrides
+        self.base, self.statistics = base, statistics
+        self.taken_from_a: list[str] = []
+        self.overridden = tuple(overrides)
+        self._merged, self._compared = set(plan.merged), set(plan.compared)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The merged tensor, flat, in pieces of at most `CHUNK` elements where the method allows."""
+        first = self.models[0].checkpoint
+        out = torch_dtype(self.plan.dtypes.get(name, first.table[name].dtype))
+        if name in self.overrides:
+            yield self.overrides[name].to(out)
+            return
+        ours = self.models[0].tensor(name)
+        if name in self._merged:
+            yield from self._merge(name, out)
+            return
+        if name in self._compared and not all(_equal(ours, other.tensor(name)) for other in self.models[1:]):
+            self.taken_from_a.append(name)
+        yield ours
+
+    def _merge(self, name: str, out: torch.dtype) -> Iterator[Tensor]:
+        method = self.settings.method
+        tensors = [model.tensor(name) for model in self.models]
+        base = self.base.tensor(name) if self.base is not None and method.base else None
+        statistics = None if self.statistics is None else [found.get(name) for found in self.statistics]
+        for result, group, origin in combine(self.settings, name, tensors, base, statistics):
+            result = result.to(out)
+            # NaN and infinity in an input always show in a weighted sum; other methods may drop them.
+            seen = [result] if method.name == "linear" else [result, *group, *([] if origin is None else [origin])]
+            if not all(_finite(t) for t in seen):
+                raise MergeidError(self._why(name, group, origin, out))
+            yield result
+
+    def _why(self, name: str, group: Sequence[Tensor], origin: Tensor | None, out: torch.dtype) -> str:
+        sources = [model.checkpoint for model in self.models]
+        if self.base is not None and origin is not None:
+            group, sources = [*group, origin], [*sources, self.base.checkpoint]
+        for tensor, checkpoint in zip(group, sources, strict=True):
+            if not _finite(tensor):
+                return not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any()))
+        return overflows(name, dtype_name(out), self.settings.weights_of(name))
+
+
+def whole(
+    settings: MergeSettings,
+    name: str,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    statistics: Sequence[Any] | None = None,
+) -> Tensor:
+    """One merged tensor (arguments as for `combine`), in the first one's shape and dtype."""
+    pieces = [r.reshape(-1) for r, _, _ in combine(settings, name, tensors, base, statistics)]
+    return torch.cat(pieces).reshape(tensors[0].shape).to(tensors[0].dtype)
+
+
+def combine(
+    settings: MergeSettings,
+    name: str,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    statistics: Sequence[Any] | None = None,
+) -> Iterator[tuple[Tensor, Sequence[Tensor], Tensor | None]]:
+    """One merged tensor in pieces, each with the pieces of the inputs and of the base that it was made of.
+
+    Args:
+        settings: method, weights and parameters.
+        name: the tensor's name.
+        tensors: one per model, of equal shape.
+        base: the base model's.
+        statistics: one per model; any None among them means that there are none for this tensor.
+    """
+    method, weights, needs = settings.method, settings.weights_of(name), settings.keywords(name)
+    if method.seeded:
+        needs["generator"] = settings.generator(name)
+    known = statistics is not None and all(s is not None for s in statistics)
+    if not method.elementwise:
+        if method.base:
+            needs["base"] = base
+        if method.statistics:
+            needs["statistics"] = statistics if known else None
+        yield method(tensors, weights, **needs), tensors, base
+        return
+    pieces = list(zip(*(t.reshape(-1).split(CHUNK) for t in tensors), strict=True))
+    origins = [None] * len(pieces) if base is None else base.reshape(-1).split(CHUNK)
+    told = list(zip(*(s.reshape(-1).split(CHUNK) for s in statistics), strict=True)) if known and statistics else None
+    for i, (group, origin) in enumerate(zip(pieces, origins, strict=True)):
+        if method.base:
+            needs["base"] = origin
+        if method.statistics:
+            needs["statistics"] = told[i] if told else None
+        yield method(group, weights, **needs), group, origin
+
+
+def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """To be called before models are built and compared: a merge without a plan checks while it writes.
+
+    Args:
+        checkpoint: whose tensors to read, one at a time.
+        names: those that will be merged; integers among them pass.
+
+    Raises:
+        MergeidError: one of them holds NaN or an infinite number.
+    """
+    for name in names:
+        tensor = checkpoint.tensor(name)
+        if (tensor.is_floating_point() or tensor.is_complex()) and not _finite(tensor):
+            raise MergeidError(not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any())))
+        checkpoint.release(name)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """No NaN, no infinity: one pass without a temporary (both propagate into the extremes)."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.is_complex():
+        return bool(torch.isfinite(tensor).all())
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.equal(ours, theirs) if ours.dtype == theirs.dtype else bool((ours == theirs).all())

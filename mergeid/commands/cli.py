@@ -1,0 +1,31 @@
+"""The command ``mergeid``. Signals are taken care of before anything else is imported.
+
+Exit codes: 0 done, 1 done but the answer is "no", 2 bad input, 3 a fault of mergeid itself (`--traceback` shows it),
+130 interrupted, 143 terminated, 129 hung up.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mergeid.io import stopping
+
+
+def main() -> NoReturn:
+    """Entry point of the installed command."""
+    stopping.install()
+    from mergeid.commands.app import finish
+
+    sys.exit(finish(run(sys.argv[1:])))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line (without the program's name) and return its exit code.
+
+    Whatever goes wrong becomes one line on stderr; ``--traceback`` among the words shows where a fault of mergeid
+    itself came from."""
+    from mergeid.commands.app import answer
+
+    return answer(args)

@@ -1,0 +1,295 @@
+"""Activations of both models on the same calibration data, streamed: nothing that grows with the data is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mergeid.neuron_graph.neuron_graph import NeuronGraph, TapMap
+
+CHUNK, FEW = 512, 32
+"""Rows that are added to the statistics at once, whatever the batch size; without a cross-covariance, whose sums are
+large beside the rows, few."""
+
+HELD = 1 << 28
+"""Bytes of both models' sampled activations that are held at once: larger batches run in parts."""
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def choose_taps(graph: NeuronGraph, model: nn.Module, most: int = 3) -> dict[str, list[TapMap]]:
+    """Where to read each space: the inputs of the layers that consume it, else outputs; at most `most` of them,
+    evenly over the depth."""
+    chosen: dict[str, list[TapMap]] = {}
+    for space, taps in graph.taps.items():
+        consumed = [t for t in taps if t.kind == "in" and _has_matrix(model.get_submodule(t.module))]
+        found = consumed or [t for t in taps if t.kind == "out"] or taps
+        whole = [t for t in found if len(np.unique(t.index[t.index >= 0])) == graph.by_id[space].size] or found
+        keep = np.unique(np.linspace(0, len(whole) - 1, min(most, len(whole))).round().astype(int))
+        if len(whole):
+            chosen[space] = [whole[i] for i in keep]
+    return chosen
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
+
+
+Key = tuple[str, str, int]
+Take = Callable[[Key, Tensor], Any]
+
+
+class TapReader:
+    """Runs a model and returns the tensors at the taps of interest, or what is taken from them on the spot."""
+
+    def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[TapMap]) -> None:
+        self.model, self.forward = model, forward
+        self.wanted = {(t.module, t.kind, t.call) for t in taps}
+        self._calls: dict[tuple[str, str], int] = {}
+        self._found: dict[Key, Any] = {}
+        self._take: Take = _copied
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+        for name in {m for m, _, _ in self.wanted}:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._reader(name, "in")))
+            handles.append(module.register_forward_hook(self._reader(name, "out")))
+        try:
+            yield
+        finally:
+            for h in handles:
+                h.remove()
+
+    def _reader(self, name: str, kind: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, output: Any = None) -> None:
+            call = self._calls.get((name, kind), 0)
+            self._calls[name, kind] = call + 1
+            if (name, kind, call) in self.wanted:
+                leaves = tree_leaves(args if kind == "in" else output)
+                tensor = next((t for t in leaves if isinstance(t, Tensor)), None)
+                if tensor is not None:
+                    self._found[name, kind, call] = self._take((name, kind, call), tensor.detach())
+
+        return read
+
+    def __call__(self, batch: Any, take: Take | None = None) -> dict[Key, Any]:
+        """(module, "in" or "out", call) -> a copy of the tensor, or what `take` makes of it while the model runs: it
+        must keep no view, since later operations may work in place."""
+        self._calls, self._found, self._take = {}, {}, take or _copied
+        with self._hooks(), torch.no_grad():
+            self.forward(self.model, batch)
+        found, self._found = self._found, {}
+        return found
+
+
+def _copied(key: Key, tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@dataclass
+class Rows:
+    """Sampled activations at one tap: `values` float32 [rows, members on the tap], `example` int64 [rows]."""
+
+    values: Tensor
+    example: Tensor
+
+
+def sample_rows(tensor: Tensor, tap: TapMap, ids: Tensor, mask: Tensor | None, per_example: int, seed: int) -> Rows:
+    """At most `per_example` positions of every example, the same for any batch size.
+
+    Args:
+        tensor: the activation, examples (times windows, …) in dimension 0.
+        ids: int64 [examples]: places of the batch's examples in the data.
+        mask: bool [examples, tokens] of real tokens, where there is one.
+    """
+    examples = len(ids)
+    present = torch.from_numpy(np.flatnonzero(tap.index >= 0)).to(tensor.device)
+    rest = [d for d in range(tensor.dim()) if d not in tap.dims]
+    flat = tensor.permute(*rest, *tap.dims).reshape(-1, len(tap.index))[:, present]
+    rows = flat.shape[0] // examples
+    flat = flat[: rows * examples].reshape(examples, rows, -1)
+    if mask is None or rows != mask.shape[1]:
+        picked = _positions(rows, per_example, seed).to(flat.device)
+        values = flat[:, picked].reshape(-1, flat.shape[2])
+        return Rows(values.float().cpu(), ids.repeat_interleave(len(picked)))
+    parts, example = [], []
+    for e in range(examples):
+        valid = torch.nonzero(mask[e]).reshape(-1)
+        valid = valid[_positions(len(valid), per_example, seed).to(valid.device)]
+        parts.append(flat[e, valid.to(flat.device)])
+        example.append(ids[e].expand(len(valid)))
+    return Rows(torch.cat(parts).float().cpu(), torch.cat(example))
+
+
+def real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
+    """bool [examples, tokens]: which are no padding; None where the batch does not say."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+@cache
+def _positions(count: int, most: int, seed: int) -> Tensor:
+    """At most `most` of `count` positions, drawn once per count."""
+    if count <= most:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(seed + 7919 * count)
+    return torch.randperm(count, generator=generator)[:most].sort().values
+
+
+class Moments:
+    """Means, variances and (if asked) the cross-covariance of two models' activations, in float64, shifted by the
+    first chunk's mean; rows are added in chunks of a fixed size."""
+
+    def __init__(self, n: int, cross: bool) -> None:
+        self.n, self.count = n, 0
+        self.chunk = CHUNK if cross else FEW
+        self.shift: tuple[Tensor, Tensor] | None = None
+        self.sums = torch.zeros(2, n, dtype=torch.float64)
+        self.squares = torch.zeros(2, n, dtype=torch.float64)
+        self.cross = torch.zeros(n, n, dtype=torch.float64) if cross else None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        self._waiting.append((a, b))
+        if sum(len(x) for x, _ in self._waiting) >= self.chunk:
+            self._flush(False)
+
+    def _flush(self, everything: bool) -> None:
+        if not self._waiting:
+            return
+        a, b = (torch.cat([pair[k] for pair in self._waiting]) for k in range(2))
+        while len(a) >= self.chunk or (everything and len(a)):
+            self._add(a[: self.chunk], b[: self.chunk])
+            a, b = a[self.chunk :], b[self.chunk :]
+        self._waiting = [(a.clone(), b.clone())] if len(a) else []  # no views of the whole
+
+    def _add(self, a: Tensor, b: Tensor) -> None:
+        if self.shift is None:
+            self.shift = (a.mean(0, dtype=torch.float64).float(), b.mean(0, dtype=torch.float64).float())
+        a, b = a - self.shift[0], b - self.shift[1]
+        self.count += len(a)
+        for k, x in enumerate((a, b)):
+            self.sums[k] += x.sum(0, dtype=torch.float64)
+            self.squares[k] += x.double().square().sum(0)
+        if self.cross is not None:
+            self.cross += a.T @ b  # added in float64
+
+    def finish(self) -> Moments:
+        self._flush(True)
+        return self
+
+    @property
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Means of A and B, float32 [n] each."""
+        assert self.shift is not None
+        return tuple(s + (m / max(self.count, 1)).float() for s, m in zip(self.shift, self.sums, strict=True))  # type: ignore[return-value]
+
+    @property
+    def std(self) -> tuple[Tensor, Tensor]:
+        """Standard deviations, float32 [n]; 0 for constant neurons."""
+        out = []
+        for k in range(2):
+            m = self.sums[k] / max(self.count, 1)
+            var = self.squares[k] / max(self.count, 1) - m.square()
+            noise = 1e-10 * (self.squares[k] / max(self.count, 1) + self.mean[k].double().square())
+            out.append(torch.where(var > noise, var, torch.zeros_like(var)).sqrt().float())
+        return out[0], out[1]
+
+    def correlation(self) -> np.ndarray:
+        """Pearson correlations [n, n] float32, A's neuron i with B's neuron j; 0 for constant neurons. The sums that
+        they come from are given up: of a wide layer they are large."""
+        assert self.cross is not None
+        n = max(self.count, 1)
+        cov, self.cross = self.cross, None
+        cov /= n
+        cov.addr_(self.sums[0] / n, self.sums[1] / n, alpha=-1)
+        for std, shape in zip(self.std, ((-1, 1), (1, -1)), strict=True):
+            cov *= torch.where(std > 0, 1 / std.double(), 0.0).reshape(shape)
+        return cov.clamp_(-1, 1).float().numpy()
+
+
+def standardised(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x − mean) / std, 0 for constant neurons."""
+    return torch.where(std > 0, (values - mean) / torch.where(std > 0, std, torch.ones_like(std)), torch.zeros(()))
+
+
+@dataclass
+class PairStream:
+    """Both models over the calibration batches, tap by tap. B runs as it is; permutations are applied to what is read.
+
+    Attributes:
+        batches: starts a new pass; yields batches (first dimension = examples).
+        whole: every batch is one example, taken as it is.
+        per_example: most positions (tokens, pixels) of an example that count as rows.
+    """
+
+    reader_a: TapReader
+    reader_b: TapReader
+    batches: Callable[[], Iterator[Mapping[str, Any]]]
+    whole: bool = False
+    per_example: int = 32
+    seed: int = 0
+
+    def rows(
+        self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
+    ) -> Iterator[tuple[str, int, Rows, Rows]]:
+        """(space, tap number, rows of A, rows of B) for every batch (or part of one), space and tap.
+
+        Args:
+            half: only every other example, 0: from the first on, 1: from the second on.
+        """
+        for batch, ids in self._parts(taps, half):
+            take = partial(self._sampled, taps, ids, real_tokens(batch))
+            values = [
+                {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
+                for reader in (self.reader_a, self.reader_b)
+            ]
+            for space, list_of in taps.items():
+                for k in range(len(list_of)):
+                    if (space, k) in values[0] and (space, k) in values[1]:
+                        yield space, k, values[0].pop((space, k)), values[1].pop((space, k))
+
+    def _parts(
+        self, taps: Mapping[str, Sequence[TapMap]], half: int | None
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Batches that give no more than `HELD` bytes of rows, with the places of their examples in the data."""
+        members = sum(int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of)
+        most = max(HELD // max(2 * 4 * self.per_example * members, 1), 1)
+        first = 0
+        for batch in self.batches():
+            if self.whole:
+                if half is None or first % 2 == half:
+                    yield batch, torch.tensor([first])
+                first += 1
+                continue
+            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+            ids = torch.arange(first, first + size)
+            first += size
+            if not all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
+                yield batch, ids
+                continue
+            chosen = ids if half is None else ids[ids % 2 == half]
+            for part in chosen.split(most) if len(chosen) else ():
+                at = part - ids[0]
+                yield (batch if len(part) == size else {k: x[at.to(x.device)] for k, x in batch.items()}), part
+
+    def _sampled(
+        self, taps: Mapping[str, Sequence[TapMap]], ids: Tensor, mask: Tensor | None, key: Key, tensor: Tensor
+    ) -> dict[tuple[str, int], Rows]:
+        """The rows at every tap of one tensor: taken at once, since whole activations of a batch are large."""
+        return {
+            (space, k): sample_rows(tensor, tap, ids, mask, self.per_example, self.seed)
+            for space, list_of in taps.items()
+            for k, tap in enumerate(list_of)
+            if (tap.module, tap.kind, tap.call) == key and tensor.dim() == tap.ndim
+        }

@@ -1,0 +1,370 @@
+"""Per space: merge directly, match first, or say that it will not merge.
+
+Parents are decided before what lies in them. Direct if the identity (members in order inside their parents' blocks)
+is at least as good within its interval: ties go to the identity, unless the weights of the moved neurons leave no
+doubt. Without data the fixed parts speak where they reach from the inputs to every space, else only the weights, and
+nothing is promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtri
+from torch import Generator
+
+from mergeid.evidence.anchored import IDENTIFIED, Certificate
+from mergeid.evidence.evidence import ActivationEvidence, Judgement, Request
+from mergeid.evidence.layers import SpaceRecord
+from mergeid.matchers.assignment import TreeAssignment, descendants
+from mergeid.matchers.inner_products import WeightSimilarity
+from mergeid.matchers.weight import good_start, weight_matching
+from mergeid.neuron_graph.group import same_element
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
+
+DIRECT, MATCH, WILL_NOT = "direct", "match", "will not merge"
+
+LEAST_CORRELATION = 0.1
+"""A space whose best assignment correlates less than this keeps under 55 % of its activations' variance at the
+midpoint, (1 + ρ)/2: nothing of the two networks is left to merge."""
+
+CLEAR_COSINE = 0.5
+"""Moved neurons whose weights fit their new places better by this much, in cosine, on average, need no interval of the
+activations above 0: two swapped neurons among many with heavy tails leave a wide one. Independent networks stay below:
+the best of n random directions in d dimensions has a cosine of about sqrt(2 ln n / d)."""
+
+NULL_SIGMAS = 4.0
+"""Standard deviations of a random permutation's score above which unseen weights confirm a match."""
+
+TIE = 1e-3
+"""Share of the moved neurons' similarity that a match of weights must gain: neurons that are alike stay."""
+
+
+@dataclass(frozen=True)
+class SpaceEvidence:
+    """The decision for one space and every number that led there.
+
+    Attributes:
+        decision: "direct", "match" or "will not merge"; why: one line.
+        evidence: "activations", "weights", "structure" or "none".
+        j_identity, j_match, j_random: mean correlation of paired activations (or cosine of weights).
+        iota, iota_low, iota_high: identifiability index, 95 % interval.
+        deviation_identity, deviation_match: share of the activations' variance that the midpoint loses, (1 − J)/2.
+        gain, gain_low, gain_high: J(match) − J(identity inside the parents' blocks), held-out.
+        moved: neurons that the match moves.
+        chord_identity, chord_match: relative chord deviation at the first layer that consumes the space, under the
+            identity and under the match, all other spaces as decided (`mergeid.evidence.chord`).
+        structure: both models' margins relative to the fixed part that they share; None where there is none.
+        certificate: what the fixed parts say of the space, from the network's inputs on; None where there are none.
+    """
+
+    id: str
+    label: str
+    size: int
+    blocks: int
+    parents: tuple[str, ...]
+    share: float
+    decision: str
+    why: str
+    evidence: str
+    moved: int = 0
+    j_identity: float | None = None
+    j_match: float | None = None
+    j_random: float | None = None
+    iota: float | None = None
+    iota_low: float | None = None
+    iota_high: float | None = None
+    deviation_identity: float | None = None
+    deviation_match: float | None = None
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    chord_identity: float | None = None
+    chord_match: float | None = None
+    structure: SpaceRecord | None = None
+    certificate: Certificate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Infinite margins as null."""
+        plain = asdict(replace(self, structure=None))
+        return {**plain, "structure": None if self.structure is None else self.structure.to_json()}
+
+
+@dataclass
+class Decisions:
+    """Attributes:
+    spaces: one record per space, in the graph's order.
+    element: the group element to apply to B.
+    """
+
+    spaces: list[SpaceEvidence]
+    element: Element
+
+
+def _record(graph: NeuronGraph, space: Space, **values: Any) -> SpaceEvidence:
+    return SpaceEvidence(
+        space.id, space.label, space.size, space.blocks, space.parents, graph.share_of(space), **values
+    )
+
+
+def decide_from_activations(
+    evidence: ActivationEvidence,
+    scores: Mapping[str, np.ndarray],
+    cosines: Mapping[str, np.ndarray],
+    matched: Element,
+    *,
+    seed: int,
+) -> Decisions:
+    """Decide parents first, each space judged with its parents at their current choice, to a fixed point.
+
+    Args:
+        evidence: collected moments; its held-out half judges.
+        scores: space id -> [size, size] similarities that the match maximises.
+        cosines: the part of the scores that comes from the weights: what activations gain must outweigh what the
+            weights lose.
+        matched: the match of all spaces, fitted on the other half.
+    """
+    graph = evidence.graph
+    # an error of 5 % for the whole plan, whatever the number of spaces
+    z = -float(ndtri(0.025 / max(len(graph.spaces), 1)))
+    solver = TreeAssignment(graph, scores)
+    below = {s.id: [c for c in descendants(graph, s)[1:] if c.id in evidence.taps] for s in graph.spaces}
+    current = _first_guess(graph, scores, matched)
+    records: dict[str, SpaceEvidence] = {}
+    depth = 1 + max((len(_ancestors(graph, s)) for s in graph.spaces), default=0)
+    for _ in range(depth + 1):
+        direct, best = _candidates(graph, solver, current)
+        requests = [Request(s.id, direct[s.id], best[s.id]) for s in graph.spaces if s.id in evidence.taps]
+        askers = [r.space for r in requests]
+        # a space without activations of its own (heads) is judged by what lies in it
+        for s in graph.spaces:
+            if s.id not in evidence.taps and below[s.id]:
+                without, with_ = _tree_candidates(graph, solver, s, current)
+                requests += [Request(c.id, without[c.id], with_[c.id]) for c in below[s.id]]
+                askers += [s.id] * len(below[s.id])
+        judged: dict[str, Judgement] = {}
+        for asker, j in zip(askers, evidence.judge(requests, z=z, seed=seed), strict=True):
+            if j is not None and (asker not in judged or abs(j.gain) > abs(judged[asker].gain)):
+                judged[asker] = j
+        new: Element = {}
+        for s in graph.spaces:
+            follow = graph.follow(s, new)
+            choice = solver.choose(s, {**current, **new}) if s.parents else best[s.id]
+            moved = int((choice != follow).sum())
+            rows = np.arange(s.size)
+            lost = float((cosines[s.id][rows, follow] - cosines[s.id][rows, choice]).mean())
+            records[s.id], matches = _decision(graph, s, judged.get(s.id), moved, lost)
+            new[s.id] = choice if matches else follow
+        if same_element(new, current):
+            break
+        current = new
+    return Decisions([records[s.id] for s in graph.spaces], current)
+
+
+def _ancestors(graph: NeuronGraph, space: Space) -> set[str]:
+    found: set[str] = set()
+    queue = list(space.parents)
+    while queue:
+        p = queue.pop()
+        if p not in found:
+            found.add(p)
+            queue += graph.by_id[p].parents
+    return found
+
+
+def _first_guess(graph: NeuronGraph, scores: Mapping[str, np.ndarray], matched: Element) -> Element:
+    """Parents as matched where the fitted gain is large, else as they are."""
+    guess: Element = {}
+    for s in graph.spaces:
+        follow = graph.follow(s, guess)
+        ok = all(np.array_equal(guess[p], matched[p]) for p in s.parents)
+        rows = np.arange(s.size)
+        score = scores.get(s.id)
+        if score is None or not score.any():
+            guess[s.id] = matched[s.id] if ok else follow
+            continue
+        gain = (score[rows, matched[s.id]] - score[rows, follow]).mean() if ok else 0.0
+        guess[s.id] = matched[s.id] if gain > 0 else follow
+    return guess
+
+
+def _candidates(graph: NeuronGraph, solver: TreeAssignment, current: Element) -> tuple[Element, Element]:
+    """For every space, with its parents as in `current`: members in order, and the best members."""
+    direct: Element = {}
+    best: Element = {}
+    for s in graph.spaces:
+        direct[s.id] = graph.follow(s, current)
+        best[s.id] = solver.choose(s, current)
+    return direct, best
+
+
+def _tree_candidates(
+    graph: NeuronGraph, solver: TreeAssignment, space: Space, current: Element
+) -> tuple[Element, Element]:
+    """The tree under a space at its best, with the space itself in order or at its best."""
+    still = {**current, space.id: graph.follow(space, current)}
+    for child in descendants(graph, space)[1:]:
+        still[child.id] = solver.choose(child, still)
+    return still, solver.solve(space, dict(current))
+
+
+def _decision(
+    graph: NeuronGraph, space: Space, judged: Judgement | None, moved: int, lost: float
+) -> tuple[SpaceEvidence, bool]:
+    if judged is None:
+        why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
+        return _record(graph, space, decision=DIRECT, why=why, evidence="none", moved=0), False
+    clear = moved > 0 and judged.gain > 0 and -lost * space.size > CLEAR_COSINE * moved
+    matches = moved > 0 and (judged.gain_low > 0 or clear) and judged.gain > lost
+    chosen = judged.j_match if matches else judged.j_current
+    values = {
+        "evidence": "activations",
+        "moved": moved if matches else 0,
+        "j_identity": judged.j_identity,
+        "j_match": judged.j_match,
+        "j_random": judged.j_random,
+        "iota": judged.iota,
+        "iota_low": judged.iota_low,
+        "iota_high": judged.iota_high,
+        "deviation_identity": (1 - judged.j_current) / 2,
+        "deviation_match": (1 - judged.j_match) / 2,
+        "gain": judged.gain,
+        "gain_low": judged.gain_low,
+        "gain_high": judged.gain_high,
+    }
+    if judged.above_chance <= 0 or chosen < LEAST_CORRELATION:
+        why = f"no assignment makes the neurons correspond: correlation {chosen:.2f}, random {judged.j_random:.2f}"
+        return _record(graph, space, decision=WILL_NOT, why=why, **values), matches
+    if matches:
+        why = f"matching {moved} neurons raises the correlation from {judged.j_current:.2f} to {judged.j_match:.2f}"
+        if judged.gain_low <= 0:
+            why += ", and their weights leave no doubt"
+        return _record(graph, space, decision=MATCH, why=why, **values), True
+    if moved == 0:
+        why = "the neurons correspond: the best assignment is the identity"
+    elif judged.gain_low > 0:
+        why = f"the match gains {judged.gain:.3f} in correlation but parts neurons whose weights correspond"
+    else:
+        why = f"the identity is as good as the match within its interval (gain {judged.gain:+.3f})"
+    return _record(graph, space, decision=DIRECT, why=why, **values), False
+
+
+def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -> Decisions:
+    """Weight evidence alone: the better order of the weights counts, and ties go to the identity.
+
+    Where nothing corresponds, a match costs nothing, since the identity is no better than it; where something does,
+    networks of one origin keep their order, as their weights are nearest to themselves. Whether weights that the match
+    has not seen confirm it is reported, and decides nothing.
+    """
+    graph = similarity.graph
+    accepted: set[str] = {s.id for s in graph.spaces}
+    element = graph.identity()
+    records: dict[str, SpaceEvidence] = {}
+    matched = weight_matching(similarity, generator=generator, element=good_start(similarity))
+    for _ in range(3):
+        halves = {s.id: similarity.halves(s, matched, generator) for s in graph.spaces}
+        scores = {s.id: similarity.scores(s, matched) for s in graph.spaces}
+        fit = TreeAssignment(graph, {k: h[0] for k, h in halves.items()})
+        full = TreeAssignment(graph, scores)
+        element = {}
+        before = set(accepted)
+        for s in graph.spaces:
+            follow = graph.follow(s, element)
+            start = _completed(graph, {**element, s.id: follow}, matched)
+            tree = [c for c in descendants(graph, s) if scores[c.id].any()]
+            judged = [s] if s in tree else tree
+            still, best = _tree_candidates(graph, full, s, start) if s.id in accepted else (start, start)
+            fitted = _tree_candidates(graph, fit, s, start)[1]
+            gain, size, moved, z = 0.0, 0.0, 0, 0.0
+            mean = var = unseen = 0.0
+            for c in judged:
+                now = follow if c is s else still[c.id]
+                to = np.flatnonzero(best[c.id] != now)
+                gain += float((scores[c.id][to, best[c.id][to]] - scores[c.id][to, now[to]]).sum())
+                size += float(np.abs(scores[c.id][to, best[c.id][to]]).sum())
+                moved += len(to)
+                held = halves[c.id][1]
+                unseen += float(held[np.arange(c.size), fitted[c.id]].sum())
+                chance = _null(held, c)
+                mean, var = mean + chance[0], var + chance[1]
+            if var > 0:
+                z = (unseen - mean) / float(np.sqrt(var))
+            matches = s.id in accepted and moved > 0 and gain > TIE * size
+            choice = full.choose(s, start) if matches else follow
+            element[s.id] = choice
+            records[s.id] = _weight_record(
+                graph, s, matches, int((choice != follow).sum()), gain / size if size else None, z if judged else None
+            )
+            if moved and not matches:
+                accepted.discard(s.id)
+        if accepted == before:
+            break
+        matched = weight_matching(similarity, generator=generator, only=accepted)
+    return Decisions([records[s.id] for s in graph.spaces], element)
+
+
+def decide_from_structure(graph: NeuronGraph, certificates: Mapping[str, Certificate]) -> Decisions | None:
+    """Every space direct where the structure identifies every one; None where it does not."""
+    if any(certificates[s.id].says != IDENTIFIED for s in graph.spaces):
+        return None
+    records = [
+        _record(
+            graph,
+            s,
+            decision=DIRECT,
+            why=f"identified by structure: {certificates[s.id].why}",
+            evidence="structure",
+            certificate=certificates[s.id],
+        )
+        for s in graph.spaces
+    ]
+    return Decisions(records, graph.identity())
+
+
+def _completed(graph: NeuronGraph, decided: Element, matched: Element) -> Element:
+    """An element of the group: `decided`, and the other spaces as matched where their parents are, else in order."""
+    out: Element = {}
+    for s in graph.spaces:
+        if s.id in decided:
+            out[s.id] = decided[s.id]
+        else:
+            kept = all(np.array_equal(out[p], matched[p]) for p in s.parents)
+            out[s.id] = matched[s.id] if kept else graph.follow(s, out)
+    return out
+
+
+def _null(score: np.ndarray, space: Space) -> tuple[float, float]:
+    """Mean and variance of Σ score[i, π(i)] for π uniform inside every block (Hoeffding 1951)."""
+    mean = var = 0.0
+    m = space.members
+    for b in range(space.blocks):
+        block = score[b * m : (b + 1) * m, b * m : (b + 1) * m]
+        mean += float(block.mean()) * m
+        if m > 1:
+            centred = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
+            var += float((centred**2).sum()) / (m - 1)
+    return mean, var
+
+
+def _weight_record(
+    graph: NeuronGraph, space: Space, matches: bool, moved: int, gain: float | None, z: float | None
+) -> SpaceEvidence:
+    if z is None:
+        why = "no weights to judge by"
+    elif matches:
+        confirmed = "confirm" if z > NULL_SIGMAS else "do not confirm"
+        why = f"the weights fit better in another order; unseen ones {confirmed} it ({z:.0f} standard deviations)"
+    else:
+        why = "the weights fit best as they lie"
+    return _record(
+        graph,
+        space,
+        decision=MATCH if matches else DIRECT,
+        why=why,
+        evidence="weights",
+        moved=moved,
+        gain=gain,
+    )

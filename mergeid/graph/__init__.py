@@ -1,5 +1,0 @@
-"""What permutes with what: the neuron graph of a model, traced and proven."""
-
-from mergeid.graph.neuron_graph import AxisMap, Element, NeuronGraph, Space, TapMap
-
-__all__ = ["AxisMap", "Element", "NeuronGraph", "Space", "TapMap"]

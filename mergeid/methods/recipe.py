@@ -1,0 +1,229 @@
+"""Merge recipes: a YAML file that says what is merged and how, in the words of mergekit where the meaning is the same.
+
+    merge_method: ties
+    base_model: base/
+    models:
+      - {model: a/, parameters: {weight: 0.6, density: 0.5}}
+      - {model: b/, parameters: {weight: [0.2, 0.8]}}     # a gradient over the layers
+    parameters:
+      density:
+        - {filter: mlp, value: 0.3}                       # tensors with "mlp" in their name
+        - value: 0.7
+    dtype: bfloat16
+
+So mergekit's own recipes are read for the methods that both have: scalars, gradients (lists of numbers, interpolated
+from the first layer to the last) and conditions (`filter`, part of a tensor's name; the first that matches counts); a
+model's parameters come before those of the recipe. Where defaults differ, a recipe has mergekit's. Three things differ
+in the result: sums are taken in float32 or float64 whatever `dtype` says; DARE divides by the density, as its paper
+does, where mergekit restores the L1 norm; and the output follows the first model.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.io.reading import read_yaml
+from mergeid.io.schema import ConditionEntry, RecipeFile, validated
+from mergeid.methods.registry import MergeMethod, get_method
+from mergeid.methods.settings import Condition, Setting
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dare_ties": {"normalize": False},
+    "karcher": {"max_iter": 10, "tol": 1e-5},
+}
+"""mergekit's, where they are not ours."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says, as arguments of `mergeid.merge`.
+
+    Attributes:
+        models: what to merge, the base not among them.
+        method: name in the registry.
+        base: the base model, for methods that need one.
+        weights: one setting per model; None: equal shares.
+        parameters: of the method.
+        normalize: True: scale the weights to sum 1; False: take them as they are; None: as the method does.
+        dtype: of the output.
+    """
+
+    models: list[str]
+    method: str
+    base: str | None = None
+    weights: list[Setting] | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    normalize: bool | None = None
+    dtype: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Everything but the models."""
+        return {
+            "method": self.method,
+            "base": self.base,
+            "weights": self.weights,
+            "parameters": self.parameters,
+            "normalize": self.normalize,
+            "dtype": self.dtype,
+        }
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        MergeidError: no such file, no YAML, unknown or refused keys, values of another kind than expected.
+    """
+    return parse_recipe(read_yaml(path, "a recipe in YAML"), os.fspath(path))
+
+
+def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
+    """A recipe from parsed YAML; `name` is what messages call it. Raises `MergeidError` as `read_recipe` does."""
+    told = validated(RecipeFile, parsed, name)
+    if told.tokenizer_source is not None:
+        warnings.warn(
+            f"{name}: tokenizer_source is ignored, the tokenizer is the first model's", MergeidWarning, stacklevel=3
+        )
+    for i, entry in enumerate(told.models):
+        if "+" in entry.model and not os.path.exists(entry.model):
+            raise MergeidError(
+                f"{name}: models[{i}]: {entry.model} asks for a LoRA on top of a model; merge it into the model first"
+            )
+    own = [_settings(entry.parameters) for entry in told.models]
+    everywhere = _settings(told.parameters)
+    try:
+        method = get_method(told.merge_method)
+        models, dtype = [entry.model for entry in told.models], told.out_dtype or told.dtype
+        return _assembled(method, models, own, told.base_model, everywhere, dtype)
+    except MergeidError as error:
+        raise MergeidError(f"{name}: {error}") from None
+
+
+def _assembled(
+    method: MergeMethod,
+    models: list[str],
+    own: list[dict[str, Any]],
+    base: str | None,
+    everywhere: dict[str, Any],
+    dtype: str | None,
+) -> Recipe:
+    if method.name == "slerp":
+        return _slerp(models, own, base, everywhere, dtype)
+    if base is not None and base in models and method.base:
+        at = models.index(base)
+        models, own = models[:at] + models[at + 1 :], own[:at] + own[at + 1 :]
+    elif base is not None and base in models:
+        base = None  # mergekit takes the tokenizer from it, and merges it like the others
+    if method.base and base is None:
+        raise MergeidError(
+            f"method {method.name!r} needs the model that the others were fine-tuned from; add base_model"
+        )
+    if base is not None and not method.base:
+        raise MergeidError(f"method {method.name!r} uses no base model; leave out base_model, or add it to the models")
+    for given in (everywhere, *own):
+        if given.pop("int8_mask", None):
+            warnings.warn("int8_mask only saves memory in mergekit and is ignored", MergeidWarning, stacklevel=4)
+    weights = _per_model("weight", own, everywhere)
+    if weights is not None and method.weights == "ignored":
+        raise MergeidError(f"method {method.name!r} uses no weights; leave out 'weight'")
+    parameters: dict[str, Any] = dict(_DEFAULTS.get(method.name, {}))
+    normalize = True if method.weights == "shares" else None
+    if normalize and "normalize" in everywhere:
+        normalize = _switch(everywhere.pop("normalize"))
+    named = {key for given in (everywhere, *own) for key in given} - {"weight"}
+    for key in sorted(named):
+        parameter = method.parameter(key)
+        if parameter.per_model:
+            parameters[key] = _per_model(key, own, everywhere, default=parameter.default)
+        elif any(key in given for given in own):
+            raise MergeidError(f"parameter {key!r} is one for all models; write it under the recipe's own parameters")
+        else:
+            parameters[key] = everywhere[key]
+    return Recipe(models, method.name, base, weights, parameters, normalize, dtype)
+
+
+def _slerp(
+    models: list[str], own: list[dict[str, Any]], base: str | None, everywhere: dict[str, Any], dtype: str | None
+) -> Recipe:
+    """`t` goes from the base (0) to the other model (1)."""
+    if base is not None and base not in models:
+        models, own = [base, *models], [{}, *own]
+    if base is None or len(models) != 2:
+        raise MergeidError(f"slerp takes a base_model and one other, got {len(models)} models; see also karcher")
+    other = 1 - models.index(base)
+    given = {**everywhere, **own[1 - other], **own[other]}
+    for key in sorted(set(given) - {"t"}):
+        raise MergeidError(f"method 'slerp' has no parameter {key!r} in a recipe; expected t")
+    if "t" not in given:
+        raise MergeidError("slerp needs a parameter t, from 0 (the base) to 1 (the other model)")
+    t = given["t"]
+    return Recipe([base, models[other]], "slerp", None, [_complement(t), t], dtype=dtype)
+
+
+def _complement(setting: Any) -> Any:
+    if isinstance(setting, tuple):
+        return tuple(_complement(s) for s in setting)
+    if isinstance(setting, Condition):
+        return Condition(_complement(setting.value), setting.pattern, setting.required)
+    return 1 - setting
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise MergeidError(f"parameter 'normalize' is {value!r}; expected true or false")
+    return value
+
+
+def _per_model(key: str, own: Sequence[dict[str, Any]], everywhere: dict[str, Any], default: Any = None) -> Any:
+    """One setting per model: its own, else (and where no condition of it matches) the recipe's. None: not given."""
+    if key not in everywhere and not any(key in given for given in own):
+        return None
+    found = []
+    for given in own:
+        levels = [level[key] for level in (given, everywhere) if key in level]
+        if default is not None:
+            levels.append(default)
+        if not levels:
+            raise MergeidError(f"parameter {key!r} is given for some of the models only; expected it for each")
+        found.append(_joined(levels))
+    return found
+
+
+def _joined(levels: Sequence[Any]) -> Any:
+    """Settings of falling precedence as one."""
+    conditions: list[Condition] = []
+    for level in levels:
+        if not (isinstance(level, tuple) and level and isinstance(level[0], Condition)):
+            if not conditions:
+                return level
+            return (*conditions, Condition(level, "*", False))
+        conditions += level
+    return tuple(conditions)
+
+
+def _settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings as the methods take them: scalars, tuples of numbers (gradients), tuples of `Condition`."""
+    return {key: _setting(value) for key, value in (given or {}).items()}
+
+
+def _setting(value: Any) -> Any:
+    entries = value if isinstance(value, list) else [value]
+    if isinstance(entries[0], ConditionEntry):
+        return tuple(_condition(entry) for entry in entries)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _condition(entry: ConditionEntry) -> Condition:
+    everywhere = entry.filter is None or entry.filter == "*"
+    pattern = "*" if everywhere else f"*{_literally(str(entry.filter))}*"
+    return Condition(_setting(entry.value), pattern, False)
+
+
+def _literally(text: str) -> str:
+    """A glob that matches this text and nothing else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

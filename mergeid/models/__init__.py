@@ -1,0 +1,1 @@
+"""Models from what the user names: opened, built, compared."""

@@ -1,0 +1,182 @@
+"""A model that runs, what it takes and what it returns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError
+from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, ReturnsSeveral
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mergeid.io.checkpoint import Checkpoint
+
+POSITION = re.compile(r"arg(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Attributes:
+    inputs: of a live module: a tensor, tuple or dict of keywords; None: those that its library's adapter makes.
+    outputs: names or globs of those outputs that count; none: all of them.
+    """
+
+    inputs: Any = None
+    outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given: Any, outputs: Sequence[str] = ()) -> Example:
+        """Example inputs as a caller gives them, with the outputs that are named beside them."""
+        if isinstance(outputs, str):
+            outputs = (outputs,)
+        return given if isinstance(given, cls) and not outputs else cls(given, tuple(outputs))
+
+
+@dataclass
+class Loaded:
+    """A runnable model and where it came from.
+
+    Attributes:
+        source: what the user named.
+        model: in eval mode.
+        adapter, arch: who built it; for a live module of no known library, a stand-in that calls it as it is.
+        checkpoint: its weights on disk; None for a live module or a bare architecture.
+        names: checkpoint tensor name -> key of the model's state dict.
+        example: the batch that traces the model.
+        wanted: names (or globs) of the outputs that count; none: all of them.
+    """
+
+    source: str
+    model: nn.Module
+    adapter: Adapter
+    arch: Architecture
+    checkpoint: Checkpoint | None
+    names: dict[str, str]
+    example: Batch
+    wanted: tuple[str, ...] = ()
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task output of one forward pass."""
+        if self.wanted:
+            return next(iter(self.outputs(model, batch).values()))
+        return self.adapter.forward(model, batch)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Every floating-point (or complex) tensor that a caller of the model reads, by name, the task output first.
+
+        Raises `MergeidError` where there is none, or none of the `wanted`."""
+        if isinstance(self.adapter, ReturnsSeveral):
+            found = dict(self.adapter.outputs(model, batch))
+        else:
+            found = {"output": self.adapter.forward(model, batch)}
+        return _chosen(found, self.wanted) if self.wanted else found
+
+    @property
+    def inputs(self) -> Batch:
+        """The example without its labels."""
+        return {k: v for k, v in self.example.items() if k != "labels"}
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights under the model's keys."""
+        return dict(self.model.state_dict())
+
+    @property
+    def folder(self) -> Path | None:
+        """Where tokenizer and preprocessor files lie."""
+        if self.checkpoint is None:
+            return None
+        return self.checkpoint.path if self.checkpoint.is_folder else self.checkpoint.path.parent
+
+
+def _chosen(found: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+    """The wanted outputs, in the order in which they are wanted: a name takes all that lies under it."""
+    out: dict[str, Tensor] = {}
+    for name in wanted:
+        hits = {k: t for k, t in found.items() if fnmatchcase(k, name) or k.startswith(f"{name}.")}
+        if not hits:
+            raise MergeidError(
+                f"outputs names {name!r}, but the model returns {', '.join(map(repr, found))}; name one of these"
+            )
+        out.update(hits)
+    return out
+
+
+class ModuleAdapter:
+    """Calls a live module as it is: positional inputs (`arg0`, `arg1`, …) in their order, all others by keyword."""
+
+    name = "torch"
+
+    def __init__(self, library: KnowsModules | None = None) -> None:
+        """Args:
+        library: the adapter of the library that the module comes from: it knows by-products."""
+        self.library = library
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return next(iter(self.outputs(model, batch).values()))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        from mergeid.data.nested import returned_tensors
+
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
+        found = returned_tensors(model(*positional, **inputs))
+        if not found:
+            raise MergeidError(
+                f"{type(model).__name__} returned no floating-point tensor; expected at least one, by which it can be "
+                "judged whether a change of its neurons leaves its function unchanged"
+            )
+        kept = self.library.interface(list(found)) if self.library is not None else list(found)
+        return {k: found[k] for k in kept or found}
+
+    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> None:
+        return None
+
+    def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
+        return None
+
+    def preprocessing(self, arch: Architecture) -> Mapping[str, Any]:
+        return {}
+
+
+def _position(name: str) -> int:
+    found = POSITION.fullmatch(name)
+    return int(found[1]) if found else -1
+
+
+def as_batch(inputs: Any) -> Batch:
+    """Example inputs of a live module: a batch dict as it is, anything else as positional arguments."""
+    if isinstance(inputs, Mapping):
+        return {str(k): v for k, v in inputs.items()}
+    several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")  # a named tuple is one input
+    return {f"arg{i}": v for i, v in enumerate(inputs if several else (inputs,))}
+
+
+def check_runs(loaded: Loaded, batch: Batch, what: str) -> None:
+    """Raises `MergeidError`, in one sentence, where the model does not run on a batch."""
+    import torch
+
+    from mergeid.data.nested import mapped
+
+    try:
+        with torch.no_grad():
+            loaded.outputs(loaded.model, mapped(batch, lambda t: t.clone()))
+    except MergeidError:
+        raise
+    except Exception as error:  # whatever a foreign forward does wrong
+        text = " ".join(str(error).split())[:200]
+        said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise MergeidError(
+            f"{loaded.source} does not run on {what} ({said}); expected what its forward takes: a tensor, a tuple of "
+            "positional inputs, or a dict of keywords"
+        ) from error
+
+
+def further_batches(inputs: Iterable[Any]) -> list[Batch]:
+    """More example inputs of a live module as batches."""
+    return [{k: v for k, v in as_batch(x).items() if k != "labels"} for x in inputs]

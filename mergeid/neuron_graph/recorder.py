@@ -1,0 +1,456 @@
+"""Watch executed forward passes and carry neuron labels through every aten call.
+
+Nothing of the model is rewritten or interpreted: whatever control flow it has runs as it is, and a
+``TorchDispatchMode`` sees the calls that remain. An operation without a rule freezes its inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mergeid.data.nested import named_tensors
+from mergeid.errors import MergeidError
+from mergeid.models.state import uncompiled
+from mergeid.neuron_graph.combine import relate
+from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
+from mergeid.neuron_graph.facts import Facts, Labels
+from mergeid.neuron_graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
+from mergeid.neuron_graph.rules import Result, rule_for
+from mergeid.neuron_graph.shadows import Shadows
+
+_KNOWN_CONSTANTS = {"aten.eye", "aten.empty", "aten.empty_strided", "aten.empty_permuted"}
+"""Made from no tensor, with a rule of their own."""
+
+
+class Call:
+    """One aten call with its arguments by schema name, as the rules see it."""
+
+    def __init__(self, recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.recorder, self.func, self.args, self.kwargs = recorder, func, args, kwargs
+        self.facts = recorder.facts
+        self.out: Any = None
+        self.strides: tuple[int, ...] = ()
+        self.offset = 0
+        """Strides and storage offset of the first tensor before the call."""
+        self.rerun: Callable[[], Result] = lambda: None
+        self.bound: dict[str, Any] = {}
+        for i, spec in enumerate(func._schema.arguments):
+            if spec.name in kwargs:
+                self.bound[spec.name] = kwargs[spec.name]
+            elif i < len(args) and not spec.kwarg_only:
+                self.bound[spec.name] = args[i]
+            elif spec.has_default_value():
+                self.bound[spec.name] = spec.default_value
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket)
+
+    @property
+    def why(self) -> str:
+        """The reason that the user reads when this call freezes something."""
+        where = self.recorder.where()
+        return f"{self.name} at {where}" if where else self.name
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.bound.get(name, default)
+
+    def layout(self, name: str) -> Layout:
+        """Layout of the tensor argument of that name."""
+        return self.recorder.layout(self.bound[name])
+
+    def layout_of(self, tensor: Tensor) -> Layout:
+        return self.recorder.layout(tensor)
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def outputs(self) -> list[Tensor]:
+        return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]
+
+    def freeze_dims(self, layout: Layout, dims: Sequence[int]) -> Layout:
+        """Freeze the labels on some dimensions: an operation treats their positions as fixed."""
+        n = len(layout.dims)
+        fines = {f for d in dims for f in layout.dims[d % n] if f.kind == LABELLED}
+        if not fines:
+            return layout
+        groups, new = [], {f: Fine(f.size, FROZEN) for f in fines}
+        for g in layout.groups:
+            held, rest = [f for f in g.fines if f in fines], [f for f in g.fines if f not in fines]
+            if held and rest:
+                # the neurons of the other dimensions move as one, whatever the frozen position
+                labels = g.ordered([*held, *rest])
+                free = self.facts.fresh([f.size for f in rest])
+                frozen = self.facts.frozen([f.size for f in held], self.why)
+                self.facts.par(labels, free)
+                self.facts.par(labels, frozen.reshape(*frozen.shape, *(1 for _ in rest)))
+                groups.append(Group(free, tuple(rest)))
+            elif held:
+                self.facts.freeze(g.labels, self.why)
+            else:
+                groups.append(g)
+        dims_now = tuple(tuple(new.get(f, f) for f in d) for d in layout.dims)
+        return Layout(dims_now, tuple(groups), layout.data)
+
+
+@dataclass
+class _View:
+    """How a view came from its parent, so that it can be derived again after a write."""
+
+    parent: Tensor
+    call: Call
+    position: int
+    version: int
+    steps: tuple[Call, ...] = ()
+    """In-place changes of its shape since (transpose_, squeeze_, …)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A place in the forward pass where a labelled activation can be read again by a hook.
+
+    Attributes:
+        module: name of the module; kind: ``"in"`` or ``"out"``; call: 0 for the module's first call, ….
+        dims: the labelled dimensions; labels: their labels in row-major order.
+    """
+
+    module: str
+    kind: str
+    call: int
+    ndim: int
+    dims: tuple[int, ...]
+    labels: Labels
+
+
+class Recorder(TorchDispatchMode):
+    """Records `facts` and `taps` of the calls made inside its context."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = Facts()
+        self.taps: list[Tap] = []
+        self.tapping = True
+        self.unknown: dict[str, str] = {}
+        self.axes: dict[tuple[str, int], Labels] = {}
+        self.shadows = Shadows()
+        self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._keep: list[Tensor] = []
+        self._stack: list[str] = []
+        self._calls: dict[tuple[str, str], int] = {}
+
+    # -- what goes in ------------------------------------------------------------------------------------
+
+    def add_parameters(self, state: Mapping[str, Tensor]) -> None:
+        """One atom per index of every axis; a tensor under several names (tied) shares its atoms."""
+        seen: dict[int, tuple[Labels | None, ...]] = {}
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                continue
+            if id(tensor) not in seen:
+                seen[id(tensor)] = tuple(self.facts.fresh((n,)) for n in tensor.shape)
+                self._layouts[tensor] = of_axes(seen[id(tensor)], tuple(tensor.shape))
+                self._keep.append(tensor)
+            for axis, labels in enumerate(seen[id(tensor)]):
+                assert labels is not None
+                self.axes[name, axis] = labels
+
+    def add_input(self, tensor: Tensor) -> None:
+        self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True)
+        self._keep.append(tensor)
+
+    # -- layouts -----------------------------------------------------------------------------------------
+
+    def layout(self, tensor: Tensor) -> Layout:
+        view: _View | None = self._views.get(tensor)
+        if view is not None and view.version != self._version(view.parent):
+            self._derive(tensor, view)
+        found: Layout | None = self._layouts.get(tensor)
+        if found is None:
+            found = self._constant(tensor)
+            self._layouts[tensor] = found
+        return found
+
+    def _version(self, tensor: Tensor) -> int:
+        """Counts the writes to a tensor's root."""
+        view: _View | None = self._views.get(tensor)
+        return int(self._versions.get(tensor, 0)) + (self._version(view.parent) if view else 0)
+
+    def _derive(self, tensor: Tensor, view: _View) -> None:
+        view.version = self._version(view.parent)
+        result = _flat(view.call.rerun())[view.position]
+        if result is not None:
+            self._layouts[tensor] = result
+            for step in view.steps:
+                self._layouts[tensor] = _flat(step.rerun())[0]
+
+    def _constant(self, tensor: Tensor) -> Layout:
+        """A tensor from outside: frozen along the dimensions in which its values vary."""
+        known = self.shadows.value(tensor)
+        if known is None or tensor.dim() == 0:
+            return uniform(tensor.shape, FROZEN)
+        value = known.detach()
+        kinds = []
+        with _disable_current_modes():
+            for d, n in enumerate(tensor.shape):
+                if n > 1 and tensor.numel():
+                    same = bool((value == value.narrow(d, 0, 1)).all())
+                    kinds.append(FREE if same else FROZEN)
+                else:
+                    kinds.append(FROZEN)
+        return Layout(tuple((Fine(n, k),) if n > 1 else () for n, k in zip(tensor.shape, kinds, strict=True)))
+
+    # -- calls -------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator) or rule_for(func) is None:
+            plain = plain_calls(func)
+            if plain is not None:
+                with self:
+                    return plain(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            return self._opaque(func, args, kwargs)
+        call = Call(self, func, args, kwargs)
+        for first in call.tensors()[:1]:
+            if first.layout == torch.strided:
+                call.strides, call.offset = first.stride(), int(first.storage_offset())
+        targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
+        written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
+        call.out = self.shadows.run(func, args, kwargs)
+        results = _flat(self._apply(call))
+        if torch.Tag.inplace_view in func.tags and written and results:
+            self._reshaped(written[0], results[0], call)
+            return call.out
+        sources = [t for t in call.tensors() if t is not None] if func.is_view else []
+        outputs = call.outputs()
+        for tensor in written:
+            if not any(tensor is t for t in outputs):
+                # on the side (statistics, noise): nothing that has to be known
+                self.facts.freeze(self.layout(tensor).all_labels, call.why)
+        for i, tensor in enumerate(outputs):
+            result = results[i] if i < len(results) else None
+            if any(tensor is t for t in written):
+                if result is not None:
+                    self._write(tensor, result, call)
+                continue
+            if any(tensor is t for t in call.tensors()):
+                continue
+            if result is None:
+                # computed without labels (indices, statistics that nobody reads)
+                result = uniform(tensor.shape, FROZEN, data=True)
+            self._layouts[tensor] = result
+            if sources:
+                self._views[tensor] = _View(sources[0], call, i, self._version(sources[0]))
+        return call.out
+
+    def _opaque(self, func: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """An operator that nobody can look into freezes what goes in and what comes out."""
+        out = func(*args, **kwargs)
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self.facts.freeze(self.layout(x).all_labels, f"no rule for {func} at {self.where()}")
+        self.unknown.setdefault(str(func), self.where())
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._layouts[x] = uniform(x.shape, FROZEN, data=True)
+        return out
+
+    def _apply(self, call: Call) -> Result:
+        tensors = call.tensors()
+        rule = rule_for(call.func)
+        if not tensors and call.name not in _KNOWN_CONSTANTS:
+            return [self._constant(t) for t in call.outputs()]
+        if rule is not None:
+            call.rerun = lambda: rule(call)
+        else:
+            call.rerun = lambda: self._unknown(call)
+        return call.rerun()
+
+    def _unknown(self, call: Call) -> Result:
+        """Sound by default: no rule, so nothing that goes in or comes out may move."""
+        layouts = [self.layout(t) for t in call.tensors()]
+        if any(x.groups for x in layouts):
+            self.unknown.setdefault(call.name, self.where())
+        for x in layouts:
+            self.facts.freeze(x.all_labels, f"no rule for {call.why}")
+        data = any(x.data for x in layouts)
+        return [uniform(t.shape, FROZEN, data) for t in call.outputs()]
+
+    def _reshaped(self, tensor: Tensor, new: Layout | None, call: Call) -> None:
+        """The same values under another shape; nothing was written."""
+        self._layouts[tensor] = new if new is not None else uniform(tensor.shape, FROZEN, data=True)
+        view: _View | None = self._views.get(tensor)
+        if view is not None:
+            view.steps = (*view.steps, call)
+
+    def _write(self, tensor: Tensor, new: Layout, call: Call) -> None:
+        """`tensor` now holds values laid out as `new`; its base and its other views follow."""
+        view: _View | None = self._views.get(tensor)
+        if view is None:
+            self._layouts[tensor] = new
+            self._versions[tensor] = self._versions.get(tensor, 0) + 1
+            return
+        old = self.layout(tensor)
+        root = self._root(tensor)
+        # a part is written where all positions were alike, or what is written varies
+        part = tensor.numel() < root.numel() and _has_free(self.layout(root))
+        if part or _has_free(old) or (new.data and not old.data):
+            self._upgrade(root, new)
+            old = self.layout(tensor)
+        relate(self.facts, old, new, call.why)
+
+    def _root(self, tensor: Tensor) -> Tensor:
+        """What it is a view of."""
+        view: _View | None = self._views.get(tensor)
+        while view is not None:
+            tensor = view.parent
+            view = self._views.get(tensor)
+        return tensor
+
+    def _upgrade(self, root: Tensor, new: Layout) -> None:
+        """Give the base of a view labels (or freeze it) where a write makes its values vary."""
+        layout = self.layout(root)
+        kind = LABELLED if new.groups else FROZEN
+        swap = {f: Fine(f.size, kind) for d in layout.dims for f in d if f.kind == FREE}
+        groups = list(layout.groups)
+        if kind == LABELLED:
+            groups += [Group(self.facts.fresh((f.size,)), (f,)) for f in swap.values()]
+        dims = tuple(tuple(swap.get(f, f) for f in d) for d in layout.dims)
+        self._layouts[root] = Layout(dims, tuple(groups), layout.data or new.data)
+        self._versions[root] = self._versions.get(root, 0) + 1
+
+    # -- modules -----------------------------------------------------------------------------------------
+
+    def where(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know the running module's name, and record taps at the modules that have no children."""
+        names = {id(m): n for n, m in model.named_modules()}
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            name = names.get(id(module))
+            self._stack.append(name if name is not None else self.where())
+            if name and not any(True for _ in module.children()):
+                self._tap(name, "in", args)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            name = self._stack.pop()
+            if name and names.get(id(module)) == name and not any(True for _ in module.children()):
+                self._tap(name, "out", output)
+
+        with ExitStack() as stack:
+            for handle in (
+                nn.modules.module.register_module_forward_pre_hook(enter),
+                nn.modules.module.register_module_forward_hook(leave),
+            ):
+                stack.callback(handle.remove)
+            yield
+
+    def _tap(self, name: str, kind: str, value: Any) -> None:
+        if not self.tapping:
+            return
+        call = self._calls.get((name, kind), 0)
+        self._calls[name, kind] = call + 1
+        tensor = next((t for t in tree_leaves(value) if isinstance(t, Tensor)), None)
+        if tensor is None or tensor.dim() < 2:
+            return
+        layout = self.layout(tensor)
+        if not layout.data:
+            return
+        for g in layout.groups:
+            dims = tuple(d for d, fines in enumerate(layout.dims) if any(f in g.fines for f in fines))
+            fines = [f for d in dims for f in layout.dims[d]]
+            if set(fines) == set(g.fines) and 0 not in dims:
+                labels = g.ordered(fines).reshape(-1)
+                self.taps.append(Tap(name, kind, call, tensor.dim(), dims, labels))
+
+
+def _has_free(layout: Layout) -> bool:
+    return any(f.kind == FREE for d in layout.dims for f in d)
+
+
+def _flat(result: Result) -> list[Layout | None]:
+    return [result] if isinstance(result, Layout) or result is None else list(result)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        inputs: every tensor in this nest is an input: frozen in all dimensions.
+        forward: returns all outputs that a caller reads; all labels on them are frozen.
+        values: for inputs on the meta device, the same nest with real tensors.
+    """
+
+    inputs: Any
+    forward: Callable[[], Any]
+    values: Any = None
+
+
+def record(model: nn.Module, state: Mapping[str, Tensor], passes: Sequence[Pass]) -> Recorder:
+    """Run every pass once, one after the other, and return what was seen in all of them.
+
+    Activations are tapped in the first pass alone.
+
+    Args:
+        model: the module that the passes call, in eval mode.
+        state: its state dict with the live tensors (``keep_vars=True``).
+    """
+    recorder = Recorder()
+    recorder.add_parameters(state)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for one in passes:
+            _run(recorder, model, one)
+            recorder.tapping = False
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    _freeze_unread(recorder, model)
+    return recorder
+
+
+def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
+    inputs = named_tensors(one.inputs)
+    if one.values is not None:
+        for name, value in named_tensors(one.values).items():
+            recorder.shadows.add(inputs[name], value)
+    for tensor in inputs.values():
+        recorder.add_input(tensor)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder:
+        output = one.forward()
+    for tensor in named_tensors(output).values():
+        recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
+
+
+def _freeze_unread(recorder: Recorder, model: nn.Module) -> None:
+    """Rows of a table that this input never reached (positions beyond its length) may matter to another input."""
+    read = recorder.facts.read()
+    several = [labels for labels in recorder.axes.values() if len(labels) > 1]
+    if several and not any(read[labels].any() for labels in several):
+        raise MergeidError(
+            f"the forward pass of {type(model).__name__} on the example inputs used none of its {len(recorder.axes)} "
+            "weights; give inputs that drive it, and a model whose own tensors do the work"
+        )
+    for labels in several:  # an axis of size 1 has nothing to be told apart from
+        recorder.facts.freeze(labels[~read[labels]], "never read by the traced forward pass")

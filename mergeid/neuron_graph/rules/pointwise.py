@@ -1,0 +1,110 @@
+"""Elementwise operations with broadcasting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mergeid.neuron_graph.combine import elementwise
+from mergeid.neuron_graph.layout import FREE, FROZEN, Layout, of_axes, take, uniform
+from mergeid.neuron_graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.neuron_graph.recorder import Call
+
+
+@rule(
+    "pointwise",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "alias",
+    "detach",
+    "to",
+    "copy_",
+    "copy",
+    "native_dropout",
+    "dropout",
+    "masked_fill",
+    "where",
+    "_conj",
+    "complex",
+    "polar",
+    "nan_to_num",
+    "hardtanh",
+    "hardswish",
+    "log_sigmoid_forward",
+    "floor_divide",
+    "prelu",
+    "_prelu_kernel",
+    "rrelu_with_noise",
+)
+def pointwise(call: Call) -> list[Layout]:
+    out = call.outputs()
+    n = max(t.dim() for t in out)
+    layout = elementwise(call.facts, [call.layout_of(t) for t in call.tensors()], n, call.why)
+    return [layout for _ in out]
+
+
+@rule(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "new_empty_strided",
+    "empty",
+    "empty_strided",
+    "empty_permuted",
+)
+def constant_like(call: Call) -> Layout:
+    """The same number everywhere, or none yet."""
+    return uniform(call.out.shape, FREE)
+
+
+@rule("bucketize")
+def bucketize(call: Call) -> Layout:
+    """Which interval a number lies in; the bounds are in order."""
+    bounds = call.layout("boundaries")
+    call.freeze_dims(bounds, range(len(bounds.dims)))
+    return call.layout("self")
+
+
+@rule("eye")
+def eye(call: Call) -> Layout:
+    """An identity matrix stays what it is where rows and columns move together."""
+    n, m = call.out.shape
+    if n != m or n < 2:
+        return uniform(call.out.shape, FROZEN)
+    labels = call.facts.fresh((n,))
+    return of_axes((labels, labels), (n, n))
+
+
+@rule("fill", "zero")
+def fill(call: Call) -> Layout:
+    layout = call.layout("self")
+    value = call.get("value")
+    if isinstance(value, torch.Tensor):
+        return elementwise(call.facts, [layout, call.layout_of(value)], len(layout.dims), call.why)
+    return layout
+
+
+@rule("rand_like", "randn_like", "bernoulli", "uniform_", "normal_", "random_", "exponential_")
+def noise(call: Call) -> Layout:
+    return uniform(call.out.shape, FROZEN)
+
+
+@rule("glu")
+def glu(call: Call) -> Layout:
+    layout = call.layout("self")
+    dim = call["dim"] % len(layout.dims)
+    half = call.out.shape[dim]
+    parts = [take(call.facts, layout, dim, np.arange(k * half, (k + 1) * half), call.why) for k in range(2)]
+    return elementwise(call.facts, parts, len(layout.dims), call.why)

@@ -1,0 +1,159 @@
+"""Sums, means, extrema and what is built of them: softmax, sorting, scans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeid.neuron_graph.combine import elementwise, reduce, relate
+from mergeid.neuron_graph.layout import FROZEN, Fine, Layout, uniform
+from mergeid.neuron_graph.rules import rule
+
+if TYPE_CHECKING:
+    from mergeid.neuron_graph.recorder import Call
+
+
+def dims_of(value: Any, n: int) -> list[int]:
+    """A ``dim`` argument as a list; None and () mean all."""
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return list(range(n))
+    return [value] if isinstance(value, int) else list(value)
+
+
+def normalised(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:
+    """x scaled by statistics of x over `dims`."""
+    statistic = reduce(call.facts, layout, dims, True, call.why)
+    return elementwise(call.facts, [layout, statistic], len(layout.dims), call.why)
+
+
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "std",
+    "var",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "any",
+    "all",
+    "nansum",
+    "nanmean",
+    "count_nonzero",
+    "_is_all_true",
+    "_is_any_true",
+)
+def reduction(call: Call) -> list[Layout]:
+    layout = call.layout("self")
+    n = len(layout.dims)
+    if not n:
+        return [layout for _ in call.outputs()]
+    out = reduce(call.facts, layout, dims_of(call.get("dim"), n), bool(call.get("keepdim", False)), call.why)
+    return [out for _ in call.outputs()]
+
+
+@rule(
+    "mse_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "soft_margin_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+)
+def loss(call: Call) -> Layout:
+    """An elementwise comparison, left as it is (`reduction` 0) or summed over all positions."""
+    n = len(call.layout("self").dims)
+    layouts = [call.layout_of(t) for t in call.tensors()]
+    each = elementwise(call.facts, layouts, max(len(x.dims) for x in layouts), call.why)
+    return reduce(call.facts, each, range(n), False, call.why) if call["reduction"] else each
+
+
+@rule("max", "min", "aminmax", "median", "mode")
+def extremum(call: Call) -> list[Layout | None]:
+    layout = call.layout("self")
+    if call.get("other") is not None:
+        out = elementwise(call.facts, [layout, call.layout("other")], call.out.dim(), call.why)
+        return [out]
+    n = len(layout.dims)
+    if len(call.outputs()) > 1 and n:
+        # the second output is an index: positions of that dimension become values
+        layout = call.freeze_dims(layout, dims_of(call.get("dim"), n))
+    out = reduce(call.facts, layout, dims_of(call.get("dim"), n), bool(call.get("keepdim", False)), call.why)
+    return [out for _ in call.outputs()]
+
+
+@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
+def fourier(call: Call) -> Layout:
+    """Positions of the transformed dimensions are read in order; the other dimensions keep their neurons."""
+    layout = call.layout("self")
+    dims = [d % len(layout.dims) for d in dims_of(call.get("dim"), len(layout.dims))]
+    layout = call.freeze_dims(layout, dims)
+    rest = reduce(call.facts, layout, dims, True, call.why)
+    sizes = call.out.shape
+    return rest.with_dims(
+        ((Fine(sizes[d], FROZEN),) if sizes[d] > 1 else ()) if d in dims else x for d, x in enumerate(rest.dims)
+    )
+
+
+@rule("argmax", "argmin")
+def arg_extremum(call: Call) -> Layout:
+    layout = call.layout("self")
+    dims = dims_of(call.get("dim"), len(layout.dims))
+    return reduce(call.facts, call.freeze_dims(layout, dims), dims, bool(call.get("keepdim")), call.why)
+
+
+@rule("equal", "allclose")
+def equal(call: Call) -> list[Layout]:
+    """One answer for the whole of two tensors, which is no tensor: the same where both move alike."""
+    if call["self"].shape == call["other"].shape:
+        relate(call.facts, call.layout("self"), call.layout("other"), call.why)
+    return []
+
+
+@rule("renorm")
+def renorm(call: Call) -> Layout:
+    """Slices along a dimension that are too long are made shorter."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    return normalised(call, layout, [d for d in range(n) if d != call["dim"] % n])
+
+
+@rule("segment_reduce")
+def segment_reduce(call: Call) -> Layout:
+    """Runs of positions along a dimension become one each."""
+    layout = call.layout("data")
+    axis = call["axis"] % len(layout.dims)
+    layout = call.freeze_dims(layout, [axis])
+    rest = reduce(call.facts, layout, [axis], True, call.why)
+    n = call.out.shape[axis]
+    return rest.with_dims(((Fine(n, FROZEN),) if n > 1 else ()) if d == axis else x for d, x in enumerate(rest.dims))
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def softmax(call: Call) -> Layout:
+    return normalised(call, call.layout("self"), [call["dim"]])
+
+
+@rule("topk", "sort", "argsort", "kthvalue", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+def ordered(call: Call) -> list[Layout]:
+    """The dimension is read in order, so its positions are fixed."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    if not n:
+        return [layout for _ in call.outputs()]
+    dim = call.get("dim", -1) % n
+    layout = call.freeze_dims(layout, [dim])
+    results = []
+    for out in call.outputs():
+        rest = reduce(call.facts, layout, [dim], True, call.why)
+        if out.dim() != n:
+            results.append(uniform(out.shape, FROZEN, layout.data))
+            continue
+        size = out.shape[dim]
+        new = ((Fine(size, FROZEN),) if size > 1 else (),)
+        results.append(rest.with_dims((*rest.dims[:dim], *new, *rest.dims[dim + 1 :])))
+    return results

@@ -1,0 +1,263 @@
+"""Prove a neuron graph on the spot: random group elements must leave the model's outputs unchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mergeid.data.nested import mapped, returned_tensors
+from mergeid.errors import MergeidError
+from mergeid.models.state import forget_derived, uncompiled
+from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
+from mergeid.neuron_graph.settle import own_statistics, shaken
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest relative output error that counts as unchanged (rounding of deep networks is far below it)."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Attributes:
+    graph: the graph that holds (smaller than the one given if some spaces failed).
+    error: worst relative error of the accepted group elements.
+    failed: ids of the spaces that had to be frozen.
+    """
+
+    graph: NeuronGraph
+    error: float
+    failed: tuple[str, ...]
+
+
+def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """A state dict in which no wrong permutation can hide: constant tensors (fresh BatchNorm statistics, LayerScale,
+    zero-initialised layers) get values that differ from neuron to neuron, and gates that are 0 open."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.numel() > 1:
+            wide = value if value.dtype == torch.float64 else value.float()
+            noise = torch.rand(value.shape, generator=generator).to(value.device)
+            spread = float(wide.std())
+            if "running_var" in name:
+                wide = (wide.abs() + 0.1) * (0.5 + noise)
+            elif not spread >= 1e-6:  # also where it is not finite
+                wide = wide + 0.4 * (noise - 0.5)
+            else:
+                wide = wide + 0.1 * spread * (noise - 0.5)
+            state[name] = wide.to(value.dtype)
+        elif value.is_floating_point() and value.numel() == 1 and not value.is_meta and float(value) == 0:
+            state[name] = torch.full_like(value, 0.5)
+        else:
+            state[name] = value.clone()
+    return state
+
+
+class _AtLeast(TorchDispatchMode):
+    """Casts to a shorter float that the model's own code asks for (norms in float32, say) go to `dtype` instead, so
+    that a check in float64 has its precision throughout."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            with self:
+                return (plain_calls(func) or func)(*args, **kwargs)
+        asked = kwargs.get("dtype")
+        if asked is not None and asked.is_floating_point and asked.itemsize < self.dtype.itemsize:
+            kwargs["dtype"] = self.dtype
+        return func(*args, **kwargs)
+
+
+def verify(
+    graph: NeuronGraph,
+    model: nn.Module,
+    inputs: Any,
+    forward: Callable[[nn.Module, Any], Any],
+    *,
+    generator: torch.Generator,
+    samples: int = 2,
+    dtype: torch.dtype = torch.float64,
+    randomise: bool = True,
+) -> Verification:
+    """Apply random group elements to the model and compare its outputs; freeze the smallest set of spaces that fails.
+
+    Args:
+        model: not modified (a copy of it runs in `dtype`).
+        forward: ``forward(model, inputs)`` returns all outputs that a caller reads, in any nest.
+        samples: group elements tried (and again after something was frozen).
+        randomise: disturb the weights first, see `randomised`.
+
+    Returns:
+        a `Verification`; its graph carries ``verified`` with the error seen.
+
+    Raises:
+        MergeidError: an output is NaN.
+    """
+    probe = copy.deepcopy(model).eval()
+    state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
+
+    wider = dtype == torch.float32  # where its rounding is too coarse
+    cuda = sorted({p.device.index for p in probe.parameters() if p.is_cuda})
+
+    def run(change: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> list[Tensor]:
+        with torch.no_grad():
+            for name, value in probe.state_dict().items():
+                value.copy_(change(name, state[name]))  # one tensor at a time: large models fit
+        forget_derived(probe)
+        # a model that draws random numbers draws the same ones every time
+        with torch.no_grad(), uncompiled(), _AtLeast(dtype), torch.random.fork_rng(cuda):
+            torch.manual_seed(0)
+            out = forward(probe, mapped(inputs, lambda t: _cast(t, dtype)))
+        return [_real(t) for t in returned_tensors(out).values()]
+
+    try:
+        probe = probe.to(dtype)
+        reference = run()
+        if dtype != torch.float32 and _any_nan(reference):
+            raise RuntimeError("masks of the longer float's lowest number add up to infinity")
+    except (RuntimeError, NotImplementedError):
+        if dtype == torch.float32:
+            raise
+        # some kernels refuse float64, some models are made for float32
+        dtype = torch.float32
+        probe = probe.to(dtype)
+        reference = run()
+    if randomise and _any_nan(reference):  # too much for the disturbed weights
+        state = model.state_dict()
+        reference = run()
+    if _any_nan(reference):
+        raise MergeidError(
+            f"the outputs of {type(model).__name__} on its example inputs are not numbers (NaN), so no "
+            "graph of it can be verified; give inputs, and weights, that it can work with"
+        )
+    tolerance = TOLERANCE[dtype]
+
+    def error(g: NeuronGraph, element: Element) -> float:
+        return relative_error(reference, run(partial(g.apply, element)))
+
+    failed: list[str] = []
+    settled = not randomise
+    while True:
+        worst = 0.0
+        for _ in range(samples if graph.spaces else 0):
+            worst = max(worst, error(graph, graph.random_element(generator)))
+            if worst > tolerance:
+                break
+        holds = worst <= tolerance
+        power = _power(graph, error, tolerance, generator) if holds else None
+        blind = power is not None and power <= tolerance
+        chaotic = not holds and relative_error(reference, run(shaken(generator, dtype))) > tolerance / 10
+        if not settled and (blind or chaotic):
+            # the weights are to blame: they magnify rounding errors as much, or nothing comes through
+            settled = True
+            with own_statistics(probe):
+                run()
+            state = {k: v.clone() for k, v in probe.state_dict().items()}
+            reference = run()
+        elif chaotic and wider:
+            wider, dtype, tolerance = False, torch.float64, TOLERANCE[torch.float64]
+            probe = probe.to(dtype)
+            reference = run()
+        elif holds and not blind:
+            break
+        else:
+            ids = [s.id for s in graph.spaces]
+            bad = (not blind and _bisect(graph, ids, error, tolerance, generator)) or ids
+            why = "outputs compared do not depend on these weights" if blind else "output changed under a permutation"
+            failed += bad
+            graph = graph.without(bad, f"verification: the {why}")
+    graph.verified = {
+        "max_relative_error": worst,
+        "error_when_misapplied": power,
+        "samples": samples,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return Verification(graph, worst, tuple(failed))
+
+
+def _power(
+    graph: NeuronGraph, error: Callable[[NeuronGraph, Element], float], tolerance: float, generator: torch.Generator
+) -> float | None:
+    """The error when every space moves on one of its axes only: a check that does not see that proves nothing.
+
+    The axes of large tensors are tried first, then others: a bias in front of a norm has no effect, and elements of a
+    small group may be the identity. None where no space has two axes."""
+    if not any(len(s.axes) > 1 for s in graph.spaces):
+        return None
+    found = 0.0
+    for k in range(4):
+        alone = []
+        for space in graph.spaces:
+            axes = sorted(space.axes, key=lambda a: -prod(graph.tensors[a.tensor]))
+            alone.append(replace(space, axes=(axes[k % len(axes)],) if len(axes) > 1 else ()))
+        found = max(found, error(replace(graph, spaces=alone), graph.random_element(generator)))
+        if found > tolerance:
+            break
+    return found
+
+
+def _any_nan(outputs: list[Tensor]) -> bool:
+    """Infinities are masked logits; a single number beside other outputs may be a mean over nothing."""
+    return any(bool(t.isnan().any()) for t in outputs if t.numel() > 1 or len(outputs) == 1)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy: the model may write into its inputs."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
+
+
+def _bisect(
+    graph: NeuronGraph,
+    ids: list[str],
+    error: Callable[[NeuronGraph, Element], float],
+    tolerance: float,
+    generator: torch.Generator,
+) -> list[str]:
+    """The spaces among `ids` that change the output when they alone move."""
+    if error(graph, graph.random_element(generator, only=ids)) <= tolerance:
+        return []
+    if len(ids) == 1:
+        return ids
+    half = len(ids) // 2
+    return [
+        *_bisect(graph, ids[:half], error, tolerance, generator),
+        *_bisect(graph, ids[half:], error, tolerance, generator),
+    ]
+
+
+MASKED = 1e30
+"""Numbers beyond this are masks (infinity, or the lowest number of a shorter float), not results."""
+
+
+def relative_error(reference: list[Tensor], other: list[Tensor]) -> float:
+    """max |a − b| / max |a| over the outputs, without what is masked (or no number) in both; infinite where only one
+    is."""
+    worst = 0.0
+    for a, b in zip(reference, other, strict=True):
+        masked = ~(a.abs() < MASKED)
+        if not torch.equal(masked, ~(b.abs() < MASKED)):
+            return float("inf")
+        if bool(masked.all()):  # also: empty
+            continue
+        scale = a[~masked].abs().max().item()
+        apart = (a - b)[~masked].abs().max().item()
+        value = apart / scale if scale > 0 else apart
+        worst = max(worst, value if value == value else float("inf"))
+    return worst

@@ -1,0 +1,101 @@
+"""The paper's bound on the chord deviation, and what it presumes.
+
+For two networks W = F + (W - F) that share a fixed part F, the deviation of a ReLU layer from its chord is
+O(β^{3/2}) ‖F Σ^{1/2}‖_F in the root mean square (arXiv:2606.04754): β, the trainable over the fixed part of the
+pre-activations, is the share of them that may change sign, and they change by β. It is asymptotic in β, has an unknown
+constant (taken as 1 here), presumes matched inputs and is no certificate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeid.prediction.lockstep import Forward, watch
+
+LARGE = 0.5
+"""β above which β^{3/2} says nothing: the trainable part decides the signs."""
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """Attributes:
+    beta: root mean square of the trainable over the fixed part of the pre-activations, mean of both networks.
+    bound: β^{3/2}, relative to the fixed part's root mean square.
+    """
+
+    layer: str
+    beta: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Attributes:
+    layers: those whose fixed part is not 0.
+    statement: whether its assumptions hold, in words.
+    """
+
+    layers: list[LayerBound]
+    statement: str
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.layers) and max(x.beta for x in self.layers) <= LARGE
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "holds": self.holds,
+            "statement": self.statement,
+            "layers": [x.__dict__ for x in self.layers],
+        }
+
+
+def no_bound() -> Bound:
+    return Bound(
+        [], "the paper's bound does not apply: the models share no known fixed part (no --base, no asymmetric layers)"
+    )
+
+
+@torch.no_grad()
+def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, batch: Any) -> Bound:
+    """The bound of every layer with a matrix.
+
+    Args:
+        a, b: in one order of neurons. fixed: the same network with F for weights.
+        batch: inputs; every layer is judged on what A and B themselves feed it."""
+    seen = [watch(m, forward, batch)[1] for m in (a, b, fixed)]
+    found = []
+    for one, two, base in zip(*seen, strict=True):
+        matrix = base.matrix()
+        if matrix is None or not bool(matrix.any()) or not one.out.is_floating_point():
+            continue
+        ratios = []
+        for op in (one, two):
+            still = base.at([op.leaves[i] for i in op.active], False)
+            below = _rms(still - still.mean(0))
+            ratios.append(_rms(op.out - still) / below if below > 0 else float("inf"))
+        beta = sum(ratios) / 2
+        name = next((w for w in base.weights if w.endswith("weight")), base.weights[0])
+        found.append(LayerBound(name, beta, beta**1.5))
+    if not found:
+        return no_bound()
+    worst = max(found, key=lambda x: x.beta)
+    if worst.beta <= LARGE:
+        said = (
+            f"the paper's bound holds asymptotically: β ≤ {worst.beta:.3g}, so that no layer leaves its chord by more "
+            f"than the order of β^1.5 = {worst.bound:.2g} of its fixed part; no certificate"
+        )
+    else:
+        said = (
+            f"the paper's bound does not hold: β = {worst.beta:.2g} at {worst.layer}, and it is for β far below 1 "
+            f"(taken as ≤ {LARGE})"
+        )
+    return Bound(found, said)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean()) ** 0.5

@@ -1,0 +1,168 @@
+"""What is known of a pair before it is merged, as numbers that the predictor weighs.
+
+All of it comes from the two networks' own runs (`mergeid.prediction.lockstep`) and weights. Outputs are read as logits z
+with log-partition Z, Z(z) = log Σ exp z. The loss of averaged logits differs from the mean of the two networks' losses
+by Z((a + b) / 2) - (Z(a) + Z(b)) / 2 ≤ 0 whatever the labels are: that part of the barrier needs none. What averaging
+weights shifts beyond averaged logits does; there the labels are taken as the averaged logits say, p = softmax((a + b) /
+2), against which every shift is a loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeid.io.memory import few_rows
+from mergeid.prediction.lockstep import Deviation, sum_of_squares
+
+Features = dict[str, float]
+SHARE = 0.7
+"""Of the shift against p in what is expected of the loss. Chosen on the zoo: with true labels shifts are twice as large
+for language models and half as large for networks that are wrong with confidence."""
+SHARP = 1.5
+"""Power of the predictions that sharper labels are: trained networks are mostly less sure than they are right."""
+
+
+@dataclass
+class _Sums:
+    """Sums over examples, float64; positions count as shares of their example."""
+
+    count: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def _add(self, found: Mapping[str, Tensor], weight: Tensor) -> None:
+        for name, values in found.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float((values * weight).sum())
+
+    def _means(self) -> dict[str, float]:
+        return {k: v / max(self.count, 1) for k, v in self.sums.items()}
+
+
+class EndSums(_Sums):
+    """What two networks' own outputs say."""
+
+    def add(self, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
+        """Outputs [examples, …, classes]; mask: bool [examples, positions] of positions that count."""
+        self.count += len(a)
+        for (x, y), weight in _rows((a, b), mask):
+            lx, ly = x.log_softmax(-1), y.log_softmax(-1)
+            entropy = torch.special.entr((lx.exp() + ly.exp()) / 2).sum(-1)
+            own = (torch.special.entr(lx.exp()) + torch.special.entr(ly.exp())).sum(-1) / 2
+            parts = (x.logsumexp(-1) + y.logsumexp(-1)) / 2
+            found = {
+                "excess_averaged": ((x + y) / 2).logsumexp(-1) - parts,
+                "own_entropy": own,
+                "divergence": entropy - own,
+            }
+            self._add(found, weight)
+
+    def features(self) -> Features:
+        """Nats; `divergence`: of Jensen and Shannon."""
+        return self._means()
+
+
+class ShiftSums(_Sums):
+    """What the corrected runs shift, beyond the mean of the two networks' own logits.
+
+    `shift`: rise of the loss against p, the mean of both runs; `shift_sharp`: against the mean prediction to the power
+    `SHARP`."""
+
+    def add(self, a: Tensor, b: Tensor, middle: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
+        """As `EndSums.add`, with the outputs of the two corrected runs."""
+        self.count += len(a)
+        for (x, y, *runs), weight in _rows((a, b, *middle), mask):
+            average = (x + y) / 2
+            mixed = torch.logaddexp(x.log_softmax(-1), y.log_softmax(-1))
+            logs = [r.log_softmax(-1) for r in (average, *runs)]
+            found = {
+                name: (labels.softmax(-1) * (logs[0] - (logs[1] + logs[2]) / 2)).sum(-1)
+                for name, labels in (("shift", average), ("shift_sharp", SHARP * mixed))
+            }
+            self._add(found, weight)
+
+    def features(self) -> Features:
+        """Nats."""
+        return self._means()
+
+
+def _rows(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """float64 [rows, classes] of every output, a few rows at a time, and the share of every row in its example."""
+    n, classes = len(outputs[0]), outputs[0].shape[-1]
+    weight = torch.ones(n, outputs[0].numel() // (n * classes), dtype=torch.float64, device=outputs[0].device)
+    if mask is not None and mask.shape == weight.shape:
+        weight = mask.to(weight)
+    left = (weight / weight.sum(1, keepdim=True).clamp(min=1)).reshape(-1)
+    for part in few_rows(*(t.detach() for t in outputs)):
+        shares, left = left[: len(part[0])], left[len(part[0]) :]
+        yield part, shares
+
+
+def output_features(ends: Features, shifts: Features) -> Features:
+    """Both, and the rise of the loss over the mean of the two networks' (`excess`)."""
+    return {**ends, **shifts, "excess": ends["excess_averaged"] + SHARE * shifts["shift"]}
+
+
+@dataclass(frozen=True)
+class LayerDeviation:
+    """One layer's part in the barrier.
+
+    Attributes:
+        layer: name of its weight.
+        deviation: mean square of the chord deviation over the variance of the chord.
+        difference: mean square of half the difference of the two networks' outputs over the same.
+        lost: share of the variance of the outputs that averaging them removes, in [0, 1].
+    """
+
+    layer: str
+    deviation: float
+    difference: float
+    lost: float
+
+
+def layer_deviations(sums: list[Deviation]) -> list[LayerDeviation]:
+    """Operations with a variance, in order of execution; those of one tensor are added up."""
+    merged: dict[str, Deviation] = {}
+    for one in sums:
+        name = next((w for w in one.weights if w.endswith("weight")), one.weights[0])
+        total = merged.setdefault(name, Deviation(one.weights))
+        for key in ("deviation", "difference", "chord", "own"):
+            setattr(total, key, getattr(total, key) + getattr(one, key))
+    found = []
+    for name, s in merged.items():
+        if s.chord > 1e-12 and s.own > 0:
+            lost = max(0.0, 1 - s.chord / s.own)
+            found.append(LayerDeviation(name, s.deviation / s.chord, s.difference / s.chord, lost))
+    return found
+
+
+def depth_features(layers: list[LayerDeviation]) -> Features:
+    """Over all layers."""
+    return {"deviation": math.sqrt(sum(x.deviation for x in layers))}
+
+
+def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
+    """Distance over the root mean square norm, and cosine, of all matrices and kernels together, and the largest
+    distance of one."""
+    dot = squares_a = squares_b = worst = 0.0
+    for name, x in a.items():
+        y = b.get(name)
+        if y is None or not x.is_floating_point() or x.dim() < 2:
+            continue
+        x, y = (t.float() if t.element_size() < 4 else t for t in (x, y))
+        aa, bb, dd = sum_of_squares(x), sum_of_squares(y), sum_of_squares(x - y)
+        ab = (aa + bb - dd) / 2
+        if aa > 0 and bb > 0:
+            worst = max(worst, math.sqrt(dd / ((aa + bb) / 2)))
+        dot, squares_a, squares_b = dot + ab, squares_a + aa, squares_b + bb
+    if not squares_a * squares_b > 0:
+        return {"distance": 0.0, "cosine": 1.0, "distance_worst": 0.0}
+    return {
+        "distance": math.sqrt(max(squares_a + squares_b - 2 * dot, 0.0) / ((squares_a + squares_b) / 2)),
+        "cosine": dot / math.sqrt(squares_a * squares_b),
+        "distance_worst": worst,
+    }

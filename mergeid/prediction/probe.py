@@ -1,0 +1,210 @@
+"""Run a pair on a few inputs and put together everything that the predictor looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from mergeid.errors import MergeidError
+from mergeid.evaluate.batches import balanced, input_dtype, to_model
+from mergeid.evaluate.measure import eval_mode, fits_the_model
+from mergeid.evidence.activations import real_tokens
+from mergeid.models.load import Loaded
+from mergeid.plugins import Batch
+from mergeid.prediction.features import (
+    EndSums,
+    Features,
+    LayerDeviation,
+    ShiftSums,
+    depth_features,
+    layer_deviations,
+    output_features,
+    weight_features,
+)
+from mergeid.prediction.lockstep import Deviation, Forward, Operation, lockstep, watch
+
+EXAMPLES, SHARE, LEAST = 128, 4, 32
+"""Both models are run on at most that many examples, evenly spaced, on every fourth where there are few, but on at
+least `LEAST`: one example costs about as much as a dozen forward passes."""
+BUDGET = 1 << 30
+"""Bytes of activations that are held at once."""
+COPIES = 4
+"""How often the activations of one model are held: those of both models and what is made of them."""
+
+
+@dataclass
+class Evidence:
+    """What was found under one assignment.
+
+    Attributes:
+        plain: features of the merge as averaging writes it. repaired: with statistics of normalisation estimated again;
+            None where the models store none.
+        layers: each layer's deviation, in order of execution.
+        examples: how many inputs were run.
+    """
+
+    plain: Features
+    repaired: Features | None
+    layers: list[LayerDeviation]
+    examples: int
+
+
+@dataclass
+class _Sums:
+    plain: ShiftSums = field(default_factory=ShiftSums)
+    fresh: ShiftSums | None = None
+    deviations: list[Deviation] = field(default_factory=list)
+    damping: list[float] | None = None
+
+    def add(self, found: list[Deviation]) -> None:
+        if not self.deviations:
+            self.deviations = found
+            return
+        for total, one in zip(self.deviations, found, strict=True):
+            for key in ("deviation", "difference", "chord", "own"):
+                setattr(total, key, getattr(total, key) + getattr(one, key))
+
+
+def probe(
+    a: nn.Module,
+    partners: Mapping[str, nn.Module],
+    forward: Forward,
+    examples: Sequence[Any],
+    collate: Callable[[Any], Batch] | None = None,
+    *,
+    limit: int | None = None,
+    ends: EndSums | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Evidence]:
+    """Features of A with each of its partners.
+
+    Args:
+        a: with its own weights.
+        partners: assignment ("direct", "matched") -> B with its neurons in that order.
+        forward: (model, batch) -> logits [examples, …, classes].
+        examples: map-style; labels are not looked at.
+        limit: most examples; by default as `EXAMPLES` says.
+        ends: what the models' own outputs say, if it is known of more examples than are run here.
+
+    Raises:
+        MergeidError: data that does not fit, outputs that are no logits.
+        PathsDiffer: the models execute different operations.
+    """
+    count = len(examples)
+    limit = limit or max(LEAST, min(EXAMPLES, count // SHARE))
+    chosen: Any = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
+    device = next((p.device for p in a.parameters()), torch.device("cpu"))
+
+    def place(raw: Batch) -> Batch:
+        return _inputs(to_model(raw, device, input_dtype(a)))
+
+    join = collate or torch.utils.data.default_collate
+    first = place(join([chosen[0]]))
+    with eval_mode(a), fits_the_model(first):
+        size = max(1, BUDGET // max(COPIES * _bytes(watch(a, forward, first)[1]), 1))
+    slices = balanced(len(chosen), size)  # a small rest would have statistics of its own
+    sums = {name: _Sums() for name in partners}
+    known = ends is not None and ends.count > 0
+    own = ends if ends is not None and known else EndSums()
+    for k, part in enumerate(slices):
+        if progress:
+            progress(k, len(slices))
+        batch = place(join([chosen[i] for i in part]))
+        with fits_the_model(batch), eval_mode(a):
+            seen = watch(a, forward, batch)
+            for name, b in partners.items():
+                with eval_mode(b):
+                    found = lockstep(a, b, forward, batch, seen_a=seen, damping=sums[name].damping)
+                if not is_logits(found.a):
+                    raise MergeidError(
+                        f"the outputs of {type(a).__name__} have shape {list(found.a.shape)}, which are no logits of "
+                        "classes; a barrier in nats cannot be predicted for it"
+                    )
+                mask = real_tokens(batch)
+                if not known and name == next(iter(partners)):
+                    own.add(found.a, found.b, mask)
+                sums[name].plain.add(found.a, found.b, found.middle, mask)
+                if found.fresh is not None:
+                    total = sums[name].fresh = sums[name].fresh or ShiftSums()
+                    total.add(found.a, found.b, found.fresh, mask)
+                sums[name].add(found.deviations)
+                sums[name].damping = found.damping
+    return {name: _evidence(a, partners[name], own.features(), s) for name, s in sums.items()}
+
+
+def hears(ends: EndSums) -> Callable[[Any, Any, Batch], None]:
+    """Adds both models' outputs on a batch, where they are logits."""
+
+    def add(a: Any, b: Any, batch: Batch) -> None:
+        if is_logits(a) and is_logits(b):
+            ends.add(a, b, real_tokens(batch))
+
+    return add
+
+
+def is_logits(out: Any) -> bool:
+    return isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] > 1 and out.is_floating_point()
+
+
+def _evidence(a: nn.Module, b: nn.Module, ends: Features, sums: _Sums) -> Evidence:
+    layers = layer_deviations(sums.deviations)
+    common = {**depth_features(layers), **weight_features(a.state_dict(), b.state_dict())}
+    plain = {**output_features(ends, sums.plain.features()), **common}
+    fresh = None if sums.fresh is None else {**output_features(ends, sums.fresh.features()), **common}
+    return Evidence(plain, fresh, layers, sums.plain.count)
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+def _bytes(operations: Sequence[Operation]) -> int:
+    tensors = (t for o in operations for t in (*(o.leaves[i] for i in o.active), o.out))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class RandomInputs(Sequence[Batch]):
+    """Inputs that no data is needed for: the adapter's example inputs, or noise of the shape of a live module's.
+
+    Each is drawn from a seed of its own."""
+
+    def __init__(self, loaded: Loaded, count: int = EXAMPLES, seed: int = 0) -> None:
+        self.length = count
+        generator = torch.Generator().manual_seed(seed)
+        if loaded.adapter.name == "torch":
+            self.batch = {k: _noise(v, count, generator) for k, v in _inputs(loaded.example).items()}
+        else:
+            made = loaded.adapter.example_inputs(loaded.arch, loaded.model, generator, count)
+            self.batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in _inputs(made).items()}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return {
+            k: v[index] if isinstance(v, Tensor) and v.dim() and len(v) == self.length else v
+            for k, v in self.batch.items()
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(self.length))
+
+
+def _noise(value: Any, count: int, generator: torch.Generator) -> Any:
+    """`count` examples like those of a tensor: normal of its mean and spread, or its own integers at random."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    shape = (count, *value.shape[1:])
+    if value.is_floating_point():
+        wide = value.detach().cpu().float()
+        spread = wide.std() if wide.numel() > 1 else torch.ones(())
+        return (wide.mean() + spread * torch.randn(shape, generator=generator)).to(value.dtype)
+    pool = value.detach().cpu().reshape(-1)
+    return pool[torch.randint(len(pool), shape, generator=generator)]

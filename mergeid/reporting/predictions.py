@@ -1,0 +1,81 @@
+"""Tables of what is predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeid.reporting.tables import Column, make_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mergeid.prediction.model import Interval
+    from mergeid.prediction.result import PredictResult
+    from mergeid.verbs.sketch import PredictionMatrix
+
+WIDEST = 12
+"""Models that a matrix is shown of in the terminal."""
+
+
+def prediction_table(result: PredictResult, *, width: int) -> Table:
+    """One row per way to merge the pair."""
+    columns = [
+        Column("merge"),
+        Column("nats lost", "right"),
+        Column("90 % interval", "right"),
+        Column("points", "right"),
+        Column("90 % interval", "right", optional=1),
+        Column(f"≤ {result.tolerated:g} nats", "right"),
+        Column("layers that cause it", shrink=True, min_width=12, optional=2),
+    ]
+    rows: list[Sequence[Any]] = []
+    for o in result.outlooks:
+        sure = o.nats.trusted
+        points = o.points if o.points is not None and o.points.trusted else None
+        rows.append(
+            [
+                o.label,
+                _number(o.nats.expected) if sure else "cannot tell",
+                _span(o.nats) if sure else "",
+                _number(points.expected) if points else "",
+                _span(points) if points else "",
+                f"{o.nats.within:.2f}" if sure and o.nats.within is not None else "",
+                ", ".join(x.layer.removesuffix(".weight") for x in o.layers) or "none",
+            ]
+        )
+    run = {"inputs": "inputs", "weights": "random inputs", "sketches": "inputs (sketched)"}[result.mode]
+    return make_table(columns, rows, width=width, title=f"{result.a} and {result.b}, by {result.examples} {run}")
+
+
+def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:
+    """Expected nats of every pair under its best assignment; a list of pairs where there are many models."""
+    n = len(matrix.names)
+    title = "expected barrier in nats, best assignment"
+    if n <= WIDEST:
+        values = matrix.expected()
+        columns = [Column("", shrink=True, min_width=8), *(Column(str(k + 1), "right") for k in range(n))]
+        rows = [
+            [f"{i + 1} {matrix.names[i]}", *("" if i == j else _number(values[i][j]) for j in range(n))]
+            for i in range(n)
+        ]
+        return make_table(columns, rows, width=width, title=title)
+    ordered = sorted(matrix.pairs.values(), key=lambda r: r.best.nats.expected)
+    columns = [
+        Column("A", shrink=True, min_width=8),
+        Column("B", shrink=True, min_width=8),
+        Column("nats lost", "right"),
+        Column("merge"),
+    ]
+    shown = [[r.a, r.b, _number(r.best.nats.expected), r.best.label] for r in ordered[:20]]
+    return make_table(columns, shown, width=width, title=f"the {len(shown)} easiest of {len(ordered)} pairs")
+
+
+def _number(value: float) -> str:
+    return "–" if not math.isfinite(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _span(value: Interval) -> str:
+    high = "∞" if math.isinf(value.high) else _number(value.high)
+    return f"{_number(value.low)} to {high}"

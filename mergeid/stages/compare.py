@@ -1,0 +1,296 @@
+"""The last look before a merge is written: which one is nearest to the models, and is it near enough?
+
+A plan judges neurons space by space, and what it cannot see (statistics of BatchNorm layers, errors that add up over
+depth) can still make its merge the worse one. Up to three merges are at hand: the plain one, the one that is planned,
+and the one with every space matched; each as it is, and with BatchNorm statistics estimated again, or with REPAIR. All
+are run on calibration inputs, without labels, and compared with what the models themselves say
+(`mergeid.evaluate.nearness`). The nearest is written; ties (`TIE`) stay with the simplest: no repair before one, and
+the planned merge before another.
+
+A repair is judged on inputs that it has not seen. The inputs are dealt out to `PARTS` parts; the network that is run on
+one is repaired on the others. What is written is then repaired on all of them: more than any of the trials had, so that
+it is, on average, nearer than the figure that it was chosen by.
+
+Where even the nearest merge is too far from the models (`Comparison.refused`), it should not be written: its distance
+is an excess over what the models reach themselves, so that neither their own doubts nor their disagreement counts.
+
+Cost: every model and every merge runs on up to `EXAMPLES` inputs; one merged network is held at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite, sqrt
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergeid.evaluate.nearness import NATS, RELATIVE, Far, Panel, joined
+from mergeid.models.state import load_weights
+from mergeid.neuron_graph.group import same_element
+from mergeid.stages.members import Member, Members
+from mergeid.stages.repair import SOLVE, repair_network, repairs
+
+if TYPE_CHECKING:
+    from mergeid.models.pair import Progress
+    from mergeid.neuron_graph.neuron_graph import Element
+    from mergeid.stages.plan import Plan
+
+TIE = 1e-3
+"""Nats (or share of an output's variance) that another merge must be nearer by than a simpler one. Merges that differ
+in dead or equal neurons only are equal, up to rounding."""
+PARTS = 4
+"""Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
+PARTS_OF_DEAR = 2
+"""The same where the network is solved, which takes long."""
+PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
+"""The merges: nothing moved, some spaces matched, every space matched."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a merge is from the models by one output: nats of excess, or share of the output's variance."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        if self.unit == NATS:
+            return f"{shown(self.value)} nats farther from the models' predictions than they are themselves"
+        return f"off the models' outputs by {shown(self.value)} of their variance"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes:
+    distances: merge ("plain", "matched+bn", …) -> how far it is from the models, mean over the outputs.
+    planned: the merge that the plan chose; chosen: the one to write.
+    repair: of the one to write, "none", "bn", "repair" or "solve".
+    outputs: output -> how far the one to write is by it alone.
+    examples: how many were compared.
+    error: standard error of the difference between the distances of the planned merge (under its own best repair) and
+        of the chosen one; None where they are one merge, or it is not known.
+    """
+
+    distances: dict[str, float]
+    planned: str
+    chosen: str
+    repair: str
+    outputs: dict[str, Distance]
+    examples: int
+    error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
+        number for, is None."""
+
+        def known(value: float) -> float | None:
+            return value if isfinite(value) else None
+
+        return {
+            "planned": self.planned,
+            "chosen": self.chosen,
+            "repair": self.repair,
+            "distance": known(self.worst.value),
+            "unit": self.unit,
+            "distances": {k: known(v) for k, v in self.distances.items()},
+            "outputs": {k: {"distance": known(d.value), "unit": d.unit} for k, d in self.outputs.items()},
+            "examples": self.examples,
+            "error": self.error,
+        }
+
+    @property
+    def label(self) -> str:
+        """The merge to write with its repair, as in `distances`."""
+        return label(self.chosen, self.repair)
+
+    @property
+    def unit(self) -> str:
+        """ "nats", "relative", or "both" where there are outputs of either kind."""
+        units = {d.unit for d in self.outputs.values()}
+        return units.pop() if len(units) == 1 else "both"
+
+    @property
+    def worst(self) -> Distance:
+        """The merge to write, by the output that it is farthest by."""
+        return max(self.outputs.values(), key=lambda d: d.value)
+
+    def refused(self, above: float) -> str | None:
+        """Why the nearest merge should not be written; None where it is near enough."""
+        if self.worst.value <= above:
+            return None
+        name = next(n for n, d in self.outputs.items() if d is self.worst)
+        by = f" by its output {name!r}" if len(self.outputs) > 1 else ""
+        return (
+            f"even the nearest merge ({self.label}) is{by} {self.worst}, on {self.examples} "
+            f"calibration examples; --refuse-above is {above:g}"
+        )
+
+    @property
+    def note(self) -> str | None:
+        """What the user is told where the plan is not followed."""
+        if self.chosen == self.planned:
+            return None
+        what = {NATS: "nats of excess", RELATIVE: "of the outputs' variance"}.get(self.unit, "on the outputs' mean")
+        own = min((v for k, v in self.distances.items() if k.split("+")[0] == self.planned), default=inf)
+        other = self.distances[self.label]
+        if self.error is not None:
+            what += f", a difference of {abs(own - other):.2g} with a standard error of {self.error:.2g}"
+        if self.chosen == PLAIN:
+            said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
+            return f"{said}the models than the plain one ({shown(own)} to {shown(other)} {what})"
+        said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
+        return f"{said}than the planned one ({shown(other)} to {shown(own)} {what})"
+
+
+def label(merge: str, repair: str) -> str:
+    """``"matched"``, ``"matched+bn"``."""
+    return merge if repair == "none" else f"{merge}+{repair}"
+
+
+def shown(distance: float) -> str:
+    """With the decimals that `TIE` tells apart."""
+    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"
+
+
+def last_look(
+    members: Members,
+    stage: str,
+    *,
+    among: bool = True,
+    skip: Sequence[str] = (),
+    batch_size: int,
+    device: str,
+    progress: Progress | None = None,
+) -> tuple[Members, Comparison]:
+    """The merge to write, not repaired yet, and the comparison that it comes from.
+
+    Args:
+        members: the models with their plans and calibration data.
+        stage: the repair that is asked for; "auto": the nearest.
+        among: compare the planned merge with the others; else it alone is looked at, with the repairs.
+        skip: globs of tensor names that are not merged.
+    """
+    planned, merges = merges_of(members)
+    if not among:
+        merges = {planned: members}
+    kinds = repairs(members, stage, device)
+    voices = _voices(members)
+    panel = Panel(
+        members.first,
+        [m.loaded.model for m, _ in voices],
+        shares=[share for _, share in voices],
+        dataset=members.dataset,
+        collate=members.collate,
+        batch_size=batch_size,
+        device=device,
+        parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS,
+    )
+    found: dict[tuple[str, str], dict[str, Far]] = {}
+    for name, merge in merges.items():
+        if progress:
+            progress("comparing the merges", len(found), len(merges) * len(kinds))
+        for kind, far in _tried(panel, merge, kinds, skip, device):
+            found[name, kind] = far
+    chosen = compare(found, planned, panel.examples)
+    return merges[chosen.chosen], chosen
+
+
+def _tried(
+    panel: Panel, members: Members, kinds: Sequence[str], skip: Sequence[str], device: str
+) -> Iterator[tuple[str, dict[str, Far]]]:
+    """How far one merge is from the models, under each repair."""
+    state = members.merged_state(skip)
+    net = copy.deepcopy(members.first.model).to(device)
+    for kind in kinds:
+        parts = []
+        for part in range(len(panel.parts)):
+            load_weights(net, state)
+            if kind != "none":
+                repair_network(replace(members, dataset=panel.rest(part)), net, mode=kind, device=device)
+            parts.append(panel.far(net, part))
+        yield kind, joined(parts)
+
+
+def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, examples: int) -> Comparison:
+    """Choose among merges.
+
+    Args:
+        found: (merge, repair) -> output -> how far it is from the models.
+        planned: the merge to prefer.
+        examples: how many were compared.
+    """
+    means = {key: _mean(far) for key, far in found.items()}
+    least = min(means.values())
+    simplest = sorted(found, key=lambda key: (key[1] != "none", key[0] != planned))
+    # what is not finite in all of them is no reason to leave the plan
+    merge, repair = next(key for key in simplest if means[key] <= least + TIE or least == inf)
+    own = min((key for key in found if key[0] == planned), key=lambda key: means[key])
+    return Comparison(
+        {label(*key): mean for key, mean in means.items()},
+        planned,
+        merge,
+        repair,
+        {name: Distance(far.distance, far.unit) for name, far in found[merge, repair].items()},
+        examples,
+        None if merge == planned else _error(found[own], found[merge, repair]),
+    )
+
+
+def _mean(far: Mapping[str, Far]) -> float:
+    return sum(f.distance for f in far.values()) / len(far)
+
+
+def _error(one: Mapping[str, Far], other: Mapping[str, Far]) -> float | None:
+    """Standard error of the difference of two merges' mean distances."""
+    gap = torch.stack([one[name].nearest - other[name].nearest for name in one]).mean(0)
+    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else inf
+    return error if isfinite(error) else None
+
+
+def merges_of(members: Members) -> tuple[str, dict[str, Members]]:
+    """The planned merge's name, and the merges that differ."""
+    plans = [m.plan for m in _all(members) if m.plan is not None]
+    full = all(same_element(plan.element, _full(plan)) for plan in plans)
+    if not any(plan.moves for plan in plans):
+        return PLAIN, {PLAIN: members, **({} if full else {MATCHED: _under(members, _full)})}
+    plain = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
+    if full:
+        return MATCHED, {**plain, MATCHED: members}
+    return MIXED, {**plain, MIXED: members, MATCHED: _under(members, _full)}
+
+
+def _all(members: Members) -> list[Member]:
+    return [*members.models, *([] if members.base is None else [members.base])]
+
+
+def _full(plan: Plan) -> Element:
+    return plan.element if plan.matched is None else plan.matched
+
+
+def _under(members: Members, element: Callable[[Plan], Element]) -> Members:
+    """The same models, each under another element."""
+
+    def other(member: Member) -> Member:
+        made = member.plan
+        return member if made is None else replace(member, plan=replace(made, element=element(made)))
+
+    base = None if members.base is None else other(members.base)
+    return replace(members, models=[other(m) for m in members.models], base=base)
+
+
+def _voices(members: Members) -> list[tuple[Member, float]]:
+    """Whom a merge should be near to, with their shares: those of the merge where its weights are shares, else equal
+    ones. Who is subtracted is not among them; where all are (task vectors taken away), the base is."""
+    count = len(members.models)
+    plain = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
+    if len(plain) < count or not any(plain):
+        plain = [1.0] * count
+    kept = [(m, w) for m, w in zip(members.models, plain, strict=True) if w > 0]
+    if not kept:
+        return [(members.base or members.models[0], 1.0)]
+    if members.settings.method.weights != "shares":
+        kept = [(m, 1.0) for m, _ in kept]
+    return [(m, w / sum(w for _, w in kept)) for m, w in kept]

@@ -1,0 +1,175 @@
+"""The models of a merge, each with its neurons in the first one's order, and what is computed from them in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeid.combine.asymmetric import effective_averages
+from mergeid.combine.by_torch import whole
+from mergeid.combine.statistics import Gram, fisher_diagonal, gram_matrices
+from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+from mergeid.methods.settings import MergeSettings
+from mergeid.models.load import Loaded
+from mergeid.models.state import load_weights
+from mergeid.nn.names import is_asymmetric
+from mergeid.plugins import Batch
+from mergeid.stages.plan import Plan
+
+
+@dataclass
+class Member:
+    """One model.
+
+    Attributes:
+        loaded: the model.
+        plan: how it is brought into the first one's order; None for the first itself.
+    """
+
+    loaded: Loaded
+    plan: Plan | None = None
+    _state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The weights as they lie."""
+        if not self._state:
+            self._state = self.loaded.state()
+        return self._state
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor in the first model's order."""
+        value = self.state[key]
+        return value if self.plan is None else self.plan.graph.apply(self.plan.element, key, value)
+
+    def aligned(self) -> dict[str, Tensor]:
+        """All weights in the first model's order."""
+        return {key: self.tensor(key) for key in self.state}
+
+
+@dataclass
+class Members:
+    """All models of a merge.
+
+    Attributes:
+        models: the first, then the others.
+        base: the base model, for methods that need one.
+        settings: method, weights and parameters, by the names of the first model's tensors.
+        dataset, collate: calibration data; None without.
+        statistics: per model, state-dict key -> what the method needs.
+    """
+
+    models: list[Member]
+    base: Member | None
+    settings: MergeSettings
+    dataset: Any = None
+    collate: Callable[[Any], Any] | None = None
+    statistics: list[dict[str, Any]] | None = None
+
+    @property
+    def first(self) -> Loaded:
+        return self.models[0].loaded
+
+    def names(self) -> dict[str, str]:
+        """State-dict key -> the tensor's name in the first model's checkpoint."""
+        return {key: name for name, key in self.first.names.items()}
+
+    def batches(self, batch_size: int, device: str) -> Iterator[Batch]:
+        """The calibration data on a device, in the first model's number format."""
+        for batch in FixedBatches(self.dataset, batch_size, self.collate):
+            yield to_model(batch, torch.device(device), input_dtype(self.first.model))
+
+    def workspaces(self) -> Iterator[nn.Module]:
+        """One model after the other with its weights in the first one's order, all in the same copy of it."""
+        work = copy.deepcopy(self.first.model)
+        for member in self.models:
+            load_weights(work, member.aligned())
+            yield work
+
+    def measure(self, batch_size: int, device: str, seed: int, tell: Callable[[str, int, int], None]) -> None:
+        """Measure what the method needs on the calibration data (`statistics`)."""
+        kind = self.settings.method.statistics
+        what = "Gram matrices" if kind == "gram" else "Fisher information"
+        found: list[dict[str, Any]] = []
+        for i, work in enumerate(self.workspaces()):
+            tell(f"measuring {what}", i, len(self.models))
+            batches = self.batches(batch_size, device)
+            if kind == "gram":
+                found.append(gram_matrices(work.to(device), batches, forward=self.first.forward))
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                found.append(fisher_diagonal(work.to(device), batches, forward=self.first.forward, generator=generator))
+        self.statistics = found
+
+    def statistics_of(self, key: str) -> list[Gram | Tensor | None] | None:
+        """One entry per model for this tensor."""
+        return None if self.statistics is None else [found.get(key) for found in self.statistics]
+
+    def merged_state(self, skip: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The merged state dict in memory, under the model's keys."""
+        return merged_state(
+            [m.state for m in self.models],
+            self.settings,
+            tensor=lambda i, key: self.models[i].tensor(key),
+            base=self.base.tensor if self.base is not None else None,
+            statistics=self.statistics_of,
+            names=self.names(),
+            skip=skip,
+        )
+
+
+def merged_state(
+    states: Sequence[Mapping[str, Tensor]],
+    settings: MergeSettings,
+    *,
+    tensor: Callable[[int, str], Tensor] | None = None,
+    base: Callable[[str], Tensor] | None = None,
+    statistics: Callable[[str], Sequence[Any] | None] = lambda key: None,
+    names: Mapping[str, str] | None = None,
+    skip: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory.
+
+    Args:
+        states: one per model, as they lie.
+        settings: method, weights and parameters.
+        tensor: (model, key) -> its tensor in the first model's order; default: as it lies.
+        base: key -> the base model's tensor.
+        statistics: key -> one entry per model, or None.
+        names: key -> the name that settings and `skip` go by; default: the key.
+        skip: globs of names to take from the first model as they are.
+
+    Returns:
+        Under the first model's keys. What is no floating-point tensor, or is not in all models with one shape, is the
+        first one's.
+    """
+    read = tensor or (lambda i, key: states[i][key])
+    merged: dict[str, Tensor] = {}
+    done: list[str] = []
+    for key, ours in states[0].items():
+        name = (names or {}).get(key, key)
+        fits = all(key in s and s[key].shape == ours.shape for s in states)
+        if not fits or not ours.is_floating_point() or any(fnmatchcase(name, p) for p in skip):
+            merged[key] = ours.clone()
+            continue
+        tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
+        origin = base(key).to(ours.dtype) if base is not None and settings.method.base else None
+        merged[key] = whole(settings, name, tensors, origin, statistics(key))
+        done.append(key)
+    if is_asymmetric(done):
+        reads = [partial(read, i) for i in range(len(states))]
+        known = names or {}
+        merged |= effective_averages(
+            done,
+            reads,
+            lambda key, tensors, origin: whole(settings, known.get(key, key), tensors, origin),
+            base if settings.method.base else None,
+        )
+    return merged

@@ -1,0 +1,216 @@
+"""The stage after a merge: give the merged network the activation statistics that it should have."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeid.evaluate.batches import input_dtype, to_model
+from mergeid.evaluate.measure import make_accelerator
+from mergeid.models.state import load_weights
+from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
+from mergeid.stages.members import Members
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from accelerate import Accelerator
+
+    from mergeid.models.pair import Progress
+
+SOLVE = "solve"
+SOLVED_AT_ONCE = 64
+"""Examples in a batch of the solve."""
+
+
+@dataclass
+class Repair:
+    """What the stage did.
+
+    Attributes:
+        kind: "bn", "repair", "repair+bn", "solve", or "" where there was nothing to do.
+        tensors: state-dict key -> repaired tensor.
+        layers: how many layers were repaired.
+        before, after: median over all channels of the standard deviation of the merged network's activations, as a
+            share of what it should be (BatchNorm: of what its statistics say; REPAIR: of the models' own average); of a
+            solved network the mean error of its layers' answers on unseen examples, as a share of their spread.
+        examples: calibration examples that were used.
+        notes: what the user should know.
+    """
+
+    kind: str = ""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layers: int = 0
+    before: float = 1.0
+    after: float = 1.0
+    examples: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """Everything but the tensors; None where nothing was repaired."""
+        if not self.kind:
+            return None
+        what = "error" if self.kind == SOLVE else "spread"
+        return {
+            "kind": self.kind,
+            "layers": self.layers,
+            f"{what}_before": self.before,
+            f"{what}_after": self.after,
+            "examples": self.examples,
+        }
+
+
+def repairs(members: Members, stage: str, device: str = "cpu") -> list[str]:
+    """What can be done to a merge of these models, of "none", "bn", "repair" and "solve", the simplest first.
+
+    Args:
+        stage: "auto": nothing, or what this kind of network takes: estimating the statistics of its BatchNorm layers
+            again, or REPAIR where it has none. Anything else: that, where it applies.
+    """
+    norms = bool(batchnorm_layers(members.first.model))
+    if stage == "auto":
+        if norms:
+            return ["none", "bn"]
+        return ["none", "repair"] if _rescalable(members, members.first.model, device) else ["none"]
+    return ["none"] if stage == "bn" and not norms else [stage]
+
+
+def repair_merged(
+    members: Members, *, mode: str, skip: Sequence[str] = (), device: str = "cpu", progress: Progress | None = None
+) -> Repair:
+    """Repair the merged network on the calibration data.
+
+    Args:
+        members: the models with settings and calibration data.
+        mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
+            layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`); "none":
+            nothing.
+        skip: globs of tensor names that are not merged.
+    """
+    if mode == "none" or (mode == "bn" and not batchnorm_layers(members.first.model)):
+        return Repair()
+    merged = copy.deepcopy(members.first.model)
+    load_weights(merged, members.merged_state(skip))
+    return repair_network(members, merged, mode=mode, device=device, progress=progress)
+
+
+def repair_network(
+    members: Members, merged: nn.Module, *, mode: str, device: str = "cpu", progress: Progress | None = None
+) -> Repair:
+    """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
+    tell = progress or (lambda *_: None)
+    accelerator = make_accelerator(device)
+    if mode == SOLVE:
+        return _solve(members, merged.to(accelerator.device), progress)
+    found = Repair()
+    if mode == "repair":
+        tell("rescaling pre-activations (REPAIR)", 0, 1)
+        found = _rescale(members, merged, accelerator)
+    if batchnorm_layers(merged):
+        tell("estimating BatchNorm statistics", 0, 1)
+        _reestimate(members, merged, accelerator, found)
+    return found
+
+
+def _solve(members: Members, merged: nn.Module, progress: Progress | None) -> Repair:
+    from mergeid.repair.solve import solve_network
+
+    weights = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
+    total = sum(weights)
+    equal = [1 / len(members.models)] * len(members.models)
+    shares = [w / total for w in weights] if len(weights) == len(equal) and abs(total) > 1e-8 else equal
+    device = next(merged.parameters()).device
+    models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
+    batches = [
+        {k: v for k, v in batch.items() if k != "labels"} for batch in members.batches(SOLVED_AT_ONCE, str(device))
+    ]
+    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    done = solve_network(
+        merged.eval(),
+        models,
+        shares,
+        members.first.forward,
+        batches,
+        progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
+    )
+    tensors = {k: v.detach().cpu() for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}
+    count = max(len(done), 1)
+    return Repair(
+        SOLVE,
+        tensors,
+        sum(layer.ridge < inf for layer in done),
+        sum(layer.before for layer in done) / count,
+        sum(layer.after for layer in done) / count,
+        len(members.dataset),
+    )
+
+
+def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair) -> None:
+    forward = members.first.forward
+    batches = calibration_batches(
+        merged, members.dataset, forward=forward, collate=members.collate, accelerator=accelerator
+    )
+    old = {
+        n: layer.running_var.double().cpu()
+        for n, layer in batchnorm_layers(merged).items()
+        if layer.running_var is not None
+    }
+    found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator)
+    if not found.kind:
+        new = {
+            n: layer.running_var.double().cpu()
+            for n, layer in batchnorm_layers(merged).items()
+            if layer.running_var is not None
+        }
+        ratios = torch.cat([(new[n] / old[n].clamp(min=1e-30)).sqrt() for n in old])
+        found.before, found.after = ratios.median().item(), 1.0
+        found.layers, found.examples = len(old), len(batches.dataset)
+    found.kind = "repair+bn" if found.kind else "bn"
+
+
+def _rescalable(members: Members, model: nn.Module, device: str | torch.device) -> list[Layer]:
+    """Layers that REPAIR can rescale, by one example."""
+    batch = next(members.batches(1, str(device)))
+    return rescalable_layers(model.to(device), batch, forward=members.first.forward)
+
+
+def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> Repair:
+    forward, names = members.first.forward, members.names()
+    layers = _rescalable(members, merged, accelerator.device)
+    if not layers:
+        return Repair(notes=["REPAIR found no linear or convolutional layer that it could rescale"])
+    sized = calibration_batches(
+        merged,
+        members.dataset,
+        forward=forward,
+        collate=members.collate,
+        accelerator=accelerator,
+        layers=[merged.get_submodule(layer.name) for layer in layers],
+    )
+    batches = [to_model(b, accelerator.device, input_dtype(merged)) for b in sized]
+    means: dict[str, Tensor] = {}
+    stds: dict[str, Tensor] = {}
+    for i, work in enumerate(members.workspaces()):
+        moments = output_moments(work.to(accelerator.device), layers, batches, forward=forward)
+        for layer in layers:
+            key = f"{layer.name}.weight" if layer.name else "weight"
+            weights = members.settings.weights_of(names.get(key, key))
+            share = weights[i] / sum(weights) if abs(sum(weights)) > 1e-8 else 1 / len(weights)
+            found = moments[layer.name]
+            means[layer.name] = means.get(layer.name, 0) + share * found.mean
+            stds[layer.name] = stds.get(layer.name, 0) + share * found.std
+    targets = {name: (means[name], stds[name].clamp(min=0)) for name in means}
+    done = rescale(merged, layers, targets, batches, forward=forward)
+    notes = []
+    if done.without_bias:
+        notes.append(
+            f"REPAIR could only scale {len(done.without_bias)} of {len(done.layers)} layers, which have no bias: their "
+            f"means stay as they are (first: {done.without_bias[0]})"
+        )
+    return Repair("repair", dict(done.tensors), len(done.layers), done.before, done.after, len(sized.dataset), notes)

@@ -1,0 +1,346 @@
+"""The demonstration: two networks from independent seeds on handwritten digits, merged directly and with mergeid.
+
+Everything a user would do, through `mergeid.verbs.api`, on files. No download: the digits come with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError
+from mergeid.io.publish import whole_file, write_text, write_whole
+from mergeid.io.reading import json_text
+from mergeid.verbs import api
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from torch import nn
+
+    from mergeid.evaluate.result import BarrierResult
+    from mergeid.stages.plan import Plan
+
+ARCHITECTURE = "resnet10t"
+EPOCHS, BATCH, RATE = 8, 64, 1e-3
+SIDE, TRAINING = 32, 1297
+"""Side of the images in pixels (8 in the original), and how many of the 1,797 are for training."""
+CALIBRATION = 512
+"""Training images, without their labels, that mergeid may look at."""
+POINTS = 11
+STEPS = EPOCHS * (TRAINING // BATCH)
+_INITIAL_WEIGHTS = threading.Lock()
+"""Initial weights come from a random generator that all threads share."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the comparison, as measured on the held-out digits."""
+
+    name: str
+    batchnorm: str
+    file: Path
+    accuracy: float
+    loss: float
+
+
+@dataclass
+class DemoResult:
+    """Everything that the demonstration found and wrote.
+
+    Attributes:
+        rows: both networks and their merges.
+        curves: loss along the line, direct and with mergeid.
+        files: everything written, and what it is.
+        reused: whether the two networks were there already.
+        seconds: wall time in all.
+    """
+
+    folder: Path
+    rows: list[Row]
+    plan: Plan
+    curves: list[BarrierResult]
+    files: dict[Path, str]
+    tested: int
+    reused: bool
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**row.__dict__, "file": str(row.file)} for row in self.rows]
+        return {
+            "format": "mergeid.demo/1",
+            "folder": str(self.folder),
+            "architecture": f"timm/{ARCHITECTURE}",
+            "reused": self.reused,
+            "tested": self.tested,
+            "networks": rows,
+            "plan": self.plan.to_json(),
+            "barriers": [curve.to_json() for curve in self.curves],
+            "files": {str(path): meaning for path, meaning in self.files.items()},
+            "seconds": round(self.seconds, 1),
+        }
+
+    def print(self, console: Console) -> None:
+        """The plan, the comparison, and where everything lies."""
+        from mergeid.commands.show_plan import print_plan
+        from mergeid.reporting.tables import Column, barrier_summary, make_table, number, percent
+
+        print_plan(self.plan, console)
+        console.print()
+        columns = [Column(""), Column("BatchNorm"), Column("accuracy", "right"), Column("loss", "right")]
+        rows = [[r.name, r.batchnorm, percent(r.accuracy), number(r.loss)] for r in self.rows]
+        title = f"Measured on {self.tested} held-out digits"
+        console.print(make_table(columns, rows, width=console.width, title=title))
+        console.print()
+        console.print(barrier_summary(self.curves, width=console.width, title="Barrier between a and b"))
+        console.print()
+        console.print(f"Everything lies in {self.folder} ({self.seconds:.0f} s):", markup=False)
+        for path, meaning in self.files.items():
+            console.print(f"  {path.name:29} {meaning}", markup=False)
+        a, b, _, _, _, _, data, held_out, *_ = self.files
+        console.print("The same by hand:", markup=False)
+        for command in (
+            f"mergeid plan {a} {b} --data {data}",
+            f"mergeid merge {a} {b} --data {data} -o merged.safetensors",
+            f"mergeid barrier {a} {b} --data {held_out} --calibration {data} --repair --match auto",
+        ):
+            console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+@dataclass
+class _Digits:
+    """Images [N, 1, side, side] float32 in [−1, 1] with labels [N] int64."""
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+
+
+def load_digits() -> _Digits:
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8 x 8 pixels and split at random (fixed seed)."""
+    import numpy as np
+    import torch
+    from sklearn import datasets
+    from torch.nn import functional as F
+
+    found = datasets.load_digits()
+    pixels = torch.from_numpy(found.images).float()[:, None] / 8 - 1
+    images = F.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False).numpy()
+    order = np.random.default_rng(0).permutation(len(images))
+    train, test = order[:TRAINING], order[TRAINING:]
+    labels = found.target.astype(np.int64)
+    return _Digits(images[train], labels[train], images[test], labels[test])
+
+
+def train(digits: _Digits, seed: int, tell: Callable[[], None]) -> nn.Module:
+    """AdamW on a one-cycle schedule; the seed decides the initial weights and the order of the images.
+
+    Args:
+        tell: called after every step (there are `STEPS`)."""
+    import timm
+    import torch
+    from torch.nn import functional as F
+
+    x, y = torch.from_numpy(digits.train_x), torch.from_numpy(digits.train_y)
+    order = torch.Generator().manual_seed(seed)
+    with _INITIAL_WEIGHTS, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(ARCHITECTURE, pretrained=False, in_chans=1, num_classes=10).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=STEPS)
+    for _ in range(EPOCHS):
+        for index in torch.randperm(len(x), generator=order)[: len(x) // BATCH * BATCH].split(BATCH):
+            loss = F.cross_entropy(model(x[index]), y[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            tell()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Networks this small are done sooner by one thread each than by threads that wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class _Folder:
+    """Where the demonstration writes; nothing but its own files is ever replaced."""
+
+    path: Path
+
+    def recipe(self, seed: int) -> dict[str, str]:
+        import torch
+
+        return {
+            "mergeid.verbs.demo": f"{EPOCHS} epochs, seed {seed}, torch {torch.__version__}",
+            "architecture": f"timm/{ARCHITECTURE}",
+            "format": "pt",
+        }
+
+    def prepare(self) -> None:
+        """Make the folder. Raises `MergeidError` where it holds something else than an earlier demonstration."""
+        if self.path.exists() and not self.path.is_dir():
+            raise MergeidError(f"output {self.path} is a file; expected the name of a folder (option -o)")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self._ours():
+            raise MergeidError(
+                f"output folder {self.path} holds other files and no earlier demonstration; choose another name "
+                "(option -o)"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MergeidError(
+                f"output folder {self.path} cannot be created: {(error.strerror or str(error)).lower()}; choose "
+                "another place (option -o)"
+            ) from None
+
+    def _ours(self) -> bool:
+        return self._metadata("a") is not None or self._metadata("b") is not None
+
+    def _metadata(self, name: str) -> dict[str, str] | None:
+        """The metadata of one of the demonstration's two networks, None for anything else."""
+        from mergeid.io.header import read_header
+
+        try:
+            found = read_header(self.path / f"{name}.safetensors").metadata
+        except MergeidError:
+            return None
+        return found if "mergeid.verbs.demo" in found else None
+
+    def networks(self, seeds: dict[str, int], digits: _Digits, progress: Progress, force: bool) -> bool:
+        """Train and save what is missing, side by side; whether everything was there already (trained this way)."""
+        from safetensors.torch import save
+
+        from mergeid.io.header import in_order
+
+        missing = {n: s for n, s in seeds.items() if force or self._metadata(n) != self.recipe(s)}
+        steps, lock, stop = itertools.count(1), threading.Lock(), threading.Event()
+
+        def tell() -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            with lock:
+                progress("training two networks", next(steps), STEPS * len(missing))
+
+        def make(name: str, seed: int) -> None:
+            path = self.path / f"{name}.safetensors"
+            content = in_order(save(train(digits, seed, tell).state_dict(), metadata=self.recipe(seed)))
+            with whole_file(path, "-o") as partial:
+                write_text(partial, content)
+
+        with ThreadPoolExecutor(2) as pool:
+            try:
+                list(pool.map(make, missing, missing.values()))
+            except BaseException:
+                stop.set()  # else the pool would wait for both to finish
+                raise
+        return not missing
+
+
+def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress | None = None) -> DemoResult:
+    """Train, plan, merge directly and with mergeid, measure, draw.
+
+    Args:
+        folder: made if it is not there; an earlier demonstration's networks in it are reused.
+        force: train again.
+        seed: the networks have the seeds 2·seed + 1 and 2·seed + 2.
+        progress: (stage, done, total).
+
+    Raises:
+        MergeidError: the folder holds something else or cannot be written.
+    """
+    import numpy as np
+
+    from mergeid.reporting.plots import plot_barriers
+
+    began = time.perf_counter()
+    place = _Folder(folder)
+    place.prepare()
+    digits = load_digits()
+    a, b, data, held_out = (folder / n for n in ("a.safetensors", "b.safetensors", "calibration.npz", "test.npz"))
+    with one_thread():
+        seeds = {"a": 2 * seed + 1, "b": 2 * seed + 2}
+        reused = place.networks(seeds, digits, progress or (lambda *_: None), force)
+        for path, arrays in (
+            (data, {"x": digits.train_x[:CALIBRATION]}),
+            (held_out, {"x": digits.test_x, "labels": digits.test_y}),
+        ):
+            with whole_file(path, "-o") as partial, open(partial, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # names of arrays, not the option of that name
+        plan = api.plan(a, b, data=data, progress=progress)
+        rows = [_row("network a", "its own", a, held_out), _row("network b", "its own", b, held_out)]
+        for name, stem, match in (("direct average", "direct", "never"), ("mergeid", "merged", "auto")):
+            for repair, ending in ((False, "-no-repair"), (True, "")):
+                output = folder / f"{stem}{ending}.safetensors"
+                stage = "bn" if repair else "none"
+                api.merge(a, b, output=output, match=match, data=data, repair=stage, force=True, progress=progress)
+                rows.append(_row(name, "re-estimated" if repair else "averaged", output, held_out))
+        curves = [
+            api.barrier(
+                a,
+                b,
+                data=held_out,
+                calibration=data,
+                match=match,
+                repair=repair,
+                points=POINTS,
+                device="cpu",
+                label="mergeid" if match == "auto" else "direct",
+                progress=progress,
+            )
+            for match, repair in (("never", False), ("never", True), ("auto", True))
+        ]
+    named = [replace(c, label=f"{c.label}, BatchNorm {'re-estimated' if c.repair else 'averaged'}") for c in curves]
+    plot = plot_barriers(named, folder / "barrier.png", title="From network a to network b")
+    files = {
+        a: "network a",
+        b: "network b",
+        folder / "merged.safetensors": "merged with mergeid",
+        folder / "merged-no-repair.safetensors": "the same, BatchNorm only averaged",
+        folder / "direct.safetensors": "direct average, BatchNorm re-estimated",
+        folder / "direct-no-repair.safetensors": "direct average, nothing else",
+        data: "calibration images",
+        held_out: "test images with labels",
+        plot: "loss and accuracy on the way from a to b",
+        folder / "demo.json": "these results",
+    }
+    result = DemoResult(folder, rows, plan, curves, files, len(digits.test_y), reused)
+    result.seconds = time.perf_counter() - began
+    write_whole(folder / "demo.json", json_text(result.to_json(), indent=1) + "\n", "-o")
+    return result
+
+
+def _row(name: str, batchnorm: str, file: Path, data: Path) -> Row:
+    from mergeid.data import collate, load_data
+    from mergeid.evaluate.measure import evaluate, make_accelerator
+
+    loaded = api.load(file)
+    found = evaluate(
+        loaded.model,
+        load_data(data, adapter=loaded.adapter, arch=loaded.arch),
+        forward=loaded.forward,
+        loss=lambda output, batch: loaded.adapter.loss(loaded.arch, output, batch),
+        accelerator=make_accelerator("cpu"),
+        collate=collate,
+    )
+    return Row(name, batchnorm, file, found.accuracy or 0.0, found.loss)

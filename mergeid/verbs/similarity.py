@@ -1,0 +1,297 @@
+"""How alike the layers of two models are on the same data: a table of pairs and a map of all against all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError
+from mergeid.models.load import Loaded, load
+from mergeid.models.pair import LIMIT, Progress, Source, dataset_of
+from mergeid.request.boundary import verb
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from mergeid.evidence.similarity import PairSums
+
+BUDGET = 1 << 30
+"""Bytes of sums that are kept at once; more layers take more passes over the data."""
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """The indices of one pair of layers (`mergeid.evidence.similarity.PairSums`).
+
+    Attributes:
+        layer: its name in both models.
+        neurons: how many it has in A and in B.
+        rows: positions of examples that were looked at.
+    """
+
+    layer: str
+    neurons: tuple[int, int]
+    rows: int
+    cka: float
+    cka_unbiased: float
+    svcca: float
+    pwcca: float
+
+
+@dataclass
+class SimilarityResult:
+    """How alike two models are, layer by layer.
+
+    Attributes:
+        layers: the layers that both models have under one name, in forward order.
+        names_a, names_b: rows and columns of `cka_map`.
+        cka_map: unbiased CKA of every layer of A with every layer of B, on position-averaged activations; float64.
+    """
+
+    a: str
+    b: str
+    examples: int
+    layers: list[LayerSimilarity]
+    names_a: list[str]
+    names_b: list[str]
+    cka_map: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "mergeid.similarity/1",
+            "a": self.a,
+            "b": self.b,
+            "examples": self.examples,
+            "layers": [asdict(layer) for layer in self.layers],
+            "map": {"a": self.names_a, "b": self.names_b, "cka_unbiased": self.cka_map.tolist()},
+            "notes": self.notes,
+        }
+
+
+@verb
+def similarity(
+    a: Source,
+    b: Source,
+    *,
+    data: Any,
+    layers: Sequence[str] = ("*",),
+    arch: str | None = None,
+    limit: int | None = LIMIT,
+    per_example: int = 32,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+) -> SimilarityResult:
+    """CKA, SVCCA and PWCCA between the layers of two models on the same data.
+
+    The layers are the modules with a matrix of weights (linear, convolutional, embedding), in forward order, and what
+    is compared are their outputs: neurons are columns, positions (pixels, tokens without padding) of examples are rows.
+    The models need not be of one architecture; the table has the layers of equal name, the map all.
+
+    Args:
+        a, b: files, folders, hub ids or live modules.
+        data: examples, see `mergeid.data.load_data`; labels are not looked at.
+        layers: globs of the modules to compare.
+        limit: most examples.
+        per_example: most positions of an example, drawn with `seed`.
+
+    Raises `MergeidError` for anything wrong with the input.
+    """
+    tell = progress or (lambda *_: None)
+    tell("loading", 0, 2)
+    one = load(a, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, seed=seed, device=device)
+    tell("loading", 1, 2)
+    two = load(b, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, seed=seed, device=device)
+    dataset, collate = dataset_of(data, one, limit, seed)
+    if dataset is None or len(dataset) < 4:
+        raise MergeidError(f"--data holds {0 if dataset is None else len(dataset)} examples; expected at least 4")
+    run = _Run((one, two), dataset, collate, batch_size, per_example, seed, device, tell)
+    names_a, names_b = (_chosen(run.shapes(i), layers, loaded) for i, loaded in enumerate((one, two)))
+    found = run.map(names_a, names_b)
+    common = [n for n in names_a if n in set(names_b)]
+    notes = []
+    table: list[LayerSimilarity] = []
+    for group in run.groups(common):
+        for name, sums in run.sums(group).items():
+            sizes = run.shapes(0)[name], run.shapes(1)[name]
+            if sums is None or sums.count < 4:
+                notes.append(f"layer {name} has another number of positions in both models and is left out")
+                continue
+            table.append(
+                LayerSimilarity(name, sizes, sums.count, sums.cka(), sums.cka_unbiased(), sums.svcca(), sums.pwcca())
+            )
+    scarce = [layer.layer for layer in table if layer.rows < 5 * max(layer.neurons)]
+    if scarce:
+        notes.append(
+            f"{len(scarce)} layers have fewer than 5 rows per neuron (first: {scarce[0]}): their plain CKA, SVCCA and "
+            "PWCCA are too high; more examples help, the unbiased CKA does not need them"
+        )
+    return SimilarityResult(one.source, two.source, len(dataset), table, names_a, names_b, found, notes)
+
+
+def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) -> list[str]:
+    for pattern in layers:
+        if not any(fnmatchcase(name, pattern) for name in shapes):
+            raise MergeidError(
+                f"--layers {pattern!r} matches no layer of {loaded.source}; they are {', '.join(list(shapes)[:3])}, …"
+            )
+    return [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in layers)]
+
+
+@dataclass
+class _Run:
+    """Passes of both models over the data."""
+
+    models: tuple[Loaded, Loaded]
+    dataset: Any
+    collate: Callable[[Any], Any] | None
+    batch_size: int
+    per_example: int
+    seed: int
+    device: str
+    tell: Progress
+    _shapes: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def batches(self, stage: str) -> Iterator[Any]:
+        import torch
+
+        from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+
+        batches = FixedBatches(self.dataset, self.batch_size, self.collate)
+        for i, batch in enumerate(batches):
+            self.tell(stage, i, len(batches))
+            yield to_model(batch, torch.device(self.device), input_dtype(self.models[0].model))
+
+    def outputs(self, which: int, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
+        """Outputs [examples, positions, neurons] of the layers that this batch calls, in forward order."""
+        import torch
+
+        from mergeid.evaluate.measure import eval_mode, fits_the_model
+
+        loaded = self.models[which]
+        size = next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
+        found: dict[str, Tensor] = {}
+        with _hooks(loaded.model, names, found), eval_mode(loaded.model), torch.no_grad(), fits_the_model(batch):
+            loaded.forward(loaded.model, batch)
+        return {n: x.reshape(size, -1, x.shape[-1]) for n, x in found.items() if x.numel() and x.shape[0] % size == 0}
+
+    def shapes(self, which: int) -> dict[str, int]:
+        """Layer -> its number of neurons, in forward order."""
+        if which not in self._shapes:
+            first = next(self.batches("reading the layers"))
+            names = [n for n, m in self.models[which].model.named_modules() if _has_matrix(m)]
+            found = self.outputs(which, names, first)
+            self._shapes[which] = {name: x.shape[-1] for name, x in found.items()}
+        return self._shapes[which]
+
+    def groups(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Layers whose sums fit the budget, one pass each."""
+        group: list[str] = []
+        size = 0
+        for name in names:
+            p, q = self.shapes(0)[name], self.shapes(1)[name]
+            needed = 8 * (p * p + q * q + p * q)
+            if group and size + needed > BUDGET:
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += needed
+        if group:
+            yield group
+
+    def sums(self, names: Sequence[str]) -> dict[str, PairSums | None]:
+        """Sums over rows of each layer; None where the positions of the two models do not correspond."""
+        from mergeid.evidence.similarity import PairSums
+
+        found: dict[str, PairSums | None] = {name: PairSums() for name in names}
+        for batch in self.batches("comparing layers"):
+            outputs = [self.outputs(i, names, batch) for i in range(2)]
+            for name in names:
+                x, y = (o.get(name) for o in outputs)
+                sums = found[name]
+                if sums is None or x is None or y is None or x.shape[:2] != y.shape[:2]:
+                    found[name] = None
+                    continue
+                for rows in zip(*(self._rows(t, batch) for t in (x, y)), strict=True):
+                    sums.add(*rows)
+        return {name: None if sums is None else sums.finish() for name, sums in found.items()}
+
+    def _rows(self, x: Tensor, batch: Any) -> Iterator[Tensor]:
+        """At most `per_example` positions of every example, the same in both models, [rows, neurons]."""
+        import torch
+
+        from mergeid.evidence.activations import _positions
+
+        mask = _mask(x, batch)
+        for i, example in enumerate(x):
+            present = torch.arange(len(example)) if mask is None else torch.nonzero(mask[i].cpu()).reshape(-1)
+            yield example[present[_positions(len(present), self.per_example, self.seed)].to(x.device)].cpu()
+
+    def map(self, names_a: Sequence[str], names_b: Sequence[str]) -> np.ndarray:
+        """Unbiased CKA of all layers of A with all layers of B, on activations averaged over positions."""
+        from mergeid.evidence.similarity import CkaMap
+
+        found = CkaMap()
+        for batch in self.batches("comparing all layers"):
+            averaged = [
+                [_averaged(o[n], batch) for n in names if n in o]
+                for names, o in ((names, self.outputs(i, names, batch)) for i, names in enumerate((names_a, names_b)))
+            ]
+            if (len(averaged[0]), len(averaged[1])) != (len(names_a), len(names_b)):
+                raise MergeidError("the models call other layers from batch to batch; choose some with --layers")
+            found.add(*averaged)
+        return found.finish()
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
+
+
+def _mask(x: Tensor, batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    fits = getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(x.shape[:2])
+    return mask.bool() if fits else None
+
+
+def _averaged(x: Tensor, batch: Any) -> Tensor:
+    """[examples, neurons], the mean over positions that are not padding, float64 on the CPU."""
+    mask = _mask(x, batch)
+    x = x.double()
+    if mask is None:
+        return x.mean(1).cpu()
+    shown = mask.to(x.dtype)[..., None]
+    return ((x * shown).sum(1) / shown.sum(1).clamp(min=1)).cpu()
+
+
+@contextmanager
+def _hooks(model: nn.Module, names: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+    """While open, the first output of each layer is kept, its neurons in the last dimension."""
+    import torch
+    from torch.nn.modules.conv import _ConvNd
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if (
+                name not in found
+                and isinstance(output, torch.Tensor)
+                and output.is_floating_point()
+                and output.dim() > 1
+            ):
+                found[name] = (output.movedim(1, -1) if isinstance(module, _ConvNd) else output).detach().clone()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

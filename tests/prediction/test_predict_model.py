@@ -1,0 +1,183 @@
+"""The predictor: weights ≥ 0, intervals that hold, and nothing learnt from the group that is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergeid.errors import MergeidError
+from mergeid.prediction.fitting import Design, Row, area_under_curve, coverage, fit, left_out, ranks_agree
+from mergeid.prediction.model import Model, Predictor, Term, conformal, lift, lower, share_below, shipped
+
+DESIGN = Design("nats", 0.02, (Term("x", 0.02), Term("z", None)), (Term("z", None),))
+
+
+def rows(seed: int, groups: int = 8, each: int = 30, noise: float = 0.3) -> list[Row]:
+    """Targets that follow x with exchangeable errors, and z that has nothing to do with them."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for g in range(groups):
+        for _ in range(each):
+            t = rng.uniform(0, 6)
+            x = float(lower(t, 0.02))
+            y = max(0.0, float(lower(0.8 * t + 0.3 + noise * rng.standard_normal(), 0.02)))
+            found.append(Row({"x": x, "z": float(rng.uniform(0.5, 2)), "divergence": 0.1}, y, f"g{g}"))
+    return found
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 10))
+def test_the_scale_goes_back(y: float, scale: float) -> None:
+    assert lower(lift(y, scale), scale) == pytest.approx(y, rel=1e-9, abs=1e-9)
+
+
+def test_finds_planted_weights() -> None:
+    model = fit(DESIGN, rows(0, noise=0.05))
+    assert model.terms[0].weight == pytest.approx(0.8, abs=0.02)
+    assert model.terms[1].weight == pytest.approx(0.0, abs=0.05)
+    assert model.intercept == pytest.approx(0.3, abs=0.1)
+
+
+def test_a_higher_feature_never_lowers_the_prediction() -> None:
+    rng = np.random.default_rng(1)
+    opposite = [replace(r, target=float(rng.uniform(0, 1) / (1 + r.features["x"]))) for r in rows(0)]
+    model = fit(DESIGN, opposite)
+    assert all(t.weight >= 0 for t in model.terms)
+    low, high = ({"x": x, "z": 1.0, "divergence": 0.1} for x in (0.01, 5.0))
+    assert model.predict(low).score <= model.predict(high).score
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_hold_on_new_groups(seed: int) -> None:
+    """Errors that are exchangeable over groups: 90 % of new targets lie inside, and about 5 % beyond each end."""
+    known, new = rows(seed), rows(seed + 100, groups=20, each=40)
+    model = fit(DESIGN, known)
+    found = [model.predict(r.features) for r in new]
+    assert 0.86 < coverage(new, found) < 0.95
+    above = np.mean([r.target > i.high for r, i in zip(new, found, strict=True)])
+    assert 0.02 < above < 0.09
+    chance = [model.predict(r.features, tolerated=0.1).within for r in new]
+    assert all(c is not None for c in chance)
+    assert float(np.mean(np.array(chance, float))) == pytest.approx(np.mean([r.target <= 0.1 for r in new]), abs=0.05)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=40, max_size=120), st.sampled_from([0.5, 0.8, 0.9]))
+def test_quantiles_cover_a_new_one_of_the_same_kind(values: list[float], level: float) -> None:
+    """Left out one by one, at least the share `level` of the values lies between the quantiles of the others (ties
+    only help): the guarantee of conformal prediction, exactly."""
+    inside = 0
+    for i, x in enumerate(values):
+        rest = sorted(values[:i] + values[i + 1 :])
+        low, high = conformal(rest, [1 / len(rest)] * len(rest), level)
+        inside += low <= x <= high
+    assert inside >= math.floor(level * len(values))
+
+
+def test_intervals_hold_in_every_group_but_the_worst() -> None:
+    """Groups differ by an offset that is large beside what varies inside them: the quantiles of all residuals together
+    miss most of two of them, and the widened interval most of one at the most."""
+    rng = np.random.default_rng(0)
+    shifts = [*rng.normal(0, 0.1, 30), -0.9, 0.9]
+    known = [
+        Row({"x": x, "z": 1.0, "divergence": 0.1}, float(lower(lift(x, 0.02) + s + rng.normal(0, 0.1), 0.02)), f"g{k}")
+        for k, s in enumerate(shifts)
+        for x in rng.uniform(0.5, 5, 30)
+    ]
+    model = fit(DESIGN, known)
+    assert model.stretch > 1
+
+    def held(model: Model, group: str) -> float:
+        own = [r for r in known if r.group == group]
+        return coverage(own, [model.predict(r.features) for r in own])
+
+    names = sorted({r.group for r in known})
+    assert sum(held(replace(model, stretch=1.0), g) < 0.8 for g in names) >= 2
+    assert sum(held(model, g) < 0.8 for g in names) <= 1
+
+
+def test_groups_that_are_alike_need_no_stretch() -> None:
+    assert fit(DESIGN, rows(0, groups=12, each=60)).stretch < 1.25
+
+
+def test_few_residuals_give_no_interval() -> None:
+    assert conformal([0.1, -0.1], [0.5, 0.5], 0.9) == (-math.inf, math.inf)
+    assert conformal([], [], 0.9) == (-math.inf, math.inf)
+    assert 0 < share_below([0.1, -0.1], [0.5, 0.5], 9) < 1
+
+
+def test_a_group_left_out_is_not_looked_at() -> None:
+    known = rows(0, groups=4, each=12)
+    changed = [replace(r, target=r.target * 50 + 3) if r.group == "g1" else r for r in known]
+    before, after = left_out(DESIGN, known), left_out(DESIGN, changed)
+    same = [b == a for b, a in zip(before, after, strict=True)]
+    assert all(s for s, r in zip(same, known, strict=True) if r.group == "g1")
+    assert not any(s for s, r in zip(same, known, strict=True) if r.group != "g1")
+
+
+def test_every_group_counts_alike() -> None:
+    known = rows(0, groups=3, each=20)
+    twice = known + [r for r in known if r.group == "g2"]
+    one, two = fit(DESIGN, known), fit(DESIGN, twice)
+    assert one.intercept == pytest.approx(two.intercept) and one.terms[0].weight == pytest.approx(two.terms[0].weight)
+
+
+def test_what_lies_outside_is_widened_and_then_refused() -> None:
+    model = fit(DESIGN, rows(0))
+    inside, near, far = (model.predict({"x": x, "z": 1.0, "divergence": 0.1}) for x in (1.0, 60.0, 1e9))
+    assert inside.beyond == 0 and inside.trusted
+    assert 0 < near.beyond < 1 and near.trusted
+
+    def width(at: float) -> float:
+        found = model.predict({"x": at, "z": 1.0, "divergence": 0.1})
+        return float(lift(found.high, 0.02) - found.score)
+
+    assert width(60.0) == pytest.approx(width(1.0) * (1 + near.beyond), rel=1e-6)
+    assert not far.trusted
+
+
+def test_what_is_not_a_number_is_refused() -> None:
+    found = fit(DESIGN, rows(0)).predict({"x": float("nan"), "z": 1.0, "divergence": 0.1})
+    assert not found.trusted and found.low == 0 and math.isinf(found.high)
+
+
+def test_one_and_the_same_model_loses_nothing() -> None:
+    found = fit(DESIGN, rows(0)).predict({"x": 0.0, "z": 1.0, "divergence": 0.0, "deviation": 0.0}, tolerated=0.0)
+    assert (found.expected, found.low, found.high, found.within) == (0, 0, 0, 1)
+
+
+def test_through_json() -> None:
+    model = fit(DESIGN, rows(0))
+    predictor = Predictor("t", {"pairs": 1}, {("inputs", "nats"): model})
+    text = json.dumps(predictor.to_json())
+    again = Predictor.from_json(json.loads(text)).model("inputs", "nats")
+    for r in rows(5, groups=1):
+        one, two = model.predict(r.features), again.predict(r.features)
+        assert one.expected == pytest.approx(two.expected) and one.high == pytest.approx(two.high, rel=1e-2)
+    with pytest.raises(MergeidError, match=r"mergeid\.predictor/1"):
+        Predictor.from_json({"format": "other"})
+
+
+def test_the_shipped_coefficients() -> None:
+    found = shipped()
+    assert set(found.models) == {(m, u) for m in ("inputs", "weights", "sketches") for u in ("nats", "points")}
+    for model in found.models.values():
+        assert isinstance(model, Model) and all(t.weight >= 0 for t in model.terms)
+        assert any(t.weight > 0 for t in model.terms)
+        assert list(model.residuals) == sorted(model.residuals) and sum(model.shares) == pytest.approx(1, abs=1e-3)
+
+
+def test_rank_figures_against_their_definitions() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, 40), rng.integers(0, 9, 40)
+    assert ranks_agree(x.tolist(), y.tolist()) == pytest.approx(spearmanr(x, y)[0])
+    bad = y > 4
+    pairs = [(p > q) + 0.5 * (p == q) for p in x[bad] for q in x[~bad]]
+    assert area_under_curve(x.tolist(), bad.tolist()) == pytest.approx(np.mean(pairs))
