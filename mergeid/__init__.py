@@ -5,42 +5,72 @@
     plan = mergeid.plan("a.safetensors", "b.safetensors", data="images/")
     result = mergeid.merge("a.safetensors", "b.safetensors", output="merged.safetensors", data="images/")
 
-Nothing heavy is imported until one of the verbs is used.
+Nothing heavy is imported until one of the names is used.
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge
 
 if TYPE_CHECKING:
-    from mergeid.verbs.api import align as align
-    from mergeid.verbs.api import barrier as barrier
-    from mergeid.verbs.api import graph as graph
-    from mergeid.verbs.api import load as load
-    from mergeid.verbs.api import load_zipped as load_zipped
-    from mergeid.verbs.api import merge as merge
-    from mergeid.verbs.api import plan as plan
-    from mergeid.verbs.api import predict as predict
-    from mergeid.verbs.api import predict_sketches as predict_sketches
-    from mergeid.verbs.api import scramble as scramble
-    from mergeid.verbs.api import similarity as similarity
-    from mergeid.verbs.api import sketch as sketch
-    from mergeid.verbs.api import zip_models as zip_models
+    from mergeid.matchers.protocol import Matcher, MatchTask, register_matcher
+    from mergeid.methods.registry import MergeMethod, register_method
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph
+    from mergeid.verbs.align import align
+    from mergeid.verbs.api import barrier, graph, load, plan
+    from mergeid.verbs.merge import MergeResult, merge
+    from mergeid.verbs.predict import predict
+    from mergeid.verbs.scramble import ScrambleResult, scramble
+    from mergeid.verbs.similarity import SimilarityResult, similarity
+    from mergeid.verbs.sketch import PredictionMatrix, predict_sketches, sketch
+    from mergeid.verbs.zip import ZipResult, load_zipped, zip_models
 
     __version__: str
 
-VERBS = (
-    *("load", "graph", "plan", "predict", "align", "merge", "barrier", "scramble", "similarity"),
-    *("sketch", "predict_sketches", "zip_models", "load_zipped"),
-)
+_PLACES = {
+    "MatchTask": "matchers.protocol",
+    "Matcher": "matchers.protocol",
+    "MergeMethod": "methods.registry",
+    "MergeResult": "verbs.merge",
+    "NeuronGraph": "neuron_graph.neuron_graph",
+    "PredictionMatrix": "verbs.sketch",
+    "ScrambleResult": "verbs.scramble",
+    "SimilarityResult": "verbs.similarity",
+    "ZipResult": "verbs.zip",
+    "align": "verbs.align",
+    "barrier": "verbs.api",
+    "graph": "verbs.api",
+    "load": "verbs.api",
+    "load_zipped": "verbs.zip",
+    "merge": "verbs.merge",
+    "plan": "verbs.api",
+    "predict": "verbs.predict",
+    "predict_sketches": "verbs.sketch",
+    "register_matcher": "matchers.protocol",
+    "register_method": "methods.registry",
+    "scramble": "verbs.scramble",
+    "similarity": "verbs.similarity",
+    "sketch": "verbs.sketch",
+    "zip_models": "verbs.zip",
+}
+"""Where the names lie that are imported when they are used."""
+
 __all__ = [
+    "MatchTask",
+    "Matcher",
+    "MergeMethod",
+    "MergeResult",
     "MergeidError",
     "MergeidWarning",
+    "NeuronGraph",
+    "PredictionMatrix",
+    "ScrambleResult",
+    "SimilarityResult",
     "WillNotMerge",
+    "ZipResult",
     "align",
     "barrier",
     "graph",
@@ -50,6 +80,8 @@ __all__ = [
     "plan",
     "predict",
     "predict_sketches",
+    "register_matcher",
+    "register_method",
     "scramble",
     "similarity",
     "sketch",
@@ -58,10 +90,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in VERBS:
-        from mergeid.verbs import api
-
-        return getattr(api, name)
+    if name in _PLACES:
+        return getattr(import_module(f"mergeid.{_PLACES[name]}"), name)
     if name == "__version__":
         from importlib.metadata import version
 
@@ -70,24 +100,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *VERBS, "__version__"})
-
-
-class _Verb(ModuleType):
-    """A subpackage that bears the name of a verb: calling ``mergeid.merge`` means the verb, always."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from mergeid.verbs import api
-
-        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing mergeid.combine.apply binds the subpackage mergeid.merge over the function of that name.
-        if name in VERBS and type(value) is ModuleType:
-            value.__class__ = _Verb
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return sorted({*globals(), *_PLACES, "__version__"})

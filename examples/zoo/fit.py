@@ -2,8 +2,9 @@
 
     python examples/zoo/fit.py
 
-reads pairs.csv and features.csv, writes the coefficients that ship with the package (mergeid/prediction/coefficients.json)
-and the tables of validation.md. Nothing is trained or run, so that it takes a minute.
+reads pairs.csv and features.csv, writes the coefficients that ship with the package
+(mergeid/prediction/coefficients.json) and the tables of validation.md. Nothing is trained or run, so that it takes a
+minute.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What is known of a pair before it is merged, as numbers that the predictor weighs.
 
-All of it comes from the two networks' own runs (`mergeid.prediction.lockstep`) and weights. Outputs are read as logits z
-with log-partition Z, Z(z) = log Σ exp z. The loss of averaged logits differs from the mean of the two networks' losses
-by Z((a + b) / 2) - (Z(a) + Z(b)) / 2 ≤ 0 whatever the labels are: that part of the barrier needs none. What averaging
-weights shifts beyond averaged logits does; there the labels are taken as the averaged logits say, p = softmax((a + b) /
-2), against which every shift is a loss.
+All of it comes from the two networks' own runs (`mergeid.prediction.lockstep`) and weights. Outputs are read as logits
+z with log-partition Z, Z(z) = log Σ exp z. The loss of averaged logits differs from the mean of the two networks'
+losses by Z((a + b) / 2) - (Z(a) + Z(b)) / 2 ≤ 0 whatever the labels are: that part of the barrier needs none. What
+averaging weights shifts beyond averaged logits does; there the labels are taken as the averaged logits say, p =
+softmax((a + b) / 2), against which every shift is a loss.
 """
 
 from __future__ import annotations

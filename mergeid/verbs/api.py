@@ -147,7 +147,7 @@ def plan(
         data: calibration data (labels unused), see `mergeid.data.load_data`; without it only the weights speak.
         config: "a" or "b": whose config counts where they differ in what the network computes; None: that is refused.
         match: "auto" as decided per space, "always", "never".
-        matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, weight without.
+        matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, else weight.
         limit: most calibration examples.
         skip: globs of tensor names that the merge takes from A as they are.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.

@@ -123,7 +123,7 @@ def merge(
         density: the method's parameter of that name, one or one per model.
         parameters: further parameters of the method by name: one value, or a list with one per model.
         match: "auto": as decided per space; "never": a plain merge, no model is built; "always": match every space.
-        matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, weight without.
+        matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, else weight.
             "cycle" brings more than two models into one common order.
         transport: carry the neurons of every further model onto the first one's by optimal transport plans instead of
             matching them one to one (OT fusion); plain layers may then have other widths. Needs no `base`.

@@ -55,7 +55,7 @@ def predict(
         base: what both were fine-tuned from; for the paper's bound.
         config: "a" or "b": whose config counts where they differ in what the network computes.
         tolerate: loss in nats whose probability is asked for.
-        limit: most examples that are matched on; at most `mergeid.prediction.probe.EXAMPLES` of them are run in lockstep.
+        limit: most examples that are matched on; at most `mergeid.prediction.probe.EXAMPLES` of them run in lockstep.
         batch_size: of matching; for speed and memory only.
 
     Raises `MergeidError` for anything wrong with the input, and for models without logits.

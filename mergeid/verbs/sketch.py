@@ -66,7 +66,8 @@ def sketch(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Sketch:
-    """What a model does on fixed inputs: activations, outputs, how it responds to averaging (`mergeid.prediction.sketch`).
+    """What a model does on fixed inputs: activations, outputs, how it answers to averaging
+    (`mergeid.prediction.sketch`).
 
     Args:
         source: file, folder, hub id, or a live module whose outputs are logits.

@@ -309,7 +309,7 @@ def test_python_verbs_and_subpackages_of_one_name() -> None:
     code = (
         "import mergeid\n"
         "early = mergeid.merge, mergeid.graph\n"
-        "import mergeid.methods.registry, mergeid.neuron_graph.group, mergeid.load\n"
+        "import mergeid.methods.registry, mergeid.neuron_graph.group, mergeid.models.load\n"
         "from mergeid.neuron_graph import NeuronGraph\n"
         "assert callable(mergeid.merge) and callable(mergeid.graph) and callable(mergeid.load)\n"
         "assert mergeid.methods.registry and mergeid.neuron_graph.group\n"

@@ -138,7 +138,7 @@ def test_nothing_known_identifies_nothing():
 
 
 def test_agrees_with_stored_values_of_the_papers_formulas():
-    """tests/data/make_identify_reference.py computes them in NumPy: U, k, coherence, C, T and the three objectives."""
+    """tests/fixtures/make_identify_reference.py has them in NumPy: U, k, coherence, C, T and the three objectives."""
     r = np.load(Path(__file__).parents[1] / "fixtures" / "identify_reference.npz")
     moments = InputMoments(r["x"].shape[1])
     moments.add(torch.from_numpy(r["x"]))

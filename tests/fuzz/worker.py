@@ -21,10 +21,11 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
-    import mergeid.cli  # noqa: F401
     import numpy  # noqa: F401
     import torch
     import typer.main
+
+    import mergeid.commands.cli  # noqa: F401
 
     torch.set_num_threads(1)
     # The commands' options are read from signatures every time, which is most of what a small input takes.

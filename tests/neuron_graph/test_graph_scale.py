@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import mergeid.load
 import pytest
 import timm
 import torch
@@ -14,6 +13,7 @@ from tiny_transformers import configs
 from torch import nn
 
 import mergeid
+import mergeid.models.load
 from mergeid import MergeidError
 from mergeid.neuron_graph.scale import proven_on
 from mergeid.neuron_graph.trace import trace
@@ -117,7 +117,7 @@ def test_what_fails_in_the_small_model_is_frozen_in_the_large_one():
 
 @pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "transformers/gpt2"])
 def test_a_bare_architecture_that_is_too_large(name, monkeypatch):
-    monkeypatch.setattr(mergeid.load, "HUGE", 1_000_000)
+    monkeypatch.setattr(mergeid.models.load, "HUGE", 1_000_000)
     graph = mergeid.graph(name)
     assert graph.share > 0.99
     assert "smaller model of the same code" in graph.verified["on"]
@@ -127,6 +127,6 @@ def test_a_bare_architecture_that_is_too_large(name, monkeypatch):
 
 def test_a_graph_by_hand_of_a_model_without_weights_is_refused(monkeypatch):
     by_hand = mergeid.graph("timm/test_vit").to_json()
-    monkeypatch.setattr(mergeid.load, "HUGE", 100_000)
+    monkeypatch.setattr(mergeid.models.load, "HUGE", 100_000)
     with pytest.raises(MergeidError, match="a graph written by hand cannot be verified on it"):
         mergeid.graph("timm/test_vit", graph=by_hand)
