@@ -84,6 +84,13 @@ class Moments:
             xx, xy, yy = xx + torch.outer(mx, mx), xy + torch.outer(mx, my), yy + float(my.square().sum())
         return Second(xx, xy, max(yy, 0.0), mx, my)
 
+    def centred(self) -> Moments:
+        """Of the rows about their means."""
+        second, total = self.about(True), Moments(self.d, self.m, self.count)
+        total.shift = (torch.zeros_like(self.x), torch.zeros_like(self.y))
+        total.xx, total.xy, total.yy = self.count * second.xx, self.count * second.xy, self.count * second.yy
+        return total
+
     def __add__(self, other: Moments) -> Moments:
         """Of all rows together."""
         if other.shift is None or self.shift is None:

@@ -28,7 +28,7 @@ def fit_derived(seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments
     assert part.derived is not None
     start = {k: v.detach().double() for k, v in part.derived.leaves.items()}
     mean = part.matrix.detach().double()
-    bias = None if part.bias is None else part.bias.detach().double()
+    bias = None if part.offset is None else part.offset.detach().double()
     before = _error(unseen, mean, bias)
     best, lowest, ridge = None, before, inf
     values = start

@@ -13,6 +13,8 @@ from torch import Tensor
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.paced import Derived, Stop
 
+DEAD = 1e-6
+"""A channel that counts less than that share of the largest is not fitted."""
 Rows = tuple[Tensor, Tensor]
 """Inputs [examples, positions, d] and answers [examples, positions, m]."""
 
@@ -27,6 +29,8 @@ class Part:
         alone: every output has one input of its own (norms): weight [m], inputs and answers of equal width.
         turned: the operation takes the weight transposed.
         derived: how the weight is computed, where it is no parameter.
+        gain: [m], what the answers are multiplied by before they are compared; None: nothing.
+        free: a shift that is fitted later is added to the answers, so that only their centred part counts.
     """
 
     weight: Tensor
@@ -34,28 +38,48 @@ class Part:
     alone: bool = False
     turned: bool = False
     derived: Derived | None = None
+    gain: Tensor | None = None
+    free: bool = False
 
     def write(self, found: Fit) -> None:
         """Put new values where the old ones lie; a computed weight and the parameters that it comes from are both
         replaced, since it was computed before."""
-        self.weight.copy_(found.weight.reshape(self.weight.shape))
+        weight, bias = found.weight, found.bias
+        if self.gain is not None:
+            alive = self.gain.abs() > DEAD * self.gain.abs().max()
+            kept = self.weight.reshape(weight.shape).to(weight)
+            each = self.gain.double().reshape(-1, *[1] * (weight.dim() - 1)).to(weight)
+            weight = torch.where(alive.reshape(each.shape), weight / each, kept)
+            if bias is not None and self.bias is not None:
+                bias = torch.where(alive, bias / self.gain.to(bias), self.bias.to(bias))
+        self.weight.copy_(weight.reshape(self.weight.shape))
         if self.derived is not None:
             for name, leaf in self.derived.leaves.items():
                 leaf.copy_(found.leaves[name])
-        if self.bias is not None and found.bias is not None:
-            self.bias.copy_(found.bias)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
     def remade(self, values: Mapping[str, Tensor]) -> Tensor:
         """The matrix [m, d] (of norms [m]) that other values of its parameters give."""
         assert self.derived is not None
         made = self.derived.remake(values)
         made = made.mT if self.turned else made
-        return made if self.alone else made.reshape(len(made), -1)
+        return self._amplified(made if self.alone else made.reshape(len(made), -1))
 
     @property
     def matrix(self) -> Tensor:
-        """[m, d]; of norms [m]."""
-        return self.weight if self.alone else self.weight.reshape(len(self.weight), -1)
+        """[m, d]; of norms [m]; times the gain."""
+        return self._amplified(self.weight if self.alone else self.weight.reshape(len(self.weight), -1))
+
+    @property
+    def offset(self) -> Tensor | None:
+        """The bias times the gain."""
+        return None if self.bias is None else self._amplified(self.bias)
+
+    def _amplified(self, values: Tensor) -> Tensor:
+        if self.gain is None:
+            return values
+        return self.gain.to(values).reshape(-1, *[1] * (values.dim() - 1)) * values
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,51 @@ class Derived:
     remake: Callable[[Mapping[str, Tensor]], Tensor]
 
 
+@dataclass(frozen=True)
+class Value:
+    """A tensor of one pass: which operation on activations made it, and as which of its answers. Inputs have negative
+    numbers."""
+
+    step: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight, or a strided part of one."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation on activations.
+
+    Attributes:
+        step: its number; index: its number among those that also take a weight, else None.
+        args, kwargs: the call, with `Value` and `Place` for tensors.
+        takes: the values among the arguments.
+        shape: of the (first) answer.
+        opaque: it takes a tensor that is neither an activation nor a weight.
+    """
+
+    step: int
+    index: int | None
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    takes: tuple[Value, ...]
+    shape: tuple[int, ...]
+    opaque: bool
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket).removeprefix("aten.")
+
+
 @dataclass
 class Stop:
     """Where a network rests.
@@ -52,6 +97,7 @@ class Stop:
         places: which parts of weights each of these arguments is or comes from.
         derived: of arguments that are computed from weights: how.
         out: what it answered; None where the network rests before it.
+        step: its number among all operations on activations.
     """
 
     index: int
@@ -62,6 +108,7 @@ class Stop:
     places: dict[int, list[Any]]
     derived: dict[int, Derived]
     out: Any = None
+    step: int = 0
 
     @property
     def name(self) -> str:
@@ -73,11 +120,22 @@ class Stop:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts operations that take a weight, or a view of one, together with activations."""
+    """Counts operations that take a weight, or a view of one, together with activations.
 
-    def __init__(self, model: nn.Module, batch: Batch, meet: Callable[[Stop], Any]) -> None:
+    Args:
+        met: told of every operation on activations when it has run: its number, the number among those with weights,
+            function, arguments, keywords, answer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        meet: Callable[[Stop], Any],
+        met: Callable[[int, int | None, Any, Any, Any, Any], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.meet, self.count = meet, 0
+        self.meet, self.met, self.count, self.step = meet, met, 0, 0
         self.names: dict[int, str] = {}
         self.state = model.state_dict(keep_vars=True)
         for name, value in self.state.items():
@@ -85,8 +143,8 @@ class _Watch(TorchDispatchMode):
                 self.names.setdefault(value.untyped_storage().data_ptr(), name)
         self.made: Any = WeakIdKeyDictionary()
         self.live: Any = WeakIdKeyDictionary()
-        for tensor in named_tensors(batch).values():
-            self.live[tensor] = True
+        for k, tensor in enumerate(named_tensors(batch).values()):
+            self.live[tensor] = Value(-1 - k, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,17 +158,32 @@ class _Watch(TorchDispatchMode):
                         self.made[x] = (func, args, kwargs, k)
             return out
         places = {i: list(dict.fromkeys(found)) for i, x in enumerate(args) if (found := self._places(x))}
-        if places:
-            index, self.count = self.count, self.count + 1
+        step, self.step = self.step, self.step + 1
+        index = self.count if places else None
+        if index is not None:
+            self.count += 1
             weights = {i: "+".join(dict.fromkeys(name for name, *_ in found)) for i, found in places.items()}
             derived = {i: self._derived(args[i]) for i in places if args[i] in self.made}
-            out = self.meet(Stop(index, func, args, kwargs, weights, places, derived))
+            out = self.meet(Stop(index, func, args, kwargs, weights, places, derived, step=step))
         else:
             out = func(*args, **kwargs)
-        for x in _flat((out,)):
+        if self.met is not None:
+            self.met(step, index, func, args, kwargs, out)
+        for k, x in enumerate(_flat((out,))):
             if isinstance(x, Tensor):
-                self.live[x] = True
+                self.live[x] = Value(step, k)
         return out
+
+    def spelled(self, x: Any) -> Any:
+        """An argument with `Value` and `Place` for tensors; other tensors stay."""
+        if isinstance(x, (list, tuple)):
+            return [self.spelled(y) for y in x]
+        if not isinstance(x, Tensor):
+            return x
+        if x in self.live:
+            return self.live[x]
+        name = self._weight(x)
+        return x if name is None else Place(name, tuple(x.shape), x.stride(), x.storage_offset())
 
     def _weight(self, x: Any) -> str | None:
         """The weight that a tensor is, or is a view of."""
@@ -194,6 +267,26 @@ def operations(model: nn.Module, forward: Forward, batch: Batch) -> list[Stop]:
     return seen
 
 
+def record(model: nn.Module, forward: Forward, batch: Batch) -> list[Node]:
+    """All operations on activations of one pass, without the tensors."""
+    nodes: list[Node] = []
+
+    def met(step: int, index: int | None, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        spelled, named = watch.spelled(args), {k: watch.spelled(v) for k, v in kwargs.items()}
+        flat = _flat((*spelled, *named.values()))
+        takes = tuple(x for x in flat if isinstance(x, Value))
+        opaque = any(isinstance(x, Tensor) for x in flat)
+        first = next((x for x in _flat((out,)) if isinstance(x, Tensor)), None)
+        shape = tuple(first.shape) if first is not None else ()
+        kept = tuple(None if isinstance(x, Tensor) else x for x in spelled)
+        nodes.append(Node(step, index, func, kept, named, takes, shape, opaque))
+
+    watch = _Watch(model, batch, lambda stop: stop.func(*stop.args, **stop.kwargs), met)
+    with torch.no_grad(), watch:
+        forward(model, batch)
+    return nodes
+
+
 class Paced:
     """One network on one batch, resting at the operations of interest.
 
@@ -201,12 +294,22 @@ class Paced:
         wanted: numbers of the operations to rest at.
         after: rest when the operation has answered (its `out` is known), else before it runs: then it runs with the
             weights as they are when the network goes on.
+        keep: values that are held when they are made, until they are let go (`kept`).
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward, batch: Batch, wanted: frozenset[int], *, after: bool
+        self,
+        model: nn.Module,
+        forward: Forward,
+        batch: Batch,
+        wanted: frozenset[int],
+        *,
+        after: bool,
+        keep: frozenset[Value] = frozenset(),
     ) -> None:
         self.model, self.forward, self.batch, self.wanted, self.after = model, forward, batch, wanted, after
+        self.keep, self.kept = keep, dict[Value, Tensor]()
+        self.state: Mapping[str, Tensor] = model.state_dict()
         self.result: Any = None
         self._stop: Stop | None = None
         self._error: BaseException | None = None
@@ -226,6 +329,11 @@ class Paced:
             raise self._error
         return self._stop
 
+    def forget(self, but: frozenset[Value]) -> None:
+        """Let go of all values but these."""
+        self.keep = but
+        self.kept = {k: v for k, v in self.kept.items() if k in but}
+
     def close(self) -> None:
         """Give up what is left of the run."""
         if not self._done:
@@ -238,7 +346,7 @@ class Paced:
         self._go.acquire()
         try:
             if not self._ending:
-                with torch.no_grad(), _Watch(self.model, self.batch, self._meet):
+                with torch.no_grad(), _Watch(self.model, self.batch, self._meet, self._met):
                     self.result = self.forward(self.model, self.batch)
         except _Stopped:
             pass
@@ -247,6 +355,11 @@ class Paced:
         self._done = True
         self._stop = None
         self._rests.release()
+
+    def _met(self, step: int, index: int | None, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        for k, x in enumerate(_flat((out,))):
+            if isinstance(x, Tensor) and Value(step, k) in self.keep:
+                self.kept[Value(step, k)] = x
 
     def _meet(self, stop: Stop) -> Any:
         if stop.index not in self.wanted:

@@ -11,9 +11,10 @@ A solved network lies off the straight line between the models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
 from mergeid.plugins import Batch
+from mergeid.repair.beyond import Beyond, beyond
 from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit, Moments, fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.layers import KINDS, Layer, Part, layer_of
-from mergeid.repair.paced import Forward, Paced, Stop, operations
+from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
@@ -74,26 +76,32 @@ def solve_network(
     Raises:
         MergeidError: the networks do not execute the same operations.
     """
-    examples = [_examples(b) for b in batches]
+    each = [torch.tensor(shares, dtype=torch.float64).expand(_examples(b), -1) for b in batches]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
             wanted = _wanted(merged, forward, batches[0])
+            maps = _maps(merged, forward, batches, wanted)
             nets = [
                 [
-                    Paced(merged, forward, batch, wanted, after=False),
-                    *(Paced(m, forward, batch, wanted, after=True) for m in models),
+                    Paced(net, forward, batch, wanted, after=k > 0, keep=_needed(behind))
+                    for k, net in enumerate([merged, *models])
                 ]
-                for batch in batches
+                for batch, behind in zip(batches, maps, strict=True)
             ]
             done: list[SolvedLayer] = []
-            for k in range(len(wanted)):
+            for k, index in enumerate(sorted(wanted)):
                 if progress is not None:
                     progress(k, len(wanted))
                 stops = [[net.advance() for net in side] for side in nets]
-                done += _solve_at(stops, shares, batches, examples, seed + 7919 * k)
+                at = [behind.pop(index, None) for behind in maps]
+                done += _solve_at(stops, nets, at, each, seed + 7919 * k)
+                for side, behind in zip(nets, maps, strict=True):
+                    needed = _needed(behind)
+                    for net in side:
+                        net.forget(needed)
             for side in nets:
                 side[0].advance()
             return done
@@ -106,6 +114,24 @@ def solve_network(
 
 def _examples(batch: Batch) -> int:
     return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+
+
+def _maps(
+    model: nn.Module, forward: Forward, batches: Sequence[Batch], wanted: frozenset[int]
+) -> list[dict[int, Beyond]]:
+    """What lies behind the operations, batch by batch: recorded once for all batches of one shape."""
+    known: dict[Any, dict[int, Beyond]] = {}
+    out = []
+    for batch in batches:
+        key = tuple((k, tuple(v.shape)) for k, v in batch.items() if isinstance(v, Tensor))
+        if key not in known:
+            known[key] = {k: v for k, v in beyond(model, forward, batch).items() if k in wanted}
+        out.append(dict(known[key]))
+    return out
+
+
+def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
+    return frozenset(value for each in behind.values() for value in each.needs)
 
 
 def _wanted(model: nn.Module, forward: Forward, batch: Batch) -> frozenset[int]:
@@ -123,9 +149,9 @@ def _wanted(model: nn.Module, forward: Forward, batch: Batch) -> frozenset[int]:
 
 def _solve_at(
     stops: Sequence[Sequence[Stop | None]],
-    shares: Sequence[float],
-    batches: Sequence[Batch],
-    examples: Sequence[int],
+    nets: Sequence[Sequence[Paced]],
+    maps: Sequence[Beyond | None],
+    shares: Sequence[Tensor],
     seed: int,
 ) -> list[SolvedLayer]:
     first = stops[0][0]
@@ -135,73 +161,120 @@ def _solve_at(
             "be solved layer by layer; leave out --repair solve"
         )
     assert first is not None
-    layers = [layer_of(side[0], n) for side, n in zip(stops, examples, strict=True) if side[0] is not None]
-    if any(layer is None for layer in layers):
-        return []
+    layers = [layer_of(side[0], len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None]
     found = [layer for layer in layers if layer is not None]
+    if len(found) < len(stops):
+        return []
+    sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
+    if any(side.gain is None or not torch.equal(side.gain, sides[0].gain) for side in sides):  # type: ignore[arg-type]
+        sides = [_answers(*each, None, w) for *each, w in zip(found, stops, nets, shares, strict=True)]
     names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
     out: list[SolvedLayer] = []
-    for p, part in enumerate(found[0].parts):
-        seen, unseen = _moments(p, part, found, stops, shares, batches, seed)
+    for p in range(len(found[0].parts)):
+        part = sides[0].part(p)
+        seen, unseen = _moments(p, part, sides, [net[0].batch for net in nets], seed)
         if not seen.count or not unseen.count:
             continue
         made = _fitted(part, seen, unseen)
         if made.ridge < inf:
-            for layer in found if part.derived is not None else found[:1]:  # every batch has computed its own
-                layer.parts[p].write(made)
+            for side in sides if part.derived is not None else sides[:1]:  # every batch has computed its own
+                side.part(p).write(made)
         out.append(SolvedLayer(names, made.ridge, made.before, made.after))
     return out
 
 
 def _fitted(part: Part, seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments) -> Fit:
+    if part.free and isinstance(seen, Moments) and isinstance(unseen, Moments):
+        seen, unseen = seen.centred(), unseen.centred()
     if part.derived is not None:
         return fit_derived(seen, unseen, part)
     if isinstance(seen, ChannelMoments) and isinstance(unseen, ChannelMoments):
-        return fit_channels(seen, unseen, part.weight, part.bias)
+        return fit_channels(seen, unseen, part.matrix, part.offset)
     assert isinstance(seen, Moments) and isinstance(unseen, Moments)
-    return fit(seen, unseen, part.matrix, part.bias)
+    return fit(seen, unseen, part.matrix, part.offset)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A layer on one batch.
+
+    Attributes:
+        layer: at which the merged network rests.
+        answers: what every model answers there, as it is to be compared.
+        gain: of every entry of the merged network's answer; None where the same channel's differ.
+        shifts: see `Part.free`.
+        shares: [examples, models].
+    """
+
+    layer: Layer
+    answers: list[Tensor]
+    gain: Tensor | None
+    shifts: bool
+    shares: Tensor
+
+    def part(self, p: int) -> Part:
+        part = self.layer.parts[p]
+        if self.gain is None or not self.gain.dim():
+            return part
+        free = self.shifts and part.bias is None and not part.alone
+        width = len(part.weight)
+        gain = self.gain if len(self.gain) == width else self.gain[p * width : (p + 1) * width]
+        return replace(part, gain=gain, free=free)
+
+
+def _answers(
+    layer: Layer, stops: Sequence[Stop | None], nets: Sequence[Paced], behind: Beyond | None, shares: Tensor
+) -> _Side:
+    outs = [_first_out(stop) for stop in stops[1:]]
+    steps = {stop.step for stop in stops if stop is not None}
+    known = behind is not None and len(steps) == 1 and all(behind.needs <= net.kept.keys() for net in nets)
+    if behind is None or not known:
+        return _Side(layer, outs, torch.ones(()), False, shares)
+    zero = behind(nets[0].state, nets[0].kept, torch.zeros_like(outs[0]))
+    one = behind(nets[0].state, nets[0].kept, torch.ones_like(outs[0]))
+    answers = [behind.back(behind(net.state, net.kept, y) - zero) for net, y in zip(nets[1:], outs, strict=True)]
+    return _Side(layer, answers, _by_channel(layer, behind.back(one - zero)), behind.shifts, shares)
+
+
+def _by_channel(layer: Layer, gain: Tensor) -> Tensor | None:
+    """One value per channel, None where a channel has several."""
+    found = []
+    for p in range(len(layer.parts)):
+        values = layer.rows(p, layer.source, gain, None)[1].flatten(0, 1)
+        if not torch.allclose(values, values[:1].expand_as(values), rtol=1e-4, atol=1e-6 * float(values.abs().max())):
+            return None
+        found.append(values[0])
+    return torch.cat(found)
 
 
 def _moments(
-    p: int,
-    part: Part,
-    layers: Sequence[Layer],
-    stops: Sequence[Sequence[Stop | None]],
-    shares: Sequence[float],
-    batches: Sequence[Batch],
-    seed: int,
+    p: int, part: Part, sides: Sequence[_Side], batches: Sequence[Batch], seed: int
 ) -> tuple[Moments | ChannelMoments, Moments | ChannelMoments]:
     """Of the examples to fit on and of the others."""
     d = len(part.weight) if part.alone else part.matrix.shape[1]
     m = len(part.weight)
-    total = sum(_examples(b) for b in batches)
+    total = sum(len(side.shares) for side in sides)
     most = max(-(-max(ROWS_PER_INPUT * (1 if part.alone else d), LEAST_ROWS) // total), 1)
-    sides: list[Moments | ChannelMoments] = [ChannelMoments(m) if part.alone else Moments(d, m) for _ in range(2)]
+    sums: list[Moments | ChannelMoments] = [ChannelMoments(m) if part.alone else Moments(d, m) for _ in range(2)]
     start = 0
-    for layer, side, batch in zip(layers, stops, batches, strict=True):
-        at = None
+    for side, batch in zip(sides, batches, strict=True):
+        layer, at = side.layer, None
         if layer.positions > most:
             generator = torch.Generator().manual_seed(seed + 104729 * layer.positions)
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
-        answers: Tensor | None = None
-        for share, stop in zip(shares, side[1:], strict=True):
-            y = layer.rows(p, layer.source, _first_out(stop), at)[1] * share
-            answers = y if answers is None else answers + y
-        assert answers is not None and side[0] is not None
-        x = layer.rows(p, layer.source, _first_out(side[1]), at)[0]
+        rows = [layer.rows(p, layer.source, y, at) for y in side.answers]
+        x = rows[0][0]
+        answers = torch.stack([y for _, y in rows], -1) @ side.shares.to(x)[:, None, :, None]
         mask = real_tokens(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
             keep = (mask if at is None else mask[:, at]).cpu()
-        for k, moments in enumerate(sides):
+        for k, moments in enumerate(sums):
             chosen = (torch.arange(start, start + len(x)) % UNSEEN == UNSEEN - 1) == bool(k)
-            if mask is not None or not bool(chosen.all()):
-                taken = keep & chosen[:, None]
-                moments.add(x[taken], answers[taken])
-            else:
-                moments.add(x.flatten(0, 1), answers.flatten(0, 1))
+            taken = keep & chosen[:, None]
+            moments.add(x[taken], answers[..., 0][taken])
         start += len(x)
-    return sides[0], sides[1]
+    return sums[0], sums[1]
 
 
 def _first_out(stop: Stop | None) -> Tensor:
