@@ -1,10 +1,10 @@
-"""What becomes of an operation's answer before anything mixes its entries: the norm or scale behind it, and the sum with
-what a residual stream already holds.
+"""What becomes of an operation's answer before anything mixes its entries: the norm or scale behind it, and the sum
+with what a residual stream already holds.
 
-A layer that is fitted to its own answer alone leaves two errors to those behind it: a norm weighs the models' answers by
-statistics of each model, and a residual stream carries the merged network's earlier errors past every block. So where
-the answer goes through an elementwise affine map first (statistics and scales that are known, tensors that the network
-has already computed), it is compared with the models' behind that map.
+A layer that is fitted to its own answer alone leaves two errors to those behind it: a norm weighs the models' answers
+by statistics of each model, and a residual stream carries the merged network's earlier errors past every block. So
+where the answer goes through an elementwise affine map first (statistics and scales that are known, tensors that the
+network has already computed), it is compared with the models' behind that map.
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ class Beyond:
             out = step.node.func(*map(of, step.node.args), **step.node.kwargs)
             value = out[0] if isinstance(out, (tuple, list)) else out
         return value
+
+    def gain(self, state: Mapping[str, Tensor], kept: Mapping[Value, Tensor], answer: Tensor) -> Tensor:
+        """What every entry of an answer is multiplied by on the way, float64."""
+        wide = {x.name: state[x.name].double() for step in self.steps for x in step.node.args if isinstance(x, Place)}
+        none = {v: torch.zeros_like(kept[v], dtype=torch.float64) for v in self.needs}
+        zero = torch.zeros_like(answer, dtype=torch.float64)
+        return self.back(self(wide, none, zero + 1) - self(wide, none, zero))
 
     def back(self, value: Tensor) -> Tensor:
         """The entries of the map's end where they lie in the layer's answer."""

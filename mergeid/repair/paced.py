@@ -183,7 +183,7 @@ class _Watch(TorchDispatchMode):
         if x in self.live:
             return self.live[x]
         name = self._weight(x)
-        return x if name is None else Place(name, tuple(x.shape), x.stride(), x.storage_offset())
+        return x if name is None else Place(name, tuple(x.shape), x.stride(), int(x.storage_offset()))
 
     def _weight(self, x: Any) -> str | None:
         """The weight that a tensor is, or is a view of."""

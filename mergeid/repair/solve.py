@@ -32,7 +32,7 @@ from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
-ROWS_PER_INPUT, LEAST_ROWS = 8, 4096
+ROWS_PER_INPUT, LEAST_ROWS = 32, 4096
 """Rows that a layer is fitted on at most: so many per input, and no fewer than that."""
 
 
@@ -167,7 +167,7 @@ def _solve_at(
         return []
     sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
     if any(side.gain is None or not torch.equal(side.gain, sides[0].gain) for side in sides):  # type: ignore[arg-type]
-        sides = [_answers(*each, None, w) for *each, w in zip(found, stops, nets, shares, strict=True)]
+        sides = [_answers(a, b, c, None, w) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
     names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
     out: list[SolvedLayer] = []
     for p in range(len(found[0].parts)):
@@ -231,17 +231,18 @@ def _answers(
     if behind is None or not known:
         return _Side(layer, outs, torch.ones(()), False, shares)
     zero = behind(nets[0].state, nets[0].kept, torch.zeros_like(outs[0]))
-    one = behind(nets[0].state, nets[0].kept, torch.ones_like(outs[0]))
     answers = [behind.back(behind(net.state, net.kept, y) - zero) for net, y in zip(nets[1:], outs, strict=True)]
-    return _Side(layer, answers, _by_channel(layer, behind.back(one - zero)), behind.shifts, shares)
+    gain = _by_channel(layer, behind.gain(nets[0].state, nets[0].kept, outs[0]))
+    return _Side(layer, answers, gain, behind.shifts, shares)
 
 
 def _by_channel(layer: Layer, gain: Tensor) -> Tensor | None:
     """One value per channel, None where a channel has several."""
     found = []
+    at = torch.linspace(0, layer.positions - 1, min(layer.positions, 8)).long()
     for p in range(len(layer.parts)):
-        values = layer.rows(p, layer.source, gain, None)[1].flatten(0, 1)
-        if not torch.allclose(values, values[:1].expand_as(values), rtol=1e-4, atol=1e-6 * float(values.abs().max())):
+        values = layer.rows(p, layer.source, gain, at)[1].flatten(0, 1)
+        if not torch.allclose(values, values[:1].expand_as(values), rtol=1e-6, atol=1e-9 * float(values.abs().max())):
             return None
         found.append(values[0])
     return torch.cat(found)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mergeid
 from mergeid.errors import MergeidError
+from mergeid.repair.beyond import beyond
 from mergeid.repair.layers import layer_of
 from mergeid.repair.paced import Paced, Stop, operations
 from mergeid.repair.solve import solve_network
@@ -299,3 +300,94 @@ def test_solve_needs_data() -> None:
     a = trained(0)
     with pytest.raises(MergeidError, match="--repair solve measures activations; give examples with --data"):
         mergeid.merge(a, a, example_inputs=torch.zeros(2, 64), repair="solve")
+
+
+class Residual(nn.Module):
+    """Writers of a residual stream: behind a BatchNorm, behind views, added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.batch, self.layer = nn.BatchNorm2d(8), nn.LayerNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = self.batch(self.conv(h.tanh())).add_(h)
+        tokens = h.flatten(2).mT
+        tokens = tokens + self.down(self.up(self.layer(tokens)).relu())
+        return self.head(tokens.mean(1))
+
+
+def test_what_lies_behind_a_layer_is_what_the_network_computes() -> None:
+    """The map of every layer, beside the tensors of an ordinary pass."""
+    net, _ = pair(kind=Residual)
+    batch = {"x": X[:5]}
+    maps = beyond(net, forward, batch)
+    names = {stop.index: stop for stop in operations(net, forward, batch)}
+    found = {"+".join(sorted(names[k].weights.values())): v for k, v in maps.items()}
+    assert set(found) == {"conv.weight", "batch.bias+batch.running_mean+batch.running_var+batch.weight",
+                          "down.bias+down.weight"}  # fmt: skip
+    assert found["conv.weight"].shifts and not found["down.bias+down.weight"].shifts
+    after: dict[str, Tensor] = {}
+    for name in ("conv", "down", "head"):
+        net.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: after.update({name: o.clone()}))
+    net.layer.register_forward_pre_hook(lambda m, i: after.update(stream=i[0].clone()))
+    net.head.register_forward_pre_hook(lambda m, i: after.update(pooled=i[0].clone()))
+    with torch.no_grad():
+        net(X[:5])
+    stream = after["stream"]
+    first = after["conv"]
+    held = stream.mT.reshape(first.shape) - net.batch(first)
+    made = found["conv.weight"]
+    (need,) = made.needs
+    torch.testing.assert_close(made(net.state_dict(), {need: held}, first), stream.mT.reshape(first.shape))
+    made = found["down.bias+down.weight"]
+    (need,) = made.needs
+    end = made(net.state_dict(), {need: stream}, after["down"].flatten(0, 1))
+    torch.testing.assert_close(end.mean(1), after["pooled"])
+    assert made.back(end).shape == after["down"].flatten(0, 1).shape
+    assert torch.equal(made.gain(net.state_dict(), {need: stream}, after["down"].flatten(0, 1)).unique(), torch.ones(1))
+
+
+def test_a_residual_stream_is_brought_back_to_the_models_own() -> None:
+    """A layer that cannot be solved (it is used twice) puts the stream off; the next writer makes up for it."""
+
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 24), nn.Linear(24, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.twice(self.twice(x).tanh())
+            return h + self.down(self.up(h).relu())
+
+    torch.manual_seed(0)
+    a, b = Drifting().eval(), Drifting().eval()
+    merged = copy.deepcopy(a)
+    x = seeded(512, 6)
+    solve_network(merged, [b], [1.0], forward, [{"x": x}])
+    unseen = seeded(100, 6, seed=4)
+    with torch.no_grad():
+        off = (merged.twice(merged.twice(unseen).tanh()) - b.twice(b.twice(unseen).tanh())).norm()
+        left = (merged(unseen) - b(unseen)).norm()
+    assert left < 0.5 * off
+
+
+def test_channels_are_weighed_as_the_norm_behind_them_weighs_them() -> None:
+    """Statistics that differ between the models: the layer is fitted to the mean of what is behind the norm."""
+    torch.manual_seed(0)
+    a, b = pair(kind=Residual)
+    with torch.no_grad():  # the same function, other units in front of the norm
+        factor = torch.logspace(-2, 2, 8)
+        twin = copy.deepcopy(b)
+        twin.conv.weight *= factor[:, None, None, None]
+        twin.batch.running_mean *= factor
+        twin.batch.running_var.copy_((b.batch.running_var + b.batch.eps) * factor**2 - b.batch.eps)
+    results = []
+    for other in (b, twin):
+        merged = copy.deepcopy(a)
+        solve_network(merged, [a, other], [0.5, 0.5], forward, BATCHES)
+        with torch.no_grad():
+            results.append(merged(X))
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
