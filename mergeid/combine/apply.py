@@ -218,7 +218,7 @@ def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]
 
 def check_base(method: MergeMethod, given: bool) -> None:
     """Raises `MergeidError` where a method needs a base model and none is given, or the other way round."""
-    if method.base and not given:
+    if method.base is True and not given:
         raise MergeidError(
             f"method {method.name!r} needs the model that the others were fine-tuned from; name it with --base"
         )

@@ -86,7 +86,9 @@ def command(
             "--method",
             metavar="NAME",
             rich_help_panel=o.HOW,
-            help="linear, slerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, model_stock, fisher, regmean.",
+            help="linear, slerp, nuslerp, multislerp, karcher; with --base task_arithmetic, ties, dare_linear, "
+            "dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, sce, ram, ramplus_tl, model_stock; B into "
+            "A: nearswap, arcee_fusion; with --data fisher, regmean.",
         ),
     ] = "linear",
     density: Annotated[
@@ -95,7 +97,7 @@ def command(
             "--density",
             metavar="D[,D…]",
             rich_help_panel=o.HOW,
-            help="Share of each task vector that is kept (ties, dare): one, or one per model.",
+            help="Share of each task vector that is kept (ties, dare, della, breadcrumbs): one, or one per model.",
         ),
     ] = None,
     settings: Annotated[

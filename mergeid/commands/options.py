@@ -69,7 +69,7 @@ def parse_all_weights(given: Sequence[str]) -> tuple[float, ...] | dict[str, tup
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Any]:
-    """``["lambda=0.8", "density=0.5,0.3", "normalize=false"]`` as values; several are one per model.
+    """``["lambda=0.8", "density=0.5,0.3", "rescale_norm=l1"]`` as values; several are one per model.
 
     Raises:
         MergeidError: something else."""
@@ -84,17 +84,22 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
             values = []
         if not name or not equals or not values or name in found:
             raise MergeidError(
-                f"--set {text!r} is not understood; expected NAME=NUMBER (or true, false), each name once"
+                f"--set {text!r} is not understood; expected NAME=NUMBER (or a word: true, false, …), each name once"
             )
         found[name] = values if len(values) > 1 else values[0]
     return found
 
 
-def _value(text: str) -> bool | int | float:
+def _value(text: str) -> bool | int | float | str:
     word = text.strip().lower()
     if word in ("true", "false"):
         return word == "true"
-    return int(word) if word.lstrip("+-").isdigit() else float(word)
+    try:
+        return int(word) if word.lstrip("+-").isdigit() else float(word)
+    except ValueError:
+        if word.isidentifier():
+            return word
+        raise
 
 
 A = Annotated[str, typer.Argument(metavar="A", help=f"First model: {MODEL}.", show_default=False)]

@@ -6,6 +6,7 @@ says where in it, what is there and what was expected.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -154,6 +155,7 @@ _REFUSED = {
 }
 """Keys of mergekit's recipes that mean something else than merging aligned models."""
 _SETTING = "a number, true or false, a list of numbers, or conditions with filter and value"
+_WORD = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _HUGE = 1e30
 """Beyond this no weight, share or factor means anything."""
 
@@ -162,12 +164,14 @@ def _wanted(expected: str) -> PydanticCustomError:
     return PydanticCustomError("wanted", "{expected}", {"expected": expected})
 
 
-def _number(value: Any) -> bool | int | float:
-    """YAML reads 1e-5 as text."""
+def _number(value: Any) -> bool | int | float | str:
+    """YAML reads 1e-5 as text. Words are for the method to judge."""
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
+            if _WORD.fullmatch(value):
+                return value
             raise _wanted(_SETTING) from None
     if not isinstance(value, (bool, int, float)):
         raise _wanted(_SETTING)

@@ -1,5 +1,25 @@
 """The merge methods besides `mergeid.methods.registry.linear`, one file per family; importing this registers them."""
 
-from mergeid.methods import dare, fisher, regmean, spherical, stock, task_arithmetic, ties
+from mergeid.methods import (
+    arcee_fusion,
+    breadcrumbs,
+    dare,
+    della,
+    fisher,
+    multislerp,
+    nearswap,
+    nuslerp,
+    passthrough,
+    ram,
+    regmean,
+    sce,
+    spherical,
+    stock,
+    task_arithmetic,
+    ties,
+)
 
-__all__ = ["dare", "fisher", "regmean", "spherical", "stock", "task_arithmetic", "ties"]
+__all__ = [
+    "arcee_fusion", "breadcrumbs", "dare", "della", "fisher", "multislerp", "nearswap", "nuslerp", "passthrough", "ram",
+    "regmean", "sce", "spherical", "stock", "task_arithmetic", "ties",
+]  # fmt: skip

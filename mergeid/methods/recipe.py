@@ -13,9 +13,8 @@
 
 So mergekit's own recipes are read for the methods that both have: scalars, gradients (lists of numbers, interpolated
 from the first layer to the last) and conditions (`filter`, part of a tensor's name; the first that matches counts); a
-model's parameters come before those of the recipe. Where defaults differ, a recipe has mergekit's. Three things differ
-in the result: sums are taken in float32 or float64 whatever `dtype` says; DARE divides by the density, as its paper
-does, where mergekit restores the L1 norm; and the output follows the first model.
+model's parameters come before those of the recipe. Where defaults differ, a recipe has mergekit's. Two things differ in
+the result: sums are taken in float32 or float64 whatever `dtype` says, and the output follows the first model.
 """
 
 from __future__ import annotations
@@ -29,14 +28,19 @@ from typing import Any
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.reading import read_yaml
 from mergeid.io.schema import ConditionEntry, RecipeFile, validated
-from mergeid.methods.registry import MergeMethod, get_method
+from mergeid.methods.registry import MergeMethod, Parameter, get_method
 from mergeid.methods.settings import Condition, Setting
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "dare_ties": {"normalize": False},
+    "dare_linear": {"rescale_norm": "l1"},
+    "dare_ties": {"normalize": False, "rescale_norm": "l1"},
+    "della": {"rescale_norm": "l1"},
+    "della_linear": {"rescale_norm": "l1"},
     "karcher": {"max_iter": 10, "tol": 1e-5},
 }
 """mergekit's, where they are not ours."""
+_WITHOUT_EFFECT = {"task_arithmetic": ("density", "rescale", "rescale_norm")}
+"""Parameters that mergekit takes for a method and does nothing with, besides int8_mask."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,15 @@ def _assembled(
 ) -> Recipe:
     if method.name == "slerp":
         return _slerp(models, own, base, everywhere, dtype)
+    if method.ordered:
+        models, own = _from_base(method.name, models, own, base)
+        base = None
     if base is not None and base in models and method.base:
         at = models.index(base)
         models, own = models[:at] + models[at + 1 :], own[:at] + own[at + 1 :]
     elif base is not None and base in models:
         base = None  # mergekit takes the tokenizer from it, and merges it like the others
-    if method.base and base is None:
+    if method.base is True and base is None:
         raise MergeidError(
             f"method {method.name!r} needs the model that the others were fine-tuned from; add base_model"
         )
@@ -128,7 +135,13 @@ def _assembled(
     for given in (everywhere, *own):
         if given.pop("int8_mask", None):
             warnings.warn("int8_mask only saves memory in mergekit and is ignored", MergeidWarning, stacklevel=4)
+        for key in _WITHOUT_EFFECT.get(method.name, ()):
+            if given.pop(key, None) is not None:
+                text = f"{key} has no effect on {method.name}, in mergekit neither, and is ignored"
+                warnings.warn(text, MergeidWarning, stacklevel=4)
     weights = _per_model("weight", own, everywhere)
+    if words := _words(weights):
+        raise MergeidError(f"parameter 'weight' is {words[0]!r}; expected a number")
     if weights is not None and method.weights == "ignored":
         raise MergeidError(f"method {method.name!r} uses no weights; leave out 'weight'")
     parameters: dict[str, Any] = dict(_DEFAULTS.get(method.name, {}))
@@ -144,6 +157,7 @@ def _assembled(
             raise MergeidError(f"parameter {key!r} is one for all models; write it under the recipe's own parameters")
         else:
             parameters[key] = everywhere[key]
+        _check_words(parameter, parameters[key])
     return Recipe(models, method.name, base, weights, parameters, normalize, dtype)
 
 
@@ -151,18 +165,29 @@ def _slerp(
     models: list[str], own: list[dict[str, Any]], base: str | None, everywhere: dict[str, Any], dtype: str | None
 ) -> Recipe:
     """`t` goes from the base (0) to the other model (1)."""
-    if base is not None and base not in models:
-        models, own = [base, *models], [{}, *own]
-    if base is None or len(models) != 2:
-        raise MergeidError(f"slerp takes a base_model and one other, got {len(models)} models; see also karcher")
-    other = 1 - models.index(base)
-    given = {**everywhere, **own[1 - other], **own[other]}
+    models, own = _from_base("slerp", models, own, base)
+    given = {**everywhere, **own[0], **own[1]}
     for key in sorted(set(given) - {"t"}):
         raise MergeidError(f"method 'slerp' has no parameter {key!r} in a recipe; expected t")
     if "t" not in given:
         raise MergeidError("slerp needs a parameter t, from 0 (the base) to 1 (the other model)")
     t = given["t"]
-    return Recipe([base, models[other]], "slerp", None, [_complement(t), t], dtype=dtype)
+    if words := _words(t):
+        raise MergeidError(f"parameter 't' is {words[0]!r}; expected a number")
+    return Recipe(models, "slerp", None, [_complement(t), t], dtype=dtype)
+
+
+def _from_base(
+    name: str, models: list[str], own: list[dict[str, Any]], base: str | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Both models and their parameters, the base first."""
+    if base is not None and base not in models:
+        models, own = [base, *models], [{}, *own]
+    if base is None or len(models) != 2:
+        hint = "; see also karcher" if name == "slerp" else ""
+        raise MergeidError(f"{name} takes a base_model and one other, got {len(models)} models{hint}")
+    first = models.index(base)
+    return [base, models[1 - first]], [own[first], own[1 - first]]
 
 
 def _complement(setting: Any) -> Any:
@@ -171,6 +196,20 @@ def _complement(setting: Any) -> Any:
     if isinstance(setting, Condition):
         return Condition(_complement(setting.value), setting.pattern, setting.required)
     return 1 - setting
+
+
+def _words(setting: Any) -> list[str]:
+    """The words among the values of a setting, where nearly always numbers stand."""
+    if isinstance(setting, Condition):
+        return _words(setting.value)
+    if isinstance(setting, (tuple, list)):
+        return [word for part in setting for word in _words(part)]
+    return [setting] if isinstance(setting, str) else []
+
+
+def _check_words(parameter: Parameter, setting: Any) -> None:
+    for word in _words(setting):
+        parameter.checked(word)
 
 
 def _switch(value: Any) -> bool:

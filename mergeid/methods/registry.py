@@ -16,7 +16,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from mergeid.errors import MergeidError, shown
 from mergeid.plugins import near_names
@@ -24,6 +24,7 @@ from mergeid.plugins import near_names
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from typing_extensions import Unpack
 
 ENTRY_POINT_GROUP = "mergeid.methods"
 LARGEST_WEIGHT = 1e12
@@ -39,27 +40,33 @@ class Parameter:
 
     Attributes:
         name: what users call it (``--set NAME=VALUE``, a recipe's ``parameters``).
-        default: its value if nothing is said; its type says what is accepted (bool, int or float).
+        default: its value if nothing is said; its type says what is accepted (bool, int, float or one of `choices`).
         low, high: smallest and largest value.
+        choices: the words that a parameter with words for values may have.
         per_model: one value per model, handed over as a list.
         keyword: the function's keyword, where it is not `name`.
         help: what it does, in a few words.
     """
 
     name: str
-    default: float | bool
+    default: float | bool | str
     low: float = -math.inf
     high: float = math.inf
     per_model: bool = False
     keyword: str = ""
     help: str = ""
+    choices: tuple[str, ...] = ()
 
-    def checked(self, value: Any) -> float | bool:
+    def checked(self, value: Any) -> float | bool | str:
         """The value in the parameter's type.
 
         Raises:
             MergeidError: another type, not finite, or out of range.
         """
+        if self.choices:
+            if isinstance(value, str) and value in self.choices:
+                return value
+            raise MergeidError(f"parameter {self.name!r} is {shown(value)}; expected one of {', '.join(self.choices)}")
         kind = type(self.default)
         if kind is bool:
             if isinstance(value, bool):
@@ -89,27 +96,38 @@ class MergeMethod:
         elementwise: whether each element of the result depends on that element of the inputs alone; then large
             tensors are merged in pieces.
         weights: "shares" must sum to 1; "free" are factors of any size; "ignored" are not looked at.
-        base: whether it needs the base model (keyword ``base``: that tensor of it).
+        base: whether it needs the base model (keyword ``base``: that tensor of it); "optional": with one it merges the
+            task vectors, without one the models (keyword ``base`` is None).
         parameters: what else it takes, each as a keyword.
         statistics: "gram" or "fisher" (`mergeid.combine.statistics`): it needs calibration data (keyword
             ``statistics``: one tensor per model, or None where there is none for this tensor).
         seeded: whether it draws random numbers (keyword ``generator``, seeded by the tensor's name).
         most: largest number of models; None: any.
         scales: whether shares of another sum than 1 mean something (the sum, scaled).
+        ordered: whether it brings what the second model adds into the first; recipes call the first ``base_model``.
+        options: the frozen dataclass in which the function takes all keywords as one argument; None: one by one.
     """
 
     name: str
     function: MethodFunction
     elementwise: bool = True
     weights: Literal["shares", "free", "ignored"] = "shares"
-    base: bool = False
-    parameters: tuple[Parameter, ...] = ()
+    base: bool | Literal["optional"] = False
+    parameters: Sequence[Parameter] = ()
     statistics: Literal["gram", "fisher"] | None = None
     seeded: bool = False
     most: int | None = None
     scales: bool = False
+    ordered: bool = False
+    options: type | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters))
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Any) -> Tensor:
+        if self.options is not None:
+            defaults = {p.keyword or p.name: p.default for p in self.parameters if not p.per_model}
+            return self.function(tensors, weights, self.options(**{**defaults, **needs}))
         return self.function(tensors, weights, **needs)
 
     def parameter(self, name: str) -> Parameter:
@@ -123,29 +141,31 @@ class MergeMethod:
         raise MergeidError(f"method {self.name!r} has no parameter {name!r}{hint}; {takes}")
 
 
+class Traits(TypedDict, total=False):
+    """What is said of a method when it is registered: the attributes of `MergeMethod` of these names."""
+
+    elementwise: bool
+    weights: Literal["shares", "free", "ignored"]
+    base: bool | Literal["optional"]
+    parameters: Sequence[Parameter]
+    statistics: Literal["gram", "fisher"] | None
+    seeded: bool
+    most: int | None
+    scales: bool
+    ordered: bool
+    options: type | None
+
+
 _registered: dict[str, MergeMethod] = {}
 
 
-def register_method(
-    name: str,
-    *,
-    elementwise: bool = True,
-    weights: Literal["shares", "free", "ignored"] = "shares",
-    base: bool = False,
-    parameters: Sequence[Parameter] = (),
-    statistics: Literal["gram", "fisher"] | None = None,
-    seeded: bool = False,
-    most: int | None = None,
-    scales: bool = False,
-) -> Callable[[MethodFunction], MethodFunction]:
+def register_method(name: str, **traits: Unpack[Traits]) -> Callable[[MethodFunction], MethodFunction]:
     """Decorator: register a merge function (arguments: see `MergeMethod`). Raises ValueError on a duplicate name."""
 
     def add(function: MethodFunction) -> MethodFunction:
         if name in _registered:
             raise ValueError(f"merge method {name!r} is registered already")
-        _registered[name] = MergeMethod(
-            name, function, elementwise, weights, base, tuple(parameters), statistics, seeded, most, scales
-        )
+        _registered[name] = MergeMethod(name, function, **traits)
         return function
 
     return add

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.task_arithmetic import LAMBDA, in_pieces, wide
+from mergeid.methods.registry import register_method
+from mergeid.methods.sparse import elect_and_merge, parameters, regained
+from mergeid.methods.task_arithmetic import in_pieces, wide
 
 
 @register_method(
@@ -17,11 +18,7 @@ from mergeid.methods.task_arithmetic import LAMBDA, in_pieces, wide
     elementwise=False,
     weights="free",
     base=True,
-    parameters=[
-        Parameter("density", 1.0, 0.0, 1.0, per_model=True, help="share of each task vector that is kept"),
-        LAMBDA,
-        Parameter("normalize", True, help="divide by the weights of those that agree"),
-    ],
+    parameters=parameters(rescale=False, norm="l1", normalize=True),
 )
 def ties(
     tensors: Sequence[Tensor],
@@ -31,6 +28,8 @@ def ties(
     density: Sequence[float],
     scale: float = 1.0,
     normalize: bool = True,
+    rescale: bool = False,
+    rescale_norm: str = "l1",
 ) -> Tensor:
     """Trim each task vector τ_i = θ_i − θ_0, elect a sign per element, and merge the values that bear it.
 
@@ -44,17 +43,26 @@ def ties(
         density: share to keep, one per model.
         scale: λ.
         normalize: False leaves the division out.
+        rescale: scale each trimmed task vector back to the norm that it had.
+        rescale_norm: "l1", "l2" or "linf"; "probability" divides by the density.
 
     Returns:
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
     dtype, to = wide(tensors)
     cuts = [threshold(tensor, base, share, to) for tensor, share in zip(tensors, density, strict=True)]
+    scales = [1.0] * len(tensors)
+    if rescale and rescale_norm == "probability":
+        scales = [1 / share if share > 0 else 1.0 for share in density]
+    elif rescale:
+        origin = base.to(to)
+        masks = ((t.to(to) - origin).abs_().reshape(-1) >= cut for t, cut in zip(tensors, cuts, strict=True))
+        scales = [regained(t, base, mask, rescale_norm, to) for t, mask in zip(tensors, masks, strict=True)]
 
     def merge(_: slice, pieces: list[Tensor]) -> Tensor:
         origin = pieces[-1].to(to)
         deltas = [piece.to(to) - origin for piece in pieces[:-1]]
-        parts = [d.mul_(d.abs() >= cut).mul_(w) for d, cut, w in zip(deltas, cuts, weights, strict=True)]
+        parts = [d.mul_(d.abs() >= cut).mul_(w * c) for d, cut, w, c in zip(deltas, cuts, weights, scales, strict=True)]
         return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin)
 
     return in_pieces([*tensors, base], dtype, merge)
@@ -74,19 +82,3 @@ def threshold(tensor: Tensor, base: Tensor, density: float, dtype: torch.dtype) 
     place = size.size - max(1, int(density * size.size))
     size.partition(place)
     return float(size[place])
-
-
-def elect_and_merge(parts: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """Sum of the weighted deltas whose sign is that of their sum, over the sum of their weights with `normalize`."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total.add_(part)
-    positive = total >= 0
-    merged, divisor = torch.zeros_like(total), torch.zeros_like(total)
-    for part, weight in zip(parts, weights, strict=True):
-        agrees = torch.where(positive, part > 0, part < 0)
-        merged.add_(part * agrees)
-        divisor.add_(agrees, alpha=weight)
-    if normalize:
-        merged.div_(torch.where(divisor == 0, torch.ones_like(divisor), divisor))
-    return merged
