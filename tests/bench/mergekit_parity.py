@@ -1,0 +1,353 @@
+"""Every merge method and option that mergekit 0.1.5 has, through both tools in one process: the same recipe, the same
+tiny models, the same random masks.
+
+    python tests/bench/mergekit_parity.py [PATTERN] [--examples FOLDER]
+
+Needs an environment with mergekit 0.1.5 and mergeid (mergekit pins nothing that mergeid does not take:
+``pip install mergekit==0.1.5``). Makes a base and three fine-tunes of a small Llama (random weights from a seed), runs
+every recipe below, and those of mergekit's own ``examples/`` with stand-ins for their models, and writes
+``tables/mergekit_parity.csv``: recipe, what became of it, largest difference of a tensor (absolute, and in units of the
+last place of its largest element).
+
+Both draw their masks from the same uniform numbers, one list per number of elements. What may differ:
+
+- mergekit computes in the dtype of the recipe, mergeid in float32 or float64, and rounds once. Where the results differ
+  by more than a rounding, mergekit runs again with ``dtype: float64`` and the recipe's dtype for the output;
+- 16-bit task vectors have many equal magnitudes. Of those at the cut mergekit keeps some, by their place; mergeid keeps
+  all, so that the order of neurons does not matter (TIES, SCE). mergekit then runs a third time with that rule;
+- mergekit's slerp is a straight line above a cosine of 0.9995, off the circle by a share of (1 − cos θ) / 4 at most;
+- mergekit's Karcher mean takes angles as the arc cosine of float32 dot products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import fnmatch
+import io
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TABLE = Path(__file__).parent / "tables" / "mergekit_parity.csv"
+TOLERANCE = 1e-5
+EXACT = "same as in float64"
+"""What becomes of recipes where mergekit's own arithmetic is the difference."""
+TIED = "same but for equal magnitudes at the cut"
+"""The same in float64, where mergekit keeps all that ties with the smallest that it keeps."""
+
+
+def models(*names: str, **parameters: list[Any]) -> list[dict[str, Any]]:
+    """Entries of a recipe, with one value of each parameter per model."""
+    entries = []
+    for i, name in enumerate(names):
+        own = {key: values[i] for key, values in parameters.items()}
+        entries.append({"model": name, **({"parameters": own} if own else {})})
+    return entries
+
+
+THREE = ("a", "b", "c")
+WEIGHT = [0.4, 0.9, -0.3]
+DENSITY = [0.5, 0.7, 0.3]
+
+
+def task(method: str, everywhere: dict[str, Any] | None = None, **per_model: list[Any]) -> dict[str, Any]:
+    """A recipe that merges the task vectors of three fine-tunes."""
+    recipe = {"merge_method": method, "base_model": "base", "models": models(*THREE, **per_model), "dtype": "float32"}
+    return {**recipe, **({"parameters": everywhere} if everywhere else {})}
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"merge_method": "linear", "models": models(*THREE, weight=[1.0, 0.3, 0.5])},
+    "linear normalize false": {
+        "merge_method": "linear", "models": models(*THREE, weight=WEIGHT), "parameters": {"normalize": False},
+    },
+    "slerp": {"merge_method": "slerp", "base_model": "a", "models": models("a", "b"), "parameters": {"t": 0.3}},
+    "slerp gradient": {
+        "merge_method": "slerp", "base_model": "a", "models": models("a", "b"),
+        "parameters": {"t": [{"filter": "mlp", "value": [0, 0.5, 1]}, {"value": 0.2}]},
+    },
+    "task_arithmetic": task("task_arithmetic", {"lambda": 0.8}, weight=WEIGHT),
+    "task_arithmetic normalize": task("task_arithmetic", {"normalize": True, "density": 0.5}, weight=WEIGHT),
+    "ties": task("ties", weight=WEIGHT, density=DENSITY),
+    "ties normalize false": task("ties", {"normalize": False, "int8_mask": True}, weight=WEIGHT, density=DENSITY),
+    "ties rescale": task("ties", {"rescale": True}, weight=WEIGHT, density=DENSITY),
+    "dare_linear": task("dare_linear", weight=WEIGHT, density=DENSITY),
+    "dare_linear rescale false": task(
+        "dare_linear", {"rescale": False, "normalize": True}, weight=WEIGHT, density=DENSITY
+    ),
+    "dare_ties": task("dare_ties", weight=WEIGHT, density=DENSITY),
+    "dare_ties normalize": task("dare_ties", {"normalize": True, "lambda": 0.6}, weight=WEIGHT, density=DENSITY),
+    "della": task("della", weight=WEIGHT, density=DENSITY, epsilon=[0.1, 0.2, 0.15]),
+    "della rescale false": task("della", {"rescale": False, "normalize": False}, weight=WEIGHT, density=DENSITY),
+    "della_linear": task("della_linear", weight=WEIGHT, density=DENSITY),
+    "breadcrumbs": task("breadcrumbs", weight=WEIGHT, density=DENSITY, gamma=[0.1, 0.05, 0.2]),
+    "breadcrumbs default gamma": task(
+        "breadcrumbs", {"normalize": True, "rescale": True}, weight=WEIGHT, density=DENSITY
+    ),
+    "breadcrumbs_ties": task("breadcrumbs_ties", weight=WEIGHT, density=DENSITY, gamma=[0.1, 0.05, 0.2]),
+    "model_stock": task("model_stock"),
+    "model_stock filter_wise": task("model_stock", {"filter_wise": True}),
+    "sce": task("sce", {"select_topk": 0.4}),
+    "sce default": task("sce", {"int8_mask": True}),
+    "ram": task("ram"),
+    "ram epsilon": task("ram", {"epsilon": 0.01}),
+    "ramplus_tl": task("ramplus_tl", {"epsilon": 0.02, "r": 0.3, "alpha": 0.5}),
+    "karcher": {"merge_method": "karcher", "models": models(*THREE)},
+    "nuslerp": {"merge_method": "nuslerp", "models": models("a", "b", weight=[0.7, 0.6])},
+    "nuslerp base": {"merge_method": "nuslerp", "base_model": "base", "models": models("a", "b", weight=[0.7, 0.6])},
+    "nuslerp rows": {
+        "merge_method": "nuslerp", "base_model": "base", "models": models("a", "b", weight=[0.2, 0.6]),
+        "parameters": {"nuslerp_flatten": False},
+    },
+    "nuslerp row_wise": {
+        "merge_method": "nuslerp", "models": models("a", "b", weight=[0.2, 0.6]),
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+    "multislerp": {"merge_method": "multislerp", "models": models(*THREE, weight=[0.5, 0.3, 0.6])},
+    "multislerp base": task("multislerp", {"normalize_weights": False}, weight=[0.5, 0.3, 0.6]),
+    "nearswap": {"merge_method": "nearswap", "base_model": "a", "models": models("a", "b"), "parameters": {"t": 0.01}},
+    "arcee_fusion": {"merge_method": "arcee_fusion", "base_model": "a", "models": models("b")},
+    "passthrough scale": {"merge_method": "passthrough", "models": models("a", scale=[0.5])},
+}  # fmt: skip
+
+
+def make_models(folder: Path) -> None:
+    """base, a, b, c: fine-tunes that differ from it by noise of several sizes."""
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    for seed, name in enumerate(("base", *THREE)):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(base)
+        for parameter in model.parameters():
+            parameter.data += 0.02 * seed * torch.randn_like(parameter)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            model.to(dtype).save_pretrained(folder / str(dtype).removeprefix("torch.") / name)
+
+
+@contextlib.contextmanager
+def same_masks() -> Iterator[None]:
+    """Both tools compare the same uniform numbers with their probabilities, one list per number of elements, and rank
+    equal magnitudes in the same order."""
+    import mergeid.methods.dare as dare
+    import mergeid.methods.della as della
+
+    def uniform(size: int) -> torch.Tensor:
+        return torch.from_numpy(np.random.default_rng(size).random(size, dtype=np.float32))
+
+    def bernoulli(probabilities: torch.Tensor) -> torch.Tensor:
+        drawn = uniform(probabilities.numel()).reshape(probabilities.shape)
+        return (drawn < probabilities).to(probabilities.dtype)
+
+    def ours(probability: Any, size: int, generator: Any) -> torch.Tensor:
+        return uniform(size) < probability
+
+    def stable(sort: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, *words, **told: sort(x, *words, **{**told, "stable": True})
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("torch.bernoulli", bernoulli))
+        stack.enter_context(mock.patch("torch.argsort", stable(torch.argsort)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "argsort", stable(torch.Tensor.argsort)))
+        stack.enter_context(mock.patch.object(dare, "bernoulli", ours))
+        stack.enter_context(mock.patch.object(della, "bernoulli", ours))
+        yield
+
+
+def by_mergekit(recipe: Path, out: Path) -> str:
+    """What mergekit says where it fails; empty: it wrote `out`."""
+    from click.testing import CliRunner
+    from mergekit.scripts.multimerge import main as multimerge
+    from mergekit.scripts.run_yaml import main as run_yaml
+
+    several = len(list(yaml.safe_load_all(recipe.read_text()))) > 1
+    words = [str(recipe), str(out)]
+    if several:
+        words = [str(recipe), "--out-path", str(out), "-I", str(out.with_suffix(".between"))]
+    done = CliRunner().invoke(multimerge if several else run_yaml, [*words, "--quiet", "--no-write-model-card"])
+    return "" if done.exit_code == 0 else repr(done.exception or done.output[-200:])
+
+
+def by_mergeid(recipe: Path, out: Path) -> str:
+    """The sentence with which mergeid refuses; empty: it wrote `out`."""
+    from mergeid.commands.cli import run
+
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = run(["merge", str(recipe), "-o", str(out), "--match", "never"])
+    return "" if not code else told.getvalue().strip()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Largest difference, absolute and in units of the last place of our tensor's largest element."""
+    largest = units = 0.0
+    for name in theirs:
+        x, y = ours[name].double(), theirs[name].double()
+        far = float((x - y).abs().max())
+        unit = 2.0 ** math.floor(math.log2(float(y.abs().max()) or 1.0)) * torch.finfo(ours[name].dtype).eps
+        largest, units = max(largest, far), max(units, far / unit)
+    return largest, units
+
+
+def compare(name: str, text: str, work: Path) -> dict[str, Any]:
+    """One row of the table."""
+    recipe = work / f"{name.replace(' ', '_').replace('/', '_')}.yaml"
+    told = list(yaml.safe_load_all(text))
+    dtype = told[-1].get("out_dtype") or told[-1].get("dtype") or "float32"
+    told = [placed(one, dtype) for one in told]
+    recipe.write_text(yaml.safe_dump_all(told))
+    ours, theirs = recipe.with_suffix(".ours"), recipe.with_suffix(".theirs")
+    with same_masks():
+        refused, failed = by_mergeid(recipe, ours), by_mergekit(recipe, theirs)
+    row: dict[str, Any] = {"recipe": name, "outcome": "", "largest": "", "units": "", "said": ""}
+    if refused or failed:
+        both = "refused by both" if refused and failed else "refused" if refused else "mergekit fails"
+        return {**row, "outcome": both, "said": (refused or failed).replace("\n", " ").replace(f"{work}/", "")[:300]}
+    row |= judged(ours, theirs, "same")
+    if row["outcome"] == "same":
+        return row
+    exact = recipe.with_suffix(".exact.yaml")
+    exact.write_text(yaml.safe_dump_all({**t, "dtype": "float64", "out_dtype": dtype} for t in told))
+    for outcome, how in ((EXACT, contextlib.nullcontext), (TIED, ties_kept)):
+        out = exact.with_suffix(f".{how.__name__}")
+        with same_masks(), how():
+            failed = by_mergekit(exact, out)
+        found = {} if failed else judged(ours, out, outcome)
+        if found.get("outcome") == outcome:
+            return {**row, **found, "said": f"with {dtype} arithmetic it is off by {row['largest'] or row['said']}"}
+    return row
+
+
+@contextlib.contextmanager
+def ties_kept() -> Iterator[None]:
+    """mergekit with all that ties with the smallest that is kept, as mergeid has it."""
+    import mergekit.sparsify as sparsify
+
+    sce = sys.modules["mergekit.merge_methods.sce"]
+    rescaled, mask_of = sparsify.rescaled_masked_tensor, sce.sce_mask
+
+    def widened(tensor: torch.Tensor, mask: torch.Tensor, *words: Any, **told: Any) -> torch.Tensor:
+        size = tensor.abs()
+        if bool(mask.any()) and not bool((size[mask == 0] > size[mask != 0].min()).any()):  # a cut by magnitude
+            mask = (size >= size[mask != 0].min()).to(mask.dtype)
+        return rescaled(tensor, mask, *words, **told)
+
+    def selected(tvs: torch.Tensor, density: float, mask_dtype: torch.dtype | None = None) -> torch.Tensor:
+        mask, variance = mask_of(tvs, density, mask_dtype), torch.var(tvs, dim=0, unbiased=False)
+        return (variance >= variance[mask != 0].min()).to(mask.dtype) if bool(mask.any()) else mask
+
+    with mock.patch.object(sparsify, "rescaled_masked_tensor", widened), mock.patch.object(sce, "sce_mask", selected):
+        yield
+
+
+def placed(value: Any, dtype: str, key: str = "") -> Any:
+    """A recipe with our models where they lie, in the recipe's dtype; mergekit keeps files open by their path."""
+    if isinstance(value, dict):
+        return {k: placed(v, dtype, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [placed(v, dtype, key) for v in value]
+    if key in ("model", "base_model", "source") and value in ("base", *THREE):
+        return f"{dtype}/{value}"
+    return value
+
+
+def judged(ours: Path, theirs: Path, good: str) -> dict[str, Any]:
+    a, b = tensors(ours), tensors(theirs)
+    if {n: (t.shape, t.dtype) for n, t in a.items()} != {n: (t.shape, t.dtype) for n, t in b.items()}:
+        odd = [n for n in {*a, *b} if n not in a or n not in b or (a[n].shape, a[n].dtype) != (b[n].shape, b[n].dtype)]
+        first = sorted(odd)[0]
+        shown = [f"{tuple(t[first].shape)} {t[first].dtype}" if first in t else "none" for t in (a, b)]
+        return {"outcome": "other tensors", "said": f"{len(odd)}, such as {first}: {' and '.join(shown)}"}
+    largest, units = difference(a, b)
+    same = largest <= TOLERANCE or units <= 1
+    return {"outcome": good if same else "DIFFERENT", "largest": f"{largest:.1e}", "units": f"{units:.3g}"}
+
+
+def examples(folder: Path) -> dict[str, str]:
+    """mergekit's own recipes, with our models in the places of theirs and layers scaled to ours."""
+    found = {}
+    for file in sorted([*folder.glob("*.yml"), *folder.glob("*.yaml")]):
+        stand_ins: dict[str, str] = {}
+
+        def stand_in(value: Any, key: str = "", seen: dict[str, str] = stand_ins) -> Any:
+            if isinstance(value, dict):
+                return {k: stand_in(v, k, seen) for k, v in value.items()}
+            if isinstance(value, list):
+                if key == "layer_range":
+                    return [v // 10 for v in value]
+                return [stand_in(v, "", seen) for v in value]
+            if key in ("model", "base_model"):
+                return seen.setdefault(value, ("a", "b", "c", "base")[len(seen) % 4])
+            return value
+
+        found[f"examples/{file.name}"] = yaml.safe_dump(stand_in(yaml.safe_load(file.read_text())))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("pattern", nargs="?", default="*")
+    parser.add_argument("--examples", type=Path, help="mergekit's examples folder")
+    chosen = parser.parse_args()
+    every = {name: yaml.safe_dump(recipe) for name, recipe in RECIPES.items()}
+    for dtype in ("float16", "bfloat16"):
+        every |= {
+            f"{name} {dtype}": yaml.safe_dump({**RECIPES[name], "dtype": dtype})
+            for name in ("linear", "ties", "della", "nuslerp base", "sce", "ram")
+        }
+    if chosen.examples:
+        every |= examples(chosen.examples)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make_models(work)
+        os.chdir(work)
+        for name, text in every.items():
+            if not fnmatch.fnmatch(name, chosen.pattern):
+                continue
+            began = time.perf_counter()
+            rows.append(compare(name, text, work))
+            print(*rows[-1].values(), f"{time.perf_counter() - began:.1f} s", sep="  ", flush=True)
+    decided = [r for r in rows if r["outcome"] not in ("DIFFERENT", "other tensors")]
+    same = [r for r in rows if r["outcome"].startswith("same")]
+    print(f"{len(rows)} recipes: {len(decided)} decided, {len(same)} the same")
+    if chosen.pattern == "*":
+        with TABLE.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0 if len(decided) == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
