@@ -54,6 +54,7 @@ from mergeid.evaluate.measure import (
     run_forward,
 )
 from mergeid.plugins import Batch
+from mergeid.repair.shrunken import CONSTANT, example_sums, shrunken, width
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,8 +67,6 @@ ACTIVATION_BUDGET = 2 * 2**30
 share of the free memory, so that the same inputs give the same statistics everywhere."""
 LIVE_TENSORS = 5
 """Tensors of that width held at a time: input, output, shortcut, and what the calling frames still refer to."""
-CONSTANT = 1e-6
-"""A channel that varies by less than this share of the variance that it had is constant on the calibration data."""
 SLICE = 2**22
 """Values converted to float64 at a time."""
 
@@ -114,6 +113,7 @@ def reestimate_batchnorm(
     *,
     forward: Forward,
     accelerator: Accelerator | None = None,
+    shrink: bool = False,
 ) -> dict[str, Tensor]:
     """Replaces the running statistics of every BatchNorm by those of its inputs over the calibration data.
 
@@ -128,6 +128,8 @@ def reestimate_batchnorm(
         batches: `calibration_batches(...)`, or any sequence or iterable of batches, the same on all processes.
         forward: runs the model on a batch, ``adapter.forward``.
         accelerator: process group, device, mixed precision; by default `accelerate.Accelerator()`.
+        shrink: towards the statistics that the layers have, by the sampling error (`mergeid.repair.shrunken`): what few
+            inputs cannot tell stays. One example tells nothing.
 
     Returns:
         The changed tensors of the model's state dict by name (not copies); empty for a model without BatchNorm.
@@ -138,7 +140,7 @@ def reestimate_batchnorm(
     layers = list(batchnorm_layers(model).values())
     if not layers:
         return {}
-    run = _Run(model, layers, forward, accelerator or default_accelerator(), batches)
+    run = _Run(model, layers, forward, accelerator or default_accelerator(), batches, shrink)
     first = run.measure(by_batch=True)
     if run.count > 1 or first.repeated:
         tolerance = first.epsilon**0.75  # float64 2e-12, float32 6e-6, bfloat16 3e-2
@@ -161,16 +163,17 @@ class _Pass(NamedTuple):
 
 @dataclass
 class _Run:
-    """Repeated passes over this process's share of the calibration batches. `own`: the layers' variances before."""
+    """Repeated passes over this process's share of the calibration batches. `own`: the layers' statistics before."""
 
     model: nn.Module
     layers: list[_BatchNorm]
     forward: Forward
     accelerator: Accelerator
     batches: Iterable[Batch]
+    shrink: bool
     count: int = 0
     mine: list[tuple[int, Batch]] = field(default_factory=list)
-    own: list[Tensor] = field(default_factory=list)
+    own: list[_Own] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -182,24 +185,23 @@ class _Run:
             raise MergeidError("BatchNorm statistics cannot be measured without data; expected calibration batches")
         self.model.to(self.accelerator.device)
         self.dtype = input_dtype(self.model)
-        self.own = [_statistics(layer)[1] for layer in self.layers]
+        self.own = [_Own(*_statistics(layer), self.shrink) for layer in self.layers]
 
     def measure(self, *, by_batch: bool) -> _Pass:
         """One pass over all data that ends with the pooled statistics in place.
 
         `by_batch` normalises each batch by its own statistics; otherwise those in place stay until the end.
         """
-        widths = [1 + 2 * layer.num_features for layer in self.layers]
+        widths = [own.width for own in self.own]
         table = torch.zeros(self.count, sum(widths) + 2, dtype=torch.float64)  # one row per batch
-        own = self.own if by_batch else None
-        with eval_mode(self.model), torch.no_grad(), _moments(self.layers, own) as seen:
+        with eval_mode(self.model), torch.no_grad(), _moments(self.layers, self.own, place=by_batch) as seen:
             for index, raw in self.mine:
                 batch = to_model(raw, self.accelerator.device, self.dtype)
                 with fits_the_model(batch):
                     run_forward(self.model, batch, self.forward, self.accelerator)
                 rows = [
-                    _pool(torch.stack(calls)) if calls else torch.zeros(width, dtype=torch.float64)
-                    for calls, width in zip(seen.moments, widths, strict=True)
+                    _pool(torch.stack(calls), layer.num_features) if calls else torch.zeros(size, dtype=torch.float64)
+                    for layer, calls, size in zip(self.layers, seen.moments, widths, strict=True)
                 ]
                 repeated = any(len(calls) > 1 for calls in seen.moments)
                 table[index] = torch.cat([*rows, torch.tensor([repeated, seen.epsilon], dtype=torch.float64)])
@@ -207,34 +209,56 @@ class _Run:
                     calls.clear()
         table = reduce_sum(table, self.accelerator)
         called = set()
-        for layer, own_of_layer, rows_of_layer in zip(
-            self.layers, self.own, table[:, :-2].split(widths, dim=1), strict=True
-        ):
-            count, mean, squares = _pool(rows_of_layer).split([1, layer.num_features, layer.num_features])
-            if count > 0:
-                _set_statistics(layer, mean, squares / count, own_of_layer)
+        for layer, own, rows in zip(self.layers, self.own, table[:, :-2].split(widths, dim=1), strict=True):
+            pooled = _pool(rows, layer.num_features)
+            if pooled[0] > 0:
+                own.put(layer, pooled)
                 called.add(id(layer))
         return _Pass(called, bool(table[:, -2].any()), table[:, -1].max().item())
 
 
+@dataclass(frozen=True)
+class _Own:
+    """The statistics that a layer had, and what becomes of measured ones."""
+
+    mean: Tensor
+    variance: Tensor
+    shrink: bool
+
+    @property
+    def width(self) -> int:
+        """Numbers that a call leaves: count, mean [C], sum of squared deviations [C], and `example_sums`."""
+        return 1 + 2 * len(self.mean) + (width(len(self.mean)) if self.shrink else 0)
+
+    def put(self, layer: Any, moments: Tensor) -> None:
+        """Mean and variance of a layer's inputs, put in place; of a constant channel the variance stays."""
+        channels = len(self.mean)
+        count, mean, squares, sums = moments.split([1, channels, channels, len(moments) - 1 - 2 * channels])
+        own, variance = self.variance.to(moments), squares / count
+        constant = ~(variance > CONSTANT * own)
+        if self.shrink:
+            mean, variance = shrunken(count, mean, variance, sums, (self.mean.to(moments), own))
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(torch.where(constant, own, variance))
+
+
 @dataclass
 class _Seen:
-    """Per layer, one entry (count, mean [C], sum of squared deviations [C]) for each call, in float64; and the machine
-    epsilon of the coarsest input dtype."""
+    """Per layer, one entry (`_Own.width`) for each call, in float64; and the machine epsilon of the coarsest input
+    dtype."""
 
     moments: list[list[Tensor]]
     epsilon: float = 0.0
 
 
 @contextmanager
-def _moments(layers: Sequence[_BatchNorm], own: Sequence[Tensor] | None) -> Iterator[_Seen]:
-    """While open, every call of a layer leaves the moments of its input. The layers stay in eval mode; with the layers'
-    `own` variances the call's statistics are put in place before it, which is training-mode normalisation for every
-    subclass, without its moving average and without its process group."""
+def _moments(layers: Sequence[_BatchNorm], own: Sequence[_Own], *, place: bool) -> Iterator[_Seen]:
+    """While open, every call of a layer leaves the moments of its input. The layers stay in eval mode; with `place` the
+    call's statistics are put in place before it, which is training-mode normalisation for every subclass, without its
+    moving average and without its process group."""
     seen = _Seen([[] for _ in layers])
-    known_variances: Sequence[Tensor | None] = [None] * len(layers) if own is None else own
 
-    def watch(calls: list[Tensor], known: Tensor | None) -> Callable[..., None]:
+    def watch(calls: list[Tensor], had: _Own) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             if x.numel() == 0:
@@ -246,15 +270,18 @@ def _moments(layers: Sequence[_BatchNorm], own: Sequence[Tensor] | None) -> Iter
             parts = x.split(max(1, SLICE // count), dim=1)
             moments = [torch.var_mean(part.double(), dim=over, correction=0) for part in parts]
             variance, mean = (torch.cat(values) for values in zip(*moments, strict=True))
-            calls.append(torch.cat([mean.new_tensor([count]), mean, variance * count]).cpu())
-            if known is not None:
-                _set_statistics(layer, mean, variance, known)
+            found = torch.cat([mean.new_tensor([count]), mean, variance * count]).cpu()
+            if had.shrink:
+                found = torch.cat([found, _example_sums(parts, had.mean)])
+            calls.append(found)
+            if place:
+                had.put(layer, found)
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(watch(calls, known), with_kwargs=True)
-        for layer, calls, known in zip(layers, seen.moments, known_variances, strict=True)
+        layer.register_forward_pre_hook(watch(calls, had), with_kwargs=True)
+        for layer, calls, had in zip(layers, seen.moments, own, strict=True)
     ]
     try:
         yield seen
@@ -263,24 +290,26 @@ def _moments(layers: Sequence[_BatchNorm], own: Sequence[Tensor] | None) -> Iter
             handle.remove()
 
 
-def _pool(rows: Tensor) -> Tensor:
-    """(count, mean, sum of squared deviations) of the union of parts, from those of each part [parts, 1 + 2C]."""
-    count, (mean, squares) = rows[:, :1], rows[:, 1:].chunk(2, dim=1)
+def _example_sums(parts: Sequence[Tensor], about: Tensor) -> Tensor:
+    """`example_sums` of an input in slices of its channels, on the CPU."""
+    found, start = [], 0
+    for part in parts:
+        found.append(example_sums(part, about[start : start + part.shape[1]]).cpu())
+        start += part.shape[1]
+    return torch.cat([found[0][:2], *torch.cat([f[2:].reshape(5, -1) for f in found], 1)])
+
+
+def _pool(rows: Tensor, channels: int) -> Tensor:
+    """(count, mean, sum of squared deviations, sums that add up) of the union of parts, from those of each part."""
+    count, mean, squares = rows[:, :1], rows[:, 1 : 1 + channels], rows[:, 1 + channels : 1 + 2 * channels]
     total = count.sum()
     pooled_mean = (count * mean).sum(0) / total.clamp(min=1)
     pooled_squares = (squares + count * (mean - pooled_mean) ** 2).sum(0)
-    return torch.cat([total[None], pooled_mean, pooled_squares])
+    return torch.cat([total[None], pooled_mean, pooled_squares, rows[:, 1 + 2 * channels :].sum(0)])
 
 
 def _statistics(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.running_mean.cpu().double().clone(), layer.running_var.cpu().double().clone()
-
-
-def _set_statistics(layer: Any, mean: Tensor, variance: Tensor, own: Tensor) -> None:
-    """Mean and variance of a layer's inputs; of a constant channel the mean, and the variance that was its `own`."""
-    own = own.to(variance)
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(torch.where(variance > CONSTANT * own, variance, own))
 
 
 def _largest_change(before: list[tuple[Tensor, Tensor]], layers: Sequence[_BatchNorm]) -> float:

@@ -7,6 +7,12 @@ are run on calibration inputs, without labels, and compared with what the models
 (`mergeid.evaluate.nearness`). The nearest is written; ties (`TIE`) stay with the simplest: no repair before one, and
 the planned merge before another.
 
+Statistics are another matter. Those of the models themselves may be off (a short training, other inputs), and averages
+of them with them; a merge that keeps them is then near to the models and as wrong. So where BatchNorm statistics are
+estimated again, in a merge, they are in the models that it is compared with. That is harmless where the models' own are
+right, since estimates are shrunk by their sampling error (`mergeid.repair.shrunken`). And averaged statistics are kept
+only where they are nearer by more than chance (`DOUBT`), or as near (`SAME`).
+
 A repair is judged on inputs that it has not seen. The inputs are dealt out to `PARTS` parts; the network that is run on
 one is repaired on the others. What is written is then repaired on all of them: more than any of the trials had, so that
 it is, on average, nearer than the figure that it was chosen by.
@@ -26,12 +32,13 @@ from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mergeid.evaluate.nearness import NATS, RELATIVE, Far, Panel, joined
 from mergeid.models.state import load_weights
 from mergeid.neuron_graph.group import same_element
 from mergeid.stages.members import Member, Members
-from mergeid.stages.repair import SOLVE, repair_network, repairs
+from mergeid.stages.repair import SOLVE, refreshed, repair_network, repairs
 
 if TYPE_CHECKING:
     from mergeid.models.pair import Progress
@@ -41,6 +48,13 @@ if TYPE_CHECKING:
 TIE = 1e-3
 """Nats (or share of an output's variance) that another merge must be nearer by than a simpler one. Merges that differ
 in dead or equal neurons only are equal, up to rounding."""
+DOUBT = 2.0
+"""Standard errors that a merge with averaged BatchNorm statistics must be nearer by than with statistics estimated
+again."""
+SAME = 1e-4
+"""Nats (or share of an output's variance) that statistics estimated again must make a difference of."""
+ROUNDING = 16
+"""Machine epsilons of a tensor's largest entry that do not count as a change."""
 PARTS = 4
 """Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
 PARTS_OF_DEAR = 2
@@ -177,10 +191,12 @@ def last_look(
     if not among:
         merges = {planned: members}
     kinds = repairs(members, stage, device)
+    if kinds == ["none", "bn"] and any(_is_the_first(merge, skip) for merge in merges.values()):
+        kinds = ["none"]
     voices = _voices(members)
     panel = Panel(
         members.first,
-        [m.loaded.model for m, _ in voices],
+        [refreshed(members, m.loaded.model, device=device) if "bn" in kinds else m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
         dataset=members.dataset,
         collate=members.collate,
@@ -196,6 +212,20 @@ def last_look(
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
     return merges[chosen.chosen], chosen
+
+
+def _is_the_first(members: Members, skip: Sequence[str]) -> bool:
+    """Whether a merge is the first model again, up to rounding, such as that of a model with its scrambled copy: there
+    is nothing to repair then, whatever the calibration inputs say of the model."""
+    ours, merged = members.first.state(), members.merged_state(skip)
+    return ours.keys() == merged.keys() and all(_same(ours[key], merged[key]) for key in ours)
+
+
+def _same(ours: Tensor, merged: Tensor) -> bool:
+    if not ours.is_floating_point() or not ours.numel():
+        return torch.equal(ours, merged)
+    gap, size = (ours.double() - merged.double()).abs().max(), ours.double().abs().max()
+    return bool(gap <= ROUNDING * torch.finfo(ours.dtype).eps * size)
 
 
 def _tried(
@@ -223,10 +253,16 @@ def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, ex
         examples: how many were compared.
     """
     means = {key: _mean(far) for key, far in found.items()}
-    least = min(means.values())
     simplest = sorted(found, key=lambda key: (key[1] != "none", key[0] != planned))
-    # what is not finite in all of them is no reason to leave the plan
-    merge, repair = next(key for key in simplest if means[key] <= least + TIE or least == inf)
+    best = _first(means, simplest)
+    if {repair for _, repair in found} == {"none", "bn"}:
+        kept, again = (_first(means, [k for k in simplest if k[1] == repair]) for repair in ("none", "bn"))
+        error = _error(found[again], found[kept])
+        gap = means[again] - means[kept]
+        # infinite less infinite is no number
+        keep = not gap <= max(DOUBT * (error or 0.0), 0.0) or abs(gap) <= SAME
+        best = kept if keep else again
+    merge, repair = best
     own = min((key for key in found if key[0] == planned), key=lambda key: means[key])
     return Comparison(
         {label(*key): mean for key, mean in means.items()},
@@ -237,6 +273,13 @@ def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, ex
         examples,
         None if merge == planned else _error(found[own], found[merge, repair]),
     )
+
+
+def _first(means: Mapping[tuple[str, str], float], keys: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """The first of the keys whose mean is as small as any of theirs."""
+    least = min(means[key] for key in keys)
+    # what is not finite in all of them is no reason to leave the plan
+    return next(key for key in keys if means[key] <= least + TIE or least == inf)
 
 
 def _mean(far: Mapping[str, Far]) -> float:

@@ -118,6 +118,20 @@ def repair_network(
     return found
 
 
+def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.Module:
+    """One of the models with the statistics of its own BatchNorm layers estimated again, as a merge's are: itself where
+    it has none."""
+    if not batchnorm_layers(model):
+        return model
+    accelerator, forward = make_accelerator(device), members.first.forward
+    fresh = copy.deepcopy(model)
+    batches = calibration_batches(
+        fresh, members.dataset, forward=forward, collate=members.collate, accelerator=accelerator
+    )
+    reestimate_batchnorm(fresh, batches, forward=forward, accelerator=accelerator, shrink=True)
+    return fresh
+
+
 def _solve(members: Members, merged: nn.Module, progress: Progress | None) -> Repair:
     from mergeid.repair.solve import solve_network
 
@@ -161,7 +175,9 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
         for n, layer in batchnorm_layers(merged).items()
         if layer.running_var is not None
     }
-    found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator)
+    # what was averaged says nothing about rescaled layers
+    shrink = not found.kind
+    found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator, shrink=shrink)
     if not found.kind:
         new = {
             n: layer.running_var.double().cpu()

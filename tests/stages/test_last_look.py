@@ -199,11 +199,11 @@ def data(count, seed=3, scale=1.0):
 
 
 def test_a_merge_with_itself_keeps_its_statistics():
-    """Estimated again on few inputs they would be worse."""
+    """Whatever the inputs say of the model itself: nothing was averaged."""
     a = Normed(0)
     result = mergeid.merge(a, copy.deepcopy(a), data=data(24), example_inputs=torch.randn(2, 6))
     assert result.comparison["repair"] == "none" and result.repair is None
-    assert result.comparison["distance"] == 0 and set(result.comparison["distances"]) == {"plain", "plain+bn"}
+    assert result.comparison["distance"] == 0 and set(result.comparison["distances"]) == {"plain"}
     for key, value in result.state.items():
         assert torch.equal(value, a.state_dict()[key])
 
@@ -253,9 +253,24 @@ def test_the_nearest_is_chosen_and_ties_stay_with_the_simplest(values, planned):
     got, least = known[found.chosen, found.repair], min(values)
     assert got <= least + mergeid.stages.compare.TIE
     for merge, repair in keys:
-        simpler = (repair != "none", merge != planned) < (found.repair != "none", found.chosen != planned)
-        if simpler:
+        if repair == found.repair and merge == planned and found.chosen != planned:
             assert known[merge, repair] > least + mergeid.stages.compare.TIE
+    kept, again = (min(known[m, r] for m in ("plain", "matched")) for r in ("none", "bn"))
+    if found.repair == "bn":
+        assert not kept <= again
+    elif again != inf and abs(kept - again) > 2 * mergeid.stages.compare.TIE:
+        assert kept < again
+
+
+@pytest.mark.parametrize(
+    ("gap", "noise", "repair"), [(0.1, 0.5, "bn"), (0.1, 0.05, "none"), (-0.1, 0.5, "bn"), (5e-5, 0, "none")]
+)
+def test_averaged_statistics_stay_only_where_they_are_nearer_beyond_doubt(gap, noise, repair):
+    """Estimated again, the merge is farther by `gap`, with a standard error of `noise`/√24."""
+    wave = torch.tensor([[1.0, -1.0] * 12], dtype=torch.float64)
+    rows = {"none": torch.full_like(wave, 0.2), "bn": 0.2 + gap + noise * wave}
+    found = compare({("plain", r): {"output": Far("nats", v)} for r, v in rows.items()}, "plain", 24)
+    assert found.repair == repair
 
 
 def head(seed):
