@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergeid.verbs.api import barrier, graph, load, plan
     from mergeid.verbs.merge import MergeResult, merge
     from mergeid.verbs.predict import predict
+    from mergeid.verbs.report import report
     from mergeid.verbs.scramble import ScrambleResult, scramble
     from mergeid.verbs.similarity import SimilarityResult, similarity
     from mergeid.verbs.sketch import PredictionMatrix, predict_sketches, sketch
@@ -51,6 +52,7 @@ _PLACES = {
     "predict_sketches": "verbs.sketch",
     "register_matcher": "matchers.protocol",
     "register_method": "methods.registry",
+    "report": "verbs.report",
     "scramble": "verbs.scramble",
     "similarity": "verbs.similarity",
     "sketch": "verbs.sketch",
@@ -82,6 +84,7 @@ __all__ = [
     "predict_sketches",
     "register_matcher",
     "register_method",
+    "report",
     "scramble",
     "similarity",
     "sketch",

@@ -14,7 +14,21 @@ from typing import Annotated, Any
 
 import typer
 
-from mergeid.commands import adapters, align, barrier, demo, graph, merge, plan, predict, scramble, similarity, sketch
+from mergeid.commands import (
+    adapters,
+    align,
+    barrier,
+    demo,
+    explain,
+    graph,
+    merge,
+    plan,
+    predict,
+    report,
+    scramble,
+    similarity,
+    sketch,
+)
 from mergeid.commands import zip as zip_verb
 from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason
 
@@ -32,7 +46,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _verb in (merge, zip_verb, plan, predict, sketch, align, barrier, similarity, graph, scramble, adapters, demo):
+_VERBS = (
+    *(merge, zip_verb, plan, predict, report, barrier, align, sketch),
+    *(similarity, graph, scramble, explain, adapters, demo),
+)
+for _verb in _VERBS:
     # Rich keeps the line breaks of a docstring inside its paragraphs; the terminal has its own width.
     _help = "\n\n".join(" ".join(p.split()) for p in (_verb.command.__doc__ or "").split("\n\n"))
     app.command(_verb.__name__.rpartition(".")[2], help=_help)(_verb.command)

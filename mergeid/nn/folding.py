@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -33,6 +34,16 @@ def fold_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises `MergeidError` for σ-asymmetric activations, which have no ordinary form."""
     _refuse_gates(state)
     return effective_state(state)
+
+
+def fold_line(
+    a: dict[str, Tensor], b: dict[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
+    """Two states and their network, plain where they are asymmetric: the line between two networks is that of the
+    weights that they compute with, also where masks were permuted."""
+    if asymmetric_parameters(a) and not gates(a):
+        return fold_state(a), fold_state(b), fold_module(copy.deepcopy(model))
+    return a, b, model
 
 
 def fold(model: nn.Module) -> dict[str, Tensor]:

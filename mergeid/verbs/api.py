@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from mergeid.stages.planned import plan_pair
 from mergeid.verbs.align import align
 from mergeid.verbs.merge import MergeResult, merge
 from mergeid.verbs.predict import predict
+from mergeid.verbs.report import report
 from mergeid.verbs.scramble import ScrambleResult, scramble
 from mergeid.verbs.similarity import SimilarityResult, similarity
 from mergeid.verbs.sketch import PredictionMatrix, predict_sketches, sketch
@@ -44,6 +44,7 @@ __all__ = [
     "plan",
     "predict",
     "predict_sketches",
+    "report",
     "scramble",
     "similarity",
     "sketch",
@@ -245,8 +246,7 @@ def barrier(
 
     from mergeid.evaluate.interpolate import barrier_curve
     from mergeid.evaluate.measure import make_accelerator
-    from mergeid.nn.folding import fold_module, fold_state
-    from mergeid.nn.names import asymmetric_parameters, gates
+    from mergeid.nn.folding import fold_line
 
     dataset, collate = dataset_of(data, pair.a, limit, seed)
     source = calibration if calibration is not None else data
@@ -268,10 +268,7 @@ def barrier(
             progress=progress,
         )
         state_b = made.graph.apply_state(made.element, state_b)
-    state_a, model = pair.a.state(), pair.a.model
-    if asymmetric_parameters(state_a) and not gates(state_a):
-        # the line is that of the effective weights, also where B's masks were permuted
-        state_a, state_b, model = fold_state(state_a), fold_state(state_b), fold_module(copy.deepcopy(model))
+    state_a, state_b, model = fold_line(pair.a.state(), state_b, pair.a.model)
     chosen = None
     if dtype is not None:
         chosen = getattr(torch, dtype, None)

@@ -1,0 +1,6 @@
+"""One self-contained HTML page about a pair: the verdict first, then what it rests on."""
+
+from mergeid.reporting.page.content import FileRecord, Measured, Report
+from mergeid.reporting.page.render import render, write_page
+
+__all__ = ["FileRecord", "Measured", "Report", "render", "write_page"]

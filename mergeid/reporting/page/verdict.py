@@ -1,0 +1,116 @@
+"""The sentence that a page begins with, and the figures under it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergeid.reporting.tables import percent
+
+if TYPE_CHECKING:
+    from mergeid.evaluate.result import BarrierResult
+    from mergeid.reporting.page.content import Report
+
+SMALL, LARGE = 0.02, 0.5
+"""Nats above the models' mean loss up to which a merge costs next to nothing, and beyond which it is of no use."""
+WAYS = {
+    "direct": "average them as they are",
+    "direct, repaired": "average them as they are and estimate the normalisation statistics again",
+    "matched": "match their neurons, then average",
+    "matched, repaired": "match their neurons, average, and estimate the normalisation statistics again",
+    "planned": "match the neurons where the plan says so, then average",
+    "planned, repaired": "match the neurons where the plan says so, average, and estimate the statistics again",
+    "solved": "match their neurons, average, and solve the layers one by one",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured network.
+
+    Attributes:
+        kind: "end", or the way of merging. best: whether it is the best merge.
+    """
+
+    name: str
+    kind: str
+    loss: float
+    accuracy: float | None
+    best: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The figure that people ask for first."""
+        return percent(self.accuracy) if self.accuracy is not None else nats(self.loss)
+
+    @property
+    def second(self) -> str:
+        return f"loss {nats(self.loss)}" if self.accuracy is not None else "mean loss"
+
+
+def nats(value: float) -> str:
+    """A loss with its unit; breakdowns by name."""
+    return f"{value:.3f} nats" if math.isfinite(value) else "not finite"
+
+
+def midpoint(curve: BarrierResult) -> int:
+    """The grid point that is nearest to the average."""
+    return min(range(len(curve.lambdas)), key=lambda i: abs(curve.lambdas[i] - 0.5))
+
+
+def ends(report: Report) -> tuple[Figure, ...]:
+    """Both models, as they are."""
+    if not report.curves:
+        return ()
+    curve = next((c for c in report.curves if not c.repair), report.curves[0])
+    return tuple(
+        Figure(name, "end", curve.losses[i], None if curve.accuracies is None else curve.accuracies[i])
+        for name, i in (("Model A", 0), ("Model B", -1))
+    )
+
+
+def merges(report: Report) -> tuple[Figure, ...]:
+    """The merges with equal shares that were measured, the best one marked."""
+    found = [
+        Figure(c.label, c.label, c.losses[k], None if c.accuracies is None else c.accuracies[k])
+        for c in report.curves
+        for k in (midpoint(c),)
+    ] + [Figure(m.name, m.name, m.loss, m.accuracy) for m in report.solved]
+    best = min((f for f in found if math.isfinite(f.loss)), key=lambda f: f.loss, default=None)
+    return tuple(Figure(f.name, f.kind, f.loss, f.accuracy, best=f is best) for f in found)
+
+
+def sentence(report: Report) -> tuple[str, str]:
+    """The verdict ("yes", "care" or "no") and the sentence that says it."""
+    two, found = ends(report), merges(report)
+    best = next((f for f in found if f.best), None)
+    if best is not None and len(two) == 2:
+        return _measured(best, two)
+    if report.refused:
+        return "no", f"These two models will not merge: {report.refused}."
+    if report.prediction is not None and report.plan is None:
+        advice = report.prediction.advice
+        return ("yes" if advice.startswith("Merge") else "no" if advice.startswith("Do not") else "care"), advice
+    if found:
+        return "no", "Every merge of these two models breaks down: its loss is not finite."
+    if report.plan is None:
+        return "care", "Nothing was measured and nothing was planned."
+    return {
+        "direct": ("yes", "Merge these two models as they are: no layer gains from another order of B's neurons."),
+        "match": ("yes", "Put B's neurons into A's order first, then average the two models."),
+    }.get(report.plan.verdict, ("no", "These two models will not merge: most of their neurons correspond in no order."))
+
+
+def _measured(best: Figure, two: tuple[Figure, ...]) -> tuple[str, str]:
+    cost = best.loss - (two[0].loss + two[1].loss) / 2
+    way = WAYS.get(best.kind, best.kind)
+    if best.accuracy is not None and two[0].accuracy is not None and two[1].accuracy is not None:
+        have = f"the merged network gets {best.shown}, the two models get {two[0].shown} and {two[1].shown}"
+    else:
+        have = f"the merged network has a loss of {best.shown}, the two models have {two[0].shown} and {two[1].shown}"
+    if cost > LARGE:
+        return "no", f"Do not merge these two models: at best ({best.name}), {have}."
+    if cost > SMALL:
+        return "care", f"They merge at a price: {way}; {have}."
+    return "yes", f"They merge well: {way}; {have}."
