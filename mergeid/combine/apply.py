@@ -76,7 +76,7 @@ class MergeReport:
 
 def merge_checkpoints(
     a: Checkpoint | str | os.PathLike[str],
-    b: Checkpoint | str | os.PathLike[str],
+    b: Checkpoint | str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     *,
     weights: Sequence[Setting] | None = None,
@@ -103,7 +103,7 @@ def merge_checkpoints(
     float32 for 16-bit weights and in float64 otherwise, so merging a model with itself gives it back bit for bit.
 
     Args:
-        a, b: file, folder, hub id or open checkpoint.
+        a, b: file, folder, hub id or open checkpoint; no b for methods that take one model.
         output: a ``.safetensors`` file or a folder.
         weights: one per model (with sum 1 unless the method says otherwise); default: equal shares.
         normalize: True: scale the weights to sum 1; False: take them as they are.
@@ -133,8 +133,8 @@ def merge_checkpoints(
     """
     began = time.perf_counter()
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
-    second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
-    models = [first, second, *more]
+    second = b if b is None or isinstance(b, Checkpoint) else open_checkpoint(b)
+    models = [first, *([second] if second is not None else []), *more]
     origin = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
     chosen = get_method(method)
     check_base(chosen, origin is not None)
@@ -149,13 +149,13 @@ def merge_checkpoints(
     )
     _warn(models, plan, dtype)
     extra = _checked_overrides(first, overrides or {})
-    moved = [None, transform_b, *(transforms or [None] * len(used[2:]))]
+    moved = [None, *([transform_b] if second is not None else []), *(transforms or [None] * len(used[2:]))]
     if is_asymmetric(plan.merged):
         extra = {**_effective(plan.merged, used, moved, settings, origin is not None), **extra}
     with _hashing(*used) as hashes:
         merge: NumpyMerge | TorchMerge
         plain = method == "linear" and not any(moved) and not extra
-        if plain and NumpyMerge.can(first, second, plan, more):
+        if plain and NumpyMerge.can(models, plan):
             merge = NumpyMerge(models, plan, settings.weights_of)
         else:
             from mergeid.combine.by_torch import Aligned, TorchMerge

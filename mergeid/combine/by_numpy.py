@@ -117,9 +117,8 @@ class NumpyMerge:
         self._merged, self._compared = set(plan.merged), set(plan.compared)
 
     @staticmethod
-    def can(a: Checkpoint, b: Checkpoint, plan: TensorPlan, more: Sequence[Checkpoint] = ()) -> bool:
+    def can(models: Sequence[Checkpoint], plan: TensorPlan) -> bool:
         """Whether all that must be computed is within NumPy's means: mapped files, real numbers."""
-        models = (a, b, *more)
         return all(c.mapped for c in models) and all(c.table[n].dtype in _KINDS for c in models for n in plan.merged)
 
     def pieces(self, name: str) -> Iterator[memoryview]:

@@ -113,7 +113,7 @@ def plan_many(
         here = {*first.table, *other.table}
         return plan_tensors(first, other, skip=[p for p in skip if any(fnmatchcase(n, p) for n in here)], dtype=dtype)
 
-    plans = [plan(other) for other in rest]
+    plans = [plan(other) for other in rest or [first]]  # one model alone fits itself
     if base is not None:
         plan(base)
     if len(plans) == 1:

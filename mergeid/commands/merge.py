@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +13,10 @@ from mergeid.commands import options as o
 from mergeid.commands.work import working
 from mergeid.errors import MergeidError
 from mergeid.io.output import check_output
+
+if TYPE_CHECKING:
+    from mergeid.methods.recipe import Recipe
+    from mergeid.verbs.merge import MergeResult
 
 
 def command(
@@ -148,8 +154,9 @@ def command(
         "parameters": told,
         "dtype": dtype,
     }
+    stages: list[Recipe] = []
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        from mergeid.methods.recipe import read_recipe
+        from mergeid.methods.recipe import read_stages
 
         given = {
             "--weights": weights,
@@ -162,16 +169,16 @@ def command(
         }
         for option in (option for option, value in given.items() if value):
             raise MergeidError(f"{option} does not go with a recipe; write it into {models[0]}")
-        recipe = read_recipe(models[0])
+        stages = read_stages(models[0])
         if output is not None:
             check_output(output, inputs=models, force=force)  # replacing a folder would take the recipe in it along
-        models, what = recipe.models, recipe.arguments()
-    elif len(models) == 1:
+    elif len(models) == 1 and base is None:
         raise MergeidError("Missing argument 'B'; expected two models at least, or one recipe (a .yaml file)")
-    with working(as_json) as work:
-        result = api.merge(
-            models,
-            output=output,
+
+    def run(sources: Sequence[Any], target: str | os.PathLike[str] | None, what: Mapping[str, Any]) -> MergeResult:
+        return api.merge(
+            sources,
+            output=target,
             **what,
             match=match.value,
             matcher=matcher,
@@ -190,6 +197,14 @@ def command(
             allow_pickle=allow_pickle,
             progress=work.progress,
         )
+
+    with working(as_json) as work:
+        if stages:
+            from mergeid.stages.recipe import merge_stages
+
+            result = merge_stages(stages, output, run, allow_pickle)
+        else:
+            result = run(models, output, what)
         if as_json:
             work.emit(result.to_json())
         else:

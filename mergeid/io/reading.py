@@ -159,20 +159,30 @@ def _check_limits(parsed: Any, name: str, expected: str) -> None:
 
 
 def read_yaml(path: str | os.PathLike[str], expected: str) -> Any:
-    """What a YAML file says in the values that JSON has too. Aliases count as what they stand for.
+    """What a YAML file of one document says in the values that JSON has too. Aliases count as what they stand for.
 
     Raises:
-        MergeidError: broken, another kind of value, a name given twice, or beyond a limit.
+        MergeidError: broken, another kind of value, a name given twice, several documents, or beyond a limit.
     """
+    documents = read_yaml_documents(path, expected)
+    if len(documents) > 1:
+        raise MergeidError(f"{os.fspath(path)} has {len(documents)} documents; expected one, {expected}")
+    return documents[0]
+
+
+def read_yaml_documents(path: str | os.PathLike[str], expected: str) -> list[Any]:
+    """Every document of a YAML file, as `read_yaml` reads one; one that is empty (None) for an empty file."""
     import yaml
 
     name, text = os.fspath(path), read_text(path, expected, LARGEST_YAML)
     loader = None
     try:
         loader = _loader()(text)
-        node = loader.get_single_node()
-        _check_nodes(node, name, expected)
-        parsed = None if node is None else loader.construct_document(node)
+        parsed = []
+        while loader.check_node():
+            node = loader.get_node()
+            _check_nodes(node, name, expected)
+            parsed.append(loader.construct_document(node))
     except RecursionError:
         raise MergeidError(_too_deep(name, expected)) from None
     except yaml.YAMLError as error:
@@ -184,7 +194,7 @@ def read_yaml(path: str | os.PathLike[str], expected: str) -> Any:
         if loader is not None:
             loader.dispose()
     _check_limits(parsed, name, expected)
-    return parsed
+    return parsed or [None]
 
 
 def _loader() -> Any:

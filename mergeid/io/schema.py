@@ -146,8 +146,6 @@ class ZipRecord(Own):
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 _REFUSED = {
-    "slices": "stacking slices of layers is not a merge of aligned models",
-    "modules": "only whole models are merged",
     "tokenizer": "the tokenizer is the first model's",
     "chat_template": "the chat template is the first model's",
     "experts": "mixtures of experts are not built",
@@ -237,11 +235,31 @@ class ModelEntry(Own):
     parameters: dict[str, Setting] | None = None
 
 
+class SourceEntry(ModelEntry):
+    layer_range: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class SliceEntry(Own):
+    """Layers of the output, and those that they are merged of."""
+
+    sources: Annotated[list[SourceEntry], Field(min_length=1)]
+    base_model: Annotated[str, _text("a path or hub id")] | None = None
+    parameters: dict[str, Setting] | None = None
+
+
+class ModuleEntry(Own):
+    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
+    slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
+
+
 class RecipeFile(Own):
     """A merge recipe, in mergekit's words."""
 
     merge_method: Annotated[str, _text("the name of a method (linear, ties, …)")]
-    models: Annotated[list[ModelEntry], Field(min_length=1)]
+    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
+    slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
+    modules: dict[str, ModuleEntry] | None = None
+    name: Annotated[str, _text("a name for later documents of the file")] | None = None
     base_model: Annotated[str, _text("a path or hub id")] | None = None
     parameters: dict[str, Setting] | None = None
     dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None

@@ -22,12 +22,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.reading import read_yaml
-from mergeid.io.schema import ConditionEntry, RecipeFile, validated
+from mergeid.io.reading import read_yaml, read_yaml_documents
+from mergeid.io.schema import ConditionEntry, RecipeFile, SliceEntry, validated
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
 from mergeid.methods.settings import Condition, Setting
 
@@ -43,6 +43,23 @@ _WITHOUT_EFFECT = {"task_arithmetic": ("density", "rescale", "rescale_norm")}
 """Parameters that mergekit takes for a method and does nothing with, besides int8_mask."""
 
 
+class Ranged(str):
+    """The name of a model of which a slice of layers is taken.
+
+    Attributes:
+        first, end: its layers, `end` not included.
+    """
+
+    first: int
+    end: int
+
+    @classmethod
+    def of(cls, name: str, first: int, end: int) -> Ranged:
+        found = cls(name)
+        found.first, found.end = first, end
+        return found
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a recipe says, as arguments of `mergeid.merge`.
@@ -55,6 +72,8 @@ class Recipe:
         parameters: of the method.
         normalize: True: scale the weights to sum 1; False: take them as they are; None: as the method does.
         dtype: of the output.
+        slices: for recipes with slices, what each is merged of and how, bottom first; `models` is empty then.
+        name: under which later documents of the same file name the result.
     """
 
     models: list[str]
@@ -64,6 +83,13 @@ class Recipe:
     parameters: dict[str, Any] = field(default_factory=dict)
     normalize: bool | None = None
     dtype: str | None = None
+    slices: tuple[Recipe, ...] = ()
+    name: str | None = None
+
+    def sources(self) -> list[str]:
+        """All models that it names."""
+        own = [*self.models, *([self.base] if self.base is not None else [])]
+        return [str(name) for name in own] + [name for part in self.slices for name in part.sources()]
 
     def arguments(self) -> dict[str, Any]:
         """Everything but the models."""
@@ -78,7 +104,7 @@ class Recipe:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe.
+    """Read a recipe of one document.
 
     Raises:
         MergeidError: no such file, no YAML, unknown or refused keys, values of another kind than expected.
@@ -86,26 +112,118 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return parse_recipe(read_yaml(path, "a recipe in YAML"), os.fspath(path))
 
 
+def read_stages(path: str | os.PathLike[str]) -> list[Recipe]:
+    """Read all documents of a recipe, in an order in which each comes after those that it names; the last is what the
+    file is about.
+
+    Raises:
+        MergeidError: as `read_recipe`; a name twice, several documents without one, or stages that need each other.
+    """
+    name = os.fspath(path)
+    documents = read_yaml_documents(path, "a recipe in YAML")
+    recipes = []
+    for i, parsed in enumerate(documents):
+        recipes.append(parse_recipe(parsed, name if len(documents) == 1 else f"{name}, document {i + 1}"))
+    return in_order(recipes, name)
+
+
+def in_order(recipes: Sequence[Recipe], name: str = "the recipe") -> list[Recipe]:
+    """Stages so that each comes after those that it names. Raises `MergeidError` where that cannot be."""
+    named = {r.name: r for r in recipes if r.name is not None}
+    unnamed = [r for r in recipes if r.name is None]
+    if len(named) + len(unnamed) < len(recipes):
+        twice = next(r.name for i, r in enumerate(recipes) if r.name in [q.name for q in recipes[:i]])
+        raise MergeidError(f"{name}: two documents have the name {twice!r}; expected each once")
+    if len(unnamed) > 1:
+        raise MergeidError(f"{name}: {len(unnamed)} documents have no name; expected one, whose result is the output")
+    last = unnamed[0] if unnamed else recipes[-1]
+    done: list[Recipe] = []
+
+    def visit(recipe: Recipe, above: tuple[str | None, ...]) -> None:
+        if recipe in done:
+            return
+        if recipe.name is not None and recipe.name in above:
+            raise MergeidError(f"{name}: {recipe.name!r} is made of itself ({' → '.join(map(str, above))})")
+        for source in recipe.sources():
+            if source in named:
+                visit(named[source], (*above, recipe.name))
+        done.append(recipe)
+
+    visit(last, ())
+    for recipe in recipes:
+        if recipe not in done:
+            told = f"{recipe.name!r} is made and used by nothing; it is left out"
+            warnings.warn(f"{name}: {told}", MergeidWarning, stacklevel=3)
+    return done
+
+
 def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
     """A recipe from parsed YAML; `name` is what messages call it. Raises `MergeidError` as `read_recipe` does."""
     told = validated(RecipeFile, parsed, name)
+    entries, slices = told.models, told.slices
+    if told.modules is not None:
+        if len(told.modules) != 1:
+            listed = ", ".join(told.modules)
+            raise MergeidError(
+                f"{name}: modules {listed}: parts of a model under recipes of their own are not supported; merge them "
+                "with --weights GLOB=… or conditions (filter) instead"
+            )
+        (module,) = told.modules.values()
+        entries, slices = module.models, module.slices
+    if (entries is None) == (slices is None):
+        raise MergeidError(f"{name} lacks the key 'models'; expected models or slices, one of them")
     if told.tokenizer_source is not None:
         warnings.warn(
             f"{name}: tokenizer_source is ignored, the tokenizer is the first model's", MergeidWarning, stacklevel=3
         )
-    for i, entry in enumerate(told.models):
-        if "+" in entry.model and not os.path.exists(entry.model):
-            raise MergeidError(
-                f"{name}: models[{i}]: {entry.model} asks for a LoRA on top of a model; merge it into the model first"
-            )
-    own = [_settings(entry.parameters) for entry in told.models]
-    everywhere = _settings(told.parameters)
     try:
         method = get_method(told.merge_method)
-        models, dtype = [entry.model for entry in told.models], told.out_dtype or told.dtype
-        return _assembled(method, models, own, told.base_model, everywhere, dtype)
+        everywhere = _settings(told.parameters)
+        dtype = told.out_dtype or told.dtype
+        if slices is not None:
+            return _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
+        models = [entry.model for entry in entries or ()]
+        for i, model in enumerate(models):
+            if "+" in model and not os.path.exists(model):
+                raise MergeidError(
+                    f"models[{i}]: {model} asks for a LoRA on top of a model; merge it into the model first"
+                )
+        own = [_settings(entry.parameters) for entry in entries or ()]
+        return replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
     except MergeidError as error:
         raise MergeidError(f"{name}: {error}") from None
+
+
+def _sliced(
+    method: MergeMethod,
+    slices: Sequence[SliceEntry],
+    base: str | None,
+    everywhere: dict[str, Any],
+    dtype: str | None,
+    name: str | None,
+) -> Recipe:
+    """Every slice as a recipe of its own; they must merge the same number of models."""
+    parts = []
+    for i, one in enumerate(slices):
+        models: list[str] = []
+        for source in one.sources:
+            first, end = source.layer_range
+            models.append(Ranged.of(source.model, first, end))
+        if len({m.end - m.first for m in models if isinstance(m, Ranged)}) > 1:
+            raise MergeidError(f"slices[{i}] takes different numbers of layers; expected the same from each source")
+        own = [_settings(source.parameters) for source in one.sources]
+        levels = [level for level in (_settings(one.parameters), everywhere) if level]
+        keys = {key for level in levels for key in level}
+        shared = {key: _joined([level[key] for level in levels if key in level]) for key in keys}
+        origin = None if method.name == "passthrough" else one.base_model or base
+        if method.most is not None and len(models) > method.most + (method.base is True):
+            raise MergeidError(f"slices[{i}] has {len(models)} sources; method {method.name!r} takes {method.most}")
+        parts.append(_assembled(method, models, own, origin, shared, dtype))
+    if len({len(part.models) for part in parts}) > 1:
+        counts = ", ".join(str(len(part.models)) for part in parts)
+        raise MergeidError(f"the slices merge {counts} models; expected the same number in each")
+    first_part = parts[0]
+    return replace(first_part, models=[], base=None, slices=tuple(parts), name=name)
 
 
 def _assembled(
@@ -123,6 +241,7 @@ def _assembled(
         base = None
     if base is not None and base in models and method.base:
         at = models.index(base)
+        base = models[at]
         models, own = models[:at] + models[at + 1 :], own[:at] + own[at + 1 :]
     elif base is not None and base in models:
         base = None  # mergekit takes the tokenizer from it, and merges it like the others
@@ -187,7 +306,7 @@ def _from_base(
         hint = "; see also karcher" if name == "slerp" else ""
         raise MergeidError(f"{name} takes a base_model and one other, got {len(models)} models{hint}")
     first = models.index(base)
-    return [base, models[1 - first]], [own[first], own[1 - first]]
+    return [models[first], models[1 - first]], [own[first], own[1 - first]]
 
 
 def _complement(setting: Any) -> Any:

@@ -102,7 +102,7 @@ class MergeMethod:
         statistics: "gram" or "fisher" (`mergeid.combine.statistics`): it needs calibration data (keyword
             ``statistics``: one tensor per model, or None where there is none for this tensor).
         seeded: whether it draws random numbers (keyword ``generator``, seeded by the tensor's name).
-        most: largest number of models; None: any.
+        least, most: smallest (beside a base) and largest number of models; None: any.
         scales: whether shares of another sum than 1 mean something (the sum, scaled).
         ordered: whether it brings what the second model adds into the first; recipes call the first ``base_model``.
         options: the frozen dataclass in which the function takes all keywords as one argument; None: one by one.
@@ -120,6 +120,7 @@ class MergeMethod:
     scales: bool = False
     ordered: bool = False
     options: type | None = None
+    least: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(self.parameters))
@@ -154,6 +155,7 @@ class Traits(TypedDict, total=False):
     scales: bool
     ordered: bool
     options: type | None
+    least: int
 
 
 _registered: dict[str, MergeMethod] = {}

@@ -41,7 +41,18 @@ class Condition:
     required: bool = True
 
 
-Setting = Union[Scalar, tuple[Scalar, ...], tuple[Condition, ...]]
+@dataclass(frozen=True)
+class ByName:
+    """A value for every tensor by its whole name, evaluated already (slices have depths and parameters of their own).
+
+    Attributes:
+        values: name -> value.
+    """
+
+    values: Mapping[str, Scalar]
+
+
+Setting = Union[Scalar, tuple[Scalar, ...], tuple[Condition, ...], ByName]
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d{1,9})\.")
 
@@ -69,6 +80,8 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
     """The value of a setting for one tensor; None where no condition matches."""
+    if isinstance(setting, ByName):
+        return setting.values.get(name)
     if not isinstance(setting, tuple):
         return setting
     conditions = [c for c in setting if isinstance(c, Condition)]
@@ -210,7 +223,7 @@ class MergeSettings:
     @property
     def constant(self) -> bool:
         """Whether every tensor gets the same weights."""
-        return not any(isinstance(w, tuple) for w in self.weights)
+        return not any(isinstance(w, (tuple, ByName)) for w in self.weights)
 
     def to_json(self) -> dict[str, Any]:
         """Weights and parameters as plain values."""
@@ -239,6 +252,8 @@ def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | 
 
 
 def _plain(setting: Setting) -> Any:
+    if isinstance(setting, ByName):
+        return dict(setting.values)
     if not isinstance(setting, tuple):
         return setting
     return [{"pattern": c.pattern, "value": _plain(c.value)} if isinstance(c, Condition) else c for c in setting]

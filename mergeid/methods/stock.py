@@ -20,6 +20,7 @@ SMALLEST_DIVISOR = 1e-6
     elementwise=False,
     weights="ignored",
     base=True,
+    least=2,
     parameters=[Parameter("filter_wise", False, help="an angle per row instead of per tensor")],
 )
 def model_stock(

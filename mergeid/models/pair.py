@@ -315,5 +315,6 @@ def output_path(output: str | os.PathLike[str] | None, reads: Sequence[Any], for
     if output is None:
         first = reads[0]
         folder = isinstance(first, (str, os.PathLike)) and not str(first).endswith((".safetensors", *PICKLES))
+        folder = folder or (isinstance(first, Checkpoint) and first.is_folder)
         output = "merged" if folder else "merged.safetensors"
     return check_output(output, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=force)

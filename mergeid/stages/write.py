@@ -103,7 +103,7 @@ def write(
     tell = (lambda done, total: progress("writing", done, total)) if progress else None
     report = merge_checkpoints(
         inputs.models[0],
-        inputs.models[1],
+        inputs.models[1] if inputs.models[1:] else None,
         target,
         more=inputs.models[2:],
         base=inputs.base,
@@ -112,8 +112,8 @@ def write(
         method=settings.method.name,
         parameters=settings.parameters,
         seed=settings.seed,
-        transform_b=inputs.transforms[1],
-        transforms=inputs.transforms[2:],
+        transform_b=inputs.transforms[1] if inputs.models[1:] else None,
+        transforms=inputs.transforms[min(2, len(inputs.models)) :],
         statistics=inputs.statistics,
         overrides=inputs.overrides,
         dtype=dtype,

@@ -145,8 +145,8 @@ def merge(
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
-    models = _listed(a, b, more)
     chosen = get_method(method)
+    models = _listed(a, b, more, chosen.least if chosen.most == 1 or base is not None else 2)
     check_base(chosen, base is not None)
     stage = ("auto" if repair else "none") if isinstance(repair, bool) else repair
     _check_modes(chosen, match, stage, data)
@@ -196,7 +196,7 @@ def merge(
         from mergeid.stages.transport import transported_members
 
         members, result.verdict = transported_members(models, settings, **common), "transported"
-    elif match != "never" or data is not None:
+    elif (match != "never" or data is not None) and (models[1:] or base is not None):
         how = {"match": match, "matcher": matcher, "dtype": dtype, **common}
         try:
             members = _plan_all(models, base, settings, result, force, **how)
@@ -269,11 +269,11 @@ def _look(
     return chosen, found
 
 
-def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Source]) -> list[Source]:
+def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Source], least: int) -> list[Source]:
     given: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
     models: list[Source] = [m for m in given if m is not None]
-    if len(models) < 2:
-        raise MergeidError(f"merging takes two models at least, got {len(models)}")
+    if len(models) < least:
+        raise MergeidError(f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(models)}")
     return models
 
 

@@ -125,8 +125,80 @@ RECIPES: dict[str, dict[str, Any]] = {
     "multislerp base": task("multislerp", {"normalize_weights": False}, weight=[0.5, 0.3, 0.6]),
     "nearswap": {"merge_method": "nearswap", "base_model": "a", "models": models("a", "b"), "parameters": {"t": 0.01}},
     "arcee_fusion": {"merge_method": "arcee_fusion", "base_model": "a", "models": models("b")},
+    "one model and a base": {**task("task_arithmetic", {"lambda": 0.5}), "models": models("a", weight=[1.0])},
+    "slices: frankenmerge": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 3]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 4]}]},
+        ],
+    },
+    "slices: scaled copies": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+            {
+                "sources": [
+                    {
+                        "model": "a", "layer_range": [1, 3],
+                        "parameters": {
+                            "scale": [
+                                {"filter": "o_proj", "value": 0.0},
+                                {"filter": "down_proj", "value": 0.0},
+                                {"value": 1.0},
+                            ]
+                        },
+                    }
+                ]
+            },
+        ],
+    },
+    "slices: slerp with gradients": {
+        "merge_method": "slerp", "base_model": "a", "parameters": {"t": [0.1, 0.9]},
+        "slices": [
+            {
+                "sources": [{"model": "a", "layer_range": [0, 3]}, {"model": "b", "layer_range": [1, 4]}],
+                "parameters": {"t": [{"filter": "mlp", "value": [0.0, 1.0]}]},
+            },
+            {
+                "base_model": "c",
+                "sources": [{"model": "b", "layer_range": [0, 2]}, {"model": "c", "layer_range": [2, 4]}],
+            },
+        ],
+    },
+    "slices: ties": {
+        "merge_method": "ties", "base_model": "base", "parameters": {"density": 0.5, "weight": 0.3},
+        "slices": [
+            {
+                "sources": [
+                    {"model": "base", "layer_range": [0, 2]},
+                    {"model": "a", "layer_range": [0, 2], "parameters": {"weight": [0.2, 0.8]}},
+                    {"model": "b", "layer_range": [2, 4]},
+                ]
+            },
+        ],
+    },
+    "modules: default": {
+        "merge_method": "linear", "modules": {"default": {"models": models("a", "b", weight=[1.0, 2.0])}},
+    },
     "passthrough scale": {"merge_method": "passthrough", "models": models("a", scale=[0.5])},
 }  # fmt: skip
+
+
+STAGES = {
+    "stages": [
+        {"name": "first", "merge_method": "linear", "models": models("a", "b", weight=[0.5, 0.5])},
+        {
+            "name": "second",
+            "merge_method": "slerp",
+            "base_model": "first",
+            "models": models("c"),
+            "parameters": {"t": 0.5},
+        },
+        task("dare_ties", weight=[0.5, 0.2, 0.4], density=[0.6, 0.8, 0.5]),
+    ]
+}
+STAGES["stages"][2]["models"][0]["model"] = "second"
 
 
 def make_models(folder: Path) -> None:
@@ -320,6 +392,7 @@ def main() -> int:
     parser.add_argument("--examples", type=Path, help="mergekit's examples folder")
     chosen = parser.parse_args()
     every = {name: yaml.safe_dump(recipe) for name, recipe in RECIPES.items()}
+    every |= {name: yaml.safe_dump_all(stages) for name, stages in STAGES.items()}
     for dtype in ("float16", "bfloat16"):
         every |= {
             f"{name} {dtype}": yaml.safe_dump({**RECIPES[name], "dtype": dtype})

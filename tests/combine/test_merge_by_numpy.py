@@ -129,12 +129,12 @@ def test_a_plain_merge_never_imports_torch(tmp_path: Path) -> None:
 
 def test_when_torch_is_needed(tmp_path: Path) -> None:
     a, b = (open_checkpoint(f) for f in files(tmp_path, (torch.float32, torch.float32)))
-    assert NumpyMerge.can(a, b, plan_tensors(a, b))
+    assert NumpyMerge.can((a, b), plan_tensors(a, b))
     memory = Checkpoint.from_tensors(a.state_dict())
-    assert not NumpyMerge.can(memory, b, plan_tensors(memory, b))
+    assert not NumpyMerge.can((memory, b), plan_tensors(memory, b))
     save_file({"z": torch.ones(2, dtype=torch.complex64)}, tmp_path / "z.safetensors")
     z = open_checkpoint(tmp_path / "z.safetensors")
-    assert not NumpyMerge.can(z, z, plan_tensors(z, z))
+    assert not NumpyMerge.can((z, z), plan_tensors(z, z))
     with pytest.warns(match="the same file"):
         merge_checkpoints(z, z, tmp_path / "zz.safetensors")
     assert load_file(tmp_path / "zz.safetensors")["z"].eq(1).all()

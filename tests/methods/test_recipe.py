@@ -218,7 +218,7 @@ PAIR = "models: [{model: a}, {model: b}]"
         (f"{PAIR}", "lacks the key 'merge_method'"),
         (f"merge_method: tyes\n{PAIR}", "unknown merge method 'tyes'.*'ties'"),
         (f"merge_method: linear\nbasemodel: x\n{PAIR}", r"unknown key 'basemodel' \(did you mean 'base_model'"),
-        ("merge_method: linear\nslices: []", "the key 'slices', which is not supported: stacking"),
+        ("merge_method: linear\nslices: []", "slices is an empty list"),
         (f"merge_method: linear\ngate_mode: random\n{PAIR}", "'gate_mode', which is not supported: mixtures"),
         ("merge_method: linear", "lacks the key 'models'"),
         ("merge_method: linear\nmodels: []", "models is an empty list; expected more entries"),

@@ -1,0 +1,98 @@
+"""A checkpoint whose tensors are formed from those of others when they are asked for: renamed, stacked, added up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.plugins import TensorInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Formed:
+    """One tensor of a derived checkpoint.
+
+    Attributes:
+        info: its dtype and shape.
+        form: gives it, on the CPU.
+        reads: the checkpoints and names that it is formed from.
+    """
+
+    info: TensorInfo
+    form: Callable[[], Tensor]
+    reads: tuple[tuple[Checkpoint, str], ...]
+
+
+@dataclass(eq=False, repr=False)
+class Derived(Checkpoint):
+    """A model that lies in no file as it is. What it is made of stays mapped, and nothing is kept in memory."""
+
+    formed: Mapping[str, Formed] = field(default_factory=dict)
+    parents: tuple[Checkpoint, ...] = ()
+
+    @property
+    def mapped(self) -> bool:
+        return False
+
+    def tensor(self, name: str) -> Tensor:
+        return self.formed[name].form()
+
+    def release(self, name: str) -> None:
+        for checkpoint, source in self.formed[name].reads:
+            checkpoint.release(source)
+
+    def with_alias(self, name: str, of: str) -> Checkpoint:
+        return replace(
+            self,
+            table={**self.table, name: self.table[of]},
+            file_of={**self.file_of, name: self.file_of[of]},
+            formed={**self.formed, name: self.formed[of]},
+        )
+
+    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
+        return {f"{p.source}/{file}": digest for p in self.parents for file, digest in p.fingerprint(stop).items()}
+
+
+def read_from(checkpoint: Checkpoint, name: str) -> Formed:
+    """A tensor of another checkpoint as it is."""
+    return Formed(checkpoint.table[name], lambda: checkpoint.tensor(name), ((checkpoint, name),))
+
+
+def derived(
+    source: str,
+    like: Checkpoint,
+    formed: Mapping[str, Formed],
+    *,
+    parents: Iterable[Checkpoint],
+    config: dict[str, Any] | None = None,
+) -> Derived:
+    """A checkpoint of these tensors, with the folder and the companions of `like`.
+
+    Args:
+        source: what messages call it.
+        parents: all that it is formed from.
+        config: in place of that of `like`.
+    """
+    made = tuple(dict.fromkeys(parents))
+    files: tuple[Path, ...] = tuple(dict.fromkeys(f for p in (like, *made) for f in p.files))
+    return Derived(
+        source=source,
+        path=like.path,
+        files=files,
+        table={name: one.info for name, one in formed.items()},
+        file_of=dict.fromkeys(formed, like.path),
+        metadata=dict(like.metadata),
+        config=like.config if config is None else config,
+        is_folder=like.is_folder,
+        config_changed=config is not None or like.config_changed,
+        formed=dict(formed),
+        parents=made,
+    )

@@ -1,0 +1,163 @@
+"""From a recipe to open models and settings: slices become stacks of layers, what is said of each becomes a value per
+tensor."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.derived import Derived
+from mergeid.methods.recipe import Ranged, Recipe
+from mergeid.methods.registry import get_method
+from mergeid.methods.settings import ByName, Scalar, Setting, evaluate
+from mergeid.models.slices import Slice, layers_of, stacked
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose models are found.
+
+    Attributes:
+        models: names of models, or stacks of slices.
+        recipe: the settings, with one value per tensor where there are slices.
+        base: likewise the base.
+    """
+
+    models: list[str | Checkpoint]
+    recipe: Recipe
+    base: str | Checkpoint | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Everything but the models, as `mergeid.merge` takes it."""
+        return {**self.recipe.arguments(), "base": self.base}
+
+
+def merge_stages(
+    stages: Sequence[Recipe],
+    output: str | os.PathLike[str] | None,
+    merge: Callable[[Sequence[Any], str | os.PathLike[str] | None, Mapping[str, Any]], Result],
+    allow_pickle: bool = False,
+) -> Result:
+    """Merge stage after stage (`mergeid.methods.recipe.read_stages`). What later ones need lies in a hidden folder
+    beside the output until all are done.
+
+    Args:
+        output: of the last stage.
+        merge: (models, output, what the recipe says as arguments of `mergeid.merge`) -> its result.
+
+    Returns:
+        The last stage's result.
+
+    Raises:
+        MergeidError: as `prepared`, and as `merge` does; what lay in between is gone.
+    """
+    last = stages[-1]
+    if not stages[:-1]:
+        done = prepared(last, {}, allow_pickle)
+        return merge(done.models, output, done.arguments())
+    beside = Path(output).parent if output is not None else Path()
+    with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=beside) as folder:
+        places: dict[str, str] = {}
+        for i, stage in enumerate(stages[:-1]):
+            done = prepared(stage, places, allow_pickle)
+            place = Path(folder) / str(i)
+            merge(done.models, place, done.arguments())
+            places[str(stage.name)] = str(place)
+        done = prepared(last, places, allow_pickle)
+        return merge(done.models, output, done.arguments())
+
+
+def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = False) -> Prepared:
+    """Names of models as they are, those of earlier stages by their place, and stacks of slices.
+
+    Args:
+        places: name of an earlier stage -> the folder where its result lies.
+
+    Raises:
+        MergeidError: slices of layers that a model does not have, or of models that do not go together.
+    """
+
+    def found(name: str) -> str:
+        return places.get(str(name), str(name))
+
+    if not recipe.slices:
+        base = None if recipe.base is None else found(recipe.base)
+        return Prepared([found(m) for m in recipe.models], recipe, base)
+    open_models: dict[str, Checkpoint] = {}
+
+    def slice_of(name: str) -> Slice:
+        place = found(name)
+        if place not in open_models:
+            open_models[place] = open_checkpoint(place, allow_pickle=allow_pickle)
+        if not isinstance(name, Ranged):
+            raise MergeidError(f"{name} is the base of slices, none of whose sources it is; add it to the sources")
+        return Slice(open_models[place], name.first, name.end)
+
+    parts = recipe.slices
+    stacks = [stacked([slice_of(part.models[i]) for part in parts]) for i in range(len(parts[0].models))]
+    origin: str | Checkpoint | None = None
+    if parts[0].base is not None:
+        origin = stacked([slice_of(part.base) for part in parts if part.base is not None])
+    told = _by_name(stacks[0], [_length(part) for part in parts])
+    count = len(stacks)
+    weights: list[Setting] | None = None
+    if parts[0].weights is not None:
+        weights = [told([_weights(part)[i] for part in parts]) for i in range(count)]
+    parameters: dict[str, Any] = {}
+    for key in sorted({key for part in parts for key in part.parameters}):
+        parameter = get_method(recipe.method).parameter(key)
+        given = [part.parameters.get(key, parameter.default) for part in parts]
+        if parameter.per_model:
+            several = [one if isinstance(one, list) else [one] * count for one in given]
+            parameters[key] = [told([one[i] for one in several]) for i in range(count)]
+        else:
+            parameters[key] = told(given)
+    return Prepared(list(stacks), replace(recipe, weights=weights, parameters=parameters), origin)
+
+
+def _length(part: Recipe) -> int:
+    first = part.models[0]
+    assert isinstance(first, Ranged)
+    return first.end - first.first
+
+
+def _weights(part: Recipe) -> list[Setting]:
+    if part.weights is None:
+        raise MergeidError("'weight' is given for some of the slices only; expected it for each")
+    return part.weights
+
+
+def _by_name(stack: Derived, lengths: Sequence[int]) -> Callable[[Sequence[Setting]], ByName]:
+    """A function that evaluates what is said of each slice, tensor by tensor: gradients go over the layers of a
+    slice."""
+    layers = layers_of(stack)
+    slice_of: list[tuple[int, float]] = []
+    for i, length in enumerate(lengths):
+        slice_of += [(i, at / (length - 1) if length > 1 else 1.0) for at in range(length)]
+    bottom = stack.parents[0]
+    places: dict[str, tuple[int, float]] = {}
+    for name in stack.table:
+        split = layers.split(name)
+        if split is not None:
+            places[name] = slice_of[split[0]]
+        else:
+            below = any(checkpoint is bottom for checkpoint, _ in stack.formed[name].reads)
+            places[name] = (0 if below else len(lengths) - 1, 0.0)
+
+    def told(settings: Sequence[Setting]) -> ByName:
+        values: dict[str, Scalar] = {}
+        for name, (part, depth) in places.items():
+            value = evaluate(settings[part], name, depth)
+            if value is not None:
+                values[name] = value
+        return ByName(values)
+
+    return told
