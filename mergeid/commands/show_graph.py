@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from mergeid.errors import shown
 from mergeid.reporting.tables import Column, make_table, percent
 
 if TYPE_CHECKING:
@@ -156,6 +157,9 @@ def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
             f"{graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']}{power})."
             + verified_on(graph.verified)
         )
+        if noise := graph.verified.get("noise"):
+            names = ", ".join(map(shown, noise[:5])) + (f" and {len(noise) - 5} more" if len(noise) > 5 else "")
+            lines.append(f"Not compared, since rounding alone changes it as much: {names}.")
     else:
         lines.append("Not verified.")
     if graph.frozen:
@@ -171,9 +175,9 @@ def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
 def frozen_summary(graph: NeuronGraph, most: int = 4) -> str:
     """The commonest reasons with their counts: ``40 kernel position; 3 …``."""
     counts = Counter(re.sub(r" at [\w.*]+$", "", why) for _, _, why in graph.frozen)
-    shown = [f"{why}: {n}" for why, n in counts.most_common(most)]
+    listed = [f"{why}: {n}" for why, n in counts.most_common(most)]
     rest = len(graph.frozen) - sum(n for _, n in counts.most_common(most))
-    return "; ".join(shown) + (f"; other: {rest}" if rest else "") + "."
+    return "; ".join(listed) + (f"; other: {rest}" if rest else "") + "."
 
 
 def _parameters(graph: NeuronGraph) -> int:

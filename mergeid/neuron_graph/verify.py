@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from mergeid.neuron_graph.settle import own_statistics, shaken
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative output error that counts as unchanged (rounding of deep networks is far below it)."""
+SHAKES = 24
+"""Draws of rounding errors that show whether an output is nothing but noise."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def verify(
         randomise: disturb the weights first, see `randomised`.
 
     Returns:
-        a `Verification`; its graph carries ``verified`` with the error seen.
+        a `Verification`; its graph carries ``verified`` with the error seen, and under ``noise`` the names of outputs
+        that were left out because rounding alone changes them as much (boxes around a mask that lies on its threshold).
 
     Raises:
         MergeidError: an output is NaN.
@@ -109,10 +112,11 @@ def verify(
     probe = copy.deepcopy(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
 
+    noise: list[str] = []
     wider = dtype == torch.float32  # where its rounding is too coarse
     cuda = sorted({p.device.index for p in probe.parameters() if p.is_cuda})
 
-    def run(change: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> list[Tensor]:
+    def run(change: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> dict[str, Tensor]:
         with torch.no_grad():
             for name, value in probe.state_dict().items():
                 value.copy_(change(name, state[name]))  # one tensor at a time: large models fit
@@ -121,7 +125,7 @@ def verify(
         with torch.no_grad(), uncompiled(), _AtLeast(dtype), torch.random.fork_rng(cuda):
             torch.manual_seed(0)
             out = forward(probe, mapped(inputs, lambda t: _cast(t, dtype)))
-        return [_real(t) for t in returned_tensors(out).values()]
+        return {name: _real(t) for name, t in returned_tensors(out).items() if name not in noise}
 
     try:
         probe = probe.to(dtype)
@@ -145,8 +149,15 @@ def verify(
         )
     tolerance = TOLERANCE[dtype]
 
+    apart: dict[str, float] = {}
+
     def error(g: NeuronGraph, element: Element) -> float:
-        return relative_error(reference, run(partial(g.apply, element)))
+        nonlocal apart
+        apart = _errors(reference, run(partial(g.apply, element)))
+        return max(apart.values(), default=0.0)
+
+    def rounded() -> dict[str, Tensor]:
+        return run(shaken(generator, dtype))
 
     failed: list[str] = []
     settled = not randomise
@@ -159,7 +170,7 @@ def verify(
         holds = worst <= tolerance
         power = _power(graph, error, tolerance, generator) if holds else None
         blind = power is not None and power <= tolerance
-        chaotic = not holds and relative_error(reference, run(shaken(generator, dtype))) > tolerance / 10
+        chaotic = not holds and _largest(reference, rounded()) > tolerance / 10
         if not settled and (blind or chaotic):
             # the weights are to blame: they magnify rounding errors as much, or nothing comes through
             settled = True
@@ -173,6 +184,9 @@ def verify(
             reference = run()
         elif holds and not blind:
             break
+        elif not holds and (found := _noise(apart, reference, rounded, tolerance)):
+            noise += found
+            reference = {k: v for k, v in reference.items() if k not in noise}
         else:
             ids = [s.id for s in graph.spaces]
             bad = (not blind and _bisect(graph, ids, error, tolerance, generator)) or ids
@@ -184,6 +198,7 @@ def verify(
         "error_when_misapplied": power,
         "samples": samples,
         "dtype": str(dtype).removeprefix("torch."),
+        **({"noise": noise} if noise else {}),
     }
     return Verification(graph, worst, tuple(failed))
 
@@ -209,9 +224,29 @@ def _power(
     return found
 
 
-def _any_nan(outputs: list[Tensor]) -> bool:
+def _noise(
+    apart: Mapping[str, float],
+    reference: Mapping[str, Tensor],
+    shake: Callable[[], dict[str, Tensor]],
+    tolerance: float,
+) -> list[str]:
+    """The outputs that a permutation has changed (by `apart`) and rounding alone changes as much, in one of `SHAKES`
+    draws: something in them turns over at a threshold. Empty where one has changed that rounding does not change, or
+    none would be left."""
+    changed = {name for name, error in apart.items() if error > tolerance}
+    left = set(changed)
+    if len(changed) == len(apart):
+        return []
+    for _ in range(SHAKES):
+        left -= {name for name, error in _errors(reference, shake()).items() if error >= apart[name] / 10}
+        if not left:
+            return sorted(changed)
+    return []
+
+
+def _any_nan(outputs: Mapping[str, Tensor]) -> bool:
     """Infinities are masked logits; a single number beside other outputs may be a mean over nothing."""
-    return any(bool(t.isnan().any()) for t in outputs if t.numel() > 1 or len(outputs) == 1)
+    return any(bool(t.isnan().any()) for t in outputs.values() if t.numel() > 1 or len(outputs) == 1)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,6 +275,14 @@ def _bisect(
         *_bisect(graph, ids[:half], error, tolerance, generator),
         *_bisect(graph, ids[half:], error, tolerance, generator),
     ]
+
+
+def _errors(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    return {n: relative_error([a], [other[n]]) if n in other else inf for n, a in reference.items()}
+
+
+def _largest(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return max(_errors(reference, other).values(), default=0.0)
 
 
 MASKED = 1e30
