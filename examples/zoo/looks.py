@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ TABLES = (
     Group("tabular", "wine", 1, 32, 2, steps=250, decay=0.03),
 )
 IMAGES = tuple(g for g in GROUPS if FAMILIES[g.family].repair == "bn" and g.index > 0)
+FEW = 64
+"""Calibration inputs of rows that are summed up by themselves."""
 MOST = {"tabular": 10, "images": 15}
 """Pairs of a group."""
 
@@ -112,17 +115,23 @@ def summary(rows: Sequence[table.Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for of, tabular in (("images", False), ("tables", True)):
-        for fresh in (False, True):
-            part = [r for r in rows if (r["family"] == "tabular") == tabular and r["inputs"].endswith("fresh") == fresh]
+        for fresh, few in product((False, True), (False, True)):
+            part = [r for r in rows if (r["family"] == "tabular") == tabular and _kind(r) == (fresh, few)]
             if not part:
                 continue
-            cells = [of, "not trained on" if fresh else "trained on", str(len(part))]
+            known = ("not trained on" if fresh else "trained on") + (f", {FEW}" if few else "")
+            cells = [of, known, str(len(part))]
             cells.append(_share([float(r["lost"]) for r in part]))
             for ending in ("", "+bn"):
                 cells.append(_share([_lost(r, ending) for r in part]))
             sure = sum(float(r["lost"]) - 2 * float(r["error"]) > 0.01 for r in part)
             lines.append("| " + " | ".join([*cells, f"{sure} worse by more"]) + " |")
     return "\n".join(lines)
+
+
+def _kind(row: table.Row) -> tuple[bool, bool]:
+    """Whether its calibration inputs are fresh, and whether they are few."""
+    return row["inputs"].endswith("fresh"), int(row["inputs"].split()[0]) == FEW
 
 
 def _losses(row: table.Row, ending: str | None = None) -> list[float]:

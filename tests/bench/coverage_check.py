@@ -86,6 +86,8 @@ def check(case: Case, seed: int = 0) -> dict[str, Any]:
         row["held_again"], row["error_again"] = int(not second.failed), f"{second.error:.1e}"
         first = second if second.failed else first
     row["failed"] = " ".join(first.failed)
+    if noise := (first.graph.verified or {}).get("noise"):
+        row["note"] = "; ".join(x for x in (case.note, f"rounding noise: {', '.join(noise)}") if x)
     return row
 
 
