@@ -244,12 +244,12 @@ def _spaced(of: range, most: int) -> list[int]:
 def _classifying(first: Loaded) -> set[str]:
     """Names of the outputs whose last dimension holds logits: the adapter can score the task output against labels."""
     example: Mapping[str, Any] = first.example
-    if "labels" not in example:
+    if "labels" not in example or "labels" in first.inputs:
         return set()
     device = next((p.device for p in first.model.parameters()), torch.device("cpu"))
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
     with torch.no_grad():
-        found = first.outputs(first.model, {k: v for k, v in moved.items() if k != "labels"})
+        found = first.outputs(first.model, first.inputs_of(moved))
         name, out = next(iter(found.items()))
         return {name} if first.adapter.loss(first.arch, out, moved) is not None else set()
 

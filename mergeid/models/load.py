@@ -12,7 +12,7 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.models.building import BARE, Room, build, within
-from mergeid.models.loaded import Example, Loaded, ModuleAdapter, as_batch, check_runs
+from mergeid.models.loaded import Example, Loaded, ModuleAdapter, as_batch, check_runs, takes_labels
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
 from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, adapter_names, get_adapter, near_names
 from mergeid.request.boundary import verb
@@ -203,9 +203,11 @@ def _live(module: nn.Module, arch: str | None, given: Example, generator: torch.
         ) from error
     names = {k: k for k in module.state_dict()}
     if given.inputs is not None and arch is None:
-        adapter: Any = ModuleAdapter(_library(module))
-        found = Architecture("torch", source)
-        return Loaded(source, module, adapter, found, None, names, as_batch(given.inputs), given.outputs)
+        example = as_batch(given.inputs)
+        library = _library(module)
+        # the models of a library take their targets under this name
+        adapter: Any = ModuleAdapter(library, takes_labels=library is None and takes_labels(module, example))
+        return Loaded(source, module, adapter, Architecture("torch", source), None, names, example, given.outputs)
     try:
         adapter, found = find_architecture(opened(module), arch)
     except MergeidError as error:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,12 @@ class Loaded:
     @property
     def inputs(self) -> Batch:
         """The example without its labels."""
-        return {k: v for k, v in self.example.items() if k != "labels"}
+        return self.inputs_of(self.example)
+
+    def inputs_of(self, batch: Batch) -> Batch:
+        """A batch without its targets: what the model itself takes."""
+        takes = isinstance(self.adapter, ModuleAdapter) and self.adapter.takes_labels
+        return dict(batch) if takes else {k: v for k, v in batch.items() if k != "labels"}
 
     def state(self) -> dict[str, Tensor]:
         """The weights under the model's keys."""
@@ -112,10 +118,11 @@ class ModuleAdapter:
 
     name = "torch"
 
-    def __init__(self, library: KnowsModules | None = None) -> None:
+    def __init__(self, library: KnowsModules | None = None, *, takes_labels: bool = False) -> None:
         """Args:
-        library: the adapter of the library that the module comes from: it knows by-products."""
-        self.library = library
+        library: the adapter of the library that the module comes from: it knows by-products.
+        takes_labels: `labels` are one of its inputs, and no targets."""
+        self.library, self.takes_labels = library, takes_labels
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return next(iter(self.outputs(model, batch).values()))
@@ -123,7 +130,7 @@ class ModuleAdapter:
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         from mergeid.data.nested import returned_tensors
 
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs = {k: v for k, v in batch.items() if k != "labels" or self.takes_labels}
         positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
         found = returned_tensors(model(*positional, **inputs))
         if not found:
@@ -147,6 +154,14 @@ class ModuleAdapter:
 def _position(name: str) -> int:
     found = POSITION.fullmatch(name)
     return int(found[1]) if found else -1
+
+
+def takes_labels(module: nn.Module, inputs: Batch) -> bool:
+    """Whether the `labels` of a live module's example inputs are an argument of its forward; else they are targets."""
+    try:
+        return "labels" in inputs and "labels" in signature(module.forward).parameters
+    except ValueError:  # compiled code has no signature
+        return False
 
 
 def as_batch(inputs: Any) -> Batch:
@@ -177,6 +192,6 @@ def check_runs(loaded: Loaded, batch: Batch, what: str) -> None:
         ) from error
 
 
-def further_batches(inputs: Iterable[Any]) -> list[Batch]:
+def further_batches(inputs: Iterable[Any], loaded: Loaded) -> list[Batch]:
     """More example inputs of a live module as batches."""
-    return [{k: v for k, v in as_batch(x).items() if k != "labels"} for x in inputs]
+    return [loaded.inputs_of(as_batch(x)) for x in inputs]

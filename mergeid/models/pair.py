@@ -292,8 +292,7 @@ def _as_given(data: Any, loaded: Loaded) -> Any:
     from mergeid.evaluate.batches import WholeInputs, dataset_length
 
     dataset_length(data)
-    first, example = named_tensors(as_batch(data[0])), named_tensors(loaded.inputs)
-    first.pop("labels", None)
+    first, example = named_tensors(loaded.inputs_of(as_batch(data[0]))), named_tensors(loaded.inputs)
     alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
     return WholeInputs(data) if alike else data
 

@@ -101,7 +101,7 @@ def probe(
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
 
     def place(raw: Batch) -> Batch:
-        return _inputs(to_model(raw, device, input_dtype(a)))
+        return to_model(raw, device, input_dtype(a))
 
     join = collate or torch.utils.data.default_collate
     first = place(join([chosen[0]]))
@@ -159,10 +159,6 @@ def _evidence(a: nn.Module, b: nn.Module, ends: Features, sums: _Sums) -> Eviden
     return Evidence(plain, fresh, layers, sums.plain.count)
 
 
-def _inputs(batch: Batch) -> Batch:
-    return {k: v for k, v in batch.items() if k != "labels"}
-
-
 def _bytes(operations: Sequence[Operation]) -> int:
     tensors = (t for o in operations for t in (*(o.leaves[i] for i in o.active), o.out))
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -177,10 +173,10 @@ class RandomInputs(Sequence[Batch]):
         self.length = count
         generator = torch.Generator().manual_seed(seed)
         if loaded.adapter.name == "torch":
-            self.batch = {k: _noise(v, count, generator) for k, v in _inputs(loaded.example).items()}
+            self.batch = {k: _noise(v, count, generator) for k, v in loaded.inputs.items()}
         else:
             made = loaded.adapter.example_inputs(loaded.arch, loaded.model, generator, count)
-            self.batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in _inputs(made).items()}
+            self.batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in loaded.inputs_of(made).items()}
 
     def __len__(self) -> int:
         return self.length

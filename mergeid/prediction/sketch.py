@@ -159,6 +159,7 @@ class _Batches:
 
     def __init__(self, loaded: Loaded, examples: Any, collate: Callable[[Any], Any] | None) -> None:
         self.examples, self.join = examples, collate or torch.utils.data.default_collate
+        self.inputs_of = loaded.inputs_of
         self.device = next((p.device for p in loaded.model.parameters()), torch.device("cpu"))
         self.dtype = input_dtype(loaded.model)
 
@@ -169,7 +170,7 @@ class _Batches:
         for start in range(0, min(count, len(self.examples)), BATCH):
             items = [self.examples[i] for i in range(start, min(start + BATCH, count, len(self.examples)))]
             batch = to_model(self.join(items), self.device, self.dtype)
-            yield {k: v for k, v in batch.items() if k != "labels"}, real_tokens(batch)
+            yield self.inputs_of(batch), real_tokens(batch)
 
     @staticmethod
     def size(batch: Any) -> int:

@@ -279,7 +279,7 @@ def batches_of(
             items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = collate(items) if collate else torch.utils.data.default_collate(items)
             tell("calibration", start, len(dataset))
-            yield to_model({k: v for k, v in batch.items() if k != "labels"}, device, None)
+            yield to_model(a.inputs_of(batch), device, None)
 
     return batches
 

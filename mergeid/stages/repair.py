@@ -141,9 +141,7 @@ def _solve(members: Members, merged: nn.Module, progress: Progress | None) -> Re
     shares = [w / total for w in weights] if len(weights) == len(equal) and abs(total) > 1e-8 else equal
     device = next(merged.parameters()).device
     models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
-    batches = [
-        {k: v for k, v in batch.items() if k != "labels"} for batch in members.batches(SOLVED_AT_ONCE, str(device))
-    ]
+    batches = [members.first.inputs_of(batch) for batch in members.batches(SOLVED_AT_ONCE, str(device))]
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     done = solve_network(
         merged.eval(),

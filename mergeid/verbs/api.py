@@ -115,7 +115,7 @@ def graph(
             revision=revision,
             seed=seed,
         )
-    more = further_batches(more_inputs)
+    more = further_batches(more_inputs, loaded)
     return graph_of(loaded, seed=seed, more=more, constraints=Constraints(freeze, tie), given=given)
 
 

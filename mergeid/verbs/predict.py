@@ -192,5 +192,5 @@ def _bound(
     join = planned.collate or torch.utils.data.default_collate
     raw = join([examples[i] for i in range(min(32, len(examples)))])
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
-    batch = {k: v for k, v in to_model(raw, device, input_dtype(first)).items() if k != "labels"}
+    batch = planned.pair.a.inputs_of(to_model(raw, device, input_dtype(first)))
     return chord_bound(first, partners["direct"], fixed, planned.pair.a.forward, batch)

@@ -138,7 +138,7 @@ def zip_models(
         for i, batch in enumerate(found := FixedBatches(dataset, batch_size, collate)):
             tell("correlations of the features", i, len(found))
             given = to_model(batch, torch.device(device), input_dtype(one.model))
-            yield {k: v for k, v in given.items() if k != "labels"}
+            yield one.inputs_of(given)
 
     zipped = _zipped(graph, one, two, batches, up_to, across)
     result = _result(graph, one, zipped, one_head)

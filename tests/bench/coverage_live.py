@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -40,6 +40,17 @@ class Live:
     draw: Draw
     note: str = ""
     frozen: str = ""
+
+
+def built(models: Mapping[str, Callable[[], tuple[nn.Module, Draw]]], name: str, frozen: str = "") -> Live:
+    """The model of that name, with seeded weights."""
+    torch.manual_seed(0)
+    return Live(*models[name](), frozen=frozen)
+
+
+def by_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Name -> its family, which stands before the slash."""
+    return {name: name.partition("/")[0] for name in names}
 
 
 def check(case: Live, seed: int = 0) -> dict[str, Any]:

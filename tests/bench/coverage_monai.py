@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from coverage_live import Draw, Live
+from coverage_live import Draw, Live, by_prefix
 
 Model = tuple[str, dict[str, Any], Sequence[int], str]
 """(class, arguments, shape of one example, name of the input)."""
@@ -235,7 +235,7 @@ def names() -> list[str]:
 
 
 def families() -> dict[str, str]:
-    return {name: name.partition("/")[0] for name in MODELS}
+    return by_prefix(MODELS)
 
 
 def make(name: str) -> Live:

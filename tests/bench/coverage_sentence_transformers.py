@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_live import Draw, Live
+from coverage_live import Draw, Live, built, by_prefix
 from torch import Tensor, nn
 
 WORDS = 40
@@ -244,10 +244,9 @@ def names() -> list[str]:
 
 
 def families() -> dict[str, str]:
-    return {name: name.partition("/")[0] for name in MODELS}
+    return by_prefix(MODELS)
 
 
 def make(name: str) -> Live:
-    torch.manual_seed(0)
     frozen = "one number for every word of the vocabulary" if name == "SparseStaticEmbedding" else ""
-    return Live(*MODELS[name](), frozen=frozen)
+    return built(MODELS, name, frozen)

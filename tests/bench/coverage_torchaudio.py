@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from coverage_live import Draw, Live
+from coverage_live import Draw, Live, built, by_prefix
 from torch import Tensor, nn
 
 Maker = Callable[[], tuple[nn.Module, Draw]]
@@ -295,9 +295,8 @@ def names() -> list[str]:
 
 
 def families() -> dict[str, str]:
-    return {name: name.partition("/")[0] for name in MODELS}
+    return by_prefix(MODELS)
 
 
 def make(name: str) -> Live:
-    torch.manual_seed(0)
-    return Live(*MODELS[name]())
+    return built(MODELS, name)
