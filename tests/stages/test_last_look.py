@@ -29,6 +29,8 @@ def panel(models, data, *, classes=False, shares=None, **how):
     modules = [Calls(f) for f in models]
     first = SimpleNamespace(
         example={"x": data[:2], "labels": torch.zeros(2)},
+        inputs={"x": data[:2]},
+        inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
         model=modules[0],
         arch=None,
         adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
