@@ -120,9 +120,9 @@ def command(
         typer.Option(
             "--repair",
             rich_help_panel=o.HOW,
-            help="bn: estimate BatchNorm statistics again; repair: rescale pre-activations (REPAIR); auto: bn, or "
-            "repair of a network without BatchNorm, where that is nearer to the models; solve: every layer in closed "
-            "form, to answer as the models do on average; none.",
+            help="bn: estimate BatchNorm statistics again; repair: rescale pre-activations (REPAIR); solve: every "
+            "layer in closed form, to answer as the models do on average; auto: solve, bn, or repair of a network "
+            "without BatchNorm, where that is nearer to the models; none.",
         ),
     ] = o.Repair.auto,
     no_repair: Annotated[

@@ -113,11 +113,22 @@ class Panel:
         self._heads = _classifying(first)
         self._least: list[dict[str, Tensor]] = []
         self._spreads: dict[str, list[_Spread]] = {}
+        self._apart: dict[str, list[Tensor]] = {}
         self._listen()
 
     @property
     def examples(self) -> int:
         return sum(map(len, self.parts))
+
+    @property
+    def disagreement(self) -> float:
+        """How far the models are from their mean, by their shares, mean over the outputs: Kullback-Leibler divergence
+        (nats) of a classifying head, squared distance over the variance of any other output."""
+        found = []
+        for name, rows in self._apart.items():
+            scale = self._spreads[name][0].variance(torch.float32) if name in self._spreads else 1.0
+            found.append(float(torch.cat(rows).mean()) / scale)
+        return sum(found) / len(found)
 
     def rest(self, part: int) -> Any:
         """The calibration data that this part says nothing about: all but every so manieth example. Where there is one
@@ -171,10 +182,13 @@ class Panel:
                     outs = [o[name] for o in own]
                     if name in self._heads and outs[0].shape[-1] > 1:
                         least.setdefault(name, []).append(_per_example(self._best(outs), batch, count)[None].cpu())
+                        apart = self._divergence(outs)
                     else:
                         spreads = self._spreads.setdefault(name, [_Spread() for _ in self._references(outs)])
                         for spread, reference in zip(spreads, self._references(outs), strict=True):
                             spread.add(reference, batch)
+                        apart = self._deviation(outs)
+                    self._apart.setdefault(name, []).append(_per_example(apart, batch, count).cpu())
                 tensors = [*(v for v in batch.values() if isinstance(v, Tensor)), *(t for o in own for t in o.values())]
                 size += sum(t.numel() * t.element_size() for t in tensors)
                 if self._kept is not None and size <= KEPT:
@@ -199,6 +213,23 @@ class Panel:
             mean = torch.einsum("m,mrc->rc", self.shares.to(said.device), said)
             tried = [mean, *said[(self.shares > 0).to(said.device)]] if self.either else [mean]
             found.append(torch.stack([self._worth(said, q.log()) for q in tried]).amin(0))
+        return torch.cat(found).reshape(outs[0].shape[:-1])
+
+    def _deviation(self, outs: Sequence[Tensor]) -> Tensor:
+        """Squared distance of the models' outputs from their mean, weighed by shares."""
+        mean = sum((w * o.double() for w, o in zip(self.shares.tolist(), outs, strict=True)), torch.zeros(()))
+        gaps = [torch.where(o == mean, 0.0, o.double() - mean).square() for o in outs]
+        apart = sum((w * g for w, g in zip(self.shares.tolist(), gaps, strict=True)), torch.zeros(()))
+        return apart.mean(-1) if apart.dim() > 1 else apart
+
+    def _divergence(self, outs: Sequence[Tensor]) -> Tensor:
+        """The models' mean Kullback-Leibler divergence from their mean, [...]: entropies weighed by shares."""
+        shares = self.shares.to(outs[0].device)
+        found = []
+        for parts in few_rows(*outs):
+            said = torch.stack([p.softmax(-1) for p in parts])
+            mean = torch.einsum("m,mrc->rc", shares, said)
+            found.append(torch.special.entr(mean).sum(-1) - torch.einsum("m,mrc->r", shares, torch.special.entr(said)))
         return torch.cat(found).reshape(outs[0].shape[:-1])
 
     def _worth(self, said: Tensor, log_q: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ A solved network lies off the straight line between the models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -57,6 +57,7 @@ def solve_network(
     forward: Forward,
     batches: Sequence[Batch],
     *,
+    frozen: Collection[str] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SolvedLayer]:
@@ -68,6 +69,7 @@ def solve_network(
         shares: weights of the models in what is imitated, with sum 1.
         forward: runs a network on a batch.
         batches: calibration examples, without labels, in the first dimension of every tensor.
+        frozen: keys of the state dict that stay as they are.
         seed: of the positions (pixels, tokens) that are looked at in every example.
 
     Returns:
@@ -82,7 +84,7 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            wanted = _wanted(merged, forward, batches[0])
+            wanted = _wanted(merged, forward, batches[0], frozen)
             maps = _maps(merged, forward, batches, wanted)
             nets = [
                 [
@@ -134,16 +136,22 @@ def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
     return frozenset(value for each in behind.values() for value in each.needs)
 
 
-def _wanted(model: nn.Module, forward: Forward, batch: Batch) -> frozenset[int]:
+def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> frozenset[int]:
     """Numbers of the operations whose weights take part in no other one: a weight that is used twice cannot suit both
     places."""
     seen = operations(model, forward, batch)
+    state = model.state_dict()
+    still = {state[k].untyped_storage().data_ptr() for k in frozen}
     uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
     return frozenset(
         stop.index
         for stop in seen
         if stop.name.removeprefix("aten.") in KINDS
-        and all(uses[key] == 1 for keys in stop.places.values() for key in keys)
+        and all(
+            uses[key] == 1 and state[key[0]].untyped_storage().data_ptr() not in still
+            for keys in stop.places.values()
+            for key in keys
+        )
     )
 
 

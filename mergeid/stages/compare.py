@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from mergeid.models.state import load_weights
 from mergeid.neuron_graph.group import same_element
 from mergeid.stages.members import Member, Members
 from mergeid.stages.repair import SOLVE, refreshed, repair_network, repairs
+from mergeid.stages.solving import NEAR, OFF, can_be_solved, solved_if_nearer
 
 if TYPE_CHECKING:
     from mergeid.models.pair import Progress
@@ -58,7 +60,7 @@ ROUNDING = 16
 PARTS = 4
 """Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
 PARTS_OF_DEAR = 2
-"""The same where the network is solved, which takes long."""
+"""The same where the network is solved, which takes long (`mergeid.stages.solving`)."""
 PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
 """The merges: nothing moved, some spaces matched, every space matched."""
 
@@ -194,7 +196,8 @@ def last_look(
     if kinds == ["none", "bn"] and any(_is_the_first(merge, skip) for merge in merges.values()):
         kinds = ["none"]
     voices = _voices(members)
-    panel = Panel(
+    panel_of = partial(
+        Panel,
         members.first,
         [refreshed(members, m.loaded.model, device=device) if "bn" in kinds else m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
@@ -202,8 +205,8 @@ def last_look(
         collate=members.collate,
         batch_size=batch_size,
         device=device,
-        parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS,
     )
+    panel = panel_of(parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS)
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():
         if progress:
@@ -211,6 +214,21 @@ def last_look(
         for kind, far in _tried(panel, merge, kinds, skip, device):
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
+    if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
+        if progress:
+            progress("trying a solved merge", 0, 1)
+        also = {MATCHED} if chosen.worst.value > OFF else set()
+        solved = solved_if_nearer(
+            panel_of(parts=PARTS_OF_DEAR),
+            {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also},
+            (chosen.chosen, chosen.repair),
+            lambda panel, merge, kinds: _tried(panel, merge, kinds, skip, device),
+            TIE,
+        )
+        if solved is not None:
+            distances = chosen.distances | {label(name, SOLVE): value for name, value in solved.distances.items()}
+            outputs = {name: Distance(far.distance, far.unit) for name, far in solved.far.items()}
+            chosen = replace(chosen, distances=distances, chosen=solved.merge, repair=SOLVE, outputs=outputs)
     return merges[chosen.chosen], chosen
 
 
@@ -239,7 +257,7 @@ def _tried(
         for part in range(len(panel.parts)):
             load_weights(net, state)
             if kind != "none":
-                repair_network(replace(members, dataset=panel.rest(part)), net, mode=kind, device=device)
+                repair_network(replace(members, dataset=panel.rest(part)), net, mode=kind, skip=skip, device=device)
             parts.append(panel.far(net, part))
         yield kind, joined(parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,8 @@ def repairs(members: Members, stage: str, device: str = "cpu") -> list[str]:
 
     Args:
         stage: "auto": nothing, or what this kind of network takes: estimating the statistics of its BatchNorm layers
-            again, or REPAIR where it has none. Anything else: that, where it applies.
+            again, or REPAIR where it has none (whether to solve it is another question, `mergeid.stages.solving`).
+            Anything else: that, where it applies.
     """
     norms = bool(batchnorm_layers(members.first.model))
     if stage == "auto":
@@ -97,17 +99,23 @@ def repair_merged(
         return Repair()
     merged = copy.deepcopy(members.first.model)
     load_weights(merged, members.merged_state(skip))
-    return repair_network(members, merged, mode=mode, device=device, progress=progress)
+    return repair_network(members, merged, mode=mode, skip=skip, device=device, progress=progress)
 
 
 def repair_network(
-    members: Members, merged: nn.Module, *, mode: str, device: str = "cpu", progress: Progress | None = None
+    members: Members,
+    merged: nn.Module,
+    *,
+    mode: str,
+    skip: Sequence[str] = (),
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Repair:
     """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
     tell = progress or (lambda *_: None)
     accelerator = make_accelerator(device)
     if mode == SOLVE:
-        return _solve(members, merged.to(accelerator.device), progress)
+        return _solve(members, merged.to(accelerator.device), skip, progress)
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
@@ -132,7 +140,7 @@ def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.
     return fresh
 
 
-def _solve(members: Members, merged: nn.Module, progress: Progress | None) -> Repair:
+def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None) -> Repair:
     from mergeid.repair.solve import solve_network
 
     weights = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
@@ -143,12 +151,14 @@ def _solve(members: Members, merged: nn.Module, progress: Progress | None) -> Re
     models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
     batches = [members.first.inputs_of(batch) for batch in members.batches(SOLVED_AT_ONCE, str(device))]
     before = {k: v.clone() for k, v in merged.state_dict().items()}
+    names = members.names()
     done = solve_network(
         merged.eval(),
         models,
         shares,
         members.first.forward,
         batches,
+        frozen=[k for k in before if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)],
         progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
     )
     tensors = {k: v.detach().cpu() for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}

@@ -270,8 +270,10 @@ def test_merge_solves_on_request() -> None:
     a, b = trained(0), trained(1)
     data = [{"arg0": v} for v in x[:400]]
     losses = {}
-    for repair in ("none", "solve"):
+    kinds = {}
+    for repair in ("none", "auto", "solve"):
         result = mergeid.merge(a, b, data=data, example_inputs=x[:2], match="always", repair=repair, force=True)
+        kinds[repair] = (result.repair or {}).get("kind")
         net = copy.deepcopy(a)
         net.load_state_dict(result.state)
         with torch.no_grad():
@@ -282,6 +284,7 @@ def test_merge_solves_on_request() -> None:
     assert result.repair["layers"] == 2  # averaged weights are exact on the network's own inputs
     assert result.repair["error_after"] < result.repair["error_before"] / 2
     assert losses["solve"] - ends < 0.25 * (losses["none"] - ends)
+    assert kinds == {"none": None, "auto": "solve", "solve": "solve"} and losses["auto"] == losses["solve"]
 
 
 def test_solving_a_merge_with_a_scrambled_copy_gives_the_model_back() -> None:

@@ -1,0 +1,94 @@
+"""When a merge is solved that nobody asked to solve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import log
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mergeid.errors import MergeidError
+from mergeid.evaluate.nearness import Far, Panel
+from mergeid.stages.solving import solved_if_nearer
+
+
+class Says(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value + 0 * x
+
+
+def panel(models: list[nn.Module], data: Tensor, classes: bool) -> Panel:
+    first = SimpleNamespace(
+        example={"x": data[:2], "labels": torch.zeros(2)},
+        model=models[0],
+        arch=None,
+        adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
+        outputs=lambda model, batch: {"out": model(batch["x"])},
+    )
+    return Panel(
+        cast(Any, first), models, shares=[1 / len(models)] * len(models), dataset=[{"x": x} for x in data],
+        collate=None, device="cpu", batch_size=5,
+    )  # fmt: skip
+
+
+def test_models_that_are_sure_of_different_classes_disagree_by_log_2() -> None:
+    sure = [Says(torch.tensor([50.0, 0.0])), Says(torch.tensor([0.0, 50.0]))]
+    data = torch.randn(12, 2)
+    assert panel([*sure], data, True).disagreement == pytest.approx(log(2), abs=1e-6)
+    assert panel([sure[0], sure[0]], data, True).disagreement == pytest.approx(0, abs=1e-6)
+
+
+def test_disagreement_of_values_is_a_share_of_their_variance() -> None:
+    class Times(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.tensor(by))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.by * x
+
+    data = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    # mean 2x; both are off it by x
+    assert panel([Times(1.0), Times(3.0)], data, False).disagreement == pytest.approx(1 / 4, rel=0.01)
+
+
+def look(rows: dict[tuple[str, str], float], spread: float = 0.0) -> Any:
+    def tried(_: Any, merge: Any, kinds: Any) -> Iterator[tuple[str, dict[str, Far]]]:
+        for kind in kinds:
+            value = rows[merge, kind]
+            if value < 0:
+                raise MergeidError("cannot be solved")
+            noise = spread * torch.randn(
+                1, 100, generator=torch.Generator().manual_seed(len(kind)), dtype=torch.float64
+            )
+            yield kind, {"out": Far("nats", value + noise - noise.mean())}
+
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("rows", "apart", "spread", "merge"),
+    [
+        ({("plain", "bn"): 0.20, ("plain", "solve"): 0.05}, 0.1, 0.0, "plain"),
+        ({("plain", "bn"): 0.20, ("plain", "solve"): 0.05}, 2.0, 0.0, None),  # the models contradict each other
+        ({("plain", "bn"): 0.20, ("plain", "solve"): 0.19}, 0.0, 1.0, None),  # chance
+        ({("plain", "bn"): 0.20, ("plain", "solve"): -1.0}, 0.0, 0.0, None),  # cannot be solved
+        ({("plain", "bn"): 0.2, ("plain", "solve"): 0.1, ("matched", "solve"): 0.05}, 0.0, 0.0, "matched"),
+        ({("plain", "bn"): 0.2, ("plain", "solve"): -1.0, ("matched", "solve"): 0.05}, 0.0, 0.0, "matched"),
+    ],
+)
+def test_a_solved_merge_must_be_clearly_nearer(
+    rows: dict[tuple[str, str], float], apart: float, spread: float, merge: str | None
+) -> None:
+    names = dict.fromkeys(name for name, _ in rows)
+    asked = cast(Any, SimpleNamespace(disagreement=apart))
+    found = solved_if_nearer(asked, cast(Any, {n: n for n in names}), ("plain", "bn"), look(rows, spread), 1e-3)
+    assert (None if found is None else found.merge) == merge
