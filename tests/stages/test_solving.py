@@ -28,6 +28,8 @@ class Says(nn.Module):
 def panel(models: list[nn.Module], data: Tensor, classes: bool) -> Panel:
     first = SimpleNamespace(
         example={"x": data[:2], "labels": torch.zeros(2)},
+        inputs={"x": data[:2]},
+        inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
         model=models[0],
         arch=None,
         adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
