@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
     from mergeid.verbs.align import align
     from mergeid.verbs.api import barrier, graph, load, plan
+    from mergeid.verbs.extract import ExtractResult, extract
     from mergeid.verbs.merge import MergeResult, merge
     from mergeid.verbs.predict import predict
     from mergeid.verbs.report import report
@@ -38,6 +39,7 @@ _PLACES = {
     "MergeResult": "verbs.merge",
     "NeuronGraph": "neuron_graph.neuron_graph",
     "PredictionMatrix": "verbs.sketch",
+    "ExtractResult": "verbs.extract",
     "ScrambleResult": "verbs.scramble",
     "SimilarityResult": "verbs.similarity",
     "ZipResult": "verbs.zip",
@@ -53,6 +55,7 @@ _PLACES = {
     "register_matcher": "matchers.protocol",
     "register_method": "methods.registry",
     "report": "verbs.report",
+    "extract": "verbs.extract",
     "scramble": "verbs.scramble",
     "similarity": "verbs.similarity",
     "sketch": "verbs.sketch",
@@ -61,6 +64,7 @@ _PLACES = {
 """Where the names lie that are imported when they are used."""
 
 __all__ = [
+    "ExtractResult",
     "MatchTask",
     "Matcher",
     "MergeMethod",
@@ -75,6 +79,7 @@ __all__ = [
     "ZipResult",
     "align",
     "barrier",
+    "extract",
     "graph",
     "load",
     "load_zipped",

@@ -20,6 +20,7 @@ from mergeid.commands import (
     barrier,
     demo,
     explain,
+    extract,
     graph,
     merge,
     plan,
@@ -48,7 +49,7 @@ app = typer.Typer(
 
 _VERBS = (
     *(merge, zip_verb, plan, predict, report, barrier, align, sketch),
-    *(similarity, graph, scramble, explain, adapters, demo),
+    *(similarity, graph, scramble, extract, explain, adapters, demo),
 )
 for _verb in _VERBS:
     # Rich keeps the line breaks of a docstring inside its paragraphs; the terminal has its own width.

@@ -177,7 +177,8 @@ def _sha256(path: Path, stop: threading.Event | None) -> str:
 def open_checkpoint(
     source: str | os.PathLike[str] | Checkpoint, *, revision: str | None = None, allow_pickle: bool = False
 ) -> Checkpoint:
-    """Open a ``.safetensors`` file, a model folder, or a hub id (``org/name``, ``org/name@revision``).
+    """Open a ``.safetensors`` file, a model folder, a hub id (``org/name``, ``org/name@revision``), or a PEFT adapter
+    on its base (``BASE+ADAPTER``, or the adapter's folder alone where its config names a base at hand).
 
     A path that exists wins over a hub id. Headers are read and checked, tensors are not.
 
@@ -192,6 +193,12 @@ def open_checkpoint(
     if isinstance(source, Checkpoint):
         return source
     text = os.fspath(source)
+    if isinstance(text, str) and ("+" in text or os.path.isfile(os.path.join(text, "adapter_config.json"))):
+        from mergeid.io.lora_forming import adapter_on_base
+
+        formed = adapter_on_base(text, allow_pickle)
+        if formed is not None:
+            return formed
     path = Path(os.path.expanduser(text))  # which leaves the home of nobody as it is
     if not os.path.exists(path):
         if not isinstance(source, str) or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:

@@ -33,10 +33,17 @@ class Formed:
 
 @dataclass(eq=False, repr=False)
 class Derived(Checkpoint):
-    """A model that lies in no file as it is. What it is made of stays mapped, and nothing is kept in memory."""
+    """A model that lies in no file as it is. What it is made of stays mapped, and nothing is kept in memory.
+
+    Attributes:
+        formed: tensor name -> how it is formed.
+        parents: what it is made of.
+        adapter: whether it is an adapter on its first parent.
+    """
 
     formed: Mapping[str, Formed] = field(default_factory=dict)
     parents: tuple[Checkpoint, ...] = ()
+    adapter: bool = False
 
     @property
     def mapped(self) -> bool:

@@ -31,25 +31,28 @@ class Shard:
     size: int
 
 
-def lay_out(like: Checkpoint, *, single: str | None, dtypes: Mapping[str, str]) -> list[Shard]:
+def lay_out(
+    like: Checkpoint, *, single: str | None, dtypes: Mapping[str, str], name: str = "model.safetensors"
+) -> list[Shard]:
     """The files of a checkpoint that has the tensors of `like`, sharded as `like` is.
 
     Args:
         like: gives names, shapes, order, sharding and metadata.
         single: name of the one file to put everything into, or None to keep the sharding.
         dtypes: tensor name -> dtype, where it differs from that of `like`.
+        name: of the file in a folder, where `like` lies in none of a name of its own.
 
     Raises:
         MergeidError: a dtype of unknown size.
     """
     table = {n: TensorInfo(dtypes.get(n, info.dtype), info.shape) for n, info in like.table.items()}
-    for name, info in table.items():
+    for key, info in table.items():
         if info.dtype not in BITS:
-            raise MergeidError(f"tensor {name!r} has the unknown dtype {info.dtype}; expected one of {', '.join(BITS)}")
+            raise MergeidError(f"tensor {key!r} has the unknown dtype {info.dtype}; expected one of {', '.join(BITS)}")
     if single is not None:
         return [_shard(single, table, like.metadata)]
     if like.index is None or not like.file_metadata:  # one file, or pickles that become one file
-        name = like.files[0].name if like.is_folder and like.file_metadata else "model.safetensors"
+        name = like.files[0].name if like.is_folder and like.file_metadata else name
         return [_shard(name, table, like.metadata)]
     return [
         _shard(

@@ -43,6 +43,7 @@ class CheckpointWriter:
         companions: files that belong beside the weights; copied into a folder output.
         replace: companion name -> new content, for those that must change (a config's dtype) or are new.
         inputs: further files and folders that the output must not overwrite (those of `like` never are).
+        name: of the file in a folder, where `like` lies in no file.
         force: replace an earlier output.
 
     Raises:
@@ -60,13 +61,15 @@ class CheckpointWriter:
         replace: Mapping[str, str] | None = None,
         inputs: Iterable[Path] = (),
         force: bool = False,
+        name: str = "model.safetensors",
     ) -> None:
         self._like = like
         self._force = force
         self._inputs = [*([like.path] if like.files else []), *like.files, *inputs]
         self.output = check_output(output, inputs=self._inputs, force=force)
         self._single = is_single_file(self.output)
-        self._shards = lay_out(like, single=self.output.name if self._single else None, dtypes=dtypes or {})
+        single = self.output.name if self._single else None
+        self._shards = lay_out(like, single=single, dtypes=dtypes or {}, name=name)
         self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
         self.record = record
         self._companions = [] if self._single else list(companions)

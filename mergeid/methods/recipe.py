@@ -183,11 +183,6 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         if slices is not None:
             return _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
         models = [entry.model for entry in entries or ()]
-        for i, model in enumerate(models):
-            if "+" in model and not os.path.exists(model):
-                raise MergeidError(
-                    f"models[{i}]: {model} asks for a LoRA on top of a model; merge it into the model first"
-                )
         own = [_settings(entry.parameters) for entry in entries or ()]
         return replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
     except MergeidError as error:

@@ -14,6 +14,7 @@ from mergeid.models.pair import LIMIT, Progress, Source, dataset_of, load_pair
 from mergeid.request.boundary import verb
 from mergeid.stages.planned import plan_pair
 from mergeid.verbs.align import align
+from mergeid.verbs.extract import extract
 from mergeid.verbs.merge import MergeResult, merge
 from mergeid.verbs.predict import predict
 from mergeid.verbs.report import report
@@ -37,6 +38,7 @@ __all__ = [
     "ZipResult",
     "align",
     "barrier",
+    "extract",
     "graph",
     "load",
     "load_zipped",

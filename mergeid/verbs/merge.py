@@ -177,6 +177,13 @@ def merge(
         seed=seed,
     )
     result = MergeResult("direct", notes=list(met.agreed.notes))
+    if match == "auto" and data is None and not transport and not live:
+        from mergeid.io.lora_forming import shared_base
+
+        on = shared_base([*met.agreed.models, *([met.agreed.base] if met.agreed.base is not None else [])])
+        if on is not None:
+            match = "never"
+            result.notes.append(f"all lie on {on.source}, whose neurons they share: nothing needs to be matched")
     members: Members | None = None
     repaired: dict[str, Tensor] = {}
     common: dict[str, Any] = {

@@ -224,7 +224,6 @@ PAIR = "models: [{model: a}, {model: b}]"
         ("merge_method: linear\nmodels: []", "models is an empty list; expected more entries"),
         ("merge_method: linear\nmodels: [a, b]", r"models\[0\] is 'a'; expected a table with model, parameters"),
         ("merge_method: linear\nmodels: [{name: a}]", r"models\[0\] has an unknown key 'name'"),
-        ("merge_method: linear\nmodels: [{model: a+b}, {model: c}]", r"models\[0\]: a.b asks for a LoRA"),
         (f"merge_method: linear\nparameters: 3\n{PAIR}", "parameters is 3; expected a table"),
         (f"merge_method: ties\nbase_model: x\nparameters: {{densty: 1}}\n{PAIR}", "no parameter 'densty'.*'density'"),
         (f"merge_method: ties\nbase_model: x\nparameters: {{density: high}}\n{PAIR}", "is 'high'; expected a number"),

@@ -1,0 +1,303 @@
+"""A PEFT adapter laid on its base: a model whose tensors are formed from the base's and the factors, one at a time.
+
+LoRA: W + (α/r) B A (Hu et al. 2021, arXiv:2106.09685); rsLoRA: α/√r (Kalajdzievski 2023, arXiv:2312.03732); DoRA:
+m · V / ‖V‖ with V = W + (α/r) B A, norms per output (Liu et al. 2024, arXiv:2402.09353). Sums are taken in float64 for
+weights of 32 bits and in float32 for those of 16, and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError, shown
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.derived import Derived, Formed, derived, read_from
+from mergeid.io.lora import ADAPTER_CONFIG
+from mergeid.io.reading import read_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^(.*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?$")
+_WRAPPERS = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
+"""What PEFT puts into the names of modules that it saves whole or wraps."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What ``adapter_config.json`` says that matters for the weights.
+
+    Attributes:
+        alpha: α.
+        alphas: pattern of module names -> α of those.
+        rank_stabilised: α/√r instead of α/r.
+        transposed: whether the base's weights are stored [in, out] (``fan_in_fan_out``).
+        base: the base model as its trainer named it.
+    """
+
+    alpha: float
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+    transposed: bool = False
+    base: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> LoraConfig:
+        """Raises `MergeidError` for an adapter of another kind than LoRA, or one that lacks what is needed."""
+        path = folder / ADAPTER_CONFIG
+        told = read_table(path, "the config of a PEFT adapter")
+        kind = told.get("peft_type")
+        if kind != "LORA":
+            raise MergeidError(
+                f"{folder} is a PEFT adapter of type {shown(kind)}; expected LORA: merge it with PEFT first"
+            )
+        if told.get("layer_replication"):
+            raise MergeidError(f"{path} replicates layers (layer_replication); merge the adapter with PEFT first")
+        alpha: Any
+        alpha, alphas = told.get("lora_alpha"), told.get("alpha_pattern") or {}
+        if not _number(alpha) or not isinstance(alphas, dict) or not all(map(_number, alphas.values())):
+            told_of = f"lora_alpha is {shown(alpha)} and alpha_pattern {shown(alphas)}"
+            raise MergeidError(f"{path}: {told_of}; expected numbers")
+        base = told.get("base_model_name_or_path")
+        return cls(
+            float(alpha),
+            {k: float(v) for k, v in alphas.items()},
+            bool(told.get("use_rslora")),
+            bool(told.get("fan_in_fan_out")),
+            base if isinstance(base, str) and base else None,
+        )
+
+    def scaling(self, module: str, rank: int) -> float:
+        """The factor of B A in that module."""
+        alpha = next((a for p, a in self.alphas.items() if re.match(rf"(.*\.)?({p})$", module)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What an adapter has of one module.
+
+    Attributes:
+        a, b: the factors [r, in, …] and [out, r, …].
+        scaling: of their product.
+        magnitude: DoRA's, one per output.
+        transposed: whether the base's weight is stored [in, out].
+        embedding: whether it is an embedding [tokens, features], whose factors are [r, tokens] and [features, r].
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    transposed: bool = False
+    embedding: bool = False
+
+    def update(self, shape: tuple[int, ...], dtype: Any) -> Tensor:
+        """The scaled product in the shape of the weight.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        import torch
+
+        a, b = self.a.to(dtype), self.b.to(dtype)
+        product = torch.einsum("or,r...->o...", b.reshape(b.shape[0], b.shape[1]), a)
+        if self.embedding or self.transposed:
+            product = product.transpose(0, 1)
+        if tuple(product.shape) != shape:
+            raise ValueError(f"{tuple(product.shape)}")
+        return product * self.scaling
+
+    def on(self, weight: Tensor) -> Tensor:
+        """The weight with the update, in its own dtype. Raises ValueError where shapes do not fit."""
+        import torch
+
+        wide = torch.float64 if weight.dtype.itemsize >= 4 else torch.float32
+        found = weight.to(wide) + self.update(tuple(weight.shape), wide)
+        if self.magnitude is not None:
+            axis = 1 if self.transposed else 0
+            others = [d for d in range(found.dim()) if d != axis]
+            norm = torch.linalg.vector_norm(found, dim=others, keepdim=True)
+            found = found * (self.magnitude.to(wide).reshape(norm.shape) / norm)
+        return found.to(weight.dtype)
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, and no whole model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def adapter_on_base(text: str, allow_pickle: bool = False) -> Checkpoint | None:
+    """``BASE+ADAPTER``, or an adapter's folder whose config names a base that is at hand; None for anything else.
+
+    Raises:
+        MergeidError: the base is not at hand, or the adapter does not fit it.
+    """
+    base, plus, adapter = text.rpartition("+")
+    if plus and base and os.path.isdir(os.path.expanduser(adapter)) and not os.path.exists(os.path.expanduser(text)):
+        folder = Path(os.path.expanduser(adapter))
+        if not is_adapter_folder(folder):
+            raise MergeidError(f"{adapter} in {text} is no PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
+        return laid_on(open_checkpoint(base, allow_pickle=allow_pickle), folder, text)
+    folder = Path(os.path.expanduser(text))
+    if not folder.is_dir() or not is_adapter_folder(folder):
+        return None
+    named = LoraConfig.read(folder).base
+    places = [] if named is None else [Path(os.path.expanduser(named)), folder / named, folder.parent / named]
+    place = next((p for p in places if p.is_dir() and p.resolve() != folder.resolve()), None)
+    if place is None:
+        told = "names no base" if named is None else f"is on {named}, which is not on this machine"
+        raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {told}; name both as BASE+{text}")
+    return laid_on(open_checkpoint(str(place), allow_pickle=allow_pickle), folder, text)
+
+
+def laid_on(base: Checkpoint, folder: Path, source: str) -> Derived:
+    """The base with an adapter.
+
+    Args:
+        folder: the adapter's.
+        source: what messages call the result.
+
+    Raises:
+        MergeidError: factors that miss their partner, modules that the base does not have, other shapes.
+    """
+    told = LoraConfig.read(folder)
+    adapter = _weights(folder)
+    formed = {name: read_from(base, name) for name in base.table}
+    factors: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for name in adapter.table:
+        short = name.removeprefix(_PREFIX)
+        match = _FACTOR.match(short)
+        if match is None:
+            if ".original_module." not in short:  # what PEFT keeps to be able to go back
+                whole[_WRAPPERS.sub("", short)] = name
+        elif match[3] == "bias":
+            raise MergeidError(f"{folder}: {name} is a bias of a factor; merge the adapter with PEFT first")
+        else:
+            factors.setdefault(match[1], {})[match[2]] = name
+    for short, name in whole.items():
+        if _tied_copy(short, name, whole, adapter, base):
+            continue
+        target = _in(base, short, folder)
+        if adapter.table[name].shape != base.table[target].shape:
+            raise _misfit(folder, name, adapter.table[name].shape, base, target)
+        formed[target] = _replaced(adapter, name, base, target)
+    for module, parts in factors.items():
+        target = _in(base, f"{module}.weight", folder)
+        formed[target] = _formed(formed[target], base, target, adapter, module, parts, told)
+    return replace(derived(source, base, formed, parents=[base, adapter]), adapter=True)
+
+
+def _formed(
+    under: Formed,
+    base: Checkpoint,
+    target: str,
+    adapter: Checkpoint,
+    module: str,
+    parts: Mapping[str, str],
+    told: LoraConfig,
+) -> Formed:
+    """A weight with its update; `under` is what it is added to."""
+    embedding = "lora_embedding_A" in parts
+    pair = [parts.get(f"lora_{'embedding_' if embedding else ''}{side}") for side in "AB"]
+    if None in pair:
+        raise MergeidError(f"{adapter.source}: {module} has one factor of two ({', '.join(parts.values())})")
+    first, second = (str(name) for name in pair)
+    magnitude = parts.get("lora_magnitude_vector")
+    if embedding and magnitude is not None:
+        raise MergeidError(f"{adapter.source} has DoRA on the embedding {module}; merge the adapter with PEFT first")
+    shapes = [adapter.table[name].shape for name in (first, second)]
+    shape = base.table[target].shape
+    transposed = told.transposed and not embedding and len(shape) == 2
+    if not _fits(shapes[0], shapes[1], shape, embedding or transposed):
+        raise _misfit(adapter.path, first, shapes[0], base, target)
+    scaling = told.scaling(module, shapes[0][0])
+
+    def form() -> Tensor:
+        magnitudes = None if magnitude is None else adapter.tensor(magnitude)
+        found = Factors(adapter.tensor(first), adapter.tensor(second), scaling, magnitudes, transposed, embedding)
+        return found.on(under.form())
+
+    reads = tuple((adapter, name) for name in (first, second, magnitude) if name is not None)
+    return Formed(under.info, form, (*under.reads, *reads))
+
+
+def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapped: bool) -> bool:
+    product = (b[0], *a[1:])
+    if swapped:
+        product = (product[1], product[0], *product[2:])
+    return len(b) >= 2 and b[1] == a[0] and math.prod(b[2:]) == 1 and product == tuple(weight)
+
+
+def _tied_copy(short: str, name: str, whole: Mapping[str, str], adapter: Checkpoint, base: Checkpoint) -> bool:
+    """Whether a whole tensor is that of a head which the base ties to its embedding, and says the same as it."""
+    import torch
+
+    if short in base.table or not (base.config or {}).get("tie_word_embeddings"):
+        return False
+    shape = adapter.table[name].shape
+    alike = [n for s, n in whole.items() if s in base.table and adapter.table[n].shape == shape]
+    return any(torch.equal(adapter.tensor(name), adapter.tensor(n)) for n in alike)
+
+
+def _replaced(adapter: Checkpoint, name: str, base: Checkpoint, target: str) -> Formed:
+    """A tensor that the adapter holds whole, in the base's dtype."""
+    from mergeid.io.dtypes import torch_dtype
+
+    dtype = torch_dtype(base.table[target].dtype)
+    return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),))
+
+
+def _in(base: Checkpoint, name: str, folder: Path) -> str:
+    """The base's tensor of that name, whatever stands before it in either."""
+    if name in base.table:
+        return name
+    ends = [n for n in base.table if n.endswith(f".{name}") or name.endswith(f".{n}")]
+    if len(ends) != 1:
+        what = f"{len(ends)} that end so" if ends else "none of that name"
+        cure = "expected the base that the adapter was trained on"
+        raise MergeidError(f"{folder} changes {name!r}, and {base.source} has {what}; {cure}")
+    return ends[0]
+
+
+def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: Checkpoint, target: str) -> MergeidError:
+    return MergeidError(
+        f"{folder}: {name} {list(shape)} does not fit {target} {list(base.table[target].shape)} of {base.source}; "
+        "expected the base that the adapter was trained on"
+    )
+
+
+def _weights(folder: Path) -> Checkpoint:
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        hint = "; convert adapter_model.bin to safetensors" if (folder / "adapter_model.bin").is_file() else ""
+        raise MergeidError(f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors{hint}")
+    return open_checkpoint(str(file))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shared_base(models: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The base that all are adapters on, or are themselves, so that neurons correspond by themselves; None: none."""
+    bases = [_base_of(model) for model in models]
+    if not any(base is not model for base, model in zip(bases, models, strict=True)):
+        return None
+    files = {tuple(file.resolve() for file in base.files) for base in bases}
+    return bases[0] if len(files) == 1 and bases[0].files else None
+
+
+def _base_of(model: Checkpoint) -> Checkpoint:
+    """What an adapter lies on (adapters on adapters: the lowest)."""
+    while isinstance(model, Derived) and model.adapter:
+        model = model.parents[0]
+    return model

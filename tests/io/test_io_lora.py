@@ -1,0 +1,197 @@
+"""PEFT adapters laid on their base, against PEFT itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import mergeid
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import open_checkpoint
+from mergeid.io.lora_forming import shared_base
+
+PLAIN = {"match": "never", "force": True}
+
+
+def llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def adapter(base: Path, out: Path, seed: int, **told: Any) -> Path:
+    """A random adapter on the model in that folder, written by PEFT."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **told}))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(out, save_embedding_layers=bool(told.get("modules_to_save")))  # all of its odd names
+    return out
+
+
+def by_peft(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("bases")
+    llama().save_pretrained(work / "llama")
+    gpt2().save_pretrained(work / "gpt2")
+    return work
+
+
+ATTENTION = ["q_proj", "v_proj"]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"target_modules": ATTENTION}),
+    "rslora": ("llama", {"target_modules": "all-linear", "use_rslora": True}),
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "ranks and alphas": (
+        "llama",
+        {
+            "target_modules": [*ATTENTION, "up_proj"],
+            "rank_pattern": {"v_proj": 2, "layers.1.mlp.up_proj": 7},
+            "alpha_pattern": {"v_proj": 9, "^model.layers.0.self_attn.q_proj": 3},
+        },
+    ),
+    "modules to save": ("llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "norm"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "transposed dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_on_its_base_is_what_peft_makes_of_it(bases: Path, tmp_path: Path, kind: str) -> None:
+    name, told = KINDS[kind]
+    base, folder = bases / name, adapter(bases / name, tmp_path / "l", 1, **told)
+    expected = by_peft(base, folder)
+    for source in (f"{base}+{folder}", str(folder)):
+        found = open_checkpoint(source)
+        assert set(found.table) == set(open_checkpoint(base).table)
+        changed = 0
+        for key in found.table:
+            torch.testing.assert_close(found.tensor(key), expected[key], rtol=1e-5, atol=1e-6)
+            changed += not torch.equal(found.tensor(key), open_checkpoint(base).tensor(key))
+        assert changed >= 2
+    assert shared_base([open_checkpoint(str(folder)), open_checkpoint(base)]) is not None
+    assert shared_base([open_checkpoint(base), open_checkpoint(base)]) is None
+
+
+def test_adapters_are_merged_as_products(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rsLoRA, unequal ranks and DoRA: the merge of the full models, and of an adapter with its base."""
+    base = bases / "llama"
+    one = adapter(base, tmp_path / "one", 1, target_modules=ATTENTION, use_rslora=True)
+    two = adapter(base, tmp_path / "two", 2, target_modules=["q_proj", "down_proj"], r=2, use_dora=True)
+    full = [by_peft(base, f) for f in (one, two)]
+    origin = open_checkpoint(base)
+    done = mergeid.merge(str(one), f"{base}+{two}", weights=[0.3, 0.7], output=tmp_path / "out")
+    assert "whose neurons they share" in " ".join(done.notes)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    half = mergeid.merge(str(base), str(one), output=tmp_path / "half", **PLAIN)
+    assert half.verdict == "direct" and (tmp_path / "half" / "config.json").is_file()
+    halves = load_file(tmp_path / "half" / "model.safetensors")
+    for key, value in merged.items():
+        torch.testing.assert_close(value, 0.3 * full[0][key] + 0.7 * full[1][key], rtol=1e-6, atol=1e-6)
+        wanted = (origin.tensor(key) + full[0][key]) / 2
+        torch.testing.assert_close(halves[key], wanted, rtol=1e-6, atol=1e-6)
+    mergeid.merge(str(one), str(two), base=str(base), method="ties", density=0.5, output=tmp_path / "ties", **PLAIN)
+    transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ties")
+
+
+def test_an_adapter_and_a_full_model_are_planned(bases: Path, tmp_path: Path) -> None:
+    folder = adapter(bases / "llama", tmp_path / "l", 1, target_modules=ATTENTION)
+    mergeid.scramble(bases / "llama", output=tmp_path / "s", seed=3)
+    done = mergeid.merge(str(tmp_path / "s"), str(folder), output=tmp_path / "out")
+    assert done.verdict == "match"
+
+
+@pytest.mark.filterwarnings("ignore:.*tie", "ignore:.*tied")  # PEFT's, about modules that it unties
+@pytest.mark.parametrize("kind", ["full rank", "truncated"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_extract(bases: Path, tmp_path: Path, kind: str, name: str) -> None:
+    """What is extracted gives the fine-tune again, up to what the rank leaves out, which is what the SVD says."""
+    base = bases / name
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    rank = 64 if kind == "full rank" else 3
+    done = mergeid.extract(tmp_path / "tuned", base=base, output=tmp_path / "l", rank=rank)
+    again = by_peft(base, tmp_path / "l")
+    tuned, origin = open_checkpoint(tmp_path / "tuned"), open_checkpoint(base)
+    lost = size = 0.0
+    for key in tuned.table:
+        if key in done.errors:
+            delta = tuned.tensor(key).double() - origin.tensor(key).double()
+            values = torch.linalg.svdvals(delta)
+            missed = float((tuned.tensor(key).double() - again[key].double()).norm())
+            assert missed == pytest.approx(float(values[rank:].square().sum()) ** 0.5, abs=1e-4)
+            lost, size = lost + missed**2, size + float(delta.square().sum())
+        else:
+            torch.testing.assert_close(again[key], tuned.tensor(key))
+    tokens = torch.tensor([[1, 7, 3]])
+    if kind == "full rank":
+        loaded = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "l")
+        torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert done.error == pytest.approx((lost / size) ** 0.5, abs=1e-4)
+    ours = open_checkpoint(str(tmp_path / "l"))
+    for key in ours.table:
+        torch.testing.assert_close(ours.tensor(key), again[key], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
+    base = bases / "llama"
+    folder = adapter(base, tmp_path / "l", 1, target_modules=ATTENTION)
+
+    def refused(match: str, source: str, **told: Any) -> None:
+        config = {**json.loads((folder / "adapter_config.json").read_text()), **told}
+        shutil.copytree(folder, tmp_path / "bad", dirs_exist_ok=True)
+        (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(MergeidError, match=match):
+            open_checkpoint(source)
+
+    bad = str(tmp_path / "bad")
+    refused("is a PEFT adapter .LoRA. and is on nowhere, which is not on this machine; name both as BASE.", bad,
+            base_model_name_or_path="nowhere")  # fmt: skip
+    refused("of type 'IA3'; expected LORA", bad, peft_type="IA3")
+    refused("lora_alpha is 'much'", bad, lora_alpha="much")
+    refused("replicates layers", f"{base}+{bad}", layer_replication=[[0, 2]])
+    refused(r"changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has none", f"{bases / 'gpt2'}+{bad}")
+    refused("is no PEFT adapter; expected a folder with adapter_config.json", f"{bad}+{base}")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first = next(n for n in tensors if n.endswith("lora_A.weight"))
+    save_file(
+        {n: t[:, :7].contiguous() if n == first else t for n, t in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    refused(r"lora_A.weight \[4, 7\] does not fit model.layers.0.self_attn.q_proj.weight \[16, 16\]", f"{base}+{bad}")
+    save_file({n: t for n, t in tensors.items() if n != first}, folder / "adapter_model.safetensors")
+    refused("has one factor of two", f"{base}+{bad}")
+    with pytest.raises(MergeidError, match="hold the same weights; there is nothing to extract"):
+        mergeid.extract(base, base=base, output=tmp_path / "none")
+    with pytest.raises(MergeidError, match="--rank is 0"):
+        mergeid.extract(base, base=base, output=tmp_path / "none", rank=0)
