@@ -19,37 +19,50 @@ if TYPE_CHECKING:
     from mergeid.matchers.protocol import Matcher, MatchTask, register_matcher
     from mergeid.methods.registry import MergeMethod, register_method
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
+    from mergeid.results.barrier import BarrierResult
+    from mergeid.results.extract import ExtractResult
+    from mergeid.results.merge import MergeResult, ScrambleResult
+    from mergeid.results.plan import Plan
+    from mergeid.results.prediction import PredictionMatrix, PredictResult
+    from mergeid.results.similarity import SimilarityResult
+    from mergeid.results.zip import ZipResult
     from mergeid.verbs.align import align
-    from mergeid.verbs.api import barrier, graph, load, plan
-    from mergeid.verbs.extract import ExtractResult, extract
-    from mergeid.verbs.merge import MergeResult, merge
+    from mergeid.verbs.barrier import barrier
+    from mergeid.verbs.extract import extract
+    from mergeid.verbs.graph import graph
+    from mergeid.verbs.load import load
+    from mergeid.verbs.merge import merge
+    from mergeid.verbs.plan import plan
     from mergeid.verbs.predict import predict
     from mergeid.verbs.report import report
-    from mergeid.verbs.scramble import ScrambleResult, scramble
-    from mergeid.verbs.similarity import SimilarityResult, similarity
-    from mergeid.verbs.sketch import PredictionMatrix, predict_sketches, sketch
-    from mergeid.verbs.zip import ZipResult, load_zipped, zip_models
+    from mergeid.verbs.scramble import scramble
+    from mergeid.verbs.similarity import similarity
+    from mergeid.verbs.sketch import predict_sketches, sketch
+    from mergeid.verbs.zip import load_zipped, zip_models
 
     __version__: str
 
 _PLACES = {
+    "ExtractResult": "results.extract",
+    "BarrierResult": "results.barrier",
     "MatchTask": "matchers.protocol",
     "Matcher": "matchers.protocol",
     "MergeMethod": "methods.registry",
-    "MergeResult": "verbs.merge",
+    "MergeResult": "results.merge",
     "NeuronGraph": "neuron_graph.neuron_graph",
-    "PredictionMatrix": "verbs.sketch",
-    "ExtractResult": "verbs.extract",
-    "ScrambleResult": "verbs.scramble",
-    "SimilarityResult": "verbs.similarity",
-    "ZipResult": "verbs.zip",
+    "Plan": "results.plan",
+    "PredictResult": "results.prediction",
+    "PredictionMatrix": "results.prediction",
+    "ScrambleResult": "results.merge",
+    "SimilarityResult": "results.similarity",
+    "ZipResult": "results.zip",
     "align": "verbs.align",
-    "barrier": "verbs.api",
-    "graph": "verbs.api",
-    "load": "verbs.api",
+    "barrier": "verbs.barrier",
+    "graph": "verbs.graph",
+    "load": "verbs.load",
     "load_zipped": "verbs.zip",
     "merge": "verbs.merge",
-    "plan": "verbs.api",
+    "plan": "verbs.plan",
     "predict": "verbs.predict",
     "predict_sketches": "verbs.sketch",
     "register_matcher": "matchers.protocol",
@@ -64,6 +77,7 @@ _PLACES = {
 """Where the names lie that are imported when they are used."""
 
 __all__ = [
+    "BarrierResult",
     "ExtractResult",
     "MatchTask",
     "Matcher",
@@ -72,6 +86,8 @@ __all__ = [
     "MergeidError",
     "MergeidWarning",
     "NeuronGraph",
+    "Plan",
+    "PredictResult",
     "PredictionMatrix",
     "ScrambleResult",
     "SimilarityResult",

@@ -14,10 +14,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from mergeid.basics.reading import read_json as read_json
 from mergeid.errors import MergeidError
 from mergeid.errors import reason as reason
 from mergeid.errors import shown as shown
-from mergeid.io.reading import read_json as read_json
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ class KnowsModules(Protocol):
 def returned_tensors(output: Any) -> dict[str, Tensor]:
     """Every floating-point (or complex) tensor in what a model returned, by where it stands there: ``"logits"``,
     ``"heads.0"``, ``""`` for a bare tensor."""
-    from mergeid.data.nested import returned_tensors
+    from mergeid.basics.nested import returned_tensors
 
     return returned_tensors(output)
 

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from train import Setting, state
 
 import mergeid
-from mergeid.evaluate.interpolate import barrier_curve
+from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, barrier_curve
+from mergeid.models.examples import Examples as Given
 from mergeid.plugins import Batch, LossParts
 
 POINTS = 11
@@ -104,17 +105,12 @@ def measure(
 
 
 def _curve(a: nn.Module, b: dict[str, Tensor], test: Examples, calibration: Examples, repair: bool) -> Curve:
+    grid = tuple(np.linspace(0, 1, POINTS).tolist())
     found = barrier_curve(
-        a.state_dict(),
-        b,
-        a,
-        test,
-        forward=lambda model, batch: model(batch["arg0"]),
-        loss=_loss,
-        lambdas=tuple(np.linspace(0, 1, POINTS).tolist()),
-        repair=repair,
-        calibration=calibration if repair else None,
-        batch_size=500,
+        Line(a.state_dict(), b, a, lambda model, batch: model(batch["arg0"]), _loss, grid),
+        Given(test),
+        Measuring(batch_size=500),
+        repair=Reestimate(Given(calibration)) if repair else None,
     )
     return Curve(list(found.losses), list(found.accuracies or ()), found.barrier)
 

@@ -25,8 +25,8 @@ from recipes import Pair, work
 from tasks import Examples, shape
 from torch import Tensor, nn
 
+from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidWarning
-from mergeid.models.state import load_weights
 from mergeid.plugins import Batch
 from mergeid.prediction.features import EndSums, Features
 from mergeid.prediction.probe import EXAMPLES, probe

@@ -13,20 +13,25 @@ from tasks import Examples
 from torch import Tensor, nn
 from training import logits, scores
 
+from mergeid.basics.state import load_weights
 from mergeid.evaluate.interpolate import load_between
-from mergeid.evaluate.measure import make_accelerator
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings
-from mergeid.models.load import Loaded, graph_of
-from mergeid.models.state import load_weights
+from mergeid.models.examples import Examples as Given
+from mergeid.models.graph import graph_of
+from mergeid.models.loaded import Loaded
+from mergeid.models.running import make_accelerator
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.nn import fold_module, fold_state, is_asymmetric
 from mergeid.plugins import Architecture, Batch, LossParts
 from mergeid.repair.batchnorm import reestimate_batchnorm
 from mergeid.repair.rescale import output_moments, rescalable_layers, rescale
+from mergeid.request.request import Matching, Run
+from mergeid.results.plan import Plan
 from mergeid.stages.compare import Comparison, label, last_look, merges_of
 from mergeid.stages.members import Member, Members
-from mergeid.stages.plan import Plan, make_plan
+from mergeid.stages.open import Pair
+from mergeid.stages.plan import Structural, make_plan
 from mergeid.stages.repair import repair_merged, repairs
 
 LAMBDAS = tuple(k / 10 for k in range(11))
@@ -218,7 +223,7 @@ class PairOfNets:
         plan = self.planned(calibration)
         if calibration is None:
             return Decision(plan, plan.element, False)
-        written, found = last_look(self._members(plan, calibration), "auto", batch_size=len(calibration), device="cpu")
+        written, found = last_look(self._members(plan, calibration), "auto", run=Run(batch_size=len(calibration)))
         chosen = written.models[1].plan
         assert chosen is not None
         return Decision(plan, chosen.element, found.chosen != found.planned)
@@ -227,7 +232,7 @@ class PairOfNets:
         """What mergeid's last look says, and the test losses, float64 [examples], of every merge that it looked at,
         repaired on all of the calibration inputs."""
         members = self._members(self.planned(calibration), calibration)
-        _, found = last_look(members, "auto", batch_size=len(calibration), device="cpu")
+        _, found = last_look(members, "auto", run=Run(batch_size=len(calibration)))
         losses = {}
         for name, merge in merges_of(members)[1].items():
             for kind in repairs(members, "auto"):
@@ -253,12 +258,9 @@ class PairOfNets:
 
     def _plan(self, calibration: Examples | None, match: str) -> Plan:
         return make_plan(
-            self.a,
-            self.b,
-            dataset=calibration,
-            match=match,
-            graph=self.graph,
-            structure=False,
-            batch_size=256,
-            matcher=self.matcher,
+            Pair(self.a, self.b, self.graph),
+            Matching(match, self.matcher),
+            Run(batch_size=256),
+            examples=None if calibration is None else Given(calibration),
+            structural=Structural(beside=False),
         )

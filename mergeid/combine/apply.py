@@ -10,22 +10,23 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_numpy import NumpyMerge
 from mergeid.combine.tensor_plan import TensorPlan, plan_many
-from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.errors import MergeidWarning
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import default_companions
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
-from mergeid.methods.registry import MergeMethod, check_weights, get_method
-from mergeid.methods.settings import MergeSettings, Setting
+from mergeid.methods.registry import check_base, check_weights
+from mergeid.methods.settings import MergeSettings, MethodRequest
 from mergeid.models.configs import config_files
 from mergeid.nn.names import is_asymmetric
+from mergeid.request.request import Output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,109 +75,97 @@ class MergeReport:
         return {**values, "output": str(self.output), "files": [str(f) for f in self.files]}
 
 
+Transform = Callable[[str, "Tensor"], "Tensor"]
+"""(name, tensor) -> the same tensor with its neurons in the first model's order, equal shape."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a merge reads.
+
+    Attributes:
+        models: the output follows the first; a single one for methods that take one.
+        base: the base model, for methods that need one.
+        transforms: for each model and, last, the base; None: as it lies. Empty: all as they lie.
+        overrides: tensors that replace those of the result (repaired BatchNorm statistics).
+        statistics: per model, tensor name -> what the method needs (`mergeid.methods.statistics`).
+    """
+
+    models: tuple[Checkpoint, ...]
+    base: Checkpoint | None = None
+    transforms: tuple[Transform | None, ...] = ()
+    overrides: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def used(self) -> list[Checkpoint]:
+        """All that is read, the base last."""
+        return [*self.models, *([self.base] if self.base is not None else [])]
+
+    @property
+    def files(self) -> list[Path]:
+        """What an output must not touch."""
+        return [p for c in self.used if c.files for p in (c.path, *c.files)]
+
+    @property
+    def moved(self) -> tuple[Transform | None, ...]:
+        """One entry per checkpoint that is used."""
+        return self.transforms or (None,) * len(self.used)
+
+
 def merge_checkpoints(
-    a: Checkpoint | str | os.PathLike[str],
-    b: Checkpoint | str | os.PathLike[str] | None,
-    output: str | os.PathLike[str],
+    inputs: Inputs,
+    asked: MethodRequest,
+    output: Output,
     *,
-    weights: Sequence[Setting] | None = None,
-    normalize: bool | None = None,
-    method: str = "linear",
-    parameters: Mapping[str, Setting | Sequence[Setting]] | None = None,
-    seed: int = 0,
-    more: Sequence[Checkpoint] = (),
-    base: Checkpoint | str | os.PathLike[str] | None = None,
-    transform_b: Callable[[str, Tensor], Tensor] | None = None,
-    transforms: Sequence[Callable[[str, Tensor], Tensor] | None] = (),
-    statistics: Sequence[Mapping[str, Any]] | None = None,
-    overrides: Mapping[str, Tensor] | None = None,
-    dtype: str | None = None,
     skip: Sequence[str] = (),
-    force: bool = False,
     record: Mapping[str, Any] | None = None,
     companions: Iterable[Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Merge `a`, `b` and perhaps more into `output`, tensor by tensor.
+    """Merge checkpoints into one, tensor by tensor.
 
-    The output follows `a`: order of tensors, sharding, metadata, config and tokenizer files. Sums are taken in
+    The output follows the first: order of tensors, sharding, metadata, config and tokenizer files. Sums are taken in
     float32 for 16-bit weights and in float64 otherwise, so merging a model with itself gives it back bit for bit.
 
     Args:
-        a, b: file, folder, hub id or open checkpoint; no b for methods that take one model.
-        output: a ``.safetensors`` file or a folder.
-        weights: one per model (with sum 1 unless the method says otherwise); default: equal shares.
-        normalize: True: scale the weights to sum 1; False: take them as they are.
-        method: name in the registry (`mergeid.methods.registry`).
-        parameters: of the method, by name (`mergeid.methods.settings`).
-        seed: of methods that draw.
-        more: further models.
-        base: the base model, for methods that need one.
-        transform_b: (name, B's tensor) -> the same tensor with its neurons in A's order, equal shape.
-        transforms: the same for each of `more` and, last, for `base`; empty: all as they lie.
-        statistics: per model, tensor name -> what the method needs (`mergeid.combine.statistics`).
-        overrides: tensors that replace those of the result (repaired BatchNorm statistics).
-        dtype: write merged tensors in this dtype (default: A's, or the wider one where A and B differ).
-        skip: glob patterns of tensor names to take from A as they are; what only B has is left out.
-        force: replace an earlier output.
+        inputs: what is read.
+        asked: the method and what it is told.
+        output: a ``.safetensors`` file or a folder; in its number format, or the first model's (the wider one where
+            they differ).
+        skip: glob patterns of tensor names to take from the first model as they are; what only others have is left out.
         record: entries for ``mergeid.json``, put over what is written there by itself (inputs and their hashes,
             weights, method, versions).
-        companions: files that go into a folder output (default: A's config, tokenizer and preprocessor files).
+        companions: files that go into a folder output (default: config, tokenizer and preprocessor files of the first).
         progress: called with (bytes done, bytes in all) after every tensor.
 
     Returns:
         What was done, tensor by tensor where it matters.
 
     Raises:
-        MergeidError: the pair does not fit, NaN or infinite weights, or the output cannot be written. Then
+        MergeidError: the models do not fit, NaN or infinite weights, or the output cannot be written. Then
             nothing is left behind.
     """
     began = time.perf_counter()
-    first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
-    second = b if b is None or isinstance(b, Checkpoint) else open_checkpoint(b)
-    models = [first, *([second] if second is not None else []), *more]
-    origin = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
-    chosen = get_method(method)
-    check_base(chosen, origin is not None)
-    used = [*models, *([origin] if origin is not None else [])]
-    if chosen.weights == "shares" and all(isinstance(w, (int, float)) for w in weights or ()):
-        check_weights(weights or [1 / len(models)] * len(models), len(models), normalize=normalize)  # type: ignore[arg-type]
-    inputs = [p for c in used if c.files for p in (c.path, *c.files)]
-    check_output(output, inputs=inputs, force=force)
-    plan = plan_many(models, base=origin, skip=skip, dtype=dtype)
-    settings = MergeSettings.of(
-        chosen, len(models), plan.merged, weights=weights, parameters=parameters, normalize=normalize, seed=seed
-    )
-    _warn(models, plan, dtype)
-    extra = _checked_overrides(first, overrides or {})
-    moved = [None, *([transform_b] if second is not None else []), *(transforms or [None] * len(used[2:]))]
-    if is_asymmetric(plan.merged):
-        extra = {**_effective(plan.merged, used, moved, settings, origin is not None), **extra}
-    with _hashing(*used) as hashes:
-        merge: NumpyMerge | TorchMerge
-        plain = method == "linear" and not any(moved) and not extra
-        if plain and NumpyMerge.can(models, plan):
-            merge = NumpyMerge(models, plan, settings.weights_of)
-        else:
-            from mergeid.combine.by_torch import Aligned, TorchMerge
-
-            aligned = [Aligned(c, t) for c, t in zip(used, moved, strict=True)]
-            merge = TorchMerge(
-                aligned[: len(models)],
-                plan,
-                settings,
-                extra,
-                aligned[len(models)] if origin is not None else None,
-                statistics,
-            )
+    models, first = inputs.models, inputs.models[0]
+    check_base(asked.method, inputs.base is not None)
+    if asked.method.weights == "shares" and all(isinstance(w, (int, float)) for w in asked.weights or ()):
+        numbers: Any = asked.weights or [1 / len(models)] * len(models)
+        check_weights(numbers, len(models), normalize=asked.normalize)
+    check_output(output.path or "", inputs=inputs.files, force=output.force)
+    plan = plan_many(models, base=inputs.base, skip=skip, dtype=output.dtype)
+    settings = asked.over(len(models), plan.merged)
+    _warn(models, plan, output.dtype)
+    with _hashing(*inputs.used) as hashes:
+        merge = _merge(inputs, plan, settings)
         writer = CheckpointWriter(
-            output,
+            output.path or "",
             like=first,
             dtypes=plan.dtypes,
             companions=default_companions(first) if companions is None else companions,
             replace=_changed_config(first, plan),
-            inputs=inputs,
-            force=force,
+            inputs=inputs.files,
+            force=output.force,
         )
         with writer:
             done = 0
@@ -184,11 +173,11 @@ def merge_checkpoints(
                 writer.write(name, merge.pieces(name))
                 done += writer.size(name)
                 if writer.size(name) >= _RELEASE:
-                    for checkpoint in used:
+                    for checkpoint in inputs.used:
                         checkpoint.release(name)
                 if progress is not None:
                     progress(done, writer.size())
-            writer.record = {**_record(models, origin, settings, merge, hashes), **(record or {})}
+            writer.record = {**_record(inputs, settings, merge, hashes), **(record or {})}
     return MergeReport(
         output=writer.output,
         files=tuple(writer.paths()),
@@ -204,6 +193,21 @@ def merge_checkpoints(
     )
 
 
+def _merge(inputs: Inputs, plan: TensorPlan, settings: MergeSettings) -> NumpyMerge | TorchMerge:
+    """How tensors are made: by NumPy on mapped bytes where that can be done, else by torch."""
+    extra = _checked_overrides(inputs.models[0], inputs.overrides)
+    if is_asymmetric(plan.merged):
+        extra = {**_effective(plan.merged, inputs, settings), **extra}
+    plain = settings.method.name == "linear" and not any(inputs.moved) and not extra
+    if plain and NumpyMerge.can(inputs.models, plan):
+        return NumpyMerge(inputs.models, plan, settings.weights_of)
+    from mergeid.combine.by_torch import Aligned, TorchMerge
+
+    aligned = [Aligned(c, t) for c, t in zip(inputs.used, inputs.moved, strict=True)]
+    base = aligned.pop() if inputs.base is not None else None
+    return TorchMerge(aligned, plan, settings, extra, base, inputs.statistics)
+
+
 @contextlib.contextmanager
 def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]:
     """Hash the inputs beside the merge; stop when that fails."""
@@ -214,16 +218,6 @@ def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]
         except BaseException:
             stop.set()
             raise
-
-
-def check_base(method: MergeMethod, given: bool) -> None:
-    """Raises `MergeidError` where a method needs a base model and none is given, or the other way round."""
-    if method.base is True and not given:
-        raise MergeidError(
-            f"method {method.name!r} needs the model that the others were fine-tuned from; name it with --base"
-        )
-    if given and not method.base:
-        raise MergeidError(f"method {method.name!r} uses no base model; leave out --base, or choose another --method")
 
 
 def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> None:
@@ -268,8 +262,7 @@ def _changed_config(a: Checkpoint, plan: TensorPlan) -> dict[str, str]:
 
 
 def _record(
-    models: Sequence[Checkpoint],
-    base: Checkpoint | None,
+    inputs: Inputs,
     settings: MergeSettings,
     merge: NumpyMerge | TorchMerge,
     hashes: Sequence[Future[dict[str, str]]],
@@ -279,16 +272,16 @@ def _record(
     def told(checkpoint: Checkpoint, digest: Future[dict[str, str]]) -> dict[str, Any]:
         return {"source": checkpoint.source, "path": str(checkpoint.path.absolute()), "sha256": digest.result()}
 
-    inputs = [told(c, h) for c, h in zip(models, hashes, strict=False)]
+    read = [told(c, h) for c, h in zip(inputs.models, hashes, strict=False)]
     if settings.constant:
         name = merge.plan.merged[0]
-        inputs = [{**i, "weight": w} for i, w in zip(inputs, settings.weights_of(name), strict=True)]
+        read = [{**i, "weight": w} for i, w in zip(read, settings.weights_of(name), strict=True)]
     return {
         "format": "mergeid.record/1",
-        "inputs": inputs,
+        "inputs": read,
         "method": settings.method.name,
         **({"settings": settings.to_json()} if settings.parameters or not settings.constant else {}),
-        **({"base": told(base, hashes[-1])} if base is not None else {}),
+        **({"base": told(inputs.base, hashes[-1])} if inputs.base is not None else {}),
         "skipped": list(merge.plan.skipped),
         "left_out": list(merge.plan.left_out),
         "taken_from_a": merge.taken_from_a,
@@ -298,16 +291,10 @@ def _record(
     }
 
 
-def _effective(
-    names: Sequence[str],
-    used: Sequence[Checkpoint],
-    moved: Sequence[Callable[[str, Tensor], Tensor] | None],
-    settings: MergeSettings,
-    has_base: bool,
-) -> dict[str, Tensor]:
+def _effective(names: Sequence[str], inputs: Inputs, settings: MergeSettings) -> dict[str, Tensor]:
     """Asymmetric layers whose masks differ, merged in their effective weights."""
     from mergeid.combine.by_torch import Aligned, whole
 
-    reads = [Aligned(c, t).tensor for c, t in zip(used, moved, strict=True)]
-    base = reads.pop() if has_base else None
+    reads = [Aligned(c, t).tensor for c, t in zip(inputs.used, inputs.moved, strict=True)]
+    base = reads.pop() if inputs.base is not None else None
     return effective_averages(names, reads, lambda name, tensors, origin: whole(settings, name, tensors, origin), base)

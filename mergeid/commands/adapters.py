@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
 from mergeid.commands.work import working
 
 

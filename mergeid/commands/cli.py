@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mergeid.io import stopping
+from mergeid.basics import stopping
 
 
 def main() -> NoReturn:

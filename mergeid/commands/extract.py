@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import working
+from mergeid.request.options import INPUT, OUTPUT
+from mergeid.verbs.extract import extract
+
+if TYPE_CHECKING:
+    from mergeid.results.extract import ExtractResult
 
 
+@command_of(extract)
 def command(
+    call: Call[ExtractResult],
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The fine-tune: {o.MODEL}.", show_default=False)],
     base: Annotated[
         str,
         typer.Option(
-            "--base",
-            metavar="MODEL",
-            rich_help_panel=o.INPUT,
-            help="What it was fine-tuned from.",
-            show_default=False,
+            "--base", metavar="MODEL", rich_help_panel=INPUT, help="What it was fine-tuned from.", show_default=False
         ),
     ],
     output: Annotated[
@@ -29,14 +33,11 @@ def command(
             "-o",
             "--output",
             metavar="OUT",
-            rich_help_panel=o.OUTPUT,
+            rich_help_panel=OUTPUT,
             help="A folder for the adapter.",
             show_default=False,
         ),
     ],
-    rank: Annotated[int, typer.Option("--rank", metavar="R", rich_help_panel=o.HOW, help="Of the factors.")] = 16,
-    allow_pickle: o.AllowPickle = False,
-    force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Write what a fine-tune adds to its base as a PEFT adapter (LoRA) of a chosen rank.
@@ -44,26 +45,16 @@ def command(
     Each weight of a linear layer that changed becomes the best pair of factors of that rank; other tensors that changed
     lie in the adapter whole. The result says how much of the change the rank leaves out.
     """
-    from mergeid.verbs import api
-
     with working(as_json) as work:
-        result = api.extract(
-            model,
-            base=base,
-            output=output,
-            rank=rank,
-            force=force,
-            allow_pickle=allow_pickle,
-            progress=work.progress,
-        )
+        result = call(model, base=base, output=output, progress=work.progress)
         if as_json:
             work.emit(result.to_json())
             return 0
         work.close()
         whole = f"; {len(result.whole)} other tensors lie in the adapter whole" if result.whole else ""
         work.say(
-            f"{len(result.errors)} weights as factors of rank {rank}, which leave out {100 * result.error:.2g} % of "
-            f"the change (relative Frobenius norm){whole}."
+            f"{len(result.errors)} weights as factors of rank {result.rank}, which leave out "
+            f"{100 * result.error:.2g} % of the change (relative Frobenius norm){whole}."
         )
         work.wrote(result.files)
     return 0

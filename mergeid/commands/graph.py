@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import to_text, working
 from mergeid.errors import MergeidError
 from mergeid.io.output import check_files
 from mergeid.io.publish import write_whole
+from mergeid.request.options import HOW, OUTPUT
+from mergeid.verbs.graph import graph
 
 if TYPE_CHECKING:
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
 
+@command_of(graph)
 def command(
+    call: Call[NeuronGraph],
     model: Annotated[
         str,
         typer.Argument(
@@ -28,30 +33,28 @@ def command(
             show_default=False,
         ),
     ],
-    arch: o.Arch = None,
-    allow_pickle: o.AllowPickle = False,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the graph as JSON."),
+        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the graph as JSON."),
     ] = None,
     json_target: Annotated[
         str | None,
         typer.Option(
             "--json",
             metavar="[FILE]",
-            rich_help_panel=o.OUTPUT,
+            rich_help_panel=OUTPUT,
             help="Write the graph as JSON to FILE instead of showing it; to stdout without FILE.",
         ),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", rich_help_panel=o.OUTPUT, help="One row per space, with all of its axes.")
+        bool, typer.Option("--all", rich_help_panel=OUTPUT, help="One row per space, with all of its axes.")
     ] = False,
     why: Annotated[
         str | None,
         typer.Option(
             "--why",
             metavar="AXIS",
-            rich_help_panel=o.HOW,
+            rich_help_panel=HOW,
             help="Explain one axis, such as 'conv1.weight[1]': its space, or why it is frozen.",
         ),
     ] = None,
@@ -60,18 +63,15 @@ def command(
         typer.Option(
             "--from",
             metavar="FILE",
-            rich_help_panel=o.HOW,
+            rich_help_panel=HOW,
             help="Verify this graph (JSON, written or corrected by hand) instead of tracing one.",
             show_default=False,
         ),
     ] = None,
-    seed: o.Seed = 0,
 ) -> int:
     """Show which neurons of a model may trade places: its neuron graph, found by tracing and proven on the spot."""
-    from mergeid.verbs import api
-
     target = Path(json_target) if json_target not in (None, "-") else None
-    check_files({"--json": target, "-o": output}, (model, arch, given))
+    check_files({"--json": target, "-o": output}, (model, given, *call.reads))
     files = {option: file for option, file in (("--json", target), ("-o", output)) if file is not None}
     as_json = json_target is not None
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or Path(model).suffix in o.WEIGHTS):
@@ -80,7 +80,7 @@ def command(
         parse_axis(why)
     with working(as_json) as work:
         work.progress("tracing and verifying" if given is None else "verifying", 0, 0)
-        found = api.graph(model, arch=arch, graph=given, seed=seed, allow_pickle=allow_pickle)
+        found = call(model, graph=given)
         answer = explain(found, why) if why is not None else None
         for option, file in files.items():
             write_whole(file, to_text(found.to_json() if answer is None else answer, indent=None) + "\n", option)
@@ -89,7 +89,7 @@ def command(
         elif answer is not None and not as_json:
             work.say("\n".join(answer["text"]))
         elif not as_json:
-            from mergeid.commands.show_graph import print_graph
+            from mergeid.reporting.show_graph import print_graph
 
             work.close()
             print_graph(found, work.console, every=every)
@@ -144,8 +144,8 @@ def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
     Raises:
         MergeidError: no such tensor or axis.
     """
-    from mergeid.commands.show_graph import places
     from mergeid.plugins import near_names
+    from mergeid.reporting.show_graph import places
 
     tensor, number = parse_axis(axis)
     shape = graph.tensors.get(tensor)

@@ -3,76 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working
 from mergeid.io.publish import write_whole
+from mergeid.request.options import HOW, OUTPUT
+from mergeid.verbs.plan import plan
+
+if TYPE_CHECKING:
+    from mergeid.results.plan import Plan
 
 
+@command_of(plan)
 def command(
+    call: Call[Plan],
     a: o.A,
     b: o.B,
-    base: o.Base = None,
-    data: o.Data = None,
-    arch: o.Arch = None,
-    config: o.Config = None,
-    skip: o.Skip = None,
-    limit: o.Limit = 512,
-    allow_pickle: o.AllowPickle = False,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the plan as JSON."),
+        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the plan as JSON."),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
             "--plot",
             metavar="FILE",
-            rich_help_panel=o.OUTPUT,
+            rich_help_panel=OUTPUT,
             help="Draw the evidence space by space in order of depth: .png or .svg.",
         ),
     ] = None,
     as_json: o.Json = False,
-    match: o.MatchOption = o.Match.auto,
-    certify: o.Certify = False,
-    matcher: o.Matcher = None,
     strict: Annotated[
-        bool, typer.Option("--strict", rich_help_panel=o.HOW, help="Exit with 1 if the pair will not merge.")
+        bool, typer.Option("--strict", rich_help_panel=HOW, help="Exit with 1 if the pair will not merge.")
     ] = False,
-    seed: o.Seed = 0,
-    batch_size: o.BatchSize = 32,
-    device: o.Device = "cpu",
 ) -> int:
     """Decide for every space of neurons: merge directly, match first, or will not merge.
 
     Without --data only the weights are compared, which says less, and the plan says so. With --base (or asymmetric
     layers, which store their fixed parts) the structure is judged beside them. No weights are written.
     """
-    from mergeid.verbs import api
-
-    check_outputs((a, b, base, data, arch), output=output, plot=plot)
+    check_outputs((a, b, *call.reads), output=output, plot=plot)
     with working(as_json) as work:
-        found = api.plan(
-            a,
-            b,
-            base=base,
-            certify=certify,
-            data=data,
-            arch=arch,
-            config=config,
-            match=match.value,
-            matcher=matcher,
-            seed=seed,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            skip=skip or (),
-            allow_pickle=allow_pickle,
-            progress=work.progress,
-        )
+        found = call(a, b, progress=work.progress)
         result = found.to_json()
         if output is not None:
             write_whole(output, to_text(result) + "\n", "-o")
@@ -83,7 +59,7 @@ def command(
         if as_json:
             work.emit(result)
         else:
-            from mergeid.commands.show_plan import print_plan
+            from mergeid.reporting.show_plan import print_plan
 
             work.close()
             print_plan(found, work.console)

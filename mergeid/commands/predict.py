@@ -7,57 +7,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import Work, check_outputs, to_text, working
 from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
+from mergeid.request.options import OUTPUT
+from mergeid.verbs.predict import predict
 
 if TYPE_CHECKING:
-    from mergeid.prediction.result import PredictResult
+    from mergeid.results.prediction import PredictResult
 
 
+@command_of(predict)
 def command(
+    call: Call[PredictResult],
     models: Annotated[
         list[str],
         typer.Argument(
             metavar="A B", help=f"Two models ({o.MODEL}), or two or more files of mergeid sketch.", show_default=False
         ),
     ],
-    data: o.Data = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="BASE",
-            rich_help_panel=o.INPUT,
-            show_default=False,
-            help="What A and B were fine-tuned from: for the paper's bound beside the prediction.",
-        ),
-    ] = None,
-    tolerate: Annotated[
-        float,
-        typer.Option("--tolerate", metavar="NATS", rich_help_panel=o.HOW, help="Loss whose probability is asked for."),
-    ] = 0.01,
-    arch: o.Arch = None,
-    config: o.Config = None,
-    skip: o.Skip = None,
-    limit: o.Limit = 512,
-    allow_pickle: o.AllowPickle = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=o.OUTPUT, help="Also write the result as JSON."),
-    ] = None,
+    output: o.JsonFile = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            "--plot", metavar="FILE", rich_help_panel=o.OUTPUT, help="Of sketches: draw the matrix: .png or .svg."
+            "--plot", metavar="FILE", rich_help_panel=OUTPUT, help="Of sketches: draw the matrix: .png or .svg."
         ),
     ] = None,
     as_json: o.Json = False,
-    matcher: o.Matcher = None,
-    seed: o.Seed = 0,
-    batch_size: o.BatchSize = 128,
-    device: o.Device = "cpu",
 ) -> int:
     """Predict the barrier between A and B, as they lie and matched, without merging them or running a merge.
 
@@ -69,32 +47,15 @@ def command(
         raise MergeidError("some of the models are sketches and some are not; expected all of a kind")
     if not all(sketched) and len(models) != 2:
         raise MergeidError(f"predict takes two models, got {len(models)}; many are compared by their sketches")
-    if all(sketched) and (data or base):
+    if all(sketched) and (call.given("data") or call.given("base")):
         raise MergeidError("sketches hold what was found on their own inputs; leave --data and --base out")
     if plot is not None and not all(sketched):
         raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
-    check_outputs((*models, data, base, arch), output=output, plot=plot)
+    check_outputs((*models, *call.reads), output=output, plot=plot)
     with working(as_json) as work:
         if all(sketched):
-            return _matrix(work, models, tolerate, output, plot)
-        from mergeid.verbs import api
-
-        result = api.predict(
-            *models,
-            data=data,
-            base=base,
-            tolerate=tolerate,
-            arch=arch,
-            config=config,
-            matcher=matcher,
-            skip=skip or (),
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            allow_pickle=allow_pickle,
-            progress=work.progress,
-        )
+            return _matrix(work, models, call.number("tolerate"), output, plot)
+        result = call(*models, progress=work.progress)
         _written(work, result, output)
         if not work.as_json:
             _shown(work, result)

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import working
+from mergeid.verbs.scramble import scramble
+
+if TYPE_CHECKING:
+    from mergeid.results.merge import ScrambleResult
 
 
+@command_of(scramble)
 def command(
+    call: Call[ScrambleResult],
     a: Annotated[str, typer.Argument(metavar="A", help=f"Model to scramble: {o.MODEL}.", show_default=False)],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="OUT",
-            rich_help_panel=o.OUTPUT,
-            help="A .safetensors file or a folder.",
-            show_default=False,
-        ),
-    ],
-    arch: o.Arch = None,
-    allow_pickle: o.AllowPickle = False,
-    force: o.Force = False,
     as_json: o.Json = False,
-    seed: o.Seed = 0,
 ) -> int:
     """Apply a random element of the symmetry group to A and write the result: a check for anybody to run.
 
     The output computes the same function with its neurons in another order.
     """
-    from mergeid.verbs import api
-
     with working(as_json) as work:
-        result = api.scramble(
-            a, output=output, seed=seed, arch=arch, force=force, allow_pickle=allow_pickle, progress=work.progress
-        )
+        result = call(a, progress=work.progress)
         if as_json:
             work.emit(result.to_json())
             return 0

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mergeid.basics.reading import json_text
 from mergeid.errors import plain, visible
 from mergeid.io.output import check_files
-from mergeid.io.reading import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,77 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergeid.commands import options as o
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import working
+from mergeid.request.options import HOW
+from mergeid.verbs.zip import zip_models
+
+if TYPE_CHECKING:
+    from mergeid.results.zip import ZipResult
 
 
+@command_of(zip_models)
 def command(
+    call: Call[ZipResult],
     a: o.A,
     b: o.B,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            rich_help_panel=o.INPUT,
-            show_default=False,
-            help="Examples of both tasks, whose activations say which features are alike; as for mergeid merge.",
-        ),
-    ],
-    arch: o.Arch = None,
-    config: o.Config = None,
-    limit: o.Limit = 512,
-    allow_pickle: o.AllowPickle = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="OUT",
-            rich_help_panel=o.OUTPUT,
-            help="A folder, ./zipped if not given; with --one-head as for mergeid merge.",
-        ),
-    ] = None,
-    force: o.Force = False,
     as_json: o.Json = False,
-    up_to: Annotated[
-        str | None,
-        typer.Option(
-            "--up-to",
-            metavar="MODULE",
-            rich_help_panel=o.HOW,
-            help="Zip up to this module (such as layer3); what comes after it stays apart. All but the heads if not "
-            "given.",
-        ),
-    ] = None,
-    across: Annotated[
-        bool,
-        typer.Option(
-            "--across",
-            rich_help_panel=o.HOW,
-            help="Only merge a feature of A with one of B, as matching does, and never two of one model.",
-        ),
-    ] = False,
-    one_head: Annotated[
-        bool,
-        typer.Option(
-            "--one-head",
-            rich_help_panel=o.HOW,
-            help="For models of one task: also average the heads, and write one model.",
-        ),
-    ] = False,
     no_repair: Annotated[
         bool,
-        typer.Option("--no-repair", rich_help_panel=o.HOW, help="Do not estimate BatchNorm statistics again."),
+        typer.Option("--no-repair", rich_help_panel=HOW, help="Do not estimate BatchNorm statistics again."),
     ] = False,
-    seed: o.Seed = 0,
-    batch_size: o.BatchSize = 32,
-    device: o.Device = "cpu",
 ) -> int:
     """Zip two models (ZipIt!): merge features that are alike, within each model too, up to the heads or to a layer.
 
@@ -80,28 +33,8 @@ def command(
     b, two models with equal tensors up to where the zip ends: each loads where its input loaded, and
     mergeid.load_zipped(OUT) in Python loads both with the common part in memory once.
     """
-    from mergeid.verbs import api
-
     with working(as_json) as work:
-        result = api.zip_models(
-            a,
-            b,
-            data=data,
-            output=output,
-            up_to=up_to,
-            across=across,
-            one_head=one_head,
-            repair=not no_repair,
-            arch=arch,
-            config=config,
-            force=force,
-            seed=seed,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            allow_pickle=allow_pickle,
-            progress=work.progress,
-        )
+        result = call(a, b, repair=not no_repair, progress=work.progress)
         if as_json:
             work.emit(result.to_json())
             return 0

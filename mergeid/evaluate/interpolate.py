@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.state import forget_derived
+from mergeid.data.batches import dataset_length, input_dtype
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import Collate, dataset_length, input_dtype
-from mergeid.evaluate.measure import Forward, Loss, Metrics, default_accelerator, evaluate
-from mergeid.evaluate.result import BarrierResult
+from mergeid.evaluate.measure import Loss, Metrics, evaluate
 from mergeid.evaluate.resume import PointFile, digest_of
-from mergeid.models.state import forget_derived
+from mergeid.models.examples import Examples
+from mergeid.models.running import Forward, default_accelerator
 from mergeid.plugins import Batch
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.results.barrier import BarrierResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,26 +29,70 @@ LAMBDAS = tuple(k / 10 for k in range(11))
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Line:
+    """The straight line between two networks, and how a network on it is run.
+
+    Attributes:
+        state_a: state dict with the model's keys. A key may be missing only where the model ties it to another one.
+        state_b: likewise, already aligned to a.
+        model: the network to load them into.
+        forward: ``adapter.forward``.
+        loss: `LossParts` of an output and a batch.
+        lambdas: increasing, from 0 to 1.
+        label: name of the curve in tables and plots.
+    """
+
+    state_a: Mapping[str, Tensor]
+    state_b: Mapping[str, Tensor]
+    model: nn.Module
+    forward: Forward
+    loss: Loss
+    lambdas: Sequence[float] = LAMBDAS
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How networks are evaluated.
+
+    Attributes:
+        batch_size: examples per forward pass; for speed and memory only.
+        dtype: evaluates in this dtype, interpolating without rounding to the stored one (``torch.float64``).
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; by default the accelerator's.
+        accelerator: process group and device; by default `accelerate.Accelerator()`.
+        workers: processes that load the data.
+    """
+
+    batch_size: int = 64
+    dtype: torch.dtype | None = None
+    mixed_precision: str | None = None
+    accelerator: Accelerator | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Reestimate:
+    """BatchNorm statistics are estimated again at every point, the ends included (so that a pair with itself keeps
+    barrier 0); `mergeid.repair.batchnorm` says how.
+
+    Attributes:
+        examples: to estimate them on.
+        batch: runs all of them in batches of that size, exactly but in many passes. None takes as many as one batch can
+            hold, in one pass.
+    """
+
+    examples: Examples | None
+    batch: int | None = None
+
+
 def barrier_curve(
-    state_a: Mapping[str, Tensor],
-    state_b: Mapping[str, Tensor],
-    model: nn.Module,
-    dataset: Any,
+    line: Line,
+    examples: Examples,
+    how: Measuring | None = None,
     *,
-    forward: Forward,
-    loss: Loss,
-    lambdas: Sequence[float] = LAMBDAS,
-    repair: bool = False,
-    calibration: Any = None,
-    calibration_batch: int | None = None,
-    batch_size: int = 64,
-    dtype: torch.dtype | None = None,
-    mixed_precision: str | None = None,
-    accelerator: Accelerator | None = None,
-    collate: Collate | None = None,
-    workers: int = 0,
+    repair: Reestimate | None = None,
     resume: Path | None = None,
-    label: str = "",
     inplace: bool = False,
     progress: Callable[[float, Metrics], None] | None = None,
 ) -> BarrierResult:
@@ -55,84 +102,86 @@ def barrier_curve(
     rounded to the wider of the two stored dtypes, as a merge would write it). Integer and bool buffers come from a.
 
     Args:
-        state_a: state dict with the model's keys. A key may be missing only where the model ties it to another one.
-        state_b: likewise, already aligned to a.
-        model: the network to load them into; left alone unless `inplace` (saves a copy of it).
-        dataset: map-style, as for `evaluate`.
-        forward: ``adapter.forward``.
-        loss: `LossParts` of an output and a batch.
-        lambdas: increasing, from 0 to 1.
-        repair: re-estimate the BatchNorm statistics on `calibration` at every point, the ends included (so that a pair
-            with itself keeps barrier 0); `mergeid.repair.batchnorm` says how.
-        calibration: map-style data set, needed by `repair` where the model has BatchNorm.
-        calibration_batch: runs all of `calibration` in batches of that size, exactly but in many passes. None takes as
-            many of its examples as one batch can hold, in one pass.
-        batch_size: examples per forward pass; for speed and memory only.
-        dtype: evaluates in this dtype, interpolating without rounding to the stored one (``torch.float64``).
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; by default the accelerator's.
-        accelerator: process group and device; by default `accelerate.Accelerator()`.
-        collate: list of items to batch; torch's default for None.
-        workers: processes that load the data.
+        line: the two networks.
+        examples: to measure on, with labels.
+        how: for speed, memory and precision.
+        repair: where given, and where the model has BatchNorm.
         resume: JSON file to which each finished point is added, and in which points of the same inputs are looked up.
-        label: name of the curve in tables and plots.
-        inplace: use `model` itself as the workspace.
+        inplace: use the line's model itself as the workspace (saves a copy of it).
         progress: called on every process after each point.
 
     Raises:
         MergeidError: λ without 0 and 1, states that do not fit the model, repair without calibration data, data that
             does not fit the model.
     """
-    grid = _checked_grid(lambdas)
-    _check_states(state_a, state_b, model)
-    if mixed_precision not in (None, *MIXED_PRECISION):
+    how = how or Measuring()
+    grid = _checked_grid(line.lambdas)
+    _check_states(line.state_a, line.state_b, line.model)
+    if how.mixed_precision not in (None, *MIXED_PRECISION):
         raise MergeidError(
-            f"mixed precision {mixed_precision!r} is unknown; expected one of {', '.join(MIXED_PRECISION)}"
+            f"mixed precision {how.mixed_precision!r} is unknown; expected one of {', '.join(MIXED_PRECISION)}"
         )
-    repair = repair and bool(batchnorm_layers(model))
-    if repair and calibration is None:
+    held = repair.examples if repair is not None and batchnorm_layers(line.model) else None
+    if repair is not None and held is None and batchnorm_layers(line.model):
         raise MergeidError(
             "re-estimating BatchNorm statistics needs calibration data; give some or switch the repair off"
         )
-    accelerator = accelerator or default_accelerator()
-    precision = mixed_precision or accelerator.mixed_precision
-    task = [getattr(part, "__qualname__", type(part).__qualname__) for part in (forward, loss)]
-    forward = _in_precision(forward, mixed_precision, accelerator)
-    work = model if inplace else copy.deepcopy(model)
-    work.eval().to(device=accelerator.device, dtype=dtype)
-    arithmetic = {"forward": forward, "collate": collate, "accelerator": accelerator}
-    if repair:
-        batches = calibration_batches(work, calibration, size=calibration_batch, **arithmetic)
+    accelerator = how.accelerator or default_accelerator()
+    precision = how.mixed_precision or accelerator.mixed_precision
+    forward = _in_precision(line.forward, how.mixed_precision, accelerator)
+    work = line.model if inplace else copy.deepcopy(line.model)
+    work.eval().to(device=accelerator.device, dtype=how.dtype)
+    batches = None
+    if held is not None and repair is not None:
+        batches = calibration_batches(
+            work, held.items, size=repair.batch, forward=forward, collate=held.collate, accelerator=accelerator
+        )
 
-    points, file = {}, None
+    points: dict[float, Metrics] = {}
+    file = None
     if resume is not None:
         settings = {
-            "model": type(model).__qualname__,
-            "dtype": str(dtype),
+            "model": type(line.model).__qualname__,
+            "dtype": str(how.dtype),
             "precision": precision,
-            "repair": repair and len(batches.dataset),
+            "repair": batches is not None and len(batches.dataset),
             "device": accelerator.device.type,
-            "task": task,
+            "task": [getattr(part, "__qualname__", type(part).__qualname__) for part in (line.forward, line.loss)],
         }
-        digest = digest_of([state_a, state_b], [dataset, calibration if repair else None], settings)
-        file = PointFile(resume, digest, accelerator)
+        data = [examples.items, None if held is None else held.items]
+        file = PointFile(resume, digest_of([line.state_a, line.state_b], data, settings), accelerator)
         points = file.load()
     for x in grid:
         if x not in points:
-            load_between(work, state_a, state_b, x, keep_precision=dtype is not None)
-            if repair:
+            load_between(work, line.state_a, line.state_b, x, keep_precision=how.dtype is not None)
+            if batches is not None:
                 reestimate_batchnorm(work, batches, forward=forward, accelerator=accelerator)
-            points[x] = evaluate(work, dataset, loss=loss, batch_size=batch_size, workers=workers, **arithmetic)
+            points[x] = evaluate(
+                work,
+                examples.items,
+                loss=line.loss,
+                batch_size=how.batch_size,
+                workers=how.workers,
+                forward=forward,
+                collate=examples.collate,
+                accelerator=accelerator,
+            )
             if file:
                 file.add(x, points[x])
         if progress:
             progress(x, points[x])
-    return _result(
-        [points[x] for x in grid],
+    metrics = [points[x] for x in grid]
+    # A network that is never right has accuracy 0 if any other on the line is right once.
+    has_accuracy = any(point.accuracy is not None for point in metrics)
+    return BarrierResult(
         lambdas=grid,
-        repair=repair,
-        calibration=dataset_length(batches.dataset) if repair else 0,
+        losses=tuple(point.loss for point in metrics),
+        accuracies=tuple(point.accuracy or 0.0 for point in metrics) if has_accuracy else None,
+        count=metrics[0].count,
+        repair=batches is not None,
+        calibration=dataset_length(batches.dataset) if batches is not None else 0,
         dtype=precision if precision != "no" else _dtype_name(work),
-        label=label,
+        label=line.label,
     )
 
 
@@ -212,17 +261,6 @@ def _in_precision(forward: Forward, mixed_precision: str | None, accelerator: Ac
             return forward(model, batch)
 
     return cast
-
-
-def _result(metrics: Sequence[Metrics], **facts: Any) -> BarrierResult:
-    # A network that is never right has accuracy 0 if any other on the line is right once.
-    has_accuracy = any(point.accuracy is not None for point in metrics)
-    return BarrierResult(
-        losses=tuple(point.loss for point in metrics),
-        accuracies=tuple(point.accuracy or 0.0 for point in metrics) if has_accuracy else None,
-        count=metrics[0].count,
-        **facts,
-    )
 
 
 def _dtype_name(model: nn.Module) -> str:

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mergeid.evaluate.batches import FixedBatches, dataset_length, input_dtype, to_model
-from mergeid.evaluate.measure import fits_the_model
-from mergeid.io.memory import few_rows
+from mergeid.basics.memory import few_rows
+from mergeid.data.batches import FixedBatches, dataset_length, input_dtype, to_model
+from mergeid.models.running import fits_the_model
 from mergeid.plugins import Batch
+from mergeid.results.comparison import NATS, RELATIVE
 
 if TYPE_CHECKING:
     from mergeid.models.loaded import Loaded
@@ -42,8 +43,6 @@ EXAMPLES = 256
 """Calibration examples that networks are run on, evenly spaced."""
 KEPT = 1 << 28
 """Bytes of inputs and outputs that are kept between networks; where there are more, the models run again for each."""
-NATS, RELATIVE = "nats", "relative"
-"""Units of a distance: the excess of a classifying head, the share of the variance of any other output."""
 
 
 def joined(parts: Sequence[Mapping[str, Far]]) -> dict[str, Far]:

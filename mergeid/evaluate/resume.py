@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergeid.basics.reading import read_json
 from mergeid.errors import MergeidError, reason
 from mergeid.evaluate.measure import Metrics
 from mergeid.io.publish import write_whole
-from mergeid.io.reading import read_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError
 from mergeid.io.dtypes import dtype_name, torch_dtype
 from mergeid.io.header import Header, read_header
-from mergeid.io.reading import read_table
 from mergeid.io.weights import PICKLES, find_weights, pickle_refused, read_index
 from mergeid.plugins import TensorInfo
 

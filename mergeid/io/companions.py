@@ -5,31 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.basics.reading import read_json, read_table, read_text
 from mergeid.errors import MergeidError, shown
-from mergeid.io.reading import read_json, read_table, read_text
+from mergeid.io.beside import is_companion
 
 if TYPE_CHECKING:
     from mergeid.io.checkpoint import Checkpoint
 
-_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".spm", ".vocab", ".bpe", ".tiktoken", ".sentencepiece")
-_NOT_COMPANIONS = (
-    "mergeid.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
-    "requirements.txt", "README.txt",
-)  # fmt: skip
-"""Records of another run, not of the merged model."""
-
 _LARGEST = 200 << 20
 """A file beyond this many bytes is data that happens to lie there."""
-
-
-def is_companion(name: str) -> bool:
-    """Whether a file of a model folder belongs beside its weights, judged by its name (``sub/file.json`` too)."""
-    base = name.rsplit("/", 1)[-1]
-    if base.startswith(".") or base in _NOT_COMPANIONS or base.endswith(".index.json"):
-        return False
-    if "/" in name:
-        return name.count("/") == 1 and base.endswith(".json") and not name.startswith(("onnx/", "openvino/"))
-    return base.endswith(_ENDINGS)
 
 
 def default_companions(checkpoint: Checkpoint) -> list[Path]:

@@ -13,9 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mergeid.basics.reading import check_regular
 from mergeid.errors import MergeidError, is_text, reason
 from mergeid.io.dtypes import BITS
-from mergeid.io.reading import check_regular
 from mergeid.plugins import TensorInfo
 
 MAX_HEADER = 100_000_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeid.errors import MergeidError
-from mergeid.io.companions import is_companion
+from mergeid.io.beside import is_companion
 from mergeid.io.weights import PICKLES, SAFETENSORS, find_weights, read_index
 
 PATIENCE = 10.0

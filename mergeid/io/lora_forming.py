@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
 from mergeid.io.lora import ADAPTER_CONFIG
-from mergeid.io.reading import read_table
 
 if TYPE_CHECKING:
     from torch import Tensor

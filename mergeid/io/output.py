@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, reason
-from mergeid.io.reading import read_table
 from mergeid.io.weights import INDEX, PICKLES, SAFETENSORS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

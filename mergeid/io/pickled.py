@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergeid.basics.reading import check_regular
 from mergeid.errors import MergeidError, is_text, reason, shown
 from mergeid.io.header import MOST_DIMENSIONS
-from mergeid.io.reading import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from mergeid.basics import stopping
 from mergeid.errors import MergeidError, reason
-from mergeid.io import stopping
 from mergeid.io.output import FULL
 
 

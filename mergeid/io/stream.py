@@ -15,13 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Union
 
+from mergeid.basics import stopping
+from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
-from mergeid.io import stopping
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.io.output import check_output, is_single_file, record_path
 from mergeid.io.publish import cannot_write, hidden, publish_folder, sync_folder, write_text
-from mergeid.io.reading import json_text
 from mergeid.io.shards import Shard, index_text, lay_out
 
 if TYPE_CHECKING:

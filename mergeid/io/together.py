@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeid.basics import stopping
+from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
-from mergeid.io import stopping
 from mergeid.io.output import RECORD, check_output
 from mergeid.io.publish import cannot_write, hidden, publish_folder, sync_folder, write_text
-from mergeid.io.reading import json_text
 
 
 def write_together(

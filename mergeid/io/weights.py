@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError
-from mergeid.io.reading import read_table
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"

@@ -19,7 +19,7 @@ def fisher(tensors: Sequence[Tensor], weights: Sequence[float], *, statistics: S
         tensors: θ_i, of equal shape.
         weights: w_i.
         statistics: diagonal Fisher information F_i ≥ 0 of each model, of the same shape
-            (`mergeid.combine.statistics.fisher_diagonal`). Elements on which none of them says anything, and tensors
+            (`mergeid.methods.statistics.fisher_diagonal`). Elements on which none of them says anything, and tensors
             without (None: buffers), are averaged by the weights alone.
 
     Returns:

@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mergeid.basics.reading import read_yaml, read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.reading import read_yaml, read_yaml_documents
 from mergeid.io.schema import ConditionEntry, RecipeFile, SliceEntry, validated
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
 from mergeid.methods.settings import Condition, Setting

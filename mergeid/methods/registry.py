@@ -99,7 +99,7 @@ class MergeMethod:
         base: whether it needs the base model (keyword ``base``: that tensor of it); "optional": with one it merges the
             task vectors, without one the models (keyword ``base`` is None).
         parameters: what else it takes, each as a keyword.
-        statistics: "gram" or "fisher" (`mergeid.combine.statistics`): it needs calibration data (keyword
+        statistics: "gram" or "fisher" (`mergeid.methods.statistics`): it needs calibration data (keyword
             ``statistics``: one tensor per model, or None where there is none for this tensor).
         seeded: whether it draws random numbers (keyword ``generator``, seeded by the tensor's name).
         least, most: smallest (beside a base) and largest number of models; None: any.
@@ -203,6 +203,16 @@ def get_method(name: str) -> MergeMethod:
         raise MergeidError(f"unknown merge method {name!r}{hint}; expected one of {', '.join(names)}")
     _registered[name] = _entry_points()[name]()
     return _registered[name]
+
+
+def check_base(method: MergeMethod, given: bool) -> None:
+    """Raises `MergeidError` where a method needs a base model and none is given, or the other way round."""
+    if method.base is True and not given:
+        raise MergeidError(
+            f"method {method.name!r} needs the model that the others were fine-tuned from; name it with --base"
+        )
+    if given and not method.base:
+        raise MergeidError(f"method {method.name!r} uses no base model; leave out --base, or choose another --method")
 
 
 def check_weights(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeid.combine.statistics import Gram
 from mergeid.methods.registry import Parameter, linear, register_method
+from mergeid.methods.statistics import Gram
 from mergeid.methods.task_arithmetic import wide
 
 RELATIVE_FLOOR = 1e-10
@@ -35,7 +35,7 @@ def regmean(
     Args:
         tensors: W_i [out, in], of equal shape.
         weights: w_i.
-        statistics: G_i of each model (`mergeid.combine.statistics.gram_matrices`). None (everything but weights of
+        statistics: G_i of each model (`mergeid.methods.statistics.gram_matrices`). None (everything but weights of
             linear layers): the plain weighted average.
         alpha: 1 is the exact regression, less of it is steadier (the paper's choice is about 0.9).
 

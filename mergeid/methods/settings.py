@@ -238,6 +238,37 @@ class MergeSettings:
         }
 
 
+@dataclass(frozen=True)
+class MethodRequest:
+    """A merge method and what the user tells it, before the tensors are known.
+
+    Attributes:
+        method: the method.
+        weights: one setting per model; None: equal shares.
+        parameters: of the method, by name.
+        normalize: True: scale the weights to sum 1; False: take them as they are; None: refuse shares of another sum.
+        seed: of methods that draw.
+    """
+
+    method: MergeMethod
+    weights: Sequence[Setting] | None = None
+    parameters: Mapping[str, Setting | Sequence[Setting]] = field(default_factory=dict)
+    normalize: bool | None = None
+    seed: int = 0
+
+    def over(self, models: int, names: Iterable[str]) -> MergeSettings:
+        """The settings for so many models and these tensors. Raises `MergeidError` as `MergeSettings.of` does."""
+        return MergeSettings.of(
+            self.method,
+            models,
+            names,
+            weights=self.weights,
+            parameters=self.parameters,
+            normalize=self.normalize,
+            seed=self.seed,
+        )
+
+
 def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | None) -> list[Any] | None:
     """One setting per model from weights as users give them: one number per model, or glob -> one number per model."""
     if weights is None or not isinstance(weights, Mapping):

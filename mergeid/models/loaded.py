@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, ReturnsSeveral
 
@@ -19,24 +20,6 @@ if TYPE_CHECKING:
     from mergeid.io.checkpoint import Checkpoint
 
 POSITION = re.compile(r"arg(\d{1,9})")
-
-
-@dataclass(frozen=True)
-class Example:
-    """Attributes:
-    inputs: of a live module: a tensor, tuple or dict of keywords; None: those that its library's adapter makes.
-    outputs: names or globs of those outputs that count; none: all of them.
-    """
-
-    inputs: Any = None
-    outputs: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, given: Any, outputs: Sequence[str] = ()) -> Example:
-        """Example inputs as a caller gives them, with the outputs that are named beside them."""
-        if isinstance(outputs, str):
-            outputs = (outputs,)
-        return given if isinstance(given, cls) and not outputs else cls(given, tuple(outputs))
 
 
 @dataclass
@@ -128,7 +111,7 @@ class ModuleAdapter:
         return next(iter(self.outputs(model, batch).values()))
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        from mergeid.data.nested import returned_tensors
+        from mergeid.basics.nested import returned_tensors
 
         inputs = {k: v for k, v in batch.items() if k != "labels" or self.takes_labels}
         positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
@@ -164,19 +147,11 @@ def takes_labels(module: nn.Module, inputs: Batch) -> bool:
         return False
 
 
-def as_batch(inputs: Any) -> Batch:
-    """Example inputs of a live module: a batch dict as it is, anything else as positional arguments."""
-    if isinstance(inputs, Mapping):
-        return {str(k): v for k, v in inputs.items()}
-    several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")  # a named tuple is one input
-    return {f"arg{i}": v for i, v in enumerate(inputs if several else (inputs,))}
-
-
 def check_runs(loaded: Loaded, batch: Batch, what: str) -> None:
     """Raises `MergeidError`, in one sentence, where the model does not run on a batch."""
     import torch
 
-    from mergeid.data.nested import mapped
+    from mergeid.basics.nested import mapped
 
     try:
         with torch.no_grad():

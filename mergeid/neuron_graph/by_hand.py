@@ -13,9 +13,8 @@ from typing import Any, Union
 
 import numpy as np
 
+from mergeid.basics.reading import read_json
 from mergeid.errors import MergeidError
-from mergeid.io.reading import read_json
-from mergeid.neuron_graph.exchange import from_json
 from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
@@ -99,13 +98,13 @@ def read_graph(given: Given) -> NeuronGraph:
     if isinstance(given, NeuronGraph):
         return given
     if isinstance(given, Mapping):
-        return from_json(given)
+        return NeuronGraph.from_json(given)
     path = Path(given)
     if not path.exists():
         raise MergeidError(f"no such graph file: {path}; expected JSON as `mergeid graph MODEL --json FILE` writes it")
     parsed = read_json(path, "a neuron graph as `mergeid graph MODEL --json FILE` writes it", own=True)
     try:
-        return from_json(parsed)
+        return NeuronGraph.from_json(parsed)
     except MergeidError as error:
         raise MergeidError(f"{path}: {error}") from None
 

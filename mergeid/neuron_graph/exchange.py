@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mergeid.basics.reading import parse_json
 from mergeid.errors import MergeidError, shown
-from mergeid.io.reading import parse_json
-from mergeid.neuron_graph.group import NoImage, random_permutations
-from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
+from mergeid.neuron_graph.group import NoImage, Structure, random_permutations
+from mergeid.neuron_graph.space import AxisMap, Space, TapMap
 
 if TYPE_CHECKING:
     from mergeid.io.schema import GraphFile, SpaceEntry
@@ -20,7 +21,49 @@ UNSPOKEN = 1 << 20
 """Most neurons of a space beyond the positions that the graph itself lists."""
 
 
-def to_json(graph: NeuronGraph) -> dict[str, Any]:
+@dataclass
+class Parts:
+    """What a graph is made of, as `mergeid.NeuronGraph` takes it."""
+
+    model: str
+    tensors: dict[str, tuple[int, ...]]
+    spaces: list[Space]
+    frozen: list[tuple[str, int, str]] = field(default_factory=list)
+    taps: dict[str, list[TapMap]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    verified: dict[str, Any] | None = None
+    unknown_ops: dict[str, str] = field(default_factory=dict)
+
+
+class Group(Protocol):
+    """What of a graph acts on tensors."""
+
+    tensors: dict[str, tuple[int, ...]]
+    spaces: list[Space]
+
+    @property
+    def structures(self) -> list[Structure]:
+        """Blocks and parents of each space."""
+        ...
+
+
+class Whole(Group, Protocol):
+    """All of a graph that is written."""
+
+    model: str
+    frozen: list[tuple[str, int, str]]
+    taps: dict[str, list[TapMap]]
+    versions: dict[str, str]
+    verified: dict[str, Any] | None
+    unknown_ops: dict[str, str]
+
+    @property
+    def share(self) -> float:
+        """Parameters on a free axis / all parameters."""
+        ...
+
+
+def written(graph: Whole) -> dict[str, Any]:
     """The graph in the exchange format ``mergeid.graph/1`` (see README)."""
     return {
         "format": FORMAT,
@@ -57,11 +100,8 @@ def to_json(graph: NeuronGraph) -> dict[str, Any]:
     }
 
 
-def from_json(data: Mapping[str, Any] | str) -> NeuronGraph:
-    """Read the exchange format; a graph written or corrected by hand may leave out everything but format, tensors and
-    spaces, and of a space everything but id, size and axes (blocks: one).
-
-    Raises `MergeidError` for anything that is not a valid graph."""
+def parsed(data: Mapping[str, Any] | str) -> Parts:
+    """What a graph in the exchange format says. Raises `MergeidError` for anything else; see also `check_graph`."""
     if isinstance(data, str):
         data = parse_json(data, "the graph", f"the format {FORMAT}", own=True)
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
@@ -69,9 +109,7 @@ def from_json(data: Mapping[str, Any] | str) -> NeuronGraph:
         raise MergeidError(f"the graph has format {shown(found)}; expected {FORMAT!r}")
     from mergeid.io.schema import GraphFile, validated
 
-    graph = _parsed(validated(GraphFile, data, "the graph"))
-    check_graph(graph)
-    return graph
+    return _parts(validated(GraphFile, data, "the graph"))
 
 
 def space_of(entry: SpaceEntry) -> Space:
@@ -95,7 +133,7 @@ def space_of(entry: SpaceEntry) -> Space:
     return Space(entry.id, label, size, blocks, tuple(entry.parents), parents, axes)
 
 
-def _parsed(data: GraphFile) -> NeuronGraph:
+def _parts(data: GraphFile) -> Parts:
     spoken_of = sum(len(a.index) for s in data.spaces for a in s.axes)
     spoken_of += sum(len(row) for s in data.spaces for row in s.block_parents or ())
     for entry in data.spaces:
@@ -111,7 +149,7 @@ def _parsed(data: GraphFile) -> NeuronGraph:
         ]
         for s in data.spaces
     }
-    return NeuronGraph(
+    return Parts(
         data.model,
         {t: tuple(v.shape) for t, v in data.tensors.items()},
         [space_of(s) for s in data.spaces],
@@ -123,7 +161,7 @@ def _parsed(data: GraphFile) -> NeuronGraph:
     )
 
 
-def check_graph(graph: NeuronGraph) -> None:
+def check_graph(graph: Group) -> None:
     """Raises `MergeidError` where spaces, parents and axes do not make a group that acts on the tensors."""
     seen: dict[str, Space] = {}
     taken: dict[tuple[str, int], np.ndarray] = {}
@@ -145,7 +183,7 @@ def check_graph(graph: NeuronGraph) -> None:
     _validate_group(graph)
 
 
-def _validate_axis(graph: NeuronGraph, s: Space, a: AxisMap, taken: dict[tuple[str, int], np.ndarray]) -> None:
+def _validate_axis(graph: Group, s: Space, a: AxisMap, taken: dict[tuple[str, int], np.ndarray]) -> None:
     shape = graph.tensors.get(a.tensor)
     if shape is None or not 0 <= a.axis < len(shape) or len(a.index) != shape[a.axis]:
         raise MergeidError(
@@ -170,7 +208,7 @@ def _validate_axis(graph: NeuronGraph, s: Space, a: AxisMap, taken: dict[tuple[s
     others |= held
 
 
-def _validate_group(graph: NeuronGraph) -> None:
+def _validate_group(graph: Group) -> None:
     """Blocks can follow their parents, and no neuron leaves an axis: tried on two random elements."""
     draw = np.random.default_rng(0).permutation
     for _ in range(2):

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mergeid.data.nested import named_tensors
+from mergeid.basics.nested import named_tensors
+from mergeid.basics.state import uncompiled
 from mergeid.errors import MergeidError
-from mergeid.models.state import uncompiled
 from mergeid.neuron_graph.combine import relate
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.facts import Facts, Labels

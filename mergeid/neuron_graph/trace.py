@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mergeid.models.state import forget_derived
+from mergeid.basics.state import forget_derived
 from mergeid.neuron_graph.by_hand import Constraints
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
 from mergeid.neuron_graph.recorder import Pass, Recorder, record

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergeid.data.nested import mapped, returned_tensors
+from mergeid.basics.nested import mapped, returned_tensors
+from mergeid.basics.state import forget_derived, uncompiled
 from mergeid.errors import MergeidError
-from mergeid.models.state import forget_derived, uncompiled
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.neuron_graph.settle import own_statistics, shaken

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeid.io.memory import few_rows
+from mergeid.basics.memory import few_rows
 from mergeid.prediction.lockstep import Deviation, sum_of_squares
 
 Features = dict[str, float]

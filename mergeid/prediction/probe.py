@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from mergeid.data.batches import balanced, input_dtype, to_model
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import balanced, input_dtype, to_model
-from mergeid.evaluate.measure import eval_mode, fits_the_model
 from mergeid.evidence.activations import real_tokens
 from mergeid.models.load import Loaded
+from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.plugins import Batch
 from mergeid.prediction.features import (
     EndSums,

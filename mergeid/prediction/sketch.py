@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from mergeid.basics.reading import parse_json
+from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError, listed, shown
-from mergeid.evaluate.batches import input_dtype, to_model
-from mergeid.evaluate.measure import eval_mode, fits_the_model
 from mergeid.evidence.activations import TapReader, choose_taps, real_tokens, sample_rows
 from mergeid.io.publish import whole_file, write_text
-from mergeid.io.reading import parse_json
 from mergeid.models.load import Loaded
+from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.neuron_graph.exchange import check_graph, space_of
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space, TapMap
 

@@ -36,8 +36,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 
-from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import (
+from mergeid.data.batches import (
     Collate,
     FixedBatches,
     dataset_length,
@@ -45,14 +44,8 @@ from mergeid.evaluate.batches import (
     shared_out,
     to_model,
 )
-from mergeid.evaluate.measure import (
-    Forward,
-    default_accelerator,
-    eval_mode,
-    fits_the_model,
-    reduce_sum,
-    run_forward,
-)
+from mergeid.errors import MergeidError
+from mergeid.models.running import Forward, default_accelerator, eval_mode, fits_the_model, reduce_sum, run_forward
 from mergeid.plugins import Batch
 from mergeid.repair.shrunken import CONSTANT, example_sums, shrunken, width
 

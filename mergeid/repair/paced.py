@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mergeid.data.nested import named_tensors
+from mergeid.basics.nested import named_tensors
 from mergeid.plugins import Batch
 
 Forward = Callable[[nn.Module, Any], Any]

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from mergeid.combine.statistics import affine_axis, real_rows
 from mergeid.errors import MergeidError
-from mergeid.evaluate.measure import Forward, eval_mode, fits_the_model
+from mergeid.methods.statistics import affine_axis, real_rows
+from mergeid.models.running import Forward, eval_mode, fits_the_model
 from mergeid.plugins import Batch
 
 CONSTANT = 1e-6

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mergeid.evidence.decide import SpaceEvidence
-    from mergeid.stages.plan import Plan
+    from mergeid.results.plan import Plan
 
 DECISIONS = {"direct": ("o", "#009E73"), "match": ("s", "#E69F00"), "will not merge": ("X", "#D55E00")}
 LABEL = 34

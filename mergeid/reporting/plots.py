@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from mergeid.evaluate.result import BarrierResult
+    from mergeid.results.barrier import BarrierResult
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision; the markers tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mergeid.prediction.model import Interval
-    from mergeid.prediction.result import PredictResult
-    from mergeid.verbs.sketch import PredictionMatrix
+    from mergeid.results.prediction import PredictionMatrix, PredictResult
 
 WIDEST = 12
 """Models that a matrix is shown of in the terminal."""

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from mergeid.evaluate.result import BarrierResult
-    from mergeid.verbs.similarity import SimilarityResult
+    from mergeid.results.barrier import BarrierResult
+    from mergeid.results.similarity import SimilarityResult
 
 GAP = 2  # blanks between two columns
 NOTHING = "–"

@@ -1,33 +1,23 @@
-"""Where the verbs meet their callers: what is wrong with an argument, the disk or the memory is a `MergeidError`."""
+"""Where the verbs meet their callers: what the system refuses (files, memory) is a `MergeidError` too."""
 
 from __future__ import annotations
 
 import functools
-import operator
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
-from mergeid.errors import MergeidError, reason, shown
+from mergeid.errors import MergeidError, reason
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-LARGEST_SEED = 2**63 - 1
-_LEAST = {"limit": 1, "calibration_limit": 1, "batch_size": 1}
-"""Arguments that count something, and the least that makes sense."""
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 
-def verb(function: Verb) -> Verb:
-    """A verb whose callers get a `MergeidError` for bad numbers, and for what the system refuses (files, memory)."""
+def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """A verb whose callers get a `MergeidError` for what the system refuses."""
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        check_seed(kwargs.get("seed", 0))
-        if str(kwargs.get("device", "")).partition(":")[0] == "meta":
-            raise MergeidError("device 'meta' holds no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
-        for name, least in _LEAST.items():
-            if kwargs.get(name) is not None:
-                _check_count(name, kwargs[name], least)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
         try:
             return function(*args, **kwargs)
         except MergeidError:
@@ -38,32 +28,7 @@ def verb(function: Verb) -> Verb:
                 raise
             raise MergeidError(sentence) from error
 
-    return call  # type: ignore[return-value]
-
-
-def check_seed(seed: object) -> int:
-    """Raises `MergeidError` for a seed that is no whole number from 0 to 2^63 - 1."""
-    number = _whole(seed)
-    if number is None or not 0 <= number <= LARGEST_SEED:
-        raise MergeidError(f"seed is {shown(seed)}; expected a whole number from 0 to 2^63 - 1 (option --seed)")
-    return number
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    number = _whole(value)
-    if number is None or number < least:
-        raise MergeidError(
-            f"{name} is {shown(value)}; expected a whole number of at least {least} (option --{name.replace('_', '-')})"
-        )
-
-
-def _whole(value: object) -> int | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    return call
 
 
 def explained(error: BaseException) -> str | None:

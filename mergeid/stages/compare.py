@@ -27,25 +27,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import inf, isfinite, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mergeid.evaluate.nearness import NATS, RELATIVE, Far, Panel, joined
-from mergeid.models.state import load_weights
+from mergeid.basics.state import load_weights
+from mergeid.evaluate.nearness import Far, Panel, joined
 from mergeid.neuron_graph.group import same_element
+from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
 from mergeid.stages.members import Member, Members
 from mergeid.stages.repair import SOLVE, refreshed, repair_network, repairs
 from mergeid.stages.solving import NEAR, OFF, can_be_solved, solved_if_nearer
 
 if TYPE_CHECKING:
-    from mergeid.models.pair import Progress
     from mergeid.neuron_graph.neuron_graph import Element
-    from mergeid.stages.plan import Plan
+    from mergeid.request.request import Run
+    from mergeid.results.plan import Plan
 
 TIE = 1e-3
 """Nats (or share of an output's variance) that another merge must be nearer by than a simpler one. Merges that differ
@@ -61,114 +62,6 @@ PARTS = 4
 """Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
 PARTS_OF_DEAR = 2
 """The same where the network is solved, which takes long (`mergeid.stages.solving`)."""
-PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
-"""The merges: nothing moved, some spaces matched, every space matched."""
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far a merge is from the models by one output: nats of excess, or share of the output's variance."""
-
-    value: float
-    unit: str
-
-    def __str__(self) -> str:
-        if self.unit == NATS:
-            return f"{shown(self.value)} nats farther from the models' predictions than they are themselves"
-        return f"off the models' outputs by {shown(self.value)} of their variance"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Attributes:
-    distances: merge ("plain", "matched+bn", …) -> how far it is from the models, mean over the outputs.
-    planned: the merge that the plan chose; chosen: the one to write.
-    repair: of the one to write, "none", "bn", "repair" or "solve".
-    outputs: output -> how far the one to write is by it alone.
-    examples: how many were compared.
-    error: standard error of the difference between the distances of the planned merge (under its own best repair) and
-        of the chosen one; None where they are one merge, or it is not known.
-    """
-
-    distances: dict[str, float]
-    planned: str
-    chosen: str
-    repair: str
-    outputs: dict[str, Distance]
-    examples: int
-    error: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
-        number for, is None."""
-
-        def known(value: float) -> float | None:
-            return value if isfinite(value) else None
-
-        return {
-            "planned": self.planned,
-            "chosen": self.chosen,
-            "repair": self.repair,
-            "distance": known(self.worst.value),
-            "unit": self.unit,
-            "distances": {k: known(v) for k, v in self.distances.items()},
-            "outputs": {k: {"distance": known(d.value), "unit": d.unit} for k, d in self.outputs.items()},
-            "examples": self.examples,
-            "error": self.error,
-        }
-
-    @property
-    def label(self) -> str:
-        """The merge to write with its repair, as in `distances`."""
-        return label(self.chosen, self.repair)
-
-    @property
-    def unit(self) -> str:
-        """ "nats", "relative", or "both" where there are outputs of either kind."""
-        units = {d.unit for d in self.outputs.values()}
-        return units.pop() if len(units) == 1 else "both"
-
-    @property
-    def worst(self) -> Distance:
-        """The merge to write, by the output that it is farthest by."""
-        return max(self.outputs.values(), key=lambda d: d.value)
-
-    def refused(self, above: float) -> str | None:
-        """Why the nearest merge should not be written; None where it is near enough."""
-        if self.worst.value <= above:
-            return None
-        name = next(n for n, d in self.outputs.items() if d is self.worst)
-        by = f" by its output {name!r}" if len(self.outputs) > 1 else ""
-        return (
-            f"even the nearest merge ({self.label}) is{by} {self.worst}, on {self.examples} "
-            f"calibration examples; --refuse-above is {above:g}"
-        )
-
-    @property
-    def note(self) -> str | None:
-        """What the user is told where the plan is not followed."""
-        if self.chosen == self.planned:
-            return None
-        what = {NATS: "nats of excess", RELATIVE: "of the outputs' variance"}.get(self.unit, "on the outputs' mean")
-        own = min((v for k, v in self.distances.items() if k.split("+")[0] == self.planned), default=inf)
-        other = self.distances[self.label]
-        if self.error is not None:
-            what += f", a difference of {abs(own - other):.2g} with a standard error of {self.error:.2g}"
-        if self.chosen == PLAIN:
-            said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
-            return f"{said}the models than the plain one ({shown(own)} to {shown(other)} {what})"
-        said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
-        return f"{said}than the planned one ({shown(other)} to {shown(own)} {what})"
-
-
-def label(merge: str, repair: str) -> str:
-    """``"matched"``, ``"matched+bn"``."""
-    return merge if repair == "none" else f"{merge}+{repair}"
-
-
-def shown(distance: float) -> str:
-    """With the decimals that `TIE` tells apart."""
-    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"
 
 
 def last_look(
@@ -177,9 +70,7 @@ def last_look(
     *,
     among: bool = True,
     skip: Sequence[str] = (),
-    batch_size: int,
-    device: str,
-    progress: Progress | None = None,
+    run: Run,
 ) -> tuple[Members, Comparison]:
     """The merge to write, not repaired yet, and the comparison that it comes from.
 
@@ -192,37 +83,35 @@ def last_look(
     planned, merges = merges_of(members)
     if not among:
         merges = {planned: members}
-    kinds = repairs(members, stage, device)
+    kinds = repairs(members, stage, run.place)
     if kinds == ["none", "bn"] and any(_is_the_first(merge, skip) for merge in merges.values()):
         kinds = ["none"]
     voices = _voices(members)
     panel_of = partial(
         Panel,
         members.first,
-        [refreshed(members, m.loaded.model, device=device) if "bn" in kinds else m.loaded.model for m, _ in voices],
+        [refreshed(members, m.loaded.model, device=run.place) if "bn" in kinds else m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
         dataset=members.dataset,
         collate=members.collate,
-        batch_size=batch_size,
-        device=device,
+        batch_size=run.batch_size,
+        device=run.place,
     )
     panel = panel_of(parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS)
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():
-        if progress:
-            progress("comparing the merges", len(found), len(merges) * len(kinds))
-        for kind, far in _tried(panel, merge, kinds, skip, device):
+        run.tell("comparing the merges", len(found), len(merges) * len(kinds))
+        for kind, far in _tried(panel, merge, kinds, skip, run.place):
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
-        if progress:
-            progress("trying a solved merge", 0, 1)
+        run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
         solved = solved_if_nearer(
             panel_of(parts=PARTS_OF_DEAR),
             {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also},
             (chosen.chosen, chosen.repair),
-            lambda panel, merge, kinds: _tried(panel, merge, kinds, skip, device),
+            lambda panel, merge, kinds: _tried(panel, merge, kinds, skip, run.place),
             TIE,
         )
         if solved is not None:
@@ -313,7 +202,7 @@ def _error(one: Mapping[str, Far], other: Mapping[str, Far]) -> float | None:
 
 def merges_of(members: Members) -> tuple[str, dict[str, Members]]:
     """The planned merge's name, and the merges that differ."""
-    plans = [m.plan for m in _all(members) if m.plan is not None]
+    plans = members.plans
     full = all(same_element(plan.element, _full(plan)) for plan in plans)
     if not any(plan.moves for plan in plans):
         return PLAIN, {PLAIN: members, **({} if full else {MATCHED: _under(members, _full)})}
@@ -321,10 +210,6 @@ def merges_of(members: Members) -> tuple[str, dict[str, Members]]:
     if full:
         return MATCHED, {**plain, MATCHED: members}
     return MIXED, {**plain, MIXED: members, MATCHED: _under(members, _full)}
-
-
-def _all(members: Members) -> list[Member]:
-    return [*members.models, *([] if members.base is None else [members.base])]
 
 
 def _full(plan: Plan) -> Element:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from mergeid.evaluate.measure import make_accelerator
+from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Panel
+from mergeid.models.examples import Examples
 from mergeid.models.load import Loaded
-from mergeid.models.state import load_weights
+from mergeid.models.running import make_accelerator
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm
+from mergeid.request.request import Run
 
 
 def judge_of(
     graph: NeuronGraph,
     models: Sequence[Loaded],
-    dataset: Any,
-    collate: Callable[[Any], Any] | None,
-    *,
-    batch_size: int,
-    device: str,
+    examples: Examples,
+    run: Run,
 ) -> Callable[[Sequence[Element]], float]:
     """How far the average of the models, each brought into the common order by its element, is from their mean
     prediction (`mergeid.evaluate.nearness`): lower is better, infinite where the average's outputs are not finite.
@@ -35,10 +33,10 @@ def judge_of(
         [m.model for m in models],
         shares=[1 / len(models)] * len(models),
         either=False,
-        dataset=dataset,
-        collate=collate,
-        batch_size=batch_size,
-        device=device,
+        dataset=examples.items,
+        collate=examples.collate,
+        batch_size=run.batch_size,
+        device=run.place,
     )
 
     def judge(universe: Sequence[Element]) -> float:
@@ -47,10 +45,12 @@ def judge_of(
             k: torch.stack([m[k].double() for m in moved]).mean(0).to(v.dtype) if v.is_floating_point() else v
             for k, v in moved[0].items()
         }
-        work = copy.deepcopy(first.model).to(device)
+        work = copy.deepcopy(first.model).to(run.place)
         load_weights(work, average)
-        accelerator = make_accelerator(device)
-        batches = calibration_batches(work, dataset, forward=first.forward, collate=collate, accelerator=accelerator)
+        accelerator = make_accelerator(run.place)
+        batches = calibration_batches(
+            work, examples.items, forward=first.forward, collate=examples.collate, accelerator=accelerator
+        )
         statistics = reestimate_batchnorm(work, batches, forward=first.forward, accelerator=accelerator)
         load_weights(work, average | statistics)
         far = panel.far(work, 0).values()

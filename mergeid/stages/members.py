@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_torch import whole
-from mergeid.combine.statistics import Gram, fisher_diagonal, gram_matrices
-from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.methods.settings import MergeSettings
-from mergeid.models.load import Loaded
-from mergeid.models.state import load_weights
+from mergeid.methods.statistics import Gram, fisher_diagonal, gram_matrices
+from mergeid.models.loaded import Loaded
 from mergeid.nn.names import is_asymmetric
 from mergeid.plugins import Batch
-from mergeid.stages.plan import Plan
+from mergeid.request.request import Run
+from mergeid.results.plan import Plan
 
 
 @dataclass
@@ -77,6 +78,16 @@ class Members:
     def first(self) -> Loaded:
         return self.models[0].loaded
 
+    @property
+    def everyone(self) -> list[Member]:
+        """The models and, last, the base."""
+        return [*self.models, *([self.base] if self.base is not None else [])]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Those of every further model and, last, the base."""
+        return [m.plan for m in self.everyone if m.plan is not None]
+
     def names(self) -> dict[str, str]:
         """State-dict key -> the tensor's name in the first model's checkpoint."""
         return {key: name for name, key in self.first.names.items()}
@@ -93,20 +104,21 @@ class Members:
             load_weights(work, member.aligned())
             yield work
 
-    def measure(self, batch_size: int, device: str, seed: int, tell: Callable[[str, int, int], None]) -> None:
-        """Measure what the method needs on the calibration data (`statistics`)."""
+    def measured(self, run: Run) -> Members:
+        """The same with what the method needs measured on the calibration data (`statistics`)."""
         kind = self.settings.method.statistics
+        if kind is None:
+            return self
         what = "Gram matrices" if kind == "gram" else "Fisher information"
         found: list[dict[str, Any]] = []
         for i, work in enumerate(self.workspaces()):
-            tell(f"measuring {what}", i, len(self.models))
-            batches = self.batches(batch_size, device)
+            run.tell(f"measuring {what}", i, len(self.models))
+            batches, net = self.batches(run.batch_size, run.place), work.to(run.place)
             if kind == "gram":
-                found.append(gram_matrices(work.to(device), batches, forward=self.first.forward))
+                found.append(gram_matrices(net, batches, forward=self.first.forward))
             else:
-                generator = torch.Generator().manual_seed(seed)
-                found.append(fisher_diagonal(work.to(device), batches, forward=self.first.forward, generator=generator))
-        self.statistics = found
+                found.append(fisher_diagonal(net, batches, forward=self.first.forward, generator=run.generator()))
+        return replace(self, statistics=found)
 
     def statistics_of(self, key: str) -> list[Gram | Tensor | None] | None:
         """One entry per model for this tensor."""

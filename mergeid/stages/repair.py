@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergeid.evaluate.batches import input_dtype, to_model
-from mergeid.evaluate.measure import make_accelerator
-from mergeid.models.state import load_weights
+from mergeid.basics.state import load_weights
+from mergeid.data.batches import input_dtype, to_model
+from mergeid.models.running import make_accelerator
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
 from mergeid.stages.members import Members
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from mergeid.models.pair import Progress
+    from mergeid.request.request import Progress
 
 SOLVE = "solve"
 SOLVED_AT_ONCE = 64

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mergeid.data.batches import dataset_length, is_whole
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import dataset_length, is_whole
 from mergeid.stages.repair import SOLVE
 
 if TYPE_CHECKING:

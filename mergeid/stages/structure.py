@@ -10,7 +10,7 @@ scrambled) are judged in that order, and the plan says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,13 @@ from mergeid.evidence.inputs import before_batchnorm, kind_of, supports
 from mergeid.evidence.layers import SpaceRecord, space_records
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.nn.names import FIXED, MASK, asymmetric_parameters
+from mergeid.stages.gather import Batches
+from mergeid.stages.open import Pair
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeid.models.load import Loaded
-
-Batches = Callable[[], Iterator[Mapping[str, Any]]]
 
 EXACT, COLUMNS = 2048, 1024
 """Widest input whose covariance is kept whole, and columns of the sketch of wider ones: 34 MB a layer at most."""
@@ -70,9 +70,7 @@ def why_not(a: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, match: s
 
 
 def certified(
-    graph: NeuronGraph,
-    a: Loaded,
-    b: Loaded,
+    pair: Pair,
     base: Mapping[str, Tensor] | None,
     *,
     orders: Mapping[str, Element] | None = None,
@@ -83,7 +81,8 @@ def certified(
     Args:
         orders: space id -> the order of B that it is judged in; default: as B lies. refused: see there.
     """
-    first, second = ({k: v.detach().cpu() for k, v in m.state().items()} for m in (a, b))
+    graph, a = pair.graph, pair.a
+    first, second = ({k: v.detach().cpu() for k, v in m.state().items()} for m in (a, pair.b))
     origin = {} if base is None else {k: v.detach().cpu() for k, v in base.items()}
 
     def of_b(space: str, name: str) -> Tensor | None:
@@ -127,12 +126,9 @@ def without_data(certificates: Mapping[str, Certificate], certify: bool) -> tupl
 
 
 def structure_of(
-    graph: NeuronGraph,
-    a: Loaded,
-    b: Loaded,
+    pair: Pair,
     element: Element,
     batches: Batches,
-    *,
     base: Mapping[str, Tensor] | None,
     certify: bool,
     seed: int,
@@ -146,6 +142,7 @@ def structure_of(
         base: state dict under the model's keys; stored fixed parts come before it.
         certify: compute the shift radii of every layer too.
     """
+    graph, a = pair.graph, pair.a
     makers = _makers(graph, a)
     normed = before_batchnorm(a.model, next(batches()), a.forward)
     found = supports(
@@ -159,7 +156,7 @@ def structure_of(
         columns=COLUMNS,
         seed=seed,
     )
-    states = [{k: v.detach().cpu() for k, v in m.state().items()} for m in (a, b)]
+    states = [{k: v.detach().cpu() for k, v in m.state().items()} for m in (a, pair.b)]
     origin = None if base is None else {k: v.detach().cpu() for k, v in base.items()}
     records: dict[str, SpaceRecord] = {}
     failed: dict[str, str] = {}
@@ -187,7 +184,7 @@ def structure_of(
         except MergeidError as error:
             failed[space.id] = str(error)
     refused = {i: CHEAP for i, record in records.items() if not record.identifiable}
-    found_out = certified(graph, a, b, base, orders=judged_in, refused=refused)
+    found_out = certified(pair, base, orders=judged_in, refused=refused)
     said: dict[str, Any] = {
         "computed": True,
         "inputs": "calibration data",

@@ -2,119 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import is_whole
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.matchers.protocol import MatchTask
 from mergeid.matchers.transport import transport, transported
 from mergeid.matchers.widths import transport_widths
-from mergeid.models.load import Loaded, graph_of, load
-from mergeid.models.pair import Progress, Source, dataset_of, is_module, open_models, skipped_keys
-from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.models.examples import Examples
+from mergeid.models.graph import graph_of
+from mergeid.models.load import load_model
+from mergeid.models.loaded import Loaded
+from mergeid.models.source import Source, is_module
 from mergeid.nn.names import is_asymmetric
+from mergeid.request.request import Calibration, Example, Reading, Run
+from mergeid.stages.gather import evidence_of
 from mergeid.stages.members import Member, Members
-from mergeid.stages.plan import batches_of, evidence_of
+from mergeid.stages.open import Met, Pair, skipped_keys, unskipped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from mergeid.methods.settings import MergeSettings
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
 
-def transported_members(
-    models: Sequence[Source],
-    settings: MergeSettings,
-    *,
-    skip: Sequence[str] = (),
-    data: Any = None,
-    arch: str | None = None,
-    config: str | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    batch_size: int = 32,
-    device: str = "cpu",
-    allow_pickle: bool = False,
-    example_inputs: Any = None,
-    progress: Progress | None = None,
-) -> Members:
+def transported_members(met: Met, settings: MergeSettings, calibration: Calibration) -> Members:
     """The models of a merge, every further one carried onto the first one's neurons by optimal transport.
 
-    Where the shapes are those of the first, plans are made from the correlations of activations on `data` (without,
-    from the weights), heads and what lies in them included; where the widths differ, from the weights
-    (`mergeid.matchers.widths`). Arguments as for `mergeid.merge`; `arch` is the first model's. Skipped tensors count
-    for no plan.
+    Where the shapes are those of the first, plans are made from the correlations of activations on the calibration
+    examples (without, from the weights), heads and what lies in them included; where the widths differ, from the
+    weights (`mergeid.matchers.widths`). Skipped tensors count for no plan.
+
+    Args:
+        met: opened without regard to widths. The architecture that is named is the first model's.
 
     Raises `MergeidError` for anything wrong with the input.
     """
+    bench, run = met.bench, met.bench.run
+    if len({is_module(m) for m in met.models}) > 1:
+        raise MergeidError("some models are live modules and others paths; load the paths into modules first")
+    loaded: list[Loaded] = []
+    for i, source in enumerate(met.models):
+        run.tell("loading", i, len(met.models))
+        loaded.append(_load(source, bench.reading, run, loaded[0] if loaded else None))
+    first = loaded[0]
+    graph = unskipped(bench.graph(first), first, met.skip)
+    examples = bench.examples(calibration, first)
+    members = [Member(first)]
+    for other in loaded[1:]:
+        run.tell("optimal transport", len(members) - 1, len(loaded) - 1)
+        state = _carried_state(Pair(first, other, graph), examples, met.skip, run)
+        members.append(Member(replace(other, checkpoint=_carried(other, state)), None, state))
+    return Members(members, None, settings, examples and examples.items, examples.collate if examples else None)
+
+
+def _carried_state(pair: Pair, examples: Examples | None, skip: Sequence[str], run: Run) -> dict[str, Tensor]:
+    """B's weights on A's neurons, in B's number formats."""
+    first, other, graph = pair.a, pair.b, pair.graph
+    own = other.state()
+    if not _other_widths(graph, first, other, skip):
+        correlation = None
+        if examples is not None:
+            correlation = evidence_of(pair, examples, run, judged=False).correlations()
+        task = MatchTask(graph, first.state(), own, run.generator(), correlation)
+        state = transported(graph, transport(task), own)
+    else:
+        graphs = graph, unskipped(graph_of(other, seed=run.seed), other, skip)
+        state = transport_widths(graphs, (first.model, other.model))
+    return {k: v.to(own[k].dtype) for k, v in state.items()}
+
+
+def _load(source: Source, reading: Reading, run: Run, first: Loaded | None) -> Loaded:
+    """A model; `reading.arch` names the first one's, and another of other width may need none, or fit the same name."""
     from mergeid.combine.by_torch import check_finite
     from mergeid.combine.tensor_plan import MERGEABLE
 
-    tell = progress or (lambda *_: None)
-    if len({is_module(m) for m in models}) > 1:
-        raise MergeidError("some models are live modules and others paths; load the paths into modules first")
-    opened = open_models(models, skip=skip, config=config, arch=arch, widths=False, allow_pickle=allow_pickle)
-    skip = opened.skip
-    if not is_module(models[0]):
-        models = [*opened.agreed.models]
-    loaded: list[Loaded] = []
-    for i, source in enumerate(models):
-        tell("loading", i, len(models))
-        example = loaded[0].example if loaded and example_inputs is not None else example_inputs
-        one = _load(source, arch, not i, example, device, allow_pickle, seed)
-        if is_asymmetric(one.state()):
-            raise MergeidError(f"{one.source} has asymmetric layers; fold it first (mergeid.nn.fold_file)")
-        if one.checkpoint is not None:
-            check_finite(one.checkpoint, [n for n, info in one.checkpoint.table.items() if info.dtype in MERGEABLE])
-        loaded.append(one)
-    first = loaded[0]
-    tell("tracing and verifying the neuron graph", 0, 1)
-    graph = _unskipped(graph_of(first, seed=seed), first, skip)
-    dataset, collate = dataset_of(data, first, limit, seed)
-    members = [Member(first)]
-    for other in loaded[1:]:
-        tell("optimal transport", len(members) - 1, len(loaded) - 1)
-        if not _other_widths(graph, first, other, skip):
-            correlation = None
-            if dataset is not None:
-                batches = batches_of(first, dataset, collate, batch_size, tell)
-                correlation = evidence_of(
-                    graph, first, other, batches, seed, judged=False, whole=is_whole(dataset)
-                ).correlations()
-            generator = torch.Generator().manual_seed(seed)
-            task = MatchTask(graph, first.state(), other.state(), generator, correlation)
-            state = transported(graph, transport(task), other.state())
-        else:
-            graphs = graph, _unskipped(graph_of(other, seed=seed), other, skip)
-            state = transport_widths(graphs, (first.model, other.model))
-        state = {k: v.to(other.state()[k].dtype) for k, v in state.items()}
-        members.append(Member(replace(other, checkpoint=_carried(other, state)), None, state))
-    return Members(members, None, settings, dataset, collate)
-
-
-def _load(
-    source: Source, arch: str | None, first: bool, example: Any, device: str, allow_pickle: bool, seed: int
-) -> Loaded:
-    """`arch` names the first model's; another of other width may need none, or fit the same name."""
-    how: dict[str, Any] = {
-        "example_inputs": example, "device": device, "allow_pickle": allow_pickle, "seed": seed,
-    }  # fmt: skip
-    if first or arch is None:
-        return load(source, arch=arch, **how)
-    try:
-        return load(source, **how)
-    except MergeidError:
-        return load(source, arch=arch, **how)
-
-
-def _unskipped(graph: NeuronGraph, loaded: Loaded, skip: Sequence[str]) -> NeuronGraph:
-    keys = skipped_keys(loaded, skip)
-    return graph.on_tensors([t for t in graph.tensors if t not in keys]) if keys else graph
+    if first is not None and reading.example.inputs is not None:
+        reading = replace(reading, example=Example(first.example, reading.example.outputs))
+    if first is None or reading.arch is None:
+        found = load_model(source, reading, run)
+    else:
+        try:
+            found = load_model(source, replace(reading, arch=None), run)
+        except MergeidError:
+            found = load_model(source, reading, run)
+    if is_asymmetric(found.state()):
+        raise MergeidError(f"{found.source} has asymmetric layers; fold it first (mergeid.nn.fold_file)")
+    if found.checkpoint is not None:
+        check_finite(found.checkpoint, [n for n, i in found.checkpoint.table.items() if i.dtype in MERGEABLE])
+    return found
 
 
 def _other_widths(graph: NeuronGraph, first: Loaded, other: Loaded, skip: Sequence[str]) -> bool:

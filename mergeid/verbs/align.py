@@ -1,17 +1,30 @@
-"""Bring one model into another's order of neurons."""
+"""``align``: one model brought into another's order of neurons."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mergeid.models.loaded import Example
-from mergeid.models.pair import LIMIT, Progress, Source, is_module, output_path, skipped_keys
+from mergeid.models.source import Source, is_module
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.stages.planned import plan_pair
-from mergeid.verbs.merge import MergeResult, check_transport
+from mergeid.request.request import (
+    LIMIT,
+    Calibration,
+    Example,
+    Matching,
+    Output,
+    Progress,
+    Reading,
+    Run,
+    check_transport,
+)
+from mergeid.results.merge import MergeResult
+from mergeid.stages.open import Met, open_models, origin_of, output_path, pair_of, skipped_keys
 
 
 @verb
@@ -19,24 +32,33 @@ def align(
     b: Source,
     to: Source,
     *,
-    output: str | os.PathLike[str] | None = None,
-    match: str = "auto",
-    matcher: str | None = None,
-    transport: bool = False,
-    data: Any = None,
-    arch: str | None = None,
-    config: str | None = None,
-    force: bool = False,
-    seed: int = 0,
-    limit: int | None = LIMIT,
-    batch_size: int = 32,
-    device: str = "cpu",
-    skip: Sequence[str] = (),
-    allow_pickle: bool = False,
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        o.Option(
+            "A .safetensors file or a folder; ./aligned.safetensors if not given (./aligned for a folder).",
+            o.OUTPUT,
+            "OUT",
+            ("-o", "--output"),
+            Path,
+        ),
+    ] = None,
+    match: o.Match = "auto",
+    matcher: o.Matcher = None,
+    transport: o.Transport = False,
+    data: o.Data = None,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    force: o.Force = False,
+    seed: o.Seed = 0,
+    limit: o.Limit = LIMIT,
+    batch_size: o.BatchSize = 32,
+    device: o.Device = "cpu",
+    skip: o.Skip = (),
+    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
     outputs: Sequence[str] = (),
-    base: Source | None = None,
-    certify: bool = False,
+    base: o.Base = None,
+    certify: o.Certify = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """B with its neurons in A's order: the same function, for any other merging tool.
@@ -52,86 +74,61 @@ def align(
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
-    live = is_module(b)
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
+    matching, calibration, asked = Matching(match, matcher), Calibration(data, limit), Output(output, force=force)
     target = None
-    if not (live and output is None):
-        default = "aligned" if isinstance(b, (str, os.PathLike)) and os.path.isdir(b) else "aligned.safetensors"
-        target = output_path(output or default, [to, b, base, data, arch], force)
-    from mergeid.verbs.scramble import rewrite
-
+    if not (is_module(b) and output is None):
+        target = output_path(replace(asked, path=output or _default(b)), [to, b, base, data, arch])
     if transport:
-        check_transport(match, matcher, base)
-        return _transported(
-            to,
-            b,
-            target,
-            force,
-            skip=skip,
-            data=data,
-            arch=arch,
-            config=config,
-            seed=seed,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            allow_pickle=allow_pickle,
-            example_inputs=Example.of(example_inputs, outputs),
-            progress=progress,
-        )
-    planned = plan_pair(
-        to,
-        b,
-        data=data,
-        arch=arch,
-        config=config,
-        match=match,
-        matcher=matcher,
-        seed=seed,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        skip=skip,
-        allow_pickle=allow_pickle,
-        example_inputs=Example.of(example_inputs, outputs),
-        base=base,
-        certify=certify,
-        progress=progress,
-    )
-    made, pair = planned.plan, planned.pair
-    result = MergeResult(made.verdict, plan=made, notes=list(made.notes))
+        check_transport(matching, base=base is not None)
+        met = open_models(Workbench(reading, run), [to, b], widths=False)
+        return _transported(met, calibration, target, force)
+    if matcher is not None:
+        from mergeid.matchers.protocol import check_matcher
+
+        check_matcher(matcher, match, calibration.given)
+    met = open_models(Workbench(reading, run), [to, b])
+    pair = pair_of(met, met.models[1])
+    from mergeid.stages.plan import Structural, make_plan
+    from mergeid.stages.write import rewrite
+
+    origin = None if base is None else origin_of(met, base, pair.a)
+    examples = met.bench.examples(calibration, pair.a)
+    found = make_plan(pair, matching, run, examples=examples, structural=Structural(origin, certify))
+    made = replace(found, notes=[*met.agreed.notes, *found.notes])
+    result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
     if target is None:
-        result.state = made.graph.apply_state(made.element, pair.b.state())
-        return result
+        return replace(result, state=made.graph.apply_state(made.element, pair.b.state()))
     assert pair.b.checkpoint is not None
-    files = made.graph.renamed({k: n for n, k in pair.b.names.items()})
-    result.files = rewrite(
-        pair.b.checkpoint,
-        target,
-        lambda n, t: files.apply(made.element, n, t),
-        {"align": made.to_json(), **pair.agreed.record()},
-        force,
-    )
-    return result
+    in_file = made.graph.renamed({k: n for n, k in pair.b.names.items()})
+    record = {"align": made.to_json(), **met.agreed.record()}
+    files = rewrite(pair.b.checkpoint, target, lambda n, t: in_file.apply(made.element, n, t), record, run, force)
+    return replace(result, files=files)
 
 
-def _transported(a: Source, b: Source, target: Path | None, force: bool, **how: Any) -> MergeResult:
+def _default(b: Source) -> str:
+    """The output's name where none is given."""
+    return "aligned" if isinstance(b, (str, os.PathLike)) and os.path.isdir(b) else "aligned.safetensors"
+
+
+def _transported(met: Met, calibration: Calibration, target: Path | None, force: bool) -> MergeResult:
     """B on A's neurons, in the files that A has."""
     from mergeid.combine.tensor_plan import plan_tensors
     from mergeid.methods.registry import get_method
     from mergeid.methods.settings import MergeSettings
     from mergeid.stages.transport import transported_members
-    from mergeid.verbs.scramble import rewrite
+    from mergeid.stages.write import rewrite
 
-    members = transported_members([a, b], MergeSettings.of(get_method("linear"), 2, []), **how)
+    members = transported_members(met, MergeSettings.of(get_method("linear"), 2, []), calibration)
     one, two = (m.loaded.checkpoint for m in members.models)
     result = MergeResult("transported")
     if target is None:
-        result.state = members.models[1].state
-        return result
+        return replace(result, state=members.models[1].state)
     assert one is not None and two is not None
-    plan_tensors(one, two, skip=how["skip"])  # what else differs (heads, labels) is said here
+    plan_tensors(one, two, skip=met.skip)  # what else differs (heads, labels) is said here
     record = {"align": {"transport": True, "a": one.source, "b": two.source}}
-    skipped = {n for n, k in members.first.names.items() if k in skipped_keys(members.first, how["skip"])}
+    skipped = {n for n, k in members.first.names.items() if k in skipped_keys(members.first, met.skip)}
     moved = {n: two.tensor(n) for n in one.table if n in two.table and n not in skipped}
-    result.files = rewrite(one, target, lambda n, t: moved.get(n, t).to(t.dtype), record, force)
-    return result
+    files = rewrite(one, target, lambda n, t: moved.get(n, t).to(t.dtype), record, met.bench.run, force)
+    return replace(result, files=files)

@@ -1,6 +1,6 @@
 """The demonstration: two networks from independent seeds on handwritten digits, merged directly and with mergeid.
 
-Everything a user would do, through `mergeid.verbs.api`, on files. No download: the digits come with scikit-learn.
+Everything a user would do, through the verbs, on files. No download: the digits come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
 from mergeid.io.publish import whole_file, write_text, write_whole
-from mergeid.io.reading import json_text
-from mergeid.verbs import api
+from mergeid.request import options as o
+from mergeid.request.request import Progress
+from mergeid.verbs.barrier import barrier
+from mergeid.verbs.load import load
+from mergeid.verbs.merge import merge
+from mergeid.verbs.plan import plan as plan_of
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
     from torch import nn
 
-    from mergeid.evaluate.result import BarrierResult
-    from mergeid.stages.plan import Plan
+    from mergeid.results.barrier import BarrierResult
+    from mergeid.results.plan import Plan
 
 ARCHITECTURE = "resnet10t"
 EPOCHS, BATCH, RATE = 8, 64, 1e-3
@@ -38,8 +43,6 @@ POINTS = 11
 STEPS = EPOCHS * (TRAINING // BATCH)
 _INITIAL_WEIGHTS = threading.Lock()
 """Initial weights come from a random generator that all threads share."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class DemoResult:
 
     def print(self, console: Console) -> None:
         """The plan, the comparison, and where everything lies."""
-        from mergeid.commands.show_plan import print_plan
+        from mergeid.reporting.show_plan import print_plan
         from mergeid.reporting.tables import Column, barrier_summary, make_table, number, percent
 
         print_plan(self.plan, console)
@@ -257,11 +260,19 @@ class _Folder:
         return not missing
 
 
-def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress | None = None) -> DemoResult:
+def run(
+    output: Annotated[
+        Path, o.Option("Where everything is written.", o.OUTPUT, "FOLDER", ("-o", "--output"), Path)
+    ] = Path("mergeid-demo"),
+    *,
+    force: Annotated[bool, o.switch("Train and write again, over an earlier demo.", o.OUTPUT)] = False,
+    seed: o.Seed = 0,
+    progress: Progress | None = None,
+) -> DemoResult:
     """Train, plan, merge directly and with mergeid, measure, draw.
 
     Args:
-        folder: made if it is not there; an earlier demonstration's networks in it are reused.
+        output: made if it is not there; an earlier demonstration's networks in it are reused.
         force: train again.
         seed: the networks have the seeds 2·seed + 1 and 2·seed + 2.
         progress: (stage, done, total).
@@ -274,6 +285,7 @@ def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress 
     from mergeid.reporting.plots import plot_barriers
 
     began = time.perf_counter()
+    folder = Path(output)
     place = _Folder(folder)
     place.prepare()
     digits = load_digits()
@@ -287,16 +299,16 @@ def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress 
         ):
             with whole_file(path, "-o") as partial, open(partial, "wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # names of arrays, not the option of that name
-        plan = api.plan(a, b, data=data, progress=progress)
+        plan = plan_of(a, b, data=data, progress=progress)
         rows = [_row("network a", "its own", a, held_out), _row("network b", "its own", b, held_out)]
         for name, stem, match in (("direct average", "direct", "never"), ("mergeid", "merged", "auto")):
             for repair, ending in ((False, "-no-repair"), (True, "")):
                 output = folder / f"{stem}{ending}.safetensors"
                 stage = "bn" if repair else "none"
-                api.merge(a, b, output=output, match=match, data=data, repair=stage, force=True, progress=progress)
+                merge(a, b, output=output, match=match, data=data, repair=stage, force=True, progress=progress)
                 rows.append(_row(name, "re-estimated" if repair else "averaged", output, held_out))
         curves = [
-            api.barrier(
+            barrier(
                 a,
                 b,
                 data=held_out,
@@ -332,9 +344,10 @@ def run(folder: Path, *, force: bool = False, seed: int = 0, progress: Progress 
 
 def _row(name: str, batchnorm: str, file: Path, data: Path) -> Row:
     from mergeid.data import collate, load_data
-    from mergeid.evaluate.measure import evaluate, make_accelerator
+    from mergeid.evaluate.measure import evaluate
+    from mergeid.models.running import make_accelerator
 
-    loaded = api.load(file)
+    loaded = load(file)
     found = evaluate(
         loaded.model,
         load_data(data, adapter=loaded.adapter, arch=loaded.arch),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.lora import ADAPTER_CONFIG
-from mergeid.models.pair import Progress
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
+from mergeid.request.request import Progress
+from mergeid.results.extract import ExtractResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,35 +22,15 @@ _PREFIX = "base_model.model."
 """What PEFT puts before the names of modules."""
 
 
-@dataclass
-class ExtractResult:
-    """Attributes:
-    files: what was written.
-    rank: of the factors; less where a tensor allows less.
-    errors: tensor name -> ‖Δ − s B A‖ / ‖Δ‖ of what was truncated.
-    error: the same of all truncated tensors together.
-    whole: changed tensors that are no weights of linear layers, and lie in the adapter as they are.
-    """
-
-    rank: int
-    files: list[Path] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    error: float = 0.0
-    whole: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": [str(f) for f in self.files]}
-
-
 @verb
 def extract(
     model: str | os.PathLike[str] | Checkpoint,
     *,
     base: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
-    rank: int = 16,
-    force: bool = False,
-    allow_pickle: bool = False,
+    rank: Annotated[int, o.Option("Of the factors.", o.HOW, "R", kind=int)] = 16,
+    force: o.Force = False,
+    allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
 ) -> ExtractResult:
     """A full fine-tune minus its base, as a PEFT folder.
@@ -183,7 +164,7 @@ def _linear_weights(model: Checkpoint) -> tuple[set[str], bool, dict[str, list[s
 
 def _write(target: Path, tensors: dict[str, Tensor], config: dict[str, Any], force: bool) -> list[Path]:
     """Both files of an adapter, whole or not at all."""
-    from mergeid.io.reading import json_text
+    from mergeid.basics.reading import json_text
     from mergeid.io.stream import CheckpointWriter
 
     weights = Checkpoint.from_tensors(tensors, source="the adapter")

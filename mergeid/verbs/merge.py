@@ -1,79 +1,88 @@
-"""Merge two models or more."""
+"""``merge``: two models or more into one.
+
+From top to bottom: open → plan, match or transport → combine → repair → compare → write.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mergeid.combine.apply import check_base
-from mergeid.errors import MergeidError, NoModel, WillNotMerge
-from mergeid.io.checkpoint import Checkpoint
-from mergeid.methods.registry import MergeMethod, get_method
-from mergeid.methods.settings import MergeSettings, setting_of_weights
-from mergeid.models.loaded import Example
-from mergeid.models.offload import state_of
-from mergeid.models.pair import LIMIT, Progress, Source, is_module, open_models, output_path
+from mergeid.errors import MergeidError, WillNotMerge
+from mergeid.methods.registry import check_base, get_method
+from mergeid.methods.settings import MergeSettings, MethodRequest, setting_of_weights
+from mergeid.models.source import Source, is_module
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.stages.planned import common_order, plan_pair
-from mergeid.stages.write import Inputs, write
+from mergeid.request.request import (
+    LIMIT,
+    REFUSE_ABOVE,
+    Calibration,
+    Example,
+    Matching,
+    Output,
+    Progress,
+    Reading,
+    Repairing,
+    Run,
+    check_transport,
+)
+from mergeid.results.merge import MergeResult
+from mergeid.stages.open import Met, open_models, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeid.stages.compare import Comparison
     from mergeid.stages.members import Members
-    from mergeid.stages.plan import Plan
-
-MATCHES = ("auto", "never", "always")
-REPAIRS = ("auto", "bn", "repair", "solve", "none")
-REFUSE_ABOVE = 0.5
-"""Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
 
 
-@dataclass
-class MergeResult:
-    """What a merge (or an alignment) did.
+@dataclass(frozen=True)
+class MergeRequest:
+    """All that a merge is asked for.
 
     Attributes:
-        files: what was written, weights first.
-        plan: the decisions for the second model; None for a plain merge.
-        plans: the decisions for every further model and, last, the base, each against the first.
-        verdict: "direct", "match" or "will not merge"; "transported" where neurons were carried by optimal transport.
-        notes: what the user should know.
-        repaired: tensors that were repaired after the merge.
-        comparison: how far the merges that were at hand are from the models on calibration inputs, and which was chosen
-            (`mergeid.stages.compare`); None without data.
-        repair: what the repair stage did, with the spread of activations before and after; None where there was none.
-        state: the merged state dict, for live modules.
-        report: what happened to the tensors, as JSON.
+        models: two or more; the others are brought into the first one's order.
+        base: what they were fine-tuned from, for methods that need it.
+        transport: whether neurons are carried by optimal transport instead of being matched.
+
+    Raises `MergeidError` for what does not go together.
     """
 
-    verdict: str
-    files: list[Path] = field(default_factory=list)
-    plan: Plan | None = None
-    notes: list[str] = field(default_factory=list)
-    repaired: list[str] = field(default_factory=list)
-    state: dict[str, Tensor] | None = None
-    report: dict[str, Any] = field(default_factory=dict)
-    plans: list[Plan] = field(default_factory=list)
-    repair: dict[str, Any] | None = None
-    comparison: dict[str, Any] | None = None
+    models: tuple[Source, ...]
+    base: Source | None
+    asked: MethodRequest
+    reading: Reading
+    calibration: Calibration
+    matching: Matching
+    repairing: Repairing
+    output: Output
+    transport: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "files": [str(f) for f in self.files],
-            "notes": self.notes,
-            "repaired": self.repaired,
-            "repair": self.repair,
-            "comparison": self.comparison,
-            "report": self.report,
-            "plan": self.plan.to_json() if self.plan else None,
-            "further_plans": [plan.to_json() for plan in self.plans[1:]],
-        }
+    def __post_init__(self) -> None:
+        method, stage, data = self.asked.method, self.repairing.stage, self.calibration.given
+        least = method.least if method.most == 1 or self.base is not None else 2
+        if len(self.models) < least:
+            raise MergeidError(
+                f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
+            )
+        check_base(method, self.base is not None)
+        if not data and stage in ("bn", "repair", "solve"):
+            raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
+        if not data and method.statistics:
+            what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
+            raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
+        if self.transport:
+            check_transport(self.matching, base=self.base is not None)
+        elif self.matching.matcher is not None:
+            from mergeid.matchers.protocol import check_matcher
+
+            check_matcher(self.matching.matcher, self.matching.mode, data)
+        if is_module(self.models[0]) and len(self.models) > 2 and self.reading.config not in (None, "a"):
+            raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
 
 
 @verb
@@ -81,29 +90,65 @@ def merge(
     a: Source | Sequence[Source],
     b: Source | None = None,
     *more: Source,
-    base: Source | None = None,
-    output: str | os.PathLike[str] | None = None,
+    base: Annotated[
+        Source | None,
+        o.Option(
+            "What the models were fine-tuned from, for methods that merge task vectors.", o.INPUT, "MODEL", shown=False
+        ),
+    ] = None,
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        o.Option(
+            "A .safetensors file or a folder; ./merged.safetensors if not given (./merged for a folder).",
+            o.OUTPUT,
+            "OUT",
+            ("-o", "--output"),
+            Path,
+        ),
+    ] = None,
     weights: Sequence[Any] | Mapping[str, Sequence[float]] | None = None,
-    normalize: bool | None = None,
-    method: str = "linear",
+    normalize: Annotated[
+        bool | None,
+        o.Option(
+            "Scale the weights to sum 1, or take them as they are whatever their sum.",
+            flags=("--normalize/--no-normalize",),
+            kind=bool,
+            shown=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        o.Option(
+            "linear, slerp, nuslerp, multislerp, karcher; with --base task_arithmetic, ties, dare_linear, dare_ties, "
+            "della, della_linear, breadcrumbs, breadcrumbs_ties, sce, ram, ramplus_tl, model_stock; B into A: "
+            "nearswap, arcee_fusion; with --data fisher, regmean.",
+            o.HOW,
+            "NAME",
+        ),
+    ] = "linear",
     density: float | Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
-    match: str = "auto",
-    matcher: str | None = None,
-    transport: bool = False,
-    data: Any = None,
+    match: o.Match = "auto",
+    matcher: o.Matcher = None,
+    transport: o.Transport = False,
+    data: o.Data = None,
     repair: bool | str = True,
-    refuse_above: float = REFUSE_ABOVE,
-    arch: str | None = None,
-    config: str | None = None,
-    dtype: str | None = None,
-    skip: Sequence[str] = (),
-    force: bool = False,
-    seed: int = 0,
-    limit: int | None = LIMIT,
-    batch_size: int = 32,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    refuse_above: o.RefuseAbove = REFUSE_ABOVE,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    dtype: o.Dtype = None,
+    skip: o.Skip = (),
+    force: Annotated[
+        bool,
+        o.switch(
+            "Replace an earlier output, and write although mergeid says that the models will not merge.", o.OUTPUT
+        ),
+    ] = False,
+    seed: o.Seed = 0,
+    limit: o.Limit = LIMIT,
+    batch_size: o.BatchSize = 32,
+    device: o.Device = "cpu",
+    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
     outputs: Sequence[str] = (),
     progress: Progress | None = None,
@@ -145,174 +190,137 @@ def merge(
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
-    chosen = get_method(method)
-    models = _listed(a, b, more, chosen.least if chosen.most == 1 or base is not None else 2)
-    check_base(chosen, base is not None)
-    stage = ("auto" if repair else "none") if isinstance(repair, bool) else repair
-    _check_modes(chosen, match, stage, data)
-    _check_limit(refuse_above)
-    if transport:
-        check_transport(match, matcher, base)
-    elif matcher is not None:
-        from mergeid.matchers.protocol import check_matcher
-
-        check_matcher(matcher, match, data is not None)
-    live = is_module(models[0])
-    target = None if live and output is None else output_path(output, [*models, base, data, arch], force)
-    if live and len(models) > 2 and config not in (None, "a"):
-        raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
-    met = open_models(
-        models, base, skip=skip, config=config, arch=arch, widths=not transport, allow_pickle=allow_pickle
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    listed: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
+    request = MergeRequest(
+        tuple(m for m in listed if m is not None),
+        base,
+        MethodRequest(
+            get_method(method), setting_of_weights(weights), _with_density(parameters, density), normalize, seed
+        ),
+        Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs)),
+        Calibration(data, limit),
+        Matching(match, matcher),
+        Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),
+        Output(output, dtype, force),
+        transport,
     )
-    skip = met.skip
-    if not live:
-        models, base, config = [*met.agreed.models], met.agreed.base, None
-    settings = MergeSettings.of(
-        chosen,
-        len(models),
-        _float_names(met.agreed.models[0], skip),
-        weights=setting_of_weights(weights),
-        parameters=_with_density(parameters, density),
-        normalize=normalize,
-        seed=seed,
-    )
-    result = MergeResult("direct", notes=list(met.agreed.notes))
-    if match == "auto" and data is None and not transport and not live:
-        from mergeid.io.lora_forming import shared_base
+    return merge_models(request, run)
 
-        on = shared_base([*met.agreed.models, *([met.agreed.base] if met.agreed.base is not None else [])])
-        if on is not None:
-            match = "never"
-            result.notes.append(f"all lie on {on.source}, whose neurons they share: nothing needs to be matched")
-    members: Members | None = None
+
+def merge_models(request: MergeRequest, run: Run) -> MergeResult:
+    """The merge that is asked for, stage by stage. Raises as `merge`."""
+    output = _target(request)
+    bench = Workbench(request.reading, run)
+    met = open_models(bench, request.models, request.base, widths=not request.transport)
+    request, notes = _sharing(request, met)
+    settings = request.asked.over(len(met.models), met.float_names)
+    members = _members(request, met, settings)
+    result = MergeResult("direct", notes=[*met.agreed.notes, *notes])
     repaired: dict[str, Tensor] = {}
-    common: dict[str, Any] = {
-        "skip": skip,
-        "data": data,
-        "arch": arch,
-        "config": config,
-        "seed": seed,
-        "limit": limit,
-        "batch_size": batch_size,
-        "device": device,
-        "allow_pickle": allow_pickle,
-        "example_inputs": Example.of(example_inputs, outputs),
-        "progress": progress,
-    }
-    if transport:
+    if members is not None:
+        members = members.measured(run)
+        result = _planned(result, members, request)
+        if members.dataset is not None:
+            members, result, kind = _looked(result, members, request, met, run)
+            result, repaired = _repaired(result, members, kind, met, run)
+        elif result.verdict in ("match", "transported") and _has_batchnorm(members):
+            result = _noted(
+                result,
+                "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
+                "accuracy: give --data (without --no-repair) to estimate them again",
+            )
+    if output is None:
+        return replace(result, state={**_state(met, members, settings), **repaired})
+    from mergeid.stages.write import inputs_of, write
+
+    return write(result, met, inputs_of(met, members, repaired), request.asked, output)
+
+
+def _target(request: MergeRequest) -> Output | None:
+    """Where the merge is written; None: a merge of live modules stays in memory."""
+    if is_module(request.models[0]) and request.output.path is None:
+        return None
+    reads = [*request.models, request.base, request.calibration.data, request.reading.arch]
+    return replace(request.output, path=output_path(request.output, reads))
+
+
+def _sharing(request: MergeRequest, met: Met) -> tuple[MergeRequest, list[str]]:
+    """The request without matching, and a note, where all are adapters on one base and so share its neurons."""
+    if request.matching.mode != "auto" or request.calibration.given or request.transport or met.live:
+        return request, []
+    from mergeid.io.lora_forming import shared_base
+
+    on = shared_base([*met.agreed.models, *([met.agreed.base] if met.agreed.base is not None else [])])
+    if on is None:
+        return request, []
+    note = f"all lie on {on.source}, whose neurons they share: nothing needs to be matched"
+    return replace(request, matching=Matching("never")), [note]
+
+
+def _members(request: MergeRequest, met: Met, settings: MergeSettings) -> Members | None:
+    """The models, each with its neurons in the first one's order; None: a plain merge, and no model is built."""
+    if request.transport:
         from mergeid.stages.transport import transported_members
 
-        members, result.verdict = transported_members(models, settings, **common), "transported"
-    elif (match != "never" or data is not None) and (models[1:] or base is not None):
-        how = {"match": match, "matcher": matcher, "dtype": dtype, **common}
-        try:
-            members = _plan_all(models, base, settings, result, force, **how)
-        except NoModel as error:
-            if match != "auto" or chosen.statistics:
-                raise
-            without = " (without --data)" if data is not None else ""
-            raise NoModel(
-                f"{error}; or merge the tensors as they lie with --match never{without}, which builds no model"
-            ) from error
-    if members is not None:
-        from mergeid.stages.repair import repair_merged
+        return transported_members(met, settings, request.calibration)
+    if len(met.everyone) < 2 or (request.matching.mode == "never" and not request.calibration.given):
+        return None
+    from mergeid.stages.match import planned_members
 
-        if chosen.statistics:
-            members.measure(batch_size, device, seed, progress or (lambda *_: None))
-        if members.dataset is not None:
-            members, found = _look(members, result, stage, match, skip, batch_size, device, progress)
-            why = found.refused(refuse_above)
-            if why and not force:
-                names = " and ".join(m.loaded.source for m in members.models)
-                raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes all the same)")
-            result.notes += [f"{why}: written all the same, as asked with --force"] if why else []
-            done = repair_merged(members, mode=found.repair, skip=skip, device=device, progress=progress)
-            result.notes += done.notes
-            result.repair, repaired = done.to_json(), done.tensors
-        elif result.verdict in ("match", "transported") and _has_batchnorm(members):
-            result.notes.append(
-                "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
-                "accuracy: give --data (without --no-repair) to estimate them again"
-            )
-    result.repaired = sorted(repaired)
-    if target is None:
-        result.state = {**_state(models, base, members, settings, skip), **repaired}
-        return result
-    inputs = Inputs.of(models, base, members, repaired, allow_pickle)
-    return write(result, inputs, target, settings, dtype, skip, force, progress, met.agreed.record())
+    return planned_members(met, settings, request.matching, request.calibration, request.output)
 
 
-def _look(
-    members: Members,
-    result: MergeResult,
-    stage: str,
-    match: str,
-    skip: Sequence[str],
-    batch_size: int,
-    device: str,
-    progress: Progress | None,
-) -> tuple[Members, Comparison]:
-    """The nearest merge, of all where the plan decides and else of what was asked for; the result says so."""
+def _planned(result: MergeResult, members: Members, request: MergeRequest) -> MergeResult:
+    """What the plans say."""
+    if request.transport:
+        return replace(result, verdict="transported")
+    from mergeid.stages.match import notes_of, verdict_of
+
+    plans = members.plans
+    return replace(result, verdict=verdict_of(plans), plans=plans, notes=[*result.notes, *notes_of(members)])
+
+
+def _looked(
+    result: MergeResult, members: Members, request: MergeRequest, met: Met, run: Run
+) -> tuple[Members, MergeResult, str]:
+    """The nearest merge, of all where the plan decides and else of what was asked for, and the repair that it takes.
+
+    Raises `WillNotMerge` where even that is too far from the models."""
     from mergeid.stages.compare import MATCHED, PLAIN, last_look
 
-    chosen, found = last_look(
-        members,
-        stage,
-        among=match == "auto",
-        skip=skip,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
-    result.comparison = found.to_json()
+    among = request.matching.mode == "auto"
+    chosen, found = last_look(members, request.repairing.stage, among=among, skip=met.skip, run=run)
+    result = replace(result, comparison=found.to_json())
     if found.note:
+        verdict = result.verdict
         if found.chosen == PLAIN:
-            result.verdict = "direct"
-        elif found.chosen == MATCHED and result.verdict == "direct":
-            result.verdict = "match"
-        result.notes.append(found.note)
-        result.plans = [m.plan for m in [*chosen.models, chosen.base] if m is not None and m.plan is not None]
-        result.plan = result.plans[0]
-    return chosen, found
+            verdict = "direct"
+        elif found.chosen == MATCHED and verdict == "direct":
+            verdict = "match"
+        result = _noted(replace(result, verdict=verdict, plans=chosen.plans), found.note)
+    why = found.refused(request.repairing.refuse_above)
+    if why and not request.output.force:
+        names = " and ".join(m.loaded.source for m in members.models)
+        raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes all the same)")
+    if why:
+        result = _noted(result, f"{why}: written all the same, as asked with --force")
+    return chosen, result, found.repair
 
 
-def _listed(a: Source | Sequence[Source], b: Source | None, more: Sequence[Source], least: int) -> list[Source]:
-    given: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
-    models: list[Source] = [m for m in given if m is not None]
-    if len(models) < least:
-        raise MergeidError(f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(models)}")
-    return models
+def _repaired(
+    result: MergeResult, members: Members, kind: str, met: Met, run: Run
+) -> tuple[MergeResult, dict[str, Tensor]]:
+    """The result with what was repaired, and the tensors themselves."""
+    from mergeid.stages.repair import repair_merged
+
+    done = repair_merged(members, mode=kind, skip=met.skip, device=run.place, progress=run.tell)
+    result = _noted(result, *done.notes)
+    return replace(result, repair=done.to_json(), repaired=sorted(done.tensors)), done.tensors
 
 
-def check_transport(match: str, matcher: str | None, base: Source | None) -> None:
-    """Raises `MergeidError` for what optimal transport has no use for."""
-    for option, given in (
-        ("--match", match != "auto"),
-        ("--matcher", matcher is not None),
-        ("--base", base is not None),
-    ):
-        if given:
-            raise MergeidError(
-                f"{option} does not go with --transport, which matches no neuron to one other; leave it out"
-            )
-
-
-def _check_modes(method: MergeMethod, match: str, stage: str, data: Any) -> None:
-    if match not in MATCHES:
-        raise MergeidError(f"--match {match!r} is not one of auto, never, always")
-    if stage not in REPAIRS:
-        raise MergeidError(f"--repair {stage!r} is not one of {', '.join(REPAIRS)}")
-    if data is None and stage in ("bn", "repair", "solve"):
-        raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
-    if data is None and method.statistics:
-        what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
-        raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
-
-
-def _check_limit(refuse_above: float) -> None:
-    number = isinstance(refuse_above, (int, float)) and not isinstance(refuse_above, bool)
-    if not number or not refuse_above >= 0:
-        raise MergeidError(f"--refuse-above is {refuse_above!r}; expected a distance of 0 or more (inf: never refuse)")
+def _noted(result: MergeResult, *notes: str) -> MergeResult:
+    return replace(result, notes=[*result.notes, *notes])
 
 
 def _with_density(parameters: Mapping[str, Any] | None, density: float | Sequence[float] | None) -> dict[str, Any]:
@@ -322,67 +330,19 @@ def _with_density(parameters: Mapping[str, Any] | None, density: float | Sequenc
     return found
 
 
-def _float_names(first: Checkpoint, skip: Sequence[str]) -> list[str]:
-    """Names of the tensors that settings speak of: the first model's, those that are merged."""
-    from fnmatch import fnmatchcase
-
-    from mergeid.combine.tensor_plan import MERGEABLE
-
-    names = [n for n, info in first.table.items() if info.dtype in MERGEABLE]
-    return [n for n in names if not any(fnmatchcase(n, p) for p in skip)]
-
-
-def _plan_all(
-    models: Sequence[Source],
-    base: Source | None,
-    settings: MergeSettings,
-    result: MergeResult,
-    force: bool,
-    **how: Any,
-) -> Members:
-    """Plan every further model, and the base, against the first; the result gets plans, notes and verdict."""
-    from mergeid.stages.members import Member, Members
-
-    members: list[Member] = []
-    dataset = collate = None
-    others = [*models[1:], *([base] if base is not None else [])]
-    elements = common_order(models[0], others, **how) if how["matcher"] is not None and len(others) > 1 else None
-    for i, other in enumerate(others):
-        planned = plan_pair(models[0], other, matched=elements[i] if elements else None, **how)
-        made, pair = planned.plan, planned.pair
-        if not members:
-            members.append(Member(pair.a))
-            dataset, collate = planned.dataset, planned.collate
-        members.append(Member(pair.b, made))
-        result.plans.append(made)
-        about = f"{pair.b.source}: " if len(others) > 1 else ""
-        result.notes += [about + note for note in made.notes]
-        if made.verdict == "will not merge" and not force:
-            raise WillNotMerge(
-                f"{pair.a.source} and {pair.b.source} will not merge: {made.notes[-1]}; nothing was written (--force "
-                "merges them all the same)"
-            )
-    verdicts = [plan.verdict for plan in result.plans]
-    result.verdict = next((v for v in ("will not merge", "match") if v in verdicts), "direct")
-    result.plan = result.plans[0]
-    origin = members.pop() if base is not None else None
-    return Members(members, origin, settings, dataset, collate)
-
-
-def _state(
-    models: Sequence[Any], base: Any, members: Members | None, settings: MergeSettings, skip: Sequence[str]
-) -> dict[str, Tensor]:
+def _state(met: Met, members: Members | None, settings: MergeSettings) -> dict[str, Tensor]:
     """The merged state dict of live modules."""
     if members is not None:
-        return members.merged_state(skip)
+        return members.merged_state(met.skip)
+    from mergeid.models.offload import state_of
     from mergeid.stages.members import merged_state
 
-    origin = state_of(base) if base is not None else None
+    origin = state_of(met.base) if met.base is not None and is_module(met.base) else None
     return merged_state(
-        [state_of(m) for m in models],
+        [state_of(m) for m in met.models if is_module(m)],
         settings,
         base=origin.__getitem__ if origin is not None else None,
-        skip=skip,
+        skip=met.skip,
     )
 
 

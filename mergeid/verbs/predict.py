@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
-from mergeid.models.loaded import Example
-from mergeid.models.pair import LIMIT, Progress, Source, load_base, skipped_keys
+from mergeid.models.source import Source
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
+from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run
+from mergeid.stages.open import Pair, open_models, origin_of, pair_of, skipped_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mergeid.models.examples import Examples
     from mergeid.neuron_graph.neuron_graph import Element
     from mergeid.prediction.bound import Bound
-    from mergeid.prediction.result import PredictResult
-    from mergeid.stages.planned import Planned
+    from mergeid.results.prediction import PredictResult
 
 TOLERATED = 0.01
 
@@ -27,18 +30,26 @@ def predict(
     a: Source,
     b: Source,
     *,
-    data: Any = None,
-    base: Source | None = None,
-    tolerate: float = TOLERATED,
-    arch: str | None = None,
-    config: str | None = None,
-    matcher: str | None = None,
-    skip: Sequence[str] = (),
-    limit: int | None = LIMIT,
-    batch_size: int = 128,
-    seed: int = 0,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    data: o.Data = None,
+    base: Annotated[
+        Source | None,
+        o.Option(
+            "What A and B were fine-tuned from: for the paper's bound beside the prediction.",
+            o.INPUT,
+            "BASE",
+            shown=False,
+        ),
+    ] = None,
+    tolerate: Annotated[float, o.Option("Loss whose probability is asked for.", o.HOW, "NATS", kind=float)] = TOLERATED,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    matcher: o.Matcher = None,
+    skip: o.Skip = (),
+    limit: o.Limit = LIMIT,
+    batch_size: o.BatchSize = 128,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
     outputs: Sequence[str] = (),
     progress: Progress | None = None,
@@ -61,52 +72,44 @@ def predict(
     Raises `MergeidError` for anything wrong with the input, and for models without logits.
     """
     check_tolerated(tolerate)
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    calibration, matching = Calibration(data, limit), Matching("always", matcher)
+    if matcher is not None:
+        from mergeid.matchers.protocol import check_matcher
+
+        check_matcher(matcher, "always", calibration.given)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
+    met = open_models(Workbench(reading, run), [a, b])
+    pair = pair_of(met, met.models[1])
     from mergeid.prediction.features import EndSums
     from mergeid.prediction.probe import hears
-    from mergeid.stages.planned import plan_pair
+    from mergeid.stages.plan import make_plan
 
     ends = EndSums()
-    planned = plan_pair(
-        a,
-        b,
-        data=data,
-        arch=arch,
-        config=config,
-        match="always",
-        matcher=matcher,
-        seed=seed,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        skip=skip,
-        allow_pickle=allow_pickle,
-        example_inputs=Example.of(example_inputs, outputs),
-        hears=hears(ends),
-        progress=progress,
-    )
+    given = met.bench.examples(calibration, pair.a)
+    plan = make_plan(pair, matching, run, examples=given, hears=hears(ends))
+    from mergeid.models.examples import Examples
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
     from mergeid.prediction.probe import RandomInputs, probe
-    from mergeid.prediction.result import PredictResult, outlook
+    from mergeid.results.prediction import PredictResult, outlook
 
-    plan, pair = planned.plan, planned.pair
     mode = "weights" if data is None else "inputs"
-    examples = RandomInputs(pair.a, seed=seed) if planned.dataset is None else planned.dataset
+    examples = Examples(RandomInputs(pair.a, seed=seed)) if given is None else given
     elements = {"direct": plan.graph.identity()}
     if plan.moves:
         elements["matched"] = plan.element
     first = _plain(pair.a.model, pair.a.state())
-    partners = {k: _aligned(planned, e, skip) for k, e in elements.items()}
-    tell = progress or (lambda *_: None)
+    partners = {k: _aligned(pair, e, met.skip) for k, e in elements.items()}
     try:
         found = probe(
             first,
             partners,
             pair.a.forward,
-            examples,
-            planned.collate,
-            ends=None if skip else ends,  # under --skip B is run with A's tensors, and says something else
-            progress=lambda done, total: tell("running both models", done, total),
+            examples.items,
+            examples.collate,
+            ends=None if met.skip else ends,  # under --skip B is run with A's tensors, and says something else
+            progress=lambda done, total: run.tell("running both models", done, total),
         )
     except PathsDiffer as error:
         raise MergeidError(f"cannot tell: {error}; measure the pair with mergeid barrier") from error
@@ -117,12 +120,8 @@ def predict(
         for repaired, features in ((False, e.plain), (True, e.repaired if data is not None else None))
         if features is not None
     ]
-    origin = None
-    if base is not None:
-        origin = load_base(
-            base, pair.a, arch=arch, skip=skip, allow_pickle=allow_pickle, seed=seed, overruled=config is not None
-        )
-    notes = [n for n in plan.notes if not n.startswith("no calibration data")]
+    origin = None if base is None else origin_of(met, base, pair.a)
+    notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if data is None:
         notes.append("no --data: both models were run on random inputs, which says less than inputs of their kind")
     if any(not o.nats.trusted for o in outlooks):
@@ -135,7 +134,7 @@ def predict(
         next(iter(found.values())).examples,
         tolerate,
         outlooks,
-        _bound(planned, first, partners, origin, examples),
+        _bound(pair, first, partners, origin, examples),
         predictor.version,
         notes,
     )
@@ -152,7 +151,7 @@ def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     in float32 where they are shorter: the deviations of near models would drown in rounding."""
     import torch
 
-    from mergeid.models.state import load_weights
+    from mergeid.basics.state import load_weights
     from mergeid.nn.folding import fold_module, fold_state
     from mergeid.nn.names import asymmetric_parameters, gates
 
@@ -164,33 +163,36 @@ def _plain(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return net.float() if short else net
 
 
-def _aligned(planned: Planned, element: Element, skip: Sequence[str]) -> nn.Module:
+def _aligned(pair: Pair, element: Element, skip: Sequence[str]) -> nn.Module:
     """B in A's order; what the merge would take from A as it is comes from A."""
-    pair = planned.pair
     skipped = skipped_keys(pair.a, skip)
-    state = {k: v for k, v in planned.plan.graph.apply_state(element, pair.b.state()).items() if k not in skipped}
+    state = {k: v for k, v in pair.graph.apply_state(element, pair.b.state()).items() if k not in skipped}
     return _plain(pair.a.model if skipped else pair.b.model, {**state, **{k: pair.a.state()[k] for k in skipped}})
 
 
 def _bound(
-    planned: Planned, first: nn.Module, partners: dict[str, nn.Module], origin: dict[str, Tensor] | None, examples: Any
+    pair: Pair,
+    first: nn.Module,
+    partners: dict[str, nn.Module],
+    origin: dict[str, Tensor] | None,
+    examples: Examples,
 ) -> Bound:
     """The paper's bound, of the pair as it lies: a shared fixed part is shared in that order only."""
     import torch
 
-    from mergeid.evaluate.batches import input_dtype, to_model
+    from mergeid.data.batches import input_dtype, to_model
     from mergeid.nn.names import FIXED, asymmetric_parameters
     from mergeid.prediction.bound import chord_bound, no_bound
 
-    state = planned.pair.a.state()
+    state = pair.a.state()
     if origin is None:
         names = asymmetric_parameters(state)
         if not names or any(n + FIXED not in state for n in names):
             return no_bound()
         origin = {**state, **{n: torch.zeros_like(state[n]) for n in names}}
-    fixed = _plain(planned.pair.a.model, origin)
-    join = planned.collate or torch.utils.data.default_collate
-    raw = join([examples[i] for i in range(min(32, len(examples)))])
+    fixed = _plain(pair.a.model, origin)
+    join, items = examples.collate or torch.utils.data.default_collate, examples.items
+    raw = join([items[i] for i in range(min(32, len(items)))])
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
-    batch = planned.pair.a.inputs_of(to_model(raw, device, input_dtype(first)))
-    return chord_bound(first, partners["direct"], fixed, planned.pair.a.forward, batch)
+    batch = pair.a.inputs_of(to_model(raw, device, input_dtype(first)))
+    return chord_bound(first, partners["direct"], fixed, pair.a.forward, batch)

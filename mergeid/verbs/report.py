@@ -7,21 +7,27 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.models.pair import LIMIT, Progress, Source, dataset_of, is_module
+from mergeid.methods.settings import MethodRequest
+from mergeid.models.source import Source, is_module
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.stages.planned import Planned, plan_pair
+from mergeid.request.request import Calibration, Matching, Output, Progress, Reading, Repairing, Run
+from mergeid.stages.open import Met, Pair, open_models, pair_of
 
 if TYPE_CHECKING:
-    from mergeid.evaluate.result import BarrierResult
+    from mergeid.models.examples import Examples
     from mergeid.neuron_graph.neuron_graph import Element
-    from mergeid.prediction.result import PredictResult
     from mergeid.reporting.page import FileRecord, Measured, Report
-    from mergeid.verbs.merge import MergeResult
+    from mergeid.results.barrier import BarrierResult
+    from mergeid.results.merge import MergeResult
+    from mergeid.results.plan import Plan
+    from mergeid.results.prediction import PredictResult
 
 POINTS = 9
 """Points of a curve, both ends and the midpoint among them."""
@@ -31,35 +37,26 @@ LIBRARIES = ("mergeid", "torch", "timm", "transformers")
 
 @dataclass(frozen=True)
 class _Task:
-    """What was asked for, for all steps."""
+    """What was asked for, and what was made of it so far."""
 
     a: Source
     b: Source
-    data: Any
-    calibration: Any
-    arch: str | None
-    config: str | None
-    skip: Sequence[str]
-    allow_pickle: bool
-    limit: int | None
-    seed: int
-    batch_size: int
-    device: str
+    data: Calibration
+    held: Calibration
     points: int
-    progress: Progress | None
+    run: Run
+    met: Met
+    pair: Pair
+    plan: Plan
 
-    def common(self) -> dict[str, Any]:
-        """The arguments that the verbs share."""
-        return {
-            "data": self.calibration,
-            "arch": self.arch,
-            "config": self.config,
-            "skip": self.skip,
-            "allow_pickle": self.allow_pickle,
-            "seed": self.seed,
-            "device": self.device,
-            "progress": self.progress,
-        }
+    @property
+    def reading(self) -> Reading:
+        return self.met.bench.reading
+
+    @property
+    def examples(self) -> Examples:
+        """To measure on."""
+        return _examples(self.met, self.data, self.pair)
 
 
 @verb
@@ -67,19 +64,36 @@ def report(
     a: Source,
     b: Source,
     *,
-    data: Any,
-    calibration: Any = None,
+    data: Annotated[
+        Any,
+        o.Option(
+            "Labelled examples to measure on: image folder, text or jsonl file, .npz or .safetensors with inputs and "
+            "labels, Hugging Face data set, or module:function.",
+            o.INPUT,
+            "DATA",
+        ),
+    ],
+    calibration: Annotated[
+        Any, o.Option("Examples to match on, without labels; DATA itself if not given.", o.INPUT, "DATA")
+    ] = None,
     output: str | os.PathLike[str] | None = None,
-    solve: bool = True,
-    points: int = POINTS,
-    arch: str | None = None,
-    config: str | None = None,
-    skip: Sequence[str] = (),
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    solve: Annotated[
+        bool,
+        o.Option("Also try the merge that is solved by layers.", flags=("--solve/--no-solve",), kind=bool),
+    ] = True,
+    points: Annotated[
+        int, o.Option("Points of each curve, with both ends.", o.HOW, "N", kind=int, least=3, most=1_000)
+    ] = POINTS,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    skip: o.Skip = (),
+    limit: Annotated[
+        int | None, o.Option("Examples to measure on; all if not given.", o.INPUT, "N", kind=int, least=1)
+    ] = None,
+    batch_size: o.BatchSize = 64,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
 ) -> Report:
     """Plan, predict, merge and measure a pair, and put it on one HTML page. No weights are written.
@@ -102,13 +116,18 @@ def report(
     if points < 3:
         raise MergeidError(f"--points must be at least 3, got {points}")
     began = time.perf_counter()
-    held = calibration if calibration is not None else data
-    task = _Task(a, b, data, held, arch, config, skip, allow_pickle, limit, seed, batch_size, device, points, progress)
-    planned = plan_pair(a, b, match="auto", limit=LIMIT, batch_size=32, example_inputs=None, **task.common())
-    plan = planned.plan
-    curves = _curves(task, planned)
+    held = Calibration(calibration if calibration is not None else data)
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    met = open_models(Workbench(Reading(arch, config, tuple(skip), allow_pickle), Run.of(progress, seed=seed)), [a, b])
+    pair = pair_of(met, met.models[1])
+    from mergeid.stages.plan import make_plan
+
+    made = make_plan(pair, Matching(), met.bench.run, examples=_examples(met, held, pair))
+    plan = replace(made, notes=[*met.agreed.notes, *made.notes])
+    task = _Task(a, b, Calibration(data, limit), held, points, run, met, pair, plan)
+    curves = _curves(task)
     prediction = _predicted(task)
-    merged, solved, refused = _solved(task, planned) if solve else (None, (), None)
+    merged, solved, refused = _solved(task) if solve else (None, (), None)
     notes = [n for n in plan.notes]
     if calibration is None:
         notes.append("the models were matched and measured on the same data; give --calibration to keep them apart")
@@ -122,9 +141,9 @@ def report(
         prediction,
         merged,
         refused,
-        inputs=_files(planned),
+        inputs=_files(pair),
         data=_said(data),
-        calibration=_said(held),
+        calibration=_said(held.data),
         command=_command("report", task, "-o", os.fspath(output or "report.html")),
         seconds=time.perf_counter() - began,
         seed=seed,
@@ -134,6 +153,13 @@ def report(
     found = _with_next(found, task)
     if output is not None:
         write_page(found, Path(output))
+    return found
+
+
+def _examples(met: Met, asked: Calibration, pair: Pair) -> Examples:
+    found = met.bench.examples(asked, pair.a)
+    if found is None:
+        raise MergeidError("a report measures its models on examples; give them with --data")
     return found
 
 
@@ -173,21 +199,23 @@ def _digest(file: Any) -> Any:
     return digest
 
 
-def _curves(task: _Task, planned: Planned) -> tuple[BarrierResult, ...]:
+def _curves(task: _Task) -> tuple[BarrierResult, ...]:
     """Loss from A to B as they are, with every space matched, and as planned where that is neither; with the
     BatchNorm statistics estimated again too, where there are some."""
     import numpy as np
 
-    from mergeid.evaluate.interpolate import barrier_curve
-    from mergeid.evaluate.measure import make_accelerator
+    from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, barrier_curve
+    from mergeid.models.running import make_accelerator
     from mergeid.nn.folding import fold_line
     from mergeid.repair.batchnorm import batchnorm_layers
 
-    pair, plan = planned.pair, planned.plan
-    dataset, collate = dataset_of(task.data, pair.a, task.limit, task.seed)
+    pair, plan, examples = task.pair, task.plan, task.examples
+    held = _examples(task.met, task.held, pair)
+    how = Measuring(task.run.batch_size, accelerator=make_accelerator(task.run.place))
+    grid = tuple(np.linspace(0, 1, task.points).tolist())
     adapter, arch = pair.a.adapter, pair.a.arch
     repairs = (False, True) if batchnorm_layers(pair.a.model) else (False,)
-    elements = _elements(planned)
+    elements = _elements(plan)
     wanted = [(name, element, repair) for name, element in elements.items() for repair in repairs]
     out: list[BarrierResult] = []
     for name, element, repair in wanted:
@@ -196,37 +224,33 @@ def _curves(task: _Task, planned: Planned) -> tuple[BarrierResult, ...]:
         done = len(out) * task.points
         out.append(
             barrier_curve(
-                state_a,
-                state_b,
-                model,
-                dataset,
-                forward=adapter.forward,
-                loss=lambda output, batch: adapter.loss(arch, output, batch),
-                lambdas=tuple(np.linspace(0, 1, task.points).tolist()),
-                repair=repair,
-                calibration=planned.dataset,
-                batch_size=task.batch_size,
-                accelerator=make_accelerator(task.device),
-                collate=collate,
-                label=f"{name}, repaired" if repair else name,
-                progress=_counted(task.progress, done, len(wanted) * task.points),
+                Line(
+                    state_a,
+                    state_b,
+                    model,
+                    adapter.forward,
+                    lambda output, batch: adapter.loss(arch, output, batch),
+                    grid,
+                    f"{name}, repaired" if repair else name,
+                ),
+                examples,
+                how,
+                repair=Reestimate(held) if repair else None,
+                progress=_counted(task.run.tell, done, len(wanted) * task.points),
             )
         )
     return tuple(out)
 
 
-def _counted(progress: Progress | None, done: int, total: int) -> Callable[..., None] | None:
-    if progress is None:
-        return None
+def _counted(progress: Progress, done: int, total: int) -> Callable[..., None]:
     count = iter(range(done + 1, total + 1))
     return lambda *_: progress("measuring", next(count), total)
 
 
-def _elements(planned: Planned) -> dict[str, Element]:
+def _elements(plan: Plan) -> dict[str, Element]:
     """The orders of B that are measured, by name."""
     from mergeid.neuron_graph.group import same_element
 
-    plan = planned.plan
     found: dict[str, Element] = {"direct": plan.graph.identity()}
     if plan.matched is not None and not same_element(plan.matched, found["direct"]):
         found["matched"] = plan.matched
@@ -240,47 +264,72 @@ def _predicted(task: _Task) -> PredictResult | None:
     from mergeid.verbs.predict import predict
 
     try:
-        return predict(task.a, task.b, **task.common())
+        asked, run = task.reading, task.run
+        return predict(
+            task.a,
+            task.b,
+            data=task.held.data,
+            arch=asked.arch,
+            config=asked.config,
+            skip=asked.skip,
+            allow_pickle=asked.allow_pickle,
+            seed=run.seed,
+            device=run.place,
+            progress=run.tell,
+        )
     except MergeidError:
         return None
 
 
-def _solved(task: _Task, planned: Planned) -> tuple[MergeResult | None, tuple[Measured, ...], str | None]:
+def _solved(task: _Task) -> tuple[MergeResult | None, tuple[Measured, ...], str | None]:
     """The merge that is solved layer by layer, made beside nothing and measured; or why there is none."""
-    from mergeid.evaluate.measure import evaluate, make_accelerator
-    from mergeid.models.load import load
+    from mergeid.evaluate.measure import evaluate
+    from mergeid.methods.registry import get_method
+    from mergeid.models.load import load_model
+    from mergeid.models.running import make_accelerator
     from mergeid.reporting.page import Measured
-    from mergeid.verbs.merge import merge
+    from mergeid.verbs.merge import MergeRequest, merge_models
 
     with tempfile.TemporaryDirectory(prefix="mergeid-report-") as folder:
         single = Path(os.fspath(task.a)).suffix == ".safetensors"  # type: ignore[arg-type]
         output = Path(folder) / ("merged.safetensors" if single else "merged")
         try:
-            made = merge(task.a, task.b, output=output, repair="solve", **task.common())
+            request = MergeRequest(
+                (task.a, task.b),
+                None,
+                MethodRequest(get_method("linear"), seed=task.run.seed),
+                task.reading,
+                task.held,
+                Matching(),
+                Repairing("solve"),
+                Output(output),
+                transport=False,
+            )
+            made = merge_models(request, replace(task.met.bench.run, device=task.run.device))
         except WillNotMerge as error:
             return None, (), str(error)
         except MergeidError:
             return None, (), None
         if made.repair is None or made.repair.get("kind") != "solve":
             return made, (), None
-        loaded = load(output, arch=task.arch, allow_pickle=task.allow_pickle, seed=task.seed)
-        dataset, collate = dataset_of(task.data, planned.pair.a, task.limit, task.seed)
+        loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)
+        examples = task.examples
         found = evaluate(
             loaded.model,
-            dataset,
+            examples.items,
             forward=loaded.forward,
             loss=lambda out, batch: loaded.adapter.loss(loaded.arch, out, batch),
-            batch_size=task.batch_size,
-            accelerator=make_accelerator(task.device),
-            collate=collate,
+            batch_size=task.run.batch_size,
+            accelerator=make_accelerator(task.run.place),
+            collate=examples.collate,
         )
     return made, (Measured("solved", found.loss, found.accuracy),), None
 
 
-def _files(planned: Planned) -> tuple[FileRecord, ...]:
+def _files(pair: Pair) -> tuple[FileRecord, ...]:
     """The models' weight files."""
     out: list[FileRecord] = []
-    for role, loaded in (("model A", planned.pair.a), ("model B", planned.pair.b)):
+    for role, loaded in (("model A", pair.a), ("model B", pair.b)):
         if loaded.checkpoint is not None:
             out += file_records(role, loaded.checkpoint.files)
     return tuple(out)
@@ -293,21 +342,19 @@ def _said(data: Any) -> str:
 def _command(verb_name: str, task: _Task, *rest: str) -> str:
     """What a terminal makes the same of."""
     words = ["mergeid", verb_name, os.fspath(task.a), os.fspath(task.b)]  # type: ignore[arg-type]
-    words += ["--data", _said(task.data if verb_name == "report" else task.calibration)]
-    if verb_name == "report" and task.calibration is not task.data:
-        words += ["--calibration", _said(task.calibration)]
-    for option, value in (("--arch", task.arch), ("--config", task.config)):
+    words += ["--data", _said(task.data.data if verb_name == "report" else task.held.data)]
+    if verb_name == "report" and task.held.data is not task.data.data:
+        words += ["--calibration", _said(task.held.data)]
+    for option, value in (("--arch", task.reading.arch), ("--config", task.reading.config)):
         words += [option, value] if value is not None else []
-    for pattern in task.skip:
+    for pattern in task.reading.skip:
         words += ["--skip", pattern]
-    words += ["--seed", str(task.seed)] if task.seed else []
+    words += ["--seed", str(task.run.seed)] if task.run.seed else []
     return shlex.join([*words, *rest])
 
 
 def _with_next(found: Report, task: _Task) -> Report:
     """The report with the command that makes its best merge, where one is worth making."""
-    from dataclasses import replace
-
     from mergeid.reporting.page.verdict import merges, sentence
 
     best = next((f for f in merges(found) if f.best), None)

@@ -1,77 +1,35 @@
-"""Rewrite a checkpoint tensor by tensor: a random element of its symmetry group, or an alignment."""
+"""``scramble``: another checkpoint of the same function, its neurons in a random order."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mergeid.io.checkpoint import Checkpoint
-from mergeid.models.load import Loaded, graph_of, load
-from mergeid.models.pair import Progress, output_path
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
+from mergeid.request.request import Output, Progress, Reading, Run
+from mergeid.results.merge import ScrambleResult
+from mergeid.stages.open import output_path
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from mergeid.models.loaded import Loaded
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
-
-
-@dataclass
-class ScrambleResult:
-    """Attributes:
-    moved_share: share of the parameters whose tensor has moved.
-    max_relative_error: largest output change in float64 over the largest output.
-    """
-
-    files: list[Path]
-    arch: str
-    seed: int
-    moved_share: float
-    max_relative_error: float
-    spaces: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": [str(f) for f in self.files]}
-
-
-def rewrite(
-    checkpoint: Checkpoint,
-    output: Path,
-    transform: Callable[[str, Tensor], Tensor],
-    record: Mapping[str, Any],
-    force: bool,
-) -> list[Path]:
-    """The checkpoint with every tensor transformed (equal shape and dtype), streamed."""
-    from mergeid.io.companions import default_companions
-    from mergeid.io.stream import CheckpointWriter
-    from mergeid.models.configs import config_files
-
-    writer = CheckpointWriter(
-        output,
-        like=checkpoint,
-        companions=default_companions(checkpoint),
-        replace=config_files(checkpoint),
-        record=dict(record),
-        force=force,
-    )
-    with writer:
-        for name in writer.order():
-            writer.write(name, [transform(name, checkpoint.tensor(name)).contiguous()])
-    return list(writer.paths())
 
 
 @verb
 def scramble(
     a: str | os.PathLike[str],
     *,
-    output: str | os.PathLike[str],
-    seed: int = 0,
-    arch: str | None = None,
-    force: bool = False,
-    allow_pickle: bool = False,
+    output: Annotated[
+        str | os.PathLike[str], o.Option("A .safetensors file or a folder.", o.OUTPUT, "OUT", ("-o", "--output"), Path)
+    ],
+    seed: o.Seed = 0,
+    arch: o.Arch = None,
+    force: o.Force = False,
+    allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
 ) -> ScrambleResult:
     """A random group element applied to a checkpoint: another checkpoint of the same function.
@@ -83,12 +41,15 @@ def scramble(
     """
     from math import prod
 
-    import torch
+    from mergeid.models.graph import graph_of
+    from mergeid.stages.write import rewrite
 
-    target = output_path(output, [a, arch], force)
-    loaded = load(a, arch=arch, allow_pickle=allow_pickle)
+    run = Run.of(progress, seed=seed)
+    target = output_path(Output(output, force=force), [a, arch])
+    bench = Workbench(Reading(arch, allow_pickle=allow_pickle), Run.of(progress))
+    loaded = bench.load(a)
     found = graph_of(loaded)
-    element = found.random_element(torch.Generator().manual_seed(seed))
+    element = found.random_element(run.generator())
     files = found.renamed({k: n for n, k in loaded.names.items()})
     assert loaded.checkpoint is not None
     moved = 0
@@ -99,7 +60,7 @@ def scramble(
             moved += prod(info.shape)
     error = _function_change(loaded, found, element)
     record = {"scramble": {"source": loaded.source, "seed": seed, "arch": loaded.arch.id, "max_relative_error": error}}
-    paths = rewrite(loaded.checkpoint, target, lambda n, t: files.apply(element, n, t), record, force)
+    paths = rewrite(loaded.checkpoint, target, lambda n, t: files.apply(element, n, t), record, run, force)
     return ScrambleResult(paths, loaded.arch.id, seed, moved / max(total, 1), error, len(found.spaces))
 
 
@@ -109,8 +70,8 @@ def _function_change(loaded: Loaded, found: NeuronGraph, element: Mapping[str, A
 
     import torch
 
-    from mergeid.data.nested import mapped
-    from mergeid.models.state import forget_derived, load_weights
+    from mergeid.basics.nested import mapped
+    from mergeid.basics.state import forget_derived, load_weights
     from mergeid.neuron_graph.verify import relative_error
 
     model = copy.deepcopy(loaded.model).double()

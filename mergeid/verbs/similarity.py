@@ -2,75 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
-from mergeid.models.load import Loaded, load
-from mergeid.models.pair import LIMIT, Progress, Source, dataset_of
+from mergeid.models.source import Source
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
+from mergeid.request.request import LIMIT, Calibration, Example, Progress, Reading, Run
+from mergeid.results.similarity import LayerSimilarity, SimilarityResult
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
     from mergeid.evidence.similarity import PairSums
+    from mergeid.models.examples import Examples
+    from mergeid.models.loaded import Loaded
 
 BUDGET = 1 << 30
 """Bytes of sums that are kept at once; more layers take more passes over the data."""
-
-
-@dataclass(frozen=True)
-class LayerSimilarity:
-    """The indices of one pair of layers (`mergeid.evidence.similarity.PairSums`).
-
-    Attributes:
-        layer: its name in both models.
-        neurons: how many it has in A and in B.
-        rows: positions of examples that were looked at.
-    """
-
-    layer: str
-    neurons: tuple[int, int]
-    rows: int
-    cka: float
-    cka_unbiased: float
-    svcca: float
-    pwcca: float
-
-
-@dataclass
-class SimilarityResult:
-    """How alike two models are, layer by layer.
-
-    Attributes:
-        layers: the layers that both models have under one name, in forward order.
-        names_a, names_b: rows and columns of `cka_map`.
-        cka_map: unbiased CKA of every layer of A with every layer of B, on position-averaged activations; float64.
-    """
-
-    a: str
-    b: str
-    examples: int
-    layers: list[LayerSimilarity]
-    names_a: list[str]
-    names_b: list[str]
-    cka_map: np.ndarray
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": "mergeid.similarity/1",
-            "a": self.a,
-            "b": self.b,
-            "examples": self.examples,
-            "layers": [asdict(layer) for layer in self.layers],
-            "map": {"a": self.names_a, "b": self.names_b, "cka_unbiased": self.cka_map.tolist()},
-            "notes": self.notes,
-        }
 
 
 @verb
@@ -78,15 +34,31 @@ def similarity(
     a: Source,
     b: Source,
     *,
-    data: Any,
-    layers: Sequence[str] = ("*",),
-    arch: str | None = None,
-    limit: int | None = LIMIT,
+    data: Annotated[
+        Any,
+        o.Option(
+            "Examples to run both models on: image folder, text or jsonl file, .npz or .safetensors with inputs, "
+            "Hugging Face data set, or module:function.",
+            o.INPUT,
+            "DATA",
+        ),
+    ],
+    layers: Annotated[
+        Sequence[str],
+        o.Option(
+            "Modules to compare; all with a matrix of weights if not given (may be given several times).",
+            o.INPUT,
+            "GLOB",
+            several=True,
+        ),
+    ] = ("*",),
+    arch: o.Arch = None,
+    limit: o.Limit = LIMIT,
     per_example: int = 32,
-    batch_size: int = 32,
-    seed: int = 0,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    batch_size: o.BatchSize = 32,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> SimilarityResult:
@@ -105,23 +77,21 @@ def similarity(
 
     Raises `MergeidError` for anything wrong with the input.
     """
-    tell = progress or (lambda *_: None)
-    tell("loading", 0, 2)
-    one = load(a, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, seed=seed, device=device)
-    tell("loading", 1, 2)
-    two = load(b, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, seed=seed, device=device)
-    dataset, collate = dataset_of(data, one, limit, seed)
-    if dataset is None or len(dataset) < 4:
-        raise MergeidError(f"--data holds {0 if dataset is None else len(dataset)} examples; expected at least 4")
-    run = _Run((one, two), dataset, collate, batch_size, per_example, seed, device, tell)
-    names_a, names_b = (_chosen(run.shapes(i), layers, loaded) for i, loaded in enumerate((one, two)))
-    found = run.map(names_a, names_b)
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs)), run)
+    one, two = bench.load(a), _other(bench, a, b)
+    examples = bench.examples(Calibration(data, limit), one)
+    if examples is None or len(examples) < 4:
+        raise MergeidError(f"--data holds {0 if examples is None else len(examples)} examples; expected at least 4")
+    runs = _Runs((one, two), examples, per_example, run)
+    names_a, names_b = (_chosen(runs.shapes(i), layers, loaded) for i, loaded in enumerate((one, two)))
+    found = runs.map(names_a, names_b)
     common = [n for n in names_a if n in set(names_b)]
     notes = []
     table: list[LayerSimilarity] = []
-    for group in run.groups(common):
-        for name, sums in run.sums(group).items():
-            sizes = run.shapes(0)[name], run.shapes(1)[name]
+    for group in runs.groups(common):
+        for name, sums in runs.sums(group).items():
+            sizes = runs.shapes(0)[name], runs.shapes(1)[name]
             if sums is None or sums.count < 4:
                 notes.append(f"layer {name} has another number of positions in both models and is left out")
                 continue
@@ -134,7 +104,12 @@ def similarity(
             f"{len(scarce)} layers have fewer than 5 rows per neuron (first: {scarce[0]}): their plain CKA, SVCCA and "
             "PWCCA are too high; more examples help, the unbiased CKA does not need them"
         )
-    return SimilarityResult(one.source, two.source, len(dataset), table, names_a, names_b, found, notes)
+    return SimilarityResult(one.source, two.source, len(examples), table, names_a, names_b, found, notes)
+
+
+def _other(bench: Workbench, a: Source, b: Source) -> Loaded:
+    """The second model, on its own even where it is the first one again."""
+    return bench.load(b) if b is not a else replace(bench.load(a), model=copy.deepcopy(bench.load(a).model))
 
 
 def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) -> list[str]:
@@ -147,34 +122,30 @@ def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) ->
 
 
 @dataclass
-class _Run:
+class _Runs:
     """Passes of both models over the data."""
 
     models: tuple[Loaded, Loaded]
-    dataset: Any
-    collate: Callable[[Any], Any] | None
-    batch_size: int
+    examples: Examples
     per_example: int
-    seed: int
-    device: str
-    tell: Progress
+    run: Run
     _shapes: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def batches(self, stage: str) -> Iterator[Any]:
         import torch
 
-        from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
+        from mergeid.data.batches import input_dtype, to_model
 
-        batches = FixedBatches(self.dataset, self.batch_size, self.collate)
+        batches = self.examples.batches(self.run.batch_size)
         for i, batch in enumerate(batches):
-            self.tell(stage, i, len(batches))
-            yield to_model(batch, torch.device(self.device), input_dtype(self.models[0].model))
+            self.run.tell(stage, i, len(batches))
+            yield to_model(batch, torch.device(self.run.place), input_dtype(self.models[0].model))
 
     def outputs(self, which: int, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
         """Outputs [examples, positions, neurons] of the layers that this batch calls, in forward order."""
         import torch
 
-        from mergeid.evaluate.measure import eval_mode, fits_the_model
+        from mergeid.models.running import eval_mode, fits_the_model
 
         loaded = self.models[which]
         size = next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
@@ -233,7 +204,7 @@ class _Run:
         mask = _mask(x, batch)
         for i, example in enumerate(x):
             present = torch.arange(len(example)) if mask is None else torch.nonzero(mask[i].cpu()).reshape(-1)
-            yield example[present[_positions(len(present), self.per_example, self.seed)].to(x.device)].cpu()
+            yield example[present[_positions(len(present), self.per_example, self.run.seed)].to(x.device)].cpu()
 
     def map(self, names_a: Sequence[str], names_b: Sequence[str]) -> np.ndarray:
         """Unbiased CKA of all layers of A with all layers of B, on activations averaged over positions."""

@@ -4,66 +4,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.output import check_files
-from mergeid.models.pair import Progress, Source, dataset_of
+from mergeid.models.source import Source, open_source
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
+from mergeid.request.request import Calibration, Example, Progress, Reading, Run
 from mergeid.verbs.predict import TOLERATED, check_tolerated
 
 if TYPE_CHECKING:
-    from mergeid.prediction.result import PredictResult
     from mergeid.prediction.sketch import Sketch
+    from mergeid.results.prediction import PredictionMatrix, PredictResult
 
-FORMAT = "mergeid.predictions/1"
 EXAMPLES = 256
-
-
-@dataclass
-class PredictionMatrix:
-    """Every pair of N sketches.
-
-    Attributes:
-        names: of the models. pairs: (i, j), i < j -> what is predicted.
-    """
-
-    names: list[str]
-    tolerated: float
-    pairs: dict[tuple[int, int], PredictResult] = field(default_factory=dict)
-
-    def expected(self) -> list[list[float]]:
-        """Barrier in nats under the best assignment, 0 on the diagonal."""
-        n = len(self.names)
-        return [
-            [self.pairs[min(i, j), max(i, j)].best.nats.expected if i != j else 0.0 for j in range(n)] for i in range(n)
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "models": self.names,
-            "tolerated": self.tolerated,
-            "barrier_nats": self.expected(),
-            "pairs": [{"i": i, "j": j, **result.to_json()} for (i, j), result in self.pairs.items()],
-        }
 
 
 @verb
 def sketch(
     source: Source,
     *,
-    data: Any,
+    data: Annotated[
+        Any,
+        o.Option("Inputs that the model is run on; sketches compare only where they are the same.", o.INPUT, "DATA"),
+    ],
     output: str | os.PathLike[str] | None = None,
-    arch: str | None = None,
-    limit: int = EXAMPLES,
-    seed: int = 0,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    arch: o.Arch = None,
+    limit: Annotated[int, o.Option("Most inputs taken from DATA.", o.INPUT, "N", kind=int, least=2)] = EXAMPLES,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
-    force: bool = False,
+    force: o.Force = False,
     progress: Progress | None = None,
 ) -> Sketch:
     """What a model does on fixed inputs: activations, outputs, how it answers to averaging
@@ -79,19 +54,24 @@ def sketch(
     target = None if output is None else check_sketch_output(output, force, [source, data, arch])
     if limit < 2:
         raise MergeidError(f"--limit must be at least 2 for a sketch, got {limit}")
-    from mergeid.models.load import graph_of, load, opened, stated_config
+    from mergeid.models.architecture import stated_config
     from mergeid.prediction.sketch import make_sketch, save_sketch
 
-    tell = progress or (lambda *_: None)
-    tell("loading", 0, 1)
-    loaded = load(source, arch=arch, example_inputs=example_inputs, allow_pickle=allow_pickle, device=device, seed=seed)
-    dataset, collate = dataset_of(data, loaded, limit, seed)
-    tell("tracing and verifying the neuron graph", 0, 1)
-    graph = graph_of(loaded, seed=seed)
+    run = Run.of(progress, device=device, seed=seed)
+    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs)), run)
+    loaded = bench.load(source)
+    examples = bench.examples(Calibration(data, limit), loaded)
+    if examples is None:
+        raise MergeidError("a sketch is of some inputs; give them with --data")
     made = make_sketch(
-        loaded, graph, dataset, collate, limit=limit, progress=lambda done, total: tell("sketching", done, total)
+        loaded,
+        bench.graph(loaded),
+        examples.items,
+        examples.collate,
+        limit=limit,
+        progress=lambda done, total: run.tell("sketching", done, total),
     )
-    made.config = stated_config(loaded.checkpoint or opened(loaded.model), arch)
+    made.config = stated_config(loaded.checkpoint or open_source(loaded.model), arch)
     if target is not None:
         save_sketch(made, target)
     return made
@@ -125,27 +105,27 @@ def predict_sketches(
     if len(sketches) < 2:
         raise MergeidError("one sketch has no pair; give at least two")
     from mergeid.prediction.model import shipped
-    from mergeid.prediction.result import PredictResult, outlook
     from mergeid.prediction.sketch import Sketch, load_sketch
     from mergeid.prediction.sketched import Standard, as_elements, check_alike, output_features, sketch_features
+    from mergeid.results.prediction import PredictionMatrix, PredictResult, outlook
 
     made = [Standard(s if isinstance(s, Sketch) else load_sketch(Path(os.fspath(s)))) for s in sketches]
     names = [f"sketch {i}" if isinstance(s, Sketch) else Path(os.fspath(s)).stem for i, s in enumerate(sketches)]
     for other in made[1:]:
         check_alike(made[0].sketch, other.sketch)
-    found = PredictionMatrix(names, tolerate)
+    found: dict[tuple[int, int], PredictResult] = {}
     predictor, total = shipped(), len(made) * (len(made) - 1) // 2
     for i, a in enumerate(made):
         for j in range(i + 1, len(made)):
             if progress:
-                progress("comparing sketches", len(found.pairs), total)
+                progress("comparing sketches", len(found), total)
             b = made[j]
             outputs, outlooks = output_features(a, b), []
             for name, element in as_elements(a, b).items():
                 for repaired in (False, True) if a.sketch.repairable else (False,):
                     features, layers = sketch_features(a, b, element, outputs, repaired=repaired)
                     outlooks.append(outlook(predictor, "sketches", name, repaired, features, layers, tolerate))
-            found.pairs[i, j] = PredictResult(
+            found[i, j] = PredictResult(
                 names[i],
                 names[j],
                 a.sketch.arch,
@@ -156,4 +136,4 @@ def predict_sketches(
                 None,
                 predictor.version,
             )
-    return found
+    return PredictionMatrix(names, tolerate, found)

@@ -5,65 +5,32 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.output import RECORD
-from mergeid.io.reading import read_table
-from mergeid.models.load import Loaded, graph_of, load
-from mergeid.models.pair import LIMIT, Progress, Source, dataset_of, is_module, open_models
+from mergeid.models.source import Source, is_module
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
 from mergeid.request.boundary import verb
+from mergeid.request.request import LIMIT, Calibration, Example, Output, Progress, Reading, Run
+from mergeid.results.zip import ZipResult
+from mergeid.stages.open import Met, Pair, open_models, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeid.combine.zip import TwoHeads, Zipped
-    from mergeid.neuron_graph.neuron_graph import NeuronGraph
+    from mergeid.models.examples import Examples
+    from mergeid.models.loaded import Loaded
     from mergeid.plugins import Batch
 
 LEAST = 16
 """Calibration examples that correlations need."""
-
-
-@dataclass
-class ZipResult:
-    """Two models with one trunk.
-
-    Attributes:
-        states: A's and B's state dicts, equal on the trunk; one alone with ``one_head``.
-        trunk: state-dict keys that both share.
-        share: parameters of the trunk / parameters of A.
-        within: label of each zipped space -> share of its features that were merged inside one model.
-        apart: labels of the spaces that were not zipped.
-        repaired: state-dict keys whose BatchNorm statistics were estimated again.
-        files: what was written.
-        notes: what the user should know.
-    """
-
-    states: tuple[dict[str, Tensor], ...]
-    trunk: tuple[str, ...]
-    share: float
-    within: dict[str, float]
-    apart: list[str]
-    repaired: list[str] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the weights."""
-        return {
-            "heads": len(self.states),
-            "trunk": list(self.trunk),
-            "share": self.share,
-            "within": self.within,
-            "apart": self.apart,
-            "repaired": self.repaired,
-            "files": [str(f) for f in self.files],
-            "notes": self.notes,
-        }
 
 
 @verb
@@ -71,20 +38,46 @@ def zip_models(
     a: Source,
     b: Source,
     *,
-    data: Any,
-    output: str | os.PathLike[str] | None = None,
-    up_to: str | None = None,
-    across: bool = False,
-    one_head: bool = False,
+    data: Annotated[
+        Any,
+        o.Option(
+            "Examples of both tasks, whose activations say which features are alike; as for mergeid merge.",
+            o.INPUT,
+            "DATA",
+        ),
+    ],
+    output: Annotated[
+        str | os.PathLike[str] | None,
+        o.Option(
+            "A folder, ./zipped if not given; with --one-head as for mergeid merge.",
+            o.OUTPUT,
+            "OUT",
+            ("-o", "--output"),
+            Path,
+        ),
+    ] = None,
+    up_to: Annotated[
+        str | None,
+        o.Option(
+            "Zip up to this module (such as layer3); what comes after it stays apart. All but the heads if not given.",
+            o.HOW,
+            "MODULE",
+        ),
+    ] = None,
+    across: Annotated[
+        bool,
+        o.switch("Only merge a feature of A with one of B, as matching does, and never two of one model."),
+    ] = False,
+    one_head: Annotated[bool, o.switch("For models of one task: also average the heads, and write one model.")] = False,
     repair: bool = True,
-    arch: str | None = None,
-    config: str | None = None,
-    force: bool = False,
-    seed: int = 0,
-    limit: int | None = LIMIT,
-    batch_size: int = 32,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    force: o.Force = False,
+    seed: o.Seed = 0,
+    limit: o.Limit = LIMIT,
+    batch_size: o.BatchSize = 32,
+    device: o.Device = "cpu",
+    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> ZipResult:
@@ -107,52 +100,39 @@ def zip_models(
     Raises:
         MergeidError: anything wrong with the input; nothing was written.
     """
-    if data is None:
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    calibration = Calibration(data, limit)
+    if not calibration.given:
         raise MergeidError("zipping compares activations; give examples with --data")
     if one_head and up_to is not None:
         raise MergeidError("--one-head averages the heads of a whole zip; leave out --up-to, or keep both heads")
-    tell = progress or (lambda *_: None)
     live = is_module(a)
     if live != is_module(b):
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
     target = None
     if not (live and output is None):
-        target = _target(output, [a, b, data, arch], one_head, force)
-    opened = open_models([a, b], config=config, arch=arch, heads=one_head, widths=False, allow_pickle=allow_pickle)
-    agreed = opened.agreed
-    if not live:
-        a, b = agreed.models
-    one, two = _loaded(a, b, arch, device, seed, example_inputs, one_head, tell)
-    tell("tracing and verifying the neuron graph", 0, 1)
-    graph = graph_of(one, seed=seed)
-    _same_trunk(graph, one, two)
-    dataset, collate = dataset_of(data, one, limit, seed)
-    if len(dataset) < LEAST:
-        raise MergeidError(f"--data holds {len(dataset)} examples; zipping needs at least {LEAST}")
-
-    def batches() -> Iterator[Batch]:
-        import torch
-
-        from mergeid.evaluate.batches import FixedBatches, input_dtype, to_model
-
-        for i, batch in enumerate(found := FixedBatches(dataset, batch_size, collate)):
-            tell("correlations of the features", i, len(found))
-            given = to_model(batch, torch.device(device), input_dtype(one.model))
-            yield one.inputs_of(given)
-
-    zipped = _zipped(graph, one, two, batches, up_to, across)
-    result = _result(graph, one, zipped, one_head)
-    result.notes += agreed.notes
+        target = _target(Output(output, force=force), [a, b, data, arch], one_head)
+    bench = Workbench(Reading(arch, config, (), allow_pickle, Example.of(example_inputs)), run)
+    met = open_models(bench, [a, b], heads=one_head, widths=False)
+    pair = _pair(met, one_head)
+    _same_trunk(pair)
+    examples = bench.examples(calibration, pair.a)
+    if examples is None or len(examples) < LEAST:
+        raise MergeidError(f"--data holds {len(examples or ())} examples; zipping needs at least {LEAST}")
+    zipped = _zipped(pair, examples, run, up_to, across)
+    result = _result(pair, zipped, one_head)
+    result = replace(result, notes=[*result.notes, *met.agreed.notes])
     if repair:
-        tell("estimating BatchNorm statistics", 0, 1)
-        _renormalise(result, (one, two), dataset, collate, device)
-    elif _has_batchnorm(one):
-        result.notes.append("the BatchNorm statistics are averages, not those of the zipped network")
-    if target is not None:
-        tell("writing", 0, 1)
-        how = {"up_to": up_to, "across": across, "seed": seed, **agreed.record()}
-        result.files = _write(result, (one, two), target, how, force)
-    return result
+        run.tell("estimating BatchNorm statistics", 0, 1)
+        result = _renormalised(result, pair, examples, run)
+    elif _has_batchnorm(pair.a):
+        note = "the BatchNorm statistics are averages, not those of the zipped network"
+        result = replace(result, notes=[*result.notes, note])
+    if target is None:
+        return result
+    run.tell("writing", 0, 1)
+    how = {"up_to": up_to, "across": across, "seed": seed, **met.agreed.record()}
+    return replace(result, files=_write(result, (pair.a, pair.b), target, how, force))
 
 
 @verb
@@ -173,44 +153,35 @@ def load_zipped(folder: str | os.PathLike[str], *, device: str = "cpu") -> TwoHe
     from mergeid.io.schema import ZipRecord, validated
 
     record = validated(ZipRecord, found, str(path / RECORD)).zip
-    one, two = (load(path / part, arch=record.arch, device=device) for part in ("a", "b"))
+    bench = Workbench(Reading(record.arch), Run(device=device))
+    one, two = (bench.load(path / part) for part in ("a", "b"))
     unknown = [name for name in record.trunk if name not in one.names]
     if unknown:
         raise MergeidError(f"{path / RECORD} names the tensor {shown(unknown[0])}, which {path / 'a'} does not have")
     return TwoHeads((one.model, two.model), [one.names[name] for name in record.trunk])
 
 
-def _target(output: Any, reads: Sequence[Any], one_head: bool, force: bool) -> Path:
+def _target(output: Output, reads: Sequence[Any], one_head: bool) -> Path:
     from mergeid.io.output import is_single_file
-    from mergeid.models.pair import output_path
 
     if one_head:
-        return output_path(output, reads, force)
-    chosen = "zipped" if output is None else output
-    if is_single_file(chosen):
+        return output_path(output, reads)
+    path = "zipped" if output.path is None else output.path
+    if is_single_file(path):
         raise MergeidError(
-            f"output {os.fspath(chosen)} is the name of a file; two heads are written as a folder with one model each "
-            "(option -o), or give --one-head"
+            f"output {os.fspath(path)} is the name of a file; two heads are written as a folder with one "
+            "model each (option -o), or give --one-head"
         )
-    return output_path(chosen, reads, force)
+    return output_path(replace(output, path=path), reads)
 
 
-def _loaded(
-    a: Source,
-    b: Source,
-    arch: str | None,
-    device: str,
-    seed: int,
-    example_inputs: Any,
-    one_head: bool,
-    tell: Progress,
-) -> tuple[Loaded, Loaded]:
-    """Both models; what is wrong with files is said from their headers where it can be."""
-    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
+def _pair(met: Met, one_head: bool) -> Pair:
+    """Both models with A's graph; what is wrong with files is said from their headers where it can be."""
+    if not met.live:
         from mergeid.combine.by_torch import check_finite
         from mergeid.combine.tensor_plan import MERGEABLE, plan_tensors, refuse_quantised
 
-        opened = [a, b]
+        opened = [met.bench.open(source) for source in met.models]
         if one_head:
             for name in (n for n in opened[0].table if n in opened[1].table):
                 ours, theirs = (c.table[name].shape for c in opened)
@@ -223,16 +194,22 @@ def _loaded(
         for checkpoint in opened:
             refuse_quantised(checkpoint, list(checkpoint.table))
             check_finite(checkpoint, [n for n, info in checkpoint.table.items() if info.dtype in MERGEABLE])
-    found: list[Loaded] = []
-    for i, source in enumerate((a, b)):
-        tell("loading", i, 2)
-        example = found[0].example if found and example_inputs is not None else example_inputs
-        found.append(load(source, arch=arch, example_inputs=example, device=device, seed=seed))
-    return found[0], found[1]
+    from mergeid.models.graph import graph_of
+
+    bench, (first, second) = met.bench, met.models
+    one = bench.load(first)
+    given = bench.reading.example
+    if given.inputs is not None:
+        bench = bench.under(replace(bench.reading, example=Example(one.example, given.outputs)))
+    two = bench.load(second)
+    if two.model is one.model:
+        two = replace(two, model=copy.deepcopy(two.model))
+    return Pair(one, two, graph_of(one, seed=bench.run.seed))
 
 
-def _same_trunk(graph: NeuronGraph, one: Loaded, two: Loaded) -> None:
+def _same_trunk(pair: Pair) -> None:
     """Raises `MergeidError` where a tensor is missing in B, or has another shape along an axis that may be permuted."""
+    graph, one, two = pair.graph, pair.a, pair.b
     shapes = {k: tuple(v.shape) for k, v in two.model.state_dict().items()}
     for name, on in graph.on_tensor.items():
         ours, theirs = graph.tensors[name], shapes.get(name)
@@ -247,11 +224,11 @@ def _same_trunk(graph: NeuronGraph, one: Loaded, two: Loaded) -> None:
             )
 
 
-def _zipped(graph: NeuronGraph, one: Loaded, two: Loaded, batches: Any, up_to: str | None, across: bool) -> Zipped:
+def _zipped(pair: Pair, examples: Examples, run: Run, up_to: str | None, across: bool) -> Zipped:
     from mergeid.combine.zip import joint_correlations, spaces_up_to
     from mergeid.combine.zip import zip_models as zip_in_memory
 
-    models = one.model, two.model
+    graph, one, models = pair.graph, pair.a, (pair.a.model, pair.b.model)
     chosen = None
     if up_to is not None:
         chosen = spaces_up_to(graph, one.model, up_to)
@@ -261,13 +238,19 @@ def _zipped(graph: NeuronGraph, one: Loaded, two: Loaded, batches: Any, up_to: s
             )
     if not graph.spaces:
         raise MergeidError(f"no features of {one.source} may trade places, so none can be zipped")
-    return zip_in_memory(
-        graph, models, joint_correlations(graph, models, one.forward, batches), spaces=chosen, within=not across
-    )
+
+    def batches() -> Iterator[Batch]:
+        import torch
+
+        run.tell("correlations of the features", 0, 1)
+        return examples.unlabelled(run.batch_size, one, torch.device(run.place))
+
+    correlations = joint_correlations(graph, models, one.forward, batches)
+    return zip_in_memory(graph, models, correlations, spaces=chosen, within=not across)
 
 
-def _result(graph: NeuronGraph, one: Loaded, zipped: Zipped, one_head: bool) -> ZipResult:
-    states = zipped.states
+def _result(pair: Pair, zipped: Zipped, one_head: bool) -> ZipResult:
+    graph, states = pair.graph, zipped.states
     if one_head:
         for key, ours in states[0].items():
             theirs = states[1][key]
@@ -293,25 +276,30 @@ def _result(graph: NeuronGraph, one: Loaded, zipped: Zipped, one_head: bool) -> 
     )
 
 
-def _renormalise(result: ZipResult, loaded: Sequence[Loaded], dataset: Any, collate: Any, device: str) -> None:
+def _renormalised(result: ZipResult, pair: Pair, examples: Examples, run: Run) -> ZipResult:
     """BatchNorm statistics estimated again in every state; those of the trunk once."""
-    from mergeid.evaluate.measure import make_accelerator
-    from mergeid.models.state import load_weights
+    from mergeid.basics.state import load_weights
+    from mergeid.models.running import make_accelerator
     from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm
 
-    accelerator = make_accelerator(device)
+    accelerator, forward = make_accelerator(run.place), pair.a.forward
     shared: dict[str, Tensor] = {}
-    for state, one in zip(result.states, loaded, strict=False):
-        work = copy.deepcopy(one.model)
+    states: list[dict[str, Tensor]] = []
+    repaired = set(result.repaired)
+    for old, one in zip(result.states, (pair.a, pair.b), strict=False):
+        work, state = copy.deepcopy(one.model), dict(old)
         load_weights(work, state)
-        forward = loaded[0].forward
-        given = calibration_batches(work, dataset, forward=forward, collate=collate, accelerator=accelerator)
+        given = calibration_batches(
+            work, examples.items, forward=forward, collate=examples.collate, accelerator=accelerator
+        )
         found = reestimate_batchnorm(work, given, forward=forward, accelerator=accelerator)
         for key, value in found.items():
             state[key] = shared.get(key, value.detach().cpu())
             if key in result.trunk:
                 shared[key] = state[key]
-        result.repaired = sorted({*result.repaired, *found})
+        repaired |= set(found)
+        states.append(state)
+    return replace(result, states=tuple(states), repaired=sorted(repaired))
 
 
 def _has_batchnorm(loaded: Loaded) -> bool:
@@ -328,7 +316,7 @@ def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[
     from mergeid.io.together import write_together
     from mergeid.models.configs import config_files
 
-    checkpoints = [c for x in loaded if (c := x.checkpoint or _in_memory(x)) is not None]
+    checkpoints = [x.checkpoint or Checkpoint.from_tensors(x.state(), source=x.source) for x in loaded]
     in_file = {key: name for name, key in loaded[0].names.items()}
     record = {
         "format": "mergeid.record/1",
@@ -368,9 +356,3 @@ def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[
         return writer(0, target, record=record, force=force)
     parts = {name: (lambda place, i=i: writer(i, place)) for i, name in enumerate("ab")}
     return write_together(target, parts, record=record, inputs=inputs, force=force)
-
-
-def _in_memory(loaded: Loaded) -> Any:
-    from mergeid.io.checkpoint import Checkpoint
-
-    return Checkpoint.from_tensors(loaded.state(), source=loaded.source)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from merging import merge_checkpoints
 from safetensors.torch import load_file, save_file
 
-from mergeid.combine.apply import merge_checkpoints
 from mergeid.combine.by_numpy import CHUNK
 from mergeid.combine.by_torch import check_finite
 from mergeid.errors import MergeidError, MergeidWarning

@@ -132,12 +132,14 @@ def test_the_chosen_config_is_written(work: Path, pair: Pair, chosen: str, match
 
 
 def test_each_model_is_built_from_the_config_that_counts(work: Path) -> None:
-    from mergeid.models.pair import load_pair
+    from mergeid.models.workbench import Workbench
+    from mergeid.request.request import Reading, Run
+    from mergeid.stages.open import open_models, pair_of
 
     edit(work / "b", hidden_act="relu", attention_dropout=0.5)
-    options: dict[str, Any] = {"arch": None, "skip": (), "allow_pickle": False, "device": "cpu", "seed": 0}
     for chosen, kind in (("a", "SiLU"), ("b", "ReLU")):
-        found = load_pair(work / "a", work / "b", config=chosen, **options)
+        met = open_models(Workbench(Reading(config=chosen), Run()), [work / "a", work / "b"])
+        found = pair_of(met, met.models[1])
         acts = [type(x.model.model.layers[0].mlp.act_fn).__name__ for x in (found.a, found.b)]
         assert all(kind in act for act in acts)
         assert [x.model.config.attention_dropout for x in (found.a, found.b)] == [0.0, 0.5]

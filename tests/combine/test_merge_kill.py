@@ -15,7 +15,8 @@ HELPER = """
 # Imports once, then forks: every child merges and is killed. Prints what was left under the final name.
 import hashlib, json, os, pathlib, random, shutil, signal, sys, time
 import torch, numpy
-from mergeid.combine.apply import merge_checkpoints
+sys.path.insert(0, sys.argv[-1])
+from merging import merge_checkpoints
 
 a, b, place, mode, rounds = sys.argv[1:6]
 place = pathlib.Path(place)
@@ -85,7 +86,12 @@ def attempts(tmp_path: Path, mode: str, rounds: int, tensors: int, rows: int) ->
     script = tmp_path / "helper.py"
     script.write_text(HELPER)
     command = [sys.executable, str(script), *(str(tmp_path / f"{n}.safetensors") for n in "ab"), str(place)]
-    done = subprocess.run([*command, mode, str(rounds)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, mode, str(rounds), str(Path(__file__).parents[1] / "helpers")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     return [answers[: rounds + 1], answers[rounds + 1 :]]

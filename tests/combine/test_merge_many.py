@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from command_line import mergeid
+from merging import merge_checkpoints
 from safetensors.torch import load_file, save_file
 
-from mergeid.combine.apply import merge_checkpoints
 from mergeid.combine.tensor_plan import plan_many
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.checkpoint import open_checkpoint

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.combine.statistics import affine_axis, fisher_diagonal, gram_matrices, single_examples
 from mergeid.errors import MergeidError
 from mergeid.methods.fisher import fisher
 from mergeid.methods.regmean import regmean
+from mergeid.methods.statistics import affine_axis, fisher_diagonal, gram_matrices, single_examples
 
 F64 = torch.float64
 

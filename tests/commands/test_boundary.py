@@ -22,10 +22,10 @@ from command_line import Done, files_in
 from safetensors.torch import save_file
 
 import mergeid
+from mergeid.basics import stopping
+from mergeid.basics.reading import json_text, parse_json, read_json, read_yaml
 from mergeid.commands.cli import run
 from mergeid.errors import MergeidError, MergeidWarning, listed, plain, shown
-from mergeid.io import stopping
-from mergeid.io.reading import json_text, parse_json, read_json, read_yaml
 
 Inside = Callable[..., Done]
 PLAIN = ("--match", "never")
@@ -131,9 +131,9 @@ def test_names_from_files_are_cleaned_in_tables_and_json(inside: Inside, pair: P
     graph["spaces"][0]["label"] = ESCAPE
     from io import StringIO
 
-    from mergeid.commands.show_graph import print_graph
     from mergeid.commands.work import Work
     from mergeid.neuron_graph import NeuronGraph
+    from mergeid.reporting.show_graph import print_graph
 
     found = NeuronGraph.from_json(graph)
     out = StringIO()
@@ -562,7 +562,7 @@ def test_places_that_cannot_be_written_are_known_before_work(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was begun")
 
-    for name in ("load.open_checkpoint", "sketching.dataset_of"):
+    for name in ("models.source.open_checkpoint", "models.examples.examples_of"):
         monkeypatch.setattr(f"mergeid.{name}", never)
     a, data = str(networks / "a"), ("--data", networks / "d.npz")
     for words in (
@@ -596,8 +596,9 @@ HELPER = """
 # Imports once, then forks: every child merges until a signal comes. Prints exit codes and what was left.
 import json, os, pathlib, random, shutil, signal, sys, time
 import torch, numpy
-from mergeid.io import stopping
-from mergeid.combine.apply import merge_checkpoints
+from mergeid.basics import stopping
+sys.path.insert(0, sys.argv[5])
+from merging import merge_checkpoints
 
 a, b, place, rounds = sys.argv[1:5]
 place = pathlib.Path(place)
@@ -635,7 +636,8 @@ def test_stopped_while_writing(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     (tmp_path / "helper.py").write_text(HELPER)
     words = [str(tmp_path / n) for n in ("helper.py", "a.safetensors", "b.safetensors", "place")]
-    done = subprocess.run([sys.executable, *words, "12"], capture_output=True, text=True, check=False)
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    done = subprocess.run([sys.executable, *words, "12", helpers], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 12
@@ -654,7 +656,7 @@ def test_stopped_while_importing(tmp_path: Path, number: signal.Signals) -> None
         cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stderr is not None
-    while "mergeid.io.stopping" not in process.stderr.readline():
+    while "mergeid.basics.stopping" not in process.stderr.readline():
         pass
     time.sleep(0.02)
     process.send_signal(number)
@@ -666,7 +668,7 @@ def test_stopped_while_importing(tmp_path: Path, number: signal.Signals) -> None
 def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
     code = (
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from mergeid.io import stopping; stopping.install()\n"
+        "from mergeid.basics import stopping; stopping.install()\n"
         "assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
         "assert signal.getsignal(signal.SIGTERM) is stopping._stop\n"
     )

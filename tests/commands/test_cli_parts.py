@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from mergeid.commands import graph as graph_command
-from mergeid.commands.options import parse_weights
-from mergeid.commands.show_graph import alike, ending, pattern, places
-from mergeid.commands.show_plan import fixed, interval
+from mergeid.commands.arguments import parse_weights
 from mergeid.commands.work import to_text
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph import AxisMap, NeuronGraph, Space
+from mergeid.reporting.show_graph import alike, ending, pattern, places
+from mergeid.reporting.show_plan import fixed, interval
 
 OPTIONS = SimpleNamespace(
     params=[

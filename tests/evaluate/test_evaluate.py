@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from mergeid.data.batches import FixedBatches, balanced, consecutive, loaded, shared_out
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import FixedBatches, balanced, consecutive, loaded, shared_out
-from mergeid.evaluate.measure import Metrics, evaluate, make_accelerator
+from mergeid.evaluate.measure import Metrics, evaluate
+from mergeid.models.running import make_accelerator
 from mergeid.plugins import LossParts
 
 TASK = {"forward": forward, "loss": loss}

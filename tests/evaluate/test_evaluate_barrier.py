@@ -7,15 +7,16 @@ import math
 
 import pytest
 import torch
+from curves import barrier_curve
 from evaluate_helpers import Items, Net, forward, loss, net, reversed_neurons
 from torch import nn
 from torch.nn import functional as F
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.interpolate import barrier_curve, between
+from mergeid.evaluate.interpolate import between
 from mergeid.evaluate.measure import evaluate
-from mergeid.evaluate.result import BarrierResult
 from mergeid.repair.batchnorm import reestimate_batchnorm
+from mergeid.results.barrier import BarrierResult
 
 DATA, CALIBRATION = Items(70), Items(40, seed=1)
 TASK = {"forward": forward, "loss": loss}

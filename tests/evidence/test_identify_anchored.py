@@ -29,9 +29,10 @@ from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT, Certificate
 from mergeid.evidence.entries import entries
 from mergeid.evidence.hold import WIDEST, Fixed, hold
 from mergeid.evidence.writers import Writer
-from mergeid.models.load import load
 from mergeid.neuron_graph.neuron_graph import AxisMap, Space
+from mergeid.stages.open import Pair
 from mergeid.stages.structure import certified
+from mergeid.verbs.load import load
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -194,7 +195,7 @@ def pair(make, layers=None, seeds=(9, 9), sigma=1.0) -> tuple[nn.Module, nn.Modu
 def certify(models: tuple[nn.Module, nn.Module], x: Tensor | None = None, base: nn.Module | None = None):
     graph = mergeid.graph(models[0], x)
     a, b = (load(m, example_inputs=x) for m in models)
-    return graph, certified(graph, a, b, None if base is None else dict(base.state_dict()))
+    return graph, certified(Pair(a, b, graph), None if base is None else dict(base.state_dict()))
 
 
 def by_writer(graph, found: dict[str, Certificate], tensor: str) -> Certificate:
@@ -311,7 +312,7 @@ def test_swapped_neurons_are_not_identified(name: str) -> None:
     order[[0, 5]] = order[[5, 0]]
     element = {**graph.identity(), stream.id: order}
     b.load_state_dict(graph.apply_state(element, b.state_dict()))
-    found = certified(graph, load(a, example_inputs=x), load(b, example_inputs=x), None)
+    found = certified(Pair(load(a, example_inputs=x), load(b, example_inputs=x), graph), None)
     # F and D moved along: nothing that the swap touched is shared any more
     assert IDENTIFIED not in {c.says for c in found.values()}
     assert "different fixed parts" in found[stream.id].why

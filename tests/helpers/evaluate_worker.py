@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from curves import barrier_curve
 from evaluate_helpers import Items, forward, loss, net
-
-from mergeid.evaluate.interpolate import barrier_curve
 
 
 def curve(calibration_batch: int | None, batch_size: int = 64, resume: Path | None = None) -> dict:

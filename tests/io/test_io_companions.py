@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from merging import merge_checkpoints
 from safetensors.torch import load_file, save_file
 
-from mergeid.combine.apply import merge_checkpoints
 from mergeid.io.checkpoint import Checkpoint, open_checkpoint
 from mergeid.io.companions import default_companions, is_companion, label_map, vocabulary
 

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from mergeid.io.memory import _trim, give_back
+from mergeid.basics.memory import _trim, give_back
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeid.combine.statistics import Gram
 from mergeid.errors import MergeidError
 from mergeid.methods.builtin import stock as stock_module
 from mergeid.methods.builtin import task_arithmetic as task_arithmetic_module
@@ -22,6 +21,7 @@ from mergeid.methods.registry import MergeMethod, get_method, method_names
 from mergeid.methods.regmean import regmean, solve
 from mergeid.methods.settings import MergeSettings
 from mergeid.methods.spherical import angle, karcher, slerp
+from mergeid.methods.statistics import Gram
 from mergeid.methods.stock import model_stock
 from mergeid.methods.task_arithmetic import task_arithmetic
 from mergeid.methods.ties import threshold, ties

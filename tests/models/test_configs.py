@@ -17,7 +17,7 @@ from tiny_transformers import configs
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mergeid.data.nested import returned_tensors
+from mergeid.basics.nested import returned_tensors
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.models.configs import agree, index_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import mergeid
-from mergeid.data.nested import mapped, named_tensors
+from mergeid.basics.nested import mapped, named_tensors
 from mergeid.errors import MergeidError
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))

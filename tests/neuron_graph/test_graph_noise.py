@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from graph_helpers import call, traced
+from mergeid.commands.show_graph import footer
 from torch import Tensor, nn
 
-from mergeid.commands.show_graph import footer
 from mergeid.neuron_graph.verify import verify
 
 

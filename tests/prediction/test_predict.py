@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import mergeid as m
 from mergeid.errors import MergeidError
-from mergeid.prediction.result import Outlook, PredictResult, advise
 from mergeid.prediction.sketch import load_sketch
+from mergeid.results.prediction import Outlook, PredictResult, advise
 
 
 def trained(seed: int, steps: int = 60, start: nn.Module | None = None) -> nn.Module:

@@ -134,7 +134,7 @@ def drawn(*shape: int, count: int = 2, seed: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_averaged_logits_lose_the_same_under_any_labels(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergeid.io.memory.NUMBERS", 30)
+    monkeypatch.setattr("mergeid.basics.memory.NUMBERS", 30)
     a, b = drawn(40, 5, seed=seed)
     sums = EndSums()
     for part in (slice(15), slice(15, None)):
@@ -149,7 +149,7 @@ def test_averaged_logits_lose_the_same_under_any_labels(seed: int, monkeypatch: 
 
 
 def test_shifts_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergeid.io.memory.NUMBERS", 20)
+    monkeypatch.setattr("mergeid.basics.memory.NUMBERS", 20)
     a, b, m1, m2 = drawn(7, 3, 4, count=4)
     mask = torch.ones(7, 3, dtype=torch.bool)
     mask[2, 1:] = False

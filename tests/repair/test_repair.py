@@ -8,8 +8,8 @@ from evaluate_helpers import Items, Net, forward, net
 from torch import nn
 from torch.utils.data import default_collate
 
+from mergeid.data.batches import FixedBatches
 from mergeid.errors import MergeidError
-from mergeid.evaluate.batches import FixedBatches
 from mergeid.repair import batchnorm as repair
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
 

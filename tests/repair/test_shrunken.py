@@ -8,7 +8,7 @@ import torch
 from evaluate_helpers import Items, forward, net
 from torch import nn
 
-from mergeid.evaluate.batches import FixedBatches
+from mergeid.data.batches import FixedBatches
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
 from mergeid.repair.shrunken import example_sums, shrunken, width
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.text import Text
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.result import BarrierResult
 from mergeid.reporting import plots, tables
 from mergeid.reporting.tables import Column, barrier_points, barrier_summary, make_table, middle, number, percent
+from mergeid.results.barrier import BarrierResult
 
 GRID = tuple(k / 10 for k in range(11))
 

@@ -20,16 +20,16 @@ from torch import nn
 
 import mergeid
 import mergeid.stages.compare
-import mergeid.verbs.merge
-from mergeid.commands.show_plan import print_merge
+import mergeid.stages.match
 from mergeid.data import collate
 from mergeid.errors import WillNotMerge
 from mergeid.evaluate.nearness import Panel
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings
-from mergeid.models.load import load
+from mergeid.reporting.show_plan import print_merge
 from mergeid.stages.compare import TIE, compare
 from mergeid.stages.members import Member, Members
+from mergeid.verbs.load import load
 
 
 def classifier(seed):
@@ -75,7 +75,7 @@ def far(members, merges, planned, size):
 
 @pytest.mark.parametrize("numbers", [3, 12, 1 << 22])
 def test_scores_against_a_naive_loop(numbers, monkeypatch):
-    monkeypatch.setattr("mergeid.io.memory.NUMBERS", numbers)
+    monkeypatch.setattr("mergeid.basics.memory.NUMBERS", numbers)
     a, b, *nets = (classifier(s) for s in range(5))
     states = {name: net.state_dict() for name, net in zip(("plain", "mixed", "matched"), nets, strict=True)}
     found = far(members([a, b], (0.3, 0.7)), states, "mixed", 7)
@@ -122,6 +122,8 @@ def panel_of(models, shares, count=3, **how):
     """A panel of modules that are called as they are, and whose last dimension holds logits."""
     first = SimpleNamespace(
         example={"x": torch.zeros(2, 1), "labels": torch.zeros(2)},
+        inputs={"x": torch.zeros(2, 1)},
+        inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
         model=models[0],
         arch=None,
         adapter=SimpleNamespace(loss=lambda *_: 0.0),
@@ -250,15 +252,13 @@ def rows():
 
 def wrong_plan(monkeypatch):
     """Plans that would match everything at random."""
-    honest = mergeid.verbs.merge.plan_pair
+    honest = mergeid.stages.match.make_plan
 
     def planned(*args, **kwargs):
-        found = honest(*args, **kwargs)
-        found.plan.element = found.plan.graph.random_element(torch.Generator().manual_seed(5))
-        found.plan.verdict = "match"
-        return found
+        plan = honest(*args, **kwargs)
+        return replace(plan, element=plan.graph.random_element(torch.Generator().manual_seed(5)), verdict="match")
 
-    monkeypatch.setattr(mergeid.verbs.merge, "plan_pair", planned)
+    monkeypatch.setattr(mergeid.stages.match, "make_plan", planned)
 
 
 def printed(result):
@@ -312,18 +312,16 @@ def scrambled():
 
 def half_a_plan(monkeypatch, moved):
     """Plans that match only the first `moved` spaces."""
-    honest = mergeid.verbs.merge.plan_pair
+    honest = mergeid.stages.match.make_plan
 
     def planned(*args, **kwargs):
-        found = honest(*args, **kwargs)
-        plan = found.plan
-        for space, record in list(zip(plan.graph.spaces, plan.spaces, strict=True))[moved:]:
-            plan.element[space.id] = np.arange(space.size)
-            plan.spaces[plan.spaces.index(record)] = replace(record, decision="direct")
-        plan.verdict = "match" if moved else "direct"
-        return found
+        plan = honest(*args, **kwargs)
+        kept = {space.id: np.arange(space.size) for space in plan.graph.spaces[moved:]}
+        records = [*plan.spaces[:moved], *(replace(r, decision="direct") for r in plan.spaces[moved:])]
+        verdict = "match" if moved else "direct"
+        return replace(plan, element={**plan.element, **kept}, spaces=records, verdict=verdict)
 
-    monkeypatch.setattr(mergeid.verbs.merge, "plan_pair", planned)
+    monkeypatch.setattr(mergeid.stages.match, "make_plan", planned)
 
 
 @pytest.mark.parametrize("moved", [1, 0])

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 import mergeid
 from mergeid import nn as mnn
-from mergeid.commands.show_plan import print_plan
 from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT, Certificate
 from mergeid.evidence.decide import DIRECT, MATCH, SpaceEvidence
 from mergeid.evidence.hold import WIDEST
-from mergeid.stages.plan import Plan
+from mergeid.reporting.show_plan import print_plan
+from mergeid.results.plan import Plan
 from mergeid.stages.structure import AS_DECIDED, contradictions
 
 TRAIN = 1200

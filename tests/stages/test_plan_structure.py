@@ -23,10 +23,18 @@ from torch import Tensor, nn
 import mergeid
 from mergeid import MergeidError
 from mergeid import nn as mnn
-from mergeid.models.load import Loaded, load
+from mergeid.models.examples import Examples
+from mergeid.models.graph import graph_of
+from mergeid.models.loaded import Loaded
+from mergeid.neuron_graph import NeuronGraph
 from mergeid.reporting.evidence_plot import plot_evidence
-from mergeid.stages.plan import Plan, batches_of, make_plan
+from mergeid.request.request import Matching, Run
+from mergeid.results.plan import Plan
+from mergeid.stages.gather import passes
+from mergeid.stages.open import Pair
+from mergeid.stages.plan import Structural, make_plan
 from mergeid.stages.structure import structure_of
+from mergeid.verbs.load import load
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -57,6 +65,13 @@ def examples(loaded: Loaded, count: int) -> list[dict[str, Tensor]]:
     return [{k: v[i] for k, v in batch.items() if k != "labels"} for i in range(count)]
 
 
+def planned(
+    a: Loaded, b: Loaded, graph: NeuronGraph, data: Any, base: Any, match: str = "auto", certify: bool = False
+) -> Plan:
+    structural = Structural(base, certify)
+    return make_plan(Pair(a, b, graph), Matching(match), Run(), examples=Examples(data), structural=structural)
+
+
 NOTHING = {"structure": None, "certificate": None}
 
 
@@ -69,9 +84,8 @@ class Case:
     plan: Plan
 
     def again(self, b: nn.Module | None = None, **settings: Any) -> Plan:
-        return make_plan(
-            self.a, load(b or self.b), dataset=self.data, graph=self.plan.graph, **{"base": self.fixed, **settings}
-        )
+        told = {"base": self.fixed, "match": "auto", "certify": False, **settings}
+        return planned(self.a, load(b or self.b), self.plan.graph, self.data, **told)
 
     @property
     def fixed(self) -> dict[str, Tensor]:
@@ -82,7 +96,7 @@ def case(name: str, count: int, base: bool = True) -> Case:
     model = network(name)
     a, b = load(tuned(model, 1)), tuned(model, 2)
     data = examples(a, count)
-    plan = make_plan(a, load(b), dataset=data, base=dict(model.state_dict()) if base else None)
+    plan = planned(a, load(b), graph_of(a), data, dict(model.state_dict()) if base else None)
     return Case(model, a, b, data, plan)
 
 
@@ -214,12 +228,11 @@ def test_stored_parts_are_compared_in_the_order_they_coincide_in() -> None:
     element = graph.random_element(seeded(5))
     inverse = {k: np.argsort(p) for k, p in element.items()}
     made_a = load(a, example_inputs=x[:2])
-    batches = batches_of(made_a, [{"arg0": row} for row in x], None, 64, lambda *_: None)
+    batches = passes(made_a, Examples([{"arg0": row} for row in x]), Run(batch_size=64))
 
     def records(b: nn.Module, order: dict[str, np.ndarray]) -> tuple[Any, Any, list[str]]:
-        found = structure_of(
-            graph, made_a, load(b, example_inputs=x[:2]), order, batches, base=None, certify=False, seed=0
-        )
+        pair = Pair(made_a, load(b, example_inputs=x[:2]), graph)
+        found = structure_of(pair, order, batches, base=None, certify=False, seed=0)
         return found.records, found.said, found.notes
 
     found, said, notes = records(b, graph.identity())

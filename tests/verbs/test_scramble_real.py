@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.models.load import load
+from mergeid.verbs.load import load
 
 CALIBRATION = 192
 

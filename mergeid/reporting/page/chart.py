@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from mergeid.reporting.page.verdict import midpoint, nats
 
 if TYPE_CHECKING:
-    from mergeid.evaluate.result import BarrierResult
-    from mergeid.prediction.result import PredictResult
     from mergeid.reporting.page.content import Measured
+    from mergeid.results.barrier import BarrierResult
+    from mergeid.results.prediction import PredictResult
 
 STYLES = ("direct", "direct, repaired", "matched", "matched, repaired", "planned", "planned, repaired")
 

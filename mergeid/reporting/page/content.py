@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergeid.evaluate.result import BarrierResult
-    from mergeid.prediction.result import PredictResult
-    from mergeid.stages.plan import Plan
-    from mergeid.verbs.merge import MergeResult
+    from mergeid.results.barrier import BarrierResult
+    from mergeid.results.merge import MergeResult
+    from mergeid.results.plan import Plan
+    from mergeid.results.prediction import PredictResult
 
 
 @dataclass(frozen=True)

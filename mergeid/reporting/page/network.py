@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mergeid.evidence.decide import SpaceEvidence
-    from mergeid.stages.plan import Plan
+    from mergeid.results.plan import Plan
 
 MOST_ROWS = 96
 """Blocks that are drawn at most; beyond that, outer blocks are drawn in place of inner ones."""

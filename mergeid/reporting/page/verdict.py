@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mergeid.reporting.tables import percent
 
 if TYPE_CHECKING:
-    from mergeid.evaluate.result import BarrierResult
     from mergeid.reporting.page.content import Report
+    from mergeid.results.barrier import BarrierResult
 
 SMALL, LARGE = 0.02, 0.5
 """Nats above the models' mean loss up to which a merge costs next to nothing, and beyond which it is of no use."""

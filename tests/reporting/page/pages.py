@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import mergeid
-from mergeid.evaluate.result import BarrierResult
 from mergeid.prediction.model import Interval
-from mergeid.prediction.result import Outlook, PredictResult
 from mergeid.reporting.page import FileRecord, Measured, Report
+from mergeid.results.barrier import BarrierResult
+from mergeid.results.prediction import Outlook, PredictResult
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

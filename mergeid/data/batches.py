@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
-from mergeid.data.nested import mapped
+from mergeid.basics.nested import as_batch, mapped
 from mergeid.errors import MergeidError
-from mergeid.models.loaded import as_batch
 from mergeid.plugins import Batch
 
 Collate = Callable[[list[Any]], Batch]

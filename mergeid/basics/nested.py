@@ -68,3 +68,11 @@ def _strided(tensor: Tensor) -> Tensor:
     if tensor.is_nested or tensor.layout == torch.strided:
         return tensor
     return tensor.to_dense()
+
+
+def as_batch(inputs: Any) -> dict[str, Any]:
+    """Example inputs of a live module: a batch dict as it is, anything else as positional arguments."""
+    if isinstance(inputs, Mapping):
+        return {str(k): v for k, v in inputs.items()}
+    several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")  # a named tuple is one input
+    return {f"arg{i}": v for i, v in enumerate(inputs if several else (inputs,))}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.measure import Forward, eval_mode, fits_the_model
+from mergeid.models.running import Forward, eval_mode, fits_the_model
 from mergeid.plugins import Batch
 
 CHUNK = 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -132,3 +132,35 @@ def advise(outlooks: Sequence[Outlook], tolerated: float) -> str:
         f"Measure before you merge: at best ({best.label}) {best.nats.expected:.2g} nats are expected to be lost, and "
         f"the interval reaches from {best.nats.low:.2g} to {best.nats.high:.2g}."
     )
+
+
+MATRIX_FORMAT = "mergeid.predictions/1"
+
+
+@dataclass(frozen=True)
+class PredictionMatrix:
+    """Every pair of N sketches.
+
+    Attributes:
+        names: of the models. pairs: (i, j), i < j -> what is predicted.
+    """
+
+    names: list[str]
+    tolerated: float
+    pairs: Mapping[tuple[int, int], PredictResult]
+
+    def expected(self) -> list[list[float]]:
+        """Barrier in nats under the best assignment, 0 on the diagonal."""
+        n = len(self.names)
+        return [
+            [self.pairs[min(i, j), max(i, j)].best.nats.expected if i != j else 0.0 for j in range(n)] for i in range(n)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": MATRIX_FORMAT,
+            "models": self.names,
+            "tolerated": self.tolerated,
+            "barrier_nats": self.expected(),
+            "pairs": [{"i": i, "j": j, **result.to_json()} for (i, j), result in self.pairs.items()],
+        }

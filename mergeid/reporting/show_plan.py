@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from mergeid.evidence.anchored import Certificate
     from mergeid.evidence.decide import SpaceEvidence
     from mergeid.evidence.layers import SpaceRecord
-    from mergeid.stages.plan import Plan
-    from mergeid.verbs.api import MergeResult
+    from mergeid.results.merge import MergeResult
+    from mergeid.results.plan import Plan
 
 STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
 MEANING = {
@@ -249,9 +250,9 @@ def print_merge(result: MergeResult, console: Console) -> None:
         console.print(f"wrote {file}", markup=False, soft_wrap=True)
 
 
-def comparison_line(comparison: dict[str, Any]) -> str:
+def comparison_line(comparison: Mapping[str, Any]) -> str:
     """How far the merge is from the models, beside those that were not chosen."""
-    from mergeid.stages.compare import label, shown
+    from mergeid.results.comparison import label, shown
 
     def figure(value: float | None) -> str:
         return "not finite" if value is None else shown(value)
@@ -268,7 +269,7 @@ def comparison_line(comparison: dict[str, Any]) -> str:
     return text + (f"; not chosen: {rest}." if rest else ".")
 
 
-def repair_line(repair: dict[str, Any]) -> str:
+def repair_line(repair: Mapping[str, Any]) -> str:
     """What the repair stage did, with the spread of activations (or the layers' error) before and after."""
     if repair["kind"] == "solve":
         before, after = (f"{repair[key]:.0%}" for key in ("error_before", "error_after"))

@@ -1,0 +1,1 @@
+"""What everything else stands on: reading of foreign files, nests of tensors, signals, memory."""

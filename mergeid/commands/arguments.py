@@ -1,0 +1,108 @@
+"""What several commands ask for in the terminal's own way: models by name, JSON, weights and settings as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergeid.request.options import OUTPUT
+
+MODEL = ".safetensors file, model folder, or hub id (org/name, org/name@revision)"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files of weights."""
+
+
+class Repair(str, Enum):
+    """What ``--repair`` accepts."""
+
+    auto = "auto"
+    bn = "bn"
+    repair = "repair"
+    solve = "solve"
+    none = "none"
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    """``"0.3,0.7"`` as numbers.
+
+    Raises:
+        MergeidError: something that is not a list of numbers."""
+    from mergeid.errors import MergeidError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise MergeidError(
+            f"--weights {text!r} is no list of numbers; expected one weight per model, such as --weights 0.5,0.5"
+        ) from None
+
+
+def parse_all_weights(given: Sequence[str]) -> tuple[float, ...] | dict[str, tuple[float, ...]] | None:
+    """``["layers.0.*=0.2,0.8", "0.5,0.5"]`` as a table from glob to weights; one list alone as numbers; None: nothing
+    was given. Weights without a glob are for all tensors that no glob matches.
+
+    Raises:
+        MergeidError: no numbers, or two lists for one glob."""
+    from mergeid.errors import MergeidError
+
+    found: dict[str, tuple[float, ...]] = {}
+    for text in given:
+        pattern, _, numbers = text.rpartition("=")
+        if (pattern or "*") in found:
+            raise MergeidError(f"--weights are given twice for {pattern or 'all tensors'!r}; expected them once")
+        found[pattern or "*"] = parse_weights(numbers)
+    if list(found) == ["*"]:
+        return found["*"]
+    everywhere = found.pop("*", None)  # the first that matches counts, so this one comes last
+    return {**found, **({"*": everywhere} if everywhere is not None else {})} or None
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """``["lambda=0.8", "density=0.5,0.3", "rescale_norm=l1"]`` as values; several are one per model.
+
+    Raises:
+        MergeidError: something else."""
+    from mergeid.errors import MergeidError
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            values = [_value(part) for part in value.split(",")]
+        except ValueError:
+            values = []
+        if not name or not equals or not values or name in found:
+            raise MergeidError(
+                f"--set {text!r} is not understood; expected NAME=NUMBER (or a word: true, false, …), each name once"
+            )
+        found[name] = values if len(values) > 1 else values[0]
+    return found
+
+
+def _value(text: str) -> bool | int | float | str:
+    word = text.strip().lower()
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return int(word) if word.lstrip("+-").isdigit() else float(word)
+    except ValueError:
+        if word.isidentifier():
+            return word
+        raise
+
+
+A = Annotated[str, typer.Argument(metavar="A", help=f"First model: {MODEL}.", show_default=False)]
+B = Annotated[str, typer.Argument(metavar="B", help="Second model, likewise.", show_default=False)]
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=OUTPUT, help="Print the result as JSON on stdout, and nothing else there."),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the result as JSON."),
+]

@@ -1,0 +1,146 @@
+"""A command from a verb: whatever the verb's signature says of an option, the terminal asks for.
+
+A command function names what the terminal adds or asks for in another way; every other option of the verb is taken
+over with its keyword, its default and its help (`mergeid.request.options`), and reaches the verb as it was given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
+
+import typer
+from typer.models import OptionInfo
+
+from mergeid.request.options import HOW, INPUT, OUTPUT, Option
+
+Answer = TypeVar("Answer")
+READ = ("base", "data", "calibration", "arch")
+"""Keywords that name what is read."""
+PANELS = (INPUT, OUTPUT, HOW)
+
+
+@dataclass(frozen=True)
+class Call(Generic[Answer]):
+    """A verb with the options that the terminal was given for it."""
+
+    verb: Callable[..., Answer]
+    options: inspect.BoundArguments
+
+    def __call__(self, *args: object, **kwargs: object) -> Answer:
+        """Call the verb; what is said here comes before what the terminal was given."""
+        return self.verb(*args, **{**self.options.arguments, **kwargs})
+
+    def given(self, keyword: str) -> bool:
+        """Whether the terminal was given a value of its own for this keyword."""
+        return self._value(keyword) != inspect.signature(self.verb).parameters[keyword].default
+
+    def text(self, keyword: str) -> str:
+        """The keyword's value as text."""
+        return str(self._value(keyword))
+
+    def number(self, keyword: str) -> float:
+        """The keyword's value as a number."""
+        return float(self.text(keyword))
+
+    def path(self, keyword: str) -> Path | None:
+        """The keyword's value as a path."""
+        return Path(self.text(keyword)) if self._value(keyword) is not None else None
+
+    @property
+    def reads(self) -> list[str | None]:
+        """What is read besides the models, and must not be written."""
+        return [self.options.arguments.get(k) for k in READ]
+
+    def _value(self, keyword: str) -> object:
+        return self.options.arguments.get(keyword, inspect.signature(self.verb).parameters[keyword].default)
+
+
+def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorator: a command function, whose first argument is the `Call`, with all options of a verb that it does not
+    name itself. An option that was not given is left to the verb."""
+
+    def derive(function: Callable[..., int]) -> Callable[..., int]:
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in _parameters(function)[1:]]
+        named = {p.name for p in own}
+        theirs = {p.name: p for p in _parameters(verb) if p.name not in named and _option(p) is not None}
+        taken = {name: _in_terminal(p) for name, p in theirs.items()}
+
+        @functools.wraps(function)
+        def command(**given: object) -> int:
+            said = {k: _plain(v) for k, v in given.items() if k in taken and v is not None}
+            bound = inspect.BoundArguments(inspect.signature(verb), said)  # type: ignore[arg-type]
+            return function(Call(verb, bound), **{k: v for k, v in given.items() if k in named})
+
+        signature = inspect.Signature(sorted((*taken.values(), *own), key=_place))
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        del command.__wrapped__  # type: ignore[attr-defined]
+        return command
+
+    return derive
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Its parameters, annotations evaluated where that needs nothing that only type checkers import."""
+    names = vars(sys.modules[function.__module__])
+
+    def evaluated(p: inspect.Parameter) -> inspect.Parameter:
+        if not isinstance(p.annotation, str):
+            return p
+        try:
+            return p.replace(annotation=eval(p.annotation, names))
+        except NameError:
+            return p
+
+    return [evaluated(p) for p in inspect.signature(function).parameters.values()]
+
+
+def _option(p: inspect.Parameter) -> Option | None:
+    if get_origin(p.annotation) is not Annotated:
+        return None
+    return next((x for x in get_args(p.annotation)[1:] if isinstance(x, Option)), None)
+
+
+def _place(p: inspect.Parameter) -> tuple[bool, int]:
+    """Arguments first, then options panel by panel."""
+    info = get_args(p.annotation)[1]
+    panel = getattr(info, "rich_help_panel", None)
+    return isinstance(info, OptionInfo), PANELS.index(panel) if panel in PANELS else len(PANELS)
+
+
+def _in_terminal(p: inspect.Parameter) -> inspect.Parameter:
+    """The parameter as Typer reads it."""
+    option = _option(p)
+    assert option is not None
+    required = p.default is inspect.Parameter.empty
+    kind: Any = Enum(p.name, {c: c for c in option.choices}, type=str) if option.choices else option.kind
+    if option.several:
+        kind = list[option.kind]  # type: ignore[name-defined]
+    flags = option.flags or (f"--{p.name.replace('_', '-')}",)
+    info = typer.Option(
+        *flags,
+        metavar=option.metavar or None,
+        rich_help_panel=option.panel,
+        help=option.help,
+        min=option.least,
+        max=option.most,
+        show_default=option.shown and not required,
+    )
+    default: Any = None if option.several else p.default
+    if option.choices and not required:
+        default = kind(p.default)
+    optional = kind if required or default is not None else Union[kind, None]
+    return inspect.Parameter(
+        p.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, info]
+    )
+
+
+def _plain(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,100 @@
+"""Which architecture a checkpoint, a config or a name means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.lora import refuse_adapter
+from mergeid.models.building import BARE, Room, within
+from mergeid.nn.names import plain_table
+from mergeid.plugins import Adapter, Architecture, adapter_names, get_adapter, near_names
+
+
+def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[Adapter, Architecture]:
+    """The architecture of a checkpoint: named, in its config or metadata, or read off its tensors.
+
+    Args:
+        arch: ``timm/resnet18``, ``transformers/bert``, a bare name, or the path of a config.json.
+
+    Raises `MergeidError` when nothing fits, when several libraries do, or for an unknown name."""
+    if checkpoint.files:
+        refuse_adapter(checkpoint)
+    config, table = stated_config(checkpoint, arch), plain_table(checkpoint.table)
+    if arch is not None and not arch.endswith(".json"):
+        return resolve_name(arch, table, config)
+    found = []
+    for name in adapter_names():
+        adapter = get_adapter(name)
+        with within(Room.of(table), checkpoint.source) if config is not None else nullcontext():
+            match = adapter.recognise(table, config, checkpoint.metadata)
+        if match is not None:
+            found.append((adapter, match))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise MergeidError(
+            f"{checkpoint.source} could be any of {', '.join(a.id for _, a in found)}; say which with --arch"
+        )
+    hints = [h(table) for n in adapter_names() if (h := getattr(get_adapter(n), "nearest", None))]
+    near = f" (nearest: {'; '.join(h for h in hints if h)})" if any(hints) else ""
+    raise MergeidError(
+        f"cannot tell the architecture of {checkpoint.source} from its {len(checkpoint.table)} tensors{near}; "
+        f"name it with --arch (timm/NAME, transformers/TYPE or a config.json), or put its config.json beside it"
+    )
+
+
+def stated_config(checkpoint: Checkpoint, arch: str | None) -> dict[str, Any] | None:
+    """The config that a checkpoint is built from: the file that `arch` names, else its own. Raises `MergeidError` where
+    there is no such file."""
+    if arch is None or not arch.endswith(".json"):
+        return checkpoint.config
+    from mergeid.basics.reading import read_table
+
+    if not os.path.isfile(arch):
+        raise MergeidError(f"--arch {arch}: no such config file")
+    return read_table(arch, "the model's config.json")
+
+
+def resolve_name(
+    arch: str, table: Mapping[str, Any] | None, config: Mapping[str, Any] | None
+) -> tuple[Adapter, Architecture]:
+    """The architecture of that name: ``adapter/name``, or a name that one adapter knows.
+
+    Raises `MergeidError` for an unknown one, with near names."""
+    prefix, _, rest = arch.partition("/")
+    if rest and prefix in adapter_names():
+        adapter = get_adapter(prefix)
+        return adapter, adapter.resolve(rest, table, config)
+    names = {n: set(get_adapter(n).architectures()) for n in adapter_names()}
+    known = [n for n, names_of in names.items() if arch in names_of]
+    if len(known) == 1:
+        adapter = get_adapter(known[0])
+        return adapter, adapter.resolve(arch, table, config)
+    if known:
+        raise MergeidError(
+            f"{arch!r} is the name of several architectures; say {' or '.join(f'{k}/{arch}' for k in known)}"
+        )
+    near = [f"{n}/{x}" for n, names_of in names.items() for x in near_names(rest or arch, names_of, 3)]
+    raise MergeidError(
+        f"unknown architecture {arch!r}; "
+        + (f"did you mean {', '.join(near)}?" if near else f"expected ADAPTER/NAME, ADAPTER one of {', '.join(names)}")
+    )
+
+
+def described_by(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Architecture]:
+    """The architecture that a config.json alone describes. Raises `MergeidError` where it does not say which."""
+    for name in adapter_names():
+        adapter = get_adapter(name)
+        with within(BARE, path):
+            found = adapter.recognise({}, config, {})
+        if found is not None:
+            return adapter, found
+    raise MergeidError(
+        f'{path} names no architecture; expected a config.json with "model_type" (transformers) or "architecture" '
+        "(timm)"
+    )

@@ -1,0 +1,63 @@
+"""Examples that models are run on, with how they become batches: one value that travels whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergeid.basics.nested import as_batch, named_tensors
+from mergeid.data.batches import Collate, FixedBatches, WholeInputs, dataset_length, input_dtype, is_whole, to_model
+from mergeid.plugins import Batch
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergeid.models.loaded import Loaded
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Attributes:
+    items: map-style data.
+    collate: list of items -> batch; torch's default for None.
+    """
+
+    items: Any
+    collate: Collate | None = None
+
+    def __len__(self) -> int:
+        return dataset_length(self.items)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every item is all that one forward pass takes."""
+        return is_whole(self.items)
+
+    def batches(self, size: int) -> FixedBatches:
+        """About `size` examples each, the same whatever process asks."""
+        return FixedBatches(self.items, size, self.collate)
+
+    def unlabelled(self, size: int, loaded: Loaded, device: torch.device) -> Iterator[Batch]:
+        """One pass over them without targets, on a device, in the model's number format."""
+        for batch in self.batches(size):
+            yield loaded.inputs_of(to_model(batch, device, input_dtype(loaded.model)))
+
+
+def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> Examples:
+    """What a user gives as data, as a model takes it. Raises `MergeidError` for what does not fit it."""
+    if loaded.adapter.name == "torch":
+        return Examples(_as_given(data, loaded))
+    from mergeid.data import collate, load_data
+
+    found = load_data(data, adapter=loaded.adapter, arch=loaded.arch, folder=loaded.folder, limit=limit, seed=seed)
+    return Examples(found, collate)
+
+
+def _as_given(data: Any, loaded: Loaded) -> Any:
+    """A live module's data: examples that are stacked into batches where its items have one dimension less than the
+    example inputs, else whole inputs."""
+    dataset_length(data)
+    first, example = named_tensors(loaded.inputs_of(as_batch(data[0]))), named_tensors(loaded.inputs)
+    alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
+    return WholeInputs(data) if alike else data

@@ -1,0 +1,126 @@
+"""The neuron graph of a loaded model: traced, and proven on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mergeid.errors import MergeidError
+from mergeid.models.loaded import Loaded, check_runs
+from mergeid.plugins import Architecture, Batch
+
+if TYPE_CHECKING:
+    from mergeid.neuron_graph.by_hand import Constraints
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph
+
+LARGE = 400_000_000
+"""Parameters above which verification runs in float32: a float64 copy would not fit beside the model."""
+
+
+def graph_of(
+    loaded: Loaded,
+    *,
+    seed: int = 0,
+    samples: int = 2,
+    more: Sequence[Batch] = (),
+    constraints: Constraints | None = None,
+    given: NeuronGraph | None = None,
+) -> NeuronGraph:
+    """The verified neuron graph of a loaded model, over the keys of its state dict.
+
+    Args:
+        more: further batches that drive what the example does not; the graph is verified on them too.
+        constraints: what is known of the neurons besides.
+        given: a graph to verify instead of tracing one.
+
+    Raises `MergeidError` where constraints or the given graph do not fit the model."""
+    import torch
+
+    from mergeid.basics.memory import give_back
+    from mergeid.basics.nested import mapped
+    from mergeid.neuron_graph.by_hand import fitted
+    from mergeid.neuron_graph.recorder import Pass
+    from mergeid.neuron_graph.trace import trace
+    from mergeid.neuron_graph.verify import verify
+
+    model, batch = loaded.model, loaded.inputs
+    size = sum(p.numel() for p in model.parameters())
+    meta = any(p.is_meta for p in model.parameters())
+
+    def moved(x: Batch) -> Batch:  # a copy: models may write into their inputs
+        return mapped(x, lambda t: t.to("meta") if meta else t.clone())
+
+    if given is not None and meta:
+        raise MergeidError(
+            f"{loaded.source} has no weights here (it is too large to run), so a graph written by hand cannot be "
+            "verified on it; give a smaller model of this architecture"
+        )
+    with _blamed(loaded, more):
+        if given is not None:
+            state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
+            graph = fitted(given, state, loaded.arch.id)
+        else:
+            inputs = moved(batch)
+            graph = trace(
+                model,
+                inputs,
+                lambda: loaded.outputs(model, inputs),
+                values=batch if meta else None,
+                more=[Pass(y := moved(x), partial(loaded.outputs, model, y), x if meta else None) for x in more],
+                constraints=constraints,
+                name=loaded.arch.id,
+                label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
+            )
+        if meta:
+            return _proven_small(loaded, graph, seed, samples)
+        found = verify(
+            graph,
+            model,
+            [batch, *more],
+            lambda probe, given: [loaded.outputs(probe, x) for x in given],
+            generator=torch.Generator().manual_seed(seed),
+            samples=samples,
+            dtype=torch.float64 if size < LARGE else torch.float32,
+        ).graph
+    give_back()  # a copy of the model, in float64
+    return found
+
+
+def _proven_small(loaded: Loaded, graph: NeuronGraph, seed: int, samples: int) -> NeuronGraph:
+    """A graph traced on the meta device, verified on a smaller model of the same architecture."""
+    import torch
+
+    from mergeid.neuron_graph.scale import proven_on
+
+    shrink: Callable[[Architecture], Architecture] | None = getattr(loaded.adapter, "shrink", None)
+    if shrink is None:
+        raise MergeidError(
+            f"{loaded.source} is on the meta device, and adapter {loaded.adapter.name!r} cannot make a smaller model "
+            "to verify its graph on; load its weights first"
+        )
+    arch = shrink(loaded.arch)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = loaded.adapter.build(arch)
+    example = loaded.adapter.example_inputs(arch, model, torch.Generator().manual_seed(seed))
+    small = Loaded(arch.id, model, loaded.adapter, arch, None, {k: k for k in model.state_dict()}, example)
+    count = sum(p.numel() for p in model.parameters())
+    what = f"a smaller model of the same code ({count / 1e6:.1f}M parameters)"
+    return proven_on(graph, graph_of(small, seed=seed, samples=samples), what)
+
+
+@contextmanager
+def _blamed(loaded: Loaded, more: Sequence[Batch]) -> Iterator[None]:
+    """Whatever goes wrong meanwhile is the model's fault, and said in a sentence, where it does not run by itself."""
+    try:
+        yield
+    except MergeidError:
+        raise
+    except Exception:
+        if not any(p.is_meta for p in loaded.model.parameters()):
+            check_runs(loaded, loaded.inputs, "example_inputs" if loaded.checkpoint is None else "its example inputs")
+            for i, batch in enumerate(more):
+                check_runs(loaded, batch, f"more_inputs[{i}]")
+        raise

@@ -1,0 +1,100 @@
+"""Running a network: on which device, in which precision and mode, and whose fault it is where it does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeid.data.batches import describe, first_line
+from mergeid.errors import MergeidError
+from mergeid.plugins import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Forward = Callable[[nn.Module, Batch], Tensor]
+
+
+def default_accelerator() -> Accelerator:
+    """Accelerate as the launcher, the environment or an earlier call set it up."""
+    from accelerate import Accelerator
+
+    return Accelerator()
+
+
+def make_accelerator(device: str | None = None) -> Accelerator:
+    """An Accelerator on a chosen device (``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``); None lets Accelerate choose.
+
+    Raises `MergeidError` when the device is not there, or when this Python process already works on another one
+    (Accelerate keeps one device per process).
+    """
+    from accelerate import Accelerator
+
+    if device is None:
+        return Accelerator()
+    try:
+        wanted = torch.device(device)
+        if wanted.type != "cpu":
+            torch.zeros((), device=wanted)
+        if wanted.type == "cuda" and wanted.index is not None:
+            torch.cuda.set_device(wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MergeidError(f"device {device!r} cannot be used here: {first_line(error)}") from error
+    try:
+        accelerator = Accelerator(cpu=wanted.type == "cpu")
+    except ValueError as error:
+        raise MergeidError(
+            f"device {device!r} was asked for, but Accelerate is already set up on another device; "
+            "start a new Python process or leave the device out"
+        ) from error
+    if accelerator.device.type != wanted.type:
+        raise MergeidError(
+            f"device {device!r} was asked for, but Accelerate works on {accelerator.device}; "
+            "check the accelerate configuration (ACCELERATE_* variables)"
+        )
+    return accelerator
+
+
+def run_forward(model: nn.Module, batch: Batch, forward: Forward, accelerator: Accelerator) -> Tensor:
+    """One forward pass in the accelerator's precision; 16-bit outputs come back in float32 for the loss."""
+    with accelerator.autocast():
+        output = forward(model, batch)
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+@contextmanager
+def fits_the_model(batch: Batch) -> Iterator[None]:
+    """Turns the errors of a forward pass or a loss on this batch into one sentence that names its tensors."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MergeidError(f"out of memory on a batch of {describe(batch)}; choose a smaller batch size") from error
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise MergeidError(
+            f"the data does not fit the model: with a batch of {describe(batch)} it stops at "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own training flag afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def reduce_sum(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Σ over processes of a float64 CPU tensor in which every entry is nonzero on one process at most: exact."""
+    if accelerator.num_processes == 1:
+        return values
+    total: Any = accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    return total.cpu()

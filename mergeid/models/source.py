@@ -1,0 +1,60 @@
+"""What users name as a model, and the one door through which weights enter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, Union
+
+from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.plugins import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Source = Union[str, "os.PathLike[str]", "nn.Module", Checkpoint]
+"""File, folder, hub id, live module, or what is open already."""
+
+
+class TensorSource(Protocol):
+    """Weights by name: what lies in a file or folder, in a live module, or is formed from several of these.
+
+    Attributes:
+        source: what the user named.
+        table: tensor name -> dtype and shape, in the order in which tensors are best read.
+        config: what a config.json says; None: there is none.
+    """
+
+    source: str
+    table: dict[str, TensorInfo]
+    config: dict[str, Any] | None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU, in its own format, mapped where it lies in a file. Not to be written into."""
+        ...
+
+    def release(self, name: str) -> None:
+        """It is not needed for now: its memory may go."""
+        ...
+
+
+def is_module(source: Source) -> TypeGuard[nn.Module]:
+    """Whether it is a live module."""
+    return not isinstance(source, (str, os.PathLike, Checkpoint))
+
+
+def open_source(source: Source, *, allow_pickle: bool = False, revision: str | None = None) -> Checkpoint:
+    """The weights that `source` means; for a live module those that it holds, with its config where it says of itself
+    what a ``config.json`` says. Raises `MergeidError` for what cannot be read."""
+    if isinstance(source, (str, os.PathLike, Checkpoint)):
+        return open_checkpoint(source, revision=revision, allow_pickle=allow_pickle)
+    from mergeid.models.offload import state_of
+
+    to_dict: Callable[[], dict[str, Any]] | None = getattr(getattr(source, "config", None), "to_dict", None)
+    state: Mapping[str, Tensor] = state_of(source)
+    return Checkpoint.from_tensors(state, source=type(source).__name__, config=to_dict() if to_dict else None)
+
+
+def wears_names_of_files(source: Any) -> bool:
+    """Whether it is something on a disk or on the hub, by its name."""
+    return isinstance(source, (str, os.PathLike))

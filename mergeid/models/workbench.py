@@ -1,0 +1,141 @@
+"""What is expensive, done once: every checkpoint opened, every model built, traced and proven, every data set read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.models.source import Source, is_module, open_source
+from mergeid.request.request import Calibration, Example, Reading, Run
+
+if TYPE_CHECKING:  # a plain merge builds no model and never loads torch
+    from mergeid.io.checkpoint import Checkpoint
+    from mergeid.models.examples import Examples
+    from mergeid.models.loaded import Loaded
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph
+
+
+class Workbench:
+    """Holds what a verb has opened, built, traced and read, so that nothing is done twice.
+
+    Args:
+        reading: how models are read.
+        run: how the work is done.
+    """
+
+    def __init__(self, reading: Reading, run: Run) -> None:
+        self.reading, self.run = reading, run
+        self._opened: dict[object, tuple[Source, Checkpoint]] = {}
+        self._loaded: dict[object, tuple[Source, Loaded]] = {}
+        self._graphs: dict[int, tuple[Loaded, NeuronGraph]] = {}
+        self._examples: dict[tuple[int, int | None], tuple[Calibration, Examples]] = {}
+        self._done: set[object] = set()
+
+    def open(self, source: Source) -> Checkpoint:
+        """The weights that `source` means. Raises `MergeidError` for what cannot be read."""
+        key = _key(source)
+        if key not in self._opened:
+            self._opened[key] = source, open_source(source, allow_pickle=self.reading.allow_pickle)
+        return self._opened[key][1]
+
+    def load(self, source: Source, like: Loaded | None = None) -> Loaded:
+        """A model that runs.
+
+        Args:
+            like: an earlier model of the same library and architecture, whose adapter builds this one too.
+
+        Raises `MergeidError` where it cannot be built or run.
+        """
+        key = _key(source)
+        if key not in self._loaded:
+            self.run.tell("loading", len(self._loaded), len(self._loaded) + 1)
+            self._loaded[key] = source, self._load(source, like)
+        return self._loaded[key][1]
+
+    def graph(self, loaded: Loaded) -> NeuronGraph:
+        """The verified neuron graph of a loaded model, over the keys of its state dict."""
+        key = id(loaded)
+        if key not in self._graphs:
+            self.run.tell("tracing and verifying the neuron graph", 0, 1)
+            self._graphs[key] = loaded, _agreed(loaded, self.run)
+        return self._graphs[key][1]
+
+    def examples(self, asked: Calibration, loaded: Loaded) -> Examples | None:
+        """The examples that were asked for, as this model takes them; None where none are given."""
+        if not asked.given:
+            return None
+        from mergeid.models.examples import examples_of
+
+        key = id(asked.data), asked.limit
+        if key not in self._examples:
+            self._examples[key] = asked, examples_of(asked.data, loaded, asked.limit, self.run.seed)
+        return self._examples[key][1]
+
+    def once(self, what: object, work: Callable[[], None]) -> None:
+        """Do this work if it was not done yet."""
+        if what not in self._done:
+            work()
+            self._done.add(what)
+
+    def under(self, reading: Reading) -> Workbench:
+        """The same, where models are read in another way; what is open and loaded already stays so."""
+        other = Workbench(reading, self.run)
+        other._opened, other._loaded, other._graphs = self._opened, self._loaded, self._graphs
+        other._examples, other._done = self._examples, self._done
+        return other
+
+    def _load(self, source: Source, like: Loaded | None) -> Loaded:
+        from mergeid.models.architecture import find_architecture
+        from mergeid.models.load import load_checkpoint, load_model
+
+        if is_module(source):
+            if like is None:
+                return load_model(source, self.reading, self.run)
+            given = self.reading.example
+            again = given if given.inputs is not None else Example(like.example, given.outputs)
+            found = load_model(source, dataclasses.replace(self.reading, example=again), self.run)
+            return dataclasses.replace(found, adapter=like.adapter, arch=like.arch)
+        checkpoint = self.open(source)
+        if like is None:
+            return load_checkpoint(checkpoint, *find_architecture(checkpoint, self.reading.arch), self.run)
+        own = like.arch if checkpoint.config is None else find_architecture(checkpoint, self.reading.arch)[1]
+        return load_checkpoint(checkpoint, like.adapter, own, self.run)
+
+
+def _key(source: Source) -> object:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
+
+
+def _agreed(loaded: Loaded, run: Run) -> NeuronGraph:
+    """The graph on which all architectures that fit the tensors agree. Raises `MergeidError` when they do not."""
+    from mergeid.models.graph import graph_of
+    from mergeid.models.load import load_checkpoint
+
+    found = graph_of(loaded, seed=run.seed)
+    arch, adapter = loaded.arch, loaded.adapter
+    others = [c for c in arch.candidates if c != arch.name] if loaded.checkpoint is not None else []
+    for name in others:
+        assert loaded.checkpoint is not None
+        candidate = dataclasses.replace(arch, name=name, candidates=())
+        other = load_checkpoint(loaded.checkpoint, adapter, candidate, run)
+        if _shape_of(graph_of(other, seed=run.seed)) != _shape_of(found):
+            raise MergeidError(
+                f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}, whose neuron graphs differ; "
+                f"say which with --arch, for example --arch {adapter.name}/{arch.name}"
+            )
+    if others:
+        warnings.warn(
+            f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}; their neuron graphs are the same, going "
+            f"on with {arch.name} (choose with --arch)",
+            MergeidWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _shape_of(found: NeuronGraph) -> Sequence[Any]:
+    return [(s.size, s.blocks, s.parents, [(a.tensor, a.axis, a.index.tolist()) for a in s.axes]) for s in found.spaces]

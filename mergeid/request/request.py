@@ -1,0 +1,223 @@
+"""What a user asks for, as values that are checked once and then travel whole."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, steps done, steps in all)"""
+
+LIMIT = 512
+"""Calibration examples that are used unless told otherwise."""
+LARGEST_SEED = 2**63 - 1
+MATCHES = ("auto", "never", "always")
+REPAIRS = ("auto", "bn", "repair", "solve", "none")
+REFUSE_ABOVE = 0.5
+"""Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Nobody is told."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the work is done; nothing of it changes a result but the seed.
+
+    Attributes:
+        device: where networks run; None: where Accelerate chooses.
+        seed: of every draw.
+        batch_size: examples in a forward pass.
+        tell: is told how far long work is.
+
+    Raises `MergeidError` for a seed, batch size or device that makes no sense.
+    """
+
+    device: str | None = "cpu"
+    seed: int = 0
+    batch_size: int = 32
+    tell: Progress = _silent
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if str(self.device or "").partition(":")[0] == "meta":
+            raise MergeidError("device 'meta' holds no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
+        check_count("batch_size", self.batch_size)
+
+    @classmethod
+    def of(cls, progress: Progress | None, *, device: str | None = "cpu", seed: int = 0, batch_size: int = 32) -> Run:
+        """`progress`: None tells nobody."""
+        return cls(device, seed, batch_size, progress or _silent)
+
+    @property
+    def place(self) -> str:
+        """The device by name, for work that Accelerate has no part in."""
+        return self.device or "cpu"
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator of this seed."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Attributes:
+    inputs: of a live module: a tensor, tuple or dict of keywords; None: those that its library's adapter makes.
+    outputs: names or globs of those outputs that count; none: all of them.
+    """
+
+    inputs: Any = None
+    outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given: Any, outputs: Sequence[str] = ()) -> Example:
+        """Example inputs as a caller gives them, with the outputs that are named beside them."""
+        if isinstance(outputs, str):
+            outputs = (outputs,)
+        return given if isinstance(given, cls) and not outputs else cls(given, tuple(outputs))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How models are read.
+
+    Attributes:
+        arch: their architecture, where the files do not say.
+        config: "a", "b", …: whose config counts where they differ in what the network computes; None: that is refused.
+        skip: globs of tensor names that are taken from the first model as they are.
+        allow_pickle: whether pickled weights may be read.
+        example: of live modules.
+    """
+
+    arch: str | None = None
+    config: str | None = None
+    skip: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    example: Example = field(default_factory=Example)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Examples that the models are run on, labels unused.
+
+    Attributes:
+        data: see `mergeid.data.load_data`; None: there are none.
+        limit: most examples; None: all.
+    """
+
+    data: Any = None
+    limit: int | None = LIMIT
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            check_count("limit", self.limit)
+
+    @property
+    def given(self) -> bool:
+        return self.data is not None
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How neurons are made to correspond.
+
+    Attributes:
+        mode: "auto" as decided per space, "always", "never".
+        matcher: name in the registry; None: the usual one.
+
+    Raises `MergeidError` for an unknown mode.
+    """
+
+    mode: str = "auto"
+    matcher: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MATCHES:
+            raise MergeidError(f"--match {self.mode!r} is not one of {', '.join(MATCHES)}")
+
+
+@dataclass(frozen=True)
+class Repairing:
+    """What is done to a merged network before it is written.
+
+    Attributes:
+        stage: "auto", "bn", "repair", "solve" or "none".
+        refuse_above: distance from the models beyond which no merge is written.
+
+    Raises `MergeidError` for an unknown stage, or what is no distance.
+    """
+
+    stage: str = "auto"
+    refuse_above: float = REFUSE_ABOVE
+
+    def __post_init__(self) -> None:
+        if self.stage not in REPAIRS:
+            raise MergeidError(f"--repair {self.stage!r} is not one of {', '.join(REPAIRS)}")
+        above = self.refuse_above
+        if isinstance(above, bool) or not isinstance(above, (int, float)) or not above >= 0:
+            raise MergeidError(f"--refuse-above is {above!r}; expected a distance of 0 or more (inf: never refuse)")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes.
+
+    Attributes:
+        path: ``.safetensors`` file or folder; None: a name beside the working directory's files, or nothing is written.
+        dtype: number format of the result; None: as it lies.
+        force: replace an earlier output, and write what mergeid advises against.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    dtype: str | None = None
+    force: bool = False
+
+
+def check_transport(matching: Matching, *, base: bool) -> None:
+    """Raises `MergeidError` for what optimal transport has no use for."""
+    for option, given in (
+        ("--match", matching.mode != "auto"),
+        ("--matcher", matching.matcher is not None),
+        ("--base", base),
+    ):
+        if given:
+            raise MergeidError(
+                f"{option} does not go with --transport, which matches no neuron to one other; leave it out"
+            )
+
+
+def check_seed(seed: object) -> int:
+    """Raises `MergeidError` for a seed that is no whole number from 0 to 2^63 - 1."""
+    number = _whole(seed)
+    if number is None or not 0 <= number <= LARGEST_SEED:
+        raise MergeidError(f"seed is {shown(seed)}; expected a whole number from 0 to 2^63 - 1 (option --seed)")
+    return number
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises `MergeidError` for what counts nothing."""
+    number = _whole(value)
+    if number is None or number < least:
+        raise MergeidError(
+            f"{name} is {shown(value)}; expected a whole number of at least {least} (option --{name.replace('_', '-')})"
+        )
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,0 +1,1 @@
+"""What the verbs answer: frozen values with `to_json`."""

@@ -1,0 +1,118 @@
+"""Which of the merges at hand is nearest to the models, and how near."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+NATS, RELATIVE = "nats", "relative"
+"""Units of a distance: the excess of a classifying head, the share of the variance of any other output."""
+PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
+"""The merges: nothing moved, some spaces matched, every space matched."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a merge is from the models by one output: nats of excess, or share of the output's variance."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        if self.unit == NATS:
+            return f"{shown(self.value)} nats farther from the models' predictions than they are themselves"
+        return f"off the models' outputs by {shown(self.value)} of their variance"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes:
+    distances: merge ("plain", "matched+bn", …) -> how far it is from the models, mean over the outputs.
+    planned: the merge that the plan chose; chosen: the one to write.
+    repair: of the one to write, "none", "bn", "repair" or "solve".
+    outputs: output -> how far the one to write is by it alone.
+    examples: how many were compared.
+    error: standard error of the difference between the distances of the planned merge (under its own best repair) and
+        of the chosen one; None where they are one merge, or it is not known.
+    """
+
+    distances: dict[str, float]
+    planned: str
+    chosen: str
+    repair: str
+    outputs: dict[str, Distance]
+    examples: int
+    error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
+        number for, is None."""
+
+        def known(value: float) -> float | None:
+            return value if isfinite(value) else None
+
+        return {
+            "planned": self.planned,
+            "chosen": self.chosen,
+            "repair": self.repair,
+            "distance": known(self.worst.value),
+            "unit": self.unit,
+            "distances": {k: known(v) for k, v in self.distances.items()},
+            "outputs": {k: {"distance": known(d.value), "unit": d.unit} for k, d in self.outputs.items()},
+            "examples": self.examples,
+            "error": self.error,
+        }
+
+    @property
+    def label(self) -> str:
+        """The merge to write with its repair, as in `distances`."""
+        return label(self.chosen, self.repair)
+
+    @property
+    def unit(self) -> str:
+        """ "nats", "relative", or "both" where there are outputs of either kind."""
+        units = {d.unit for d in self.outputs.values()}
+        return units.pop() if len(units) == 1 else "both"
+
+    @property
+    def worst(self) -> Distance:
+        """The merge to write, by the output that it is farthest by."""
+        return max(self.outputs.values(), key=lambda d: d.value)
+
+    def refused(self, above: float) -> str | None:
+        """Why the nearest merge should not be written; None where it is near enough."""
+        if self.worst.value <= above:
+            return None
+        name = next(n for n, d in self.outputs.items() if d is self.worst)
+        by = f" by its output {name!r}" if len(self.outputs) > 1 else ""
+        return (
+            f"even the nearest merge ({self.label}) is{by} {self.worst}, on {self.examples} "
+            f"calibration examples; --refuse-above is {above:g}"
+        )
+
+    @property
+    def note(self) -> str | None:
+        """What the user is told where the plan is not followed."""
+        if self.chosen == self.planned:
+            return None
+        what = {NATS: "nats of excess", RELATIVE: "of the outputs' variance"}.get(self.unit, "on the outputs' mean")
+        own = min((v for k, v in self.distances.items() if k.split("+")[0] == self.planned), default=inf)
+        other = self.distances[self.label]
+        if self.error is not None:
+            what += f", a difference of {abs(own - other):.2g} with a standard error of {self.error:.2g}"
+        if self.chosen == PLAIN:
+            said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
+            return f"{said}the models than the plain one ({shown(own)} to {shown(other)} {what})"
+        said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
+        return f"{said}than the planned one ({shown(other)} to {shown(own)} {what})"
+
+
+def label(merge: str, repair: str) -> str:
+    """``"matched"``, ``"matched+bn"``."""
+    return merge if repair == "none" else f"{merge}+{repair}"
+
+
+def shown(distance: float) -> str:
+    """With the decimals that `TIE` tells apart."""
+    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"

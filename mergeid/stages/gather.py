@@ -1,0 +1,67 @@
+"""Gather: both models run over the calibration examples, and what their activations say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from mergeid.data.batches import to_model
+from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.models.examples import Examples
+from mergeid.models.loaded import Loaded
+from mergeid.plugins import Batch
+from mergeid.request.request import Run
+from mergeid.stages.open import Pair
+
+Batches = Callable[[], Iterator[Mapping[str, Any]]]
+"""Starts a pass over the calibration examples."""
+Hears = Callable[[Any, Any, Batch], None]
+"""Outputs of A and of B, and the batch that they are of."""
+
+
+def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
+    """Starts passes over the examples, without labels, on the device that A lies on."""
+    device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
+
+    def batches() -> Iterator[dict[str, Any]]:
+        found = examples.batches(run.batch_size)
+        for i, batch in enumerate(found):
+            run.tell("calibration", i, len(found))
+            yield to_model(a.inputs_of(batch), device, None)
+
+    return batches
+
+
+def evidence_of(
+    pair: Pair, examples: Examples, run: Run, *, judged: bool = True, hears: Hears | None = None
+) -> ActivationEvidence:
+    """Activations of both models, collected in one pass.
+
+    Args:
+        judged: of the half too that decisions are judged on.
+        hears: takes both models' outputs on every batch that is run.
+    """
+    a, b = pair.a, pair.b
+    taps = choose_taps(pair.graph, a.model)
+    flat = [t for list_of in taps.values() for t in list_of]
+    forward_a, forward_b = a.forward, b.forward
+    if hears is not None:
+        kept: list[Any] = []
+
+        def forward_a(model: torch.nn.Module, batch: Any) -> Any:
+            kept[:] = [a.forward(model, batch)]
+            return kept[0]
+
+        def forward_b(model: torch.nn.Module, batch: Any) -> Any:
+            out = b.forward(model, batch)
+            hears(kept.pop(), out, batch)
+            return out
+
+    readers = TapReader(a.model, forward_a, flat), TapReader(b.model, forward_b, flat)
+    stream = PairStream(*readers, passes(a, examples, run), whole=examples.whole, seed=run.seed)
+    evidence = ActivationEvidence(pair.graph, stream, taps)
+    evidence.collect(judged=judged)
+    return evidence

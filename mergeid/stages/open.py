@@ -1,0 +1,229 @@
+"""Open: models that can be merged, compared by their headers, heads and configs; then pairs of them, loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeid.combine.tensor_plan import MERGEABLE, plan_many, plan_tensors
+from mergeid.errors import MergeidError, NoModel
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.lora import refuse_adapter
+from mergeid.models.configs import Agreed, agree
+from mergeid.models.heads import SameHeads, same_heads
+from mergeid.models.source import Source, is_module
+from mergeid.request.request import Output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergeid.models.loaded import Loaded
+    from mergeid.models.workbench import Workbench
+    from mergeid.neuron_graph.neuron_graph import NeuronGraph
+
+
+@dataclass(frozen=True)
+class Met:
+    """Models that can be merged tensor by tensor, as far as names, configs and heads say.
+
+    Attributes:
+        bench: where they were opened.
+        models, base: what is loaded: live modules as they are, else checkpoints with the same heads and configs.
+        agreed: all of them as checkpoints, and what was overruled.
+        skip: the globs that still say something.
+    """
+
+    bench: Workbench
+    models: tuple[Source, ...]
+    base: Source | None
+    agreed: Agreed
+    skip: tuple[str, ...]
+
+    @property
+    def live(self) -> bool:
+        return is_module(self.models[0])
+
+    @property
+    def everyone(self) -> list[Source]:
+        """The models and, last, the base."""
+        return [*self.models, *([self.base] if self.base is not None else [])]
+
+    @property
+    def float_names(self) -> list[str]:
+        """Names of the tensors that settings speak of: the first model's, those that are merged."""
+        names = [n for n, info in self.agreed.models[0].table.items() if info.dtype in MERGEABLE]
+        return [n for n in names if not any(fnmatchcase(n, p) for p in self.skip)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Attributes:
+    a, b: as networks that compute one function of their weights.
+    graph: what permutes with what in both.
+    """
+
+    a: Loaded
+    b: Loaded
+    graph: NeuronGraph
+
+
+def open_models(
+    bench: Workbench,
+    models: Sequence[Source],
+    base: Source | None = None,
+    *,
+    widths: bool = True,
+    heads: bool = True,
+) -> Met:
+    """Open all models, give them the same heads, and compare their configs. Nothing is built for models of equal
+    configs and names.
+
+    Args:
+        widths: whether layers must be of equal widths; else the caller compares the tensors' names and shapes.
+        heads: whether the task heads are merged too.
+
+    Raises:
+        MergeidError: adapters instead of models, heads that contradict their config, configs that differ.
+    """
+    asked, sources = bench.reading, [*models, *([base] if base is not None else [])]
+    everyone = [bench.open(source) for source in sources]
+    for checkpoint in everyone:
+        refuse_adapter(checkpoint)
+    given = same_heads(everyone, asked.skip) if heads else SameHeads(everyone)
+    left = {name for c in given.models for name in c.table}
+    skip = tuple(
+        p
+        for p in asked.skip
+        if any(fnmatchcase(n, p) for n in left) or not any(fnmatchcase(n, p) for n in given.dropped)
+    )
+    origin = given.models.pop() if base is not None else None
+    if widths:  # other architectures are called so, and not configs that differ
+        plan_many(given.models, base=origin, skip=skip)
+    agreed = agree(
+        given.models,
+        origin,
+        config=asked.config,
+        same_head=heads and not skip,
+        widths=widths,
+        arch=asked.arch,
+        modules=[m for m in sources if is_module(m)] if all(map(is_module, sources)) and not skip else (),
+    )
+    agreed = replace(agreed, notes=[*given.notes, *agreed.notes])
+    live = is_module(models[0])
+    used = tuple(models) if live else tuple(agreed.models)
+    return Met(bench, used, base if live else agreed.base, agreed, skip)
+
+
+def pair_of(met: Met, other: Source, dtype: str | None = None) -> Pair:
+    """The first model and another, loaded, with their common graph.
+
+    Args:
+        other: one of the models, or the base.
+        dtype: number format that the merge would be written in.
+
+    Raises:
+        NoModel: no model can be built of files.
+        MergeidError: tensors that do not fit, or are not finite; kinds that differ.
+    """
+    bench, first = met.bench, met.models[0]
+    if is_module(first) != is_module(other):
+        raise MergeidError("one model is a live module and the other a path; load the path into a module first")
+    check_tensors(met, bench.open(other), dtype)
+    if met.live:
+        one = bench.load(first)
+        two = bench.load(other, one)
+        if met.agreed.chosen is not None:
+            one, two = _in_one_class(one, two, bench.reading.config == "b")
+        graph = bench.graph(one)
+    else:
+        try:
+            one = bench.load(first)
+            two = bench.load(other, one)
+            graph = bench.graph(one)
+        except MergeidError as error:
+            raise NoModel(str(error)) from error
+    return Pair(one, two if two.model is not one.model else _copied(two), unskipped(graph, one, met.skip))
+
+
+def check_tensors(met: Met, other: Checkpoint, dtype: str | None = None) -> None:
+    """The first model's tensors and another's compared by their headers, and read for what is not finite, before
+    anything is built. Raises `MergeidError`."""
+    from mergeid.combine.by_torch import check_finite
+
+    first = met.bench.open(met.models[0])
+    tensors = plan_tensors(first, other, skip=met.skip, dtype=dtype)
+    for checkpoint in (first, other):
+        met.bench.once(("finite", id(checkpoint), tensors.merged), partial(check_finite, checkpoint, tensors.merged))
+
+
+def unskipped(graph: NeuronGraph, loaded: Loaded, skip: Sequence[str]) -> NeuronGraph:
+    """The graph without the tensors that --skip takes from A."""
+    keys = skipped_keys(loaded, skip)
+    return graph.on_tensors([t for t in graph.tensors if t not in keys]) if keys else graph
+
+
+def skipped_keys(loaded: Loaded, skip: Sequence[str]) -> set[str]:
+    """Keys of the model's state dict whose tensors --skip takes from A as they are."""
+    return {key for name, key in loaded.names.items() if any(fnmatchcase(name, p) for p in skip)}
+
+
+def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:
+    """The weights that the models were fine-tuned from, under the keys of `like`'s state dict; where a config was
+    chosen by name, it is that of `like` that counts.
+
+    Raises `MergeidError` where it is no checkpoint of the same architecture."""
+    bench, first = met.bench, met.models[0]
+    if is_module(base) != met.live:
+        raise MergeidError("the base is a live module and the models are paths, or the reverse; expected all of a kind")
+    here = {*bench.open(first).table, *bench.open(base).table}
+    skip = tuple(p for p in met.skip if any(fnmatchcase(n, p) for n in here))
+    chosen = "a" if bench.reading.config is not None else None
+    both = open_models(bench.under(replace(bench.reading, skip=skip, config=chosen)), [first, base])
+    check_tensors(both, both.bench.open(both.models[1]))
+    if is_module(base):
+        from mergeid.models.offload import state_of
+
+        return state_of(base)
+    return bench.load(both.models[1], like).state()
+
+
+def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -> Path:
+    """Where the output goes: beside the working directory's files, of the first model's kind, if it has no name.
+
+    Args:
+        reads: all that is read, models first; none of it may be touched.
+        default: its name, if none is given.
+
+    Raises `MergeidError` where it cannot be written."""
+    from mergeid.io.output import check_output
+    from mergeid.io.weights import PICKLES
+
+    path = output.path
+    if path is None:
+        first = reads[0]
+        folder = isinstance(first, (str, os.PathLike)) and not str(first).endswith((".safetensors", *PICKLES))
+        folder = folder or (isinstance(first, Checkpoint) and first.is_folder)
+        path = default if folder else f"{default}.safetensors"
+    return check_output(path, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=output.force)
+
+
+def _copied(loaded: Loaded) -> Loaded:
+    """A network of its own, where a model meets itself."""
+    return replace(loaded, model=copy.deepcopy(loaded.model))
+
+
+def _in_one_class(one: Loaded, two: Loaded, second: bool) -> tuple[Loaded, Loaded]:
+    """Both live models as the one whose config was chosen computes, each with its own weights."""
+    from mergeid.basics.state import load_weights
+
+    chosen, other = (two, one) if second else (one, two)
+    model = copy.deepcopy(chosen.model)
+    load_weights(model, other.state())
+    changed = replace(other, model=model)
+    return (changed, two) if second else (one, changed)

@@ -1,0 +1,163 @@
+"""``barrier``: loss and accuracy on the straight line between two models, measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mergeid.errors import MergeidError
+from mergeid.models.source import Source
+from mergeid.models.workbench import Workbench
+from mergeid.request import options as o
+from mergeid.request.boundary import verb
+from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run, check_count
+from mergeid.stages.open import Pair, open_models, pair_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mergeid.models.examples import Examples
+    from mergeid.results.barrier import BarrierResult
+
+LABELS = {"never": "direct", "auto": "mergeid", "always": "matched"}
+
+
+@verb
+def barrier(
+    a: Source,
+    b: Source,
+    *,
+    data: Annotated[
+        Any,
+        o.Option(
+            "Labelled examples to measure on: image folder, text or jsonl file, .npz or .safetensors with inputs and "
+            "labels, Hugging Face data set, or module:function.",
+            o.INPUT,
+            "DATA",
+        ),
+    ],
+    match: o.Match = "never",
+    matcher: o.Matcher = None,
+    repair: Annotated[bool, o.switch("Re-estimate BatchNorm statistics at every point.")] = False,
+    points: Annotated[
+        int, o.Option("Points on the line, both ends too.", o.HOW, "N", kind=int, least=2, most=10_000)
+    ] = 11,
+    calibration: Annotated[
+        Any,
+        o.Option("Examples to match on and to re-estimate BatchNorm with; DATA itself if not given.", o.INPUT, "DATA"),
+    ] = None,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    skip: o.Skip = (),
+    limit: Annotated[
+        int | None, o.Option("Examples taken from DATA; all if not given.", o.INPUT, "N", kind=int, least=1)
+    ] = None,
+    calibration_limit: int | None = LIMIT,
+    batch_size: o.BatchSize = 64,
+    seed: o.Seed = 0,
+    device: Annotated[
+        str | None, o.Option("cpu, cuda, cuda:1, mps …; as Accelerate chooses if not given.", o.HOW, "DEVICE")
+    ] = None,
+    dtype: Annotated[str | None, o.Option("Evaluate in this number format.", o.HOW, "DTYPE")] = None,
+    mixed_precision: Annotated[str | None, o.Option("Through Accelerate.", o.HOW, "no|bf16|fp16")] = None,
+    resume: Annotated[
+        str | os.PathLike[str] | None,
+        o.Option("Keep finished points here and take up from them.", o.HOW, "FILE", kind=Path),
+    ] = None,
+    allow_pickle: o.AllowPickle = False,
+    example_inputs: Any = None,
+    outputs: Sequence[str] = (),
+    label: str = "",
+    progress: Progress | None = None,
+) -> BarrierResult:
+    """Measure loss (and accuracy) along the line from A to B, through Accelerate.
+
+    Args:
+        data: labelled data.
+        match: "never" measures the pair as it is, "auto" and "always" align B first (evidence from `calibration`).
+        matcher, config: as for `plan`.
+        repair: estimate the BatchNorm statistics again at every point, on `calibration`.
+        points: grid points λ from 0 to 1, at least 2.
+        calibration: data for matching and repair; default: `data`.
+        limit: most examples to measure on; None: all.
+        dtype: "float64" measures in float64.
+        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
+        resume: JSON file of finished points.
+
+    Raises `MergeidError` for anything wrong with the input.
+    """
+    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    if calibration_limit is not None:
+        check_count("calibration_limit", calibration_limit)
+    measured, matching = Calibration(data, limit), Matching(match, matcher)
+    held = Calibration(data if calibration is None else calibration, calibration_limit)
+    if points < 2:
+        raise MergeidError(f"--points must be at least 2, got {points}")
+    if matcher is not None:
+        from mergeid.matchers.protocol import check_matcher
+
+        check_matcher(matcher, match, True)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
+    opening = Run.of(progress, seed=seed)  # networks are compared on the CPU, and measured on the device
+    met = open_models(Workbench(reading, opening), [a, b])
+    pair = pair_of(met, met.models[1])
+    import numpy as np
+
+    from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, barrier_curve
+    from mergeid.models.running import make_accelerator
+
+    examples = met.bench.examples(measured, pair.a)
+    if examples is None:
+        raise MergeidError("a barrier is measured on labelled examples; give them with --data")
+    used = met.bench.examples(held, pair.a) if repair or match != "never" else None
+    state_a, state_b, model = _ends(pair, matching, opening, used)
+    adapter, found = pair.a.adapter, pair.a.arch
+    count = iter(range(1, points + 1))
+    line = Line(
+        state_a,
+        state_b,
+        model,
+        adapter.forward,
+        lambda out, batch: adapter.loss(found, out, batch),
+        tuple(np.linspace(0, 1, points).tolist()),
+        label or LABELS[match],
+    )
+    return barrier_curve(
+        line,
+        examples,
+        Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(device)),
+        repair=Reestimate(used) if repair else None,
+        resume=Path(resume) if resume else None,
+        progress=lambda *_: run.tell("measuring", next(count), points),
+    )
+
+
+def _ends(
+    pair: Pair, matching: Matching, run: Run, examples: Examples | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
+    """The ends of the line, B in A's order, and a network for them; of asymmetric layers the effective weights, also
+    where B's masks were permuted."""
+    from mergeid.nn.folding import fold_line
+    from mergeid.stages.plan import Structural, make_plan
+
+    state_b = pair.b.state()
+    if matching.mode != "never":
+        made = make_plan(pair, matching, run, examples=examples, structural=Structural(beside=False))
+        state_b = made.graph.apply_state(made.element, state_b)
+    return fold_line(pair.a.state(), state_b, pair.a.model)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    """The number format of that name. Raises `MergeidError` for others than floating-point ones."""
+    import torch
+
+    if name is None:
+        return None
+    found = getattr(torch, name, None)
+    if found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise MergeidError(f"--dtype {name!r} is not one of float64, float32, bfloat16, float16")
+    assert isinstance(found, torch.dtype)
+    return found
