@@ -120,8 +120,8 @@ def merge(
         str,
         o.Option(
             "linear, slerp, nuslerp, multislerp, karcher; with --base task_arithmetic, ties, dare_linear, dare_ties, "
-            "della, della_linear, breadcrumbs, breadcrumbs_ties, sce, ram, ramplus_tl, model_stock; B into A: "
-            "nearswap, arcee_fusion; with --data fisher, regmean.",
+            "della, della_linear, breadcrumbs, breadcrumbs_ties, sce, ram, ramplus_tl, model_stock, tsv, iso_c, "
+            "iso_cts, wudi, emr, knots_ties; B into A: nearswap, arcee_fusion; with --data fisher, regmean.",
             o.HOW,
             "NAME",
         ),
