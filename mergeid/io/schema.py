@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PlainValidator,
     Tag,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -184,7 +185,7 @@ def _text(expected: str) -> PlainValidator:
             raise _wanted(expected)
         return value
 
-    return PlainValidator(check)
+    return PlainValidator(check, json_schema_input_type=str)
 
 
 def _kind_of(value: Any) -> str:
@@ -358,3 +359,19 @@ def _models_in(annotation: Any) -> Any:
         return annotation
     found = (_models_in(a) for a in getattr(annotation, "__args__", ()))
     return next((m for m in found if m is not None), None)
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """JSON schemas of mergeid's own formats: "recipe", "graph", "plan", "sketch" (its metadata), "record" and
+    "barrier-points"."""
+    from mergeid.io.written import PlanFile, RecordFile
+
+    formats: dict[str, Any] = {
+        "recipe": RecipeFile,
+        "graph": GraphFile,
+        "plan": PlanFile,
+        "sketch": SketchAbout,
+        "record": RecordFile,
+        "barrier-points": PointsFile,
+    }
+    return {name: TypeAdapter(kind).json_schema() for name, kind in formats.items()}

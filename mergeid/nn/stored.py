@@ -87,7 +87,7 @@ def fold_file(
         is_folder=checkpoint.is_folder,
     )
     plain.metadata = dict(checkpoint.metadata)
-    record = {"folded": {"source": checkpoint.source, "sha256": checkpoint.fingerprint()}}
+    record = {"format": "mergeid.record/1", "folded": {"source": checkpoint.source, "sha256": checkpoint.fingerprint()}}
     with CheckpointWriter(
         target, like=plain, companions=default_companions(checkpoint), record=record, force=force
     ) as writer:

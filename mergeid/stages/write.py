@@ -100,7 +100,7 @@ def rewrite(
         like=checkpoint,
         companions=default_companions(checkpoint),
         replace=config_files(checkpoint),
-        record=dict(record),
+        record={"format": "mergeid.record/1", **record},
         force=force,
     )
     with writer:
