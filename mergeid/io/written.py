@@ -141,7 +141,7 @@ class RecordOutput(Own):
 
 
 class RecordComparison(Own):
-    """The last look, see `mergeid.stages.compare.Comparison`."""
+    """The last look, see `mergeid.results.comparison.Comparison`."""
 
     planned: str
     chosen: str

@@ -21,7 +21,7 @@ from mergeid.evidence.decide import SpaceEvidence
 from mergeid.evidence.layers import LayerRecord, ModelRecord
 from mergeid.io.schema import published
 from mergeid.io.written import PlanCertificate, PlanLayer, PlanMargins, PlanSpace, RecordFile
-from mergeid.neuron_graph.exchange import to_json
+from mergeid.neuron_graph.exchange import written
 from mergeid.nn import asymmetrise, fold_file
 from mergeid.prediction.sketch import IN_JSON
 
@@ -97,7 +97,7 @@ def test_aligned_and_scrambled(files, tmp_path):
 def test_graphs_and_sketches(files, tmp_path):
     a = str(files / "a.safetensors")
     graph = mergeid.graph(a, arch="test_resnet")
-    check("graph", json.loads(json.dumps(to_json(graph), allow_nan=False)))
+    check("graph", json.loads(json.dumps(written(graph), allow_nan=False)))
     found = mergeid.sketch(a, data=str(files / "data.safetensors"), arch="test_resnet", output=tmp_path / "a.sketch")
     with safe_open(tmp_path / "a.sketch", "pt") as file:
         told = dict(file.metadata())
