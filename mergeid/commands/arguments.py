@@ -23,6 +23,7 @@ class Repair(str, Enum):
     bn = "bn"
     repair = "repair"
     solve = "solve"
+    polish = "solve+polish"
     none = "none"
 
 

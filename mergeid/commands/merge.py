@@ -68,7 +68,8 @@ def command(
             "--repair",
             rich_help_panel=HOW,
             help="bn: estimate BatchNorm statistics again; repair: rescale pre-activations (REPAIR); solve: every "
-            "layer in closed form, to answer as the models do on average; auto: solve, bn, or repair of a network "
+            "layer in closed form, to answer as the models do on average; solve+polish: then "
+            "distilled from the models' predictions; auto: solve, bn, or repair of a network "
             "without BatchNorm, where that is nearer to the models; none.",
         ),
     ] = o.Repair.auto,

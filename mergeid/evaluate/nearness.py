@@ -109,7 +109,7 @@ class Panel:
         count = dataset_length(dataset)
         self.parts = [_spaced(range(k, count, parts), max(EXAMPLES // parts, 1)) for k in range(min(parts, count))]
         self._kept: list[list[tuple[Batch, list[dict[str, Tensor]]]]] | None = [[] for _ in self.parts]
-        self._heads = _classifying(first)
+        self._heads = classifying(first)
         self._least: list[dict[str, Tensor]] = []
         self._spreads: dict[str, list[_Spread]] = {}
         self._apart: dict[str, list[Tensor]] = {}
@@ -271,7 +271,7 @@ def _spaced(of: range, most: int) -> list[int]:
     return list(of) if count <= most else [of[k * count // most] for k in range(most)]
 
 
-def _classifying(first: Loaded) -> set[str]:
+def classifying(first: Loaded) -> set[str]:
     """Names of the outputs whose last dimension holds logits: the adapter can score the task output against labels."""
     example: Mapping[str, Any] = first.example
     if "labels" not in example or "labels" in first.inputs:

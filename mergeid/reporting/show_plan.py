@@ -271,11 +271,18 @@ def comparison_line(comparison: Mapping[str, Any]) -> str:
 
 def repair_line(repair: Mapping[str, Any]) -> str:
     """What the repair stage did, with the spread of activations (or the layers' error) before and after."""
-    if repair["kind"] == "solve":
+    if repair["kind"].startswith("solve"):
         before, after = (f"{repair[key]:.0%}" for key in ("error_before", "error_after"))
+        polished = (
+            f" Then distilled: its distance from what they say together fell from {repair['distance_before']:.3f} to "
+            f"{repair['distance_after']:.3f}."
+            if "distance_after" in repair
+            else ""
+        )
         return (
             f"Solved layer by layer on {repair['examples']} examples: {repair['layers']} layers were changed. On "
             f"examples not used for the fit, they miss the models' answers by {after} of the spread ({before} before)."
+            + polished
         )
     before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))
     if repair["kind"] == "bn":

@@ -20,7 +20,7 @@ LIMIT = 512
 """Calibration examples that are used unless told otherwise."""
 LARGEST_SEED = 2**63 - 1
 MATCHES = ("auto", "never", "always")
-REPAIRS = ("auto", "bn", "repair", "solve", "none")
+REPAIRS = ("auto", "bn", "repair", "solve", "solve+polish", "none")
 REFUSE_ABOVE = 0.5
 """Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
 
@@ -152,7 +152,7 @@ class Repairing:
     """What is done to a merged network before it is written.
 
     Attributes:
-        stage: "auto", "bn", "repair", "solve" or "none".
+        stage: "auto", "bn", "repair", "solve", "solve+polish" or "none".
         refuse_above: distance from the models beyond which no merge is written.
 
     Raises `MergeidError` for an unknown stage, or what is no distance.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from mergeid.basics.state import load_weights
-from mergeid.data.batches import input_dtype, to_model
+from mergeid.data.batches import dataset_length, input_dtype, to_model
+from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
@@ -23,11 +26,15 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
+    from mergeid.plugins import Batch
     from mergeid.request.request import Progress
 
 SOLVE = "solve"
-SOLVED_AT_ONCE = 64
-"""Examples in a batch of the solve."""
+POLISHED = "solve+polish"
+SOLVED_AT_ONCE, POLISHED_AT_ONCE = 64, 32
+"""Examples in a batch."""
+UNSEEN = 4
+"""Every fourth example judges a polish."""
 
 
 @dataclass
@@ -35,13 +42,14 @@ class Repair:
     """What the stage did.
 
     Attributes:
-        kind: "bn", "repair", "repair+bn", "solve", or "" where there was nothing to do.
+        kind: "bn", "repair", "repair+bn", "solve", "solve+polish", or "" where there was nothing to do.
         tensors: state-dict key -> repaired tensor.
         layers: how many layers were repaired.
         before, after: median over all channels of the standard deviation of the merged network's activations, as a
             share of what it should be (BatchNorm: of what its statistics say; REPAIR: of the models' own average); of a
             solved network the mean error of its layers' answers on unseen examples, as a share of their spread.
         examples: calibration examples that were used.
+        polished: distance from what the models say together on examples that judge, before and after the polish.
         notes: what the user should know.
     """
 
@@ -52,18 +60,21 @@ class Repair:
     after: float = 1.0
     examples: int = 0
     notes: list[str] = field(default_factory=list)
+    polished: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any] | None:
         """Everything but the tensors; None where nothing was repaired."""
         if not self.kind:
             return None
-        what = "error" if self.kind == SOLVE else "spread"
+        what = "error" if self.kind in (SOLVE, POLISHED) else "spread"
+        distances = {} if self.polished is None else dict(zip(("before", "after"), self.polished, strict=True))
         return {
             "kind": self.kind,
             "layers": self.layers,
             f"{what}_before": self.before,
             f"{what}_after": self.after,
             "examples": self.examples,
+            **{f"distance_{when}": value for when, value in distances.items()},
         }
 
 
@@ -80,6 +91,8 @@ def repairs(members: Members, stage: str, device: str = "cpu") -> list[str]:
         if norms:
             return ["none", "bn"]
         return ["none", "repair"] if _rescalable(members, members.first.model, device) else ["none"]
+    if stage == POLISHED:  # judged as it is before the polish, which only brings it nearer
+        return [SOLVE]
     return ["none"] if stage == "bn" and not norms else [stage]
 
 
@@ -116,6 +129,8 @@ def repair_network(
     accelerator = make_accelerator(device)
     if mode == SOLVE:
         return _solve(members, merged.to(accelerator.device), skip, progress)
+    if mode == POLISHED:
+        return _polish(members, merged.to(accelerator.device), skip, accelerator, progress)
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
@@ -140,36 +155,93 @@ def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.
     return fresh
 
 
+def _shares(members: Members) -> list[float]:
+    """What each model counts in what is imitated."""
+    weights = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
+    total = sum(weights)
+    if len(weights) == len(members.models) and abs(total) > 1e-8:
+        return [w / total for w in weights]
+    return [1 / len(members.models)] * len(members.models)
+
+
+def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[str]:
+    """Keys of tensors that are not merged."""
+    names = members.names()
+    return [k for k in keys if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)]
+
+
 def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None) -> Repair:
     from mergeid.repair.solve import solve_network
 
-    weights = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
-    total = sum(weights)
-    equal = [1 / len(members.models)] * len(members.models)
-    shares = [w / total for w in weights] if len(weights) == len(equal) and abs(total) > 1e-8 else equal
     device = next(merged.parameters()).device
     models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
-    batches = [members.first.inputs_of(batch) for batch in members.batches(SOLVED_AT_ONCE, str(device))]
     before = {k: v.clone() for k, v in merged.state_dict().items()}
-    names = members.names()
     done = solve_network(
         merged.eval(),
         models,
-        shares,
+        _shares(members),
         members.first.forward,
-        batches,
-        frozen=[k for k in before if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)],
+        [members.first.inputs_of(batch) for batch in members.batches(SOLVED_AT_ONCE, str(device))],
+        frozen=_frozen(members, before, skip),
         progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
     )
-    tensors = {k: v.detach().cpu() for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}
     count = max(len(done), 1)
     return Repair(
         SOLVE,
-        tensors,
+        _changed(merged, before),
         sum(layer.ridge < inf for layer in done),
         sum(layer.before for layer in done) / count,
         sum(layer.after for layer in done) / count,
         len(members.dataset),
+    )
+
+
+def _changed(merged: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu() for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}
+
+
+def _polish(
+    members: Members, merged: nn.Module, skip: Sequence[str], accelerator: Accelerator, progress: Progress | None
+) -> Repair:
+    """Solve, then distil; every fourth example takes part in neither, and judges."""
+    from mergeid.evaluate.nearness import classifying
+    from mergeid.repair.polish import Aim, polish_network
+
+    device = next(merged.parameters()).device
+    count = dataset_length(members.dataset)
+    kept = [i for i in range(count) if i % UNSEEN == UNSEEN - 1]
+    if not kept:
+        raise MergeidError(
+            f"a polished merge is judged on every {UNSEEN}th example, and there are {count}; give more with --data"
+        )
+    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    fit = replace(members, dataset=Subset(members.dataset, [i for i in range(count) if i % UNSEEN != UNSEEN - 1]))
+    found = _solve(fit, merged, skip, progress)
+
+    def batches(dataset: Any) -> list[Batch]:
+        part = replace(members, dataset=dataset)
+        return [members.first.inputs_of(batch) for batch in part.batches(POLISHED_AT_ONCE, str(device))]
+
+    def dealt(generator: torch.Generator) -> list[Batch]:
+        return batches(Subset(fit.dataset, torch.randperm(len(fit.dataset), generator=generator).tolist()))
+
+    aim = Aim(
+        [copy.deepcopy(work).to(device).eval() for work in members.workspaces()],
+        _shares(members),
+        members.first.outputs,
+        frozenset(classifying(members.first)),
+    )
+    done = polish_network(
+        merged,
+        aim,
+        dealt,
+        batches(Subset(members.dataset, kept)),
+        accelerator=accelerator,
+        frozen=_frozen(members, before, skip),
+        progress=(lambda k, n: progress("polishing", k, n)) if progress else None,
+    )
+    return replace(
+        found, kind=POLISHED, tensors=_changed(merged, before), examples=count, polished=(done.before, done.after)
     )
 
 

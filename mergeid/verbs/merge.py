@@ -70,7 +70,7 @@ class MergeRequest:
                 f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
             )
         check_base(method, self.base is not None)
-        if not data and stage in ("bn", "repair", "solve"):
+        if not data and stage not in ("auto", "none"):
             raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
         if not data and method.statistics:
             what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
@@ -175,7 +175,7 @@ def merge(
         data: calibration data for the evidence, for the repair, and for methods that measure something.
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
             pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
-            (`mergeid.repair.solve`); True or "auto": "solve", "bn" or "repair", where the merge is
+            (`mergeid.repair.solve`); "solve+polish": then distilled (`mergeid.repair.polish`); True or "auto": "solve", "bn" or "repair", where the merge is
             nearer to the models with it; False or "none": nothing.
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
             farther from their predictions than they are themselves, for outputs that are no classification the share
@@ -288,6 +288,7 @@ def _looked(
 
     Raises `WillNotMerge` where even that is too far from the models."""
     from mergeid.stages.compare import MATCHED, PLAIN, last_look
+    from mergeid.stages.repair import POLISHED
 
     among = request.matching.mode == "auto"
     chosen, found = last_look(members, request.repairing.stage, among=among, skip=met.skip, run=run)
@@ -305,7 +306,8 @@ def _looked(
         raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes all the same)")
     if why:
         result = _noted(result, f"{why}: written all the same, as asked with --force")
-    return chosen, result, found.repair
+    polished = request.repairing.stage == POLISHED  # which the look has judged without its polish
+    return chosen, result, POLISHED if polished else found.repair
 
 
 def _repaired(

@@ -270,9 +270,10 @@ def test_merge_solves_on_request() -> None:
     a, b = trained(0), trained(1)
     data = [{"arg0": v} for v in x[:400]]
     losses = {}
-    kinds = {}
-    for repair in ("none", "auto", "solve"):
+    kinds, solved = {}, None
+    for repair in ("none", "auto", "solve", "solve+polish"):
         result = mergeid.merge(a, b, data=data, example_inputs=x[:2], match="always", repair=repair, force=True)
+        solved = result.repair if repair == "solve" else solved
         kinds[repair] = (result.repair or {}).get("kind")
         net = copy.deepcopy(a)
         net.load_state_dict(result.state)
@@ -280,11 +281,12 @@ def test_merge_solves_on_request() -> None:
             losses[repair] = float(F.cross_entropy(net(x[1200:]), y[1200:]))
     with torch.no_grad():
         ends = sum(float(F.cross_entropy(m(x[1200:]), y[1200:])) for m in (a, b)) / 2
-    assert result.repair is not None and result.repair["kind"] == "solve"
-    assert result.repair["layers"] == 2  # averaged weights are exact on the network's own inputs
-    assert result.repair["error_after"] < result.repair["error_before"] / 2
+    assert solved is not None and solved["layers"] == 2  # averaged weights are exact on the network's own inputs
+    assert solved["error_after"] < solved["error_before"] / 2
+    assert result.repair is not None and result.repair["distance_after"] <= result.repair["distance_before"]
     assert losses["solve"] - ends < 0.25 * (losses["none"] - ends)
-    assert kinds == {"none": None, "auto": "solve", "solve": "solve"} and losses["auto"] == losses["solve"]
+    assert kinds == {"none": None, "auto": "solve", "solve": "solve", "solve+polish": "solve+polish"}
+    assert losses["auto"] == losses["solve"] and losses["solve+polish"] < losses["solve"] + 0.01
 
 
 def test_solving_a_merge_with_a_scrambled_copy_gives_the_model_back() -> None:

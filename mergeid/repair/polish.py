@@ -1,0 +1,173 @@
+"""A few hundred steps of distillation after the closed form: the merged network against the models' predictions.
+
+No labels: of a classifying head the Kullback-Leibler divergence from the mixture of the models' predictions, of any
+other output the squared distance from their mean, over its variance. Examples that take no part in the steps judge: the
+weights that were nearest on them are kept, and if none were nearer than the first, these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from mergeid.plugins import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Outputs = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Attributes:
+    rates: of AdamW, one round each, from where the round before it was best; each falls to 0 as a cosine.
+    steps: in a round. every: steps between two looks at the examples that judge. decay: weight decay.
+    """
+
+    rates: tuple[float, ...] = (1e-3, 2e-4)
+    steps: int = 300
+    every: int = 20
+    decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Attributes:
+    before, after: distance on the examples that judge. steps: after which the weights were kept.
+    """
+
+    before: float
+    after: float
+    steps: int
+
+
+class Aim:
+    """What the models say together.
+
+    Args:
+        models: in eval mode; shares: their weights, with sum 1.
+        outputs: (network, batch) -> its outputs by name.
+        heads: names of the outputs whose last dimension holds logits.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], shares: Sequence[float], outputs: Outputs, heads: frozenset[str]
+    ) -> None:
+        self.models, self.shares, self.outputs, self.heads = models, shares, outputs, heads
+
+    @torch.no_grad()
+    def said(self, batch: Batch) -> dict[str, Tensor]:
+        """Probabilities of classifying heads, values of other outputs."""
+        total: dict[str, Tensor] = {}
+        for share, model in zip(self.shares, self.models, strict=True):
+            for name, out in self.outputs(model, batch).items():
+                value = share * (out.float().softmax(-1) if name in self.heads else out.float())
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def loss(self, net: nn.Module, batch: Batch, said: Mapping[str, Tensor]) -> Tensor:
+        """Mean over the examples (tokens, where a mask says which are real), summed over the outputs."""
+        mask = batch.get("attention_mask")
+        terms = []
+        for name, out in self.outputs(net, batch).items():
+            wanted = said[name]
+            if name in self.heads:
+                each = F.kl_div(out.float().log_softmax(-1), wanted, reduction="none").sum(-1)
+            else:
+                spread = (wanted - wanted.mean(0)).square().mean().clamp(min=1e-12)
+                each = (out.float() - wanted).square() / spread
+                each = each.mean(-1) if each.dim() > 1 else each
+            if isinstance(mask, Tensor) and mask.shape == each.shape:
+                terms.append((each * mask).sum() / mask.sum().clamp(min=1))
+            else:
+                terms.append(each.mean())
+        return torch.stack(terms).sum()
+
+
+def polish_network(
+    merged: nn.Module,
+    aim: Aim,
+    seen: Callable[[Generator], Sequence[Batch]],
+    unseen: Sequence[Batch],
+    *,
+    accelerator: Accelerator,
+    schedule: Schedule | None = None,
+    frozen: Collection[str] = (),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Polished:
+    """Change the parameters of `merged` in place.
+
+    Args:
+        merged: in eval mode, and left so: statistics of norms stay, nothing is dropped.
+        seen: deals the examples for the steps out to batches anew; processes share these out.
+        unseen: batches that judge.
+        frozen: names of parameters that stay as they are.
+        seed: of the order of the examples.
+    """
+    plan = schedule or Schedule()
+    targets = [aim.said(batch) for batch in unseen]
+    first = best = _mean(aim, merged, unseen, targets)
+    kept, at, done = _copied(merged), 0, 0
+    asked = {name: p.requires_grad for name, p in merged.named_parameters()}
+    for name, p in merged.named_parameters():
+        p.requires_grad_(p.is_floating_point() and name not in frozen)
+    trained = [p for p in merged.parameters() if p.requires_grad]
+    batches = _endless(seen, torch.Generator().manual_seed(seed), accelerator)
+    for rate in plan.rates if trained else ():
+        merged.load_state_dict(kept)
+        optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=plan.decay)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, plan.steps)
+        for step in range(1, plan.steps + 1):
+            batch = next(batches)
+            said = aim.said(batch)
+            optimiser.zero_grad()
+            with torch.enable_grad():
+                accelerator.backward(aim.loss(merged, batch, said))
+            for p in trained:
+                if p.grad is not None:
+                    p.grad = accelerator.reduce(p.grad, "mean")
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            cosine.step()
+            done += 1
+            if step % plan.every == 0 or step == plan.steps:
+                now = _mean(aim, merged, unseen, targets)
+                if now < best:
+                    best, kept, at = now, _copied(merged), done
+                if progress is not None:
+                    progress(done, plan.steps * len(plan.rates))
+    merged.load_state_dict(kept)
+    for name, p in merged.named_parameters():
+        p.requires_grad_(asked[name])
+        p.grad = None
+    return Polished(first, best, at)
+
+
+def _endless(
+    seen: Callable[[Generator], Sequence[Batch]], generator: Generator, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """This process's batches, epoch after epoch; every process sees equally many."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    while True:
+        batches = seen(generator)
+        rounds = max(len(batches) // world, 1)
+        yield from (batches[(k * world + rank) % len(batches)] for k in range(rounds))
+
+
+@torch.no_grad()
+def _mean(aim: Aim, net: nn.Module, batches: Sequence[Batch], targets: Sequence[Mapping[str, Tensor]]) -> float:
+    values = [float(aim.loss(net, batch, said)) for batch, said in zip(batches, targets, strict=True)]
+    value = sum(values) / max(len(values), 1)
+    return value if isfinite(value) else inf
+
+
+def _copied(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in net.state_dict().items()}

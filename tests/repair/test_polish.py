@@ -1,0 +1,83 @@
+"""Distillation of a merge: towards the mixture, never worse on the examples that judge, the same for a seed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from mergeid.models.running import make_accelerator
+from mergeid.repair.polish import Aim, Polished, Schedule, polish_network
+
+SHORT = Schedule(rates=(1e-2, 1e-3), steps=40, every=10)
+
+
+def net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 4)).eval()
+
+
+def outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    return {"out": model(batch["x"])}
+
+
+X = torch.randn(120, 6, generator=torch.Generator().manual_seed(3))
+
+
+def dealt(generator: Generator) -> list[dict[str, Tensor]]:
+    return [{"x": x} for x in X[:80][torch.randperm(80, generator=generator)].split(20)]
+
+
+def polished(merged: nn.Module, models: list[nn.Module], heads: set[str], **how: Any) -> Polished:
+    aim = Aim(models, [1 / len(models)] * len(models), outputs, frozenset(heads))
+    return polish_network(
+        merged, aim, dealt, [{"x": X[80:]}], accelerator=make_accelerator("cpu"), schedule=SHORT, **how
+    )
+
+
+@pytest.mark.parametrize("heads", [{"out"}, set()])
+def test_comes_nearer_on_examples_that_judge(heads: set[str]) -> None:
+    a, b, merged = net(0), net(1), net(2)
+    state = copy.deepcopy([m.state_dict() for m in (a, b)])
+    found = polished(merged, [a, b], heads)
+    assert found.after < 0.5 * found.before and found.steps > 0
+    with torch.no_grad():
+        if heads:
+            p = (a(X[80:]).softmax(-1) + b(X[80:]).softmax(-1)) / 2
+            own = (p * (p.log() - merged(X[80:]).log_softmax(-1))).sum(-1).mean()
+        else:
+            wanted = (a(X[80:]) + b(X[80:])) / 2
+            own = (merged(X[80:]) - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
+    assert found.after == pytest.approx(float(own), rel=1e-5)
+    assert not merged.training and all(p.requires_grad and p.grad is None for p in merged.parameters())
+    for model, before in zip((a, b), state, strict=True):
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_is_perfect_stays() -> None:
+    a = net(0)
+    merged = copy.deepcopy(a)
+    found = polished(merged, [a], {"out"})
+    assert found.steps == 0 and found.before == found.after
+    assert all(torch.equal(v, a.state_dict()[k]) for k, v in merged.state_dict().items())
+
+
+def test_frozen_parameters_and_statistics_stay() -> None:
+    merged = net(2)
+    before = copy.deepcopy(merged.state_dict())
+    polished(merged, [net(0)], {"out"}, frozen=["0.weight", "3.bias"])
+    after = merged.state_dict()
+    same = {k for k in before if torch.equal(before[k], after[k])}
+    assert same == {"0.weight", "3.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_the_seed_decides() -> None:
+    states = []
+    for seed in (0, 0, 1):
+        merged = net(2)
+        polished(merged, [net(0), net(1)], {"out"}, seed=seed)
+        states.append(merged.state_dict()["0.weight"])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
