@@ -175,7 +175,8 @@ def merge(
         data: calibration data for the evidence, for the repair, and for methods that measure something.
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
             pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
-            (`mergeid.repair.solve`); "solve+polish": then distilled (`mergeid.repair.polish`); True or "auto": "solve", "bn" or "repair", where the merge is
+            (`mergeid.repair.solve`); "solve+polish": then distilled (`mergeid.repair.polish`);
+            True or "auto": "solve", "bn" or "repair", where the merge is
             nearer to the models with it; False or "none": nothing.
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
             farther from their predictions than they are themselves, for outputs that are no classification the share
