@@ -64,7 +64,7 @@ class Whole(Group, Protocol):
 
 
 def written(graph: Whole) -> dict[str, Any]:
-    """The graph in the exchange format ``mergeid.graph/1`` (see README)."""
+    """The graph in the exchange format ``mergeid.graph/1`` (see docs/pages/files.md)."""
     return {
         "format": FORMAT,
         "model": graph.model,

@@ -197,7 +197,7 @@ def chosen(args: argparse.Namespace, rows: dict[str, dict[str, str]]) -> list[st
 
 
 def summary(rows: dict[str, dict[str, str]]) -> list[str]:
-    """What the README says of a table, and the rows that fall short."""
+    """What the documentation says of a table, and the rows that fall short."""
     if not rows:
         return ["no rows"]
     built = [r for r in rows.values() if not r["problem"].startswith("not built")]
