@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -41,7 +43,7 @@ TRACEBACK = "--traceback"
 app = typer.Typer(
     name="mergeid",
     help="Will these two models merge, and how?",
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -156,8 +158,17 @@ def _fault(error: Exception) -> str:
 
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    text = plain(error.format_message()).rstrip(".").replace("Value error, ", "")
+    text = _suggested(plain(error.format_message()).rstrip(".").replace("Value error, ", ""))
     return f"{text}; see {context.command_path} --help" if context is not None else text
+
+
+def _suggested(text: str) -> str:
+    """With the names that a mistyped one may have meant, in one form for options and values."""
+    text = re.sub(r" \(Possible options: (.+)\)$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", text)
+    if found := re.search(r"'([^']*)' is not one of (('[^']*'(, )?)+)", text):
+        near = difflib.get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), n=1)
+        text += f"; did you mean {near[0]}?" if near else ""
+    return text
 
 
 def _say(text: str, code: int) -> int:

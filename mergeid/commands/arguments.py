@@ -103,6 +103,9 @@ Json = Annotated[
     bool,
     typer.Option("--json", rich_help_panel=OUTPUT, help="Print the result as JSON on stdout, and nothing else there."),
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", rich_help_panel=OUTPUT, help="Show all columns of the table, with what they mean.")
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the result as JSON."),

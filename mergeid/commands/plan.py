@@ -36,6 +36,7 @@ def command(
             help="Draw the evidence space by space in order of depth: .png or .svg.",
         ),
     ] = None,
+    verbose: o.Verbose = False,
     as_json: o.Json = False,
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=HOW, help="Exit with 1 if the pair will not merge.")
@@ -59,10 +60,11 @@ def command(
         if as_json:
             work.emit(result)
         else:
-            from mergeid.reporting.show_plan import print_plan
+            from mergeid.reporting.show_plan import next_command, print_plan
 
             work.close()
-            print_plan(found, work.console)
+            print_plan(found, work.console, verbose=verbose)
+            work.say(f"Next: {next_command(found, a, b, call.options.arguments)}")
             if output is not None:
                 work.say(f"Plan: {output}")
             if plot is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT
+from mergeid.io.weights import PICKLES, SAFETENSORS
 from mergeid.reporting.tables import Column, make_table, number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from rich.console import Console
@@ -36,10 +38,15 @@ ASKED = {
     "never": "B's neurons are taken as they lie, as asked with --match never",
 }
 LEGEND = (
-    "J: mean correlation of paired neurons as they lie, matched, at random. ι: 1 where the neurons correspond as they "
-    "lie, 0 where no better than at random. chord: how far the next layer's output is off the average of the "
-    "two. moved: neurons that trade places."
+    "J: mean correlation of paired neurons, as they are and matched. ι: 1 where the neurons correspond as they are, 0 "
+    "where they correspond no better than at random. moved: neurons that get another place."
 )
+LEGEND_MORE = (
+    " J random: the same correlation for random pairs. chord: how far the next layer's output is off the "
+    "average of the two networks' outputs."
+)
+DETAILS = ("id", "J random", "chord as is", "chord match")
+"""Columns that only --verbose shows."""
 LEGEND_WEIGHTS = (
     "gain: by how much the match fits unseen weights better than the order as it is, in standard deviations of a "
     "random permutation. moved: neurons that trade places."
@@ -66,15 +73,20 @@ REMARKS = {
 }
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The table, what its columns mean, the verdict and the notes."""
+def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
+    """The table, what its columns mean, the verdict and the notes; `verbose`: all columns."""
     if plan.spaces:
         numbers = any(s.j_identity is not None for s in plan.spaces)
-        columns, rows = _with_numbers(plan) if numbers else _without_data(plan)
+        columns, rows = _with_numbers(plan, verbose) if numbers else _without_data(plan)
         title = f"{len(rows)} spaces of {plan.arch}, judged by {plan.evidence}"
         console.print(make_table(columns, rows, width=console.width, title=title))
         console.print(
-            LEGEND if numbers else LEGEND_WEIGHTS if plan.evidence == "weights" else LEGEND_ANGLE, style="dim"
+            (LEGEND + LEGEND_MORE * verbose)
+            if numbers
+            else LEGEND_WEIGHTS
+            if plan.evidence == "weights"
+            else LEGEND_ANGLE,
+            style="dim",
         )
         for line in structure_lines(plan):
             console.print(line, markup=False)
@@ -83,7 +95,20 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(line, markup=False)
 
 
-def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
+def next_command(plan: Plan, a: str, b: str, given: Mapping[str, Any]) -> str:
+    """What to type after this plan: the merge, or what says more where there is none; `given`: keyword to value."""
+    words = [a, b]
+    for keyword in ("base", "data", "arch", "config", "matcher", "skip"):
+        value = given.get(keyword)
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words += [f"--{keyword}", str(each)] if each is not None else []
+    if plan.verdict == "will not merge":
+        return f"{shlex.join(['mergeid', 'predict', *words])}, which says what a merge would lose"
+    single = a.endswith((SAFETENSORS, *PICKLES))
+    return shlex.join(["mergeid", "merge", *words, "-o", "merged.safetensors" if single else "merged"])
+
+
+def _with_numbers(plan: Plan, verbose: bool) -> tuple[list[Column], list[Sequence[Any]]]:
     columns = [
         Column("id", optional=3),
         Column("space", shrink=True, min_width=10),
@@ -117,7 +142,10 @@ def _with_numbers(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
         ]
         for s in plan.spaces
     ]
-    return columns, rows
+    if verbose:
+        return columns, rows
+    kept = [i for i, c in enumerate(columns) if c.header not in DETAILS]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _without_data(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:

@@ -191,7 +191,9 @@ def test_plan_of_a_scrambled_pair(inside: Inside, networks: Path, tmp_path: Path
     done = inside(*words, columns=columns)
     assert done.code == 0 and done.written == ["plan.json"]
     assert "Verdict: match first" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= columns and "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert f"Next: mergeid merge {networks}/b.safetensors s.safetensors --data" in done.stdout  # one line, to be copied
+    assert max(len(x) for x in lines if not x.startswith("Next: ")) <= columns and "\x1b" not in done.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["verdict"] == "match"
     aligned = inside("align", "s.safetensors", "--to", networks / "b.safetensors", "--data", networks / "data.npz")
     assert aligned.code == 0 and "aligned.safetensors" in aligned.stdout
