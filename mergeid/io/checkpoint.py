@@ -149,6 +149,18 @@ class Checkpoint:
             found._tensors = {**self._tensors, name: self._tensors[of]}
         return found
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with these tensors alone: new name -> name of one of its tensors."""
+        found = replace(
+            self,
+            table={new: self.table[old] for new, old in names.items()},
+            file_of={new: self.file_of[old] for new, old in names.items()},
+            _spans={new: self._spans[old] for new, old in names.items() if old in self._spans},
+        )
+        if self._tensors is not None:
+            found._tensors = {new: self._tensors[old] for new, old in names.items()}
+        return found
+
     def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
         """SHA-256 of every weight file, by file name (computed once). `stop` ends it early, with an empty answer."""
         if self._hashes is None:

@@ -64,6 +64,11 @@ class Derived(Checkpoint):
             formed={**self.formed, name: self.formed[of]},
         )
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        found = super().renamed(names)
+        assert isinstance(found, Derived)
+        return replace(found, formed={new: self.formed[old] for new, old in names.items()})
+
     def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
         return {f"{p.source}/{file}": digest for p in self.parents for file, digest in p.fingerprint(stop).items()}
 

@@ -17,6 +17,7 @@ from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.models.configs import Agreed, agree
 from mergeid.models.heads import SameHeads, same_heads
+from mergeid.models.names import same_names
 from mergeid.models.source import Source, is_module
 from mergeid.request.request import Output
 
@@ -95,12 +96,14 @@ def open_models(
     everyone = [bench.open(source) for source in sources]
     for checkpoint in everyone:
         refuse_adapter(checkpoint)
+    named = same_names(everyone, asked.arch)
+    everyone = named.models
     given = same_heads(everyone, asked.skip) if heads else SameHeads(everyone)
     left = {name for c in given.models for name in c.table}
     skip = tuple(
         p
         for p in asked.skip
-        if any(fnmatchcase(n, p) for n in left) or not any(fnmatchcase(n, p) for n in given.dropped)
+        if any(fnmatchcase(n, p) for n in left) or not any(fnmatchcase(n, p) for n in given.dropped | named.dropped)
     )
     origin = given.models.pop() if base is not None else None
     if widths:  # other architectures are called so, and not configs that differ
@@ -114,7 +117,7 @@ def open_models(
         arch=asked.arch,
         modules=[m for m in sources if is_module(m)] if all(map(is_module, sources)) and not skip else (),
     )
-    agreed = replace(agreed, notes=[*given.notes, *agreed.notes])
+    agreed = replace(agreed, notes=[*named.notes, *given.notes, *agreed.notes])
     live = is_module(models[0])
     used = tuple(models) if live else tuple(agreed.models)
     return Met(bench, used, base if live else agreed.base, agreed, skip)
