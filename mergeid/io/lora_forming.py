@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
 from mergeid.io.lora import ADAPTER_CONFIG
 
@@ -134,8 +134,11 @@ def is_adapter_folder(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
 
 
-def adapter_on_base(text: str, allow_pickle: bool = False) -> Checkpoint | None:
+def adapter_on_base(text: str, opened: Callable[[str], Checkpoint]) -> Checkpoint | None:
     """``BASE+ADAPTER``, or an adapter's folder whose config names a base that is at hand; None for anything else.
+
+    Args:
+        opened: opens a path or hub id.
 
     Raises:
         MergeidError: the base is not at hand, or the adapter does not fit it.
@@ -145,7 +148,7 @@ def adapter_on_base(text: str, allow_pickle: bool = False) -> Checkpoint | None:
         folder = Path(os.path.expanduser(adapter))
         if not is_adapter_folder(folder):
             raise MergeidError(f"{adapter} in {text} is no PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
-        return laid_on(open_checkpoint(base, allow_pickle=allow_pickle), folder, text)
+        return laid_on(opened(base), _weights(folder, opened), folder, text)
     folder = Path(os.path.expanduser(text))
     if not folder.is_dir() or not is_adapter_folder(folder):
         return None
@@ -155,21 +158,20 @@ def adapter_on_base(text: str, allow_pickle: bool = False) -> Checkpoint | None:
     if place is None:
         told = "names no base" if named is None else f"is on {named}, which is not on this machine"
         raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {told}; name both as BASE+{text}")
-    return laid_on(open_checkpoint(str(place), allow_pickle=allow_pickle), folder, text)
+    return laid_on(opened(str(place)), _weights(folder, opened), folder, text)
 
 
-def laid_on(base: Checkpoint, folder: Path, source: str) -> Derived:
+def laid_on(base: Checkpoint, adapter: Checkpoint, folder: Path, source: str) -> Derived:
     """The base with an adapter.
 
     Args:
-        folder: the adapter's.
+        adapter: its factors. folder: where its config lies.
         source: what messages call the result.
 
     Raises:
         MergeidError: factors that miss their partner, modules that the base does not have, other shapes.
     """
     told = LoraConfig.read(folder)
-    adapter = _weights(folder)
     formed = {name: read_from(base, name) for name in base.table}
     factors: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
@@ -275,12 +277,12 @@ def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: Checkpoint, t
     )
 
 
-def _weights(folder: Path) -> Checkpoint:
+def _weights(folder: Path, opened: Callable[[str], Checkpoint]) -> Checkpoint:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         hint = "; convert adapter_model.bin to safetensors" if (folder / "adapter_model.bin").is_file() else ""
         raise MergeidError(f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors{hint}")
-    return open_checkpoint(str(file))
+    return opened(str(file))
 
 
 def _number(value: Any) -> bool:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, Union
 
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import open_checkpoint
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:

@@ -21,89 +21,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mergeid.basics.nested import named_tensors
 from mergeid.basics.state import uncompiled
 from mergeid.errors import MergeidError
+from mergeid.neuron_graph.call import Call, Result
 from mergeid.neuron_graph.combine import relate
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
-from mergeid.neuron_graph.rules import Result, rule_for
+from mergeid.neuron_graph.rules import rule_for
 from mergeid.neuron_graph.shadows import Shadows
 
 _KNOWN_CONSTANTS = {"aten.eye", "aten.empty", "aten.empty_strided", "aten.empty_permuted"}
 """Made from no tensor, with a rule of their own."""
-
-
-class Call:
-    """One aten call with its arguments by schema name, as the rules see it."""
-
-    def __init__(self, recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.recorder, self.func, self.args, self.kwargs = recorder, func, args, kwargs
-        self.facts = recorder.facts
-        self.out: Any = None
-        self.strides: tuple[int, ...] = ()
-        self.offset = 0
-        """Strides and storage offset of the first tensor before the call."""
-        self.rerun: Callable[[], Result] = lambda: None
-        self.bound: dict[str, Any] = {}
-        for i, spec in enumerate(func._schema.arguments):
-            if spec.name in kwargs:
-                self.bound[spec.name] = kwargs[spec.name]
-            elif i < len(args) and not spec.kwarg_only:
-                self.bound[spec.name] = args[i]
-            elif spec.has_default_value():
-                self.bound[spec.name] = spec.default_value
-
-    @property
-    def name(self) -> str:
-        return str(self.func.overloadpacket)
-
-    @property
-    def why(self) -> str:
-        """The reason that the user reads when this call freezes something."""
-        where = self.recorder.where()
-        return f"{self.name} at {where}" if where else self.name
-
-    def __getitem__(self, name: str) -> Any:
-        return self.bound[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.bound.get(name, default)
-
-    def layout(self, name: str) -> Layout:
-        """Layout of the tensor argument of that name."""
-        return self.recorder.layout(self.bound[name])
-
-    def layout_of(self, tensor: Tensor) -> Layout:
-        return self.recorder.layout(tensor)
-
-    def tensors(self) -> list[Tensor]:
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
-
-    def outputs(self) -> list[Tensor]:
-        return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]
-
-    def freeze_dims(self, layout: Layout, dims: Sequence[int]) -> Layout:
-        """Freeze the labels on some dimensions: an operation treats their positions as fixed."""
-        n = len(layout.dims)
-        fines = {f for d in dims for f in layout.dims[d % n] if f.kind == LABELLED}
-        if not fines:
-            return layout
-        groups, new = [], {f: Fine(f.size, FROZEN) for f in fines}
-        for g in layout.groups:
-            held, rest = [f for f in g.fines if f in fines], [f for f in g.fines if f not in fines]
-            if held and rest:
-                # the neurons of the other dimensions move as one, whatever the frozen position
-                labels = g.ordered([*held, *rest])
-                free = self.facts.fresh([f.size for f in rest])
-                frozen = self.facts.frozen([f.size for f in held], self.why)
-                self.facts.par(labels, free)
-                self.facts.par(labels, frozen.reshape(*frozen.shape, *(1 for _ in rest)))
-                groups.append(Group(free, tuple(rest)))
-            elif held:
-                self.facts.freeze(g.labels, self.why)
-            else:
-                groups.append(g)
-        dims_now = tuple(tuple(new.get(f, f) for f in d) for d in layout.dims)
-        return Layout(dims_now, tuple(groups), layout.data)
 
 
 @dataclass

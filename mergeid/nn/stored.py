@@ -16,7 +16,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import open_checkpoint
 from mergeid.nn.effective import Parts, attach
 from mergeid.nn.folding import fold_state
 from mergeid.nn.names import FIXED, GATE, MASK, asymmetric_parameters, gates, is_asymmetric, plain_table

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived
+from mergeid.io.opening import open_checkpoint
 from mergeid.methods.recipe import Ranged, Recipe
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import ByName, Scalar, Setting, evaluate

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import ADAPTER_CONFIG
+from mergeid.io.opening import open_checkpoint
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import Progress

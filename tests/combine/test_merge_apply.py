@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from mergeid.combine.by_numpy import CHUNK
 from mergeid.combine.by_torch import check_finite
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
+from mergeid.io.opening import open_checkpoint
 from mergeid.methods.registry import linear
 
 

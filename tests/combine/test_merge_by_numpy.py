@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from mergeid.combine.by_numpy import _KINDS, NumpyMerge, narrow, weighted_sum, widen
 from mergeid.combine.tensor_plan import plan_tensors
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import BITS, torch_dtype
+from mergeid.io.opening import open_checkpoint
 from mergeid.methods.registry import check_weights, linear
 
 FLOATS = ["F64", "F32", "F16", "BF16"]

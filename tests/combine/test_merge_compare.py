@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from mergeid.combine.tensor_plan import architecture_name, plan_tensors
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import open_checkpoint
 
 BASE = {
     "emb.weight": torch.zeros(10, 4),

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from mergeid.combine.tensor_plan import plan_many
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.checkpoint import open_checkpoint
 from mergeid.io.dtypes import tensor_bytes
+from mergeid.io.opening import open_checkpoint
 from mergeid.methods.settings import Condition
 
 

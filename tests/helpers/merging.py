@@ -7,7 +7,8 @@ from typing import Any
 
 from mergeid.combine.apply import Inputs, MergeReport
 from mergeid.combine.apply import merge_checkpoints as merge
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import open_checkpoint
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MethodRequest
 from mergeid.request.request import Output

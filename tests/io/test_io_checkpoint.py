@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, parse_dtype, tensor_bytes, torch_dtype, wider
+from mergeid.io.opening import open_checkpoint
 
 EVERY_DTYPE = [
     torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
@@ -74,7 +75,7 @@ def test_nothing_imports_torch_before_a_tensor_is_read(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     code = (
         "import sys, mergeid.io.stream, mergeid.combine.tensor_plan, mergeid.methods.registry\n"
-        "from mergeid.io.checkpoint import open_checkpoint\n"
+        "from mergeid.io.opening import open_checkpoint\n"
         "open_checkpoint(sys.argv[1]); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], check=True)

@@ -9,8 +9,9 @@ import torch
 from merging import merge_checkpoints
 from safetensors.torch import load_file, save_file
 
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import default_companions, is_companion, label_map, vocabulary
+from mergeid.io.opening import open_checkpoint
 
 
 def make(folder: Path, names: list[str]) -> Path:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import open_checkpoint
+from mergeid.io.opening import open_checkpoint
 
 MAIN, OLD = "a" * 40, "b" * 40
 
@@ -133,7 +133,7 @@ def hub() -> Iterator[Hub]:
 CODE = """
 import json, struct, sys
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import open_checkpoint
+from mergeid.io.opening import open_checkpoint
 options = json.loads(sys.argv[2])
 try:
     c = open_checkpoint(sys.argv[1], **options)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import mergeid
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import open_checkpoint
 from mergeid.io.lora_forming import shared_base
+from mergeid.io.opening import open_checkpoint
 
 PLAIN = {"match": "never", "force": True}
 

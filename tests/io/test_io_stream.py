@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes, torch_dtype
+from mergeid.io.opening import open_checkpoint
 from mergeid.io.stream import CheckpointWriter, write_checkpoint
 
 DTYPES = ["BOOL", "U8", "I16", "I64", "F64", "F32", "F16", "BF16", "C64", "F8_E4M3", "F8_E5M2"]
@@ -207,7 +208,7 @@ def test_places_that_cannot_be(pair: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 WRITE = (
     "import sys, warnings; from mergeid.errors import MergeidError\n"
-    "from mergeid.io.checkpoint import open_checkpoint; from mergeid.io.stream import write_checkpoint\n"
+    "from mergeid.io.opening import open_checkpoint; from mergeid.io.stream import write_checkpoint\n"
     "like = open_checkpoint(sys.argv[1])\n"
     "try: write_checkpoint(sys.argv[2], like.tensor, like=like, record={})\n"
     "except MergeidError as error: sys.exit(str(error))\n"

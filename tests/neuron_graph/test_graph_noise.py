@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from graph_helpers import call, traced
-from mergeid.commands.show_graph import footer
 from torch import Tensor, nn
 
 from mergeid.neuron_graph.verify import verify
+from mergeid.reporting.show_graph import footer
 
 
 class Balanced(nn.Module):

@@ -18,7 +18,7 @@ import mergeid
 from mergeid import MergeidError
 from mergeid import nn as mnn
 from mergeid.combine.asymmetric import effective_averages
-from mergeid.io.checkpoint import open_checkpoint
+from mergeid.io.opening import open_checkpoint
 from mergeid.nn import stored
 
 ARCH = "timm/test_resnet"

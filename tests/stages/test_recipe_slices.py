@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from mergeid.commands.cli import run
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.checkpoint import Checkpoint, open_checkpoint
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import open_checkpoint
 from mergeid.methods.recipe import in_order, parse_recipe
 from mergeid.models.slices import Slice, layers_of, stacked
 from mergeid.stages.recipe import prepared

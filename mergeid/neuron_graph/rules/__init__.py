@@ -6,19 +6,15 @@ reads as neurons). One registry; every file of this package registers one family
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import torch
 
-from mergeid.neuron_graph.layout import Layout
+from mergeid.neuron_graph.call import Call, Result
 
-if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
-
-Result = Union[Layout, None, Sequence[Layout | None]]
-Rule = Callable[["Call"], Result]
+Rule = Callable[[Call], Result]
 
 _RULES: dict[str, Rule] = {}
 _FAMILIES = (

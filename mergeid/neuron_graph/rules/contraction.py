@@ -10,7 +10,7 @@ from mergeid.neuron_graph.layout import FROZEN, Fine, Layout, view
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 @rule("mm")

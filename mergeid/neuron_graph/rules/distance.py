@@ -9,7 +9,7 @@ from mergeid.neuron_graph.layout import FROZEN, Layout, uniform
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 @rule("_euclidean_dist", "_cdist_forward")

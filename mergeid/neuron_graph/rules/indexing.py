@@ -15,7 +15,7 @@ from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Layout, take, un
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 def _frozen(n: int) -> tuple[Fine, ...]:

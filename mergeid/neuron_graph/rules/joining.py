@@ -13,7 +13,7 @@ from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Group, Layout, m
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 @rule("cat", "concat", "concatenate")

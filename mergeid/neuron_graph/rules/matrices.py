@@ -10,7 +10,7 @@ from mergeid.neuron_graph.rules import rule
 from mergeid.neuron_graph.rules.reduction import normalised
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 def _matrix(call: Call, name: str) -> Layout:

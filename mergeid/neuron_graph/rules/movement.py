@@ -12,7 +12,7 @@ from mergeid.neuron_graph.layout import FREE, FROZEN, Fine, Layout, take, unifor
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy", "_reshape_copy")

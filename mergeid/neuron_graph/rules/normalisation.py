@@ -10,7 +10,7 @@ from mergeid.neuron_graph.rules import rule
 from mergeid.neuron_graph.rules.reduction import normalised
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 def _per_channel(call: Call, x: Layout, names: list[str]) -> Layout:

@@ -12,7 +12,7 @@ from mergeid.neuron_graph.layout import FREE, FROZEN, Layout, of_axes, take, uni
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 @rule(

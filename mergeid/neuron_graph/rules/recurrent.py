@@ -12,7 +12,7 @@ from mergeid.neuron_graph.layout import FROZEN, Fine, Layout, of_axes, take, vie
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 LSTM_GATES = 4
 

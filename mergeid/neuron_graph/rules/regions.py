@@ -8,7 +8,7 @@ from mergeid.neuron_graph.layout import FROZEN, Fine, Layout, uniform
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 @rule("nonzero", "torchvision.nms")

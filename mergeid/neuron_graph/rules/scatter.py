@@ -13,7 +13,7 @@ from mergeid.neuron_graph.layout import FREE, FROZEN, Fine, Layout
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 def _held(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:

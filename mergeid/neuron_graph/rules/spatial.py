@@ -11,7 +11,7 @@ from mergeid.neuron_graph.rules import rule
 from mergeid.neuron_graph.rules.joining import concatenate
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.recorder import Call
+    from mergeid.neuron_graph.call import Call
 
 
 def _only(layout: Layout, dims: int) -> Layout:
