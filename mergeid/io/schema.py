@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     PlainValidator,
     Tag,
-    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -359,19 +358,3 @@ def _models_in(annotation: Any) -> Any:
         return annotation
     found = (_models_in(a) for a in getattr(annotation, "__args__", ()))
     return next((m for m in found if m is not None), None)
-
-
-def published() -> dict[str, dict[str, Any]]:
-    """JSON schemas of mergeid's own formats: "recipe", "graph", "plan", "sketch" (its metadata), "record" and
-    "barrier-points"."""
-    from mergeid.io.written import PlanFile, RecordFile
-
-    formats: dict[str, Any] = {
-        "recipe": RecipeFile,
-        "graph": GraphFile,
-        "plan": PlanFile,
-        "sketch": SketchAbout,
-        "record": RecordFile,
-        "barrier-points": PointsFile,
-    }
-    return {name: TypeAdapter(kind).json_schema() for name, kind in formats.items()}

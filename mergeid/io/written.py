@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, TypeAdapter
 
-from mergeid.io.schema import Count, Own, ZipRecord
+from mergeid.io.schema import Count, GraphFile, Own, PointsFile, RecipeFile, SketchAbout, ZipRecord
 
 Decision = Literal["direct", "match", "will not merge"]
 
@@ -248,3 +248,17 @@ RecordFile = Annotated[
     Discriminator(_kind),
 ]
 """Any ``mergeid.json``."""
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """JSON schemas of mergeid's own formats: "recipe", "graph", "plan", "sketch" (its metadata), "record" and
+    "barrier-points"."""
+    formats: dict[str, Any] = {
+        "recipe": RecipeFile,
+        "graph": GraphFile,
+        "plan": PlanFile,
+        "sketch": SketchAbout,
+        "record": RecordFile,
+        "barrier-points": PointsFile,
+    }
+    return {name: TypeAdapter(kind).json_schema() for name, kind in formats.items()}

@@ -19,8 +19,7 @@ import mergeid
 from mergeid.evidence.anchored import Certificate
 from mergeid.evidence.decide import SpaceEvidence
 from mergeid.evidence.layers import LayerRecord, ModelRecord
-from mergeid.io.schema import published
-from mergeid.io.written import PlanCertificate, PlanLayer, PlanMargins, PlanSpace, RecordFile
+from mergeid.io.written import PlanCertificate, PlanLayer, PlanMargins, PlanSpace, RecordFile, published
 from mergeid.neuron_graph.exchange import written
 from mergeid.nn import asymmetrise, fold_file
 from mergeid.prediction.sketch import IN_JSON
