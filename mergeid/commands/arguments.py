@@ -106,6 +106,10 @@ Json = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", rich_help_panel=OUTPUT, help="Show all columns of the table, with what they mean.")
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", rich_help_panel=OUTPUT, help="Also put the result on an HTML page."),
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the result as JSON."),

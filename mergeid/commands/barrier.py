@@ -9,7 +9,7 @@ import typer
 
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
-from mergeid.commands.work import check_outputs, to_text, working
+from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
 from mergeid.request.options import OUTPUT
 from mergeid.verbs.barrier import barrier
@@ -31,13 +31,14 @@ def command(
         Path | None,
         typer.Option("--plot", metavar="FILE", rich_help_panel=OUTPUT, help="Draw the curve: .png or .svg."),
     ] = None,
+    page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:
     """Measure the loss barrier between A and B on labelled data, as they lie or matched.
 
     Runs under ``accelerate launch`` too; then the first process alone prints and writes.
     """
-    check_outputs((a, b, *call.reads), output=output, plot=plot, resume=call.path("resume"))
+    check_outputs((a, b, *call.reads), output=output, plot=plot, report=page, resume=call.path("resume"))
     with working(as_json) as work:
         result = call(a, b, progress=work.progress)
         if not first_process():
@@ -48,6 +49,8 @@ def command(
             from mergeid.reporting.plots import plot_barriers
 
             plot_barriers([result], plot)
+        if page is not None:
+            write_report(page, result, (a, b))
         if as_json:
             work.emit(result.to_json())
         else:
@@ -58,7 +61,7 @@ def command(
             console.print(barrier_points([result], width=console.width))
             console.print()
             console.print(barrier_summary([result], width=console.width))
-            work.wrote([p for p in (output, plot) if p is not None])
+            work.wrote([p for p in (output, plot, page) if p is not None])
     return 0
 
 

@@ -8,7 +8,7 @@ import typer
 
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
-from mergeid.commands.work import working
+from mergeid.commands.work import check_outputs, working, write_report
 from mergeid.errors import MergeidError
 from mergeid.io.output import check_output
 from mergeid.request.options import HOW
@@ -33,6 +33,7 @@ def command(
             show_default=False,
         ),
     ],
+    page: o.Page = None,
     as_json: o.Json = False,
     weights: Annotated[
         list[str] | None,
@@ -95,6 +96,7 @@ def command(
         stages = _stages(models[0], call, [option for option, value in beside.items() if value])
     elif len(models) == 1 and not call.given("base"):
         raise MergeidError("Missing argument 'B'; expected two models at least, or one recipe (a .yaml file)")
+    check_outputs((*models, *call.reads), report=page)
     with working(as_json) as work:
         if stages:
             from mergeid.stages.recipe import merge_stages
@@ -108,6 +110,8 @@ def command(
         else:
             shares = o.parse_all_weights(weights or [])
             result = call(models, weights=shares, parameters=told, repair=stage, progress=work.progress)
+        if page is not None:
+            write_report(page, result, models)
         if as_json:
             work.emit(result.to_json())
         else:
@@ -115,6 +119,7 @@ def command(
 
             work.close()
             print_merge(result, work.console)
+            work.wrote([page] if page is not None else [])
     return 0
 
 

@@ -9,7 +9,7 @@ import typer
 
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
-from mergeid.commands.work import check_outputs, to_text, working
+from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
 from mergeid.request.options import HOW, OUTPUT
 from mergeid.verbs.plan import plan
@@ -36,6 +36,7 @@ def command(
             help="Draw the evidence space by space in order of depth: .png or .svg.",
         ),
     ] = None,
+    page: o.Page = None,
     verbose: o.Verbose = False,
     as_json: o.Json = False,
     strict: Annotated[
@@ -47,7 +48,7 @@ def command(
     Without --data only the weights are compared, which says less, and the plan says so. With --base (or asymmetric
     layers, which store their fixed parts) the structure is judged beside them. No weights are written.
     """
-    check_outputs((a, b, *call.reads), output=output, plot=plot)
+    check_outputs((a, b, *call.reads), output=output, plot=plot, report=page)
     with working(as_json) as work:
         found = call(a, b, progress=work.progress)
         result = found.to_json()
@@ -57,6 +58,8 @@ def command(
             from mergeid.reporting.evidence_plot import plot_evidence
 
             plot_evidence(found, plot)
+        if page is not None:
+            write_report(page, found, (a, b))
         if as_json:
             work.emit(result)
         else:
@@ -69,4 +72,6 @@ def command(
                 work.say(f"Plan: {output}")
             if plot is not None:
                 work.say(f"Plot: {plot}")
+            if page is not None:
+                work.say(f"Report: {page}")
     return 1 if strict and found.verdict == "will not merge" else 0

@@ -9,7 +9,7 @@ import typer
 
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
-from mergeid.commands.work import Work, check_outputs, to_text, working
+from mergeid.commands.work import Work, check_outputs, to_text, working, write_report
 from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
 from mergeid.request.options import OUTPUT
@@ -35,6 +35,7 @@ def command(
             "--plot", metavar="FILE", rich_help_panel=OUTPUT, help="Of sketches: draw the matrix: .png or .svg."
         ),
     ] = None,
+    page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:
     """Predict the barrier between A and B, as they lie and matched, without merging them or running a merge.
@@ -51,15 +52,19 @@ def command(
         raise MergeidError("sketches hold what was found on their own inputs; leave --data and --base out")
     if plot is not None and not all(sketched):
         raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
-    check_outputs((*models, *call.reads), output=output, plot=plot)
+    if page is not None and all(sketched):
+        raise MergeidError("--report is about one pair of models; sketches have a matrix (--plot)")
+    check_outputs((*models, *call.reads), output=output, plot=plot, report=page)
     with working(as_json) as work:
         if all(sketched):
             return _matrix(work, models, call.number("tolerate"), output, plot)
         result = call(*models, progress=work.progress)
         _written(work, result, output)
+        if page is not None:
+            write_report(page, result, models)
         if not work.as_json:
             _shown(work, result)
-            work.wrote([p for p in (output,) if p is not None])
+            work.wrote([p for p in (output, page) if p is not None])
     return 0
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -140,6 +140,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
+
+
+def write_report(path: Path, result: Any, models: Sequence[str]) -> None:
+    """The page of ``--report``."""
+    from mergeid.reporting.page import report_of, write_page
+
+    write_page(report_of(result, models), path, "--report")
 
 
 def check_outputs(inputs: Iterable[str | os.PathLike[str] | None], **outputs: Path | None) -> None:

@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 POINTS = 9
 """Points of a curve, both ends and the midpoint among them."""
-LIBRARIES = ("mergeid", "torch", "timm", "transformers")
-"""What the page names the versions of."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ def report(
     Raises `MergeidError` for anything wrong with the input.
     """
     from mergeid.reporting.page import Report, write_page
+    from mergeid.reporting.page.results import versions
 
     if is_module(a) or is_module(b):
         raise MergeidError("a report is about files; save the live modules first")
@@ -161,42 +160,6 @@ def _examples(met: Met, asked: Calibration, pair: Pair) -> Examples:
     if found is None:
         raise MergeidError("a report measures its models on examples; give them with --data")
     return found
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that a result may depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def file_records(role: str, paths: Sequence[Path]) -> tuple[FileRecord, ...]:
-    """Files with their hashes and sizes."""
-    import hashlib
-
-    from mergeid.reporting.page import FileRecord
-
-    found = []
-    for path in paths:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-        found.append(FileRecord(role, str(path), digest.hexdigest(), path.stat().st_size))
-    return tuple(found)
-
-
-def _digest(file: Any) -> Any:
-    import hashlib
-
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
 
 
 def _curves(task: _Task) -> tuple[BarrierResult, ...]:
@@ -328,6 +291,8 @@ def _solved(task: _Task) -> tuple[MergeResult | None, tuple[Measured, ...], str 
 
 def _files(pair: Pair) -> tuple[FileRecord, ...]:
     """The models' weight files."""
+    from mergeid.reporting.page.results import file_records
+
     out: list[FileRecord] = []
     for role, loaded in (("model A", pair.a), ("model B", pair.b)):
         if loaded.checkpoint is not None:

@@ -2,5 +2,6 @@
 
 from mergeid.reporting.page.content import FileRecord, Measured, Report
 from mergeid.reporting.page.render import render, write_page
+from mergeid.reporting.page.results import report_of
 
-__all__ = ["FileRecord", "Measured", "Report", "render", "write_page"]
+__all__ = ["FileRecord", "Measured", "Report", "render", "report_of", "write_page"]

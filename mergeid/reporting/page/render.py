@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def render(report: Report) -> str:
         counts=_counts(report),
         spans=spans,
         axis=axis,
+        **_looked(report),
         terms=[t for name in OF_THE_PAGE for t in TERMS if t.name == name],
         style=_text("style.css"),
         script=_text("script.js"),
@@ -53,6 +55,19 @@ def write_page(report: Report, path: Path, option: str = "-o") -> Path:
     """Write the page whole or not at all. Raises `MergeidError` where it cannot be written."""
     write_whole(path, render(report), option)
     return path
+
+
+def _looked(report: Report) -> dict[str, Any]:
+    """The merges that were at hand, nearest first, with the width of their bars."""
+    comparison = report.merge.comparison if report.merge is not None else None
+    if comparison is None:
+        return {"looked": [], "looked_best": "", "looked_unit": ""}
+    found = sorted(comparison["distances"].items(), key=lambda item: inf if item[1] is None else item[1])
+    most = max([v for _, v in found if v is not None], default=0.0) or 1.0
+    rows = [(name, value, 100.0 if value is None else max(0.0, 100 * value / most)) for name, value in found]
+    unit = {"nats": "in nats", "relative": "as a share of the outputs' variance"}
+    best = comparison["chosen"] + ("" if comparison["repair"] == "none" else f"+{comparison['repair']}")
+    return {"looked": rows, "looked_best": best, "looked_unit": unit.get(comparison["unit"], "mean of all outputs")}
 
 
 def _counts(report: Report) -> dict[str, int]:

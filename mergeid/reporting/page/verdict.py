@@ -11,9 +11,12 @@ from mergeid.reporting.tables import percent
 if TYPE_CHECKING:
     from mergeid.reporting.page.content import Report
     from mergeid.results.barrier import BarrierResult
+    from mergeid.results.merge import MergeResult
 
 SMALL, LARGE = 0.02, 0.5
 """Nats above the models' mean loss up to which a merge costs next to nothing, and beyond which it is of no use."""
+NEAR = 0.1
+"""Distance from the models' predictions up to which a merge counts as near, in nats or shares of variance."""
 WAYS = {
     "direct": "average them as they are",
     "direct, repaired": "average them as they are and estimate the normalisation statistics again",
@@ -87,6 +90,8 @@ def sentence(report: Report) -> tuple[str, str]:
     best = next((f for f in found if f.best), None)
     if best is not None and len(two) == 2:
         return _measured(best, two)
+    if report.merge is not None and report.merge.files:
+        return _written(report.merge)
     if report.refused:
         return "no", f"These two models will not merge: {report.refused}."
     if report.prediction is not None and report.plan is None:
@@ -100,6 +105,20 @@ def sentence(report: Report) -> tuple[str, str]:
         "direct": ("yes", "Merge these two models as they are: no layer gains from another order of B's neurons."),
         "match": ("yes", "Put B's neurons into A's order first, then average the two models."),
     }.get(report.plan.verdict, ("no", "These two models will not merge: most of their neurons correspond in no order."))
+
+
+def _written(merge: MergeResult) -> tuple[str, str]:
+    way = {
+        "match": "after putting B's neurons into A's order",
+        "direct": "with the neurons of both as they were",
+        "transported": "after carrying B's neurons onto A's by optimal transport",
+    }.get(merge.verdict, "although they do not correspond")
+    looked = merge.comparison
+    if looked is None or looked.get("distance") is None:
+        return "care", f"The models were merged {way}; nothing was measured."
+    unit = {"nats": " nats", "relative": " of the outputs' variance"}.get(looked["unit"], "")
+    far = f"on the calibration inputs it is {looked['distance']:.3f}{unit} away from the models' own predictions"
+    return "yes" if looked["distance"] <= NEAR else "care", f"The models were merged {way}; {far}."
 
 
 def _measured(best: Figure, two: tuple[Figure, ...]) -> tuple[str, str]:

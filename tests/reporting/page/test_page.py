@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 from pages import curve, report
 
 from mergeid.errors import MergeidError
-from mergeid.reporting.page import Measured, render
+from mergeid.reporting.page import Measured, render, report_of
 from mergeid.reporting.page.chart import loss_chart, nice
 from mergeid.reporting.page.network import draw, rows_of
 from mergeid.reporting.page.verdict import sentence
 from mergeid.reporting.terms import TERMS, explain
+from mergeid.results.merge import MergeResult
 
 HOSTILE = '"><script>alert(1)</script>&\x1b[31m'
 VOID = {"meta", "input", "br", "path"}
@@ -86,6 +88,25 @@ def test_parts_that_are_not_there_leave_no_trace() -> None:
         parsed(render(replace(given, **{name: nothing[name]})))
     page = render(replace(given, **nothing))  # type: ignore[arg-type]
     assert "The way from A to B" not in page and "Predicted" not in page and "block by block" not in page
+
+
+def test_page_of_each_kind_of_result() -> None:
+    given = report()
+    assert given.plan is not None and given.prediction is not None
+    look = {"planned": "mixed", "chosen": "matched", "repair": "bn", "distance": 0.02, "unit": "nats", "examples": 64}
+    look["distances"] = {"plain": 2.5, "matched+bn": 0.02, "matched": None}
+    merged = MergeResult("match", [Path(__file__)], [given.plan], comparison=look)
+    pages = {
+        "Put B": report_of(given.plan, ["a", "b"]),
+        given.prediction.advice[:10]: report_of(given.prediction, ["a", "b"]),
+        "The way from A to B": report_of(given.curves[0], ["a", "b"]),
+        "The models were merged after putting": report_of(merged, ["a", "b"]),
+    }
+    for said, each in pages.items():
+        page = render(each)
+        parsed(page)
+        assert said in page
+    assert "<em>taken</em>" in page and page.count("not finite") == 1
 
 
 def test_curves_are_drawn_where_they_were_measured() -> None:
