@@ -117,7 +117,7 @@ def _written(merge: MergeResult) -> tuple[str, str]:
     if looked is None or looked.get("distance") is None:
         return "care", f"The models were merged {way}; nothing was measured."
     unit = {"nats": " nats", "relative": " of the outputs' variance"}.get(looked["unit"], "")
-    far = f"on the calibration inputs the result is {looked['distance']:.3f}{unit} away from the models' own predictions"
+    far = f"the result is {looked['distance']:.3f}{unit} away from their own predictions on the calibration inputs"
     return "yes" if looked["distance"] <= NEAR else "care", f"The models were merged {way}; {far}."
 
 
