@@ -34,7 +34,7 @@ def command(
     page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:
-    """Measure the loss barrier between A and B on labelled data, as they lie or matched.
+    """Measure the loss barrier between A and B on labelled data, as they are or matched.
 
     Runs under ``accelerate launch`` too; then the first process alone prints and writes.
     """

@@ -1,4 +1,4 @@
-"""``mergeid graph``: which neurons of a model may trade places, found and proven."""
+"""``mergeid graph``: which neurons of a model may change places, found and proven."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def command(
         ),
     ] = None,
 ) -> int:
-    """Show which neurons of a model may trade places: its neuron graph, found by tracing and proven on the spot."""
+    """Show which neurons of a model may change places: its neuron graph, found by tracing and proven on the spot."""
     target = Path(json_target) if json_target not in (None, "-") else None
     check_files({"--json": target, "-o": output}, (model, given, *call.reads))
     files = {option: file for option, file in (("--json", target), ("-o", output)) if file is not None}

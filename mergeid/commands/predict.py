@@ -38,14 +38,14 @@ def command(
     page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:
-    """Predict the barrier between A and B, as they lie and matched, without merging them or running a merge.
+    """Predict the barrier between A and B, as they are and matched, without merging them or running a merge.
 
     With --data both are run on those inputs (no labels are needed), else on random ones. Of files made by mergeid
     sketch every pair is predicted without running a model.
     """
     sketched = [m.endswith(".sketch") for m in models]
     if any(sketched) != all(sketched):
-        raise MergeidError("some of the models are sketches and some are not; expected all of a kind")
+        raise MergeidError("some of the models are sketches and some are not; expected only sketches, or none")
     if not all(sketched) and len(models) != 2:
         raise MergeidError(f"predict takes two models, got {len(models)}; many are compared by their sketches")
     if all(sketched) and (call.given("data") or call.given("base")):

@@ -227,7 +227,7 @@ def _validate_group(graph: Group) -> None:
                 if not np.array_equal(np.sort(perm[a.members]), a.members):
                     raise MergeidError(
                         f"only some neurons of a block of space {s.id!r} lie on axis {a.axis} of {a.tensor!r}; "
-                        "expected all that may trade places, or none"
+                        "expected all that may change places, or none"
                     )
 
 

@@ -35,7 +35,7 @@ MEANING = {
 
 ASKED = {
     "always": "every space is matched, as asked with --match always",
-    "never": "B's neurons are taken as they lie, as asked with --match never",
+    "never": "B's neurons are taken as they are, as asked with --match never",
 }
 LEGEND = (
     "J: mean correlation of paired neurons, as they are and matched. ι: 1 where the neurons correspond as they are, 0 "
@@ -49,12 +49,11 @@ DETAILS = ("id", "J random", "chord as is", "chord match")
 """Columns that only --verbose shows."""
 LEGEND_WEIGHTS = (
     "gain: by how much the match fits unseen weights better than the order as it is, in standard deviations of a "
-    "random permutation. moved: neurons that trade places."
+    "random permutation. moved: neurons that get another place."
 )
 LEGEND_STRUCTURE = (
-    "structure: the least that it costs, in squared weights, to train what both models share (the base, or the stored "
-    "fixed parts) into another order's functions, if the inputs of the layer correspond. no: another order is as "
-    "cheap; in brackets, by how much it is dearer."
+    "structure: the least cost, in squared weights, of training what both models share (the base, or the stored fixed "
+    "parts) into another order's functions. no: another order is as cheap; in brackets, by how much it is dearer."
 )
 LEGEND_ANGLE = (
     "angle: the widest, in either model, between what two neurons' weights differ by and what their fixed parts differ "
@@ -62,8 +61,8 @@ LEGEND_ANGLE = (
 )
 LEGEND_RADII = (
     "ε*: how far the covariance Σ of the layer's inputs may move (spectral norm) before another order of its neurons "
-    "could fit the fixed part as well, the smaller of A's and B's; g: the eigengap behind Σ's leading directions. 0: "
-    "no certificate. A dash: a BatchNorm frees the scale, and no bound is known."
+    "could fit the fixed part as well. The smaller value of A and B is shown. g: the eigengap behind Σ's leading "
+    "directions. 0: no certificate. A dash: a BatchNorm frees the scale, and no bound is known."
 )
 REMARKS = {
     "taken_from_a": "Integer tensors that differ, taken from A",
@@ -251,7 +250,7 @@ def print_merge(result: MergeResult, console: Console) -> None:
         for note in result.notes:
             console.print(f"Note: {note}", markup=False)
     elif result.plan is None:
-        console.print("Plain merge: B's neurons were taken as they lie.")
+        console.print("Plain merge: B's neurons were taken as they are.")
     elif len(result.plans) < 2:
         looked = result.comparison
         overruled = looked is not None and looked["chosen"] != looked["planned"]

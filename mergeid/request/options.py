@@ -108,7 +108,7 @@ Dtype = Annotated[
 Match = Annotated[
     str,
     Option(
-        "auto: as decided for every space; never: take B's neurons as they lie; always: match every space.",
+        "auto: as decided for every space; never: take B's neurons as they are; always: match every space.",
         choices=MATCHES,
     ),
 ]
@@ -131,8 +131,8 @@ Transport = Annotated[
 RefuseAbove = Annotated[
     float,
     Option(
-        "With --data: write nothing where even the nearest merge is farther from the models than that: nats of excess "
-        "over the models' own predictions (outputs that are no classes: share of their variance); inf: never.",
+        "With --data: write nothing if even the nearest merge is farther from the models' own predictions than this, "
+        "in nats (for outputs other than class scores, as a share of their variance). inf: never refuse.",
         HOW,
         "NATS",
         kind=float,

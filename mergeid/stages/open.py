@@ -183,7 +183,9 @@ def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:
     Raises `MergeidError` where it is no checkpoint of the same architecture."""
     bench, first = met.bench, met.models[0]
     if is_module(base) != met.live:
-        raise MergeidError("the base is a live module and the models are paths, or the reverse; expected all of a kind")
+        raise MergeidError(
+            "the base is a live module and the models are paths, or the reverse; expected only modules, or only paths"
+        )
     here = {*bench.open(first).table, *bench.open(base).table}
     skip = tuple(p for p in met.skip if any(fnmatchcase(n, p) for n in here))
     chosen = "a" if bench.reading.config is not None else None

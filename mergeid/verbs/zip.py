@@ -237,7 +237,7 @@ def _zipped(pair: Pair, examples: Examples, run: Run, up_to: str | None, across:
                 f"nothing is zipped up to {up_to!r}: what it writes is also written by later layers; name a later one"
             )
     if not graph.spaces:
-        raise MergeidError(f"no features of {one.source} may trade places, so none can be zipped")
+        raise MergeidError(f"no features of {one.source} may change places, so none can be zipped")
 
     def batches() -> Iterator[Batch]:
         import torch

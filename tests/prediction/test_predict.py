@@ -254,7 +254,7 @@ def test_refused_in_the_terminal(work: Path) -> None:
     all_refused(
         work,
         (["predict", "a.safetensors"], ["two models, got 1"]),
-        (["predict", "a.safetensors", "x.sketch"], ["all of a kind"]),
+        (["predict", "a.safetensors", "x.sketch"], ["expected only sketches, or none"]),
         ([*pair, "--plot", "h.png"], ["--plot draws the matrix of sketches"]),
         ([*pair, "--tolerate", "-1"], ["--tolerate must be a loss"]),
         ([*pair, "-o", "a.safetensors"], ["a.safetensors"]),
