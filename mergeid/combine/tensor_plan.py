@@ -187,8 +187,8 @@ def _refuse_other_names(a: Checkpoint, b: Checkpoint, names: Sequence[str], comm
     if asymmetric[0] != asymmetric[1]:
         which, other = (a, b) if asymmetric[0] else (b, a)
         raise MergeidError(
-            f"{which.source} has asymmetric layers and {other.source} has ordinary ones; expected asymmetric layers in both or in neither: fold "
-            "the former first (mergeid.nn.fold_file)"
+            f"{which.source} has asymmetric layers and {other.source} has ordinary ones; expected "
+            "asymmetric layers in both or in neither: fold the former first (mergeid.nn.fold_file)"
         )
     if 2 * len(common) < len(names):
         kinds = [architecture_name(c.config) for c in (a, b)]
