@@ -247,7 +247,11 @@ def _refuse_other_shapes(a: Checkpoint, b: Checkpoint, common: Sequence[str]) ->
         for text, sizes in words.items():
             if first[:1] == sizes[:1] and second[:1] == sizes[1:]:
                 hint = f"{text} ({sizes[0]} and {sizes[1]} rows)"
-        hint += f": take the first model's with {_pattern(other, common)}"
+        if first[:1] == (_vocab_size(a),) and second[:1] == (_vocab_size(b),):
+            hint += ": bring the rows together by token with --tokenizer union (or a, b), or"
+        else:
+            hint += ":"
+        hint += f" take the first model's with {_pattern(other, common)}"
     raise MergeidError(
         f"tensor {other[0]!r} has shape {list(first)} in {a.source} and {list(second)} in {b.source}"
         + (f", and {len(other) - 1} more differ" if len(other) > 1 else "")
@@ -281,8 +285,9 @@ def _refuse_other_labels(a: Checkpoint, b: Checkpoint, skipped: Sequence[str]) -
             token = next(t for t in [*tokens, *other_tokens] if tokens.get(t) != other_tokens.get(t))
             raise MergeidError(
                 f"tokenizers differ: token {token!r} is number {tokens.get(token)} in {a.source} and "
-                f"{other_tokens.get(token)} in {b.source}; expected one vocabulary: take the first model's embedding "
-                f"with {_pattern(rows, list(a.table))}"
+                f"{other_tokens.get(token)} in {b.source}; expected one vocabulary: bring the rows together by "
+                "token with --tokenizer a (or b, union), or take the first model's embedding with "
+                f"{_pattern(rows, list(a.table))}"
             )
 
 

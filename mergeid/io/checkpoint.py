@@ -113,6 +113,11 @@ class Checkpoint:
         """Whether the tensors lie in files that can be mapped (not in memory, not pickled)."""
         return self._tensors is None
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer lies."""
+        return self.path
+
     def raw(self, name: str) -> memoryview:
         """The bytes of one tensor of a mapped checkpoint, as they lie in the file. Do not write into them."""
         begin, end = self._spans[name]

@@ -12,6 +12,9 @@ from mergeid.io.beside import is_companion
 if TYPE_CHECKING:
     from mergeid.io.checkpoint import Checkpoint
 
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+_TOKENIZER_ENDINGS = (".model", ".spm", ".bpe", ".tiktoken", ".jinja", ".vocab")
+
 _LARGEST = 200 << 20
 """A file beyond this many bytes is data that happens to lie there."""
 
@@ -25,10 +28,17 @@ def default_companions(checkpoint: Checkpoint) -> list[Path]:
         return [folder / "config.json"] if (folder / "config.json").is_file() else []
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and is_companion(p.name)]
     found = [p for p in found if p.stat().st_size <= _LARGEST]
+    if checkpoint.tokenizer_folder != folder:
+        theirs = [p for p in sorted(checkpoint.tokenizer_folder.iterdir()) if p.is_file() and _of_tokenizer(p.name)]
+        found = [p for p in found if not _of_tokenizer(p.name)] + theirs
     modules = folder / "modules.json"
     if modules.is_file():
         found += _module_files(folder, modules)
     return found
+
+
+def _of_tokenizer(name: str) -> bool:
+    return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_ENDINGS)
 
 
 def _module_files(folder: Path, modules: Path) -> list[Path]:
@@ -62,7 +72,7 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     """Token -> row of the embedding, from the folder's tokenizer files; None where it has none that can be read."""
     if not checkpoint.is_folder:
         return None
-    folder = checkpoint.path
+    folder = checkpoint.tokenizer_folder
     if (folder / "tokenizer.json").is_file():
         found = _tokenizer_vocabulary(folder / "tokenizer.json")
         if found is not None:
@@ -100,7 +110,7 @@ def same_tokenizer_files(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both folders hold the same tokenizer files byte for byte (then there is nothing to parse)."""
     names = ("tokenizer.json", "vocab.json", "vocab.txt")
     for name in names:
-        first, second = a.path / name, b.path / name
+        first, second = a.tokenizer_folder / name, b.tokenizer_folder / name
         if first.is_file() != second.is_file():
             return False
         if first.is_file() and (

@@ -39,11 +39,17 @@ class Derived(Checkpoint):
         formed: tensor name -> how it is formed.
         parents: what it is made of.
         adapter: whether it is an adapter on its first parent.
+        tokenizer: the folder of its tokenizer, where that is not its own.
     """
 
     formed: Mapping[str, Formed] = field(default_factory=dict)
     parents: tuple[Checkpoint, ...] = ()
     adapter: bool = False
+    tokenizer: Path | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.path if self.tokenizer is None else self.tokenizer
 
     @property
     def mapped(self) -> bool:

@@ -146,7 +146,6 @@ class ZipRecord(Own):
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 _REFUSED = {
-    "tokenizer": "the tokenizer is the first model's",
     "chat_template": "the chat template is the first model's",
     "experts": "mixtures of experts are not built",
     "gate_mode": "mixtures of experts are not built",
@@ -247,6 +246,12 @@ class SliceEntry(Own):
     parameters: dict[str, Setting] | None = None
 
 
+class TokenizerEntry(Own):
+    source: Annotated[str, _text("union, base, or a model")] = "union"
+    tokens: Any = None
+    pad_to_multiple_of: Any = None
+
+
 class ModuleEntry(Own):
     models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
@@ -264,7 +269,8 @@ class RecipeFile(Own):
     parameters: dict[str, Setting] | None = None
     dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None
     out_dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None
-    tokenizer_source: Any = None
+    tokenizer_source: Annotated[str, _text("union, base, or a model")] | None = None
+    tokenizer: TokenizerEntry | None = None
 
     @model_validator(mode="before")
     @classmethod

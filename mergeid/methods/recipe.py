@@ -74,6 +74,7 @@ class Recipe:
         dtype: of the output.
         slices: for recipes with slices, what each is merged of and how, bottom first; `models` is empty then.
         name: under which later documents of the same file name the result.
+        tokenizer: whose tokens the result has: "union", "a", "b", … or "base"; None: all have the same.
     """
 
     models: list[str]
@@ -85,6 +86,7 @@ class Recipe:
     dtype: str | None = None
     slices: tuple[Recipe, ...] = ()
     name: str | None = None
+    tokenizer: str | None = None
 
     def sources(self) -> list[str]:
         """All models that it names."""
@@ -100,6 +102,7 @@ class Recipe:
             "parameters": self.parameters,
             "normalize": self.normalize,
             "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
         }
 
 
@@ -172,21 +175,40 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         entries, slices = module.models, module.slices
     if (entries is None) == (slices is None):
         raise MergeidError(f"{name} lacks the key 'models'; expected models or slices, one of them")
-    if told.tokenizer_source is not None:
-        warnings.warn(
-            f"{name}: tokenizer_source is ignored, the tokenizer is the first model's", MergeidWarning, stacklevel=3
-        )
     try:
         method = get_method(told.merge_method)
         everywhere = _settings(told.parameters)
         dtype = told.out_dtype or told.dtype
         if slices is not None:
+            if told.tokenizer_source is not None or told.tokenizer is not None:
+                warnings.warn(f"{name}: slices keep the first model's tokenizer", MergeidWarning, stacklevel=3)
             return _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
         models = [entry.model for entry in entries or ()]
         own = [_settings(entry.parameters) for entry in entries or ()]
-        return replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
+        found = replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
+        return replace(found, tokenizer=_tokenizer(told, found))
     except MergeidError as error:
         raise MergeidError(f"{name}: {error}") from None
+
+
+def _tokenizer(told: RecipeFile, recipe: Recipe) -> str | None:
+    """Whose tokens the result has, as `mergeid.merge` takes it. Raises `MergeidError` for what is not supported."""
+    source = told.tokenizer_source
+    if told.tokenizer is not None:
+        for key in ("tokens", "pad_to_multiple_of"):
+            if getattr(told.tokenizer, key) is not None:
+                raise MergeidError(f"tokenizer.{key} is not supported: rows are those of the tokens that models have")
+        if source is not None:
+            raise MergeidError("tokenizer and tokenizer_source say the same; expected one of them")
+        source = told.tokenizer.source
+    if source in (None, "union"):
+        return source
+    wanted = told.base_model if source == "base" else source
+    if wanted in recipe.models:
+        return "abcdefghijklmnopqrstuvwxyz"[recipe.models.index(wanted)]
+    if wanted is not None and wanted == recipe.base:
+        return "base"
+    raise MergeidError(f"the tokenizer is that of {source!r}, which is no model of the recipe; expected one, or union")
 
 
 def _sliced(

@@ -67,6 +67,16 @@ Config = Annotated[
         shown=False,
     ),
 ]
+Tokenizer = Annotated[
+    Union[str, None],
+    Option(
+        "Whose tokens the result has where vocabularies differ: union, a, b, … or base; rows are brought together by "
+        "token. Such models are refused if not given.",
+        INPUT,
+        "union|a|b",
+        shown=False,
+    ),
+]
 Data = Annotated[
     Any,
     Option(

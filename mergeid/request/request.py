@@ -98,6 +98,7 @@ class Reading:
         skip: globs of tensor names that are taken from the first model as they are.
         allow_pickle: whether pickled weights may be read.
         example: of live modules.
+        tokenizer: "union", "a", "b", … or "base": whose tokens the embeddings have; None: all have the same.
     """
 
     arch: str | None = None
@@ -105,6 +106,7 @@ class Reading:
     skip: tuple[str, ...] = ()
     allow_pickle: bool = False
     example: Example = field(default_factory=Example)
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mergeid.models.configs import Agreed, agree
 from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
 from mergeid.models.source import Source, is_module
+from mergeid.models.vocabularies import one_vocabulary
 from mergeid.request.request import Output
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def open_models(
     for checkpoint in everyone:
         refuse_adapter(checkpoint)
     named = same_names(everyone, asked.arch)
-    everyone = named.models
+    words = one_vocabulary(named.models, asked.tokenizer, base is not None)
+    everyone = words.models
     given = same_heads(everyone, asked.skip) if heads else SameHeads(everyone)
     left = {name for c in given.models for name in c.table}
     skip = tuple(
@@ -117,7 +119,7 @@ def open_models(
         arch=asked.arch,
         modules=[m for m in sources if is_module(m)] if all(map(is_module, sources)) and not skip else (),
     )
-    agreed = replace(agreed, notes=[*named.notes, *given.notes, *agreed.notes])
+    agreed = replace(agreed, notes=[*named.notes, *words.notes, *given.notes, *agreed.notes])
     live = is_module(models[0])
     used = tuple(models) if live else tuple(agreed.models)
     return Met(bench, used, base if live else agreed.base, agreed, skip)

@@ -136,6 +136,7 @@ def merge(
     refuse_above: o.RefuseAbove = REFUSE_ABOVE,
     arch: o.Arch = None,
     config: o.Config = None,
+    tokenizer: o.Tokenizer = None,
     dtype: o.Dtype = None,
     skip: o.Skip = (),
     force: Annotated[
@@ -182,6 +183,7 @@ def merge(
             farther from their predictions than they are themselves, for outputs that are no classification the share
             of their variance (`mergeid.evaluate.nearness`).
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
+        tokenizer: "union", "a", "b", … or "base": whose tokens the result has, where vocabularies differ.
         config: "a" (the first model), "b", …: whose config the result gets where configs differ in what the network
             computes; None: that is refused.
         force: overwrite, and merge even when the plan, or the last look, says that it will not work.
@@ -199,7 +201,7 @@ def merge(
         MethodRequest(
             get_method(method), setting_of_weights(weights), _with_density(parameters, density), normalize, seed
         ),
-        Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs)),
+        Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs), tokenizer),
         Calibration(data, limit),
         Matching(match, matcher),
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),

@@ -12,7 +12,7 @@ from command_line import mergeid
 from safetensors.torch import load_file, save_file
 from test_bad_input import all_refused, refused
 
-from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.errors import MergeidError
 from mergeid.methods.recipe import parse_recipe, read_recipe
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import Condition, MergeSettings, depths, evaluate, setting_of_weights
@@ -200,10 +200,17 @@ def test_linear_is_normalised_unless_it_says_no() -> None:
     assert not parse_recipe({**table, "parameters": {"normalize": False}}).normalize
 
 
-def test_the_tokenizer_is_the_first_models() -> None:
-    table = {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}], "tokenizer_source": "union"}
-    with pytest.warns(MergeidWarning, match="tokenizer_source is ignored"):
-        assert parse_recipe(table).parameters == {"max_iter": 10, "tol": 1e-5}
+def test_whose_tokens_the_result_has() -> None:
+    table: dict[str, Any] = {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}
+    assert parse_recipe(table).parameters == {"max_iter": 10, "tol": 1e-5} and parse_recipe(table).tokenizer is None
+    for source, found in (("union", "union"), ("a", "a"), ("b", "b")):
+        assert parse_recipe({**table, "tokenizer_source": source}).arguments()["tokenizer"] == found
+        assert parse_recipe({**table, "tokenizer": {"source": source}}).tokenizer == found
+    models = [{"model": "a", "parameters": {"weight": 1}}]
+    based = {"merge_method": "task_arithmetic", "base_model": "c", "models": models}
+    assert parse_recipe({**based, "tokenizer_source": "base"}).tokenizer == "base"
+    slerp = {**table, "merge_method": "slerp", "base_model": "b", "parameters": {"t": 0.5}}
+    assert parse_recipe({**slerp, "tokenizer_source": "base"}).tokenizer == "a"  # the base is the first there
 
 
 PAIR = "models: [{model: a}, {model: b}]"
@@ -221,6 +228,12 @@ PAIR = "models: [{model: a}, {model: b}]"
         ("merge_method: linear\nslices: []", "slices is an empty list"),
         (f"merge_method: linear\ngate_mode: random\n{PAIR}", "'gate_mode', which is not supported: mixtures"),
         ("merge_method: linear", "lacks the key 'models'"),
+        (f"merge_method: karcher\ntokenizer_source: x\n{PAIR}", "that of 'x', which is no model of the recipe"),
+        (
+            f"merge_method: karcher\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n{PAIR}",
+            "tokenizer.pad_to_multiple_of is not supported",
+        ),
+        (f"merge_method: karcher\nchat_template: auto\n{PAIR}", "the chat template is the first model's"),
         ("merge_method: linear\nmodels: []", "models is an empty list; expected more entries"),
         ("merge_method: linear\nmodels: [a, b]", r"models\[0\] is 'a'; expected a table with model, parameters"),
         ("merge_method: linear\nmodels: [{name: a}]", r"models\[0\] has an unknown key 'name'"),
