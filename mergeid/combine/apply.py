@@ -19,7 +19,7 @@ from mergeid.combine.by_numpy import NumpyMerge
 from mergeid.combine.tensor_plan import TensorPlan, plan_many
 from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.io.companions import default_companions
+from mergeid.io.companions import default_companions, weights_beside
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
 from mergeid.methods.registry import check_base, check_weights
@@ -230,6 +230,13 @@ def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> 
                 else ("two of the models are", "it counts twice")
             )
             warnings.warn(f"{subject} the same file ({a.path}); {rest}", MergeidWarning, stacklevel=3)
+        for name in weights_beside(a, b):
+            warnings.warn(
+                f"{name} of {a.source} and that of {b.source} differ; the first is copied as it is, since only the "
+                "encoder is merged",
+                MergeidWarning,
+                stacklevel=3,
+            )
     if plan.widened and dtype is None:
         name, more = plan.widened[0], len(plan.widened) - 1
         subject = f"tensor {name!r} and {more} more have" if more else f"tensor {name!r} has"

@@ -56,6 +56,24 @@ def _module_files(folder: Path, modules: Path) -> list[Path]:
     return [p for sub in inside for p in sorted(sub.iterdir()) if p.is_file() and not p.name.startswith(".")]
 
 
+def weights_beside(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """Files with weights of the subfolders that a folder's ``modules.json`` lists (a dense layer behind the encoder)
+    which the other folder lacks or has otherwise: they are copied, not merged."""
+    modules = a.path / "modules.json"
+    if not (a.is_folder and b.is_folder and modules.is_file()):
+        return []
+    found = []
+    for path in _module_files(a.path, modules):
+        if not path.name.endswith((".safetensors", ".bin")):
+            continue
+        name = path.relative_to(a.path)
+        other = b.path / name
+        same = other.is_file() and other.stat().st_size == path.stat().st_size
+        if not same or other.read_bytes() != path.read_bytes():
+            found.append(name.as_posix())
+    return found
+
+
 def label_map(config: dict[str, Any] | None) -> dict[str, str] | None:
     """Class index -> label, from a config's ``id2label`` or ``label_names``; None where it has neither."""
     if not config:
