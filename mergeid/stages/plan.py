@@ -82,7 +82,7 @@ def make_plan(
     """Decide for every space of the pair.
 
     Args:
-        examples: calibration data; None: only the weights speak.
+        examples: calibration data; None: only the weights are compared.
         matched: the match of the matcher that is asked for, where it was found already (`mergeid.matchers.cycle`).
         hears: takes both models' outputs on every calibration batch that is run, as they are. With "always" these are
             of every other example, once; with "auto" of all, and of those that decisions are judged on again.
@@ -116,7 +116,7 @@ def make_plan(
         notes.append(f"the base was not used: {said['why']}")
     if found.speaks == "weights":
         notes.append(
-            "no calibration data: only the weights speak, which is weaker evidence, and nothing is promised; "
+            "no calibration data: only the weights are compared, which is weaker evidence and no promise; "
             "give --data for activations"
         )
     verdict = _verdict(matching.mode, records, notes)

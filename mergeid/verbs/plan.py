@@ -43,7 +43,7 @@ def plan(
 
     Args:
         a, b: files, folders, hub ids, or live modules.
-        data: calibration data (labels unused), see `mergeid.data.load_data`; without it only the weights speak.
+        data: calibration data (labels unused), see `mergeid.data.load_data`; without it only the weights are compared.
         config: "a" or "b": whose config counts where they differ in what the network computes; None: that is refused.
         match: "auto" as decided per space, "always", "never".
         matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, else weight.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "mergeid").rglob("*.py")) + sorted((ROOT / "adapters").rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/pages").glob("*.md"))]
 SPEAKING = {"MergeidError", "WillNotMerge", "NoModel", "MergeidWarning", "Option", "Argument", "switch", "Term", "warn"}
-SPEAKING |= {"say", "note", "print"}
+SPEAKING |= {"say", "note", "print", "append"}
 LONGEST = 30
 ODD = (
     r"\bas they lie\b|\bas it lies\b|\bneurons that lie\b",  # as they are

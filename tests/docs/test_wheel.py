@@ -1,0 +1,32 @@
+"""The wheel holds what mergeid needs and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_contents_and_size(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    if "hatchling" in done.stderr and done.returncode:
+        pytest.skip("pip cannot get hatchling, which builds the wheel")
+    assert done.returncode == 0, done.stderr[-2000:]
+    [wheel] = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size <= 1_500_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {
+        "mergeid",
+        "mergeid_timm",
+        "mergeid_transformers",
+    }
+    needed = ("prediction/coefficients.json", "reporting/page/page.html", "reporting/page/style.css", "py.typed")
+    assert all(f"mergeid/{n}" in names for n in needed)
+    assert not [n for n in names if n.endswith((".pyc", ".npz", ".safetensors", ".csv"))]
