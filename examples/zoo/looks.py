@@ -3,10 +3,11 @@
     python examples/zoo/looks.py [--inputs 512] [--fresh] [--only GLOB]
 
 trains what the cache lacks, and goes on where it was. Every row has the test loss (nats) of every merge that was at
-hand (plain, planned, matched; as it is, and with BatchNorm statistics estimated again on all calibration inputs), which
-one mergeid chose without labels, and how far it says that this one is from the two networks. `lost` is the test loss of
-the chosen merge minus that of the best one, `error` the standard error of that difference over the test examples: the
-small tables cannot tell 0.01 nats apart. `--fresh`: calibration inputs that no network was trained on.
+hand (plain, planned, matched; as it is, with BatchNorm statistics estimated again on all calibration inputs, and solved
+where that was tried), which one mergeid chose without labels, and how far it says that this one is from the two
+networks. `lost` is the test loss of the chosen merge minus that of the best one, `error` the standard error of that
+difference over the test examples: the small tables cannot tell 0.01 nats apart. `--fresh`: calibration inputs that no
+network was trained on.
 
 The rule was chosen on other networks: those of the groups that end in `.0`, and on the first six tables.
 """
@@ -36,7 +37,7 @@ from mergeid.errors import MergeidWarning
 FILE = "looks.csv"
 COLUMNS = (
     *("pair", "kind", "family", "data", "inputs", "test", "loss_a", "loss_b"),
-    *(f"{merge}{repair}" for merge in ("plain", "mixed", "matched") for repair in ("", "+bn")),
+    *(f"{merge}{repair}" for merge in ("plain", "mixed", "matched") for repair in ("", "+bn", "+solve")),
     *("chosen", "distance", "lost", "error", "seconds"),
 )
 TABLES = (
@@ -135,7 +136,9 @@ def _kind(row: table.Row) -> tuple[bool, bool]:
 
 
 def _losses(row: table.Row, ending: str | None = None) -> list[float]:
-    names = [f"{m}{e}" for m in ("plain", "mixed", "matched") for e in ("", "+bn") if ending is None or e == ending]
+    names = [
+        f"{m}{e}" for m in ("plain", "mixed", "matched") for e in ("", "+bn", "+solve") if ending is None or e == ending
+    ]
     return [float(row[n]) for n in names if row.get(n)]
 
 

@@ -32,7 +32,7 @@ from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
-ROWS_PER_INPUT, LEAST_ROWS = 32, 4096
+ROWS_PER_INPUT, LEAST_ROWS = 32, 16384
 """Rows that a layer is fitted on at most: so many per input, and no fewer than that."""
 
 
