@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY = 5.0
 """Seconds between two lines of progress where there is no terminal."""
+LONG = 60.0
+"""Seconds from which a command says at its end how long it took."""
 
 
 class Work:
@@ -117,12 +119,25 @@ def _console(file: TextIO) -> Console:
 def working(as_json: bool = False) -> Iterator[Work]:
     """Progress while the command works; whatever a library prints on stdout in JSON mode goes to stderr instead."""
     work = Work(sys.stdout, as_json)
+    began = time.monotonic()
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         with aside:
             yield work
+        if (seconds := time.monotonic() - began) >= LONG:
+            work.note(f"took {seconds:.0f} s{_memory()}")
     finally:
         work.close()
+
+
+def _memory() -> str:
+    """The most memory that this process held, where the system tells."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f" and {getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory at most"
 
 
 def to_text(value: Any, indent: int | None = 1) -> str:

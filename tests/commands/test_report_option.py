@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,16 @@ def test_page_that_cannot_be_written_stops_before_any_work(
     said = capsys.readouterr().err
     assert said.startswith("mergeid: error: ") and "--report" in said
     assert {p: p.read_bytes() for p in pair.iterdir() if p.is_file()} == before
+
+
+def test_long_work_says_what_it_took(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergeid.commands import work
+
+    with work.working() as told:
+        told.say("result")
+    assert capsys.readouterr() == ("result\n", "")
+    monkeypatch.setattr(work, "LONG", 0.0)
+    with work.working():
+        pass
+    said = capsys.readouterr()
+    assert said.out == "" and re.fullmatch(r"mergeid: took 0 s( and \d+\.\d GB of memory at most)?\n", said.err)
