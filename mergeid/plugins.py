@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from mergeid.basics.reading import read_json as read_json
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError as MergeidError
 from mergeid.errors import reason as reason
 from mergeid.errors import shown as shown
 

@@ -145,7 +145,10 @@ class TransformersAdapter:
             ) from error
         if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
             model.pooler = None
-        return model.eval().to(device=device, dtype=torch.float32)  # a few classes ignore the default device
+        answer: nn.Module = model.eval().to(
+            device=device, dtype=torch.float32
+        )  # a few classes ignore the default device
+        return answer
 
     def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
         """Checkpoint tensor name -> model tensor name; see `mergeid_transformers.names` for what is left out."""

@@ -22,7 +22,7 @@ STORAGE_KEYS = frozenset({"dtype", "torch_dtype", "quantization_config", "compre
 @cache
 def model_types() -> tuple[str, ...]:
     """All model types of the installed transformers (``"bert"``, ``"llama"``, …)."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     return tuple(sorted(CONFIG_MAPPING_NAMES))
 
@@ -95,7 +95,8 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("text_config", "text_encoder", "text", "llm_config", "language_config"):
         part = getattr(config, name, None)
         if part is not None and hasattr(part, "vocab_size"):
-            return part
+            answer: PretrainedConfig = part
+            return answer
     if not isinstance(getattr(config, "vocab_size", None), int):
         # composites of whole models, and those whose text part lies deeper
         for name in (

@@ -201,7 +201,7 @@ def _loader() -> Any:
     """PyYAML's safe loader without dates, binaries, sets and the like, and with errors where a value is none."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Texts, numbers, true and false, null, lists and tables."""
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:

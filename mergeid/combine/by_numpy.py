@@ -50,7 +50,8 @@ def narrow(numbers: Array, dtype: str) -> Array:
     if dtype != "BF16":
         return numbers.astype(_KINDS[dtype], copy=False)
     bits = numbers.view("<u4")
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    answer: Array = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    return answer
 
 
 def weighted_sum(

@@ -69,4 +69,5 @@ def first_process() -> bool:
     """Whether this is the process that reports (the only one unless launched by Accelerate or torchrun)."""
     from accelerate import PartialState
 
-    return PartialState().is_main_process
+    answer: bool = PartialState().is_main_process
+    return answer

@@ -39,7 +39,8 @@ class Call(Generic[Answer]):
 
     def given(self, keyword: str) -> bool:
         """Whether the terminal was given a value of its own for this keyword."""
-        return self._value(keyword) != inspect.signature(self.verb).parameters[keyword].default
+        answer: bool = self._value(keyword) != inspect.signature(self.verb).parameters[keyword].default
+        return answer
 
     def text(self, keyword: str) -> str:
         """The keyword's value as text."""

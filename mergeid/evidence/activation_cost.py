@@ -58,7 +58,8 @@ class Problem:
     @property
     def pre_activation(self) -> np.ndarray:
         """Of the function to be taken over, [N]."""
-        return self.inputs @ self.target + self.offset
+        answer: np.ndarray = self.inputs @ self.target + self.offset
+        return answer
 
 
 def problem(

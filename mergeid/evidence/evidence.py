@@ -235,7 +235,8 @@ def _same_copy(members: np.ndarray) -> np.ndarray:
     for i, m in enumerate(members.tolist()):
         copy[i] = count.get(m, 0)
         count[m] = copy[i] + 1
-    return (copy[:, None] == copy[None, :]).astype(np.float32)
+    answer: np.ndarray = (copy[:, None] == copy[None, :]).astype(np.float32)
+    return answer
 
 
 def _pick(rows: Rows, chosen: Tensor) -> Tensor:
@@ -268,4 +269,5 @@ def _positions(members: np.ndarray, perm: np.ndarray) -> np.ndarray:
     rank = np.empty(len(members), np.int64)
     rank[order] = np.arange(len(members)) - np.repeat(starts, counts)
     target = np.searchsorted(unique, perm[members])
-    return order[starts[target] + rank]
+    answer: np.ndarray = order[starts[target] + rank]
+    return answer

@@ -295,7 +295,8 @@ def _decompose(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _norms(a: Tensor, v: Tensor) -> Tensor:
     """‖a_j‖ + ‖v_i‖: [c, n]."""
-    return (a.norm(dim=1)[None] + v.norm(dim=1)[:, None]).clamp(min=EPSILON)
+    answer: Tensor = (a.norm(dim=1)[None] + v.norm(dim=1)[:, None]).clamp(min=EPSILON)
+    return answer
 
 
 def _squared_distances(a: Tensor, v: Tensor) -> Tensor:

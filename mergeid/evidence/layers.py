@@ -86,7 +86,8 @@ class LayerRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Infinite numbers as null."""
-        return _finite(asdict(self))
+        answer: dict[str, Any] = _finite(asdict(self))
+        return answer
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class SpaceRecord:
         return self.a.identifiable and self.b.identifiable
 
     def to_json(self) -> dict[str, Any]:
-        return _finite(asdict(self))
+        answer: dict[str, Any] = _finite(asdict(self))
+        return answer
 
 
 def _finite(value: Any) -> Any:

@@ -134,7 +134,8 @@ def _not_optimal(cost: Tensor, swap: float) -> Margin:
 
 def best_permutation(cost: Tensor) -> np.ndarray:
     """π* that minimises Σ_i C_{iπ(i)}, among the realizable ones."""
-    return linear_sum_assignment(cost.numpy())[1]
+    answer: np.ndarray = linear_sum_assignment(cost.numpy())[1]
+    return answer
 
 
 def _potentials(cost: Tensor, diagonal: Tensor, rounding: float) -> Tensor | None:

@@ -124,7 +124,8 @@ def _orthonormal(columns: Tensor) -> Tensor:
     """Orthonormal basis of the span of columns [d, r]."""
     left, singular, _ = torch.linalg.svd(columns.double(), full_matrices=False)
     rank = int((singular > max(columns.shape) * torch.finfo(columns.dtype).eps * singular.max()).sum())
-    return left[:, :rank]
+    answer: Tensor = left[:, :rank]
+    return answer
 
 
 def fixed_part(

@@ -78,7 +78,8 @@ def torch_dtype(name: str) -> torch.dtype:
             f"dtype {name} cannot be read as a plain tensor (quantised or unknown); "
             "expected float64, float32, float16 or bfloat16 weights: dequantise the checkpoint first"
         )
-    return found
+    answer: torch.dtype = found
+    return answer
 
 
 def dtype_name(dtype: torch.dtype) -> str:

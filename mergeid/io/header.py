@@ -91,7 +91,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         why = "it nests too deep" if isinstance(error, RecursionError) else reason(error)
         raise MergeidError(f"{path} is not a valid safetensors file: its header is no JSON ({why})") from None
-    return parsed
+    answer: dict[str, Any] = parsed
+    return answer
 
 
 def _check(path: Path, entries: dict[str, Any], begin: int, size: int) -> Header:

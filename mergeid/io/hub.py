@@ -94,7 +94,7 @@ class _Patience:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """While open, to the client that huggingface_hub shares (versions before 1 have another, with its own)."""
-        from huggingface_hub.utils import get_session
+        from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
         hooks = getattr(get_session(), "event_hooks", None)
         if hooks is None:

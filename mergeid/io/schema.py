@@ -168,7 +168,8 @@ def _number(value: Any) -> bool | int | float | str:
             value = float(value)
         except ValueError:
             if _WORD.fullmatch(value):
-                return value
+                answer: bool | int | float | str = value
+                return answer
             raise _wanted(_SETTING) from None
     if not isinstance(value, (bool, int, float)):
         raise _wanted(_SETTING)

@@ -41,8 +41,8 @@ def assign(score: np.ndarray) -> np.ndarray:
     cost[np.diag_indices(n)] -= tilt
     best = cost.argmin(1)
     if len(np.unique(best)) == n:
-        return best
-    return linear_sum_assignment(cost)[1]
+        return np.asarray(best)
+    return np.asarray(linear_sum_assignment(cost)[1])
 
 
 class TreeAssignment:

@@ -99,7 +99,8 @@ def _on_the_way(
     def values(points: np.ndarray) -> np.ndarray:
         return np.array([_soft_objective(graph, weights, soft, vertex, t) for t in points])
 
-    return Chebyshev.interpolate(values, degree, domain=[0, 1])
+    answer: Chebyshev = Chebyshev.interpolate(values, degree, domain=[0, 1])
+    return answer
 
 
 def _frank_wolfe(

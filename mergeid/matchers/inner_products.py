@@ -93,7 +93,8 @@ class WeightSimilarity:
         inverse = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0).astype(scores.dtype)
         out = scores * (inverse[0][:, None] * np.asarray(weight, scores.dtype))
         out *= inverse[1][None, :]
-        return out
+        answer: np.ndarray = out
+        return answer
 
     def halves(
         self, space: Space, element: Mapping[str, np.ndarray], generator: Generator

@@ -94,7 +94,8 @@ def procrustes(graph: NeuronGraph, stream: Stream, a: Mapping[str, Tensor], b: M
         scale = float(x.square().mean() + y.square().mean()) / 2
         total += x @ y.T / scale if scale > 0 else 0.0
     u, _, v = torch.linalg.svd(total)
-    return u @ v
+    answer: Tensor = u @ v
+    return answer
 
 
 def aligned_orthogonally(
@@ -119,7 +120,8 @@ def aligned_orthogonally(
 def random_orthogonal(size: int, generator: Generator) -> Tensor:
     """float64 [size, size], uniform over the orthogonal group."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    answer: Tensor = q * r.diagonal().sign()
+    return answer
 
 
 def _candidate(graph: NeuronGraph, space: Space, state: Mapping[str, Tensor]) -> Stream | None:

@@ -168,4 +168,5 @@ def _before_batchnorm(graph: NeuronGraph, model: nn.Module, space: Space) -> set
 
 def _norms(value: Tensor, axis: AxisMap) -> np.ndarray:
     front = value.movedim(axis.axis, 0)[torch.from_numpy(axis.positions)]
-    return front.reshape(len(axis.members), -1).double().norm(dim=1).numpy()
+    answer: np.ndarray = front.reshape(len(axis.members), -1).double().norm(dim=1).numpy()
+    return answer

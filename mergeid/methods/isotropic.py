@@ -29,7 +29,8 @@ def iso_c(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, 
 
     def merge(deltas: list[Tensor]) -> Tensor:
         u, s, v = torch.linalg.svd(torch.stack(deltas).sum(0), full_matrices=False)
-        return s.mean() * (u @ v)
+        answer: Tensor = s.mean() * (u @ v)
+        return answer
 
     return merge_matrices(tensors, base, scale, merge)
 

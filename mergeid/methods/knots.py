@@ -47,6 +47,7 @@ def knots_ties(
         rank = int((s > s[0] * max(v.shape) * torch.finfo(s.dtype).eps).sum())
         parts = [part.contiguous() for part in v[:rank].chunk(len(deltas), 1)]
         merged = ties(parts, weights, base=torch.zeros_like(parts[0]), density=density, normalize=normalize)
-        return (u[:, :rank] * s[:rank]) @ merged.to(u.dtype)
+        answer: Tensor = (u[:, :rank] * s[:rank]) @ merged.to(u.dtype)
+        return answer
 
     return merge_matrices(tensors, base, scale, merge)

@@ -38,4 +38,5 @@ def nearest_orthogonal(x: Tensor) -> Tensor:
     """The matrix with orthonormal columns (rows, where they are fewer) that is nearest to x: P Qᵀ of its singular value
     decomposition."""
     p, _, q = torch.linalg.svd(x, full_matrices=False)
-    return p @ q
+    answer: Tensor = p @ q
+    return answer

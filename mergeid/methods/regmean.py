@@ -67,4 +67,5 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     seen = values > RELATIVE_FLOOR * values.abs().max()
     inverse = torch.where(seen, 1 / torch.where(seen, values, torch.ones_like(values)), torch.zeros_like(values))
-    return vectors @ (inverse[:, None] * (vectors.T @ right))
+    answer: Tensor = vectors @ (inverse[:, None] * (vectors.T @ right))
+    return answer

@@ -40,6 +40,7 @@ def wudi(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, s
         _, s, v = torch.linalg.svd(torch.cat(units), full_matrices=False)
         kept = s > s[0] * max(v.shape) * torch.finfo(s.dtype).eps
         v, s = v[kept], s[kept]
-        return start + ((right @ v.T) / s.square()) @ v
+        answer: Tensor = start + ((right @ v.T) / s.square()) @ v
+        return answer
 
     return merge_matrices(tensors, base, scale, merge)

@@ -38,7 +38,8 @@ def in_memory(module: nn.Module) -> nn.Module:
             f"parameter {absent!r} of {type(module).__name__} is offloaded, and its values cannot be found; load the "
             "model again without offloading"
         )
-    return plain
+    answer: nn.Module = plain
+    return answer
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

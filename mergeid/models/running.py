@@ -97,4 +97,5 @@ def reduce_sum(values: Tensor, accelerator: Accelerator) -> Tensor:
     if accelerator.num_processes == 1:
         return values
     total: Any = accelerator.reduce(values.to(accelerator.device), reduction="sum")
-    return total.cpu()
+    answer: Tensor = total.cpu()
+    return answer

@@ -66,14 +66,16 @@ class _Parents:
 
     def several(self, classes: np.ndarray) -> np.ndarray:
         """Those that lie in more than one."""
-        return classes[self.start[classes + 1] - self.start[classes] > 1]
+        answer: np.ndarray = classes[self.start[classes + 1] - self.start[classes] > 1]
+        return answer
 
     def matrix(self, classes: np.ndarray) -> np.ndarray | None:
         """Direct parents [classes, parents]; None where the classes have different numbers of them."""
         counts = self.direct_start[classes + 1] - self.direct_start[classes]
         if (counts != counts[0]).any():
             return None
-        return self.direct[self.direct_start[classes][:, None] + np.arange(counts[0])]
+        answer: np.ndarray | None = self.direct[self.direct_start[classes][:, None] + np.arange(counts[0])]
+        return answer
 
 
 def _starts(ordered: np.ndarray, count: int) -> np.ndarray:

@@ -84,7 +84,8 @@ def in_order(numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The ranges of these lengths from these starts on, one after the other."""
-    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    answer: np.ndarray = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return answer
 
 
 def ranks(numbers: np.ndarray, count: int) -> np.ndarray:

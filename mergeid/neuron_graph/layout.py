@@ -42,7 +42,8 @@ class Group:
 
     def ordered(self, fines: Sequence[Fine]) -> Labels:
         """The labels with their axes in the order of `fines` (a permutation of ``self.fines``)."""
-        return self.labels.transpose([self.fines.index(f) for f in fines])
+        answer: Labels = self.labels.transpose([self.fines.index(f) for f in fines])
+        return answer
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ class Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.facts = Facts()
         self.taps: list[Tap] = []
         self.tapping = True

@@ -312,7 +312,8 @@ def _several(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     one[groups] = values
     mixed = np.zeros(len(one), bool)
     mixed[groups[values != one[groups]]] = True
-    return mixed[groups]
+    answer: np.ndarray = mixed[groups]
+    return answer
 
 
 def _partition(parents: np.ndarray, scratch: np.ndarray) -> np.ndarray:
@@ -320,7 +321,8 @@ def _partition(parents: np.ndarray, scratch: np.ndarray) -> np.ndarray:
 
     `scratch` has room for every class."""
     scratch[parents[::-1]] = np.arange(len(parents))[::-1]
-    return scratch[parents]
+    answer: np.ndarray = scratch[parents]
+    return answer
 
 
 def _flat(facts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mergeid.basics.state import forget_derived
 from mergeid.neuron_graph.by_hand import Constraints
+from mergeid.neuron_graph.cells import Cell
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
 from mergeid.neuron_graph.recorder import Pass, Recorder, record
-from mergeid.neuron_graph.solve import Cell, Solution, solve
+from mergeid.neuron_graph.solve import Solution, solve
 
 SpaceLabeller = Callable[[list[tuple[str, int]]], "str | None"]
 
@@ -220,7 +221,8 @@ def _lay_out(
 
 def _distinct(at: np.ndarray) -> list[int]:
     """The small integers from 0 that occur, ascending."""
-    return np.flatnonzero(np.bincount(at[at >= 0])).tolist()
+    answer: list[int] = np.flatnonzero(np.bincount(at[at >= 0])).tolist()
+    return answer
 
 
 def _merged(drafts: list[_Draft | None], home: dict[int, tuple[int, int]], i: int) -> bool:

@@ -103,7 +103,8 @@ def _elementwise(module: nn.Module, x: Tensor) -> bool:
     changed[0] += 1
 
     def run(flat: Tensor) -> Tensor:
-        return module(flat.reshape(x.shape).clone()).reshape(-1)
+        answer: Tensor = module(flat.reshape(x.shape).clone()).reshape(-1)
+        return answer
 
     plain = run(values)
     alike = torch.allclose(run(values[order]), plain[order]) and torch.equal(run(changed)[1:], plain[1:])

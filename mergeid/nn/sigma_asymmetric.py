@@ -27,7 +27,8 @@ class SigmaAsymmetric:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the gate first: η may work in place
         gate = torch.sigmoid(_mixed(x, self._buffers[GATE]))  # type: ignore[attr-defined]
-        return 2 * gate * super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        answer: Tensor = 2 * gate * super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return answer
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (self.ordinary,), self.__dict__.copy()

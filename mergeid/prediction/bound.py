@@ -98,4 +98,5 @@ def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, 
 
 
 def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean()) ** 0.5
+    answer: float = float(x.double().square().mean()) ** 0.5
+    return answer

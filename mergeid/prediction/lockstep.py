@@ -94,7 +94,7 @@ class _Seen(TorchDispatchMode):
     """Tells operations on weights and activations from the others, and hands them to `step`."""
 
     def __init__(self, state: Mapping[str, Tensor], inputs: Any, step: Callable[..., Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.step = step
         self.of_weights: Any = WeakIdKeyDictionary()
         self.of_data: Any = WeakIdKeyDictionary()
@@ -163,7 +163,8 @@ def watch(model: nn.Module, forward: Forward, batch: Any) -> tuple[Tensor, list[
         version, copied = kept.get(x, (-1, x))
         if version != x._version:
             version, copied = kept[x] = (x._version, x.clone())
-        return copied
+        answer: Tensor = copied
+        return answer
 
     def step(mode: _Seen, index: int, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))

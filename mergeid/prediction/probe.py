@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from mergeid.data.batches import balanced, input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
-from mergeid.models.load import Loaded
+from mergeid.models.loaded import Loaded
 from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.plugins import Batch
 from mergeid.prediction.features import (

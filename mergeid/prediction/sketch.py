@@ -30,7 +30,7 @@ from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError, listed, shown
 from mergeid.evidence.activations import TapReader, choose_taps, real_tokens, sample_rows
 from mergeid.io.publish import whole_file, write_text
-from mergeid.models.load import Loaded
+from mergeid.models.loaded import Loaded
 from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.neuron_graph.exchange import check_graph, space_of
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space, TapMap
@@ -229,7 +229,8 @@ def _disturbed(
         rest = [d for d in range(x.dim()) if d not in tap.dims]
         mean, std = x.mean(rest, keepdim=True), x.std(rest, keepdim=True, correction=0)
         drawn = torch.randn(x.shape, generator=generator).to(x)
-        return mean + scale * (signal * (x - mean) + noise * std * drawn)
+        answer: Tensor = mean + scale * (signal * (x - mean) + noise * std * drawn)
+        return answer
 
     def fits(value: Any, tap: TapMap) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == tap.ndim

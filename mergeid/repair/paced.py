@@ -134,7 +134,7 @@ class _Watch(TorchDispatchMode):
         meet: Callable[[Stop], Any],
         met: Callable[[int, int | None, Any, Any, Any, Any], None] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.meet, self.met, self.count, self.step = meet, met, 0, 0
         self.names: dict[int, str] = {}
         self.state = model.state_dict(keep_vars=True)
@@ -237,7 +237,8 @@ class _Watch(TorchDispatchMode):
                         done[id(x)] = x.to(like.dtype) if x.is_floating_point() else x
                 return done[id(x)]
 
-            return of(tensor)
+            answer: Tensor = of(tensor)
+            return answer
 
         gather(tensor)
         return Derived(leaves, remake)

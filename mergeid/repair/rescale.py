@@ -258,7 +258,8 @@ def _repairing(layer: Layer, target: tuple[Tensor, Tensor], batch: Batch) -> Hoo
         shape = [1] * out.dim()
         shape[layer.channel] = -1
         f, m, w = (t.to(out.device).view(shape) for t in (factor, mean, wanted))
-        return ((out.double() - m) * f + w).to(out.dtype)
+        answer: Tensor = ((out.double() - m) * f + w).to(out.dtype)
+        return answer
 
     return hook
 

@@ -288,4 +288,5 @@ def _moments(
 
 def _first_out(stop: Stop | None) -> Tensor:
     assert stop is not None
-    return stop.out[0] if isinstance(stop.out, (tuple, list)) else stop.out
+    answer: Tensor = stop.out[0] if isinstance(stop.out, (tuple, list)) else stop.out
+    return answer

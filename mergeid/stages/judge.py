@@ -10,7 +10,7 @@ import torch
 from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Panel
 from mergeid.models.examples import Examples
-from mergeid.models.load import Loaded
+from mergeid.models.loaded import Loaded
 from mergeid.models.running import make_accelerator
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm

@@ -31,7 +31,7 @@ from mergeid.stages.open import Pair
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeid.models.load import Loaded
+    from mergeid.models.loaded import Loaded
 
 EXACT, COLUMNS = 2048, 1024
 """Widest input whose covariance is kept whole, and columns of the sketch of wider ones: 34 MB a layer at most."""

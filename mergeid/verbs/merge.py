@@ -290,7 +290,8 @@ def _looked(
     """The nearest merge, of all where the plan decides and else of what was asked for, and the repair that it takes.
 
     Raises `WillNotMerge` where even that is too far from the models."""
-    from mergeid.stages.compare import MATCHED, PLAIN, last_look
+    from mergeid.results.comparison import MATCHED, PLAIN
+    from mergeid.stages.compare import last_look
     from mergeid.stages.repair import POLISHED
 
     among = request.matching.mode == "auto"
