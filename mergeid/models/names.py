@@ -42,8 +42,10 @@ def same_names(models: Sequence[Checkpoint], arch: str | None = None) -> SameNam
     found = SameNames(list(models))
     first = models[0]
     for i, other in enumerate(models[1:], 1):
-        if other.table.keys() == first.table.keys() or not (first.files and other.files) or is_asymmetric(first.table):
+        if other.table.keys() == first.table.keys() or not (first.files and other.files):
             continue
+        if is_asymmetric(first.table) or is_asymmetric(other.table):
+            continue  # fixed parts are no names of something else
         _rename(found, i, first, other, arch)
     return found
 

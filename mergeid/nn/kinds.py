@@ -55,5 +55,5 @@ def kind(name: str, *, sigma: float, biases: bool) -> Callable[[MakeParts], Make
 def get_kind(name: str) -> Kind:
     """The kind of that name. Raises `MergeidError` for an unknown one."""
     if name not in _KINDS:
-        raise MergeidError(f"unknown kind {name!r}; expected one of {', '.join([*_KINDS, 'sigma'])}")
+        raise MergeidError(f"unknown kind {name!r}; expected one of {', '.join(sorted([*_KINDS, 'sigma']))}")
     return _KINDS[name]

@@ -289,5 +289,5 @@ def test_kinds_and_layers_are_registered_once():
         mnn.kind("w", sigma=1.0, biases=False)(lambda *a, **k: None)
     with pytest.raises(ValueError, match="Linear is registered already"):
         mnn.register_layer(nn.Linear, {"weight": 0})
-    with pytest.raises(MergeidError, match="unknown kind 'x'; expected one of w, syre, sigma"):
+    with pytest.raises(MergeidError, match="unknown kind 'x'; expected one of sigma, syre, w"):
         mnn.asymmetric_layer(nn.Linear(12, 3), "x", generator=seeded())

@@ -244,7 +244,9 @@ def test_the_stage_is_reported() -> None:
     again = mergeid.merge(a, b, repair="repair", **{**how, "batch_size": 5})
     for name, value in done.state.items():
         assert torch.equal(value, again.state[name])
-    with pytest.raises(MergeidError, match=r"--repair 'fix' is not one of auto, bn, repair, solve, none"):
+    with pytest.raises(
+        MergeidError, match=r"--repair 'fix' is not one of auto, bn, repair, solve, solve\+polish, none"
+    ):
         mergeid.merge(a, b, repair="fix", **how)
 
 

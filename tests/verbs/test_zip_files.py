@@ -218,14 +218,18 @@ def test_transport_from_another_width(networks: Path, tmp_path: Path) -> None:
 
 
 def test_transport_with_data_is_repaired(networks: Path, tmp_path: Path) -> None:
-    done("merge", *two(networks, "narrow", "wide"), "--transport", "--repair", "bn", "-o", tmp_path / "merged")
-    model = mergeid.load(tmp_path / "merged").model
-    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    seen: list[Tensor] = []
-    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(images())
-    assert torch.allclose(seen[0].mean((0, 2, 3)), norm.running_mean, atol=1e-4)
+    gaps = []
+    for stage in ("none", "bn"):
+        out = tmp_path / stage
+        done("merge", *two(networks, "narrow", "wide"), "--transport", "--repair", stage, "--force", "-o", out)
+        model = mergeid.load(out).model
+        norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        seen: list[Tensor] = []
+        norm.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(images())
+        gaps.append((seen[0].var((0, 2, 3)) / norm.running_var).log().abs().max())
+    assert gaps[1] < gaps[0] / 2  # not nothing: what few images say is shrunk by its sampling error
 
 
 def test_what_transport_refuses(networks: Path, refuse: Refuse) -> None:
