@@ -1,0 +1,101 @@
+"""Nothing is opened, built, traced, proven or read twice, whatever the number of models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import mergeid
+from mergeid.models.workbench import Workbench
+from mergeid.request.request import Calibration, Reading, Run
+
+PLACES = {
+    "opened": "mergeid.io.opening.read_header",
+    "built": "mergeid.models.load.load_checkpoint",
+    "traced": "mergeid.neuron_graph.trace.trace",
+    "proven": "mergeid.neuron_graph.verify.verify",
+    "read": "mergeid.models.examples.examples_of",
+}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each of `PLACES` is called from now on."""
+    found: Counter[str] = Counter()
+
+    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    for name, place in PLACES.items():
+        module, attribute = place.rsplit(".", 1)
+        real = getattr(__import__(module, fromlist=[attribute]), attribute)
+        monkeypatch.setattr(place, counting(name, real))
+    return found
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five fine-tunes and, last, their base."""
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    state = timm.create_model("test_resnet", num_classes=4, in_chans=1).state_dict()
+    files = []
+    for i in range(6):
+        moved = {
+            k: v + 0.02 * i * torch.randn(v.shape, generator=torch.Generator().manual_seed(i)) * v.std()
+            if v.is_floating_point() and v.numel() > 1
+            else v
+            for k, v in state.items()
+        }
+        moved = {k: v.abs() if k.endswith("running_var") else v for k, v in moved.items()}
+        files.append(folder / f"{i}.safetensors")
+        save_file(moved, files[-1])
+    x = np.random.default_rng(0).standard_normal((48, 1, 32, 32), dtype=np.float32)
+    np.savez(folder / "data.npz", x=x)
+    return [*files[1:], files[0]]
+
+
+@pytest.mark.parametrize("matcher", [None, "cycle"])
+def test_five_models_and_a_base(
+    networks: list[Path], tmp_path: Path, counted: Counter[str], matcher: str | None
+) -> None:
+    data = networks[0].with_name("data.npz")
+    mergeid.merge(
+        [str(p) for p in networks[:-1]],
+        base=str(networks[-1]),
+        method="task_arithmetic",
+        matcher=matcher,
+        data=str(data),
+        repair="none",
+        arch="timm/test_resnet",
+        output=tmp_path / "o.safetensors",
+        refuse_above=float("inf"),
+    )
+    assert counted == {"opened": 6, "built": 6, "traced": 1, "proven": 1, "read": 1}
+
+
+def test_a_plan_beside_a_base(networks: list[Path], counted: Counter[str]) -> None:
+    a, b, base = (str(p) for p in (networks[0], networks[1], networks[-1]))
+    mergeid.plan(a, b, base=base, data=str(networks[0].with_name("data.npz")), arch="timm/test_resnet")
+    assert (counted["built"], counted["traced"], counted["proven"], counted["read"]) == (3, 1, 1, 1)
+
+
+def test_a_model_is_held_once(networks: list[Path]) -> None:
+    bench = Workbench(Reading("timm/test_resnet"), Run())
+    one = bench.load(str(networks[0]))
+    assert bench.load(str(networks[0])) is one and bench.graph(one) is bench.graph(one)
+    data = Calibration(str(networks[0].with_name("data.npz")))
+    assert bench.examples(data, one) is bench.examples(data, one)
+    assert bench.examples(Calibration(), one) is None
