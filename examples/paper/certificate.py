@@ -21,7 +21,7 @@ from torch import nn
 from train import Setting, file_of, stored
 
 import mergeid
-from mergeid.evidence.inputs import before_batchnorm, supports
+from mergeid.evidence.inputs import Looks, before_batchnorm, supports
 from mergeid.evidence.layers import space_records
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
@@ -73,7 +73,7 @@ def _computed(setting: Setting, seeds: tuple[int, int], folder: Path, count: int
             ({"x": part} for part in x.split(BATCH)),
             forward,
             centred=dict.fromkeys(normed, True),
-            positions=POSITIONS,
+            reading=Looks(POSITIONS),
         )
         for model in models
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -140,30 +140,38 @@ def record_dataset(
         _refuse_mixed(rows, LABEL_NAMES, source)
     labels = _labels(rows, about, source)
 
+    columns = _Columns(str(text_name), pair_name, target_name)
+
     def get(index: int) -> Item:
         row = rows[index]
-        return _encode(tokenizer, row, str(text_name), pair_name, target_name, about, labels, index, seed)
+        return _encode(tokenizer, row, columns, about, labels, index, seed)
 
     return ItemDataset(len(rows), get, source=source, labels=labels)
+
+
+class _Columns(NamedTuple):
+    """Names of what is read of a row."""
+
+    text: str
+    pair: str | None
+    target: str | None
 
 
 def _encode(
     tokenizer: Any,
     row: Mapping[str, Any],
-    text_name: str,
-    pair_name: str | None,
-    target_name: str | None,
+    columns: _Columns,
     about: Mapping[str, Any],
     labels: torch.Tensor | None,
     index: int,
     seed: int,
 ) -> Item:
     length, task = int(about["max_length"]), about.get("task")
-    texts = [_text(row, n, index) for n in (text_name, pair_name) if n is not None]
+    texts = [_text(row, n, index) for n in (columns.text, columns.pair) if n is not None]
     made = tokenizer(*texts, truncation=True, max_length=length, return_special_tokens_mask=True)
     ids = made["input_ids"] or [int(about.get("pad_id") or 0)]
     item = Item(input_ids=torch.tensor(ids), attention_mask=torch.ones(len(ids), dtype=torch.long))
-    if "token_type_ids" in made and pair_name:
+    if "token_type_ids" in made and columns.pair:
         item["token_type_ids"] = torch.tensor(made["token_type_ids"])
     item.pad_id = int(about.get("pad_id") or 0)
     if task == "masked":
@@ -174,8 +182,8 @@ def _encode(
         item["input_ids"], item["labels"] = mask_tokens(
             item["input_ids"], special, tokenizer.mask_token_id, generator, ignored=IGNORED
         )
-    elif target_name is not None:
-        target = tokenizer(text_target=_text(row, target_name, index), truncation=True, max_length=length)
+    elif columns.target is not None:
+        target = tokenizer(text_target=_text(row, columns.target, index), truncation=True, max_length=length)
         item["labels"] = torch.tensor(target["input_ids"])
         add_targets(item, about, ignored=IGNORED)
     elif task in ("causal", "seq2seq"):

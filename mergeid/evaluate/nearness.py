@@ -21,7 +21,7 @@ contradict each other says nothing. Several outputs: each by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from mergeid.plugins import Batch
 from mergeid.results.comparison import NATS, RELATIVE
 
 if TYPE_CHECKING:
+    from mergeid.models.examples import Examples
     from mergeid.models.loaded import Loaded
 
 EXAMPLES = 256
@@ -83,7 +84,7 @@ class Panel:
         models: the networks that were merged; shares: their weights in what they say together. Models that are
             subtracted (a negative share) are not right about anything.
         either: a network may keep to any of the models; else it is compared with their mean alone.
-        dataset: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
+        examples: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
         parts: how many parts these examples are dealt out to: networks can be asked about one part at a time.
         batch_size: for speed and memory only.
     """
@@ -94,8 +95,7 @@ class Panel:
         models: Sequence[nn.Module],
         *,
         shares: Sequence[float],
-        dataset: Any,
-        collate: Callable[[Any], Any] | None,
+        examples: Examples,
         batch_size: int,
         device: str,
         either: bool = True,
@@ -103,10 +103,10 @@ class Panel:
     ) -> None:
         self.first, self.either = first, either
         self.models = [m.to(device).eval() for m in models]
-        self.dataset, self.collate, self.batch_size, self.device = dataset, collate, batch_size, device
+        self.dataset, self.collate, self.batch_size, self.device = examples.items, examples.collate, batch_size, device
         weights = torch.tensor(shares, dtype=torch.float64)
         self.shares = weights.clamp(min=0) / weights.clamp(min=0).sum() if either else weights
-        count = dataset_length(dataset)
+        count = len(examples)
         self.parts = [_spaced(range(k, count, parts), max(EXAMPLES // parts, 1)) for k in range(min(parts, count))]
         self._kept: list[list[tuple[Batch, list[dict[str, Tensor]]]]] | None = [[] for _ in self.parts]
         self._heads = classifying(first)

@@ -173,8 +173,8 @@ def hold(fixed: Fixed, space: Space, writers: Sequence[Writer], *, across: bool 
             cosine = torch.where(size > 1e-12 * (own.max() * f.max()).sqrt(), swap / size, 0.0)
             cosine.nan_to_num_(nan=-1.0)  # weights that are not finite hold nothing
             angles[side] = max(angles[side], degrees(acos(min(1.0, float(cosine[other].min().clamp(min=-1))))))
-            _dominates(dominant, side, own, f, with_f, into, out, part, other)
-        _dominates(dominant, 2, b, a, ab, *_both_ways(rows, 0, 1, part), part, other)
+            dominant[side] &= _dominates(own, f, with_f, (into, out), part, other)
+        dominant[2] &= _dominates(b, a, ab, _both_ways(rows, 0, 1, part), part, other)
     nearest = [bool(d.any()) for d in dominant]
     if max(angles) < WIDEST:
         # dominance is enough, not needed
@@ -230,23 +230,15 @@ def _between(rows: _Rows, side: int, norms: Tensor, part: Tensor) -> Tensor:
 
 
 def _dominates(
-    found: np.ndarray,
-    at: int,
-    own: Tensor,
-    classes: Tensor,
-    paired: Tensor,
-    into: Tensor,
-    out: Tensor,
-    part: Tensor,
-    other: Tensor,
-) -> None:
-    """Whether every class is nearest to its own neuron, and every neuron to its own class: either proves that the
-    identity is the only cheapest order. `into`: ⟨class_i, neuron_j⟩; `out`: ⟨neuron_i, class_j⟩."""
+    own: Tensor, classes: Tensor, paired: Tensor, ways: tuple[Tensor, Tensor], part: Tensor, other: Tensor
+) -> np.ndarray:
+    """Whether every class is nearest to its own neuron, and every neuron to its own class, bool [2]: either proves that
+    the identity is the only cheapest order. `ways`: ⟨class_i, neuron_j⟩ and ⟨neuron_i, class_j⟩."""
+    into, out = ways
     mine = (own + classes - 2 * paired)[part, None]
     by_class = own[None] + classes[part, None] - 2 * into
     by_neuron = own[part, None] + classes[None] - 2 * out
-    found[at, 0] &= bool((by_class > mine)[other].all())
-    found[at, 1] &= bool((by_neuron > mine)[other].all())
+    return np.array([bool((by_class > mine)[other].all()), bool((by_neuron > mine)[other].all())])
 
 
 def _optimal(rows: _Rows, classes: int, side: int, norms: Sequence[Tensor], blocks: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -222,25 +223,37 @@ def layer_inputs(model: nn.Module, batch: Any, forward: Forward, modules: Sequen
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+@dataclass(frozen=True)
+class Looks:
+    """How much of the inputs is looked at.
+
+    Attributes:
+        positions: most of an example, see `InputReader`; depends on their number only, never on the batch.
+        exact: widest input without a sketch; columns: of the sketch beyond.
+        seed: of the sketch and of the positions.
+    """
+
+    positions: int | None = None
+    exact: int = EXACT
+    columns: int = COLUMNS
+    seed: int = 0
+
+
 def input_moments(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward,
     modules: Sequence[str] | None = None,
     *,
-    positions: int | None = None,
-    exact: int = EXACT,
-    columns: int = COLUMNS,
-    seed: int = 0,
+    reading: Looks | None = None,
 ) -> dict[str, tuple[Moments, ...]]:
     """One pass over the data: moments of every layer's inputs, one per group of a grouped convolution.
 
     Args:
         modules: names of the layers; default: all of `layers`. One that never runs gets no entry.
-        positions: see `InputReader`; depends on the number of positions only, never on the batch.
-        exact: widest input without a sketch; columns: of the sketch beyond.
-        seed: of the sketch and of the positions.
+        reading: how much of the inputs is looked at; default: all of it.
     """
+    how = reading or Looks()
     names = list(layers(model)) if modules is None else list(modules)
     found: dict[str, tuple[Moments, ...]] = {}
 
@@ -254,16 +267,16 @@ def input_moments(
             return
         groups, d = rows.shape[1:]
         if name not in found:
-            sketch = columns if d > exact else None
+            sketch = how.columns if d > how.exact else None
             # one test matrix for all groups of a layer, the same on every device
             found[name] = tuple(
-                InputMoments(d, sketch=sketch, generator=torch.Generator().manual_seed(seed)) for _ in range(groups)
+                InputMoments(d, sketch=sketch, generator=torch.Generator().manual_seed(how.seed)) for _ in range(groups)
             )
         for g, moments in enumerate(found[name]):
             assert isinstance(moments, InputMoments)
             moments.add(rows[:, g])
 
-    reader = InputReader(model, names, take, positions=positions, seed=seed)
+    reader = InputReader(model, names, take, positions=how.positions, seed=how.seed)
     for batch in batches:
         reader(model, batch, forward)
     return {name: found[name] for name in names if name in found}
@@ -321,10 +334,7 @@ def supports(
     *,
     tau: float = 0.9,
     centred: Mapping[str, bool] | None = None,
-    positions: int | None = None,
-    exact: int = EXACT,
-    columns: int = COLUMNS,
-    seed: int = 0,
+    reading: Looks | None = None,
 ) -> dict[str, tuple[Support, ...]]:
     """The support of every layer's inputs, one per group.
 
@@ -332,12 +342,10 @@ def supports(
         tau: share of the variance to explain.
         centred: layers that are (not) to be centred; default: those with a bias are. Say True for a layer whose
             output goes into a BatchNorm.
-        modules, positions, exact, columns, seed: as in `input_moments`.
+        modules, reading: as in `input_moments`.
     """
     wanted = centred or {}
-    found = input_moments(
-        model, batches, forward, modules, positions=positions, exact=exact, columns=columns, seed=seed
-    )
+    found = input_moments(model, batches, forward, modules, reading=reading)
     out: dict[str, tuple[Support, ...]] = {}
     for name, moments in found.items():
         module = model.get_submodule(name)

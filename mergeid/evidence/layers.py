@@ -125,8 +125,6 @@ def space_records(
     supports: Supports | tuple[Supports, Supports],
     *,
     base: State | None = None,
-    adapters: Sequence[State] = (),
-    frozen: Sequence[str] = (),
     before_batchnorm: Collection[str] = (),
     certify: bool = True,
 ) -> dict[str, SpaceRecord]:
@@ -136,7 +134,7 @@ def space_records(
         model: of the architecture, for the layers' kinds; the graph's tensors are its keys.
         a, b: state dicts under those keys; asymmetric layers with their stored parts.
         supports: of the layers' inputs (`mergeid.evidence.inputs.supports`), of both models or of A for both.
-        base, adapters, frozen: where F and D come from, see `mergeid.evidence.sources.fixed_part`.
+        base: where F and D come from, see `mergeid.evidence.sources.fixed_part`.
         before_batchnorm: layers whose scale is free.
         certify: compute shift radii too, which takes several times as long as all else.
 
@@ -151,7 +149,7 @@ def space_records(
             module = model.get_submodule(name)
             tensor = f"{name}.weight"
             try:
-                part = fixed_part(tensor, a, b, base=base, adapters=adapters, frozen=frozen)
+                part = fixed_part(tensor, a, b, base=base)
                 layer = _Layer(name, module, part, axis, space, name in before_batchnorm)
                 sides = [
                     layer.judge(effective_weight(state, tensor), s[name], total, certify, separate=state is a)

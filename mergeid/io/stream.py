@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Union
@@ -38,8 +38,6 @@ class CheckpointWriter:
         output: a ``.safetensors`` file or a folder.
         like: gives names, shapes, order, sharding, metadata and (where `dtypes` is silent) dtypes.
         dtypes: tensor name -> dtype of the output (``"F32"``).
-        record: written as ``mergeid.json`` into the folder or beside the file, with the key ``output`` added. May
-            be set later, as the attribute `record`, until the context is left.
         companions: files that belong beside the weights; copied into a folder output.
         replace: companion name -> new content, for those that must change (a config's dtype) or are new.
         inputs: further files and folders that the output must not overwrite (those of `like` never are).
@@ -56,7 +54,6 @@ class CheckpointWriter:
         *,
         like: Checkpoint,
         dtypes: Mapping[str, str] | None = None,
-        record: Mapping[str, Any] | None = None,
         companions: Iterable[Path] = (),
         replace: Mapping[str, str] | None = None,
         inputs: Iterable[Path] = (),
@@ -71,7 +68,7 @@ class CheckpointWriter:
         single = self.output.name if self._single else None
         self._shards = lay_out(like, single=single, dtypes=dtypes or {}, name=name)
         self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
-        self.record = record
+        self.record: Mapping[str, Any] | None = None
         self._companions = [] if self._single else list(companions)
         self._replace = dict(replace or {})
         self._open: dict[str, IO[bytes]] = {}
@@ -245,48 +242,6 @@ class CheckpointWriter:
         self._open.clear()
         stopping.remove(self._temporary)
         stopping.remove(self._temporary_record)
-
-
-def write_checkpoint(
-    output: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, Chunks]] | Callable[[str], Chunks],
-    *,
-    like: Checkpoint,
-    dtypes: Mapping[str, str] | None = None,
-    record: Mapping[str, Any] | None = None,
-    companions: Iterable[Path] = (),
-    replace: Mapping[str, str] | None = None,
-    inputs: Iterable[Path] = (),
-    force: bool = False,
-) -> list[Path]:
-    """Write a checkpoint that has the names, shapes and sharding of `like`, one tensor at a time.
-
-    Args:
-        tensors: pairs of name and tensor in any order, or a function from name to tensor, called in file order.
-            In place of a tensor, its pieces (an iterable of tensors) will do.
-        output, like, dtypes, record, companions, replace, inputs, force: as in `CheckpointWriter`.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        MergeidError: as in `CheckpointWriter`; then nothing is left behind.
-    """
-    writer = CheckpointWriter(
-        output,
-        like=like,
-        dtypes=dtypes,
-        record=record,
-        companions=companions,
-        replace=replace,
-        inputs=inputs,
-        force=force,
-    )
-    with writer:
-        pairs = ((name, tensors(name)) for name in writer.order()) if callable(tensors) else tensors
-        for name, tensor in pairs:
-            writer.write(name, tensor)
-    return writer.paths()
 
 
 def _pieces(tensor: Chunks) -> Iterable[Tensor | memoryview]:

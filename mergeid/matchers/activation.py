@@ -70,8 +70,7 @@ def combined_matching(
         generator=generator,
         element=start,
         extra=extra,
-        cosine=True,
-        weight=share,
+        cosines=share,
         max_passes=passes,
         workers=workers,
     )

@@ -133,8 +133,7 @@ def _refined(
                 generator=generator,
                 element=universe[p],
                 extra=extra,
-                cosine=True,
-                weight=share,
+                cosines=share,
                 max_passes=8,
             )
             moved |= any(not np.array_equal(found[k], universe[p][k]) for k in found)

@@ -26,8 +26,7 @@ def weight_matching(
     extra: Extra | None = None,
     only: set[str] | None = None,
     max_passes: int = 50,
-    cosine: bool = False,
-    weight: float = 1.0,
+    cosines: float | None = None,
     workers: int | None = None,
 ) -> Element:
     """Coordinate descent over the trees of the graph until no assignment changes.
@@ -41,7 +40,7 @@ def weight_matching(
         element: where to start (identity).
         extra: a further similarity per space, added to the weights' (activation correlations).
         only: spaces that may move (with all that lies in them); the others stay.
-        cosine, weight: use `weight` · cosines instead of inner products.
+        cosines: use so many times the cosines instead of inner products.
         workers: threads for assignments, which change nothing but the time; default: torch's number of threads.
 
     Returns:
@@ -62,8 +61,8 @@ def weight_matching(
         scores = {}
         for s in trees[k]:
             base = kept.scores(s, now)
-            if cosine:
-                base = similarity.normalised(s, base, weight)
+            if cosines is not None:
+                base = similarity.normalised(s, base, cosines)
             scores[s.id] = base + extra(s) if extra else base
         return scores
 

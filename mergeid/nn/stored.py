@@ -89,9 +89,8 @@ def fold_file(
     )
     plain.metadata = dict(checkpoint.metadata)
     record = {"format": "mergeid.record/1", "folded": {"source": checkpoint.source, "sha256": checkpoint.fingerprint()}}
-    with CheckpointWriter(
-        target, like=plain, companions=default_companions(checkpoint), record=record, force=force
-    ) as writer:
+    with CheckpointWriter(target, like=plain, companions=default_companions(checkpoint), force=force) as writer:
+        writer.record = record
         for name in writer.order():
             writer.write(name, [plain.tensor(name).contiguous()])
     return list(writer.paths())

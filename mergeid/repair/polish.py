@@ -29,12 +29,14 @@ class Schedule:
     """Attributes:
     rates: of AdamW, one round each, from where the round before it was best; each falls to 0 as a cosine.
     steps: in a round. every: steps between two looks at the examples that judge. decay: weight decay.
+    seed: of the order of the examples.
     """
 
     rates: tuple[float, ...] = (1e-3, 2e-4)
     steps: int = 300
     every: int = 20
     decay: float = 0.01
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,6 @@ def polish_network(
     accelerator: Accelerator,
     schedule: Schedule | None = None,
     frozen: Collection[str] = (),
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Polished:
     """Change the parameters of `merged` in place.
@@ -110,7 +111,6 @@ def polish_network(
         seen: deals the examples for the steps out to batches anew; processes share these out.
         unseen: batches that judge.
         frozen: names of parameters that stay as they are.
-        seed: of the order of the examples.
     """
     plan = schedule or Schedule()
     targets = [aim.said(batch) for batch in unseen]
@@ -120,7 +120,7 @@ def polish_network(
     for name, p in merged.named_parameters():
         p.requires_grad_(p.is_floating_point() and name not in frozen)
     trained = [p for p in merged.parameters() if p.requires_grad]
-    batches = _endless(seen, torch.Generator().manual_seed(seed), accelerator)
+    batches = _endless(seen, torch.Generator().manual_seed(plan.seed), accelerator)
     for rate in plan.rates if trained else ():
         merged.load_state_dict(kept)
         optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=plan.decay)

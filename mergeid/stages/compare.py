@@ -37,6 +37,7 @@ from torch import Tensor
 
 from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Far, Panel, joined
+from mergeid.models.examples import Examples
 from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
 from mergeid.stages.members import Member, Members
@@ -92,8 +93,7 @@ def last_look(
         members.first,
         [refreshed(members, m.loaded.model, device=run.place) if "bn" in kinds else m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
-        dataset=members.dataset,
-        collate=members.collate,
+        examples=Examples(members.dataset, members.collate),
         batch_size=run.batch_size,
         device=run.place,
     )

@@ -33,8 +33,7 @@ def judge_of(
         [m.model for m in models],
         shares=[1 / len(models)] * len(models),
         either=False,
-        dataset=examples.items,
-        collate=examples.collate,
+        examples=examples,
         batch_size=run.batch_size,
         device=run.place,
     )

@@ -21,7 +21,7 @@ from mergeid.evidence.anchored import IDENTIFIED, Certificate, certificates
 from mergeid.evidence.decide import DIRECT, SpaceEvidence
 from mergeid.evidence.entries import entries
 from mergeid.evidence.hold import Fixed
-from mergeid.evidence.inputs import before_batchnorm, kind_of, supports
+from mergeid.evidence.inputs import Looks, before_batchnorm, kind_of, supports
 from mergeid.evidence.layers import SpaceRecord, space_records
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.nn.names import FIXED, MASK, asymmetric_parameters
@@ -151,10 +151,7 @@ def structure_of(
         a.forward,
         makers,
         centred=dict.fromkeys(normed, True),
-        positions=POSITIONS,
-        exact=EXACT,
-        columns=COLUMNS,
-        seed=seed,
+        reading=Looks(POSITIONS, EXACT, COLUMNS, seed),
     )
     states = [{k: v.detach().cpu() for k, v in m.state().items()} for m in (a, pair.b)]
     origin = None if base is None else {k: v.detach().cpu() for k, v in base.items()}

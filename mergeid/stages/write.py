@@ -100,9 +100,9 @@ def rewrite(
         like=checkpoint,
         companions=default_companions(checkpoint),
         replace=config_files(checkpoint),
-        record={"format": "mergeid.record/1", **record},
         force=force,
     )
+    writer.record = {"format": "mergeid.record/1", **record}
     with writer:
         for i, name in enumerate(order := list(writer.order())):
             run.tell("writing", i, len(order))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -312,7 +313,7 @@ def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[
     from importlib.metadata import version
 
     from mergeid.io.companions import default_companions
-    from mergeid.io.stream import write_checkpoint
+    from mergeid.io.stream import CheckpointWriter
     from mergeid.io.together import write_together
     from mergeid.models.configs import config_files
 
@@ -334,25 +335,19 @@ def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[
     }
     inputs = [p for c in checkpoints if c.files for p in (c.path, *c.files)]
 
-    def writer(i: int, place: Path, **more: Any) -> list[Path]:
+    def write(i: int, place: Path, *, record: Mapping[str, Any] | None = None, force: bool = False) -> list[Path]:
         like, names, state = checkpoints[i], loaded[i].names, result.states[i]
-
-        def tensor(name: str) -> Tensor:
-            value = like.tensor(name)
-            key = names.get(name)
-            return state[key].to(value.dtype).contiguous() if key in state else value.contiguous()
-
-        return write_checkpoint(
-            place,
-            tensor,
-            like=like,
-            companions=default_companions(like),
-            replace=config_files(like),
-            inputs=inputs,
-            **more,
-        )
+        beside, config = default_companions(like), config_files(like)
+        with CheckpointWriter(
+            place, like=like, companions=beside, replace=config, inputs=inputs, force=force
+        ) as writer:
+            writer.record = record
+            for name in writer.order():
+                value, key = like.tensor(name), names.get(name)
+                writer.write(name, (state[key].to(value.dtype) if key in state else value).contiguous())
+        return writer.paths()
 
     if len(result.states) == 1:
-        return writer(0, target, record=record, force=force)
-    parts = {name: (lambda place, i=i: writer(i, place)) for i, name in enumerate("ab")}
+        return write(0, target, record=record, force=force)
+    parts = {name: partial(write, i) for i, name in enumerate("ab")}
     return write_together(target, parts, record=record, inputs=inputs, force=force)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from mergeid.errors import MergeidError
 from mergeid.evidence.inputs import (
     InputReader,
+    Looks,
     input_moments,
     layer_inputs,
     layers,
@@ -214,7 +215,7 @@ def token_batches(size, examples=24, length=7):
 def test_model_supports_do_not_depend_on_the_batch_size(positions):
     torch.manual_seed(0)
     model = Net().double()
-    found = [supports(model, token_batches(n), forward, positions=positions) for n in (1, 5, 24)]
+    found = [supports(model, token_batches(n), forward, reading=Looks(positions)) for n in (1, 5, 24)]
     assert list(found[0]) == ["embed", "conv", "out"] and len(found[0]["conv"]) == 2
     for other in found[1:]:
         for name in found[0]:
@@ -283,7 +284,7 @@ def test_two_devices_on_a_model():
 def test_wide_layers_are_sketched():
     model = nn.Sequential(nn.Linear(40, 3))
     x = torch.from_numpy(low_rank(200, 40, [3, 2, 1], 6)).float()
-    found = supports(model, [{"x": x}], forward, exact=16, columns=12)["0"][0]
+    found = supports(model, [{"x": x}], forward, reading=Looks(exact=16, columns=12))["0"][0]
     exact = supports(model, [{"x": x}], forward)["0"][0]
     assert found.basis.shape == (40, 12) and 0 < found.error < 0.01 * found.total and exact.error == 0
     assert torch.linalg.matrix_norm(found.U @ found.U.T - exact.U @ exact.U.T, 2) < 0.01

@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from writing import write_checkpoint
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes, torch_dtype
 from mergeid.io.opening import open_checkpoint
-from mergeid.io.stream import CheckpointWriter, write_checkpoint
+from mergeid.io.stream import CheckpointWriter
 
 DTYPES = ["BOOL", "U8", "I16", "I64", "F64", "F32", "F16", "BF16", "C64", "F8_E4M3", "F8_E5M2"]
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -208,7 +209,8 @@ def test_places_that_cannot_be(pair: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 WRITE = (
     "import sys, warnings; from mergeid.errors import MergeidError\n"
-    "from mergeid.io.opening import open_checkpoint; from mergeid.io.stream import write_checkpoint\n"
+    "from mergeid.io.opening import open_checkpoint; sys.path.insert(0, sys.argv.pop())\n"
+    "from writing import write_checkpoint\n"
     "like = open_checkpoint(sys.argv[1])\n"
     "try: write_checkpoint(sys.argv[2], like.tensor, like=like, record={})\n"
     "except MergeidError as error: sys.exit(str(error))\n"
@@ -216,7 +218,7 @@ WRITE = (
 
 
 def run_writer(source: Path, output: Path, **options) -> subprocess.CompletedProcess[str]:  # type: ignore[no-untyped-def]
-    command = [sys.executable, "-c", WRITE, str(source), str(output)]
+    command = [sys.executable, "-c", WRITE, str(source), str(output), str(Path(__file__).parents[1] / "helpers")]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,10 +32,16 @@ def dealt(generator: Generator) -> list[dict[str, Tensor]]:
     return [{"x": x} for x in X[:80][torch.randperm(80, generator=generator)].split(20)]
 
 
-def polished(merged: nn.Module, models: list[nn.Module], heads: set[str], **how: Any) -> Polished:
+def polished(merged: nn.Module, models: list[nn.Module], heads: set[str], seed: int = 0, **how: Any) -> Polished:
     aim = Aim(models, [1 / len(models)] * len(models), outputs, frozenset(heads))
     return polish_network(
-        merged, aim, dealt, [{"x": X[80:]}], accelerator=make_accelerator("cpu"), schedule=SHORT, **how
+        merged,
+        aim,
+        dealt,
+        [{"x": X[80:]}],
+        accelerator=make_accelerator("cpu"),
+        schedule=replace(SHORT, seed=seed),
+        **how,
     )
 
 

@@ -26,6 +26,7 @@ from mergeid.errors import WillNotMerge
 from mergeid.evaluate.nearness import Panel
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings
+from mergeid.models.examples import Examples
 from mergeid.reporting.show_plan import print_merge
 from mergeid.stages.compare import TIE, compare
 from mergeid.stages.members import Member, Members
@@ -60,8 +61,7 @@ def far(members, merges, planned, size):
         members.first,
         [m.loaded.model for m in members.models],
         shares=list(members.settings.weights),
-        dataset=members.dataset,
-        collate=members.collate,
+        examples=Examples(members.dataset, members.collate),
         batch_size=size,
         device="cpu",
     )
@@ -131,7 +131,7 @@ def panel_of(models, shares, count=3, **how):
         outputs=lambda model, batch: {"output": model(batch["x"])},
     )
     data = [{"x": torch.full((1,), float(i))} for i in range(count)]
-    return Panel(first, models, shares=shares, dataset=data, collate=None, batch_size=2, device="cpu", **how)
+    return Panel(first, models, shares=shares, examples=Examples(data), batch_size=2, device="cpu", **how)
 
 
 def scores(models, nets, shares, either=True):

@@ -17,6 +17,7 @@ import mergeid
 import mergeid.stages.compare
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.evaluate.nearness import EXAMPLES, Far, Panel, joined
+from mergeid.models.examples import Examples
 from mergeid.stages.compare import Comparison, Distance, compare
 
 
@@ -38,7 +39,7 @@ def panel(models, data, *, classes=False, shares=None, **how):
     )
     rows = [{"x": x} for x in data]
     told = {"shares": shares or [1 / len(models)] * len(models), "batch_size": 7, **how}
-    return Panel(first, modules, dataset=rows, collate=None, device="cpu", **told)
+    return Panel(first, modules, examples=Examples(rows), device="cpu", **told)
 
 
 def named(out):
@@ -129,7 +130,7 @@ def test_sequences_of_unequal_length_and_their_padding():
 
     model, net = Calls(lambda x: x), Calls(lambda x: torch.where(x == 0, 1e6, 0.5 * x))
     first = SimpleNamespace(example=rows[0], model=model, outputs=lambda m, b: {"output": m(b["x"])})
-    how = {"shares": [1.0], "dataset": rows, "collate": collate, "device": "cpu"}
+    how = {"shares": [1.0], "examples": Examples(rows, collate), "device": "cpu"}
     values = torch.cat([r["x"] for r in rows])
     expected = [float(0.25 * r["x"].square().mean()) for r in rows]
     for size in (1, 2, 6):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel
+from mergeid.models.examples import Examples
 from mergeid.stages.solving import solved_if_nearer
 
 
@@ -36,8 +37,8 @@ def panel(models: list[nn.Module], data: Tensor, classes: bool) -> Panel:
         outputs=lambda model, batch: {"out": model(batch["x"])},
     )
     return Panel(
-        cast(Any, first), models, shares=[1 / len(models)] * len(models), dataset=[{"x": x} for x in data],
-        collate=None, device="cpu", batch_size=5,
+        cast(Any, first), models, shares=[1 / len(models)] * len(models), examples=Examples([{"x": x} for x in data]),
+        device="cpu", batch_size=5,
     )  # fmt: skip
 
 
