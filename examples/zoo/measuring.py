@@ -251,7 +251,7 @@ class PairOfNets:
     def _members(self, plan: Plan, calibration: Examples) -> Members:
         names = [k for k, v in self.a.state().items() if v.is_floating_point()]
         settings = MergeSettings.of(get_method("linear"), 2, names)
-        return Members([Member(self.a), Member(self.b, plan)], None, settings, calibration)
+        return Members([Member(self.a), Member(self.b, plan)], None, settings, Given(calibration))
 
     def planned(self, calibration: Examples | None) -> Plan:
         """mergeid's plan, before the last look."""

@@ -158,20 +158,13 @@ def _check_limits(parsed: Any, name: str, expected: str) -> None:
         raise MergeidError(_too_deep(name, expected))
 
 
-def read_yaml(path: str | os.PathLike[str], expected: str) -> Any:
-    """What a YAML file of one document says in the values that JSON has too. Aliases count as what they stand for.
+def read_yaml_documents(path: str | os.PathLike[str], expected: str) -> list[Any]:
+    """Every document of a YAML file in the values that JSON has too, with aliases counted as what they stand for; one
+    that is empty (None) for an empty file.
 
     Raises:
-        MergeidError: broken, another kind of value, a name given twice, several documents, or beyond a limit.
+        MergeidError: broken, another kind of value, a name given twice, or beyond a limit.
     """
-    documents = read_yaml_documents(path, expected)
-    if len(documents) > 1:
-        raise MergeidError(f"{os.fspath(path)} has {len(documents)} documents; expected one, {expected}")
-    return documents[0]
-
-
-def read_yaml_documents(path: str | os.PathLike[str], expected: str) -> list[Any]:
-    """Every document of a YAML file, as `read_yaml` reads one; one that is empty (None) for an empty file."""
     import yaml
 
     name, text = os.fspath(path), read_text(path, expected, LARGEST_YAML)

@@ -16,6 +16,11 @@ from mergeid.nn.names import is_asymmetric
 MERGEABLE = (*FLOATS, "C64")
 
 
+def mergeable(checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors that are weighted and added up."""
+    return [name for name, info in checkpoint.table.items() if info.dtype in MERGEABLE]
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """What happens to every tensor of A, and to those that only B has.

@@ -67,7 +67,7 @@ def command(
 
             work.close()
             print_plan(found, work.console, verbose=verbose)
-            work.say(f"Next: {next_command(found, a, b, call.options.arguments)}")
+            work.say(f"Next: {next_command(found, a, b, call.options)}")
             if output is not None:
                 work.say(f"Plan: {output}")
             if plot is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,11 +31,11 @@ class Call(Generic[Answer]):
     """A verb with the options that the terminal was given for it."""
 
     verb: Callable[..., Answer]
-    options: inspect.BoundArguments
+    options: Mapping[str, Any]
 
     def __call__(self, *args: object, **kwargs: object) -> Answer:
         """Call the verb; what is said here comes before what the terminal was given."""
-        return self.verb(*args, **{**self.options.arguments, **kwargs})
+        return self.verb(*args, **{**self.options, **kwargs})
 
     def given(self, keyword: str) -> bool:
         """Whether the terminal was given a value of its own for this keyword."""
@@ -57,10 +57,10 @@ class Call(Generic[Answer]):
     @property
     def reads(self) -> list[str | None]:
         """What is read besides the models, and must not be written."""
-        return [self.options.arguments.get(k) for k in READ]
+        return [self.options.get(k) for k in READ]
 
     def _value(self, keyword: str) -> object:
-        return self.options.arguments.get(keyword, inspect.signature(self.verb).parameters[keyword].default)
+        return self.options.get(keyword, inspect.signature(self.verb).parameters[keyword].default)
 
 
 def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -76,8 +76,7 @@ def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Ca
         @functools.wraps(function)
         def command(**given: object) -> int:
             said = {k: _plain(v) for k, v in given.items() if k in taken and v is not None}
-            bound = inspect.BoundArguments(inspect.signature(verb), said)  # type: ignore[arg-type]
-            return function(Call(verb, bound), **{k: v for k, v in given.items() if k in named})
+            return function(Call(verb, said), **{k: v for k, v in given.items() if k in named})
 
         signature = inspect.Signature(sorted((*taken.values(), *own), key=_place))
         command.__signature__ = signature  # type: ignore[attr-defined]

@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from mergeid.basics.memory import few_rows
-from mergeid.data.batches import FixedBatches, dataset_length, input_dtype, to_model
+from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.models.running import fits_the_model
 from mergeid.plugins import Batch
 from mergeid.results.comparison import NATS, RELATIVE
@@ -103,7 +102,7 @@ class Panel:
     ) -> None:
         self.first, self.either = first, either
         self.models = [m.to(device).eval() for m in models]
-        self.dataset, self.collate, self.batch_size, self.device = examples.items, examples.collate, batch_size, device
+        self._data, self.batch_size, self.device = examples, batch_size, device
         weights = torch.tensor(shares, dtype=torch.float64)
         self.shares = weights.clamp(min=0) / weights.clamp(min=0).sum() if either else weights
         count = len(examples)
@@ -129,13 +128,13 @@ class Panel:
             found.append(float(torch.cat(rows).mean()) / scale)
         return sum(found) / len(found)
 
-    def rest(self, part: int) -> Any:
+    def rest(self, part: int) -> Examples:
         """The calibration data that this part says nothing about: all but every so manieth example. Where there is one
         part only, all of it."""
-        count, parts = dataset_length(self.dataset), len(self.parts)
+        parts = len(self.parts)
         if parts == 1:
-            return self.dataset
-        return Subset(self.dataset, [i for i in range(count) if i % parts != part])
+            return self._data
+        return self._data.taken([i for i in range(len(self._data)) if i % parts != part])
 
     def far(self, net: nn.Module, part: int) -> dict[str, Far]:
         """How far a network on the device is from the models on the examples of one part, by the outputs' names."""
@@ -154,7 +153,7 @@ class Panel:
         return {n: torch.view_as_real(t) if t.is_complex() else t for n, t in self.first.outputs(net, batch).items()}
 
     def _batches(self, part: int) -> FixedBatches:
-        return FixedBatches(Subset(self.dataset, list(self.parts[part])), self.batch_size, self.collate)
+        return self._data.taken(self.parts[part]).batches(self.batch_size)
 
     def _sizes(self, part: int) -> list[int]:
         return [len(s) for s in self._batches(part).slices]

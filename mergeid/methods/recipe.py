@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mergeid.basics.reading import read_yaml, read_yaml_documents
+from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.schema import ConditionEntry, RecipeFile, SliceEntry, validated
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
@@ -106,21 +106,13 @@ class Recipe:
         }
 
 
-def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe of one document.
-
-    Raises:
-        MergeidError: no such file, no YAML, unknown or refused keys, values of another kind than expected.
-    """
-    return parse_recipe(read_yaml(path, "a recipe in YAML"), os.fspath(path))
-
-
 def read_stages(path: str | os.PathLike[str]) -> list[Recipe]:
     """Read all documents of a recipe, in an order in which each comes after those that it names; the last is what the
     file is about.
 
     Raises:
-        MergeidError: as `read_recipe`; a name twice, several documents without one, or stages that need each other.
+        MergeidError: no such file, no YAML, unknown or refused keys, values of another kind than expected; a name
+            twice, several documents without one, or stages that need each other.
     """
     name = os.fspath(path)
     documents = read_yaml_documents(path, "a recipe in YAML")
@@ -161,7 +153,7 @@ def in_order(recipes: Sequence[Recipe], name: str = "the recipe") -> list[Recipe
 
 
 def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
-    """A recipe from parsed YAML; `name` is what messages call it. Raises `MergeidError` as `read_recipe` does."""
+    """A recipe from parsed YAML; `name` is what messages call it. Raises `MergeidError` as `read_stages` does."""
     told = validated(RecipeFile, parsed, name)
     entries, slices = told.models, told.slices
     if told.modules is not None:

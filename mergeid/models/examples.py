@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Subset
 
 from mergeid.basics.nested import as_batch, named_tensors
 from mergeid.data.batches import Collate, FixedBatches, WholeInputs, dataset_length, input_dtype, is_whole, to_model
@@ -33,6 +35,10 @@ class Examples:
     def whole(self) -> bool:
         """Whether every item is all that one forward pass takes."""
         return is_whole(self.items)
+
+    def taken(self, indices: Sequence[int]) -> Examples:
+        """Some of them, in that order."""
+        return Examples(Subset(self.items, list(indices)), self.collate)
 
     def batches(self, size: int) -> FixedBatches:
         """About `size` examples each, the same whatever process asks."""

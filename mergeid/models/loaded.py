@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from inspect import signature
 from pathlib import Path
@@ -44,6 +45,10 @@ class Loaded:
     names: dict[str, str]
     example: Batch
     wanted: tuple[str, ...] = ()
+
+    def apart_from(self, other: Loaded) -> Loaded:
+        """Itself, with a network of its own where both share one: a model that meets itself."""
+        return replace(self, model=copy.deepcopy(self.model)) if self.model is other.model else self
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task output of one forward pass."""

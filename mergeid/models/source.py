@@ -54,8 +54,3 @@ def open_source(source: Source, *, allow_pickle: bool = False, revision: str | N
     to_dict: Callable[[], dict[str, Any]] | None = getattr(getattr(source, "config", None), "to_dict", None)
     state: Mapping[str, Tensor] = state_of(source)
     return Checkpoint.from_tensors(state, source=type(source).__name__, config=to_dict() if to_dict else None)
-
-
-def wears_names_of_files(source: Any) -> bool:
-    """Whether it is something on a disk or on the hub, by its name."""
-    return isinstance(source, (str, os.PathLike))

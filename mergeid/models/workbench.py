@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import warnings
@@ -83,9 +84,8 @@ class Workbench:
 
     def under(self, reading: Reading) -> Workbench:
         """The same, where models are read in another way; what is open and loaded already stays so."""
-        other = Workbench(reading, self.run)
-        other._opened, other._loaded, other._graphs = self._opened, self._loaded, self._graphs
-        other._examples, other._done = self._examples, self._done
+        other = copy.copy(self)  # with the same tables
+        other.reading = reading
         return other
 
     def _load(self, source: Source, like: Loaded | None) -> Loaded:

@@ -52,6 +52,8 @@ from mergeid.repair.shrunken import CONSTANT, example_sums, shrunken, width
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from mergeid.models.examples import Examples
+
 SHARED_LAYER_PASSES = 100
 """Most passes for a model that calls one BatchNorm twice: it depends on itself, so that no number of passes is enough
 for certain. Otherwise as many passes as layers are."""
@@ -98,6 +100,16 @@ def calibration_batches(
         if size < count:
             dataset = Subset(dataset, [k * count // size for k in range(size)])
     return FixedBatches(dataset, size, collate)
+
+
+def reestimated(
+    model: nn.Module, examples: Examples, forward: Forward, accelerator: Accelerator, *, shrink: bool = False
+) -> dict[str, Tensor]:
+    """`reestimate_batchnorm` on as many of the examples as one batch can hold; arguments as there."""
+    batches = calibration_batches(
+        model, examples.items, forward=forward, collate=examples.collate, accelerator=accelerator
+    )
+    return reestimate_batchnorm(model, batches, forward=forward, accelerator=accelerator, shrink=shrink)
 
 
 def reestimate_batchnorm(

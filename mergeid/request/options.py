@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
-from mergeid.request.request import LARGEST_SEED, MATCHES, Progress
+from mergeid.request.request import LARGEST_SEED, MATCHES
 
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
 """Panels of a command's help."""
@@ -151,5 +151,3 @@ RefuseAbove = Annotated[
 Seed = Annotated[int, Option("Seed of every draw.", HOW, "N", kind=int, least=0, most=LARGEST_SEED)]
 BatchSize = Annotated[int, Option("Examples per forward pass.", HOW, "N", kind=int, least=1)]
 Device = Annotated[str, Option("cpu, cuda, cuda:1, mps …", HOW, "DEVICE")]
-Told = Union[Progress, None]
-"""Who is told how far long work is."""

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Far, Panel, joined
-from mergeid.models.examples import Examples
 from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
 from mergeid.stages.members import Member, Members
@@ -93,7 +92,7 @@ def last_look(
         members.first,
         [refreshed(members, m.loaded.model, device=run.place) if "bn" in kinds else m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
-        examples=Examples(members.dataset, members.collate),
+        examples=members.given,
         batch_size=run.batch_size,
         device=run.place,
     )
@@ -146,7 +145,7 @@ def _tried(
         for part in range(len(panel.parts)):
             load_weights(net, state)
             if kind != "none":
-                repair_network(replace(members, dataset=panel.rest(part)), net, mode=kind, skip=skip, device=device)
+                repair_network(replace(members, examples=panel.rest(part)), net, mode=kind, skip=skip, device=device)
             parts.append(panel.far(net, part))
         yield kind, joined(parts)
 

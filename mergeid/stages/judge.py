@@ -13,7 +13,7 @@ from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
 from mergeid.models.running import make_accelerator
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
-from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm
+from mergeid.repair.batchnorm import reestimated
 from mergeid.request.request import Run
 
 
@@ -46,11 +46,7 @@ def judge_of(
         }
         work = copy.deepcopy(first.model).to(run.place)
         load_weights(work, average)
-        accelerator = make_accelerator(run.place)
-        batches = calibration_batches(
-            work, examples.items, forward=first.forward, collate=examples.collate, accelerator=accelerator
-        )
-        statistics = reestimate_batchnorm(work, batches, forward=first.forward, accelerator=accelerator)
+        statistics = reestimated(work, examples, first.forward, make_accelerator(run.place))
         load_weights(work, average | statistics)
         far = panel.far(work, 0).values()
         return sum(f.distance for f in far) / len(far)

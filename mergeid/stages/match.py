@@ -47,7 +47,7 @@ def planned_members(
                 "merges them all the same)"
             )
     base = members.pop() if met.base is not None else None
-    return Members(members, base, settings, examples and examples.items, examples.collate if examples else None)
+    return Members(members, base, settings, examples)
 
 
 def verdict_of(plans: list[Plan]) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_torch import whole
-from mergeid.data.batches import FixedBatches, input_dtype, to_model
+from mergeid.data.batches import input_dtype, to_model
 from mergeid.methods.settings import MergeSettings
 from mergeid.methods.statistics import Gram, fisher_diagonal, gram_matrices
+from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
 from mergeid.nn.names import is_asymmetric
 from mergeid.plugins import Batch
@@ -63,20 +64,25 @@ class Members:
         models: the first, then the others.
         base: the base model, for methods that need one.
         settings: method, weights and parameters, by the names of the first model's tensors.
-        dataset, collate: calibration data; None without.
+        examples: calibration data; None without.
         statistics: per model, state-dict key -> what the method needs.
     """
 
     models: list[Member]
     base: Member | None
     settings: MergeSettings
-    dataset: Any = None
-    collate: Callable[[Any], Any] | None = None
+    examples: Examples | None = None
     statistics: list[dict[str, Any]] | None = None
 
     @property
     def first(self) -> Loaded:
         return self.models[0].loaded
+
+    @property
+    def given(self) -> Examples:
+        """The calibration data, of a merge that has some."""
+        assert self.examples is not None
+        return self.examples
 
     @property
     def everyone(self) -> list[Member]:
@@ -94,7 +100,7 @@ class Members:
 
     def batches(self, batch_size: int, device: str) -> Iterator[Batch]:
         """The calibration data on a device, in the first model's number format."""
-        for batch in FixedBatches(self.dataset, batch_size, self.collate):
+        for batch in self.given.batches(batch_size):
             yield to_model(batch, torch.device(device), input_dtype(self.first.model))
 
     def workspaces(self) -> Iterator[nn.Module]:

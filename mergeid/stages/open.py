@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.combine.tensor_plan import MERGEABLE, plan_many, plan_tensors
+from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
@@ -20,7 +20,7 @@ from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
 from mergeid.models.source import Source, is_module
 from mergeid.models.vocabularies import one_vocabulary
-from mergeid.request.request import Output
+from mergeid.request.request import Matching, Output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ class Met:
     @property
     def float_names(self) -> list[str]:
         """Names of the tensors that settings speak of: the first model's, those that are merged."""
-        names = [n for n, info in self.agreed.models[0].table.items() if info.dtype in MERGEABLE]
+        names = mergeable(self.agreed.models[0])
         return [n for n in names if not any(fnmatchcase(n, p) for p in self.skip)]
 
 
@@ -153,7 +153,7 @@ def pair_of(met: Met, other: Source, dtype: str | None = None) -> Pair:
             graph = bench.graph(one)
         except MergeidError as error:
             raise NoModel(str(error)) from error
-    return Pair(one, two if two.model is not one.model else _copied(two), unskipped(graph, one, met.skip))
+    return Pair(one, two.apart_from(one), unskipped(graph, one, met.skip))
 
 
 def check_tensors(met: Met, other: Checkpoint, dtype: str | None = None) -> None:
@@ -200,6 +200,14 @@ def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:
     return bench.load(both.models[1], like).state()
 
 
+def check_matching(matching: Matching, data: bool) -> None:
+    """Raises `MergeidError`, before long work, for a matcher that is unknown or cannot do what is asked."""
+    if matching.matcher is not None:
+        from mergeid.matchers.protocol import check_matcher
+
+        check_matcher(matching.matcher, matching.mode, data)
+
+
 def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -> Path:
     """Where the output goes: beside the working directory's files, of the first model's kind, if it has no name.
 
@@ -218,11 +226,6 @@ def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -
         folder = folder or (isinstance(first, Checkpoint) and first.is_folder)
         path = default if folder else f"{default}.safetensors"
     return check_output(path, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=output.force)
-
-
-def _copied(loaded: Loaded) -> Loaded:
-    """A network of its own, where a model meets itself."""
-    return replace(loaded, model=copy.deepcopy(loaded.model))
 
 
 def _in_one_class(one: Loaded, two: Loaded, second: bool) -> tuple[Loaded, Loaded]:

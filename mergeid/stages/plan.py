@@ -29,12 +29,13 @@ from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
 from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
+from mergeid.models.source import Source
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.nn.folding import effective_state
-from mergeid.request.request import Matching, Run
+from mergeid.request.request import Calibration, Matching, Run
 from mergeid.results.plan import Plan
 from mergeid.stages.gather import Hears, evidence_of, passes
-from mergeid.stages.open import Pair
+from mergeid.stages.open import Met, Pair, origin_of, pair_of
 from mergeid.stages.structure import certified, contradictions, structure_of, why_not, without_data
 
 LEAST = 16
@@ -140,6 +141,24 @@ def make_plan(
         said,
         found.matched,
     )
+
+
+def plan_pair(
+    met: Met, matching: Matching, calibration: Calibration, *, base: Source | None = None, certify: bool = False
+) -> tuple[Pair, Plan]:
+    """The first two models and their plan, with what was found when they were opened among its notes.
+
+    Args:
+        base: what both were fine-tuned from.
+        certify: with radii of stability.
+
+    Raises `MergeidError` for anything wrong with the input.
+    """
+    pair = pair_of(met, met.models[1])
+    origin = None if base is None else origin_of(met, base, pair.a)
+    examples = met.bench.examples(calibration, pair.a)
+    made = make_plan(pair, matching, met.bench.run, examples=examples, structural=Structural(origin, certify))
+    return pair, replace(made, notes=[*met.agreed.notes, *made.notes])
 
 
 def _without_examples(

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from mergeid.basics.state import load_weights
-from mergeid.data.batches import dataset_length, input_dtype, to_model
+from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
-from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm, reestimated
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
 from mergeid.stages.members import Members
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
+    from mergeid.models.examples import Examples
     from mergeid.plugins import Batch
     from mergeid.request.request import Progress
 
@@ -146,12 +146,8 @@ def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.
     it has none."""
     if not batchnorm_layers(model):
         return model
-    accelerator, forward = make_accelerator(device), members.first.forward
     fresh = copy.deepcopy(model)
-    batches = calibration_batches(
-        fresh, members.dataset, forward=forward, collate=members.collate, accelerator=accelerator
-    )
-    reestimate_batchnorm(fresh, batches, forward=forward, accelerator=accelerator, shrink=True)
+    reestimated(fresh, members.given, members.first.forward, make_accelerator(device), shrink=True)
     return fresh
 
 
@@ -181,7 +177,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
         models,
         _shares(members),
         members.first.forward,
-        [members.first.inputs_of(batch) for batch in members.batches(SOLVED_AT_ONCE, str(device))],
+        list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)),
         frozen=_frozen(members, before, skip),
         progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
     )
@@ -192,7 +188,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
         sum(layer.ridge < inf for layer in done),
         sum(layer.before for layer in done) / count,
         sum(layer.after for layer in done) / count,
-        len(members.dataset),
+        len(members.given),
     )
 
 
@@ -208,22 +204,21 @@ def _polish(
     from mergeid.repair.polish import Aim, polish_network
 
     device = next(merged.parameters()).device
-    count = dataset_length(members.dataset)
+    count = len(members.given)
     kept = [i for i in range(count) if i % UNSEEN == UNSEEN - 1]
     if not kept:
         raise MergeidError(
             f"a polished merge is judged on every {UNSEEN}th example, and there are {count}; give more with --data"
         )
     before = {k: v.clone() for k, v in merged.state_dict().items()}
-    fit = replace(members, dataset=Subset(members.dataset, [i for i in range(count) if i % UNSEEN != UNSEEN - 1]))
+    fit = replace(members, examples=members.given.taken([i for i in range(count) if i % UNSEEN != UNSEEN - 1]))
     found = _solve(fit, merged, skip, progress)
 
-    def batches(dataset: Any) -> list[Batch]:
-        part = replace(members, dataset=dataset)
-        return [members.first.inputs_of(batch) for batch in part.batches(POLISHED_AT_ONCE, str(device))]
+    def batches(part: Examples) -> list[Batch]:
+        return list(part.unlabelled(POLISHED_AT_ONCE, members.first, device))
 
     def dealt(generator: torch.Generator) -> list[Batch]:
-        return batches(Subset(fit.dataset, torch.randperm(len(fit.dataset), generator=generator).tolist()))
+        return batches(fit.given.taken(torch.randperm(len(fit.given), generator=generator).tolist()))
 
     aim = Aim(
         [copy.deepcopy(work).to(device).eval() for work in members.workspaces()],
@@ -235,7 +230,7 @@ def _polish(
         merged,
         aim,
         dealt,
-        batches(Subset(members.dataset, kept)),
+        batches(members.given.taken(kept)),
         accelerator=accelerator,
         frozen=_frozen(members, before, skip),
         progress=(lambda k, n: progress("polishing", k, n)) if progress else None,
@@ -247,8 +242,9 @@ def _polish(
 
 def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair) -> None:
     forward = members.first.forward
+    examples = members.given
     batches = calibration_batches(
-        merged, members.dataset, forward=forward, collate=members.collate, accelerator=accelerator
+        merged, examples.items, forward=forward, collate=examples.collate, accelerator=accelerator
     )
     old = {
         n: layer.running_var.double().cpu()
@@ -283,9 +279,9 @@ def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> R
         return Repair(notes=["REPAIR found no linear or convolutional layer that it could rescale"])
     sized = calibration_batches(
         merged,
-        members.dataset,
+        members.given.items,
         forward=forward,
-        collate=members.collate,
+        collate=members.given.collate,
         accelerator=accelerator,
         layers=[merged.get_submodule(layer.name) for layer in layers],
     )

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mergeid.data.batches import dataset_length, is_whole
 from mergeid.errors import MergeidError
 from mergeid.stages.repair import SOLVE
 
@@ -57,7 +56,7 @@ def can_be_solved(members: Members) -> bool:
     """By itself, without being asked for: shares of models, in memory, with examples that lie side by side."""
     size = sum(p.numel() for p in members.first.model.parameters())
     kept = members.settings.method.weights == "shares" and members.base is None
-    return kept and size <= LARGE and not is_whole(members.dataset) and dataset_length(members.dataset) >= LEAST
+    return kept and size <= LARGE and not members.given.whole and len(members.given) >= LEAST
 
 
 def solved_if_nearer(

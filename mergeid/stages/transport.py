@@ -57,7 +57,7 @@ def transported_members(met: Met, settings: MergeSettings, calibration: Calibrat
         run.tell("optimal transport", len(members) - 1, len(loaded) - 1)
         state = _carried_state(Pair(first, other, graph), examples, met.skip, run)
         members.append(Member(replace(other, checkpoint=_carried(other, state)), None, state))
-    return Members(members, None, settings, examples and examples.items, examples.collate if examples else None)
+    return Members(members, None, settings, examples)
 
 
 def _carried_state(pair: Pair, examples: Examples | None, skip: Sequence[str], run: Run) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def _carried_state(pair: Pair, examples: Examples | None, skip: Sequence[str], r
 def _load(source: Source, reading: Reading, run: Run, first: Loaded | None) -> Loaded:
     """A model; `reading.arch` names the first one's, and another of other width may need none, or fit the same name."""
     from mergeid.combine.by_torch import check_finite
-    from mergeid.combine.tensor_plan import MERGEABLE
+    from mergeid.combine.tensor_plan import mergeable
 
     if first is not None and reading.example.inputs is not None:
         reading = replace(reading, example=Example(first.example, reading.example.outputs))
@@ -93,7 +93,7 @@ def _load(source: Source, reading: Reading, run: Run, first: Loaded | None) -> L
     if is_asymmetric(found.state()):
         raise MergeidError(f"{found.source} has asymmetric layers; fold it first (mergeid.nn.fold_file)")
     if found.checkpoint is not None:
-        check_finite(found.checkpoint, [n for n, i in found.checkpoint.table.items() if i.dtype in MERGEABLE])
+        check_finite(found.checkpoint, mergeable(found.checkpoint))
     return found
 
 

@@ -24,7 +24,7 @@ from mergeid.request.request import (
     check_transport,
 )
 from mergeid.results.merge import MergeResult
-from mergeid.stages.open import Met, open_models, origin_of, output_path, pair_of, skipped_keys
+from mergeid.stages.open import Met, check_matching, open_models, output_path, skipped_keys
 
 
 @verb
@@ -84,19 +84,12 @@ def align(
         check_transport(matching, base=base is not None)
         met = open_models(Workbench(reading, run), [to, b], widths=False)
         return _transported(met, calibration, target, force)
-    if matcher is not None:
-        from mergeid.matchers.protocol import check_matcher
-
-        check_matcher(matcher, match, calibration.given)
+    check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [to, b])
-    pair = pair_of(met, met.models[1])
-    from mergeid.stages.plan import Structural, make_plan
+    from mergeid.stages.plan import plan_pair
     from mergeid.stages.write import rewrite
 
-    origin = None if base is None else origin_of(met, base, pair.a)
-    examples = met.bench.examples(calibration, pair.a)
-    found = make_plan(pair, matching, run, examples=examples, structural=Structural(origin, certify))
-    made = replace(found, notes=[*met.agreed.notes, *found.notes])
+    pair, made = plan_pair(met, matching, calibration, base=base, certify=certify)
     result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
     if target is None:
         return replace(result, state=made.graph.apply_state(made.element, pair.b.state()))

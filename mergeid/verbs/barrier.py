@@ -13,7 +13,7 @@ from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run, check_count
-from mergeid.stages.open import Pair, open_models, pair_of
+from mergeid.stages.open import Pair, check_matching, open_models, pair_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +96,7 @@ def barrier(
     held = Calibration(data if calibration is None else calibration, calibration_limit)
     if points < 2:
         raise MergeidError(f"--points must be at least 2, got {points}")
-    if matcher is not None:
-        from mergeid.matchers.protocol import check_matcher
-
-        check_matcher(matcher, match, True)
+    check_matching(matching, True)
     reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
     opening = Run.of(progress, seed=seed)  # networks are compared on the CPU, and measured on the device
     met = open_models(Workbench(reading, opening), [a, b])

@@ -32,7 +32,7 @@ from mergeid.request.request import (
     check_transport,
 )
 from mergeid.results.merge import MergeResult
-from mergeid.stages.open import Met, open_models, output_path
+from mergeid.stages.open import Met, check_matching, open_models, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,6 @@ class MergeRequest:
     models: tuple[Source, ...]
     base: Source | None
     asked: MethodRequest
-    reading: Reading
     calibration: Calibration
     matching: Matching
     repairing: Repairing
@@ -77,12 +76,8 @@ class MergeRequest:
             raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
         if self.transport:
             check_transport(self.matching, base=self.base is not None)
-        elif self.matching.matcher is not None:
-            from mergeid.matchers.protocol import check_matcher
-
-            check_matcher(self.matching.matcher, self.matching.mode, data)
-        if is_module(self.models[0]) and len(self.models) > 2 and self.reading.config not in (None, "a"):
-            raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
+        else:
+            check_matching(self.matching, data)
 
 
 @verb
@@ -201,20 +196,22 @@ def merge(
         MethodRequest(
             get_method(method), setting_of_weights(weights), _with_density(parameters, density), normalize, seed
         ),
-        Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs), tokenizer),
         Calibration(data, limit),
         Matching(match, matcher),
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),
         Output(output, dtype, force),
         transport,
     )
-    return merge_models(request, run)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs), tokenizer)
+    return merge_models(request, Workbench(reading, run))
 
 
-def merge_models(request: MergeRequest, run: Run) -> MergeResult:
+def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     """The merge that is asked for, stage by stage. Raises as `merge`."""
-    output = _target(request)
-    bench = Workbench(request.reading, run)
+    run, config = bench.run, bench.reading.config
+    if is_module(request.models[0]) and len(request.models) > 2 and config not in (None, "a"):
+        raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
+    output = _target(request, bench.reading.arch)
     met = open_models(bench, request.models, request.base, widths=not request.transport)
     request, notes = _sharing(request, met)
     settings = request.asked.over(len(met.models), met.float_names)
@@ -224,7 +221,7 @@ def merge_models(request: MergeRequest, run: Run) -> MergeResult:
     if members is not None:
         members = members.measured(run)
         result = _planned(result, members, request)
-        if members.dataset is not None:
+        if members.examples is not None:
             members, result, kind = _looked(result, members, request, met, run)
             result, repaired = _repaired(result, members, kind, met, run)
         elif result.verdict in ("match", "transported") and _has_batchnorm(members):
@@ -240,11 +237,11 @@ def merge_models(request: MergeRequest, run: Run) -> MergeResult:
     return write(result, met, inputs_of(met, members, repaired), request.asked, output)
 
 
-def _target(request: MergeRequest) -> Output | None:
+def _target(request: MergeRequest, arch: str | None) -> Output | None:
     """Where the merge is written; None: a merge of live modules stays in memory."""
     if is_module(request.models[0]) and request.output.path is None:
         return None
-    reads = [*request.models, request.base, request.calibration.data, request.reading.arch]
+    reads = [*request.models, request.base, request.calibration.data, arch]
     return replace(request.output, path=output_path(request.output, reads))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mergeid.models.source import Source
@@ -11,7 +10,7 @@ from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run
-from mergeid.stages.open import open_models, origin_of, pair_of
+from mergeid.stages.open import check_matching, open_models
 
 if TYPE_CHECKING:
     from mergeid.results.plan import Plan
@@ -58,16 +57,9 @@ def plan(
     """
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
     matching, calibration = Matching(match, matcher), Calibration(data, limit)
-    if matcher is not None:
-        from mergeid.matchers.protocol import check_matcher
-
-        check_matcher(matcher, match, calibration.given)
+    check_matching(matching, calibration.given)
     reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
     met = open_models(Workbench(reading, run), [a, b])
-    pair = pair_of(met, met.models[1])
-    from mergeid.stages.plan import Structural, make_plan  # needs torch, which a pair that does not fit never loads
+    from mergeid.stages.plan import plan_pair  # needs torch, which a pair that does not fit never loads
 
-    origin = None if base is None else origin_of(met, base, pair.a)
-    examples = met.bench.examples(calibration, pair.a)
-    found = make_plan(pair, matching, run, examples=examples, structural=Structural(origin, certify))
-    return replace(found, notes=[*met.agreed.notes, *found.notes])
+    return plan_pair(met, matching, calibration, base=base, certify=certify)[1]

@@ -12,7 +12,7 @@ from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run
-from mergeid.stages.open import Pair, open_models, origin_of, pair_of, skipped_keys
+from mergeid.stages.open import Met, Pair, check_matching, open_models, origin_of, pair_of, skipped_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,13 +74,22 @@ def predict(
     check_tolerated(tolerate)
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
     calibration, matching = Calibration(data, limit), Matching("always", matcher)
-    if matcher is not None:
-        from mergeid.matchers.protocol import check_matcher
-
-        check_matcher(matcher, "always", calibration.given)
+    check_matching(matching, calibration.given)
     reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
     met = open_models(Workbench(reading, run), [a, b])
-    pair = pair_of(met, met.models[1])
+    return predict_pair(met, matching, calibration, base=base, tolerate=tolerate)
+
+
+def predict_pair(
+    met: Met,
+    matching: Matching,
+    calibration: Calibration,
+    *,
+    base: Source | None = None,
+    tolerate: float = TOLERATED,
+) -> PredictResult:
+    """`predict` for models that are open already. Raises as `predict`."""
+    pair, run = pair_of(met, met.models[1]), met.bench.run
     from mergeid.prediction.features import EndSums
     from mergeid.prediction.probe import hears
     from mergeid.stages.plan import make_plan
@@ -94,8 +103,8 @@ def predict(
     from mergeid.prediction.probe import RandomInputs, probe
     from mergeid.results.prediction import PredictResult, outlook
 
-    mode = "weights" if data is None else "inputs"
-    examples = Examples(RandomInputs(pair.a, seed=seed)) if given is None else given
+    mode = "inputs" if calibration.given else "weights"
+    examples = Examples(RandomInputs(pair.a, seed=run.seed)) if given is None else given
     elements = {"direct": plan.graph.identity()}
     if plan.moves:
         elements["matched"] = plan.element
@@ -117,12 +126,12 @@ def predict(
     outlooks = [
         outlook(predictor, mode, name, repaired, features, e.layers, tolerate)
         for name, e in found.items()
-        for repaired, features in ((False, e.plain), (True, e.repaired if data is not None else None))
+        for repaired, features in ((False, e.plain), (True, e.repaired if calibration.given else None))
         if features is not None
     ]
     origin = None if base is None else origin_of(met, base, pair.a)
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
-    if data is None:
+    if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which says less than inputs of their kind")
     if any(not o.nats.trusted for o in outlooks):
         notes.append("part of what was found lies far outside what the predictor was fitted on; there it cannot tell")

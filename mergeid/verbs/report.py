@@ -18,7 +18,7 @@ from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import Calibration, Matching, Output, Progress, Reading, Repairing, Run
-from mergeid.stages.open import Met, Pair, open_models, pair_of
+from mergeid.stages.open import Met, Pair, open_models
 
 if TYPE_CHECKING:
     from mergeid.models.examples import Examples
@@ -117,12 +117,12 @@ def report(
     began = time.perf_counter()
     held = Calibration(calibration if calibration is not None else data)
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
-    met = open_models(Workbench(Reading(arch, config, tuple(skip), allow_pickle), Run.of(progress, seed=seed)), [a, b])
-    pair = pair_of(met, met.models[1])
-    from mergeid.stages.plan import make_plan
+    met = open_models(
+        Workbench(Reading(arch, config, tuple(skip), allow_pickle), Run.of(progress, device=device, seed=seed)), [a, b]
+    )
+    from mergeid.stages.plan import plan_pair
 
-    made = make_plan(pair, Matching(), met.bench.run, examples=_examples(met, held, pair))
-    plan = replace(made, notes=[*met.agreed.notes, *made.notes])
+    pair, plan = plan_pair(met, Matching(), held)
     task = _Task(a, b, Calibration(data, limit), held, points, run, met, pair, plan)
     curves = _curves(task)
     prediction = _predicted(task)
@@ -224,22 +224,10 @@ def _elements(plan: Plan) -> dict[str, Element]:
 
 def _predicted(task: _Task) -> PredictResult | None:
     """None where the models have no logits, or do not run side by side."""
-    from mergeid.verbs.predict import predict
+    from mergeid.verbs.predict import predict_pair
 
     try:
-        asked, run = task.reading, task.run
-        return predict(
-            task.a,
-            task.b,
-            data=task.held.data,
-            arch=asked.arch,
-            config=asked.config,
-            skip=asked.skip,
-            allow_pickle=asked.allow_pickle,
-            seed=run.seed,
-            device=run.place,
-            progress=run.tell,
-        )
+        return predict_pair(task.met, Matching("always"), task.held)
     except MergeidError:
         return None
 
@@ -261,14 +249,13 @@ def _solved(task: _Task) -> tuple[MergeResult | None, tuple[Measured, ...], str 
                 (task.a, task.b),
                 None,
                 MethodRequest(get_method("linear"), seed=task.run.seed),
-                task.reading,
                 task.held,
                 Matching(),
                 Repairing("solve"),
                 Output(output),
                 transport=False,
             )
-            made = merge_models(request, replace(task.met.bench.run, device=task.run.device))
+            made = merge_models(request, task.met.bench)
         except WillNotMerge as error:
             return None, (), str(error)
         except MergeidError:

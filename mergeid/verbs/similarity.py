@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +78,8 @@ def similarity(
     """
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
     bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs)), run)
-    one, two = bench.load(a), _other(bench, a, b)
+    one = bench.load(a)
+    two = bench.load(b).apart_from(one)
     examples = bench.examples(Calibration(data, limit), one)
     if examples is None or len(examples) < 4:
         raise MergeidError(f"--data holds {0 if examples is None else len(examples)} examples; expected at least 4")
@@ -105,11 +105,6 @@ def similarity(
             "PWCCA are too high; more examples help, the unbiased CKA does not need them"
         )
     return SimilarityResult(one.source, two.source, len(examples), table, names_a, names_b, found, notes)
-
-
-def _other(bench: Workbench, a: Source, b: Source) -> Loaded:
-    """The second model, on its own even where it is the first one again."""
-    return bench.load(b) if b is not a else replace(bench.load(a), model=copy.deepcopy(bench.load(a).model))
 
 
 def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) -> list[str]:

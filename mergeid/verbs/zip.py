@@ -180,7 +180,7 @@ def _pair(met: Met, one_head: bool) -> Pair:
     """Both models with A's graph; what is wrong with files is said from their headers where it can be."""
     if not met.live:
         from mergeid.combine.by_torch import check_finite
-        from mergeid.combine.tensor_plan import MERGEABLE, plan_tensors, refuse_quantised
+        from mergeid.combine.tensor_plan import mergeable, plan_tensors, refuse_quantised
 
         opened = [met.bench.open(source) for source in met.models]
         if one_head:
@@ -194,7 +194,7 @@ def _pair(met: Met, one_head: bool) -> Pair:
             plan_tensors(*opened)
         for checkpoint in opened:
             refuse_quantised(checkpoint, list(checkpoint.table))
-            check_finite(checkpoint, [n for n, info in checkpoint.table.items() if info.dtype in MERGEABLE])
+            check_finite(checkpoint, mergeable(checkpoint))
     from mergeid.models.graph import graph_of
 
     bench, (first, second) = met.bench, met.models
@@ -202,10 +202,7 @@ def _pair(met: Met, one_head: bool) -> Pair:
     given = bench.reading.example
     if given.inputs is not None:
         bench = bench.under(replace(bench.reading, example=Example(one.example, given.outputs)))
-    two = bench.load(second)
-    if two.model is one.model:
-        two = replace(two, model=copy.deepcopy(two.model))
-    return Pair(one, two, graph_of(one, seed=bench.run.seed))
+    return Pair(one, bench.load(second).apart_from(one), graph_of(one, seed=bench.run.seed))
 
 
 def _same_trunk(pair: Pair) -> None:
@@ -281,7 +278,7 @@ def _renormalised(result: ZipResult, pair: Pair, examples: Examples, run: Run) -
     """BatchNorm statistics estimated again in every state; those of the trunk once."""
     from mergeid.basics.state import load_weights
     from mergeid.models.running import make_accelerator
-    from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm
+    from mergeid.repair.batchnorm import reestimated
 
     accelerator, forward = make_accelerator(run.place), pair.a.forward
     shared: dict[str, Tensor] = {}
@@ -290,10 +287,7 @@ def _renormalised(result: ZipResult, pair: Pair, examples: Examples, run: Run) -
     for old, one in zip(result.states, (pair.a, pair.b), strict=False):
         work, state = copy.deepcopy(one.model), dict(old)
         load_weights(work, state)
-        given = calibration_batches(
-            work, examples.items, forward=forward, collate=examples.collate, accelerator=accelerator
-        )
-        found = reestimate_batchnorm(work, given, forward=forward, accelerator=accelerator)
+        found = reestimated(work, examples, forward, accelerator)
         for key, value in found.items():
             state[key] = shared.get(key, value.detach().cpu())
             if key in result.trunk:

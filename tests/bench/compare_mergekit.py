@@ -151,13 +151,13 @@ def run(command: list[str], folder: Path) -> None:
 
 def compare(ours: Path, theirs: Path, folder: Path, recipe: Path) -> dict[str, Any]:
     """Largest absolute difference, and apart from it those that are explained (see the module's text)."""
-    from mergeid.methods.recipe import read_recipe
+    from mergeid.methods.recipe import read_stages
     from mergeid.methods.registry import get_method
     from mergeid.methods.settings import MergeSettings
 
     x, y = tensors_of(ours), tensors_of(theirs)
     inputs = {name: tensors_of(folder / name) for name in ("base", "a", "b")}
-    told = read_recipe(recipe)
+    (told,) = read_stages(recipe)
     settings = MergeSettings.of(
         get_method(told.method), 2, x, weights=told.weights, parameters=told.parameters, normalize=told.normalize
     )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 import mergeid
 from mergeid.basics import stopping
-from mergeid.basics.reading import json_text, parse_json, read_json, read_yaml
+from mergeid.basics.reading import json_text, parse_json, read_json, read_yaml_documents
 from mergeid.commands.cli import run
 from mergeid.errors import MergeidError, MergeidWarning, listed, plain, shown
 
@@ -197,7 +197,7 @@ def test_a_file_that_is_too_large_or_no_text(tmp_path: Path) -> None:
         read_json(tmp_path / "f.json")
     (tmp_path / "r.yaml").write_text("#" * 300_000)
     with pytest.raises(MergeidError, match=r"300,000 bytes and more than 262,144 are not read"):
-        read_yaml(tmp_path / "r.yaml", "a recipe")
+        read_yaml_documents(tmp_path / "r.yaml", "a recipe")
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf{}")
     assert read_json(tmp_path / "bom.json") == {}
 
@@ -232,7 +232,7 @@ def test_values_that_yaml_cannot_make(inside: Inside, pair: Path, text: str) -> 
 
 def test_aliases_that_are_harmless(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: &m {x: 1, y: 2}\nb: {<<: *m, x: 3}\nc: [*m, *m]\nd: 2001-01-01\n")
-    found = read_yaml(tmp_path / "r.yaml", "a recipe")
+    (found,) = read_yaml_documents(tmp_path / "r.yaml", "a recipe")
     assert found == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": [{"x": 1, "y": 2}] * 2, "d": "2001-01-01"}
 
 

@@ -20,7 +20,7 @@ from mergeid.data.text import read_records
 from mergeid.errors import MergeidError
 from mergeid.io.header import read_header
 from mergeid.io.weights import read_index
-from mergeid.methods.recipe import read_recipe
+from mergeid.methods.recipe import read_stages
 from mergeid.neuron_graph.by_hand import read_graph
 
 FAST = settings(
@@ -114,7 +114,7 @@ Read = Callable[[Path], Any]
 READERS: dict[str, tuple[str, st.SearchStrategy[Any], Callable[[Any], bytes], Read]] = {
     "header": ("a.safetensors", headers, header_file, read_header),
     "index": ("model.safetensors.index.json", indices, dumped, read_index),
-    "recipe": ("r.yaml", recipes, yaml_file, read_recipe),
+    "recipe": ("r.yaml", recipes, yaml_file, read_stages),
     "graph": ("g.json", graphs, dumped, read_graph),
     "records": ("d.jsonl", records, lines, read_records),
 }

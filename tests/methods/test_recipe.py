@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import all_refused, refused
 
 from mergeid.errors import MergeidError
-from mergeid.methods.recipe import parse_recipe, read_recipe
+from mergeid.methods.recipe import parse_recipe, read_stages
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import Condition, MergeSettings, depths, evaluate, setting_of_weights
 from mergeid.methods.ties import ties
@@ -263,7 +263,7 @@ PAIR = "models: [{model: a}, {model: b}]"
 def test_recipes_that_are_refused(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(MergeidError, match=match) as raised:
-        read_recipe(tmp_path / "r.yaml")
+        read_stages(tmp_path / "r.yaml")
     assert "r.yaml" in str(raised.value)
 
 

@@ -52,7 +52,7 @@ class Pictures(torch.utils.data.Dataset):
 def members(models, weights=(0.5, 0.5)):
     loaded = [load(m) for m in models]
     merge = MergeSettings.of(get_method("linear"), len(models), list(models[0].state_dict()), weights=list(weights))
-    return Members([Member(x) for x in loaded], None, merge, Pictures(), collate)
+    return Members([Member(x) for x in loaded], None, merge, Examples(Pictures(), collate))
 
 
 def far(members, merges, planned, size):
@@ -61,7 +61,7 @@ def far(members, merges, planned, size):
         members.first,
         [m.loaded.model for m in members.models],
         shares=list(members.settings.weights),
-        examples=Examples(members.dataset, members.collate),
+        examples=members.given,
         batch_size=size,
         device="cpu",
     )

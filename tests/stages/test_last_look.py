@@ -164,7 +164,8 @@ def test_parts_share_out_the_examples_and_none_judges_what_it_was_fitted_on(coun
     judged = [i for part in of.parts for i in part]
     assert sorted(judged) == list(range(count))
     for k, part in enumerate(of.parts):
-        rest = {int(item["x"]) for item in (of.rest(k)[i] for i in range(len(of.rest(k))))}
+        held = of.rest(k).items
+        rest = {int(held[i]["x"]) for i in range(len(held))}
         if len(of.parts) == 1:
             assert rest == set(range(count))
         else:
