@@ -42,6 +42,12 @@ def note(path: Path) -> Path:
     return path
 
 
+def forget(path: Path) -> Path:
+    """It is to stay where the process is stopped."""
+    _temporary.pop(path, None)
+    return path
+
+
 def remove(path: Path) -> None:
     """Remove a temporary file or folder, if it is there, and forget it."""
     with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from mergeid.combine.tensor_plan import TensorPlan, plan_many
 from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import default_companions, weights_beside
+from mergeid.io.dtypes import tensor_bytes
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
 from mergeid.methods.registry import check_base, check_weights
@@ -159,18 +161,19 @@ def merge_checkpoints(
     with _hashing(*inputs.used) as hashes:
         merge = _merge(inputs, plan, settings)
         writer = CheckpointWriter(
-            output.path or "",
+            output,
             like=first,
             dtypes=plan.dtypes,
             companions=default_companions(first) if companions is None else companions,
             replace=_changed_config(first, plan),
             inputs=inputs.files,
-            force=output.force,
+            request=_request(inputs, settings, plan, record or {}),
         )
         with writer:
             done = 0
             for name in writer.order():
-                writer.write(name, merge.pieces(name))
+                if name not in writer or name in plan.compared:
+                    writer.write(name, merge.pieces(name))
                 done += writer.size(name)
                 if writer.size(name) >= _RELEASE:
                     for checkpoint in inputs.used:
@@ -191,6 +194,25 @@ def merge_checkpoints(
         dtypes=plan.dtypes,
         seconds=time.perf_counter() - began,
     )
+
+
+def _request(inputs: Inputs, settings: MergeSettings, plan: TensorPlan, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the result's bytes depend on: a merge that was stopped goes on only where all of it is the same."""
+    stats = [path.stat() for checkpoint in inputs.used for path in checkpoint.files]
+    plans = [record.get("plan") or {}, *record.get("further_plans", ())]
+    repaired = hashlib.sha256()
+    for name, tensor in inputs.overrides.items():
+        repaired.update(name.encode() + bytes(tensor_bytes(tensor)))
+    return {
+        "models": [[str(path) for path in c.files] for c in inputs.used],
+        "weight files (they were changed)": [[s.st_size, s.st_mtime_ns] for s in stats],
+        "method": settings.method.name,
+        "settings": settings.to_json(),
+        "number formats": plan.dtypes,
+        "skipped tensors": plan.skipped,
+        "order of neurons": [p.get("permutations", {}) for p in plans],
+        "repaired tensors": repaired.hexdigest(),
+    }
 
 
 def _merge(inputs: Inputs, plan: TensorPlan, settings: MergeSettings) -> NumpyMerge | TorchMerge:

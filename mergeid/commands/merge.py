@@ -131,6 +131,8 @@ def _stages(path: str, call: Call[MergeResult], beside: list[str]) -> list[Recip
     for option in (*beside, *own):
         raise MergeidError(f"{option} does not go with a recipe; write it into {path}")
     stages = read_stages(path)
+    if len(stages) > 1 and call.given("resume"):
+        raise MergeidError(f"--resume goes with a single merge, and {path} has {len(stages)} stages; leave it out")
     output = call.path("output")
     if output is not None:  # replacing a folder would take the recipe in it along
         check_output(output, inputs=[path], force=call.given("force"))

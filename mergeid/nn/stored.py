@@ -75,6 +75,7 @@ def fold_file(
     from mergeid.io.companions import default_companions
     from mergeid.io.output import check_output
     from mergeid.io.stream import CheckpointWriter
+    from mergeid.request.request import Output
 
     checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
     if not is_asymmetric(checkpoint.table):
@@ -89,7 +90,7 @@ def fold_file(
     )
     plain.metadata = dict(checkpoint.metadata)
     record = {"format": "mergeid.record/1", "folded": {"source": checkpoint.source, "sha256": checkpoint.fingerprint()}}
-    with CheckpointWriter(target, like=plain, companions=default_companions(checkpoint), force=force) as writer:
+    with CheckpointWriter(Output(target, force=force), like=plain, companions=default_companions(checkpoint)) as writer:
         writer.record = record
         for name in writer.order():
             writer.write(name, [plain.tensor(name).contiguous()])

@@ -109,6 +109,17 @@ Limit = Annotated[
     Option("Calibration examples taken from DATA.", INPUT, "N", kind=int, least=1),
 ]
 Force = Annotated[bool, switch("Replace an earlier output.", OUTPUT)]
+ShardSize = Annotated[
+    Union[str, int, None],
+    Option("Most bytes of one weight file of a folder, such as 5GB; files as A has them if not given.", OUTPUT, "SIZE"),
+]
+Resume = Annotated[
+    bool,
+    switch(
+        "Go on with the merge to OUT that was stopped, if there is one; and keep what is done if this one is stopped.",
+        OUTPUT,
+    ),
+]
 Dtype = Annotated[
     Union[str, None],
     Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -179,11 +180,31 @@ class Output:
         path: ``.safetensors`` file or folder; None: a name beside the working directory's files, or nothing is written.
         dtype: number format of the result; None: as it lies.
         force: replace an earlier output, and write what mergeid advises against.
+        shard_size: most bytes of one weight file of a folder; None: files as the first model has them.
+        resume: go on with work on this output that was stopped.
     """
 
     path: str | os.PathLike[str] | None = None
     dtype: str | None = None
     force: bool = False
+    shard_size: int | None = None
+    resume: bool = False
+
+
+_UNITS = {"": 1, "B": 1} | {p + i + "B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
+
+
+def bytes_of(size: int | str | None) -> int | None:
+    """A number of bytes as people write it: 5000000, "5GB", "500 MiB".
+
+    Raises `MergeidError` for what is no size."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,6})?)\s*([A-Z]*)", str(size).strip().upper())
+    number = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if isinstance(size, bool) or number < 1:
+        raise MergeidError(f"shard size is {shown(size)}; expected a number of bytes such as 5GB (option --shard-size)")
+    return number
 
 
 def check_transport(matching: Matching, *, base: bool) -> None:

@@ -96,11 +96,10 @@ def rewrite(
     from mergeid.models.configs import config_files
 
     writer = CheckpointWriter(
-        output,
+        Output(output, force=force),
         like=checkpoint,
         companions=default_companions(checkpoint),
         replace=config_files(checkpoint),
-        force=force,
     )
     writer.record = {"format": "mergeid.record/1", **record}
     with writer:

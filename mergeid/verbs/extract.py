@@ -13,7 +13,7 @@ from mergeid.io.lora import ADAPTER_CONFIG
 from mergeid.io.opening import open_checkpoint
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Progress
+from mergeid.request.request import Output, Progress
 from mergeid.results.extract import ExtractResult
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def _write(target: Path, tensors: dict[str, Tensor], config: dict[str, Any], for
 
     weights = Checkpoint.from_tensors(tensors, source="the adapter")
     files = {ADAPTER_CONFIG: json_text(config) + "\n"}
-    writer = CheckpointWriter(target, like=weights, name="adapter_model.safetensors", replace=files, force=force)
+    place = Output(target, force=force)
+    writer = CheckpointWriter(place, like=weights, name="adapter_model.safetensors", replace=files)
     with writer:
         for name in writer.order():
             writer.write(name, _pieces(tensors[name]))

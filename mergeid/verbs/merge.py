@@ -29,6 +29,7 @@ from mergeid.request.request import (
     Reading,
     Repairing,
     Run,
+    bytes_of,
     check_transport,
 )
 from mergeid.results.merge import MergeResult
@@ -69,6 +70,8 @@ class MergeRequest:
                 f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
             )
         check_base(method, self.base is not None)
+        if self.output.resume and any(map(is_module, self.models)):
+            raise MergeidError("only merges of files are resumed, and a live module is in none; leave resume out")
         if not data and stage not in ("auto", "none"):
             raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
         if not data and method.statistics:
@@ -76,6 +79,8 @@ class MergeRequest:
             raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
         if self.transport:
             check_transport(self.matching, base=self.base is not None)
+            if self.output.resume:
+                raise MergeidError("--resume does not go with --transport; leave it out, and merge from the start")
         else:
             check_matching(self.matching, data)
 
@@ -133,6 +138,8 @@ def merge(
     config: o.Config = None,
     tokenizer: o.Tokenizer = None,
     dtype: o.Dtype = None,
+    shard_size: o.ShardSize = None,
+    resume: o.Resume = False,
     skip: o.Skip = (),
     force: Annotated[
         bool,
@@ -178,6 +185,9 @@ def merge(
             farther from their predictions than they are themselves, for outputs that are no classification the share
             of their variance (`mergeid.evaluate.nearness`).
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
+        shard_size: most bytes of one weight file of a folder (5_000_000_000, "5GB"); None: files as the first model's.
+        resume: go on with the merge to `output` that was stopped, if there is one; else begin, and keep what is done
+            if this process is stopped. Models and settings must be the same.
         tokenizer: "union", "a", "b", … or "base": whose tokens the result has, where vocabularies differ.
         config: "a" (the first model), "b", …: whose config the result gets where configs differ in what the network
             computes; None: that is refused.
@@ -199,7 +209,7 @@ def merge(
         Calibration(data, limit),
         Matching(match, matcher),
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),
-        Output(output, dtype, force),
+        Output(output, dtype, force, bytes_of(shard_size), resume),
         transport,
     )
     reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs), tokenizer)

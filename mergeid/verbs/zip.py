@@ -332,9 +332,8 @@ def _write(result: ZipResult, loaded: Sequence[Loaded], target: Path, how: dict[
     def write(i: int, place: Path, *, record: Mapping[str, Any] | None = None, force: bool = False) -> list[Path]:
         like, names, state = checkpoints[i], loaded[i].names, result.states[i]
         beside, config = default_companions(like), config_files(like)
-        with CheckpointWriter(
-            place, like=like, companions=beside, replace=config, inputs=inputs, force=force
-        ) as writer:
+        out = Output(place, force=force)
+        with CheckpointWriter(out, like=like, companions=beside, replace=config, inputs=inputs) as writer:
             writer.record = record
             for name in writer.order():
                 value, key = like.tensor(name), names.get(name)

@@ -33,6 +33,8 @@ def merge_checkpoints(
     dtype: str | None = None,
     skip: Any = (),
     force: bool = False,
+    shard_size: int | None = None,
+    resume: bool = False,
     record: Any = None,
     companions: Any = None,
     progress: Any = None,
@@ -44,5 +46,5 @@ def merge_checkpoints(
     moved = (None, transform_b, *(transforms or (None,) * rest))
     inputs = Inputs(models, origin, moved, overrides or {}, statistics)
     asked = MethodRequest(get_method(method), weights, parameters or {}, normalize, seed)
-    target = Output(output, dtype, force)
+    target = Output(output, dtype, force, shard_size, resume)
     return merge(inputs, asked, target, skip=skip, record=record, companions=companions, progress=progress)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.stream import CheckpointWriter, Chunks
+from mergeid.request.request import Output
 
 
 def write_checkpoint(
@@ -19,7 +20,8 @@ def write_checkpoint(
     **told: Any,
 ) -> list[Path]:
     """Tensors in any order, or a function from name to tensor, through `CheckpointWriter`."""
-    writer = CheckpointWriter(output, like=like, **told)
+    place = Output(output, **{k: told.pop(k) for k in ("force", "shard_size", "resume") if k in told})
+    writer = CheckpointWriter(place, like=like, **told)
     writer.record = record
     with writer:
         pairs = ((name, tensors(name)) for name in writer.order()) if callable(tensors) else tensors

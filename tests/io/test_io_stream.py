@@ -24,6 +24,7 @@ from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes, torch_dtype
 from mergeid.io.opening import open_checkpoint
 from mergeid.io.stream import CheckpointWriter
+from mergeid.request.request import Output
 
 DTYPES = ["BOOL", "U8", "I16", "I64", "F64", "F32", "F16", "BF16", "C64", "F8_E4M3", "F8_E5M2"]
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -342,7 +343,8 @@ def test_wrong_tensors_are_refused(pair: Path) -> None:
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(pair: Path) -> None:
     like = open_checkpoint(pair / "a.safetensors")
-    with pytest.raises(MergeidError, match="exists already"), CheckpointWriter(pair / "o.safetensors", like=like) as w:
+    place = Output(pair / "o.safetensors")
+    with pytest.raises(MergeidError, match="exists already"), CheckpointWriter(place, like=like) as w:
         for name in w.order():
             w.write(name, like.tensor(name))
         (pair / "o.safetensors").write_text("somebody else's")
