@@ -15,7 +15,7 @@ the merged network, both for fine-tunes of one base.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
@@ -25,6 +25,8 @@ CHUNK = 2048
 """Rows whose products are added up before float64 takes over."""
 NOTHING = 1e-9
 """Error, over the targets' spread, that a fit must save on unseen rows: less is rounding."""
+CHOOSING = 256
+"""Outputs of a layer that the ridge is chosen on at most."""
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
@@ -151,7 +153,8 @@ def _solve(second: Second, mean: Tensor, ridge: float, bias: bool) -> tuple[Tens
     else:
         # about the average: what it leaves is small, and so is what rounding loses
         left = second.xy - second.xx @ mean.T
-        system = second.xx + strength * torch.eye(d, dtype=torch.float64)
+        system = second.xx.clone()
+        system.diagonal().add_(strength)
         weight = mean + torch.cholesky_solve(left, torch.linalg.cholesky(system)).T
     return weight, second.y - weight @ second.x if bias else None
 
@@ -159,11 +162,16 @@ def _solve(second: Second, mean: Tensor, ridge: float, bias: bool) -> tuple[Tens
 def error(moments: Moments, weight: Tensor, bias: Tensor | None) -> float:
     """Mean squared error of a layer per row, over the targets' variance (without a bias: their mean square)."""
     second = moments.about(bias is not None)
-    w = weight.double()
-    value = second.yy - 2 * float((second.xy * w.T).sum()) + float(((w @ second.xx) * w).sum())
-    if bias is not None:
-        value += float((w @ second.x + bias.double() - second.y).square().sum())
+    value = second.yy + _quadratic(second, weight.double(), None if bias is None else bias.double())
     return max(value, 0.0) / max(second.yy, 1e-300)
+
+
+def _quadratic(second: Second, weight: Tensor, bias: Tensor | None) -> float:
+    """Squared error per row but for what does not depend on the layer."""
+    value = float(((weight @ second.xx) * weight).sum()) - 2 * float((second.xy * weight.T).sum())
+    if bias is not None:
+        value += float((weight @ second.x + bias - second.y).square().sum())
+    return value
 
 
 def fit(
@@ -180,15 +188,23 @@ def fit(
         mean, mean_bias: W̄ [m, d] and b̄ [m]; a layer without a bias has none.
     """
     bias = mean_bias is not None
-    before = error(unseen, mean, mean_bias)
-    second = seen.about(bias)
-    best, lowest = inf, before
+    before, mean = error(unseen, mean, mean_bias), mean.double()
+    second, judge = seen.about(bias), unseen.about(bias)
+    few = torch.linspace(0, len(mean) - 1, min(len(mean), CHOOSING)).long()
+    part, other = _outputs(second, few), _outputs(judge, few)
+    best, lowest = inf, _quadratic(other, mean[few], None if mean_bias is None else mean_bias.double()[few])
+    least = NOTHING * judge.yy * len(few) / len(mean)
     for ridge in ridges:
-        weight, b = _solve(second, mean.double(), ridge, bias)
-        found = error(unseen, weight, b)
-        if found < lowest - NOTHING:
+        found = _quadratic(other, *_solve(part, mean[few], ridge, bias))
+        if found < lowest - least:
             best, lowest = ridge, found
-    if best == inf:
-        return Fit(mean.double(), None if mean_bias is None else mean_bias.double(), inf, before, before)
-    weight, b = ridge_solution(seen + unseen, mean, best, bias=bias)
-    return Fit(weight, b, best, before, lowest)
+    if best < inf:
+        after = error(unseen, *_solve(second, mean, best, bias))
+        if after < before - NOTHING:
+            weight, b = ridge_solution(seen + unseen, mean, best, bias=bias)
+            return Fit(weight, b, best, before, after)
+    return Fit(mean, None if mean_bias is None else mean_bias.double(), inf, before, before)
+
+
+def _outputs(second: Second, few: Tensor) -> Second:
+    return replace(second, xy=second.xy[:, few], y=second.y[few])

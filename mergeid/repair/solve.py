@@ -25,8 +25,9 @@ from mergeid.evidence.activations import real_tokens
 from mergeid.plugins import Batch
 from mergeid.repair.beyond import Beyond, beyond
 from mergeid.repair.channels import ChannelMoments, fit_channels
-from mergeid.repair.closed_form import Fit, Moments, fit
+from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
+from mergeid.repair.few_rows import Gathered, fit_gathered
 from mergeid.repair.layers import KINDS, Layer, Part, layer_of
 from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
@@ -191,15 +192,16 @@ def _solve_at(
     return out
 
 
-def _fitted(part: Part, seen: Moments | ChannelMoments, unseen: Moments | ChannelMoments) -> Fit:
-    if part.free and isinstance(seen, Moments) and isinstance(unseen, Moments):
-        seen, unseen = seen.centred(), unseen.centred()
-    if part.derived is not None:
-        return fit_derived(seen, unseen, part)
+def _fitted(part: Part, seen: Gathered | ChannelMoments, unseen: Gathered | ChannelMoments) -> Fit:
     if isinstance(seen, ChannelMoments) and isinstance(unseen, ChannelMoments):
+        if part.derived is not None:
+            return fit_derived(seen, unseen, part)
         return fit_channels(seen, unseen, part.matrix, part.offset)
-    assert isinstance(seen, Moments) and isinstance(unseen, Moments)
-    return fit(seen, unseen, part.matrix, part.offset)
+    assert isinstance(seen, Gathered) and isinstance(unseen, Gathered)
+    if part.derived is not None:
+        sums = [g.moments.centred() if part.free else g.moments for g in (seen, unseen)]
+        return fit_derived(sums[0], sums[1], part)
+    return fit_gathered(seen, unseen, part.matrix, part.offset, free=part.free)
 
 
 @dataclass(frozen=True)
@@ -258,13 +260,13 @@ def _by_channel(layer: Layer, gain: Tensor) -> Tensor | None:
 
 def _moments(
     p: int, part: Part, sides: Sequence[_Side], batches: Sequence[Batch], seed: int
-) -> tuple[Moments | ChannelMoments, Moments | ChannelMoments]:
+) -> tuple[Gathered | ChannelMoments, Gathered | ChannelMoments]:
     """Of the examples to fit on and of the others."""
     d = len(part.weight) if part.alone else part.matrix.shape[1]
     m = len(part.weight)
     total = sum(len(side.shares) for side in sides)
     most = max(-(-max(ROWS_PER_INPUT * (1 if part.alone else d), LEAST_ROWS) // total), 1)
-    sums: list[Moments | ChannelMoments] = [ChannelMoments(m) if part.alone else Moments(d, m) for _ in range(2)]
+    sums: list[Gathered | ChannelMoments] = [ChannelMoments(m) if part.alone else Gathered(d, m) for _ in range(2)]
     start = 0
     for side, batch in zip(sides, batches, strict=True):
         layer, at = side.layer, None

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeid.repair.closed_form import Moments, error, fit, ridge_solution
+from mergeid.repair.closed_form import RIDGES, Moments, error, fit, ridge_solution
+from mergeid.repair.few_rows import Gathered, fit_gathered
 
 
 def problem(n: int, d: int, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,3 +104,59 @@ def test_constant_inputs_move_the_bias_alone() -> None:
     weight, b = ridge_solution(moments(x, y), mean, 0.1, bias=True)
     assert torch.equal(weight, mean.double()) and b is not None
     torch.testing.assert_close(b, torch.full((2,), 4.0, dtype=torch.float64))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(4, 12), st.integers(1, 6), st.integers(1, 5), st.booleans(), st.booleans(), st.booleans())
+def test_few_rows_give_what_their_moments_give(d: int, n: int, m: int, bias: bool, free: bool, constant: bool) -> None:
+    """More inputs than rows: the small form and the large one solve the same problem, and choose the same ridge."""
+    x, y, mean = problem(2 * n, d, m, n * d + m)
+    if constant:
+        x = torch.ones_like(x)
+    y = y + 0.5 * x @ problem(1, d, m, 9)[2].T
+    b = torch.arange(m, dtype=torch.float64) if bias else None
+    seen, unseen = Gathered(d, m), Gathered(d, m)
+    for k in range(n):
+        seen.add(x[k : k + 1], y[k : k + 1])
+        unseen.add(x[n + k : n + k + 1], y[n + k : n + k + 1])
+    assert (seen.rows is None) == (n > d)
+    sums = [moments(x[:n], y[:n]), moments(x[n:], y[n:])]
+    if free:
+        sums = [s.centred() for s in sums]
+    got, expected = fit_gathered(seen, unseen, mean, b, free=free), fit(sums[0], sums[1], mean, b)
+    assert got.ridge == expected.ridge
+    assert got.before == pytest.approx(expected.before, rel=1e-9, abs=1e-12)
+    assert got.after == pytest.approx(expected.after, rel=1e-7, abs=1e-9)
+    torch.testing.assert_close(got.weight, expected.weight, rtol=1e-7, atol=1e-7)
+    if bias:
+        torch.testing.assert_close(got.bias, expected.bias, rtol=1e-7, atol=1e-6)
+
+
+def test_rows_are_added_up_once_they_are_more_than_the_inputs() -> None:
+    x, y, mean = problem(60, 6, 2, 4)
+    seen, unseen = Gathered(6, 2), Gathered(6, 2)
+    for k in range(0, 40, 5):
+        seen.add(x[k : k + 5], y[k : k + 5])
+    unseen.add(x[40:], y[40:])
+    assert seen.rows is None
+    got, expected = (
+        fit_gathered(seen, unseen, mean, None),
+        fit(moments(x[:40], y[:40]), moments(x[40:], y[40:]), mean, None),
+    )
+    assert got.ridge == expected.ridge
+    torch.testing.assert_close(got.weight, expected.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_the_ridge_of_wide_layers_is_chosen_on_some_outputs_and_judged_on_all() -> None:
+    x, _, w = problem(300, 8, 600, 6)
+    y = x @ w.T + torch.randn(300, 600, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = fit(moments(x[::2], y[::2]), moments(x[1::2], y[1::2]), torch.zeros_like(w), None)
+    each = [
+        error(
+            moments(x[1::2], y[1::2]),
+            ridge_solution(moments(x[::2], y[::2]), torch.zeros_like(w), r, bias=False)[0],
+            None,
+        )
+        for r in RIDGES
+    ]
+    assert found.after == pytest.approx(min(each), rel=0.02) and found.after in [pytest.approx(e) for e in each]

@@ -1,0 +1,129 @@
+"""Rows to fit a layer on: kept as they are while they are fewer than the inputs, added up from then on.
+
+With n rows and d > n inputs, the solution of `mergeid.repair.closed_form` lies in the span of the rows,
+
+    W = W̄ + Rᵀ (X Xᵀ + λ n)⁻¹ X,        R = Y - X W̄ᵀ  (centred with a bias),
+
+so that one eigendecomposition of X Xᵀ [n, n] serves every ridge, and nothing of size d x d is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from mergeid.repair.closed_form import NOTHING, RIDGES, Fit, Moments, fit
+
+
+class Gathered:
+    """Inputs x [·, d] and answers y [·, m] of one layer, in the order in which they came."""
+
+    def __init__(self, d: int, m: int) -> None:
+        self.d, self.m, self.count = d, m, 0
+        self.blocks: list[tuple[Tensor, Tensor]] | None = []
+        self._sums = Moments(0, 0)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows [n, d] and [n, m], of any float type."""
+        self.count += len(x)
+        if self.blocks is None:
+            self._sums.add(x, y)
+        else:
+            self.blocks.append((x, y))
+            if self.count > self.d:
+                self._sums, self.blocks = _summed(self.blocks, self.d, self.m), None
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """[n, d] and [n, m], float64; None where they were added up."""
+        if self.blocks is None:
+            return None
+        x, y = zip(*self.blocks, strict=True) if self.blocks else ((torch.zeros(0, self.d),), (torch.zeros(0, self.m),))
+        return torch.cat(x).double(), torch.cat(y).double()
+
+    @property
+    def moments(self) -> Moments:
+        return self._sums if self.blocks is None else _summed(self.blocks, self.d, self.m)
+
+
+def _summed(blocks: Sequence[tuple[Tensor, Tensor]], d: int, m: int) -> Moments:
+    sums = Moments(d, m)
+    for x, y in blocks:
+        sums.add(x, y)
+    return sums
+
+
+def fit_gathered(
+    seen: Gathered, unseen: Gathered, mean: Tensor, mean_bias: Tensor | None, *, free: bool = False
+) -> Fit:
+    """As `mergeid.repair.closed_form.fit`, by whichever form is the smaller one.
+
+    Args:
+        mean, mean_bias: W̄ [m, d] and b̄ [m]; a layer without a bias has none.
+        free: the rows count about their own means, those fitted on and the unseen ones each.
+    """
+    few, others = seen.rows, unseen.rows
+    if few is None or others is None:
+        sums = [g.moments.centred() if free else g.moments for g in (seen, unseen)]
+        return fit(sums[0], sums[1], mean, mean_bias)
+    if free:
+        few, others = (tuple(t - t.mean(0) for t in pair) for pair in (few, others))
+    return _fit_rows(few, others, mean.double(), None if mean_bias is None else mean_bias.double())
+
+
+class _Dual:
+    """All ridge solutions on rows x [n, d] and y [n, m], float64."""
+
+    def __init__(self, x: Tensor, y: Tensor, mean: Tensor, bias: bool) -> None:
+        self.mean, self.bias = mean, bias
+        self.at, self.to = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
+        self.x = x - self.at
+        kernel = self.x @ self.x.T
+        self.strength = float(kernel.trace()) / x.shape[1]
+        values, self.vectors = torch.linalg.eigh(kernel)
+        self.values = values.clamp(min=0)
+        self.left = self.vectors.T @ (y - self.to - self.x @ mean.T)
+
+    def _shrunk(self, ridge: float) -> Tensor:
+        """(K + λ n)⁻¹ of the residuals, in the eigenbasis [n, m]; constant inputs move the bias alone."""
+        if not self.strength > 0:
+            return torch.zeros_like(self.left)
+        return self.left / (self.values + ridge * self.strength)[:, None]
+
+    def missed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals of the average with the mean answer set right [·, m], and rows in the eigenbasis [·, n]."""
+        h = x - self.at
+        return y - self.to - h @ self.mean.T, h @ self.x.T @ self.vectors
+
+    def still_missed(self, missed: tuple[Tensor, Tensor], ridge: float) -> float:
+        """Mean squared error per row."""
+        return float((missed[0] - missed[1] @ self._shrunk(ridge)).square().sum(1).mean())
+
+    def solution(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        weight = self.mean + (self.vectors @ self._shrunk(ridge)).T @ self.x
+        return weight, self.to - weight @ self.at if self.bias else None
+
+
+def _fit_rows(
+    seen: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor], mean: Tensor, mean_bias: Tensor | None
+) -> Fit:
+    bias = mean_bias is not None
+    x, y = unseen
+    spread = float((y - y.mean(0) if bias else y).square().sum(1).mean())
+    scale = max(spread, 1e-300)
+    average = x @ mean.T if mean_bias is None else x @ mean.T + mean_bias
+    before = lowest = float((y - average).square().sum(1).mean()) / scale
+    dual = _Dual(*seen, mean, bias)
+    best, missed = inf, dual.missed(x, y)
+    for ridge in RIDGES:
+        found = dual.still_missed(missed, ridge) / scale
+        if found < lowest - NOTHING:
+            best, lowest = ridge, found
+    if best == inf:
+        return Fit(mean, mean_bias, inf, before, before)
+    every = [torch.cat(pair) for pair in zip(seen, unseen, strict=True)]
+    weight, b = _Dual(every[0], every[1], mean, bias).solution(best)
+    return Fit(weight, b, best, before, lowest)
