@@ -29,8 +29,8 @@ PENALTIES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 def rival_scores(name: str, cases: Sequence[Any], unit: str) -> list[float]:
     """What a rival predicts for every case when its family is left out, "nats" or "points" on mergeid's scale."""
     if name in SINGLE:
-        rows = [c.row(unit, "family") for c in cases]
-        return [i.score for i in left_out(Design(unit, SCALES[unit], SINGLE[name]), rows)]
+        rows, families = [c.row(unit) for c in cases], [c.pair["family"] for c in cases]
+        return [i.score for i in left_out(Design(unit, SCALES[unit], SINGLE[name]), rows, families)]
     return _lasso(cases, unit)
 
 
@@ -40,7 +40,7 @@ def _lasso(cases: Sequence[Any], unit: str) -> list[float]:
     from sklearn.linear_model import Lasso
 
     x = np.array([[c.features.get(m, 0.0) for m in METRICS] for c in cases])
-    y = np.asarray(lift([c.row(unit, "family").target for c in cases], SCALES[unit]))
+    y = np.asarray(lift([c.row(unit).target for c in cases], SCALES[unit]))
     family = np.array([c.pair["family"] for c in cases])
     found = np.zeros(len(y))
 

@@ -29,44 +29,64 @@ SHARP = 1.5
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Sums over examples, float64; positions count as shares of their example."""
 
     count: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
-    def _add(self, found: Mapping[str, Tensor], weight: Tensor) -> None:
+    def gather(self, found: Mapping[str, Tensor], weight: Tensor) -> None:
         for name, values in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + float((values * weight).sum())
 
-    def _means(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         return {k: v / max(self.count, 1) for k, v in self.sums.items()}
 
 
-class EndSums(_Sums):
+@dataclass
+class EndSums(Sums):
     """What two networks' own outputs say."""
+
+    means_of: tuple[Tensor, Tensor] | None = None
+    """Sums of both networks' predictions, float64 [classes]."""
 
     def add(self, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
         """Outputs [examples, …, classes]; mask: bool [examples, positions] of positions that count."""
         self.count += len(a)
-        for (x, y), weight in _rows((a, b), mask):
+        for (x, y), weight in rows_of((a, b), mask):
             lx, ly = x.log_softmax(-1), y.log_softmax(-1)
             entropy = torch.special.entr((lx.exp() + ly.exp()) / 2).sum(-1)
-            own = (torch.special.entr(lx.exp()) + torch.special.entr(ly.exp())).sum(-1) / 2
+            apart = [torch.special.entr(z.exp()).sum(-1) for z in (lx, ly)]
+            own = (apart[0] + apart[1]) / 2
             parts = (x.logsumexp(-1) + y.logsumexp(-1)) / 2
             found = {
                 "excess_averaged": ((x + y) / 2).logsumexp(-1) - parts,
                 "own_entropy": own,
                 "divergence": entropy - own,
+                "entropy_a": apart[0],
+                "entropy_b": apart[1],
             }
-            self._add(found, weight)
+            self.gather(found, weight)
+            sums = (weight @ lx.exp(), weight @ ly.exp())
+            known = self.means_of
+            self.means_of = sums if known is None else (known[0] + sums[0], known[1] + sums[1])
 
     def features(self) -> Features:
-        """Nats; `divergence`: of Jensen and Shannon."""
-        return self._means()
+        """Nats; `divergence`: of Jensen and Shannon; `uniform`: what a uniform guess loses; `told`: the least that one
+        of the networks tells of its input (mutual information), over that, ≥ 0: 0 where its predictions are the same
+        for every input."""
+        found = self.means()
+        if self.means_of is None:
+            return found
+        uniform = math.log(len(self.means_of[0]))
+        told = []
+        for total, name in zip(self.means_of, ("entropy_a", "entropy_b"), strict=True):
+            whole = float(torch.special.entr(total / total.sum().clamp(min=1e-12)).sum())
+            told.append(max(whole - found.pop(name), 0.0) / uniform)
+        return {**found, "uniform": uniform, "told": min(told)}
 
 
-class ShiftSums(_Sums):
+class ShiftSums(Sums):
     """What the corrected runs shift, beyond the mean of the two networks' own logits.
 
     `shift`: rise of the loss against p, the mean of both runs; `shift_sharp`: against the mean prediction to the power
@@ -75,7 +95,7 @@ class ShiftSums(_Sums):
     def add(self, a: Tensor, b: Tensor, middle: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
         """As `EndSums.add`, with the outputs of the two corrected runs."""
         self.count += len(a)
-        for (x, y, *runs), weight in _rows((a, b, *middle), mask):
+        for (x, y, *runs), weight in rows_of((a, b, *middle), mask):
             average = (x + y) / 2
             mixed = torch.logaddexp(x.log_softmax(-1), y.log_softmax(-1))
             logs = [r.log_softmax(-1) for r in (average, *runs)]
@@ -83,14 +103,14 @@ class ShiftSums(_Sums):
                 name: (labels.softmax(-1) * (logs[0] - (logs[1] + logs[2]) / 2)).sum(-1)
                 for name, labels in (("shift", average), ("shift_sharp", SHARP * mixed))
             }
-            self._add(found, weight)
+            self.gather(found, weight)
 
     def features(self) -> Features:
         """Nats."""
-        return self._means()
+        return self.means()
 
 
-def _rows(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
+def rows_of(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
     """float64 [rows, classes] of every output, a few rows at a time, and the share of every row in its example."""
     n, classes = len(outputs[0]), outputs[0].shape[-1]
     weight = torch.ones(n, outputs[0].numel() // (n * classes), dtype=torch.float64, device=outputs[0].device)

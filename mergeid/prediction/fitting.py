@@ -13,24 +13,30 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
-from mergeid.prediction.model import Interval, Model, Term, conformal, lift
+from mergeid.prediction.model import Chance, Interval, Model, Pool, Reach, Term, conformal, lift, start
 
 LEAST = 0.05
 """Smallest scale of an error on the target's scale."""
-LEVEL, EVERYWHERE = 0.9, 0.85
-"""Coverage of the intervals over all families, and within each family but the worst."""
-MOST = 400
-"""Residuals that are kept in the file."""
+LEVEL = 0.9
+"""Coverage that intervals are widened to."""
+MOST = 200
+"""Residuals of a pool that are kept in the file."""
+LEAST_POOL = 40
+"""Rows from which pairs of one kind of start have a pool of their own."""
+TOLERATED, NATS = (0.005, 0.01, 0.02, 0.05), 0.02
+"""Losses in nats whose chances are fitted; of a target on another scale than `NATS` as many times as large."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """What is fitted: terms of the prediction and of the error's scale, without weights."""
+    """What is fitted: terms of the prediction and of the error's scale, without weights, and what a collapsed network
+    tells of its inputs at most."""
 
     unit: str
     scale: float
     terms: tuple[Term, ...]
     spreads: tuple[Term, ...] = ()
+    collapsed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Row:
 
 def fit(design: Design, rows: Sequence[Row], *, calibrate: bool = True) -> Model:
     """Weights by non-negative least squares, every group weighing alike; then the scale of the errors and, from groups
-    left out one after the other, the residuals of the intervals.
+    left out one after the other, the residuals of the intervals and the chance of staying within a loss.
 
     Raises ValueError for rows of a single group where intervals are asked for."""
     model = _least_squares(design, rows)
@@ -59,46 +65,88 @@ def fit(design: Design, rows: Sequence[Row], *, calibrate: bool = True) -> Model
     groups = sorted({r.group for r in rows})
     if len(groups) < 2:
         raise ValueError("intervals need at least two groups")
-    left = np.concatenate(
-        [_residuals(_least_squares(design, [r for r in rows if r.group != g]), _of(rows, g)) for g in groups]
-    )
-    ordered = [r for g in groups for r in _of(rows, g)]
+    others = [(_least_squares(design, [r for r in rows if r.group != g]), _of(rows, g)) for g in groups]
+    left = np.concatenate([_residuals(m, own) for m, own in others])
+    ordered = [r for _, own in others for r in own]
     model = _with_scale(model, design, ordered, left)
-    share = _shares(ordered)
-    normal = left / np.array([model.width(r.features) for r in ordered])
+    width = np.array([model.width(r.features) for r in ordered])
+    normal = left / width
+    kinds = np.array([start(r.features) for r in ordered])
+    pools = {"all": _pool(ordered, _held(ordered, normal))}
+    for kind in np.unique(kinds):
+        at = np.flatnonzero(kinds == kind)
+        if len(at) >= LEAST_POOL and len({ordered[i].group for i in at}) > 2:
+            chosen = [ordered[i] for i in at]
+            pools[str(kind)] = _pool(chosen, _held(chosen, normal[at]))
+    scores = np.asarray(lift([r.target for r in ordered], design.scale)) - left
+    return replace(model, pools=pools, chance=_chance(design, ordered, scores, width))
+
+
+def _held(rows: Sequence[Row], normal: np.ndarray) -> np.ndarray:
+    """Residuals that a cut-off interval has to reach: a target of 0 lies in every one that ends at 0."""
+    return np.where([r.target <= 0 for r in rows], np.minimum(normal, 0.0), normal)
+
+
+def _pool(rows: Sequence[Row], normal: np.ndarray) -> Pool:
+    share = _shares(rows)
     order = np.argsort(normal, kind="stable")
     kept, shares = _thinned(normal[order], share[order])
-    stretch = _stretch(ordered, normal, share)
-    return replace(model, residuals=tuple(kept), shares=tuple(shares), stretch=stretch)
+    return Pool(tuple(kept), tuple(shares), _stretch(rows, normal, share))
+
+
+def _chance(design: Design, rows: Sequence[Row], scores: np.ndarray, width: np.ndarray) -> Chance:
+    """Logistic regression of staying within a loss, several losses together."""
+    from scipy.optimize import minimize
+
+    losses = np.array(TOLERATED) * design.scale / NATS
+    t = np.repeat(np.asarray(lift(losses, design.scale)), len(rows))
+    gaps = (t - np.tile(scores, len(losses))) / np.tile(width, len(losses))
+    inside = np.concatenate([np.array([r.target <= x for r in rows], float) for x in losses])
+    weight = np.tile(_shares(rows), len(losses)) / len(losses)
+
+    def loss(x: np.ndarray) -> float:
+        z = x[0] + np.exp(x[1]) * gaps + x[2] * t
+        return float((weight * (np.logaddexp(0, z) - inside * z)).sum() + 1e-4 * (x**2).sum())
+
+    found = minimize(loss, np.zeros(3), method="BFGS").x
+    return Chance(float(found[0]), float(np.exp(found[1])), float(found[2]))
 
 
 def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray) -> float:
-    """By how much the others' interval must be widened to hold `EVERYWHERE` of a group left out: the second largest
-    over the G groups, and at least 1. A new group is exchangeable with these, so that it needs no more with
-    probability (G - 1) / (G + 1)."""
+    """By how much the interval of all other groups must be widened to hold a share `LEVEL` of a group left out, in the
+    mean over the groups, and at least 1: they differ by more than what varies inside them."""
     names = np.array([r.group for r in rows])
-    # a loss of 0 lies in every interval that is cut off at 0
-    wrong = np.where([r.target <= 0 for r in rows], np.minimum(normal, 0.0), normal)
-    needed = []
+    needed = np.full(len(rows), np.inf)
     for g in np.unique(names):
         rest = names != g
         order = np.argsort(normal[rest], kind="stable")
         low, high = conformal(normal[rest][order], shares[rest][order] / shares[rest].sum(), LEVEL)
         if low < 0 < high:
-            own = wrong[~rest]
-            needed.append(float(np.quantile(np.maximum(own / low, own / high), EVERYWHERE)))
-    return max(1.0, *sorted(needed)[-2:-1])
+            needed[~rest] = np.maximum(normal[~rest] / low, normal[~rest] / high)
+    order = np.argsort(needed, kind="stable")
+    at = int(np.searchsorted(np.cumsum(shares[order]), LEVEL - 1e-9))
+    found = float(needed[order[min(at, len(order) - 1)]])
+    return max(1.0, found) if np.isfinite(found) else 1.0
 
 
 def left_out(
-    design: Design, rows: Sequence[Row], *, level: float = 0.9, tolerated: float | None = None
+    design: Design,
+    rows: Sequence[Row],
+    by: Sequence[str] | None = None,
+    *,
+    level: float = LEVEL,
+    tolerated: float | None = None,
 ) -> list[Interval]:
-    """What is predicted for every row by a model that has not seen its group."""
+    """What is predicted for every row by a model that has not seen its like.
+
+    Args:
+        by: what is left out together, one name a row; None: the rows' groups."""
+    names = [r.group for r in rows] if by is None else list(by)
     found: dict[int, Interval] = {}
-    for g in sorted({r.group for r in rows}):
-        model = fit(design, [r for r in rows if r.group != g])
+    for g in sorted(set(names)):
+        model = fit(design, [r for r, n in zip(rows, names, strict=True) if n != g])
         for i, row in enumerate(rows):
-            if row.group == g:
+            if names[i] == g:
                 found[i] = model.predict(row.features, level=level, tolerated=tolerated)
     return [found[i] for i in range(len(rows))]
 
@@ -132,7 +180,21 @@ def _least_squares(design: Design, rows: Sequence[Row]) -> Model:
         replace(t, weight=float(weights[k]), low=float(x[:, k].min()), high=float(x[:, k].max()))
         for k, t in enumerate(design.terms)
     )
-    return Model(design.unit, design.scale, float(weights[-2] - weights[-1]), terms, LEAST, 0.0, ())
+    intercept = float(weights[-2] - weights[-1])
+    return Model(
+        design.unit, design.scale, intercept, terms, LEAST, 0.0, (), reach=_reach(x), collapsed=design.collapsed
+    )
+
+
+def _reach(x: np.ndarray) -> Reach:
+    """Of values [rows, terms], with a thousandth of every variance added, as terms may go together."""
+    if not x.size:
+        return Reach()
+    gaps = x - x.mean(0)
+    spread = np.atleast_2d(gaps.T @ gaps / len(x))
+    precision = np.linalg.inv(spread + np.diag(1e-3 * np.diag(spread) + 1e-9))
+    most = float(np.sqrt(np.einsum("ij,jk,ik->i", gaps, precision, gaps).max()))
+    return Reach(tuple(x.mean(0).tolist()), tuple(map(tuple, precision.tolist())), max(most, 1e-9))
 
 
 def _residuals(model: Model, rows: Sequence[Row]) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -19,12 +19,17 @@ import numpy as np
 
 from mergeid.errors import MergeidError
 
-FORMAT = "mergeid.predictor/1"
+FORMAT = "mergeid.predictor/2"
+WAYS = ("direct", "matched", "repaired", "solved")
 FILE = "coefficients.json"
 SAME = 1e-9
 """Divergence of the predictions, and deviation of the layers, up to which two models are one and the same."""
-BEYOND = 1.0
-"""Widths of the training range that a feature may lie outside it before the answer is "cannot tell"."""
+BEYOND = 0.5
+"""Widths of the training range that a feature may lie outside it, and share of the largest distance from its middle
+that all together may lie beyond it, before the answer is "cannot tell"."""
+SHARED = 0.5
+"""Cosine of two models' weights from which they are taken to come from one start."""
+MOST_POINTS = 100.0
 
 
 def lift(y: Any, scale: float) -> Any:
@@ -72,10 +77,11 @@ class Interval:
     """What is expected of one quantity.
 
     Attributes:
-        expected, low, high: in nats or points, ≥ 0; high may be infinite.
-        score: the prediction before it is cut off at 0, on the scale t: what pairs are ranked by.
+        expected, low, high: in nats or points, 0 ≤ low ≤ expected ≤ high ≤ the most that there can be.
+        score: the prediction before it is cut off, on the scale t: what pairs are ranked by.
         within: probability of at most the tolerated loss; None where none was named.
         beyond: how far the pair lies outside what the predictor was fitted on (0: inside).
+        collapsed: one of the models says the same of every input, so that nothing can be told.
     """
 
     expected: float
@@ -84,13 +90,92 @@ class Interval:
     score: float
     within: float | None
     beyond: float
+    collapsed: bool = False
 
     @property
     def trusted(self) -> bool:
-        return self.beyond <= BEYOND
+        return self.beyond <= BEYOND and not self.collapsed
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "trusted": self.trusted}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Normalised residuals on families left out, of pairs of one kind of start.
+
+    Attributes:
+        residuals: ascending; shares: their weights, sum 1.
+        stretch: ≥ 1, by which the interval is wider than those residuals ask for, because families differ.
+    """
+
+    residuals: tuple[float, ...]
+    shares: tuple[float, ...]
+    stretch: float = 1.0
+
+    def ends(self, level: float) -> tuple[float, float]:
+        low, high = conformal(self.residuals, self.shares, level)
+        return self.stretch * low, self.stretch * high
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stretch": self.stretch,
+            "residuals": [round(r, 4) for r in self.residuals],
+            "shares": [round(s, 6) for s in self.shares],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Pool:
+        return cls(tuple(data["residuals"]), tuple(data["shares"]), data["stretch"])
+
+
+def start(features: Mapping[str, float]) -> str:
+    """Kind of start: "shared" where the weights say that both models come from one, else "apart"."""
+    apart = min(abs(features.get("hash_distance", 2.0)), 2.0)
+    return "shared" if features.get("cosine", 1 - apart**2 / 2) >= SHARED else "apart"
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Probability of a loss of at most τ: σ(offset - slope · score / width + max(slope / width + rise, 0) · t),
+    t = lift(τ): a logistic model of the standardised gap t - score, which falls as the score rises, and of t."""
+
+    offset: float = 0.0
+    slope: float = 1.0
+    rise: float = 0.0
+
+    def __call__(self, t: float, score: float, width: float) -> float:
+        # more is never less likely
+        x = self.offset - self.slope * score / width + max(self.slope / width + self.rise, 0.0) * t
+        return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the pairs fitted lie, all terms together.
+
+    Attributes:
+        centre: means of the terms' values. precision: inverse covariance, rows. most: largest Mahalanobis distance.
+    """
+
+    centre: tuple[float, ...] = ()
+    precision: tuple[tuple[float, ...], ...] = ()
+    most: float = math.inf
+
+    def beyond(self, values: Sequence[float]) -> float:
+        """Distance over the largest fitted, less 1, at least 0."""
+        if not self.centre:
+            return 0.0
+        gap = np.asarray(values, float) - np.asarray(self.centre)
+        square = float(gap @ np.asarray(self.precision, float) @ gap)
+        return max(0.0, math.sqrt(max(square, 0.0)) / self.most - 1) if math.isfinite(square) else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        return {"centre": list(self.centre), "precision": [list(r) for r in self.precision], "most": self.most}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Reach:
+        return cls(tuple(data["centre"]), tuple(tuple(r) for r in data["precision"]), data["most"])
 
 
 @dataclass(frozen=True)
@@ -100,8 +185,9 @@ class Model:
     Attributes:
         unit: "nats" or "points". scale: s of the target.
         terms: of the prediction. spreads: (intercept, terms) of the residuals' scale, floor `least`.
-        residuals: normalised residuals on families left out, ascending; shares: their weights, sum 1.
-        stretch: ≥ 1, by which the scale is wider than those residuals ask for, because families differ.
+        pools: residuals of all pairs ("all") and of those of one kind of start (`start`).
+        chance: of staying within a loss. reach: of the pairs fitted.
+        collapsed: least that a model has to tell of its inputs (`mergeid.prediction.features.EndSums`).
     """
 
     unit: str
@@ -111,9 +197,13 @@ class Model:
     least: float
     spread: float
     spreads: tuple[Term, ...]
-    residuals: tuple[float, ...] = ()
-    shares: tuple[float, ...] = ()
-    stretch: float = 1.0
+    pools: Mapping[str, Pool] = field(default_factory=dict)
+    chance: Chance = Chance()
+    reach: Reach = Reach()
+    collapsed: float = 0.0
+
+    def values(self, features: Mapping[str, float]) -> list[float]:
+        return [t.value(features) for t in self.terms]
 
     def score(self, features: Mapping[str, float]) -> float:
         return self.intercept + sum(t.weight * t.value(features) for t in self.terms)
@@ -123,46 +213,56 @@ class Model:
         return max(self.least, self.spread + sum(t.weight * t.value(features) for t in self.spreads))
 
     def beyond(self, features: Mapping[str, float]) -> float:
-        return max((t.beyond(features) for t in self.terms), default=0.0)
+        """By its farthest term, or by all together."""
+        return max((self.reach.beyond(self.values(features)), *(t.beyond(features) for t in self.terms)), default=0.0)
+
+    def most(self, features: Mapping[str, float]) -> float:
+        """What there is to lose: all points, or the nats that a uniform guess loses; beyond it nothing is told."""
+        return MOST_POINTS if self.unit == "points" else max(features.get("uniform", math.inf), 0.0)
 
     def predict(self, features: Mapping[str, float], *, level: float = 0.9, tolerated: float | None = None) -> Interval:
         """The expected value with an interval that holds it with probability `level` on a new family.
 
-        What lies outside the range that the model was fitted on widens the interval in proportion."""
+        What lies outside the range that the model was fitted on widens the interval in proportion. Nothing leaves
+        [0, `most`]."""
         if features.get("divergence", 1.0) <= SAME and features.get("deviation", 0.0) <= SAME:
             return Interval(0.0, 0.0, 0.0, -math.inf, None if tolerated is None else 1.0, 0.0)
+        most, collapsed = self.most(features), features.get("told", 1.0) < self.collapsed
         score, beyond = self.score(features), self.beyond(features)
-        width = self.width(features) * self.stretch * (1 + beyond)
+        width = self.width(features) * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):
-            return Interval(math.inf, 0.0, math.inf, math.inf, None, math.inf)
-        low, high = (score + width * q for q in conformal(self.residuals, self.shares, level))
+            return Interval(most, 0.0, most, math.inf, None, math.inf, collapsed)
+        pool = self.pools.get(start(features), self.pools.get("all", NO_POOL))
+        ends = (score + width * q for q in pool.ends(level))
+        expected, low, high = (self._cut(t, most) for t in (score, *ends))
         within = None
         if tolerated is not None:
-            gap = (float(lift(tolerated, self.scale)) - score) / width
-            within = share_below(self.residuals, self.shares, gap)
-        values = [max(0.0, float(lower(min(t, 40.0), self.scale))) for t in (score, low, high)]
-        if high >= 40:
-            values[2] = math.inf
-        return Interval(values[0], values[1], values[2], score, within, beyond)
+            within = 1.0 if tolerated >= most else self.chance(float(lift(tolerated, self.scale)), score, width)
+        return Interval(expected, min(low, expected), max(high, expected), score, within, beyond, collapsed)
+
+    def _cut(self, t: float, most: float) -> float:
+        return most if t >= 40 else min(float(lower(max(t, 0.0), self.scale)), most)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **{k: getattr(self, k) for k in ("unit", "scale", "intercept", "least", "spread", "stretch")},
+            **{k: getattr(self, k) for k in ("unit", "scale", "intercept", "least", "spread", "collapsed")},
             "terms": [t.__dict__ for t in self.terms],
             "spreads": [t.__dict__ for t in self.spreads],
-            "residuals": [round(r, 4) for r in self.residuals],
-            "shares": [round(s, 6) for s in self.shares],
+            "chance": self.chance.__dict__,
+            "reach": self.reach.to_json(),
+            "pools": {k: p.to_json() for k, p in self.pools.items()},
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Model:
-        plain = {k: data[k] for k in ("unit", "scale", "intercept", "least", "spread", "stretch")}
+        plain = {k: data[k] for k in ("unit", "scale", "intercept", "least", "spread", "collapsed")}
         return cls(
             **plain,
             terms=tuple(Term(**t) for t in data["terms"]),
             spreads=tuple(Term(**t) for t in data["spreads"]),
-            residuals=tuple(data["residuals"]),
-            shares=tuple(data["shares"]),
+            pools={k: Pool.from_json(p) for k, p in data["pools"].items()},
+            chance=Chance(**data["chance"]),
+            reach=Reach.from_json(data["reach"]),
         )
 
 
@@ -184,39 +284,31 @@ def conformal(residuals: Sequence[float], shares: Sequence[float], level: float)
     return found[1], found[0]
 
 
-def share_below(residuals: Sequence[float], shares: Sequence[float], gap: float) -> float:
-    """Probability that a new normalised residual is at most `gap`, never quite 0 or 1."""
-    r, w = np.asarray(residuals, float), np.asarray(shares, float)
-    if not len(r):
-        return 0.5
-    effective = 1 / float((w**2).sum())
-    below = float(w[r <= gap].sum())
-    return (below * effective + 0.5) / (effective + 1)
+NO_POOL = Pool((), ())
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """The models of all modes: (mode, unit) -> `Model`."""
+    """The models of all modes and ways to merge: (mode, unit, way) -> `Model`."""
 
     version: str
     fitted_on: Mapping[str, Any]
-    models: Mapping[tuple[str, str], Model]
+    models: Mapping[tuple[str, str, str], Model]
 
-    def model(self, mode: str, unit: str) -> Model:
-        return self.models[mode, unit]
+    def model(self, mode: str, unit: str, way: str) -> Model | None:
+        """None where this way was never measured in this mode."""
+        return self.models.get((mode, unit, way))
 
     def to_json(self) -> dict[str, Any]:
-        modes: dict[str, dict[str, Any]] = {}
-        for (mode, unit), model in self.models.items():
-            modes.setdefault(mode, {})[unit] = model.to_json()
-        return {"format": FORMAT, "version": self.version, "fitted_on": dict(self.fitted_on), "modes": modes}
+        models = [{"mode": m, "way": w, **x.to_json()} for (m, _, w), x in self.models.items()]
+        return {"format": FORMAT, "version": self.version, "fitted_on": dict(self.fitted_on), "models": models}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Predictor:
         """Raises `MergeidError` for another format."""
         if data.get("format") != FORMAT:
             raise MergeidError(f"the predictor's coefficients have format {data.get('format')!r}; expected {FORMAT!r}")
-        models = {(m, u): Model.from_json(x) for m, units in data["modes"].items() for u, x in units.items()}
+        models = {(x["mode"], x["unit"], x["way"]): Model.from_json(x) for x in data["models"]}
         return cls(data["version"], data["fitted_on"], models)
 
 

@@ -23,8 +23,10 @@ class Outlook:
 
     Attributes:
         assignment: "direct" or "matched". repaired: statistics of normalisation estimated again after the merge.
-        nats: of the loss barrier. points: of the accuracy barrier; None where no model predicts it.
+        nats: of the loss barrier (solved: of the loss at the midpoint beyond the models' mean).
+        points: of the accuracy barrier; None where no model predicts it.
         layers: those whose outputs leave the chord most, relative to it, worst first.
+        solved: every layer solved after the merge, from this assignment.
     """
 
     assignment: str
@@ -32,15 +34,24 @@ class Outlook:
     nats: Interval
     points: Interval | None
     layers: list[LayerDeviation]
+    solved: bool = False
 
     @property
     def label(self) -> str:
+        if self.solved:
+            return "solved"
         return f"{self.assignment}, repaired" if self.repaired else self.assignment
+
+    @property
+    def trouble(self) -> tuple[bool, bool, bool]:
+        """Sorts ways by what they change, the simplest first."""
+        return self.solved, self.assignment != "direct", self.repaired
 
     def to_json(self) -> dict[str, Any]:
         return {
             "assignment": self.assignment,
             "repaired": self.repaired,
+            "solved": self.solved,
             "barrier_nats": self.nats.to_json(),
             "barrier_accuracy_points": self.points.to_json() if self.points else None,
             "layers": [asdict(x) for x in self.layers],
@@ -72,7 +83,7 @@ class PredictResult:
     @property
     def best(self) -> Outlook:
         """The way with the lowest expected barrier; ties go to what changes least."""
-        return min(self.outlooks, key=lambda o: (o.nats.expected, o.assignment != "direct", o.repaired))
+        return min(self.outlooks, key=lambda o: (o.nats.expected, o.trouble))
 
     @property
     def advice(self) -> str:
@@ -95,42 +106,86 @@ class PredictResult:
         }
 
 
-def outlook(
-    predictor: Predictor,
-    mode: str,
-    assignment: str,
-    repaired: bool,
-    features: Features,
-    layers: Sequence[LayerDeviation],
-    tolerated: float,
-) -> Outlook:
-    nats = predictor.model(mode, "nats").predict(features, tolerated=tolerated)
-    points = predictor.model(mode, "points").predict(features)
-    worst = sorted(layers, key=lambda x: -x.deviation)[:NAMED]
-    return Outlook(assignment, repaired, nats, points, [x for x in worst if x.deviation > 0])
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a pair under one assignment.
+
+    Attributes:
+        plain, repaired: features of the merge as averaging writes it, and with statistics of normalisation estimated
+            again; None where that cannot be.
+    """
+
+    assignment: str
+    plain: Features
+    repaired: Features | None
+    layers: Sequence[LayerDeviation]
+
+
+def outlooks_of(predictor: Predictor, mode: str, found: Sequence[Finding], tolerated: float) -> list[Outlook]:
+    """Every way to merge the pair that the predictor knows in this mode."""
+    out: list[Outlook | None] = []
+    for f in found:
+        out.append(_outlook(predictor, mode, f, f.plain, f.assignment, tolerated))
+        if f.repaired is not None:
+            out.append(_outlook(predictor, mode, f, f.repaired, "repaired", tolerated))
+    best, features = min(
+        ((f, x) for f in found for x in (f.plain, f.repaired) if x is not None), key=lambda pair: pair[1]["excess"]
+    )
+    out.append(_outlook(predictor, mode, best, features, "solved", tolerated))
+    return [o for o in out if o is not None]
+
+
+def _outlook(
+    predictor: Predictor, mode: str, found: Finding, features: Features, way: str, tolerated: float
+) -> Outlook | None:
+    nats, points = (predictor.model(mode, unit, way) for unit in ("nats", "points"))
+    if nats is None:
+        return None
+    worst = sorted(found.layers, key=lambda x: -x.deviation)[:NAMED]
+    return Outlook(
+        found.assignment,
+        way == "repaired",
+        nats.predict(features, tolerated=tolerated),
+        None if points is None else points.predict(features),
+        [x for x in worst if x.deviation > 0],
+        way == "solved",
+    )
+
+
+def command(way: Outlook) -> str:
+    """What to type to merge that way."""
+    if way.solved:
+        return "mergeid merge A B --data DATA --repair solve"
+    match = "never" if way.assignment == "direct" else "always"
+    return f"mergeid merge A B --match {match}" + (" --data DATA --repair bn" if way.repaired else " --repair none")
 
 
 def advise(outlooks: Sequence[Outlook], tolerated: float) -> str:
-    """One sentence: what to do."""
-    if not any(o.nats.trusted for o in outlooks):
-        return "Cannot tell: the pair is unlike all that the predictor was fitted on; measure it with mergeid barrier."
+    """One sentence: what to do, and the command that does it."""
+    known = [o for o in outlooks if o.nats.trusted]
+    if not known:
+        why = "one of the models says the same of every input"
+        if not any(o.nats.collapsed for o in outlooks):
+            why = "the pair is unlike all that the predictor was fitted on"
+        return f"Cannot tell: {why}; measure it with mergeid barrier A B --data DATA."
     ways = {"direct": "as they are", "matched": "after matching their neurons"}
-    for o in sorted(outlooks, key=lambda o: (o.assignment != "direct", o.repaired)):
-        if o.nats.trusted and (o.nats.within or 0.0) >= SURE:
-            repair = ", and estimate the statistics of the normalisation layers again" if o.repaired else ""
+    for o in sorted(known, key=lambda o: o.trouble):
+        if (o.nats.within or 0.0) >= SURE:
+            more = ", with the statistics of the normalisation layers estimated again" if o.repaired else ""
+            more = ", and solve the layers" if o.solved else more
             return (
-                f"Merge them {ways[o.assignment]}{repair}: a loss of at most {tolerated:g} nats is expected with "
-                f"probability {o.nats.within:.2f}."
+                f"Merge them {ways[o.assignment]}{more} ({command(o)}): a loss of at most {tolerated:g} nats is "
+                f"expected with probability {o.nats.within:.2f}."
             )
-    best = min(outlooks, key=lambda o: o.nats.expected)
-    if min(o.nats.low for o in outlooks) > tolerated:
+    best = min(known, key=lambda o: (o.nats.expected, o.trouble))
+    if min(o.nats.low for o in known) > tolerated:
         return (
             f"Do not average these two: at best ({best.label}) {best.nats.expected:.2g} nats are lost, more than the "
-            f"{tolerated:g} tolerated in any case."
+            f"{tolerated:g} tolerated; mergeid merge A B --data DATA --repair solve+polish may still do."
         )
     return (
-        f"Measure before you merge: at best ({best.label}) {best.nats.expected:.2g} nats are expected to be lost, and "
-        f"the interval reaches from {best.nats.low:.2g} to {best.nats.high:.2g}."
+        f"Measure before you merge (mergeid barrier A B --data DATA): at best ({best.label}) {best.nats.expected:.2g} "
+        f"nats are expected to be lost, and the interval reaches from {best.nats.low:.2g} to {best.nats.high:.2g}."
     )
 
 

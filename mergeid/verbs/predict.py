@@ -101,7 +101,7 @@ def predict_pair(
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
     from mergeid.prediction.probe import RandomInputs, probe
-    from mergeid.results.prediction import PredictResult, outlook
+    from mergeid.results.prediction import Finding, PredictResult, outlooks_of
 
     mode = "inputs" if calibration.given else "weights"
     examples = Examples(RandomInputs(pair.a, seed=run.seed)) if given is None else given
@@ -122,18 +122,19 @@ def predict_pair(
         )
     except PathsDiffer as error:
         raise MergeidError(f"cannot tell: {error}; measure the pair with mergeid barrier") from error
-    predictor = shipped()
-    outlooks = [
-        outlook(predictor, mode, name, repaired, features, e.layers, tolerate)
-        for name, e in found.items()
-        for repaired, features in ((False, e.plain), (True, e.repaired if calibration.given else None))
-        if features is not None
-    ]
+    outlooks = outlooks_of(
+        shipped(),
+        mode,
+        [Finding(k, e.plain, e.repaired if calibration.given else None, e.layers) for k, e in found.items()],
+        tolerate,
+    )
     origin = None if base is None else origin_of(met, base, pair.a)
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which says less than inputs of their kind")
-    if any(not o.nats.trusted for o in outlooks):
+    if any(o.nats.collapsed for o in outlooks):
+        notes.append("one of the models says nearly the same of every input, so that no merge of it can be judged")
+    elif any(not o.nats.trusted for o in outlooks):
         notes.append("part of what was found lies far outside what the predictor was fitted on; there it cannot tell")
     return PredictResult(
         plan.a,
@@ -144,7 +145,7 @@ def predict_pair(
         tolerate,
         outlooks,
         _bound(pair, first, partners, origin, examples),
-        predictor.version,
+        shipped().version,
         notes,
     )
 

@@ -17,8 +17,11 @@ from mergeid.request.request import Calibration, Example, Progress, Reading, Run
 from mergeid.verbs.predict import TOLERATED, check_tolerated
 
 if TYPE_CHECKING:
+    from mergeid.neuron_graph.neuron_graph import Element
+    from mergeid.prediction.features import Features
     from mergeid.prediction.sketch import Sketch
-    from mergeid.results.prediction import PredictionMatrix, PredictResult
+    from mergeid.prediction.sketched import Standard
+    from mergeid.results.prediction import Finding, PredictionMatrix, PredictResult
 
 EXAMPLES = 256
 
@@ -106,8 +109,8 @@ def predict_sketches(
         raise MergeidError("one sketch has no pair; give at least two")
     from mergeid.prediction.model import shipped
     from mergeid.prediction.sketch import Sketch, load_sketch
-    from mergeid.prediction.sketched import Standard, as_elements, check_alike, output_features, sketch_features
-    from mergeid.results.prediction import PredictionMatrix, PredictResult, outlook
+    from mergeid.prediction.sketched import Standard, as_elements, check_alike, output_features
+    from mergeid.results.prediction import PredictionMatrix, PredictResult, outlooks_of
 
     made = [Standard(s if isinstance(s, Sketch) else load_sketch(Path(os.fspath(s)))) for s in sketches]
     names = [f"sketch {i}" if isinstance(s, Sketch) else Path(os.fspath(s)).stem for i, s in enumerate(sketches)]
@@ -120,11 +123,8 @@ def predict_sketches(
             if progress:
                 progress("comparing sketches", len(found), total)
             b = made[j]
-            outputs, outlooks = output_features(a, b), []
-            for name, element in as_elements(a, b).items():
-                for repaired in (False, True) if a.sketch.repairable else (False,):
-                    features, layers = sketch_features(a, b, element, outputs, repaired=repaired)
-                    outlooks.append(outlook(predictor, "sketches", name, repaired, features, layers, tolerate))
+            outputs = output_features(a, b)
+            findings = [_finding(a, b, name, e, outputs) for name, e in as_elements(a, b).items()]
             found[i, j] = PredictResult(
                 names[i],
                 names[j],
@@ -132,8 +132,17 @@ def predict_sketches(
                 "sketches",
                 len(a.sketch.logits),
                 tolerate,
-                outlooks,
+                outlooks_of(predictor, "sketches", findings, tolerate),
                 None,
                 predictor.version,
             )
     return PredictionMatrix(names, tolerate, found)
+
+
+def _finding(a: Standard, b: Standard, name: str, element: Element, outputs: Features) -> Finding:
+    from mergeid.prediction.sketched import sketch_features
+    from mergeid.results.prediction import Finding
+
+    features, layers = sketch_features(a, b, element, outputs, repaired=False)
+    repaired = sketch_features(a, b, element, outputs, repaired=True)[0] if a.sketch.repairable else None
+    return Finding(name, features, repaired, layers)

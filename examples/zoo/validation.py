@@ -1,0 +1,246 @@
+"""How well mergeid's predictor does on what it has not seen: validation.md.
+
+    python examples/zoo/validation.py
+
+Nothing is trained or run: a family (or a data set) is left out altogether, the predictor fitted and its intervals made
+from the rest, and asked about what was left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pairs_table as table
+from fit import HERE, LEAST, MODES, Case, cases, design, of
+from rivals import RIVALS, rival_scores
+
+from mergeid.prediction.fitting import area_under_curve, left_out, ranks_agree
+from mergeid.prediction.model import WAYS, Interval, start
+
+BAD = {"direct": 0.05, "matched": 0.05, "repaired": 0.05, "solved": 0.01}
+"""A merge is bad that loses more nats, of this way by itself; all ways together by 0.05."""
+TOLERATED = (0.01, 0.05)
+LEVEL = 0.9
+CLASSES = 10
+"""Good and bad pairs that an AUROC is of at least."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was said of one case by a predictor that had not seen its like.
+
+    Attributes:
+        within: chances of at most the losses of `TOLERATED`.
+    """
+
+    case: Case
+    interval: Interval
+    within: tuple[float, ...]
+
+    @property
+    def held(self) -> bool:
+        return self.interval.low - 1e-9 <= self.case.nats <= self.interval.high + 1e-9
+
+
+def said(found: Sequence[Case], mode: str, by: str) -> list[Said]:
+    """Every way by itself, every family (or data set) left out in turn."""
+    out = []
+    for way in WAYS:
+        chosen = of(found, mode, "nats", way)
+        if len(chosen) < LEAST:
+            continue
+        rows, names = [c.row("nats") for c in chosen], [c.pair[by] for c in chosen]
+        each = [left_out(design(mode, "nats"), rows, names, tolerated=t) for t in TOLERATED]
+        for case, *intervals in zip(chosen, *each, strict=True):
+            chances = tuple(0.0 if i.within is None else i.within for i in intervals)
+            out.append(Said(case, intervals[0], chances))
+    return out
+
+
+def p_of(rows: Sequence[Said], level: float = LEVEL) -> float:
+    """Two-sided p of the coverage being `level`, with pairs that share a model counted as dependent (variance of
+    Aronow, Samii and Assenova 2015, never below that of independent pairs)."""
+    from scipy.stats import norm
+
+    e = np.array([r.held for r in rows], float) - level
+    models = [{r.case.pair["model_a"], r.case.pair["model_b"]} for r in rows]
+    shared = np.array([[bool(x & y) for y in models] for x in models], float)
+    variance = max(float(e @ shared @ e), len(e) * level * (1 - level))
+    return float(2 * norm.sf(abs(e.sum()) / variance**0.5))
+
+
+def holm(values: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected after Holm (1979)."""
+    out, largest = {}, 0.0
+    for k, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(values) - k) * p))
+        out[name] = largest
+    return out
+
+
+def figures(rows: Sequence[Said], limit: float) -> list[str]:
+    """Cells of one row of the table."""
+    truth, scores = [r.case.nats for r in rows], [r.interval.score for r in rows]
+    both = [r.case.halves for r in rows if r.case.halves is not None]
+    ceiling = ranks_agree([h[0] for h in both], [h[1] for h in both]) if len(both) > 2 else math.nan
+    bad = [t > limit for t in truth]
+    enough = min(sum(bad), len(bad) - sum(bad)) >= CLASSES
+    errors = [abs(r.interval.expected - r.case.nats) for r in rows if r.case.nats < 0.5]
+    return [
+        str(len(rows)),
+        *map(show, (ranks_agree(scores, truth), ceiling, area_under_curve(scores, bad) if enough else math.nan)),
+        f"{np.mean([r.held for r in rows]):.3f}",
+        f"{p_of(rows):.3f}",
+        show(float(np.median(errors)) if errors else math.nan),
+        f"{np.mean([not r.interval.trusted for r in rows]):.3f}",
+    ]
+
+
+HEADER = ("", "n", "Spearman", "its ceiling", "AUROC", "coverage", "p(90 %)", "median error < 0.5", "untrusted")
+
+
+def show(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(r)} |" for r in rows)])
+
+
+def parts(rows: Sequence[Said]) -> dict[str, list[Said]]:
+    """Name -> rows: everything, ways, ways by start, kinds, families and data sets."""
+    out = {"all": list(rows)}
+    for way in WAYS:
+        own = [r for r in rows if r.case.way == way]
+        out[f"way {way}"] = own
+        for kind in ("shared", "apart"):
+            out[f"way {way}, {kind} start"] = [r for r in own if start(r.case.features) == kind]
+    for name in ("kind", "family", "data"):
+        for value in sorted({r.case.pair[name] for r in rows}):
+            out[f"{name} {value}"] = [r for r in rows if r.case.pair[name] == value]
+    return {k: v for k, v in out.items() if len(v) >= 3}
+
+
+def rejected(rows: Sequence[Said], by: str) -> str:
+    """Which of the families (data sets) left out are covered by other than 90 %, way by way and together."""
+    lines = []
+    for way in (*WAYS, "all ways"):
+        chosen = [r for r in rows if way in (r.case.way, "all ways")]
+        names = sorted({r.case.pair[by] for r in chosen})
+        if not names:
+            continue
+        p = holm({n: p_of([r for r in chosen if r.case.pair[by] == n]) for n in names})
+        least = min(p, key=lambda n: p[n])
+        lines.append(f"{way}: {sum(v < 0.05 for v in p.values())} of {len(names)} (least {p[least]:.3f}, {least})")
+    return f"Rejected at 0.05 after Holm: {'; '.join(lines)}."
+
+
+def reliability(rows: Sequence[Said], by: str) -> str:
+    """What `within` says and how often it is so, in fifths."""
+    head = ("within", *(f"{k / 5:g} to {(k + 1) / 5:g}" for k in range(5)))
+    cells = []
+    for at, limit in enumerate(TOLERATED):
+        for way in (*WAYS, "all ways"):
+            own = [r for r in rows if way in (r.case.way, "all ways")]
+            if own:
+                bins = [[r for r in own if min(int(5 * r.within[at]), 4) == k] for k in range(5)]
+                cells.append([f"{limit:g} nats, {way}", *(_bin(b, at, limit, by) for b in bins)])
+    return markdown(head, cells)
+
+
+def _bin(rows: Sequence[Said], at: int, limit: float, by: str) -> str:
+    if not rows:
+        return "–"
+    true = [r.case.nats <= limit for r in rows]
+    groups = [np.mean([t for t, r in zip(true, rows, strict=True) if r.case.pair[by] == g])
+              for g in sorted({r.case.pair[by] for r in rows})]  # fmt: skip
+    return f"{np.mean([r.within[at] for r in rows]):.2f} / {np.mean(true):.2f} / {np.mean(groups):.2f} ({len(rows)})"
+
+
+def rivals(found: Sequence[Case], ours: Sequence[Said], trials: Mapping[tuple[str, str], float]) -> str:
+    """Spearman and AUROC (0.05 nats) beside others, every family left out in turn."""
+    chosen = [r.case for r in ours if r.case.way != "solved"]
+    everyone = {"mergeid, inputs": [r.interval.score for r in ours if r.case.way != "solved"]}
+    everyone |= {name: rival_scores(name, chosen, "nats") for name in RIVALS}
+    rows = [[name, *_against(chosen, scores)] for name, scores in everyone.items()]
+    some = [r for r in ours if (r.case.pair["pair"], _column(r.case)) in trials]
+    if len(some) >= LEAST:
+        same, passes = [r.case for r in some], [trials[r.case.pair["pair"], _column(r.case)] for r in some]
+        rows.append([f"of {len(some)}: one pass of the merge, hard pseudo-labels", *_against(same, passes)])
+        rows.append([f"of {len(some)}: mergeid, inputs", *_against(same, [r.interval.score for r in some])])
+    kinds = sorted({c.pair["kind"] for c in chosen})
+    return markdown(("", "all", *kinds, *(f"way {w}" for w in WAYS)), rows)
+
+
+def _column(case: Case) -> str:
+    return case.way if case.way == "solved" else case.assignment + ("_repair" if case.repaired else "")
+
+
+def _against(found: Sequence[Case], scores: Sequence[float]) -> list[str]:
+    def cell(at: Sequence[int]) -> str:
+        if len(at) < 3:
+            return "–"
+        own, truth = [scores[i] for i in at], [found[i].nats for i in at]
+        return f"{show(ranks_agree(own, truth))} / {show(area_under_curve(own, [t > 0.05 for t in truth]))}"
+
+    kinds = sorted({c.pair["kind"] for c in found})
+    groups = [range(len(found)), *([i for i, c in enumerate(found) if c.pair["kind"] == k] for k in kinds)]
+    groups += [[i for i, c in enumerate(found) if c.way == w] for w in WAYS]
+    return [cell(g) for g in groups]
+
+
+def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> str:
+    """All tables, as markdown."""
+    pairs = {c.pair["pair"] for c in found}
+    solved = {c.pair["pair"] for c in found if c.way == "solved"}
+    text = [
+        "# How well the predictor does on what it has not seen\n",
+        f"{len(pairs)} pairs of {len({c.pair['family'] for c in found})} families and "
+        f"{len({c.pair['data'] for c in found})} data sets, as they lie, matched, with BatchNorm repaired, and "
+        f"({len(solved)} pairs so far) solved. Written by `validation.py`. A family (or a data set) is left out "
+        "altogether, the predictor fitted and its intervals made from the rest, and asked about what was left out.\n",
+        "Nats are of the barrier on eleven points, of solved merges of the midpoint's loss beyond the mean of both "
+        "models', at most what a uniform guess loses (of 1.6 % of the merges it is more). Ceiling: Spearman of two "
+        "halves of the test set. AUROC: more than 0.05 nats, of solved merges by themselves more than 0.01, where each "
+        f"class has {CLASSES}. p: of a coverage of 90 %, pairs that share a model counted as dependent. Untrusted rows "
+        "count in every figure. `within`: said / true, every pair alike / true, every family (or set) alike (pairs).\n",
+    ]
+    for mode in MODES:
+        for by in ("family", "data"):
+            rows = said(found, mode, by)
+            tables = [
+                [name, *figures(own, BAD["solved"] if name.startswith("way solved") else 0.05)]
+                for name, own in parts(rows).items()
+            ]
+            text += [f"\n## Mode {mode}, every {by.replace('data', 'data set')} left out in turn\n"]
+            text += [markdown(HEADER, tables), "\n" + rejected(rows, by) + "\n", reliability(rows, by)]
+            if (mode, by) == ("inputs", "family"):
+                trials = {
+                    (m["pair"], k.removeprefix("trial_hard_")): float(v)
+                    for m in midpoints
+                    for k, v in m.items()
+                    if k.startswith("trial_hard_") and v
+                }
+                beside = rivals(found, rows, trials)
+    text += ["\n## Beside others, every family left out in turn\n", "Spearman / AUROC, rivals fitted alike.\n", beside]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=HERE / "validation.md")
+    options = parser.parse_args()
+    text = written(cases(options.folder), table.read(options.folder / "midpoints.csv"))
+    options.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
