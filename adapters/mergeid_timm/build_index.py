@@ -30,7 +30,7 @@ SMALL_SIZES = (64, 96, 128, 160, 192, 224, 256)
 Table = dict[str, Shape]
 
 
-def build(name: str, **options: Any) -> tuple[Any, Table] | None:
+def build(name: str, options: Mapping[str, Any]) -> tuple[Any, Table] | None:
     """A model on the meta device and its table; None where its constructor refuses the options."""
     import timm
     import torch
@@ -60,7 +60,7 @@ def sized_tables(name: str, base: Table, default: tuple[int, int], fixed: Mappin
     side = default[-1]
     tables = {side: base} if default[0] == side else {}
     for size in (2 * side, 3 * side, 4 * side, side // 2, 64):
-        built = build(name, num_classes=CLASSES, img_size=size, **fixed)
+        built = build(name, {"num_classes": CLASSES, "img_size": size, **fixed})
         if built is not None:
             tables[size] = built[1]
     if all(t == base for t in tables.values()):
@@ -85,13 +85,13 @@ def dimension(base: int, with_channels: int | None, by_size: dict[int, int]) -> 
 
 def entry_of(name: str, fixed: Mapping[str, Any], size: Shape) -> tuple[dict[str, Any], dict[str, Template]] | None:
     """One index entry and the full table with templates."""
-    built = build(name, num_classes=CLASSES, **fixed)
+    built = build(name, {"num_classes": CLASSES, **fixed})
     if built is None:
         return None
     base = built[1]
-    bare = build(name, num_classes=0, **fixed)
+    bare = build(name, {"num_classes": 0, **fixed})
     head = [n for n in base if bare is not None and n not in bare[1]]
-    channels = build(name, num_classes=CLASSES, in_chans=CHANNELS[1], **fixed)
+    channels = build(name, {"num_classes": CLASSES, "in_chans": CHANNELS[1], **fixed})
     other = channels[1] if channels is not None else {}
     sizes = sized_tables(name, base, (size[1], size[2]), fixed)
     sizes = {s: t for s, t in sizes.items() if t.keys() == base.keys()}
@@ -108,7 +108,7 @@ def entry_of(name: str, fixed: Mapping[str, Any], size: Shape) -> tuple[dict[str
         "templates": templates,
         "head": head,
         "input_size": list(size),
-        "sized": build(name, num_classes=CLASSES, img_size=size[-1], **fixed) is not None,
+        "sized": build(name, {"num_classes": CLASSES, "img_size": size[-1], **fixed}) is not None,
     }
     if fixed:
         entry["fixed"] = dict(fixed)
@@ -116,7 +116,7 @@ def entry_of(name: str, fixed: Mapping[str, Any], size: Shape) -> tuple[dict[str
     if starred:
         samples = {"default": {n: base[n] for n in starred}}
         for s in sorted({*SAMPLED_SIZES, *sizes}):
-            sample = build(name, num_classes=CLASSES, img_size=s, **fixed)
+            sample = build(name, {"num_classes": CLASSES, "img_size": s, **fixed})
             if sample is not None and sample[1].keys() == base.keys():
                 samples[str(s)] = {n: sample[1][n] for n in starred}
         entry["samples"] = samples
@@ -161,7 +161,7 @@ def entries_of(name: str) -> tuple[list[dict[str, Any]], dict[str, Template]]:
     default, full = first
     entries, seen = [default], {frozenset(full)}
     for pool in ("avg", "token"):
-        built = build(name, num_classes=CLASSES, global_pool=pool)
+        built = build(name, {"num_classes": CLASSES, "global_pool": pool})
         if built is None or frozenset(built[1]) in seen:
             continue
         seen.add(frozenset(built[1]))

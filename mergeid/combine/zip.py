@@ -189,7 +189,7 @@ class TwoHeads(nn.Module):
             head.load_state_dict(state)
         return cls(heads, zipped.trunk)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def forward(self, *args: object, **kwargs: object) -> tuple[Any, Any]:
         return self.heads[0](*args, **kwargs), self.heads[1](*args, **kwargs)
 
 

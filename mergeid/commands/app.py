@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -198,9 +198,16 @@ def _plain_warnings() -> Iterator[None]:
     for warnings (-W, PYTHONWARNINGS)."""
     said: set[str] = set()
 
-    def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if not issubclass(category, MergeidWarning):
-            original(message, category, *args, **kwargs)
+            original(message, category, filename, lineno, file, line)
         elif (text := plain(message)) not in said:
             said.add(text)
             _say(f"warning: {text}", 0)

@@ -16,7 +16,6 @@ from mergeid.verbs.merge import merge
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
 
     from mergeid.methods.recipe import Recipe
     from mergeid.results.merge import MergeResult
@@ -99,12 +98,23 @@ def command(
     check_outputs((*models, *call.reads), report=page)
     with working(as_json) as work:
         if stages:
-            from mergeid.stages.recipe import merge_stages
+            from mergeid.stages.recipe import Prepared, merge_stages
 
-            def merged(
-                sources: Sequence[object], target: str | os.PathLike[str] | None, said: Mapping[str, object]
-            ) -> MergeResult:
-                return call(sources, output=target, repair=stage, progress=work.progress, **said)
+            def merged(done: Prepared, target: str | os.PathLike[str] | None) -> MergeResult:
+                told = done.recipe
+                return call(
+                    done.models,
+                    base=done.base,
+                    output=target,
+                    method=told.method,
+                    weights=told.weights,
+                    parameters=told.parameters,
+                    normalize=told.normalize,
+                    dtype=told.dtype,
+                    tokenizer=told.tokenizer,
+                    repair=stage,
+                    progress=work.progress,
+                )
 
             result = merge_stages(stages, call.path("output"), merged, call.given("allow_pickle"))
         else:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 import typer
 from typer.models import OptionInfo
 
+from mergeid.request import options
 from mergeid.request.options import HOW, INPUT, OUTPUT, Option
 
 Answer = TypeVar("Answer")
@@ -89,7 +90,7 @@ def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Ca
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Its parameters, annotations evaluated where that needs nothing that only type checkers import."""
-    names = vars(sys.modules[function.__module__])
+    names = {"o": options, **vars(sys.modules[function.__module__])}
 
     def evaluated(p: inspect.Parameter) -> inspect.Parameter:
         if not isinstance(p.annotation, str):

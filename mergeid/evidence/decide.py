@@ -104,9 +104,10 @@ class Decisions:
     element: Element
 
 
-def _record(graph: NeuronGraph, space: Space, **values: Any) -> SpaceEvidence:
+def _record(graph: NeuronGraph, space: Space, decision: str, why: str, evidence: str, moved: int = 0) -> SpaceEvidence:
+    share = graph.share_of(space)
     return SpaceEvidence(
-        space.id, space.label, space.size, space.blocks, space.parents, graph.share_of(space), **values
+        space.id, space.label, space.size, space.blocks, space.parents, share, decision, why, evidence, moved
     )
 
 
@@ -216,40 +217,39 @@ def _decision(
 ) -> tuple[SpaceEvidence, bool]:
     if judged is None:
         why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
-        return _record(graph, space, decision=DIRECT, why=why, evidence="none", moved=0), False
+        return _record(graph, space, DIRECT, why, "none"), False
     clear = moved > 0 and judged.gain > 0 and -lost * space.size > CLEAR_COSINE * moved
     matches = moved > 0 and (judged.gain_low > 0 or clear) and judged.gain > lost
     chosen = judged.j_match if matches else judged.j_current
-    values = {
-        "evidence": "activations",
-        "moved": moved if matches else 0,
-        "j_identity": judged.j_identity,
-        "j_match": judged.j_match,
-        "j_random": judged.j_random,
-        "iota": judged.iota,
-        "iota_low": judged.iota_low,
-        "iota_high": judged.iota_high,
-        "deviation_identity": (1 - judged.j_current) / 2,
-        "deviation_match": (1 - judged.j_match) / 2,
-        "gain": judged.gain,
-        "gain_low": judged.gain_low,
-        "gain_high": judged.gain_high,
-    }
+    record = replace(
+        _record(graph, space, DIRECT, "", "activations", moved if matches else 0),
+        j_identity=judged.j_identity,
+        j_match=judged.j_match,
+        j_random=judged.j_random,
+        iota=judged.iota,
+        iota_low=judged.iota_low,
+        iota_high=judged.iota_high,
+        deviation_identity=(1 - judged.j_current) / 2,
+        deviation_match=(1 - judged.j_match) / 2,
+        gain=judged.gain,
+        gain_low=judged.gain_low,
+        gain_high=judged.gain_high,
+    )
     if judged.above_chance <= 0 or chosen < LEAST_CORRELATION:
         why = f"no assignment makes the neurons correspond: correlation {chosen:.2f}, random {judged.j_random:.2f}"
-        return _record(graph, space, decision=WILL_NOT, why=why, **values), matches
+        return replace(record, decision=WILL_NOT, why=why), matches
     if matches:
         why = f"matching {moved} neurons raises the correlation from {judged.j_current:.2f} to {judged.j_match:.2f}"
         if judged.gain_low <= 0:
             why += ", and their weights leave no doubt"
-        return _record(graph, space, decision=MATCH, why=why, **values), True
+        return replace(record, decision=MATCH, why=why), True
     if moved == 0:
         why = "the neurons correspond: the best assignment is the identity"
     elif judged.gain_low > 0:
         why = f"the match gains {judged.gain:.3f} in correlation but parts neurons whose weights correspond"
     else:
         why = f"the identity is as good as the match within its interval (gain {judged.gain:+.3f})"
-    return _record(graph, space, decision=DIRECT, why=why, **values), False
+    return replace(record, why=why), False
 
 
 def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -> Decisions:
@@ -311,12 +311,8 @@ def decide_from_structure(graph: NeuronGraph, certificates: Mapping[str, Certifi
     if any(certificates[s.id].says != IDENTIFIED for s in graph.spaces):
         return None
     records = [
-        _record(
-            graph,
-            s,
-            decision=DIRECT,
-            why=f"identified by structure: {certificates[s.id].why}",
-            evidence="structure",
+        replace(
+            _record(graph, s, DIRECT, f"identified by structure: {certificates[s.id].why}", "structure"),
             certificate=certificates[s.id],
         )
         for s in graph.spaces
@@ -359,12 +355,4 @@ def _weight_record(
         why = f"the weights fit better in another order; unseen ones {confirmed} it ({z:.0f} standard deviations)"
     else:
         why = "the weights fit best as they lie"
-    return _record(
-        graph,
-        space,
-        decision=MATCH if matches else DIRECT,
-        why=why,
-        evidence="weights",
-        moved=moved,
-        gain=gain,
-    )
+    return replace(_record(graph, space, MATCH if matches else DIRECT, why, "weights", moved), gain=gain)

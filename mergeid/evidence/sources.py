@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +44,10 @@ class FixedPart:
     scaling: Tensor | None = None
     row_space: Tensor | None = None
 
-    def classes(self, module: nn.Module, supports: Sequence[Support], **settings: Any) -> FunctionClasses:
-        """The function classes of the layer's neurons; `settings` go to `FunctionClasses`."""
+    def classes(self, module: nn.Module, supports: Sequence[Support]) -> FunctionClasses:
+        """The function classes of the layer's neurons."""
         scaling = None if self.scaling is None else weight_rows(module, self.scaling)
-        return FunctionClasses(
-            weight_rows(module, self.fixed), tuple(supports), scaling, row_space=self.row_space, **settings
-        )
+        return FunctionClasses(weight_rows(module, self.fixed), tuple(supports), scaling, row_space=self.row_space)
 
 
 def effective_weight(state: State, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
         if not allow_pickle:
             raise MergeidError(pickle_refused(f"{path} is"))
         return _open_pickles(source, path, [path], parsed)
-    return _from_headers(source, path, {path: read_header(path)}, config=parsed)
+    return replace(_from_headers(source, path, {path: read_header(path)}), config=parsed)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -99,25 +100,12 @@ def _open_folder(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
         shards = [weights.name]
     if weights.pickled:
         return _open_pickles(source, folder, [folder / s for s in shards], config)
-    return _from_headers(
-        source,
-        folder,
-        {folder / s: read_header(folder / s) for s in shards},
-        weight_map=weight_map,
-        config=config,
-        is_folder=True,
-        index=weights.listing,
-        index_metadata=metadata,
-    )
+    found = _from_headers(source, folder, {folder / s: read_header(folder / s) for s in shards}, weight_map)
+    return replace(found, config=config, is_folder=True, index=weights.listing, index_metadata=metadata)
 
 
 def _from_headers(
-    source: str,
-    path: Path,
-    headers: Mapping[Path, Header],
-    *,
-    weight_map: Mapping[str, str] | None = None,
-    **rest: Any,
+    source: str, path: Path, headers: Mapping[Path, Header], weight_map: Mapping[str, str] | None = None
 ) -> Checkpoint:
     """Put the headers of all shards together; the index decides where a name occurs twice."""
     table: dict[str, TensorInfo] = {}
@@ -148,7 +136,6 @@ def _from_headers(
         metadata={k: v for header in headers.values() for k, v in header.metadata.items()},
         file_metadata={file: header.metadata for file, header in headers.items()},
         _spans=spans,
-        **rest,
     )
 
 

@@ -29,9 +29,12 @@ from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.schema import ConditionEntry, RecipeFile, SliceEntry, validated
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
-from mergeid.methods.settings import Condition, Setting
+from mergeid.methods.settings import Condition, Parameters, Setting
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
+Table = dict[str, Any]
+"""What a recipe says at one place: name of a parameter -> its setting (words among them are refused later)."""
+
+_DEFAULTS: dict[str, Table] = {
     "dare_linear": {"rescale_norm": "l1"},
     "dare_ties": {"normalize": False, "rescale_norm": "l1"},
     "della": {"rescale_norm": "l1"},
@@ -81,7 +84,7 @@ class Recipe:
     method: str
     base: str | None = None
     weights: list[Setting] | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     normalize: bool | None = None
     dtype: str | None = None
     slices: tuple[Recipe, ...] = ()
@@ -92,18 +95,6 @@ class Recipe:
         """All models that it names."""
         own = [*self.models, *([self.base] if self.base is not None else [])]
         return [str(name) for name in own] + [name for part in self.slices for name in part.sources()]
-
-    def arguments(self) -> dict[str, Any]:
-        """Everything but the models."""
-        return {
-            "method": self.method,
-            "base": self.base,
-            "weights": self.weights,
-            "parameters": self.parameters,
-            "normalize": self.normalize,
-            "dtype": self.dtype,
-            "tokenizer": self.tokenizer,
-        }
 
 
 def read_stages(path: str | os.PathLike[str]) -> list[Recipe]:
@@ -207,7 +198,7 @@ def _sliced(
     method: MergeMethod,
     slices: Sequence[SliceEntry],
     base: str | None,
-    everywhere: dict[str, Any],
+    everywhere: Table,
     dtype: str | None,
     name: str | None,
 ) -> Recipe:
@@ -238,9 +229,9 @@ def _sliced(
 def _assembled(
     method: MergeMethod,
     models: list[str],
-    own: list[dict[str, Any]],
+    own: list[Table],
     base: str | None,
-    everywhere: dict[str, Any],
+    everywhere: Table,
     dtype: str | None,
 ) -> Recipe:
     if method.name == "slerp":
@@ -272,7 +263,7 @@ def _assembled(
         raise MergeidError(f"parameter 'weight' is {words[0]!r}; expected a number")
     if weights is not None and method.weights == "ignored":
         raise MergeidError(f"method {method.name!r} uses no weights; leave out 'weight'")
-    parameters: dict[str, Any] = dict(_DEFAULTS.get(method.name, {}))
+    parameters: Table = dict(_DEFAULTS.get(method.name, {}))
     normalize = True if method.weights == "shares" else None
     if normalize and "normalize" in everywhere:
         normalize = _switch(everywhere.pop("normalize"))
@@ -289,9 +280,7 @@ def _assembled(
     return Recipe(models, method.name, base, weights, parameters, normalize, dtype)
 
 
-def _slerp(
-    models: list[str], own: list[dict[str, Any]], base: str | None, everywhere: dict[str, Any], dtype: str | None
-) -> Recipe:
+def _slerp(models: list[str], own: list[Table], base: str | None, everywhere: Table, dtype: str | None) -> Recipe:
     """`t` goes from the base (0) to the other model (1)."""
     models, own = _from_base("slerp", models, own, base)
     given = {**everywhere, **own[0], **own[1]}
@@ -305,9 +294,7 @@ def _slerp(
     return Recipe(models, "slerp", None, [_complement(t), t], dtype=dtype)
 
 
-def _from_base(
-    name: str, models: list[str], own: list[dict[str, Any]], base: str | None
-) -> tuple[list[str], list[dict[str, Any]]]:
+def _from_base(name: str, models: list[str], own: list[Table], base: str | None) -> tuple[list[str], list[Table]]:
     """Both models and their parameters, the base first."""
     if base is not None and base not in models:
         models, own = [base, *models], [{}, *own]
@@ -346,7 +333,7 @@ def _switch(value: Any) -> bool:
     return value
 
 
-def _per_model(key: str, own: Sequence[dict[str, Any]], everywhere: dict[str, Any], default: Any = None) -> Any:
+def _per_model(key: str, own: Sequence[Table], everywhere: Table, default: Any = None) -> Any:
     """One setting per model: its own, else (and where no condition of it matches) the recipe's. None: not given."""
     if key not in everywhere and not any(key in given for given in own):
         return None
@@ -373,7 +360,7 @@ def _joined(levels: Sequence[Any]) -> Any:
     return tuple(conditions)
 
 
-def _settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _settings(given: Mapping[str, Any] | None) -> Table:
     """Settings as the methods take them: scalars, tuples of numbers (gradients), tuples of `Condition`."""
     return {key: _setting(value) for key, value in (given or {}).items()}
 

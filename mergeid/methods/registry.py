@@ -16,7 +16,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union
 
 from mergeid.errors import MergeidError, shown
 from mergeid.plugins import near_names
@@ -30,6 +30,8 @@ ENTRY_POINT_GROUP = "mergeid.methods"
 LARGEST_WEIGHT = 1e12
 """Beyond this no share or factor means anything, and sums would overflow."""
 
+Need = Union[bool, float, str, Sequence[Any], "Tensor", "torch.Generator", None]
+"""What a method may declare: a parameter, one per model, the base's tensor, statistics, a generator."""
 MethodFunction = Callable[..., "Tensor"]
 """(tensors, weights, \*\*what the method declares) -> tensor."""
 
@@ -125,7 +127,7 @@ class MergeMethod:
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(self.parameters))
 
-    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Any) -> Tensor:
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Need) -> Tensor:
         if self.options is not None:
             defaults = {p.keyword or p.name: p.default for p in self.parameters if not p.per_model}
             return self.function(tensors, weights, self.options(**{**defaults, **needs}))

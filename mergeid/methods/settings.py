@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.errors import MergeidError, MergeidWarning, listed, shown
-from mergeid.methods.registry import MergeMethod, check_weights
+from mergeid.methods.registry import MergeMethod, Need, check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,8 @@ class ByName:
 
 
 Setting = Union[Scalar, tuple[Scalar, ...], tuple[Condition, ...], ByName]
+Parameters = Mapping[str, Union[Setting, Sequence[Setting]]]
+"""By name: one setting, or one per model."""
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d{1,9})\.")
 
@@ -117,7 +119,7 @@ class MergeSettings:
 
     method: MergeMethod
     weights: tuple[Setting, ...]
-    parameters: Mapping[str, Setting | Sequence[Setting]] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     normalize: bool | None = None
     seed: int = 0
     depth: dict[str, float] = field(default_factory=dict)
@@ -130,7 +132,7 @@ class MergeSettings:
         names: Iterable[str],
         *,
         weights: Sequence[Setting] | None = None,
-        parameters: Mapping[str, Setting | Sequence[Setting]] | None = None,
+        parameters: Parameters | None = None,
         normalize: bool | None = None,
         seed: int = 0,
     ) -> MergeSettings:
@@ -200,9 +202,9 @@ class MergeSettings:
             values.append(value)
         return check_weights(values, len(values), normalize=self.normalize, free=self.method.weights != "shares")
 
-    def keywords(self, name: str) -> dict[str, Any]:
+    def keywords(self, name: str) -> dict[str, Need]:
         """The method's parameters for this tensor, by keyword."""
-        found: dict[str, Any] = {}
+        found: dict[str, Need] = {}
         for parameter in self.method.parameters:
             setting = self.parameters.get(parameter.name, parameter.default)
             several: list[Any] = setting if isinstance(setting, list) else [setting] * len(self.weights)
@@ -252,7 +254,7 @@ class MethodRequest:
 
     method: MergeMethod
     weights: Sequence[Setting] | None = None
-    parameters: Mapping[str, Setting | Sequence[Setting]] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     normalize: bool | None = None
     seed: int = 0
 

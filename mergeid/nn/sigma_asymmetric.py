@@ -24,10 +24,10 @@ class SigmaAsymmetric:
 
     ordinary: ClassVar[Any]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         # the gate first: η may work in place
         gate = torch.sigmoid(_mixed(x, self._buffers[GATE]))  # type: ignore[attr-defined]
-        answer: Tensor = 2 * gate * super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        answer: Tensor = 2 * gate * super().forward(x)  # type: ignore[misc]
         return answer
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from mergeid.io.publish import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from mergeid.results.barrier import BarrierResult
@@ -54,13 +56,13 @@ def plot_barriers(results: BarrierResult | Sequence[BarrierResult], path: str | 
         for k, curve in enumerate(curves):
             # A line that later ones lie on is broader, and shows around them.
             hidden = sum(list(map(_near, curve.losses)) == list(map(_near, later.losses)) for later in curves[k + 1 :])
-            style = {**_style(k), "linewidth": 1.6 + 2.4 * hidden, "markersize": 4 + 3 * hidden}
+            stroke = Stroke(k, 1.6 + 2.4 * hidden, 4 + 3 * hidden)
             name = curve.label or "a to b"
-            _line(axes[0], curve.lambdas, curve.losses, label=f"{name}: barrier {_short(curve.barrier)}", **style)
+            stroke.draw(axes[0], curve.lambdas, curve.losses, f"{name}: barrier {_short(curve.barrier)}")
             if curve.accuracies is not None:
                 drop = curve.barrier_accuracy or 0.0
                 shares = [100 * accuracy for accuracy in curve.accuracies]
-                _line(axes[1], curve.lambdas, shares, label=f"{name}: {drop:.1f} points lost", **style)
+                stroke.draw(axes[1], curve.lambdas, shares, f"{name}: {drop:.1f} points lost")
         # Matched and direct lines share their ends, so that their chords would hide one another.
         for first, last in dict.fromkeys((_near(c.losses[0]), _near(c.losses[-1])) for c in curves):
             axes[0].plot([0, 1], [first, last], color="0.5", linestyle=":", linewidth=1, zorder=1)
@@ -117,7 +119,7 @@ def plot_by_depth(
                 places = [i + (k - (len(series) - 1) / 2) * width for i in places]
                 axis.bar(places, values, width, label=label, color=colour)
             else:
-                _line(axis, places, values, label=label, **_style(k))
+                Stroke(k).draw(axis, places, values, label)
             for place, value, ends in zip(places, values, (intervals or {}).get(label, ()), strict=False):
                 if ends is not None and math.isfinite(value):
                     axis.vlines(place, *ends, color="0.25" if kind == "bar" else colour, linewidth=1.2)
@@ -194,13 +196,25 @@ def save_plot(draw: Callable[[Figure], None], path: str | Path, title: str = "")
     return path
 
 
-def _style(k: int) -> dict[str, Any]:
-    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linewidth": 1.6, "markersize": 4}
+@dataclass(frozen=True)
+class Stroke:
+    """How the k-th line of a plot is drawn; widths in points."""
 
+    k: int
+    width: float = 1.6
+    marker: float = 4
 
-def _line(axis: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    # matplotlib leaves a gap at nan, but would stretch the axis without end at inf.
-    axis.plot(x, [value if math.isfinite(value) else math.nan for value in y], **style)
+    def draw(self, axis: Axes, x: Sequence[float], y: Sequence[float], label: str) -> None:
+        """Into these axes. matplotlib leaves a gap at nan, but would stretch the axis without end at inf."""
+        axis.plot(
+            x,
+            [value if math.isfinite(value) else math.nan for value in y],
+            label=label,
+            color=COLOURS[self.k % len(COLOURS)],
+            marker=MARKERS[self.k % len(MARKERS)],
+            linewidth=self.width,
+            markersize=self.marker,
+        )
 
 
 def _dress(axis: Any, legend: bool = True) -> None:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from mergeid.errors import MergeidError, reason
+from mergeid.request import usual
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 
 def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
-    """A verb whose callers get a `MergeidError` for what the system refuses."""
+    """A verb whose callers get a `MergeidError` for what the system refuses, with the usual options written out in its
+    signature where it takes them together."""
+    signature = inspect.signature(function)
+    together = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if together:
+        own = [p for p in signature.parameters.values() if p not in together]
+        signature = signature.replace(parameters=[*own, *usual.parameters()])
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        signature.bind(*args, **kwargs)  # an unknown keyword is refused as Python does
         try:
             return function(*args, **kwargs)
         except MergeidError:
@@ -28,6 +37,7 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
                 raise
             raise MergeidError(sentence) from error
 
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 

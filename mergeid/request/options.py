@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 from mergeid.request.request import LARGEST_SEED, MATCHES
@@ -48,6 +49,21 @@ def switch(help: str, panel: str = HOW, *flags: str) -> Option:
     return Option(help, panel, flags=flags, kind=bool)
 
 
+def out(help: str) -> Option:
+    """Where the result goes."""
+    return Option(help, OUTPUT, "OUT", ("-o", "--output"), Path)
+
+
+def count(help: str, panel: str, least: int, most: int | None = None) -> Option:
+    """A whole number."""
+    return Option(help, panel, "N", kind=int, least=least, most=most)
+
+
+def examples(help: str) -> Option:
+    """Examples that models are run on."""
+    return Option(help, INPUT, "DATA")
+
+
 Arch = Annotated[
     Union[str, None],
     Option(
@@ -82,6 +98,15 @@ Data = Annotated[
     Option(
         "Real examples: image folder, text or jsonl file, .npz or .safetensors with inputs (and labels), Hugging Face "
         "data set, or module:function.",
+        INPUT,
+        "DATA",
+    ),
+]
+Labelled = Annotated[
+    Any,
+    Option(
+        "Labelled examples to measure on: image folder, text or jsonl file, .npz or .safetensors with inputs and "
+        "labels, Hugging Face data set, or module:function.",
         INPUT,
         "DATA",
     ),

@@ -36,15 +36,11 @@ class Prepared:
     recipe: Recipe
     base: str | Checkpoint | None
 
-    def arguments(self) -> dict[str, Any]:
-        """Everything but the models, as `mergeid.merge` takes it."""
-        return {**self.recipe.arguments(), "base": self.base}
-
 
 def merge_stages(
     stages: Sequence[Recipe],
     output: str | os.PathLike[str] | None,
-    merge: Callable[[Sequence[Any], str | os.PathLike[str] | None, Mapping[str, Any]], Result],
+    merge: Callable[[Prepared, str | os.PathLike[str] | None], Result],
     allow_pickle: bool = False,
 ) -> Result:
     """Merge stage after stage (`mergeid.methods.recipe.read_stages`). What later ones need lies in a hidden folder
@@ -52,7 +48,7 @@ def merge_stages(
 
     Args:
         output: of the last stage.
-        merge: (models, output, what the recipe says as arguments of `mergeid.merge`) -> its result.
+        merge: (a stage, output) -> its result.
 
     Returns:
         The last stage's result.
@@ -62,18 +58,15 @@ def merge_stages(
     """
     last = stages[-1]
     if not stages[:-1]:
-        done = prepared(last, {}, allow_pickle)
-        return merge(done.models, output, done.arguments())
+        return merge(prepared(last, {}, allow_pickle), output)
     beside = Path(output).parent if output is not None else Path()
     with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=beside) as folder:
         places: dict[str, str] = {}
         for i, stage in enumerate(stages[:-1]):
-            done = prepared(stage, places, allow_pickle)
             place = Path(folder) / str(i)
-            merge(done.models, place, done.arguments())
+            merge(prepared(stage, places, allow_pickle), place)
             places[str(stage.name)] = str(place)
-        done = prepared(last, places, allow_pickle)
-        return merge(done.models, output, done.arguments())
+        return merge(prepared(last, places, allow_pickle), output)
 
 
 def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = False) -> Prepared:
@@ -115,7 +108,7 @@ def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = Fal
     parameters: dict[str, Any] = {}
     for key in sorted({key for part in parts for key in part.parameters}):
         parameter = get_method(recipe.method).parameter(key)
-        given = [part.parameters.get(key, parameter.default) for part in parts]
+        given: list[Any] = [part.parameters.get(key, parameter.default) for part in parts]
         if parameter.per_model:
             several = [one if isinstance(one, list) else [one] * count for one in given]
             parameters[key] = [told([one[i] for one in several]) for i in range(count)]

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import (
-    LIMIT,
-    Calibration,
-    Example,
-    Matching,
-    Output,
-    Progress,
-    Reading,
-    Run,
-    check_transport,
-)
+from mergeid.request.request import Calibration, Matching, Output, check_transport
+from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.merge import MergeResult
 from mergeid.stages.open import Met, check_matching, open_models, output_path, skipped_keys
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @verb
@@ -34,52 +27,45 @@ def align(
     *,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.Option(
-            "A .safetensors file or a folder; ./aligned.safetensors if not given (./aligned for a folder).",
-            o.OUTPUT,
-            "OUT",
-            ("-o", "--output"),
-            Path,
-        ),
+        o.out("A .safetensors file or a folder; ./aligned.safetensors if not given (./aligned for a folder)."),
     ] = None,
+    force: o.Force = False,
+    data: o.Data = None,
     match: o.Match = "auto",
     matcher: o.Matcher = None,
     transport: o.Transport = False,
-    data: o.Data = None,
-    arch: o.Arch = None,
-    config: o.Config = None,
-    force: o.Force = False,
-    seed: o.Seed = 0,
-    limit: o.Limit = LIMIT,
-    batch_size: o.BatchSize = 32,
-    device: o.Device = "cpu",
-    skip: o.Skip = (),
-    allow_pickle: o.AllowPickle = False,
-    example_inputs: Any = None,
-    outputs: Sequence[str] = (),
-    base: o.Base = None,
+    base: Annotated[
+        Any,
+        o.Option(
+            "What A and B were fine-tuned from: the record then says what structure identifies by it, and with --data "
+            "the margins.",
+            o.INPUT,
+            "BASE",
+            shown=False,
+        ),
+    ] = None,
     certify: o.Certify = False,
-    progress: Progress | None = None,
+    batch_size: o.BatchSize = 32,
+    **usual: Unpack[Usual],
 ) -> MergeResult:
     """B with its neurons in A's order: the same function, for any other merging tool.
 
     Args:
         b: the model to permute; to: the model whose order it takes. Others as for `merge`.
         base, certify: as for `plan`.
-        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
-        config: "a" (`to`) or "b": whose config B gets where they differ in what the network computes.
+        usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; `config`: whose config B
+            gets where they differ in what the network computes.
         transport: carry B's neurons onto A's by optimal transport, as `merge` does with it: A's shapes, and no longer
             the same function.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
-    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
-    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
-    matching, calibration, asked = Matching(match, matcher), Calibration(data, limit), Output(output, force=force)
+    run, reading = requests_of(usual, batch_size)
+    matching, calibration, asked = Matching(match, matcher), calibration_of(data, usual), Output(output, force=force)
     target = None
     if not (is_module(b) and output is None):
-        target = output_path(replace(asked, path=output or _default(b)), [to, b, base, data, arch])
+        target = output_path(replace(asked, path=output or _default(b)), [to, b, base, data, reading.arch])
     if transport:
         check_transport(matching, base=base is not None)
         met = open_models(Workbench(reading, run), [to, b], widths=False)

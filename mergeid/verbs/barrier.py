@@ -30,21 +30,11 @@ def barrier(
     a: Source,
     b: Source,
     *,
-    data: Annotated[
-        Any,
-        o.Option(
-            "Labelled examples to measure on: image folder, text or jsonl file, .npz or .safetensors with inputs and "
-            "labels, Hugging Face data set, or module:function.",
-            o.INPUT,
-            "DATA",
-        ),
-    ],
+    data: o.Labelled,
     match: o.Match = "never",
     matcher: o.Matcher = None,
     repair: Annotated[bool, o.switch("Re-estimate BatchNorm statistics at every point.")] = False,
-    points: Annotated[
-        int, o.Option("Points on the line, both ends too.", o.HOW, "N", kind=int, least=2, most=10_000)
-    ] = 11,
+    points: Annotated[int, o.count("Points on the line, both ends too.", o.HOW, 2, 10_000)] = 11,
     calibration: Annotated[
         Any,
         o.Option("Examples to match on and to re-estimate BatchNorm with; DATA itself if not given.", o.INPUT, "DATA"),
@@ -52,9 +42,7 @@ def barrier(
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),
-    limit: Annotated[
-        int | None, o.Option("Examples taken from DATA; all if not given.", o.INPUT, "N", kind=int, least=1)
-    ] = None,
+    limit: Annotated[int | None, o.count("Examples taken from DATA; all if not given.", o.INPUT, 1)] = None,
     calibration_limit: int | None = LIMIT,
     batch_size: o.BatchSize = 64,
     seed: o.Seed = 0,

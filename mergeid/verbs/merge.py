@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
@@ -19,24 +18,22 @@ from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import (
-    LIMIT,
     REFUSE_ABOVE,
     Calibration,
-    Example,
     Matching,
     Output,
-    Progress,
-    Reading,
     Repairing,
     Run,
     bytes_of,
     check_transport,
 )
+from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.merge import MergeResult
 from mergeid.stages.open import Met, check_matching, open_models, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Unpack
 
     from mergeid.stages.members import Members
 
@@ -98,13 +95,7 @@ def merge(
     ] = None,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.Option(
-            "A .safetensors file or a folder; ./merged.safetensors if not given (./merged for a folder).",
-            o.OUTPUT,
-            "OUT",
-            ("-o", "--output"),
-            Path,
-        ),
+        o.out("A .safetensors file or a folder; ./merged.safetensors if not given (./merged for a folder)."),
     ] = None,
     weights: Sequence[Any] | Mapping[str, Sequence[float]] | None = None,
     normalize: Annotated[
@@ -134,27 +125,18 @@ def merge(
     data: o.Data = None,
     repair: bool | str = True,
     refuse_above: o.RefuseAbove = REFUSE_ABOVE,
-    arch: o.Arch = None,
-    config: o.Config = None,
     tokenizer: o.Tokenizer = None,
     dtype: o.Dtype = None,
     shard_size: o.ShardSize = None,
     resume: o.Resume = False,
-    skip: o.Skip = (),
     force: Annotated[
         bool,
         o.switch(
             "Replace an earlier output, and write although mergeid says that the models will not merge.", o.OUTPUT
         ),
     ] = False,
-    seed: o.Seed = 0,
-    limit: o.Limit = LIMIT,
     batch_size: o.BatchSize = 32,
-    device: o.Device = "cpu",
-    allow_pickle: o.AllowPickle = False,
-    example_inputs: Any = None,
-    outputs: Sequence[str] = (),
-    progress: Progress | None = None,
+    **usual: Unpack[Usual],
 ) -> MergeResult:
     """Merge two models or more, matched where the plan says so.
 
@@ -184,35 +166,33 @@ def merge(
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
             farther from their predictions than they are themselves, for outputs that are no classification the share
             of their variance (`mergeid.evaluate.nearness`).
-        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         shard_size: most bytes of one weight file of a folder (5_000_000_000, "5GB"); None: files as the first model's.
         resume: go on with the merge to `output` that was stopped, if there is one; else begin, and keep what is done
             if this process is stopped. Models and settings must be the same.
         tokenizer: "union", "a", "b", … or "base": whose tokens the result has, where vocabularies differ.
-        config: "a" (the first model), "b", …: whose config the result gets where configs differ in what the network
-            computes; None: that is refused.
         force: overwrite, and merge even when the plan, or the last look, says that it will not work.
+        usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; `config`: whose config the
+            result gets.
 
     Raises:
         WillNotMerge: the plan says no, or even the nearest merge is too far from the models (and `force` is not
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
-    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
+    run, reading = requests_of(usual, batch_size, tokenizer)
     listed: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
     request = MergeRequest(
         tuple(m for m in listed if m is not None),
         base,
         MethodRequest(
-            get_method(method), setting_of_weights(weights), _with_density(parameters, density), normalize, seed
+            get_method(method), setting_of_weights(weights), _with_density(parameters, density), normalize, run.seed
         ),
-        Calibration(data, limit),
+        calibration_of(data, usual),
         Matching(match, matcher),
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),
         Output(output, dtype, force, bytes_of(shard_size), resume),
         transport,
     )
-    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs), tokenizer)
     return merge_models(request, Workbench(reading, run))
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from mergeid.errors import MergeidError
 from mergeid.models.source import Source
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run
+from mergeid.request.request import Calibration, Matching
+from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.stages.open import Met, Pair, check_matching, open_models, origin_of, pair_of, skipped_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from typing_extensions import Unpack
 
     from mergeid.models.examples import Examples
     from mergeid.neuron_graph.neuron_graph import Element
@@ -41,41 +43,30 @@ def predict(
         ),
     ] = None,
     tolerate: Annotated[float, o.Option("Loss whose probability is asked for.", o.HOW, "NATS", kind=float)] = TOLERATED,
-    arch: o.Arch = None,
-    config: o.Config = None,
     matcher: o.Matcher = None,
-    skip: o.Skip = (),
-    limit: o.Limit = LIMIT,
     batch_size: o.BatchSize = 128,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    allow_pickle: o.AllowPickle = False,
-    example_inputs: Any = None,
-    outputs: Sequence[str] = (),
-    progress: Progress | None = None,
+    **usual: Unpack[Usual],
 ) -> PredictResult:
     """How much two models would lose if they were merged, directly and matched, without merging them.
 
     No network between the two is run: only A and B, each with its own weights (`mergeid.prediction.lockstep`).
 
     Args:
-        outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         a, b: files, folders, hub ids, or live modules whose outputs are logits.
         data: inputs of the kind that the models were trained on (labels unused); without them the models are run on
             random inputs, which says less.
         base: what both were fine-tuned from; for the paper's bound.
-        config: "a" or "b": whose config counts where they differ in what the network computes.
         tolerate: loss in nats whose probability is asked for.
-        limit: most examples that are matched on; at most `mergeid.prediction.probe.EXAMPLES` of them run in lockstep.
         batch_size: of matching; for speed and memory only.
+        usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; of the `limit` examples that
+            are matched on, at most `mergeid.prediction.probe.EXAMPLES` run in lockstep.
 
     Raises `MergeidError` for anything wrong with the input, and for models without logits.
     """
     check_tolerated(tolerate)
-    run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
-    calibration, matching = Calibration(data, limit), Matching("always", matcher)
+    run, reading = requests_of(usual, batch_size)
+    calibration, matching = calibration_of(data, usual), Matching("always", matcher)
     check_matching(matching, calibration.given)
-    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
     met = open_models(Workbench(reading, run), [a, b])
     return predict_pair(met, matching, calibration, base=base, tolerate=tolerate)
 

@@ -62,15 +62,7 @@ def report(
     a: Source,
     b: Source,
     *,
-    data: Annotated[
-        Any,
-        o.Option(
-            "Labelled examples to measure on: image folder, text or jsonl file, .npz or .safetensors with inputs and "
-            "labels, Hugging Face data set, or module:function.",
-            o.INPUT,
-            "DATA",
-        ),
-    ],
+    data: o.Labelled,
     calibration: Annotated[
         Any, o.Option("Examples to match on, without labels; DATA itself if not given.", o.INPUT, "DATA")
     ] = None,
@@ -79,15 +71,11 @@ def report(
         bool,
         o.Option("Also try the merge that is solved by layers.", flags=("--solve/--no-solve",), kind=bool),
     ] = True,
-    points: Annotated[
-        int, o.Option("Points of each curve, with both ends.", o.HOW, "N", kind=int, least=3, most=1_000)
-    ] = POINTS,
+    points: Annotated[int, o.count("Points of each curve, with both ends.", o.HOW, 3, 1_000)] = POINTS,
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),
-    limit: Annotated[
-        int | None, o.Option("Examples to measure on; all if not given.", o.INPUT, "N", kind=int, least=1)
-    ] = None,
+    limit: Annotated[int | None, o.count("Examples to measure on; all if not given.", o.INPUT, 1)] = None,
     batch_size: o.BatchSize = 64,
     seed: o.Seed = 0,
     device: o.Device = "cpu",

@@ -35,11 +35,9 @@ def similarity(
     *,
     data: Annotated[
         Any,
-        o.Option(
+        o.examples(
             "Examples to run both models on: image folder, text or jsonl file, .npz or .safetensors with inputs, "
-            "Hugging Face data set, or module:function.",
-            o.INPUT,
-            "DATA",
+            "Hugging Face data set, or module:function."
         ),
     ],
     layers: Annotated[

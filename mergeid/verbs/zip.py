@@ -41,21 +41,16 @@ def zip_models(
     *,
     data: Annotated[
         Any,
-        o.Option(
-            "Examples of both tasks, whose activations say which features are alike; as for mergeid merge.",
-            o.INPUT,
-            "DATA",
-        ),
+        o.examples("Examples of both tasks, whose activations say which features are alike; as for mergeid merge."),
     ],
+    limit: o.Limit = LIMIT,
+    force: o.Force = False,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    allow_pickle: o.AllowPickle = False,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.Option(
-            "A folder, ./zipped if not given; with --one-head as for mergeid merge.",
-            o.OUTPUT,
-            "OUT",
-            ("-o", "--output"),
-            Path,
-        ),
+        o.out("A folder, ./zipped if not given; with --one-head as for mergeid merge."),
     ] = None,
     up_to: Annotated[
         str | None,
@@ -71,14 +66,9 @@ def zip_models(
     ] = False,
     one_head: Annotated[bool, o.switch("For models of one task: also average the heads, and write one model.")] = False,
     repair: bool = True,
-    arch: o.Arch = None,
-    config: o.Config = None,
-    force: o.Force = False,
     seed: o.Seed = 0,
-    limit: o.Limit = LIMIT,
     batch_size: o.BatchSize = 32,
     device: o.Device = "cpu",
-    allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> ZipResult:

@@ -204,7 +204,7 @@ def test_whose_tokens_the_result_has() -> None:
     table: dict[str, Any] = {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}
     assert parse_recipe(table).parameters == {"max_iter": 10, "tol": 1e-5} and parse_recipe(table).tokenizer is None
     for source, found in (("union", "union"), ("a", "a"), ("b", "b")):
-        assert parse_recipe({**table, "tokenizer_source": source}).arguments()["tokenizer"] == found
+        assert parse_recipe({**table, "tokenizer_source": source}).tokenizer == found
         assert parse_recipe({**table, "tokenizer": {"source": source}}).tokenizer == found
     models = [{"model": "a", "parameters": {"weight": 1}}]
     based = {"merge_method": "task_arithmetic", "base_model": "c", "models": models}
