@@ -70,8 +70,12 @@ def fit_gathered(
         sums = [g.moments.centred() if free else g.moments for g in (seen, unseen)]
         return fit(sums[0], sums[1], mean, mean_bias)
     if free:
-        few, others = (tuple(t - t.mean(0) for t in pair) for pair in (few, others))
+        few, others = _about_means(few), _about_means(others)
     return _fit_rows(few, others, mean.double(), None if mean_bias is None else mean_bias.double())
+
+
+def _about_means(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return rows[0] - rows[0].mean(0), rows[1] - rows[1].mean(0)
 
 
 class _Dual:
@@ -91,7 +95,8 @@ class _Dual:
         """(K + λ n)⁻¹ of the residuals, in the eigenbasis [n, m]; constant inputs move the bias alone."""
         if not self.strength > 0:
             return torch.zeros_like(self.left)
-        return self.left / (self.values + ridge * self.strength)[:, None]
+        shrunk: Tensor = self.left / (self.values + ridge * self.strength)[:, None]
+        return shrunk
 
     def missed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Residuals of the average with the mean answer set right [·, m], and rows in the eigenbasis [·, n]."""
