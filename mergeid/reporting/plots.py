@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mergeid.reporting.page.content import Measured
     from mergeid.results.barrier import BarrierResult
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision; the markers tell them apart in print.
@@ -40,10 +41,18 @@ def check_plot_path(path: str | Path) -> Path:
     return path
 
 
-def plot_barriers(results: BarrierResult | Sequence[BarrierResult], path: str | Path, title: str = "") -> Path:
+def plot_barriers(
+    results: BarrierResult | Sequence[BarrierResult],
+    path: str | Path,
+    title: str = "",
+    marks: Sequence[Measured] = (),
+) -> Path:
     """Loss, and accuracy where there is one, along the line from a to b; one line per labelled result.
 
     The dotted straight line is the chord above which the loss counts as barrier. Replaces an older file at once.
+
+    Args:
+        marks: networks that were made of half of each but lie off the line, a star each at λ = 0.5.
 
     Raises:
         MergeidError: a path that cannot be written, or that is neither PNG nor SVG.
@@ -63,6 +72,12 @@ def plot_barriers(results: BarrierResult | Sequence[BarrierResult], path: str | 
                 drop = curve.barrier_accuracy or 0.0
                 shares = [100 * accuracy for accuracy in curve.accuracies]
                 stroke.draw(axes[1], curve.lambdas, shares, f"{name}: {drop:.1f} points lost")
+        for k, mark in enumerate(marks, len(curves)):
+            star = Stroke(k, 0, 13, "*")
+            star.draw(axes[0], [0.5], [mark.loss], f"{mark.name}: loss {_short(mark.loss)}")
+            if with_accuracy and mark.accuracy is not None:
+                share = 100 * mark.accuracy
+                star.draw(axes[1], [0.5], [share], f"{mark.name}: {share:.1f} %")
         # Matched and direct lines share their ends, so that their chords would hide one another.
         for first, last in dict.fromkeys((_near(c.losses[0]), _near(c.losses[-1])) for c in curves):
             axes[0].plot([0, 1], [first, last], color="0.5", linestyle=":", linewidth=1, zorder=1)
@@ -198,11 +213,12 @@ def save_plot(draw: Callable[[Figure], None], path: str | Path, title: str = "")
 
 @dataclass(frozen=True)
 class Stroke:
-    """How the k-th line of a plot is drawn; widths in points."""
+    """How the k-th line of a plot is drawn; widths in points; `shape`: of its markers, else the k-th."""
 
     k: int
     width: float = 1.6
     marker: float = 4
+    shape: str = ""
 
     def draw(self, axis: Axes, x: Sequence[float], y: Sequence[float], label: str) -> None:
         """Into these axes. matplotlib leaves a gap at nan, but would stretch the axis without end at inf."""
@@ -211,7 +227,7 @@ class Stroke:
             [value if math.isfinite(value) else math.nan for value in y],
             label=label,
             color=COLOURS[self.k % len(COLOURS)],
-            marker=MARKERS[self.k % len(MARKERS)],
+            marker=self.shape or MARKERS[self.k % len(MARKERS)],
             linewidth=self.width,
             markersize=self.marker,
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
@@ -41,16 +41,34 @@ CALIBRATION = 512
 """Training images, without their labels, that mergeid may look at."""
 POINTS = 11
 STEPS = EPOCHS * (TRAINING // BATCH)
+MERGES: tuple[tuple[str, str, Literal["auto", "always", "never"], str], ...] = (
+    ("plain average", "direct", "never", "none"),
+    ("plain average", "direct-bn", "never", "bn"),
+    ("matched", "matched", "always", "bn"),
+    ("mergeid", "merged", "auto", "auto"),
+)
+"""Name, file, `--match` and `--repair` of each merge; the last one is what `mergeid merge` does by itself."""
+AFTER = {"none": "nothing", "bn": "BatchNorm estimated again", "solve": "solved layer by layer"}
+CURVES: tuple[tuple[str, Literal["always", "never"], bool], ...] = (
+    ("plain average", "never", False),
+    ("plain average", "never", True),
+    ("matched", "always", True),
+)
+"""Label, `--match`, and whether BatchNorm statistics are estimated again at every point."""
 _INITIAL_WEIGHTS = threading.Lock()
 """Initial weights come from a random generator that all threads share."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the comparison, as measured on the held-out digits."""
+    """One network of the comparison, as measured on the held-out digits.
+
+    Attributes:
+        name: "network a", "plain average", "matched", "mergeid". after: what was done to it when it was averaged.
+    """
 
     name: str
-    batchnorm: str
+    after: str
     file: Path
     accuracy: float
     loss: float
@@ -61,8 +79,8 @@ class DemoResult:
     """Everything that the demonstration found and wrote.
 
     Attributes:
-        rows: both networks and their merges.
-        curves: loss along the line, direct and with mergeid.
+        rows: both networks and their merges, mergeid's own last.
+        curves: loss along the line, direct and matched.
         files: everything written, and what it is.
         reused: whether the two networks were there already.
         seconds: wall time in all.
@@ -99,8 +117,8 @@ class DemoResult:
 
         print_plan(self.plan, console)
         console.print()
-        columns = [Column(""), Column("BatchNorm"), Column("accuracy", "right"), Column("loss", "right")]
-        rows = [[r.name, r.batchnorm, percent(r.accuracy), number(r.loss)] for r in self.rows]
+        columns = [Column(""), Column("afterwards"), Column("accuracy", "right"), Column("loss", "right")]
+        rows = [[r.name, r.after, percent(r.accuracy), number(r.loss)] for r in self.rows]
         title = f"Measured on {self.tested} held-out digits"
         console.print(make_table(columns, rows, width=console.width, title=title))
         console.print()
@@ -109,7 +127,7 @@ class DemoResult:
         console.print(f"Everything lies in {self.folder} ({self.seconds:.0f} s):", markup=False)
         for path, meaning in self.files.items():
             console.print(f"  {path.name:29} {meaning}", markup=False)
-        a, b, _, _, _, _, data, held_out, *_ = self.files
+        a, b, data, held_out, *_ = self.files
         console.print("The same by hand:", markup=False)
         for command in (
             f"mergeid plan {a} {b} --data {data}",
@@ -282,6 +300,7 @@ def run(
     """
     import numpy as np
 
+    from mergeid.reporting.page.content import Measured
     from mergeid.reporting.plots import plot_barriers
 
     began = time.perf_counter()
@@ -300,13 +319,13 @@ def run(
             with whole_file(path, "-o") as partial, open(partial, "wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # names of arrays, not the option of that name
         plan = plan_of(a, b, data=data, progress=progress)
-        rows = [_row("network a", "its own", a, held_out), _row("network b", "its own", b, held_out)]
-        for name, stem, match in (("direct average", "direct", "never"), ("mergeid", "merged", "auto")):
-            for repair, ending in ((False, "-no-repair"), (True, "")):
-                output = folder / f"{stem}{ending}.safetensors"
-                stage = "bn" if repair else "none"
-                merge(a, b, output=output, match=match, data=data, repair=stage, force=True, progress=progress)
-                rows.append(_row(name, "re-estimated" if repair else "averaged", output, held_out))
+        rows = [_row("network a", "", a, held_out), _row("network b", "", b, held_out)]
+        made = {}
+        for name, stem, match, repair in MERGES:
+            output = made[stem] = folder / f"{stem}.safetensors"
+            done = merge(a, b, output=output, match=match, data=data, repair=repair, force=True, progress=progress)
+            after = AFTER["none"] if done.repair is None else AFTER.get(str(done.repair["kind"]), AFTER["bn"])
+            rows.append(_row(name, after, output, held_out))
         curves = [
             barrier(
                 a,
@@ -317,22 +336,27 @@ def run(
                 repair=repair,
                 points=POINTS,
                 device="cpu",
-                label="mergeid" if match == "auto" else "direct",
+                label=label,
                 progress=progress,
             )
-            for match, repair in (("never", False), ("never", True), ("auto", True))
+            for label, match, repair in CURVES
         ]
-    named = [replace(c, label=f"{c.label}, BatchNorm {'re-estimated' if c.repair else 'averaged'}") for c in curves]
-    plot = plot_barriers(named, folder / "barrier.png", title="From network a to network b")
+    best = rows[-1]
+    plot = plot_barriers(
+        [replace(c, label=f"{c.label}, BatchNorm estimated again" if c.repair else c.label) for c in curves],
+        folder / "barrier.png",
+        title="From network a to network b",
+        marks=[Measured(f"mergeid ({best.after})", best.loss, best.accuracy)],
+    )
     files = {
         a: "network a",
         b: "network b",
-        folder / "merged.safetensors": "merged with mergeid",
-        folder / "merged-no-repair.safetensors": "the same, BatchNorm only averaged",
-        folder / "direct.safetensors": "direct average, BatchNorm re-estimated",
-        folder / "direct-no-repair.safetensors": "direct average, nothing else",
         data: "calibration images",
         held_out: "test images with labels",
+        made["merged"]: f"mergeid's merge: {best.after}",
+        made["matched"]: "matched, BatchNorm estimated again",
+        made["direct"]: "plain average",
+        made["direct-bn"]: "plain average, BatchNorm estimated again",
         plot: "loss and accuracy on the way from a to b",
         folder / "demo.json": "these results",
     }
@@ -342,7 +366,7 @@ def run(
     return result
 
 
-def _row(name: str, batchnorm: str, file: Path, data: Path) -> Row:
+def _row(name: str, after: str, file: Path, data: Path) -> Row:
     from mergeid.data import collate, load_data
     from mergeid.evaluate.measure import evaluate
     from mergeid.models.running import make_accelerator
@@ -356,4 +380,4 @@ def _row(name: str, batchnorm: str, file: Path, data: Path) -> Row:
         accelerator=make_accelerator("cpu"),
         collate=collate,
     )
-    return Row(name, batchnorm, file, found.accuracy or 0.0, found.loss)
+    return Row(name, after, file, found.accuracy or 0.0, found.loss)
