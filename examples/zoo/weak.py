@@ -10,7 +10,6 @@ BatchNorm statistics are estimated again on these inputs too. report.py tables t
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pairs_table as table
 import torch
-from build import HERE, Zoo, named
+from build import Zoo, named
 from families import FAMILIES
 from measuring import PairOfNets
 from recipes import Pair, work
@@ -61,11 +60,7 @@ def run(out: Path, cache: Path, inputs: int, only: str = "*") -> list[table.Row]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of pairs.csv and weak.csv")
-    parser.add_argument("--cache", type=Path, help="folder of the trained networks (default: OUT/cache)")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="pairs whose id matches")
-    parser.add_argument("--inputs", type=int, default=32, help="calibration inputs, at least 16")
+    parser = table.options_of(__doc__, "pairs.csv and weak.csv", 32)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", MergeidWarning)

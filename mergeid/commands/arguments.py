@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergeid.request.options import OUTPUT
+from mergeid.request.options import HOW, OUTPUT
 
 MODEL = ".safetensors file, model folder, or hub id (org/name, org/name@revision)"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -96,6 +96,26 @@ def _value(text: str) -> bool | int | float | str:
         raise
 
 
+def written(help: str, metavar: str = "FILE") -> Any:
+    """``-o``: where something is written."""
+    return typer.Option("-o", "--output", metavar=metavar, rich_help_panel=OUTPUT, help=help, show_default=False)
+
+
+def drawn(help: str) -> Any:
+    """``--plot``: what is drawn, into which file."""
+    return typer.Option("--plot", metavar="FILE", rich_help_panel=OUTPUT, help=f"{help}: .png or .svg.")
+
+
+def how(flag: str, metavar: str, help: str) -> Any:
+    """How it is done, as text that is read later."""
+    return typer.Option(flag, metavar=metavar, rich_help_panel=HOW, help=help)
+
+
+def model(what: str = "") -> Any:
+    """The one model that a command is about; `what`: which it is."""
+    return typer.Argument(metavar="MODEL", help=f"{what}{MODEL}.", show_default=False)
+
+
 A = Annotated[str, typer.Argument(metavar="A", help=f"First model: {MODEL}.", show_default=False)]
 B = Annotated[str, typer.Argument(metavar="B", help="Second model, likewise.", show_default=False)]
 
@@ -110,7 +130,4 @@ Page = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", rich_help_panel=OUTPUT, help="Also put the result on an HTML page."),
 ]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the result as JSON."),
-]
+JsonFile = Annotated[Path | None, written("Also write the result as JSON.")]

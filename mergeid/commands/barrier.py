@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
-from mergeid.request.options import OUTPUT
 from mergeid.verbs.barrier import barrier
 
 if TYPE_CHECKING:
@@ -23,14 +20,8 @@ def command(
     call: Call[BarrierResult],
     a: o.A,
     b: o.B,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the curve as JSON."),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", rich_help_panel=OUTPUT, help="Draw the curve: .png or .svg."),
-    ] = None,
+    output: Annotated[Path | None, o.written("Also write the curve as JSON.")] = None,
+    plot: Annotated[Path | None, o.drawn("Draw the curve")] = None,
     page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:

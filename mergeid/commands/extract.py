@@ -10,7 +10,7 @@ import typer
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import working
-from mergeid.request.options import INPUT, OUTPUT
+from mergeid.request.options import INPUT
 from mergeid.verbs.extract import extract
 
 if TYPE_CHECKING:
@@ -20,24 +20,14 @@ if TYPE_CHECKING:
 @command_of(extract)
 def command(
     call: Call[ExtractResult],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"The fine-tune: {o.MODEL}.", show_default=False)],
+    model: Annotated[str, o.model("The fine-tune: ")],
     base: Annotated[
         str,
         typer.Option(
             "--base", metavar="MODEL", rich_help_panel=INPUT, help="What it was fine-tuned from.", show_default=False
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="OUT",
-            rich_help_panel=OUTPUT,
-            help="A folder for the adapter.",
-            show_default=False,
-        ),
-    ],
+    output: Annotated[Path, o.written("A folder for the adapter.", "OUT")],
     as_json: o.Json = False,
 ) -> int:
     """Write what a fine-tune adds to its base as a PEFT adapter (LoRA) of a chosen rank.

@@ -33,10 +33,7 @@ def command(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the graph as JSON."),
-    ] = None,
+    output: Annotated[Path | None, o.written("Also write the graph as JSON.")] = None,
     json_target: Annotated[
         str | None,
         typer.Option(

@@ -46,21 +46,11 @@ def command(
     ] = None,
     density: Annotated[
         str | None,
-        typer.Option(
-            "--density",
-            metavar="D[,D…]",
-            rich_help_panel=HOW,
-            help="Share of each task vector that is kept (ties, dare, della, breadcrumbs): one, or one per model.",
-        ),
+        o.how("--density", "D[,D…]", "Share of each task vector that is kept (ties, dare, …): one, or one per model."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            rich_help_panel=HOW,
-            help="Another parameter of the method, such as lambda=0.8 (may be given several times).",
-        ),
+        o.how("--set", "NAME=VALUE", "Another parameter of the method, as in lambda=0.8 (may be given several times)."),
     ] = None,
     repair: Annotated[
         o.Repair,

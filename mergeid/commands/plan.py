@@ -11,7 +11,7 @@ from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
-from mergeid.request.options import HOW, OUTPUT
+from mergeid.request.options import HOW
 from mergeid.verbs.plan import plan
 
 if TYPE_CHECKING:
@@ -23,19 +23,8 @@ def command(
     call: Call[Plan],
     a: o.A,
     b: o.B,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the plan as JSON."),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot",
-            metavar="FILE",
-            rich_help_panel=OUTPUT,
-            help="Draw the evidence space by space in order of depth: .png or .svg.",
-        ),
-    ] = None,
+    output: Annotated[Path | None, o.written("Also write the plan as JSON.")] = None,
+    plot: Annotated[Path | None, o.drawn("Draw the evidence space by space in order of depth")] = None,
     page: o.Page = None,
     verbose: o.Verbose = False,
     as_json: o.Json = False,

@@ -12,7 +12,6 @@ from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import Work, check_outputs, to_text, working, write_report
 from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
-from mergeid.request.options import OUTPUT
 from mergeid.verbs.predict import predict
 
 if TYPE_CHECKING:
@@ -29,12 +28,7 @@ def command(
         ),
     ],
     output: o.JsonFile = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", metavar="FILE", rich_help_panel=OUTPUT, help="Of sketches: draw the matrix: .png or .svg."
-        ),
-    ] = None,
+    plot: Annotated[Path | None, o.drawn("Of sketches: draw the matrix")] = None,
     page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working
 from mergeid.io.publish import write_whole
-from mergeid.request.options import OUTPUT
 from mergeid.verbs.similarity import similarity
 
 if TYPE_CHECKING:
@@ -24,15 +21,7 @@ def command(
     a: o.A,
     b: o.B,
     output: o.JsonFile = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot",
-            metavar="FILE",
-            rich_help_panel=OUTPUT,
-            help="Draw CKA of all layers of A with all of B as a heat map: .png or .svg.",
-        ),
-    ] = None,
+    plot: Annotated[Path | None, o.drawn("Draw CKA of all layers of A with all of B as a heat map")] = None,
     as_json: o.Json = False,
 ) -> int:
     """Compare the layers of A and B on the same data: CKA (plain and unbiased), SVCCA and PWCCA."""

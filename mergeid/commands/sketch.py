@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import working
-from mergeid.request.options import OUTPUT
 from mergeid.verbs.sketch import sketch
 
 if TYPE_CHECKING:
@@ -20,11 +17,8 @@ if TYPE_CHECKING:
 @command_of(sketch)
 def command(
     call: Call[Sketch],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{o.MODEL}.", show_default=False)],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, show_default=False, help="NAME.sketch."),
-    ],
+    model: Annotated[str, o.model()],
+    output: Annotated[Path, o.written("NAME.sketch.")],
     as_json: o.Json = False,
 ) -> int:
     """Keep what a model does on some inputs, so that `mergeid predict *.sketch` compares it without running it."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergeid.basics.hooks import listening
 from mergeid.errors import MergeidError
 from mergeid.evidence.support import InputMoments, Support, TokenCounts
 
@@ -312,12 +313,8 @@ def before_batchnorm(model: nn.Module, batch: Any, forward: Forward) -> set[str]
             handles.append(module.register_forward_pre_hook(look))
         elif kind_of(module) is not None:
             handles.append(module.register_forward_hook(remember(name)))
-    try:
-        with torch.no_grad():
-            forward(model, batch)
-    finally:
-        for h in handles:
-            h.remove()
+    with listening(handles):
+        forward(model, batch)
     return found
 
 

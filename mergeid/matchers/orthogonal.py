@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.hooks import listening
 from mergeid.matchers.inner_products import rows
 from mergeid.matchers.scaling import TOLERANCE, Forward, changes
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space
@@ -171,12 +172,8 @@ def _readers(model: nn.Module, forward: Forward, batch: Any) -> dict[str, list[s
         elif isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(reads(name)))
     inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
-    try:
-        with torch.no_grad():
-            forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with listening(handles):
+        forward(model, inputs)
     return readers
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.sparse import Kept, Sparse, merge_kept, parameters
+from mergeid.methods.registry import Parameter
+from mergeid.methods.sparse import Kept, Sparse, merge_kept, parameters, register_sparse
 from mergeid.methods.task_arithmetic import wide
 
 GAMMA = Parameter("gamma", 0.01, 0.0, 1.0, per_model=True, help="share of the largest changes that is dropped")
@@ -21,6 +21,9 @@ class Breadcrumbs(Sparse):
 
     rescale: bool = False
     gamma: Sequence[float] = ()
+
+
+_PARAMETERS = parameters(GAMMA, rescale=False, norm="l1", normalize=False)
 
 
 def between(delta: Tensor, density: float, gamma: float) -> Tensor | None:
@@ -53,14 +56,7 @@ def _kept(tensors: Sequence[Tensor], told: Breadcrumbs) -> list[Kept]:
     ]
 
 
-@register_method(
-    "breadcrumbs",
-    elementwise=False,
-    weights="free",
-    base=True,
-    parameters=parameters(GAMMA, rescale=False, norm="l1", normalize=False),
-    options=Breadcrumbs,
-)
+@register_sparse("breadcrumbs", _PARAMETERS, Breadcrumbs)
 def breadcrumbs(tensors: Sequence[Tensor], weights: Sequence[float], told: Breadcrumbs) -> Tensor:
     """``θ_0 + λ Σ_i w_i (m_i ⊙ (θ_i − θ_0))``, m_i without the smallest changes and without the largest (`between`).
 
@@ -75,14 +71,7 @@ def breadcrumbs(tensors: Sequence[Tensor], weights: Sequence[float], told: Bread
     return merge_kept(tensors, weights, _kept(tensors, told), told, elect=False)
 
 
-@register_method(
-    "breadcrumbs_ties",
-    elementwise=False,
-    weights="free",
-    base=True,
-    parameters=parameters(GAMMA, rescale=False, norm="l1", normalize=False),
-    options=Breadcrumbs,
-)
+@register_sparse("breadcrumbs_ties", _PARAMETERS, Breadcrumbs)
 def breadcrumbs_ties(tensors: Sequence[Tensor], weights: Sequence[float], told: Breadcrumbs) -> Tensor:
     """As `breadcrumbs`, but of the weighted deltas only those count whose sign is that of their sum, as in TIES.
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mergeid.methods.registry import register_method
-from mergeid.methods.sparse import Kept, Sparse, bernoulli, merge_kept, parameters
+from mergeid.methods.sparse import Kept, Sparse, bernoulli, merge_kept, parameters, register_sparse
 
 
 def _kept(told: Sparse) -> list[Kept]:
@@ -15,15 +14,7 @@ def _kept(told: Sparse) -> list[Kept]:
     return [Kept(bernoulli(share, size, told.generator), share) for share in told.density]
 
 
-@register_method(
-    "dare_linear",
-    elementwise=False,
-    weights="free",
-    base=True,
-    parameters=parameters(rescale=True, normalize=False),
-    seeded=True,
-    options=Sparse,
-)
+@register_sparse("dare_linear", parameters(rescale=True, normalize=False), seeded=True)
 def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Sparse) -> Tensor:
     """``θ_0 + λ Σ_i w_i (m_i ⊙ (θ_i − θ_0)) / density_i``, m_i Bernoulli(density_i) per element.
 
@@ -39,15 +30,7 @@ def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Spars
     return merge_kept(tensors, weights, _kept(told), told, elect=False)
 
 
-@register_method(
-    "dare_ties",
-    elementwise=False,
-    weights="free",
-    base=True,
-    parameters=parameters(rescale=True, normalize=True),
-    seeded=True,
-    options=Sparse,
-)
+@register_sparse("dare_ties", parameters(rescale=True, normalize=True), seeded=True)
 def dare_ties(tensors: Sequence[Tensor], weights: Sequence[float], told: Sparse) -> Tensor:
     """As `dare_linear`, but of the weighted deltas only those count whose sign is that of their sum, as in TIES.
 

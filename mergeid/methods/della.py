@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mergeid.errors import MergeidError
-from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.sparse import Kept, Sparse, bernoulli, merge_kept, parameters
+from mergeid.methods.registry import Parameter
+from mergeid.methods.sparse import Kept, Sparse, bernoulli, merge_kept, parameters, register_sparse
 from mergeid.methods.task_arithmetic import wide
 
 EPSILON = Parameter(
@@ -61,15 +61,7 @@ def _kept(tensors: Sequence[Tensor], told: Della) -> list[Kept]:
     return kept
 
 
-@register_method(
-    "della",
-    elementwise=False,
-    weights="free",
-    base=True,
-    parameters=parameters(EPSILON, rescale=True, normalize=True),
-    seeded=True,
-    options=Della,
-)
+@register_sparse("della", parameters(EPSILON, rescale=True, normalize=True), Della, seeded=True)
 def della(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> Tensor:
     """As `della_linear`, but of the weighted deltas only those count whose sign is that of their sum, as in TIES.
 
@@ -78,15 +70,7 @@ def della(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> T
     return merge_kept(tensors, weights, _kept(tensors, told), told, elect=True)
 
 
-@register_method(
-    "della_linear",
-    elementwise=False,
-    weights="free",
-    base=True,
-    parameters=parameters(EPSILON, rescale=True, normalize=False),
-    seeded=True,
-    options=Della,
-)
+@register_sparse("della_linear", parameters(EPSILON, rescale=True, normalize=False), Della, seeded=True)
 def della_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> Tensor:
     """``θ_0 + λ Σ_i w_i (m_i ⊙ (θ_i − θ_0)) / p_i``, m_i Bernoulli(p_i), p_i by the rank of the change's magnitude
     (`keep_probability`).

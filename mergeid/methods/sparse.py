@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mergeid.methods import task_arithmetic
-from mergeid.methods.registry import Parameter
+from mergeid.methods.registry import MethodFunction, Parameter, register_method
 from mergeid.methods.task_arithmetic import LAMBDA, NEARLY_ZERO, in_pieces, wide
 
 NORMS = ("probability", "l1", "l2", "linf")
@@ -57,6 +57,15 @@ class Sparse:
     rescale: bool = True
     rescale_norm: str = "probability"
     normalize: bool = False
+
+
+def register_sparse(
+    name: str, parameters: Sequence[Parameter], told: type[Sparse] = Sparse, *, seeded: bool = False
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Decorator: register such a method, told what it is told in `told`. `seeded`: it drops at random."""
+    return register_method(
+        name, elementwise=False, weights="free", base=True, parameters=parameters, seeded=seeded, options=told
+    )
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,7 @@ def tsv(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, sc
     """``θ_0 + λ Û diag(σ) V̂ᵀ``: of each of the T task vectors τ_i = U_i Σ_i V_iᵀ the ⌊rank / T⌋ strongest directions,
     side by side as U, σ, V, and Û, V̂ the nearest matrices with orthonormal columns, so that tasks do not interfere.
 
-    Args:
-        tensors: θ_i, of equal shape; vectors are averaged.
-        weights: not looked at.
-        base: θ_0.
-        scale: λ.
-
-    Returns:
-        Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
+    Args and result as for `mergeid.methods.isotropic.iso_c`.
     """
 
     def merge(deltas: list[Tensor]) -> Tensor:

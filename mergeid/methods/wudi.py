@@ -21,14 +21,7 @@ def wudi(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, s
     paper goes there by gradient descent from ``Σ_i τ_i``; this is where that ends, in closed form:
     ``τ = S + (Σ_i (τ_i − S) G_i) (Σ_i G_i)⁺`` with ``S = Σ_i τ_i``, ``G_i = τ_iᵀ τ_i / ‖τ_i‖²``.
 
-    Args:
-        tensors: θ_i, of equal shape; vectors are averaged.
-        weights: not looked at.
-        base: θ_0.
-        scale: λ.
-
-    Returns:
-        Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
+    Args and result as for `mergeid.methods.isotropic.iso_c`.
     """
 
     def merge(deltas: list[Tensor]) -> Tensor:

@@ -55,17 +55,7 @@ def check(case: Case, seed: int = 0) -> dict[str, Any]:
     began = time.process_time()
     graph = trace(model, case.inputs, lambda: case.forward(model, case.inputs), label=case.label)
     seconds = max(time.process_time() - began - forward, 0.0)
-    row = {
-        "traced": 1,
-        "parameters": parameters,
-        "spaces": len(graph.spaces),
-        "share": round(graph.share, 6),
-        "seconds": round(seconds, 3),
-        "forward": round(forward, 3),
-        "frozen_by": main_reason(graph),
-        "unknown_ops": " ".join(sorted(graph.unknown_ops)),
-        "note": case.note,
-    }
+    row = {**described(graph, parameters, seconds, forward), "note": case.note}
     for size in (1, 2):  # outputs that compare examples with each other say nothing of one
         batch = case.another(_seeded(seed + 3), size)
         first = verify(graph, model, batch, case.forward, generator=_seeded(seed), dtype=_dtype(parameters))
@@ -89,6 +79,20 @@ def check(case: Case, seed: int = 0) -> dict[str, Any]:
     if noise := (first.graph.verified or {}).get("noise"):
         row["note"] = "; ".join(x for x in (case.note, f"rounding noise: {', '.join(noise)}") if x)
     return row
+
+
+def described(graph: NeuronGraph, parameters: int, seconds: float, forward: float) -> dict[str, Any]:
+    """What a row says of the graph."""
+    return {
+        "traced": 1,
+        "parameters": parameters,
+        "spaces": len(graph.spaces),
+        "share": round(graph.share, 6),
+        "seconds": round(seconds, 3),
+        "forward": round(forward, 3),
+        "frozen_by": main_reason(graph),
+        "unknown_ops": " ".join(sorted(graph.unknown_ops)),
+    }
 
 
 def main_reason(graph: NeuronGraph) -> str:

@@ -4,13 +4,15 @@ tensor the module returns stays as it is."""
 from __future__ import annotations
 
 import copy
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from coverage_check import Batch, main_reason
+from coverage_check import Batch, described
 from torch import Tensor, nn
 
 import mergeid
@@ -48,6 +50,18 @@ def built(models: Mapping[str, Callable[[], tuple[nn.Module, Draw]]], name: str,
     return Live(*models[name](), frozen=frozen)
 
 
+def bench_of(
+    models: Mapping[str, Callable[[], tuple[nn.Module, Draw]]], library: str
+) -> tuple[Callable[[], list[str]], Callable[[], dict[str, str]], Callable[[str], Live]]:
+    """`names`, `families` and `make` of a table's module, where nothing is special."""
+
+    def names() -> list[str]:
+        importlib.import_module(library)  # before the bench forks
+        return list(models)
+
+    return names, lambda: by_prefix(models), partial(built, models)
+
+
 def by_prefix(names: Iterable[str]) -> dict[str, str]:
     """Name -> its family, which stands before the slash."""
     return {name: name.partition("/")[0] for name in names}
@@ -69,17 +83,10 @@ def check(case: Live, seed: int = 0) -> dict[str, Any]:
     refuted = sorted({f"{t}[{a}]" for t, a, why in graph.frozen if why.startswith("verification:")})
     checked = graph.verified or {}
     row = {
-        "traced": 1,
-        "parameters": parameters,
-        "spaces": len(graph.spaces),
-        "share": round(graph.share, 6),
-        "seconds": round(seconds, 3),
-        "forward": round(forward, 3),
+        **described(graph, parameters, seconds, forward),
         "verified": int(not refuted),
         "error": f"{checked.get('max_relative_error', 0.0):.1e}",
         "failed": " ".join(refuted[:3]),
-        "frozen_by": main_reason(graph),
-        "unknown_ops": " ".join(sorted(graph.unknown_ops)),
         "note": "; ".join(x for x in (case.note, f"{count} tensors returned") if x),
     }
     if not graph.spaces and case.frozen and not refuted:

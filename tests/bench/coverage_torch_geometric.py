@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from coverage_live import Draw, Live, built, by_prefix
+from coverage_live import Draw, bench_of
 from torch import Tensor, nn
 
 NODES = 10
@@ -656,15 +656,4 @@ def _aggregated(name: str, width: int, *args: Any, **options: Any) -> nn.Module:
     return Pooled(_pyg(name)(*args, **options), "batch", width)
 
 
-def names() -> list[str]:
-    import torch_geometric.nn  # noqa: F401  # before the bench forks
-
-    return list(MODELS)
-
-
-def families() -> dict[str, str]:
-    return by_prefix(MODELS)
-
-
-def make(name: str) -> Live:
-    return built(MODELS, name)
+names, families, make = bench_of(MODELS, "torch_geometric.nn")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from coverage_live import Draw, Live, built, by_prefix
+from coverage_live import Draw, bench_of
 from torch import Tensor, nn
 
 Maker = Callable[[], tuple[nn.Module, Draw]]
@@ -288,15 +288,4 @@ MODELS: dict[str, Maker] = {
 }
 
 
-def names() -> list[str]:
-    import torchaudio.models  # noqa: F401  # before the bench forks
-
-    return list(MODELS)
-
-
-def families() -> dict[str, str]:
-    return by_prefix(MODELS)
-
-
-def make(name: str) -> Live:
-    return built(MODELS, name)
+names, families, make = bench_of(MODELS, "torchaudio.models")

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from examples_helpers import modules_of
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 MODULES = ("data", "nets", "train", "certificate", "measure", "grid", "table", "claims", "falsify", "plots")
@@ -37,14 +37,8 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def paper():
-    """The example's modules, and no trace of them afterwards."""
-    sys.path.insert(0, str(PAPER))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(PAPER))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with modules_of(PAPER, MODULES) as found:
+        yield found
 
 
 # -- the command --------------------------------------------------------------------------------------------

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from examples_helpers import modules_of
 
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 MODULES = (
@@ -23,14 +21,8 @@ CPU = ("seconds",)
 
 @pytest.fixture(scope="module")
 def zoo():
-    """The example's modules, and no trace of them afterwards."""
-    sys.path.insert(0, str(ZOO))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        sys.path.remove(str(ZOO))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with modules_of(ZOO, MODULES) as found:
+        yield found
 
 
 @pytest.fixture

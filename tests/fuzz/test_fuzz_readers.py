@@ -132,9 +132,10 @@ def tried(reader: str, content: bytes) -> None:
             assert message and "\n" not in message and len(message) <= 1000 and not CONTROL.search(message)
 
 
+@pytest.mark.parametrize("pace", [pytest.param(FAST, id="fast"), pytest.param(SLOW, id="slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reader", READERS)
-def test_values_of_every_kind(reader: str) -> None:
-    @FAST
+def test_values_of_every_kind(reader: str, pace: settings) -> None:
+    @pace
     @given(READERS[reader][1])
     def check(value: Any) -> None:
         tried(reader, READERS[reader][2](value))
@@ -148,16 +149,5 @@ def test_bytes_of_every_kind(reader: str) -> None:
     @given(st.one_of(st.binary(max_size=60), values.map(dumped), texts.map(lambda t: t.encode("utf-8", "replace"))))
     def check(content: bytes) -> None:
         tried(reader, content if reader != "header" else struct.pack("<Q", max(len(content) - 8, 0)) + content)
-
-    check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS)
-def test_many_values_of_every_kind(reader: str) -> None:
-    @SLOW
-    @given(READERS[reader][1])
-    def check(value: Any) -> None:
-        tried(reader, READERS[reader][2](value))
 
     check()

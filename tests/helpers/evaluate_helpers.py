@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,4 +87,17 @@ def loss(output: Tensor, batch: Batch) -> LossParts:
         F.cross_entropy(output, labels, reduction="none"),
         (output.argmax(-1) == labels).long(),
         torch.ones_like(labels),
+    )
+
+
+def runs(model: nn.Module, data: Tensor, classes: bool, outputs: Callable[[nn.Module, Batch], Any]) -> SimpleNamespace:
+    """What a panel asks of the first model that was loaded. `classes`: the first output holds logits."""
+    return SimpleNamespace(
+        example={"x": data[:2], "labels": torch.zeros(2)},
+        inputs={"x": data[:2]},
+        inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
+        model=model,
+        arch=None,
+        adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
+        outputs=outputs,
     )

@@ -19,6 +19,14 @@ from mergeid.neuron_graph.verify import verify
 Run = Callable[[nn.Module, Any], Any]
 
 
+class TwoLayers(nn.Module):
+    """Layers `a` and `b` of these sizes, for a forward pass of one's own."""
+
+    def __init__(self, inputs: int = 6, width: int = 8, outputs: int = 3) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(inputs, width), nn.Linear(width, outputs)
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """A dict is keywords, a tuple positions."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

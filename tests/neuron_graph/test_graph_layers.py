@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from graph_helpers import on, only, sound
+from graph_helpers import TwoLayers, on, only, sound
 from torch import nn
 
 torch.manual_seed(0)
@@ -364,11 +364,7 @@ def test_a_write_along_a_dimension_that_was_constant():
 
 
 def test_transposing_in_place():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
-
+    class Net(TwoLayers):
         def forward(self, x):
             y = self.a(x)
             y = y.view(5, 2, 4).transpose_(1, 2).unsqueeze_(0).squeeze_(0)
@@ -393,11 +389,7 @@ def test_a_module_used_twice():
 
 
 def test_a_fixed_index_freezes_its_neuron_only():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
-
+    class Net(TwoLayers):
         def forward(self, x):
             y = self.a(x)
             return self.b(y.relu() * y[:, :1].sigmoid())

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import transformers
-from graph_helpers import shape
+from graph_helpers import TwoLayers, shape
 from tiny_transformers import configs
 from torch import nn
 
@@ -60,12 +60,11 @@ def test_vision_models_on_the_meta_device(name):
     assert shape(without_weights(lambda: timm.create_model(name), inputs, lambda o: o)) == shape(graph)
 
 
-class Asks(nn.Module):
+class Asks(TwoLayers):
     """Control flow that depends on the weights."""
 
     def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        super().__init__(4, 8, 2)
 
     def forward(self, x):
         h = self.a(x)

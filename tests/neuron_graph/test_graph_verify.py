@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graph_helpers import call, traced
+from graph_helpers import TwoLayers, call, traced
 from torch import Tensor, nn
 
 import mergeid
@@ -110,15 +110,11 @@ def test_nor_does_it_hide_a_wrong_space():
 
 
 def test_outputs_that_are_not_numbers_prove_nothing():
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
-
+    class Masked(TwoLayers):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.log(-1 - self.last(self.first(x)).square())
+            return torch.log(-1 - self.b(self.a(x)).square())
 
-    model, inputs = Masked().eval(), (torch.randn(4, 3),)
+    model, inputs = Masked(3, WIDTH, 2).eval(), (torch.randn(4, 3),)
     graph = traced(model, inputs)
     with pytest.raises(MergeidError, match="the outputs of Masked on its example inputs are not numbers"):
         verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))
@@ -185,15 +181,11 @@ def test_what_lies_behind_a_closed_gate_is_checked():
 
 
 def test_masked_logits_count_as_equal():
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
-
+    class Masked(TwoLayers):
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(torch.relu(self.first(x))).masked_fill(torch.arange(4) > 1, float("-inf"))
+            return self.b(torch.relu(self.a(x))).masked_fill(torch.arange(4) > 1, float("-inf"))
 
-    model, inputs = Masked().eval(), (torch.randn(4, 3),)
+    model, inputs = Masked(3, WIDTH, 4).eval(), (torch.randn(4, 3),)
     found = verify(traced(model, inputs), model, inputs, call, generator=torch.Generator().manual_seed(0))
     assert found.failed == () and found.error < 1e-12 and len(found.graph.spaces) == 1
     one, none = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from evaluate_helpers import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,15 +29,7 @@ def seeded(seed):
 def panel(models, data, *, classes=False, shares=None, **how):
     """A panel of functions of ``batch["x"]``; `classes`: the first output holds logits."""
     modules = [Calls(f) for f in models]
-    first = SimpleNamespace(
-        example={"x": data[:2], "labels": torch.zeros(2)},
-        inputs={"x": data[:2]},
-        inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
-        model=modules[0],
-        arch=None,
-        adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
-        outputs=lambda model, batch: named(model(batch["x"])),
-    )
+    first = runs(modules[0], data, classes, lambda model, batch: named(model(batch["x"])))
     rows = [{"x": x} for x in data]
     told = {"shares": shares or [1 / len(models)] * len(models), "batch_size": 7, **how}
     return Panel(first, modules, examples=Examples(rows), device="cpu", **told)

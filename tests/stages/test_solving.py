@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from evaluate_helpers import runs
 from torch import Tensor, nn
 
 from mergeid.errors import MergeidError
@@ -27,15 +28,7 @@ class Says(nn.Module):
 
 
 def panel(models: list[nn.Module], data: Tensor, classes: bool) -> Panel:
-    first = SimpleNamespace(
-        example={"x": data[:2], "labels": torch.zeros(2)},
-        inputs={"x": data[:2]},
-        inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
-        model=models[0],
-        arch=None,
-        adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
-        outputs=lambda model, batch: {"out": model(batch["x"])},
-    )
+    first = runs(models[0], data, classes, lambda model, batch: {"out": model(batch["x"])})
     return Panel(
         cast(Any, first), models, shares=[1 / len(models)] * len(models), examples=Examples([{"x": x} for x in data]),
         device="cpu", batch_size=5,

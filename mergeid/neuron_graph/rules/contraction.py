@@ -13,38 +13,27 @@ if TYPE_CHECKING:
     from mergeid.neuron_graph.call import Call
 
 
-@rule("mm")
-def mm(call: Call) -> Layout:
-    return combine(call.facts, [(call.layout("self"), "nk"), (call.layout("mat2"), "km")], "nm", call.why)
+_PRODUCTS = {
+    "mm": ("self", "nk", "mat2", "km", "nm"),
+    "bmm": ("self", "bnk", "mat2", "bkm", "bnm"),
+    "mv": ("self", "nk", "vec", "k", "n"),
+    "addmm": ("mat1", "nk", "mat2", "km", "nm"),
+    "baddbmm": ("batch1", "bnk", "batch2", "bkm", "bnm"),
+    "addbmm": ("batch1", "bnk", "batch2", "bkm", "nm"),
+    "addr": ("vec1", "n", "vec2", "m", "nm"),
+    "addmv": ("mat", "nk", "vec", "k", "n"),
+}
+"""Op -> its two factors with their indices, and those of the product, to which ops that add add `self`."""
 
 
-@rule("addmm")
-def addmm(call: Call) -> Layout:
-    product = combine(call.facts, [(call.layout("mat1"), "nk"), (call.layout("mat2"), "km")], "nm", call.why)
-    return elementwise(call.facts, [product, call.layout("self")], 2, call.why)
-
-
-@rule("bmm")
-def bmm(call: Call) -> Layout:
-    return combine(call.facts, [(call.layout("self"), "bnk"), (call.layout("mat2"), "bkm")], "bnm", call.why)
-
-
-@rule("baddbmm")
-def baddbmm(call: Call) -> Layout:
-    product = combine(call.facts, [(call.layout("batch1"), "bnk"), (call.layout("batch2"), "bkm")], "bnm", call.why)
-    return elementwise(call.facts, [product, call.layout("self")], 3, call.why)
-
-
-@rule("addbmm")
-def addbmm(call: Call) -> Layout:
-    product = combine(call.facts, [(call.layout("batch1"), "bnk"), (call.layout("batch2"), "bkm")], "nm", call.why)
-    return elementwise(call.facts, [product, call.layout("self")], 2, call.why)
-
-
-@rule("addr")
-def addr(call: Call) -> Layout:
-    product = combine(call.facts, [(call.layout("vec1"), "n"), (call.layout("vec2"), "m")], "nm", call.why)
-    return elementwise(call.facts, [product, call.layout("self")], 2, call.why)
+@rule(*_PRODUCTS)
+def product(call: Call) -> Layout:
+    first, of_first, second, of_second, out = _PRODUCTS[call.name.removeprefix("aten.").rstrip("_")]
+    factors = [(call.layout(first), of_first), (call.layout(second), of_second)]
+    found = combine(call.facts, factors, out, call.why)
+    if first == "self":
+        return found
+    return elementwise(call.facts, [found, call.layout("self")], len(out), call.why)
 
 
 @rule("_grouped_mm")
@@ -70,17 +59,6 @@ def solve_triangular(call: Call) -> Layout:
     lead = list(range(n - 2))
     system, right = ([*lead, "i", "j"], [*lead, "j", "k"]) if left else ([*lead, "j", "i"], [*lead, "k", "j"])
     return combine(call.facts, [(a, system), (b, right)], [*lead, "i", "k"] if left else [*lead, "k", "i"], call.why)
-
-
-@rule("mv")
-def mv(call: Call) -> Layout:
-    return combine(call.facts, [(call.layout("self"), "nk"), (call.layout("vec"), "k")], "n", call.why)
-
-
-@rule("addmv")
-def addmv(call: Call) -> Layout:
-    product = combine(call.facts, [(call.layout("mat"), "nk"), (call.layout("vec"), "k")], "n", call.why)
-    return elementwise(call.facts, [product, call.layout("self")], 1, call.why)
 
 
 @rule("dot", "vdot")

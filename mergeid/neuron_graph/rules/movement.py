@@ -142,17 +142,8 @@ def narrow(call: Call) -> Layout:
     return take(call.facts, layout, call["dim"], np.arange(start, start + call["length"]), call.why)
 
 
-@rule(
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "tensor_split",
-    "unsafe_split",
-    "unsafe_chunk",
-    "split_copy",
-    "split_with_sizes_copy",
-    "unsafe_split_with_sizes",
-)
+@rule("chunk", "unsafe_chunk", "tensor_split", "split_with_sizes_copy", "unsafe_split_with_sizes")
+@rule("split", "unsafe_split", "split_copy", "split_with_sizes")
 def split(call: Call) -> list[Layout]:
     layout = call.layout("self")
     dim = call["dim"] % len(layout.dims)
