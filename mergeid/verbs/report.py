@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mergeid.results.plan import Plan
     from mergeid.results.prediction import PredictResult
 
+BATCH = 64
 POINTS = 9
 """Points of a curve, both ends and the midpoint among them."""
 
@@ -67,16 +68,16 @@ def report(
         Any, o.Option("Examples to match on, without labels; DATA itself if not given.", o.INPUT, "DATA")
     ] = None,
     output: str | os.PathLike[str] | None = None,
-    solve: Annotated[
+    merge: Annotated[
         bool,
-        o.Option("Also try the merge that is solved by layers.", flags=("--solve/--no-solve",), kind=bool),
+        o.Option("Also make and measure the merge that is made by default.", flags=("--merge/--no-merge",), kind=bool),
     ] = True,
     points: Annotated[int, o.count("Points of each curve, with both ends.", o.HOW, 3, 1_000)] = POINTS,
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),
     limit: Annotated[int | None, o.count("Examples to measure on; all if not given.", o.INPUT, 1)] = None,
-    batch_size: o.BatchSize = 64,
+    batch_size: o.BatchSize = BATCH,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     allow_pickle: o.AllowPickle = False,
@@ -89,7 +90,7 @@ def report(
         data: labelled examples to measure on.
         calibration: examples to match on, labels unused; default: `data`.
         output: the page; None: only the result is returned (`mergeid.reporting.page.render` makes the page of it).
-        solve: try the merge that is solved layer by layer too.
+        merge: make the merge that `mergeid merge` makes by itself, in a temporary place, and measure it too.
         points: of every curve, at least 3.
         limit: most examples to measure on; None: all.
 
@@ -113,25 +114,29 @@ def report(
     pair, plan = plan_pair(met, Matching(), held)
     task = _Task(a, b, Calibration(data, limit), held, points, run, met, pair, plan)
     curves = _curves(task)
-    prediction = _predicted(task)
-    merged, solved, refused = _solved(task) if solve else (None, (), None)
-    notes = [n for n in plan.notes]
+    prediction, unpredicted = _predicted(task)
+    tried = _tried(task) if merge else _Tried()
+    notes = [*plan.notes, *unpredicted, *tried.notes]
     if calibration is None:
         notes.append("the models were matched and measured on the same data; give --calibration to keep them apart")
+    own = ["--limit", str(limit)] if limit is not None else []
+    own += ["--points", str(points)] if points != POINTS else []
+    own += ["--batch-size", str(batch_size)] if batch_size != BATCH else []
+    own += [] if merge else ["--no-merge"]
     found = Report(
         plan.a,
         plan.b,
         plan.arch,
         plan,
         curves,
-        solved,
+        tried.measured,
         prediction,
-        merged,
-        refused,
+        tried.merge,
+        tried.refused,
         inputs=_files(pair),
         data=_said(data),
         calibration=_said(held.data),
-        command=_command("report", task, "-o", os.fspath(output or "report.html")),
+        command=_command("report", task, *own, "-o", os.fspath(output or "report.html")),
         seconds=time.perf_counter() - began,
         seed=seed,
         versions=versions(),
@@ -210,18 +215,31 @@ def _elements(plan: Plan) -> dict[str, Element]:
     return found
 
 
-def _predicted(task: _Task) -> PredictResult | None:
-    """None where the models have no logits, or do not run side by side."""
+def _predicted(task: _Task) -> tuple[PredictResult | None, tuple[str, ...]]:
+    """The prediction, or why there is none (no logits, models that do not run side by side)."""
     from mergeid.verbs.predict import predict_pair
 
     try:
-        return predict_pair(task.met, Matching("always"), task.held)
-    except MergeidError:
-        return None
+        return predict_pair(task.met, Matching("always"), task.held), ()
+    except MergeidError as error:
+        return None, (f"nothing was predicted: {error}",)
 
 
-def _solved(task: _Task) -> tuple[MergeResult | None, tuple[Measured, ...], str | None]:
-    """The merge that is solved layer by layer, made beside nothing and measured; or why there is none."""
+@dataclass(frozen=True)
+class _Tried:
+    """The merge that `mergeid merge` makes by itself, made beside nothing.
+
+    Attributes:
+        measured: where it lies off the lines between the models. refused: why it is none.
+    """
+
+    merge: MergeResult | None = None
+    measured: tuple[Measured, ...] = ()
+    refused: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _tried(task: _Task) -> _Tried:
     from mergeid.evaluate.measure import evaluate
     from mergeid.methods.registry import get_method
     from mergeid.models.load import load_model
@@ -239,17 +257,17 @@ def _solved(task: _Task) -> tuple[MergeResult | None, tuple[Measured, ...], str 
                 MethodRequest(get_method("linear"), seed=task.run.seed),
                 task.held,
                 Matching(),
-                Repairing("solve"),
+                Repairing(),
                 Output(output),
                 transport=False,
             )
             made = merge_models(request, task.met.bench)
         except WillNotMerge as error:
-            return None, (), str(error)
-        except MergeidError:
-            return None, (), None
+            return _Tried(refused=str(error))
+        except MergeidError as error:
+            return _Tried(notes=(f"no merge was tried: {error}",))
         if made.repair is None or made.repair.get("kind") != "solve":
-            return made, (), None
+            return _Tried(made)
         loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)
         examples = task.examples
         found = evaluate(
@@ -261,7 +279,7 @@ def _solved(task: _Task) -> tuple[MergeResult | None, tuple[Measured, ...], str 
             accelerator=make_accelerator(task.run.place),
             collate=examples.collate,
         )
-    return made, (Measured("solved", found.loss, found.accuracy),), None
+    return _Tried(made, (Measured("solved", found.loss, found.accuracy),))
 
 
 def _files(pair: Pair) -> tuple[FileRecord, ...]:
@@ -290,6 +308,8 @@ def _command(verb_name: str, task: _Task, *rest: str) -> str:
     for pattern in task.reading.skip:
         words += ["--skip", pattern]
     words += ["--seed", str(task.run.seed)] if task.run.seed else []
+    words += ["--device", task.run.place] if task.run.place != "cpu" else []
+    words += ["--allow-pickle"] if task.reading.allow_pickle else []
     return shlex.join([*words, *rest])
 
 
@@ -301,7 +321,9 @@ def _with_next(found: Report, task: _Task) -> Report:
     if best is None or sentence(found)[0] == "no":
         return found
     way, _, repaired = best.kind.partition(", ")
-    match = {"direct": "never", "matched": "always"}.get(way)
-    words = ["--match", match] if match else []
-    words += ["--repair", "solve" if way == "solved" else "bn" if repaired else "none"]
+    words: list[str] = []
+    if way != "solved":  # which is what is made by default
+        match = {"direct": "never", "matched": "always"}.get(way)
+        words = ["--match", match] if match else []
+        words += ["--repair", "bn" if repaired else "none"]
     return replace(found, next_command=_command("merge", task, *words, "-o", "merged.safetensors"))

@@ -45,7 +45,7 @@ class Figure:
     @property
     def shown(self) -> str:
         """The figure that people ask for first."""
-        return percent(self.accuracy) if self.accuracy is not None else nats(self.loss)
+        return percent(self.accuracy).replace(" ", "\u00a0") if self.accuracy is not None else nats(self.loss)
 
     @property
     def second(self) -> str:
@@ -54,7 +54,7 @@ class Figure:
 
 def nats(value: float) -> str:
     """A loss with its unit; breakdowns by name."""
-    return f"{value:.3f} nats" if math.isfinite(value) else "not finite"
+    return f"{value:.3f}\u00a0nats" if math.isfinite(value) else "not finite"
 
 
 def midpoint(curve: BarrierResult) -> int:
