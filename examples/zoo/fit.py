@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pairs_table as table
 from measuring import excess
 from tasks import shape
 
 from mergeid.prediction.fitting import Design, Row, fit
 from mergeid.prediction.model import FILE, WAYS, Predictor, Term
+from mergeid.prediction.worth import Shares
 
 HERE = Path(__file__).parent
 VERSION = "4"
@@ -33,6 +35,8 @@ LEAST = 40
 """Rows that a way is fitted to at least."""
 COLLAPSED = {"inputs": 0.02, "sketches": 0.02, "weights": 1e-4}
 """What a network tells of its inputs at least, of the most that it could: on random inputs trained ones say little."""
+APART_LEAST = 1e-3
+"""Nats that both networks together differ by at least from either, where their gain is looked at."""
 WAY = {"direct": "direct", "match": "matched"}
 
 EXCESS, SHIFT, SHARP = Term("excess", NATS), Term("shift", NATS), Term("shift_sharp", NATS)
@@ -141,7 +145,7 @@ def of(found: Sequence[Case], mode: str, unit: str, way: str | None = None) -> l
     ]
 
 
-def fitted(found: Sequence[Case]) -> Predictor:
+def fitted(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> Predictor:
     """The predictor of all modes and ways, fitted on everything; its intervals come from networks left out."""
     models = {}
     for mode in MODES:
@@ -155,7 +159,20 @@ def fitted(found: Sequence[Case]) -> Predictor:
         "families": sorted({c.pair["family"] for c in found}),
         "data": sorted({c.pair["data"] for c in found}),
     }
-    return Predictor(VERSION, about, models)
+    return Predictor(VERSION, about, models, ensemble(midpoints))
+
+
+def ensemble(midpoints: Sequence[Mapping[str, str]]) -> Shares:
+    """What running both networks gained over the better one, over what they say without labels: quantiles."""
+    ratios = []
+    for row in midpoints:
+        told = min(float(row["apart_a"]), float(row["apart_b"]))
+        if told > APART_LEAST:
+            ratios.append((min(float(row["loss_a"]), float(row["loss_b"])) - float(row["loss_both"])) / told)
+    if len(ratios) < LEAST:
+        return Shares()
+    low, middle, high = np.quantile(ratios, [0.05, 0.5, 0.95])
+    return Shares(float(middle), float(low), float(high))
 
 
 def text_of(predictor: Predictor) -> str:
@@ -169,7 +186,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=HERE, help="of pairs.csv, features.csv and midpoints.csv")
     parser.add_argument("--coefficients", type=Path, default=HERE.parents[1] / "mergeid" / "prediction" / FILE)
     options = parser.parse_args()
-    options.coefficients.write_text(text_of(fitted(cases(options.folder))), encoding="utf-8")
+    predictor = fitted(cases(options.folder), table.read(options.folder / "midpoints.csv"))
+    options.coefficients.write_text(text_of(predictor), encoding="utf-8")
 
 
 if __name__ == "__main__":

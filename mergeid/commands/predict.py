@@ -42,8 +42,8 @@ def command(
         raise MergeidError("some of the models are sketches and some are not; expected only sketches, or none")
     if not all(sketched) and len(models) != 2:
         raise MergeidError(f"predict takes two models, got {len(models)}; many are compared by their sketches")
-    if all(sketched) and (call.given("data") or call.given("base")):
-        raise MergeidError("sketches hold what was found on their own inputs; leave --data and --base out")
+    if all(sketched) and (call.given("data") or call.given("base") or call.given("trial")):
+        raise MergeidError("sketches hold what was found on their own inputs; leave --data, --base and --try out")
     if plot is not None and not all(sketched):
         raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
     if page is not None and all(sketched):
@@ -70,12 +70,18 @@ def _written(work: Work, result: Any, output: Path | None) -> None:
 
 
 def _shown(work: Work, result: PredictResult) -> None:
-    from mergeid.reporting.predictions import prediction_table
+    from mergeid.reporting.predictions import interference_table, prediction_table, trials_table
 
     work.close()
     work.console.print(prediction_table(result, width=work.console.width))
+    if result.trials:
+        work.console.print(trials_table(result, width=work.console.width))
+    if result.interference:
+        work.console.print(interference_table(result, width=work.console.width))
     work.say("")
     work.say(result.advice)
+    if result.said_of_worth:
+        work.say(result.said_of_worth)
     if result.bound is not None:
         work.say(f"Beside it: {result.bound.statement}.")
     for note in result.notes:

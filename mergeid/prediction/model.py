@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mergeid.errors import MergeidError
+from mergeid.prediction.worth import Shares
 
 FORMAT = "mergeid.predictor/2"
 WAYS = ("direct", "matched", "repaired", "solved")
@@ -289,11 +290,12 @@ NO_POOL = Pool((), ())
 
 @dataclass(frozen=True)
 class Predictor:
-    """The models of all modes and ways to merge: (mode, unit, way) -> `Model`."""
+    """The models of all modes and ways to merge: (mode, unit, way) -> `Model`; and what an ensemble gains."""
 
     version: str
     fitted_on: Mapping[str, Any]
     models: Mapping[tuple[str, str, str], Model]
+    shares: Shares = field(default_factory=Shares)
 
     def model(self, mode: str, unit: str, way: str) -> Model | None:
         """None where this way was never measured in this mode."""
@@ -301,7 +303,8 @@ class Predictor:
 
     def to_json(self) -> dict[str, Any]:
         models = [{"mode": m, "way": w, **x.to_json()} for (m, _, w), x in self.models.items()]
-        return {"format": FORMAT, "version": self.version, "fitted_on": dict(self.fitted_on), "models": models}
+        about = {"format": FORMAT, "version": self.version, "fitted_on": dict(self.fitted_on)}
+        return {**about, "ensemble": self.shares.__dict__, "models": models}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Predictor:
@@ -309,7 +312,7 @@ class Predictor:
         if data.get("format") != FORMAT:
             raise MergeidError(f"the predictor's coefficients have format {data.get('format')!r}; expected {FORMAT!r}")
         models = {(x["mode"], x["unit"], x["way"]): Model.from_json(x) for x in data["models"]}
-        return cls(data["version"], data["fitted_on"], models)
+        return cls(data["version"], data["fitted_on"], models, Shares(**data["ensemble"]))
 
 
 @cache

@@ -27,6 +27,7 @@ from mergeid.prediction.features import (
     weight_features,
 )
 from mergeid.prediction.lockstep import Deviation, Forward, Operation, lockstep, watch
+from mergeid.prediction.trial import TogetherSums
 
 EXAMPLES, SHARE, LEAST = 128, 4, 32
 """Both models are run on at most that many examples, evenly spaced, on every fourth where there are few, but on at
@@ -137,12 +138,13 @@ def probe(
     return {name: _evidence(a, partners[name], own.features(), s) for name, s in sums.items()}
 
 
-def hears(ends: EndSums) -> Callable[[Any, Any, Batch], None]:
+def hears(*sums: EndSums | TogetherSums) -> Callable[[Any, Any, Batch], None]:
     """Adds both models' outputs on a batch, where they are logits."""
 
     def add(a: Any, b: Any, batch: Batch) -> None:
         if is_logits(a) and is_logits(b):
-            ends.add(a, b, real_tokens(batch))
+            for each in sums:
+                each.add(a, b, real_tokens(batch))
 
     return add
 

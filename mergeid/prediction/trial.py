@@ -57,10 +57,11 @@ class TogetherSums(Sums):
             said = [r.argmax(-1, keepdim=True) for r in logs]
             found = {f"apart_{n}": (m * (mixed - r)).sum(-1) for n, r in zip("ab", logs, strict=True)}
             found |= {f"right_{n}": m.gather(-1, s)[..., 0] for n, s in zip("ab", said, strict=True)}
+            found["entropy"] = -(m * mixed).sum(-1)
             found["right_both"] = m.max(-1).values
             found["agreed"] = (said[0] == said[1]).double()[..., 0]
             self.gather(found, weight)
 
     def features(self) -> Features:
-        """`apart_a`, `apart_b`: nats; the others: shares."""
+        """`apart_a`, `apart_b`, and `entropy` of what both say together: nats; the others: shares."""
         return self.means()

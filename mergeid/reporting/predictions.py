@@ -48,6 +48,48 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
     return make_table(columns, rows, width=width, title=f"{result.a} and {result.b}, by {result.examples} {run}")
 
 
+def trials_table(result: PredictResult, *, width: int) -> Table:
+    """One row per merge that was made and run; of those with labels their own loss, and the corrected prediction."""
+    labelled = any(t.labelled for t in result.trials)
+    columns = [
+        Column("trial"),
+        Column("nats lost, hard pseudo-labels", "right"),
+        Column("soft", "right"),
+        Column("labels changed", "right", optional=1),
+    ]
+    if labelled:
+        columns += [
+            Column("by labels", "right"),
+            Column("with the prediction", "right"),
+            Column("90 % interval", "right"),
+        ]
+    rows: list[Sequence[Any]] = []
+    for t in result.trials:
+        row = [t.label, f"{t.hard:.3f}", f"{t.soft:.3f}", f"{100 * t.missed:.1f} %"]
+        if labelled:
+            known = t.labelled
+            row += ["", "", ""] if known is None else [
+                f"{known.nats:.3f}",
+                f"{known.corrected:.3f}",
+                f"{known.corrected_low:.3f} to {known.corrected_high:.3f}",
+            ]  # fmt: skip
+        rows.append(row)
+    count = result.trials[0].examples
+    return make_table(columns, rows, width=width, title=f"trials: merges made in memory, run on {count} inputs")
+
+
+def interference_table(result: PredictResult, *, width: int, most: int = 5) -> Table:
+    """The tensors in which two fine-tunes of one base cancel most."""
+    columns = [
+        Column("task vectors of", shrink=True, min_width=12),
+        Column("cosine", "right"),
+        Column("cancelled", "right"),
+        Column("share of the change", "right", optional=1),
+    ]
+    rows = [[i.layer, f"{i.cosine:.2f}", f"{i.against:.0%}", f"{i.share:.1%}"] for i in result.interference[:most]]
+    return make_table(columns, rows, width=width, title="interference: where averaging the fine-tunes cancels most")
+
+
 def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:
     """Expected nats of every pair under its best assignment; a list of pairs where there are many models."""
     n = len(matrix.names)

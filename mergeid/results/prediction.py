@@ -9,6 +9,8 @@ from typing import Any
 from mergeid.prediction.bound import Bound
 from mergeid.prediction.features import Features, LayerDeviation
 from mergeid.prediction.model import Interval, Predictor
+from mergeid.prediction.worth import Interference, Worth
+from mergeid.results.trial import Trial
 
 FORMAT = "mergeid.predict/1"
 SURE = 0.9
@@ -67,6 +69,9 @@ class PredictResult:
         examples: inputs that both were run on.
         tolerated: loss in nats that the probabilities are of.
         bound: the paper's, with its assumptions; None in the mode "sketches".
+        trials: merges that were made and run (--try), beside what was predicted.
+        worth: what both models together would gain over the better one; None without inputs of their kind.
+        interference: of fine-tunes of a base, by tensor, the worst first.
     """
 
     a: str
@@ -79,6 +84,9 @@ class PredictResult:
     bound: Bound | None
     version: str
     notes: list[str] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    worth: Worth | None = None
+    interference: list[Interference] = field(default_factory=list)
 
     @property
     def best(self) -> Outlook:
@@ -88,6 +96,24 @@ class PredictResult:
     @property
     def advice(self) -> str:
         return advise(self.outlooks, self.tolerated)
+
+    @property
+    def said_of_worth(self) -> str:
+        """One sentence: whether the merge is worth having."""
+        if self.worth is None:
+            return ""
+        w = self.worth
+        if w.high <= self.tolerated:
+            return (
+                f"Both models together would gain at most {max(w.high, 0.0):.2g} nats over the better one: a merge "
+                "saves running two networks, and little more."
+            )
+        gains = f"gain about {w.gain:.2g} nats over" if w.gain > 0 else "be no better than"
+        kept = "" if w.kept is None else f", and the best merge tried keeps {w.kept:.0%} of what they gain on average"
+        return (
+            f"Both models together would {gains} the better one (90 % interval {w.low:.2g} to {w.high:.2g}, without "
+            f"labels){kept}."
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -102,6 +128,9 @@ class PredictResult:
             "outlooks": [o.to_json() for o in self.outlooks],
             "advice": self.advice,
             "bound": self.bound.to_json() if self.bound else None,
+            "trials": [t.to_json() for t in self.trials],
+            "ensemble": self.worth.to_json() if self.worth else None,
+            "interference": [asdict(i) for i in self.interference],
             "notes": self.notes,
         }
 

@@ -43,6 +43,14 @@ def predict(
         ),
     ] = None,
     tolerate: Annotated[float, o.Option("Loss whose probability is asked for.", o.HOW, "NATS", kind=float)] = TOLERATED,
+    trial: Annotated[
+        bool,
+        o.switch(
+            "Also make the merges in memory and run them on the data (labels are used where it has some).",
+            o.HOW,
+            "--try",
+        ),
+    ] = False,
     matcher: o.Matcher = None,
     batch_size: o.BatchSize = 128,
     **usual: Unpack[Usual],
@@ -57,6 +65,8 @@ def predict(
             random inputs, which says less.
         base: what both were fine-tuned from; for the paper's bound.
         tolerate: loss in nats whose probability is asked for.
+        trial: also make every merge in memory and run it on the data, with pseudo-labels and, where the data has some,
+            with labels; needs `data`.
         batch_size: of matching; for speed and memory only.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; of the `limit` examples that
             are matched on, at most `mergeid.prediction.probe.EXAMPLES` run in lockstep.
@@ -68,7 +78,7 @@ def predict(
     calibration, matching = calibration_of(data, usual), Matching("always", matcher)
     check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [a, b])
-    return predict_pair(met, matching, calibration, base=base, tolerate=tolerate)
+    return predict_pair(met, matching, calibration, base=base, tolerate=tolerate, trial=trial)
 
 
 def predict_pair(
@@ -78,21 +88,27 @@ def predict_pair(
     *,
     base: Source | None = None,
     tolerate: float = TOLERATED,
+    trial: bool = False,
 ) -> PredictResult:
     """`predict` for models that are open already. Raises as `predict`."""
+    if trial and not calibration.given:
+        raise MergeidError("--try runs the merges on inputs of the models' kind; name some with --data")
     pair, run = pair_of(met, met.models[1]), met.bench.run
     from mergeid.prediction.features import EndSums
     from mergeid.prediction.probe import hears
+    from mergeid.prediction.trial import TogetherSums
     from mergeid.stages.plan import make_plan
 
-    ends = EndSums()
+    ends, together = EndSums(), TogetherSums()
     given = met.bench.examples(calibration, pair.a)
-    plan = make_plan(pair, matching, run, examples=given, hears=hears(ends))
+    plan = make_plan(pair, matching, run, examples=given, hears=hears(ends, together))
     from mergeid.models.examples import Examples
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
     from mergeid.prediction.probe import RandomInputs, probe
+    from mergeid.prediction.worth import interference_of, worth_of
     from mergeid.results.prediction import Finding, PredictResult, outlooks_of
+    from mergeid.stages.trial import trials_of
 
     mode = "inputs" if calibration.given else "weights"
     examples = Examples(RandomInputs(pair.a, seed=run.seed)) if given is None else given
@@ -119,6 +135,10 @@ def predict_pair(
         [Finding(k, e.plain, e.repaired if calibration.given else None, e.layers) for k, e in found.items()],
         tolerate,
     )
+    trials = trials_of(pair, plan, examples, run, skip=met.skip, outlooks=outlooks) if trial else []
+    worth = None
+    if calibration.given and together.count and not met.skip:
+        worth = worth_of(together.features(), shipped().shares, [t.soft for t in trials])
     origin = None if base is None else origin_of(met, base, pair.a)
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if not calibration.given:
@@ -138,6 +158,9 @@ def predict_pair(
         _bound(pair, first, partners, origin, examples),
         shipped().version,
         notes,
+        trials,
+        worth,
+        [] if origin is None else interference_of(pair.a.state(), pair.b.state(), origin),
     )
 
 

@@ -1,0 +1,63 @@
+"""What merges said that were made in memory and run: trials, beside predictions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mergeid.results.comparison import PLAIN
+
+REPAIRS = {"none": "", "bn": ", repaired", "repair": ", rescaled", "solve": ", solved"}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """By true labels.
+
+    Attributes:
+        nats: loss beyond the mean of the models'; low, high: of its 90 % interval, by the spread over the examples.
+        corrected, corrected_low, corrected_high: the same with what was predicted taken into account.
+        points: accuracy lost; None where the task has none.
+        examples: how many had labels.
+    """
+
+    nats: float
+    low: float
+    high: float
+    corrected: float
+    corrected_low: float
+    corrected_high: float
+    points: float | None
+    examples: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge that was made and run on calibration inputs.
+
+    Attributes:
+        merge: "plain" or "matched"; repair: "none", "bn" or "solve", made on other inputs than it was run on.
+        hard, soft: nats lost beyond the mean of the models', where the most probable class of what they say together
+            is taken for the truth, or their mean prediction itself; negative where the merge is nearer to it than they.
+        missed: share of these classes that the merge names less often than the models do.
+        examples: inputs that it was run on.
+        labelled: the same by true labels; None without.
+    """
+
+    merge: str
+    repair: str
+    hard: float
+    soft: float
+    missed: float
+    examples: int
+    labelled: Labelled | None = None
+
+    @property
+    def label(self) -> str:
+        """As the prediction of that way is called."""
+        if self.repair == "solve":
+            return "solved"
+        return ("direct" if self.merge == PLAIN else "matched") + REPAIRS[self.repair]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"way": self.label, **asdict(self)}

@@ -1,0 +1,160 @@
+"""Make every merge of a pair in memory and run it on calibration inputs: the mode --try of a prediction.
+
+It is no prediction: networks between the two are run. Labels are not needed; where the examples have some, they are
+counted by themselves. A repair is made on every second input and tried on the others, so that it is not judged by what
+it was fitted to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mergeid.basics.state import load_weights
+from mergeid.data.batches import input_dtype, to_model
+from mergeid.errors import MergeidError
+from mergeid.evidence.activations import real_tokens
+from mergeid.methods.registry import get_method
+from mergeid.methods.settings import MergeSettings
+from mergeid.models.running import eval_mode, fits_the_model
+from mergeid.plugins import LossParts
+from mergeid.prediction.labels import Measured, corrected
+from mergeid.prediction.trial import TrialSums
+from mergeid.results.comparison import MATCHED, PLAIN
+from mergeid.results.trial import Labelled, Trial
+from mergeid.stages.compare import merges_of
+from mergeid.stages.members import Member, Members
+from mergeid.stages.repair import SOLVE, repair_network, repairs
+from mergeid.stages.solving import LEAST, can_be_solved
+
+if TYPE_CHECKING:
+    from mergeid.models.examples import Examples
+    from mergeid.models.loaded import Loaded
+    from mergeid.plugins import Batch
+    from mergeid.request.request import Run
+    from mergeid.results.plan import Plan
+    from mergeid.results.prediction import Outlook
+    from mergeid.stages.open import Pair
+
+EXAMPLES = 512
+"""Calibration inputs that a trial takes, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What networks said of one batch: their logits, the positions that count, and how much each lost by its labels."""
+
+    logits: Tensor
+    mask: Tensor | None
+    lost: LossParts | None
+
+
+def trials_of(
+    pair: Pair, plan: Plan, examples: Examples, run: Run, *, skip: Sequence[str] = (), outlooks: Sequence[Outlook] = ()
+) -> list[Trial]:
+    """Every merge that the pair has, the simplest first.
+
+    Args:
+        plan: with every space matched. outlooks: what was predicted, for the correction by labels.
+
+    Raises:
+        MergeidError: outputs that are no logits."""
+    names = [n for n, k in pair.a.names.items() if pair.a.state()[k].is_floating_point()]
+    settings = MergeSettings.of(get_method("linear"), 2, names)
+    count = len(examples)
+    kept = examples.taken([k * count // min(count, EXAMPLES) for k in range(min(count, EXAMPLES))])
+    halves = [kept.taken(range(k, len(kept), 2)) for k in range(2)]
+    members = Members([Member(pair.a), Member(pair.b, plan)], None, settings, halves[0])
+    merges = {k: m for k, m in merges_of(members)[1].items() if k in (PLAIN, MATCHED)}
+    kinds = [k for k in repairs(members, "auto", run.place) if k != "repair"]
+    own = [list(_said(pair.a, m.model, halves[1], run)) for m in (pair.a, pair.b)]
+    net, found = copy.deepcopy(pair.a.model).to(run.place), []
+    known = {o.label: o for o in outlooks}
+    work = [(name, kind) for kind in kinds for name in merges]
+    for k, (name, kind) in enumerate(work):
+        run.tell("trying merges", k, len(work) + 1)
+        load_weights(net, merges[name].merged_state(skip))
+        if kind != "none":
+            repair_network(merges[name], net, mode=kind, skip=skip, device=run.place)
+        found.append(_trial(name, kind, own, list(_said(pair.a, net, halves[1], run)), known))
+    if can_be_solved(members) and len(halves[0]) >= LEAST:
+        run.tell("trying a solved merge", len(work), len(work) + 1)
+        best = min(found, key=lambda t: t.soft).merge
+        load_weights(net, merges[best].merged_state(skip))
+        try:
+            repair_network(merges[best], net, mode=SOLVE, skip=skip, device=run.place)
+            found.append(_trial(best, SOLVE, own, list(_said(pair.a, net, halves[1], run)), known))
+        except MergeidError:  # what cannot be solved has no trial
+            pass
+    return found
+
+
+def _said(first: Loaded, net: nn.Module, examples: Examples, run: Run) -> Iterator[Said]:
+    device = torch.device(run.place)
+    net = net.to(device)
+    for raw in examples.batches(run.batch_size):
+        batch = to_model(raw, device, input_dtype(net))
+        inputs = first.inputs_of(batch)
+        with torch.no_grad(), eval_mode(net), fits_the_model(inputs):
+            out = first.forward(net, inputs)
+        if not (isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] > 1):
+            raise MergeidError("the outputs are no logits of classes; a trial cannot say how many nats are lost")
+        yield Said(out, real_tokens(batch), _lost(first, out, batch))
+
+
+def _lost(first: Loaded, out: Tensor, batch: Batch) -> LossParts | None:
+    """One entry per example, by the labels of the batch; None where it has none that the outputs are of."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    parts = first.adapter.loss(first.arch, out, batch)
+    if parts is None and labels.shape == out.shape[:-1]:
+        rows = F.cross_entropy(out.flatten(0, -2).float(), labels.flatten(), reduction="none").view(len(out), -1)
+        right, scored = (out.argmax(-1) == labels).view(len(out), -1), (labels != -100).view(len(out), -1)
+        parts = LossParts(rows.sum(1), right.sum(1), scored.sum(1))
+    return parts
+
+
+@dataclass
+class _Labels:
+    """Per example: excess of the loss and shortfall of right predictions, each over the scored predictions."""
+
+    excess: list[Tensor] = field(default_factory=list)
+    missed: list[Tensor] = field(default_factory=list)
+
+    def add(self, a: LossParts, b: LossParts, merged: LossParts) -> None:
+        scored = a.count > 0
+        mean = [(m - (x + y) / 2)[scored].double() / a.count[scored]
+                for m, x, y in ((merged.loss, a.loss, b.loss), (merged.correct, a.correct, b.correct))]  # fmt: skip
+        self.excess.append(mean[0].cpu())
+        self.missed.append(-mean[1].cpu())
+
+    def found(self, outlook: Outlook | None) -> Labelled | None:
+        rows = torch.cat(self.excess) if self.excess else torch.zeros(0)
+        if len(rows) < 2:
+            return None
+        seen = Measured(float(rows.mean()), float(rows.std()) / len(rows) ** 0.5, len(rows))
+        nats = None if outlook is None or not outlook.nats.trusted else outlook.nats
+        ends = (0.0, float("-inf"), float("inf")) if nats is None else (nats.expected, nats.low, nats.high)
+        both = corrected(seen, *ends)
+        points = 100 * float(torch.cat(self.missed).mean())
+        return Labelled(seen.mean, *seen.interval(), both.expected, both.low, both.high, points or None, len(rows))
+
+
+def _trial(
+    name: str, kind: str, own: Sequence[Sequence[Said]], said: Sequence[Said], known: Mapping[str, Outlook]
+) -> Trial:
+    sums, labels = TrialSums(), _Labels()
+    for a, b, merged in zip(*own, said, strict=True):
+        sums.add(a.logits, b.logits, merged.logits, a.mask)
+        if a.lost is not None and b.lost is not None and merged.lost is not None:
+            labels.add(a.lost, b.lost, merged.lost)
+    found = sums.features()
+    trial = Trial(name, kind, found["hard"], found["soft"], found["missed"], sums.count)
+    return Trial(**{**trial.__dict__, "labelled": labels.found(known.get(trial.label))})

@@ -1,0 +1,191 @@
+"""Trials, worth and labels: against naive computations and what must hold of any networks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_predict import DATA, X, labels, trained
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mergeid as m
+from mergeid.errors import MergeidError
+from mergeid.prediction.labels import Measured, corrected
+from mergeid.prediction.trial import TogetherSums, TrialSums
+from mergeid.prediction.worth import Shares, interference_of, worth_of
+from mergeid.results.prediction import PredictResult
+
+LABELLED = [{"arg0": x, "labels": y} for x, y in zip(X, labels(X), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def nets() -> tuple[nn.Module, nn.Module]:
+    return trained(1), trained(3, 80)
+
+
+@pytest.fixture(scope="module")
+def found(nets: tuple[nn.Module, nn.Module]) -> PredictResult:
+    return m.predict(*nets, data=LABELLED, example_inputs=X[:2], trial=True)
+
+
+def averaged(a: nn.Module, b: nn.Module) -> nn.Module:
+    net = copy.deepcopy(a)
+    net.load_state_dict({k: (v + b.state_dict()[k]) / 2 for k, v in a.state_dict().items()})
+    return net
+
+
+def test_a_trial_is_what_the_merge_loses(nets: tuple[nn.Module, nn.Module], found: PredictResult) -> None:
+    """The plain merge against a naive computation on the inputs that it is tried on, with pseudo-labels and labels."""
+    a, b = nets
+    x, y = X[1::2], labels(X[1::2])
+    with torch.no_grad():
+        la, lb, lm = (net(x).double().log_softmax(-1) for net in (a, b, averaged(a, b)))
+    mixed = (la.exp() + lb.exp()) / 2
+    hard, soft = mixed.argmax(-1), mixed
+    plain = next(t for t in found.trials if t.label == "direct")
+    gap = (la + lb) / 2 - lm
+    assert plain.hard == pytest.approx(float(gap.gather(1, hard[:, None]).mean()), abs=1e-6)
+    assert plain.soft == pytest.approx(float((soft * gap).sum(1).mean()), abs=1e-6)
+    agreed = [(z.argmax(-1) == hard).double().mean() for z in (la, lb, lm)]
+    assert plain.missed == pytest.approx(float((agreed[0] + agreed[1]) / 2 - agreed[2]), abs=1e-6)
+    assert plain.labelled is not None and plain.labelled.examples == plain.examples == 100
+    losses = [F.nll_loss(z, y, reduction="none") for z in (la, lb, lm)]
+    excess = losses[2] - (losses[0] + losses[1]) / 2
+    assert plain.labelled.nats == pytest.approx(float(excess.mean()), abs=1e-6)
+    assert plain.labelled.low < plain.labelled.nats < plain.labelled.high
+    right = [(z.argmax(-1) == y).double().mean() for z in (la, lb, lm)]
+    assert plain.labelled.points == pytest.approx(100 * float((right[0] + right[1]) / 2 - right[2]), abs=1e-6)
+
+
+def test_every_way_is_tried_and_said(found: PredictResult) -> None:
+    ways = {t.label: t for t in found.trials}
+    assert set(ways) == {"direct", "matched", "solved"}
+    assert ways["solved"].soft < ways["direct"].soft
+    for t in found.trials:
+        assert t.labelled is not None
+        assert t.labelled.corrected_low < t.labelled.corrected < t.labelled.corrected_high
+    assert found.worth is not None and found.worth.kept is not None and 0 <= found.worth.kept <= 1
+    assert found.said_of_worth.endswith(".") and "\n" not in found.said_of_worth
+    told = json.loads(json.dumps(found.to_json()))
+    assert [t["way"] for t in told["trials"]] == list(ways) and told["ensemble"]["agreed"] <= 1
+
+
+def test_trials_of_a_model_with_itself_lose_nothing(nets: tuple[nn.Module, nn.Module]) -> None:
+    same = m.predict(nets[0], copy.deepcopy(nets[0]), data=DATA, example_inputs=X[:2], trial=True)
+    for t in same.trials:
+        assert abs(t.hard) < 1e-3 and abs(t.soft) < 1e-3 and t.labelled is None
+    assert same.worth is not None and same.worth.gain == pytest.approx(0, abs=1e-9) and same.worth.agreed == 1
+
+
+def test_a_trial_needs_data(nets: tuple[nn.Module, nn.Module]) -> None:
+    with pytest.raises(MergeidError, match="--try runs the merges on inputs"):
+        m.predict(*nets, example_inputs=X[:2], trial=True)
+
+
+# -- sums ---------------------------------------------------------------------------------------------------
+
+logits = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.floats(0.01, 30))
+def test_an_ensemble_gains_at_most_what_two_can(rng: np.random.Generator, size: float) -> None:
+    """The gain lies between what one half of an ensemble can cost and the better model's own loss; the ensemble's own
+    class is no less likely to it than theirs."""
+    a, b = (torch.from_numpy(size * rng.standard_normal((12, 5))) for _ in range(2))
+    sums = TogetherSums()
+    sums.add(a[:5], b[:5], None)
+    sums.add(a[5:], b[5:], None)
+    f = sums.features()
+    p, q = (t.softmax(-1) for t in (a, b))
+    mean = (p + q) / 2
+    for name, each in (("apart_a", p), ("apart_b", q)):
+        assert f[name] == pytest.approx(float(F.kl_div(each.log(), mean, reduction="sum")) / 12, abs=1e-9)
+        assert f[name] >= -1e-12
+    assert f["right_both"] >= max(f["right_a"], f["right_b"]) - 1e-12
+    worth = worth_of(f, Shares(0.5, -1.0, 1.5), [0.1, -0.001])
+    assert -math.log(2) <= worth.low <= worth.gain <= worth.high and worth.points >= 0
+    # no loss falls by more than it is: the better model's own, if the truth is as both say
+    own = min(float((mean * -each.log()).sum()) / 12 for each in (p, q))
+    assert worth.high <= own + 1e-9
+    assert worth.kept is not None and 0 <= worth.kept <= 1
+
+
+def test_masked_positions_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    outs = [torch.from_numpy(rng.standard_normal((4, 6, 3))) for _ in range(3)]
+    mask = torch.arange(6)[None] < torch.tensor([6, 4, 3, 2])[:, None]
+    other = [t.clone() for t in outs]
+    for t in other:
+        t[~mask] += 5 * torch.from_numpy(rng.standard_normal((int((~mask).sum()), 3)))
+    one, two = TrialSums(), TrialSums()
+    one.add(*outs, mask)
+    two.add(*other, mask)
+    assert one.features() == pytest.approx(two.features(), abs=1e-12)
+
+
+# -- labels -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-0.5, 2), st.floats(1e-3, 0.5), st.floats(0, 2), st.floats(1e-2, 1))
+def test_a_correction_is_the_posterior(mean: float, error: float, expected: float, reach: float) -> None:
+    """Many examples: prior times likelihood, on a grid."""
+    low, high = expected - reach, expected + reach
+    both = corrected(Measured(mean, error, 100_000), expected, low, high)
+    sd = reach / 1.6448536
+    grid = np.linspace(min(mean - 9 * error, expected - 9 * sd), max(mean + 9 * error, expected + 9 * sd), 200_001)
+    log = -((grid - mean) ** 2) / (2 * error**2) - (grid - expected) ** 2 / (2 * sd**2)
+    weight = np.exp(log - log.max())
+    step = grid[1] - grid[0]
+    assert both.expected == pytest.approx(float((grid * weight).sum() / weight.sum()), abs=2 * step + 1e-6)
+    total = np.cumsum(weight) / weight.sum()
+    assert both.low == pytest.approx(float(grid[np.searchsorted(total, 0.05)]), abs=3 * step + 1e-3 * error)
+    assert both.high - both.low <= min(high - low, 3.3 * error) + 1e-9
+
+
+def test_a_correction_without_a_prediction_is_what_was_measured() -> None:
+    seen = Measured(0.3, 0.05, 64)
+    alone = corrected(seen, 0.0, -math.inf, math.inf)
+    assert (alone.expected, alone.low, alone.high) == (seen.mean, *seen.interval())
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_intervals_of_few_examples_hold(count: int) -> None:
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(2000):
+        x = rng.normal(0.2, 1, count)
+        low, high = Measured(float(x.mean()), float(x.std(ddof=1)) / count**0.5, count).interval()
+        inside += low <= 0.2 <= high
+    assert 0.88 < inside / 2000 < 0.92
+
+
+# -- interference -------------------------------------------------------------------------------------------
+
+
+def test_interference_by_a_naive_loop() -> None:
+    rng = np.random.default_rng(2)
+
+    def state() -> dict[str, Tensor]:
+        return {"w": torch.from_numpy(rng.standard_normal((4, 3))), "v": torch.from_numpy(rng.standard_normal(5))}
+
+    base, a = state(), state()
+    b = {"w": 2 * base["w"] - a["w"], "v": base["v"].clone()}  # opposite in w, unchanged in v
+    b["v"][0] += 1
+    found = {i.layer: i for i in interference_of(a, b, base)}
+    assert found["w"].cosine == pytest.approx(-1) and found["w"].against == pytest.approx(1)
+    apart = whole = 0.0
+    for one, two in zip((a["v"] - base["v"]).tolist(), (b["v"] - base["v"]).tolist(), strict=True):
+        whole += min(abs(one), abs(two))
+        apart += min(abs(one), abs(two)) if one * two < 0 else 0.0
+    assert found["v"].against == pytest.approx(apart / whole)
+    assert sum(i.share for i in found.values()) == pytest.approx(1)
+    assert next(iter(found)) == "w"
+    assert interference_of(a, base, base) == []
