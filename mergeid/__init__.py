@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergeid.results.merge import MergeResult, ScrambleResult
     from mergeid.results.plan import Plan
     from mergeid.results.prediction import PredictionMatrix, PredictResult
+    from mergeid.results.ranking import Ranking
     from mergeid.results.similarity import SimilarityResult
     from mergeid.results.zip import ZipResult
     from mergeid.verbs.align import align
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mergeid.verbs.merge import merge
     from mergeid.verbs.plan import plan
     from mergeid.verbs.predict import predict
+    from mergeid.verbs.rank import rank
     from mergeid.verbs.report import report
     from mergeid.verbs.scramble import scramble
     from mergeid.verbs.similarity import similarity
@@ -53,6 +55,7 @@ _PLACES = {
     "Plan": "results.plan",
     "PredictResult": "results.prediction",
     "PredictionMatrix": "results.prediction",
+    "Ranking": "results.ranking",
     "ScrambleResult": "results.merge",
     "SimilarityResult": "results.similarity",
     "ZipResult": "results.zip",
@@ -64,6 +67,7 @@ _PLACES = {
     "merge": "verbs.merge",
     "plan": "verbs.plan",
     "predict": "verbs.predict",
+    "rank": "verbs.rank",
     "predict_sketches": "verbs.sketch",
     "register_matcher": "matchers.protocol",
     "register_method": "methods.registry",
@@ -89,6 +93,7 @@ __all__ = [
     "Plan",
     "PredictResult",
     "PredictionMatrix",
+    "Ranking",
     "ScrambleResult",
     "SimilarityResult",
     "WillNotMerge",
@@ -103,6 +108,7 @@ __all__ = [
     "plan",
     "predict",
     "predict_sketches",
+    "rank",
     "register_matcher",
     "register_method",
     "report",

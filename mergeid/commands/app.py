@@ -27,6 +27,7 @@ from mergeid.commands import (
     merge,
     plan,
     predict,
+    rank,
     report,
     scramble,
     similarity,
@@ -50,7 +51,7 @@ app = typer.Typer(
 )
 
 _VERBS = (
-    *(merge, zip_verb, plan, predict, report, barrier, align, sketch),
+    *(merge, zip_verb, plan, predict, rank, report, barrier, align, sketch),
     *(similarity, graph, scramble, extract, explain, adapters, demo),
 )
 for _verb in _VERBS:

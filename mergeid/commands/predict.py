@@ -15,7 +15,7 @@ from mergeid.io.publish import write_whole
 from mergeid.verbs.predict import predict
 
 if TYPE_CHECKING:
-    from mergeid.results.prediction import PredictResult
+    from mergeid.results.prediction import PredictionMatrix, PredictResult
 
 
 @command_of(predict)
@@ -53,7 +53,7 @@ def command(
         if all(sketched):
             return _matrix(work, models, call.number("tolerate"), output, plot)
         result = call(*models, progress=work.progress)
-        _written(work, result, output)
+        written(work, result, output)
         if page is not None:
             write_report(page, result, models)
         if not work.as_json:
@@ -62,7 +62,8 @@ def command(
     return 0
 
 
-def _written(work: Work, result: Any, output: Path | None) -> None:
+def written(work: Work, result: Any, output: Path | None) -> None:
+    """As JSON, in a file and on stdout, where that was asked for."""
     if output is not None:
         write_whole(output, to_text(result.to_json()) + "\n", "-o")
     if work.as_json:
@@ -92,7 +93,17 @@ def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None,
     from mergeid.verbs.sketch import predict_sketches
 
     matrix = predict_sketches(models, tolerate=tolerate, progress=work.progress)
-    _written(work, matrix, output)
+    written(work, matrix, output)
+    matrix_shown(work, matrix, plot)
+    if not work.as_json:
+        if len(matrix.names) == 2:
+            _shown(work, next(iter(matrix.pairs.values())))
+        work.wrote([p for p in (output, plot) if p is not None])
+    return 0
+
+
+def matrix_shown(work: Work, matrix: PredictionMatrix, plot: Path | None) -> None:
+    """The matrix in the terminal, and drawn where that was asked for."""
     if plot is not None:
         import numpy as np
 
@@ -106,7 +117,3 @@ def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None,
 
         work.close()
         work.console.print(matrix_table(matrix, width=work.console.width))
-        if len(matrix.names) == 2:
-            _shown(work, next(iter(matrix.pairs.values())))
-        work.wrote([p for p in (output, plot) if p is not None])
-    return 0

@@ -88,6 +88,13 @@ class Workbench:
         other.reading = reading
         return other
 
+    def apart(self) -> Workbench:
+        """The same, where what is opened and loaded from now on is forgotten with it: for one of many models."""
+        other = copy.copy(self)
+        other._opened, other._loaded, other._graphs = dict(self._opened), dict(self._loaded), dict(self._graphs)
+        other._examples, other._done = dict(self._examples), set(self._done)
+        return other
+
     def _load(self, source: Source, like: Loaded | None) -> Loaded:
         from mergeid.models.architecture import find_architecture
         from mergeid.models.load import load_checkpoint, load_model

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from mergeid.prediction.model import Interval
     from mergeid.results.prediction import PredictionMatrix, PredictResult
+    from mergeid.results.ranking import Ranking
 
 WIDEST = 12
 """Models that a matrix is shown of in the terminal."""
@@ -88,6 +89,30 @@ def interference_table(result: PredictResult, *, width: int, most: int = 5) -> T
     ]
     rows = [[i.layer, f"{i.cosine:.2f}", f"{i.against:.0%}", f"{i.share:.1%}"] for i in result.interference[:most]]
     return make_table(columns, rows, width=width, title="interference: where averaging the fine-tunes cancels most")
+
+
+def ranking_table(ranking: Ranking, *, width: int) -> Table:
+    """One row per candidate, the best first."""
+    tried = any(p.tried is not None for p in ranking.partners)
+    columns = [
+        Column("", "right"),
+        Column("candidate", shrink=True, min_width=8),
+        Column("merge"),
+        Column("nats lost", "right"),
+        Column("90 % interval", "right", optional=1),
+        Column(f"≤ {ranking.tolerated:g} nats", "right"),
+        *([Column("in a trial", "right")] if tried else []),
+    ]
+    rows: list[Sequence[Any]] = []
+    for place, p in enumerate(ranking.partners, 1):
+        way, sure = p.way, p.way.nats.trusted
+        row = [str(place), p.name, way.label, _number(way.nats.expected) if sure else "cannot tell"]
+        row += [
+            _span(way.nats) if sure else "",
+            f"{way.nats.within:.2f}" if sure and way.nats.within is not None else "",
+        ]
+        rows.append([*row, *([f"{p.tried:.3f}" if p.tried is not None else ""] if tried else [])])
+    return make_table(columns, rows, width=width, title=f"partners for {ranking.model}, the best first")
 
 
 def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from mergeid.results.prediction import PredictResult
 
 TOLERATED = 0.01
+Tolerate = Annotated[float, o.Option("Loss whose probability is asked for.", o.HOW, "NATS", kind=float)]
+Trial = Annotated[
+    bool,
+    o.switch(
+        "Also make the merges in memory and run them on the data (labels are used where it has some).", o.HOW, "--try"
+    ),
+]
 
 
 @verb
@@ -42,15 +49,8 @@ def predict(
             shown=False,
         ),
     ] = None,
-    tolerate: Annotated[float, o.Option("Loss whose probability is asked for.", o.HOW, "NATS", kind=float)] = TOLERATED,
-    trial: Annotated[
-        bool,
-        o.switch(
-            "Also make the merges in memory and run them on the data (labels are used where it has some).",
-            o.HOW,
-            "--try",
-        ),
-    ] = False,
+    tolerate: Tolerate = TOLERATED,
+    trial: Trial = False,
     matcher: o.Matcher = None,
     batch_size: o.BatchSize = 128,
     **usual: Unpack[Usual],

@@ -1,0 +1,68 @@
+"""``mergeid rank``: which of these models should be merged?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergeid.commands import arguments as o
+from mergeid.commands.predict import matrix_shown, written
+from mergeid.commands.terminal import Call, command_of
+from mergeid.commands.work import check_outputs, working
+from mergeid.request.options import OUTPUT
+from mergeid.verbs.rank import rank
+
+if TYPE_CHECKING:
+    from mergeid.results.prediction import PredictionMatrix
+    from mergeid.results.ranking import Ranking
+
+
+@command_of(rank)
+def command(
+    call: Call[Ranking | PredictionMatrix],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL CANDIDATE ...",
+            help=f"The model, then its possible partners ({o.MODEL}), or a folder that holds several.",
+            show_default=False,
+        ),
+    ],
+    output: o.JsonFile = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", rich_help_panel=OUTPUT, help="With --every: draw the matrix: .png or .svg."
+        ),
+    ] = None,
+    as_json: o.Json = False,
+) -> int:
+    """Predict which of several models merges best with the first one, without merging them.
+
+    With --data all are run on those inputs (no labels are needed), with --every each pair is predicted.
+    """
+    from mergeid.errors import MergeidError
+    from mergeid.results.prediction import PredictionMatrix
+
+    if plot is not None and not call.given("every"):
+        raise MergeidError("--plot draws the matrix of every pair; add --every")
+    check_outputs((*models, *call.reads), output=output, plot=plot)
+    with working(as_json) as work:
+        result = call(models, progress=work.progress)
+        written(work, result, output)
+        if isinstance(result, PredictionMatrix):
+            matrix_shown(work, result, plot)
+        elif not work.as_json:
+            from mergeid.reporting.predictions import ranking_table
+
+            work.close()
+            work.console.print(ranking_table(result, width=work.console.width))
+            work.say("")
+            work.say(result.advice)
+            for name, why in result.failed:
+                work.say(f"Left out: {name}: {why}.")
+        if not work.as_json:
+            work.wrote([p for p in (output, plot) if p is not None])
+    return 0

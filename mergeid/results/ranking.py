@@ -1,0 +1,92 @@
+"""Partners for one model, the best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergeid.results.prediction import Outlook, PredictResult, command
+
+FORMAT = "mergeid.ranking/1"
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Attributes:
+    name: of the candidate. result: what is predicted of its merge with the model.
+    """
+
+    name: str
+    result: PredictResult
+
+    @property
+    def way(self) -> Outlook:
+        """The way that loses least, among those that can be told."""
+        known = [o for o in self.result.outlooks if o.nats.trusted] or self.result.outlooks
+        return min(known, key=lambda o: (o.nats.score, o.trouble))
+
+    @property
+    def tried(self) -> float | None:
+        """Nats that the best of its merges lost in a trial (by labels and prediction together, where there are any);
+        None without one."""
+        found = [t.soft if t.labelled is None else t.labelled.corrected for t in self.result.trials]
+        return min(found) if found else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "way": self.way.label, "tried": self.tried, "prediction": self.result.to_json()}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Attributes:
+    model: whose partners they are.
+    partners: the best first: by what was tried, where anything was, else by what is predicted; what cannot be told is
+        last.
+    failed: candidates that cannot be merged with it, and why.
+    """
+
+    model: str
+    tolerated: float
+    partners: list[Partner]
+    failed: list[tuple[str, str]]
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        tolerated: float,
+        results: Sequence[tuple[str, PredictResult]],
+        failed: Sequence[tuple[str, str]] = (),
+    ) -> Ranking:
+        found = [Partner(name, result) for name, result in results]
+        return cls(model, tolerated, sorted(found, key=_place), list(failed))
+
+    @property
+    def advice(self) -> str:
+        """One sentence: whom to merge with, and the command."""
+        best = self.partners[0]
+        if not best.way.nats.trusted and best.tried is None:
+            return (
+                "Cannot tell: no candidate is like the pairs that the predictor was fitted on; measure them with "
+                "mergeid barrier, or try them with --try."
+            )
+        lost = f"{best.way.nats.expected:.2g} nats expected to be lost"
+        lost = lost if best.tried is None else f"{best.tried:.2g} nats lost in a trial"
+        return f"Merge {self.model} (A) with {best.name} (B), {best.way.label}: {lost} ({command(best.way)})."
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "tolerated": self.tolerated,
+            "partners": [p.to_json() for p in self.partners],
+            "failed": [{"name": name, "why": why} for name, why in self.failed],
+            "advice": self.advice,
+        }
+
+
+def _place(partner: Partner) -> tuple[bool, float, float, str]:
+    tried = partner.tried
+    nats = partner.way.nats
+    return tried is None and not nats.trusted, 0.0 if tried is None else tried, nats.score, partner.name
