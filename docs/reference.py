@@ -112,7 +112,7 @@ def benchmarks_page(folder: Path) -> str:
     parts = [
         "# Benchmarks",
         "Every table here is made of what the scripts under `tests/bench` have kept, by `python docs/reference.py`. "
-        "Two shared CPU cores; ratios count, seconds are upper limits. [Measured](measured.md) says what the figures mean.",
+        "Two shared CPU cores; ratios count, seconds are upper limits. [Measured](measured.md) says what they mean.",
         "## Coverage",
         "`python tests/bench/coverage.py LIBRARY`: every model with random weights. *Holds*: traced, verified twice "
         "(other seeds, other inputs), with at least one free space. *Free*: the share of the parameters on an axis "
