@@ -221,7 +221,7 @@ def linear_ridge_costs(classes: FunctionClasses, weights: Tensor, rho: float) ->
 
     Raises `MergeidError` unless ρ > 0."""
     if not rho > 0:
-        raise MergeidError(f"the ridge ρ must be positive, got {rho}")
+        raise MergeidError(f"the ridge must be positive, got {rho}")
     out = torch.full((classes.m, classes.m), torch.inf, dtype=torch.float64)
     size = classes.m // len(classes.supports)
     for g, (support, a, v) in enumerate(
@@ -262,7 +262,7 @@ def ridge_cost(
         evaluations: most evaluations of one descent. seed: of the random weights.
     """
     if not rho > 0:
-        raise MergeidError(f"the ridge ρ must be positive, got {rho}")
+        raise MergeidError(f"the ridge must be positive, got {rho}")
     n, r = len(p.inputs), p.map.shape[1]
     values = activation(torch.from_numpy(p.pre_activation)).numpy()
     features = p.inputs @ p.map

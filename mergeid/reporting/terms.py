@@ -140,6 +140,29 @@ TERMS = (
         ("90 % interval",),
     ),
     Term(
+        "rank correlation",
+        "Whether two lists of numbers put the pairs in the same order (Spearman): 1 for the same order, 0 for "
+        "unrelated ones, -1 for the reverse.",
+        ("spearman",),
+    ),
+    Term(
+        "AUROC",
+        "The chance that a pair which merges badly gets a worse figure than a pair which merges well: 1 is perfect, "
+        "0.5 a guess.",
+        ("auc",),
+    ),
+    Term(
+        "CKA",
+        "An index of how alike two layers arrange the same inputs, whatever the order of their neurons: 1 for the same "
+        "arrangement up to a rotation and a scale, 0 for unrelated ones.",
+        ("centred kernel alignment",),
+    ),
+    Term(
+        "task vector",
+        "What fine-tuning changed: the weights of a fine-tune minus those of its base.",
+        ("τ", "task vectors"),
+    ),
+    Term(
         "sketch",
         "A small file that keeps what one model does on some inputs. Every pair among many sketches can be compared "
         "without running a model again.",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mergeid.reporting.terms import explain
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "mergeid").rglob("*.py")) + sorted((ROOT / "adapters").rglob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/pages").glob("*.md"))]
@@ -98,3 +100,30 @@ def test_no_sentence_is_long() -> None:
 def test_no_odd_phrase(odd: str) -> None:
     found = [f"{place}: {' '.join(t.split())[:200]}" for place, t in TEXTS if re.search(odd, " ".join(t.split()))]
     assert not found, "\n".join(found)
+
+
+SYMBOL = r"[\u0370-\u03ff]|\bJ\b|\bAUROC\b|\bSpearman\b|\bCKA\b"
+
+
+def defines(sentence: str, symbol: str) -> bool:
+    """Whether a sentence says what a symbol is: "σ is", "σ = …", "the covariance Σ of", "σ (sigma)"."""
+    sign = rf"[*(`]*{symbol}[₀ᵢ_A-Za-z]*[*)`]*"
+    ways = rf"{sign} ?(?:is|are|says|=|:|\()|= {sign}|(?:index|covariance) {sign}|{sign} (?:the|their)"
+    return re.search(ways, sentence) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_symbol_is_defined_where_a_page_first_uses_it(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    first: dict[str, str] = {}
+    for sentence in re.split(r"(?<=[.?!])\s+(?=\S)|\n\s*\n|\n(?=\|)", text):
+        for symbol in re.findall(SYMBOL, sentence):
+            first.setdefault(symbol, " ".join(sentence.split()))
+    unknown = [f"{symbol}: {sentence}" for symbol, sentence in first.items() if not defines(sentence, symbol)]
+    assert not unknown, "\n".join(unknown)
+
+
+def test_symbols_in_messages_are_in_the_glossary() -> None:
+    for place, text in messages():
+        for symbol in set(re.findall(SYMBOL, text)) - {"σ"}:
+            assert defines(text, symbol) or explain(symbol).meaning, place

@@ -1,0 +1,71 @@
+"""What solving a merge costs beside running both models: python tests/bench/solve_cost.py [--model resnet50]
+
+Random weights, random images; one thread; CPU seconds and the largest memory. A row is kept in
+``tests/bench/tables/solve_cost.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from mergeid.repair.solve import solve_network
+
+TABLE = Path(__file__).parent / "tables" / "solve_cost.csv"
+COLUMNS = ("model", "images", "side", "forward_seconds", "solve_seconds", "times_forward", "changed_layers", "peak_mb")
+
+
+def peak_mb() -> int:
+    """Of the whole process so far."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) // 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(timm.create_model(given.model, num_classes=10).eval())
+    merged = timm.create_model(given.model, num_classes=10).eval()
+    states = [m.state_dict() for m in models]
+    average = {k: (v + states[1][k]) / 2 if v.is_floating_point() else v for k, v in states[0].items()}
+    merged.load_state_dict(average)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(given.images, 3, given.side, given.side, generator=generator)
+    batches: list[dict[str, Any]] = [{"x": part} for part in images.split(given.batch)]
+
+    began = time.process_time()
+    with torch.no_grad():
+        for model in models:
+            for batch in batches:
+                model(batch["x"])
+    forward = time.process_time() - began
+    began = time.process_time()
+    done = solve_network(merged, models, [0.5, 0.5], lambda m, b: m(b["x"]), batches)
+    solve = time.process_time() - began
+    row = (given.model, given.images, given.side, f"{forward:.1f}", f"{solve:.1f}", f"{solve / forward:.1f}")
+    row += (sum(d.ridge < float("inf") for d in done), peak_mb())
+    print(dict(zip(COLUMNS, row, strict=True)))
+    known = list(csv.DictReader(TABLE.open(encoding="utf-8"))) if TABLE.exists() else []
+    kept = [r for r in known if (r["model"], r["images"], r["side"]) != tuple(map(str, row[:3]))]
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*kept, dict(zip(COLUMNS, row, strict=True))])
+
+
+if __name__ == "__main__":
+    main()
