@@ -153,8 +153,8 @@ TERMS = (
     ),
     Term(
         "CKA",
-        "An index of how alike two layers arrange the same inputs, whatever the order of their neurons. It is 1 for the "
-        "same arrangement up to a rotation and a scale, and 0 for unrelated ones.",
+        "An index of how alike two layers arrange the same inputs, whatever the order of their neurons. It is 1 for "
+        "the same arrangement up to a rotation and a scale, and 0 for unrelated ones.",
         ("centred kernel alignment",),
     ),
     Term(
