@@ -13,8 +13,8 @@ from torch import Tensor
 from mergeid.combine.refusals import not_finite, overflows
 from mergeid.combine.tensor_plan import TensorPlan
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, torch_dtype
+from mergeid.io.tensors import TensorSource
 from mergeid.methods.settings import MergeSettings
 
 CHUNK = 1 << 15
@@ -33,7 +33,7 @@ class Aligned:
         transform: (name, tensor) -> the same tensor permuted, equal shape; None: as it lies.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     transform: Transform | None = None
 
     def tensor(self, name: str) -> Tensor:
@@ -162,7 +162,7 @@ def combine(
         yield method(group, weights, **needs), group, origin
 
 
-def check_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:
     """To be called before models are built and compared: a merge without a plan checks while it writes.
 
     Args:

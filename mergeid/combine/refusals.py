@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.tensors import TensorSource
 
 
-def not_finite(name: str, checkpoint: Checkpoint, *, nan: bool) -> str:
+def not_finite(name: str, checkpoint: TensorSource, *, nan: bool) -> str:
     """A tensor of an input holds NaN or an infinite number."""
     what = "NaN" if nan else "an infinite number"
     return (

@@ -11,12 +11,13 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import label_map, same_tokenizer_files, vocabulary
 from mergeid.io.dtypes import FLOATS, INTEGERS, parse_dtype, wider
+from mergeid.io.tensors import TensorSource
 from mergeid.nn.names import is_asymmetric
 
 MERGEABLE = (*FLOATS, "C64")
 
 
-def mergeable(checkpoint: Checkpoint) -> list[str]:
+def mergeable(checkpoint: TensorSource) -> list[str]:
     """Names of the tensors that are weighted and added up."""
     return [name for name, info in checkpoint.table.items() if info.dtype in MERGEABLE]
 
@@ -137,7 +138,7 @@ def plan_many(
     )
 
 
-def _kind(checkpoint: Checkpoint, name: str) -> str:
+def _kind(checkpoint: TensorSource, name: str) -> str:
     dtype = checkpoint.table[name].dtype
     return "integer" if dtype in INTEGERS else "complex" if dtype == "C64" else "float"
 
@@ -166,7 +167,7 @@ def _pattern(names: Sequence[str], all_names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"--skip '{names[0]}' and so on"
 
 
-def refuse_quantised(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
     settings = (checkpoint.config or {}).get("quantization_config")
     if settings:
         kind = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
@@ -183,7 +184,7 @@ def refuse_quantised(checkpoint: Checkpoint, names: Sequence[str]) -> None:
         )
 
 
-def _refuse_other_names(a: Checkpoint, b: Checkpoint, names: Sequence[str], common: Sequence[str]) -> None:
+def _refuse_other_names(a: TensorSource, b: TensorSource, names: Sequence[str], common: Sequence[str]) -> None:
     only_a = [n for n in names if n not in b.table]
     only_b = [n for n in names if n not in a.table]
     if not only_a and not only_b:
@@ -213,7 +214,7 @@ def _refuse_other_names(a: Checkpoint, b: Checkpoint, names: Sequence[str], comm
     )
 
 
-def _prefix_hint(a: Checkpoint, b: Checkpoint) -> str:
+def _prefix_hint(a: TensorSource, b: TensorSource) -> str:
     """Wrappers (data-parallel, compiled) put one prefix before every name."""
     for first, second in ((a, b), (b, a)):
         name = next(iter(first.table))
@@ -225,19 +226,19 @@ def _prefix_hint(a: Checkpoint, b: Checkpoint) -> str:
     return ""
 
 
-def _classes(checkpoint: Checkpoint) -> int | None:
+def _classes(checkpoint: TensorSource) -> int | None:
     labels = label_map(checkpoint.config)
     config = checkpoint.config or {}
     return len(labels) if labels else config.get("num_classes", config.get("num_labels"))
 
 
-def _vocab_size(checkpoint: Checkpoint) -> int | None:
+def _vocab_size(checkpoint: TensorSource) -> int | None:
     config = checkpoint.config or {}
     nested = config.get("text_config")
     return config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
 
 
-def _refuse_other_shapes(a: Checkpoint, b: Checkpoint, common: Sequence[str]) -> None:
+def _refuse_other_shapes(a: TensorSource, b: TensorSource, common: Sequence[str]) -> None:
     other = [n for n in common if a.table[n].shape != b.table[n].shape]
     if not other:
         return

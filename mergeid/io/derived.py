@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.tensors import TensorSource
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Formed:
 
     info: TensorInfo
     form: Callable[[], Tensor]
-    reads: tuple[tuple[Checkpoint, str], ...]
+    reads: tuple[tuple[TensorSource, str], ...]
 
 
 @dataclass(eq=False, repr=False)
@@ -79,7 +80,7 @@ class Derived(Checkpoint):
         return {f"{p.source}/{file}": digest for p in self.parents for file, digest in p.fingerprint(stop).items()}
 
 
-def read_from(checkpoint: Checkpoint, name: str) -> Formed:
+def read_from(checkpoint: TensorSource, name: str) -> Formed:
     """A tensor of another checkpoint as it is."""
     return Formed(checkpoint.table[name], lambda: checkpoint.tensor(name), ((checkpoint, name),))
 

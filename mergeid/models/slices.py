@@ -16,6 +16,7 @@ from typing import Any
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
+from mergeid.io.tensors import TensorSource
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d{1,6})\.(.+)$")
 _LAYER_COUNT = re.compile(r"(^|_)n(um)?(_.*)?_?layers?$")
@@ -52,7 +53,7 @@ class Layers:
         return (int(match[2]), match[3]) if match and match[1] == self.prefix else None
 
 
-def layers_of(model: Checkpoint) -> Layers:
+def layers_of(model: TensorSource) -> Layers:
     """The one list of layers that a model has, read off the names of its tensors.
 
     Raises:

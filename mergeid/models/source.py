@@ -1,42 +1,19 @@
-"""What users name as a model, and the one door through which weights enter."""
+"""What users name as a model, and the weights that it means."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, Union
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.opening import open_checkpoint
-from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Source = Union[str, "os.PathLike[str]", "nn.Module", Checkpoint]
 """File, folder, hub id, live module, or what is open already."""
-
-
-class TensorSource(Protocol):
-    """Weights by name: what lies in a file or folder, in a live module, or is formed from several of these.
-
-    Attributes:
-        source: what the user named.
-        table: tensor name -> dtype and shape, in the order in which tensors are best read.
-        config: what a config.json says; None: there is none.
-    """
-
-    source: str
-    table: dict[str, TensorInfo]
-    config: dict[str, Any] | None
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its own format, mapped where it lies in a file. Not to be written into."""
-        ...
-
-    def release(self, name: str) -> None:
-        """It is not needed for now: its memory may go."""
-        ...
 
 
 def is_module(source: Source) -> TypeGuard[nn.Module]:
