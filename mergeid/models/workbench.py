@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.models.source import Source, is_module, open_source
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # a plain merge builds no model and never loads torch
     from mergeid.models.examples import Examples
     from mergeid.models.loaded import Loaded
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
+
+Made = TypeVar("Made")
 
 
 class Workbench:
@@ -35,10 +37,11 @@ class Workbench:
         self._graphs: dict[int, tuple[Loaded, NeuronGraph]] = {}
         self._examples: dict[tuple[int, int | None], tuple[Calibration, Examples]] = {}
         self._done: set[object] = set()
+        self._made: dict[Hashable, tuple[object, Any]] = {}
 
     def open(self, source: Source) -> Checkpoint:
         """The weights that `source` means. Raises `MergeidError` for what cannot be read."""
-        key = _key(source)
+        key = key_of(source)
         if key not in self._opened:
             self._opened[key] = source, open_source(source, allow_pickle=self.reading.allow_pickle)
         return self._opened[key][1]
@@ -51,7 +54,7 @@ class Workbench:
 
         Raises `MergeidError` where it cannot be built or run.
         """
-        key = _key(source)
+        key = key_of(source)
         if key not in self._loaded:
             self.run.tell("loading", len(self._loaded), len(self._loaded) + 1)
             self._loaded[key] = source, self._load(source, like)
@@ -75,6 +78,18 @@ class Workbench:
         if key not in self._examples:
             self._examples[key] = asked, examples_of(asked.data, loaded, asked.limit, self.run.seed)
         return self._examples[key][1]
+
+    def kept(self, what: Hashable, about: object, work: Callable[[], Made]) -> Made:
+        """What this work makes, made the first time only.
+
+        Args:
+            what: it is, with the identities of what it is made of.
+            about: what it is made of, kept so that no identity comes to mean something else.
+        """
+        if what not in self._made:
+            self._made[what] = about, work()
+        found: Made = self._made[what][1]
+        return found
 
     def once(self, what: object, work: Callable[[], None]) -> None:
         """Do this work if it was not done yet."""
@@ -113,7 +128,8 @@ class Workbench:
         return load_checkpoint(checkpoint, like.adapter, own, self.run)
 
 
-def _key(source: Source) -> object:
+def key_of(source: Source) -> Hashable:
+    """What is the same for one source, and differs between two."""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 

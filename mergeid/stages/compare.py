@@ -123,8 +123,8 @@ def last_look(
 def _is_the_first(members: Members, skip: Sequence[str]) -> bool:
     """Whether a merge is the first model again, up to rounding, such as that of a model with its scrambled copy: there
     is nothing to repair then, whatever the calibration inputs say of the model."""
-    ours, merged = members.first.state(), members.merged_state(skip)
-    return ours.keys() == merged.keys() and all(_same(ours[key], merged[key]) for key in ours)
+    ours = members.first.state()
+    return all(_same(ours[key], merged) for key, merged in members.merged_tensors(skip))
 
 
 def _same(ours: Tensor, merged: Tensor) -> bool:
@@ -229,13 +229,10 @@ def _under(members: Members, element: Callable[[Plan], Element]) -> Members:
 def _voices(members: Members) -> list[tuple[Member, float]]:
     """Whom a merge should be near to, with their shares: those of the merge where its weights are shares, else equal
     ones. Who is subtracted is not among them; where all are (task vectors taken away), the base is."""
-    count = len(members.models)
-    plain = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
-    if len(plain) < count or not any(plain):
-        plain = [1.0] * count
-    kept = [(m, w) for m, w in zip(members.models, plain, strict=True) if w > 0]
+    weights = members.weights()
+    kept = [(m, w) for m, w in zip(members.models, weights, strict=True) if w > 0 or not any(weights)]
     if not kept:
         return [(members.base or members.models[0], 1.0)]
-    if members.settings.method.weights != "shares":
+    if members.settings.method.weights != "shares" or not any(weights):
         kept = [(m, 1.0) for m, _ in kept]
     return [(m, w / sum(w for _, w in kept)) for m, w in kept]

@@ -9,7 +9,7 @@ from mergeid.results.plan import Plan
 from mergeid.stages.common_order import common_order
 from mergeid.stages.members import Member, Members
 from mergeid.stages.open import Met, pair_of
-from mergeid.stages.plan import make_plan
+from mergeid.stages.plan import plan_of
 
 
 def planned_members(
@@ -39,7 +39,7 @@ def planned_members(
         elements = common_order(pairs, matching.matcher, bench.run, examples)
     members = [Member(first)]
     for i, pair in enumerate(pairs):
-        plan = make_plan(pair, matching, bench.run, examples=examples, matched=elements[i] if elements else None)
+        plan = plan_of(met, pair, others[i], matching, calibration, elements[i] if elements else None)
         members.append(Member(pair.b, plan))
         if plan.verdict == "will not merge" and not output.force:
             raise WillNotMerge(

@@ -25,6 +25,9 @@ from mergeid.plugins import Batch
 from mergeid.request.request import Run
 from mergeid.results.plan import Plan
 
+NOTHING = 1e-8
+"""A sum of weights up to this size is none that could be divided by."""
+
 
 @dataclass
 class Member:
@@ -94,6 +97,18 @@ class Members:
         """Those of every further model and, last, the base."""
         return [m.plan for m in self.everyone if m.plan is not None]
 
+    def weights(self) -> list[float]:
+        """What each model weighs in all: 1 where weights differ by tensor."""
+        plain = [float(w) for w in self.settings.weights if isinstance(w, (int, float))]
+        return plain if len(plain) == len(self.models) else [1.0] * len(self.models)
+
+    def shares(self, name: str | None = None) -> list[float]:
+        """What each model counts in what is imitated, with sum 1: in all, or in the tensor of that name. Equal shares
+        where the weights sum to nothing."""
+        weights = self.weights() if name is None else self.settings.weights_of(name)
+        total = sum(weights)
+        return [w / total for w in weights] if abs(total) > NOTHING else [1 / len(weights)] * len(weights)
+
     def names(self) -> dict[str, str]:
         """State-dict key -> the tensor's name in the first model's checkpoint."""
         return {key: name for name, key in self.first.names.items()}
@@ -130,9 +145,9 @@ class Members:
         """One entry per model for this tensor."""
         return None if self.statistics is None else [found.get(key) for found in self.statistics]
 
-    def merged_state(self, skip: Sequence[str] = ()) -> dict[str, Tensor]:
-        """The merged state dict in memory, under the model's keys."""
-        return merged_state(
+    def merged_tensors(self, skip: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """The merged tensors one after the other, under the model's keys, each of them as soon as it is made."""
+        return merged_tensors(
             [m.state for m in self.models],
             self.settings,
             tensor=lambda i, key: self.models[i].tensor(key),
@@ -142,8 +157,12 @@ class Members:
             skip=skip,
         )
 
+    def merged_state(self, skip: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The merged state dict in memory, under the model's keys."""
+        return dict(self.merged_tensors(skip))
 
-def merged_state(
+
+def merged_tensors(
     states: Sequence[Mapping[str, Tensor]],
     settings: MergeSettings,
     *,
@@ -152,8 +171,8 @@ def merged_state(
     statistics: Callable[[str], Sequence[Any] | None] = lambda key: None,
     names: Mapping[str, str] | None = None,
     skip: Sequence[str] = (),
-) -> dict[str, Tensor]:
-    """Merge state dicts in memory.
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge state dicts in memory, tensor by tensor.
 
     Args:
         states: one per model, as they lie.
@@ -164,30 +183,32 @@ def merged_state(
         names: key -> the name that settings and `skip` go by; default: the key.
         skip: globs of names to take from the first model as they are.
 
-    Returns:
-        Under the first model's keys. What is no floating-point tensor, or is not in all models with one shape, is the
-        first one's.
+    Yields:
+        (key of the first model's, tensor). What is no floating-point tensor, or is not in all models with one shape, is
+        the first one's.
     """
     read = tensor or (lambda i, key: states[i][key])
-    merged: dict[str, Tensor] = {}
-    done: list[str] = []
-    for key, ours in states[0].items():
-        name = (names or {}).get(key, key)
+    base = base if settings.method.base else None
+    known = names or {}
+
+    def merges(key: str, ours: Tensor) -> bool:
         fits = all(key in s and s[key].shape == ours.shape for s in states)
-        if not fits or not ours.is_floating_point() or any(fnmatchcase(name, p) for p in skip):
-            merged[key] = ours.clone()
+        return fits and ours.is_floating_point() and not any(fnmatchcase(known.get(key, key), p) for p in skip)
+
+    done = [key for key, ours in states[0].items() if merges(key, ours)]
+    made: dict[str, Tensor] = {}
+    if is_asymmetric(done):
+        made = effective_averages(
+            done,
+            [partial(read, i) for i in range(len(states))],
+            lambda key, tensors, origin: whole(settings, known.get(key, key), tensors, origin),
+            base,
+        )
+    chosen = set(done)
+    for key, ours in states[0].items():
+        if key in made or key not in chosen:
+            yield key, made.get(key, ours).clone()
             continue
         tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
-        origin = base(key).to(ours.dtype) if base is not None and settings.method.base else None
-        merged[key] = whole(settings, name, tensors, origin, statistics(key))
-        done.append(key)
-    if is_asymmetric(done):
-        reads = [partial(read, i) for i in range(len(states))]
-        known = names or {}
-        merged |= effective_averages(
-            done,
-            reads,
-            lambda key, tensors, origin: whole(settings, known.get(key, key), tensors, origin),
-            base if settings.method.base else None,
-        )
-    return merged
+        origin = None if base is None else base(key).to(ours.dtype)
+        yield key, whole(settings, known.get(key, key), tensors, origin, statistics(key))

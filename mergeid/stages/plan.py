@@ -30,6 +30,7 @@ from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matche
 from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
 from mergeid.models.source import Source
+from mergeid.models.workbench import key_of
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.nn.folding import effective_state
 from mergeid.request.request import Calibration, Matching, Run
@@ -143,6 +144,28 @@ def make_plan(
     )
 
 
+def plan_of(
+    met: Met,
+    pair: Pair,
+    other: Source,
+    matching: Matching,
+    calibration: Calibration,
+    matched: Element | None = None,
+) -> Plan:
+    """`make_plan` of the first model and another: once on a workbench, unless its match is given (`matched`)."""
+    bench = met.bench
+    examples = bench.examples(calibration, pair.a)
+
+    def work() -> Plan:
+        return make_plan(pair, matching, bench.run, examples=examples, matched=matched)
+
+    if matched is not None:
+        return work()
+    sources = (key_of(met.models[0]), key_of(other), met.skip, id(bench.reading))
+    about = (met.models, other, bench.reading, calibration)
+    return bench.kept((*sources, id(calibration.data), calibration.limit, matching), about, work)
+
+
 def plan_pair(
     met: Met, matching: Matching, calibration: Calibration, *, base: Source | None = None, certify: bool = False
 ) -> tuple[Pair, Plan]:
@@ -155,6 +178,9 @@ def plan_pair(
     Raises `MergeidError` for anything wrong with the input.
     """
     pair = pair_of(met, met.models[1])
+    if base is None and not certify:
+        made = plan_of(met, pair, met.models[1], matching, calibration)
+        return pair, replace(made, notes=[*met.agreed.notes, *made.notes])
     origin = None if base is None else origin_of(met, base, pair.a)
     examples = met.bench.examples(calibration, pair.a)
     made = make_plan(pair, matching, met.bench.run, examples=examples, structural=Structural(origin, certify))

@@ -151,15 +151,6 @@ def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.
     return fresh
 
 
-def _shares(members: Members) -> list[float]:
-    """What each model counts in what is imitated."""
-    weights = [float(w) for w in members.settings.weights if isinstance(w, (int, float))]
-    total = sum(weights)
-    if len(weights) == len(members.models) and abs(total) > 1e-8:
-        return [w / total for w in weights]
-    return [1 / len(members.models)] * len(members.models)
-
-
 def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[str]:
     """Keys of tensors that are not merged."""
     names = members.names()
@@ -175,7 +166,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
     done = solve_network(
         merged.eval(),
         models,
-        _shares(members),
+        members.shares(),
         members.first.forward,
         list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)),
         frozen=_frozen(members, before, skip),
@@ -222,7 +213,7 @@ def _polish(
 
     aim = Aim(
         [copy.deepcopy(work).to(device).eval() for work in members.workspaces()],
-        _shares(members),
+        members.shares(),
         members.first.outputs,
         frozenset(classifying(members.first)),
     )
@@ -292,8 +283,7 @@ def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> R
         moments = output_moments(work.to(accelerator.device), layers, batches, forward=forward)
         for layer in layers:
             key = f"{layer.name}.weight" if layer.name else "weight"
-            weights = members.settings.weights_of(names.get(key, key))
-            share = weights[i] / sum(weights) if abs(sum(weights)) > 1e-8 else 1 / len(weights)
+            share = members.shares(names.get(key, key))[i]
             found = moments[layer.name]
             means[layer.name] = means.get(layer.name, 0) + share * found.mean
             stds[layer.name] = stds.get(layer.name, 0) + share * found.std

@@ -328,15 +328,11 @@ def _state(met: Met, members: Members | None, settings: MergeSettings) -> dict[s
     if members is not None:
         return members.merged_state(met.skip)
     from mergeid.models.offload import state_of
-    from mergeid.stages.members import merged_state
+    from mergeid.stages.members import merged_tensors
 
     origin = state_of(met.base) if met.base is not None and is_module(met.base) else None
-    return merged_state(
-        [state_of(m) for m in met.models if is_module(m)],
-        settings,
-        base=origin.__getitem__ if origin is not None else None,
-        skip=met.skip,
-    )
+    states = [state_of(m) for m in met.models if is_module(m)]
+    return dict(merged_tensors(states, settings, base=origin.__getitem__ if origin else None, skip=met.skip))
 
 
 def _has_batchnorm(members: Members) -> bool:

@@ -99,3 +99,24 @@ def test_a_model_is_held_once(networks: list[Path]) -> None:
     data = Calibration(str(networks[0].with_name("data.npz")))
     assert bench.examples(data, one) is bench.examples(data, one)
     assert bench.examples(Calibration(), one) is None
+
+
+def test_a_pair_is_planned_once(networks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import mergeid.stages.plan as stage
+    from mergeid.methods.registry import get_method
+    from mergeid.methods.settings import MethodRequest
+    from mergeid.request.request import Matching, Output
+    from mergeid.stages.match import planned_members
+    from mergeid.stages.open import open_models
+
+    made: list[str] = []
+    real = stage.make_plan
+    monkeypatch.setattr(stage, "make_plan", lambda *args, **kwargs: (made.append("plan"), real(*args, **kwargs))[1])
+    bench = Workbench(Reading(), Run())
+    _, plan = stage.plan_pair(open_models(bench, networks[:2]), Matching(), Calibration())
+    met = open_models(bench, networks[:2])  # as a verb does that goes on with what another has opened
+    settings = MethodRequest(get_method("linear")).over(2, met.float_names)
+    members = planned_members(met, settings, Matching(), Calibration(), Output())
+    assert made == ["plan"] and members.plans[0].spaces == plan.spaces
+    stage.plan_pair(met, Matching("always"), Calibration())
+    assert made == ["plan", "plan"]

@@ -20,7 +20,7 @@ from torch import nn
 
 import mergeid
 import mergeid.stages.compare
-import mergeid.stages.match
+import mergeid.stages.plan
 from mergeid.data import collate
 from mergeid.errors import WillNotMerge
 from mergeid.evaluate.nearness import Panel
@@ -252,13 +252,13 @@ def rows():
 
 def wrong_plan(monkeypatch):
     """Plans that would match everything at random."""
-    honest = mergeid.stages.match.make_plan
+    honest = mergeid.stages.plan.make_plan
 
     def planned(*args, **kwargs):
         plan = honest(*args, **kwargs)
         return replace(plan, element=plan.graph.random_element(torch.Generator().manual_seed(5)), verdict="match")
 
-    monkeypatch.setattr(mergeid.stages.match, "make_plan", planned)
+    monkeypatch.setattr(mergeid.stages.plan, "make_plan", planned)
 
 
 def printed(result):
@@ -312,7 +312,7 @@ def scrambled():
 
 def half_a_plan(monkeypatch, moved):
     """Plans that match only the first `moved` spaces."""
-    honest = mergeid.stages.match.make_plan
+    honest = mergeid.stages.plan.make_plan
 
     def planned(*args, **kwargs):
         plan = honest(*args, **kwargs)
@@ -321,7 +321,7 @@ def half_a_plan(monkeypatch, moved):
         verdict = "match" if moved else "direct"
         return replace(plan, element={**plan.element, **kept}, spaces=records, verdict=verdict)
 
-    monkeypatch.setattr(mergeid.stages.match, "make_plan", planned)
+    monkeypatch.setattr(mergeid.stages.plan, "make_plan", planned)
 
 
 @pytest.mark.parametrize("moved", [1, 0])
