@@ -162,38 +162,54 @@ def _addmm(stop: Stop, examples: int) -> Layer | None:
 
 
 def _convolution(stop: Stop, examples: int) -> Layer | None:
-    x, w, bias, stride, padding, dilation, transposed, _, groups = stop.args[:9]
-    if transposed or 1 not in stop.weights or (bias is not None and 2 not in stop.weights) or len(x) != examples:
+    x, w, bias, stride, padding, dilation, transposed, more, groups = stop.args[:9]
+    if 1 not in stop.weights or (bias is not None and 2 not in stop.weights) or len(x) != examples:
+        return None
+    if transposed and stop.derived:
         return None
     nd = w.dim() - 2
-    stride, padding, dilation = (_each(v, nd) for v in (stride, padding, dilation))
-    out = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(nd)
-    ]
+    stride, padding, dilation, more = (_each(v, nd) for v in (stride, padding, dilation, more))
+    span = [dilation[i] * (w.shape[2 + i] - 1) for i in range(nd)]
+    if transposed:  # an ordinary one over inputs that lie apart, with the kernel turned round
+        seen = [(x.shape[2 + i] - 1) * stride[i] + 1 for i in range(nd)]
+        pads = [(span[i] - padding[i], span[i] - padding[i] + more[i]) for i in range(nd)]
+        step = [1] * nd
+    else:
+        seen, step = list(x.shape[2:]), stride
+        pads = [(p, p) for p in padding]
+    out = [(seen[i] + sum(pads[i]) - span[i] - 1) // step[i] + 1 for i in range(nd)]
     count = 1
     for n in out:
         count *= n
-    wide = len(w) // groups
+    wide = w.shape[1] if transposed else len(w) // groups
 
     def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
         each = source.shape[1] // groups
         h = source[:, part * each : (part + 1) * each]
-        h = F.pad(h, [p for v in reversed(padding) for p in (v, v)])
+        if transposed:
+            apart = h.new_zeros(*h.shape[:2], *seen)
+            apart[(..., *(slice(None, None, s) for s in stride))] = h
+            h = apart
+        h = F.pad(h, [p for both in reversed(pads) for p in both])
         for i in range(nd):
-            h = h.unfold(2 + i, dilation[i] * (w.shape[2 + i] - 1) + 1, stride[i])
+            h = h.unfold(2 + i, span[i] + 1, step[i])
         taps: list[Any] = [slice(None), slice(None)] + [slice(None)] * nd
         taps += [slice(None, None, dilation[i]) for i in range(nd)]
         h = h[tuple(taps)]
         places = torch.arange(count) if at is None else at
         where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(places, tuple(out)))
-        patches = h[where].movedim(2, 1).flatten(2)  # from [examples, channels, positions, kernel]
+        patches = h[where]  # [examples, channels, positions, kernel]
+        if transposed:
+            patches = patches.flip(tuple(range(3, 3 + nd)))
         y = answer[:, part * wide : (part + 1) * wide][where]
-        return patches, y.movedim(2, 1)
+        return patches.movedim(2, 1).flatten(2), y.movedim(2, 1)
 
-    parts = [
-        Part(w[g * wide : (g + 1) * wide], None if bias is None else bias[g * wide : (g + 1) * wide])
+    inner = len(w) // groups
+    kernels = [
+        w[g * inner : (g + 1) * inner].transpose(0, 1) if transposed else w[g * wide : (g + 1) * wide]
         for g in range(groups)
     ]
+    parts = [Part(k, None if bias is None else bias[g * wide : (g + 1) * wide]) for g, k in enumerate(kernels)]
     return Layer(parts, count, rows, x)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mergeid
 from mergeid.errors import MergeidError
 from mergeid.repair.beyond import beyond
+from mergeid.repair.closed_form import Fit
 from mergeid.repair.layers import layer_of
 from mergeid.repair.paced import Paced, Stop, operations
 from mergeid.repair.solve import solve_network
@@ -204,6 +205,32 @@ def test_patches_are_what_the_convolution_sees(stride: Any, padding: Any, dilati
         for part, (inputs, answers) in zip(layer.parts, found, strict=True):
             assert part.bias is not None
             torch.testing.assert_close(inputs @ part.matrix.T + part.bias, answers, rtol=1e-4, atol=1e-5)
+    net.close()
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "more", "dilation", "groups"),
+    [(1, 0, 0, 1, 1), (2, 1, 1, 1, 3), ((3, 2), (1, 3), (2, 0), (1, 2), 1), (2, 4, 0, 1, 2)],
+)
+def test_patches_of_transposed_convolutions(stride: Any, padding: Any, more: Any, dilation: Any, groups: int) -> None:
+    """Every answer is the kernel's matrix times the patch, and what is written there moves the parameter."""
+    torch.manual_seed(0)
+    model = nn.ConvTranspose2d(6, 12, (3, 2), stride, padding, more, groups, True, dilation).eval()
+    net = Paced(model, lambda m, b: m(b["x"]), {"x": seeded(4, 6, 9, 8)}, frozenset([0]), after=True)
+    stop = net.advance()
+    assert isinstance(stop, Stop)
+    layer = layer_of(stop, 4)
+    assert layer is not None and len(layer.parts) == groups
+    for places in (None, torch.tensor([0, 3, layer.positions - 1])):
+        for g, part in enumerate(layer.parts):
+            inputs, answers = layer.rows(g, layer.source, stop.out, places)
+            assert part.bias is not None
+            torch.testing.assert_close(inputs @ part.matrix.T + part.bias, answers, rtol=1e-4, atol=1e-5)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        for part in layer.parts:
+            part.write(Fit(2 * part.matrix.double(), None, 0.1, 1.0, 0.0))
+    torch.testing.assert_close(model.weight.detach(), 2 * before)
     net.close()
 
 
