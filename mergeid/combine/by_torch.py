@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,9 @@ from mergeid.combine.tensor_plan import TensorPlan
 from mergeid.errors import MergeidError
 from mergeid.io.dtypes import dtype_name, torch_dtype
 from mergeid.io.tensors import TensorSource
+from mergeid.methods.pieces import CHUNK, Pieces
+from mergeid.methods.pieces import whole as pieced
 from mergeid.methods.settings import MergeSettings
-
-CHUNK = 1 << 15
-"""Elements merged at once: small enough for the cache, and for torch not to wake its threads (twice as fast)."""
-
 
 Transform = Callable[[str, Tensor], Tensor]
 
@@ -90,24 +89,26 @@ class TorchMerge:
         yield ours
 
     def _merge(self, name: str, out: torch.dtype) -> Iterator[Tensor]:
-        method = self.settings.method
         tensors = [model.tensor(name) for model in self.models]
-        base = self.base.tensor(name) if self.base is not None and method.base else None
+        base = self.base.tensor(name) if self.base is not None and self.settings.method.base else None
         statistics = None if self.statistics is None else [found.get(name) for found in self.statistics]
-        for result, group, origin in combine(self.settings, name, tensors, base, statistics):
-            result = result.to(out)
-            # NaN and infinity in an input always show in a weighted sum; other methods may drop them.
-            seen = [result] if method.name == "linear" else [result, *group, *([] if origin is None else [origin])]
-            if not all(_finite(t) for t in seen):
-                raise MergeidError(self._why(name, group, origin, out))
+        looked_at = [] if self.settings.method.shows else [*tensors, *([] if base is None else [base])]
+        if not all(map(is_finite, looked_at)):
+            raise MergeidError(self._why(name, tensors, base, out))
+        finite = True
+        for piece in combine(self.settings, name, tensors, base, statistics):
+            result = piece.reshape(-1).to(out)
+            finite = finite and is_finite(result)
             yield result
+        if not finite:  # nothing is published then
+            raise MergeidError(self._why(name, tensors, base, out))
 
     def _why(self, name: str, group: Sequence[Tensor], origin: Tensor | None, out: torch.dtype) -> str:
         sources = [model.checkpoint for model in self.models]
         if self.base is not None and origin is not None:
             group, sources = [*group, origin], [*sources, self.base.checkpoint]
         for tensor, checkpoint in zip(group, sources, strict=True):
-            if not _finite(tensor):
+            if not is_finite(tensor):
                 return not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any()))
         return overflows(name, dtype_name(out), self.settings.weights_of(name))
 
@@ -120,7 +121,7 @@ def whole(
     statistics: Sequence[Any] | None = None,
 ) -> Tensor:
     """One merged tensor (arguments as for `combine`), in the first one's shape and dtype."""
-    pieces = [r.reshape(-1) for r, _, _ in combine(settings, name, tensors, base, statistics)]
+    pieces = [piece.reshape(-1) for piece in combine(settings, name, tensors, base, statistics)]
     return torch.cat(pieces).reshape(tensors[0].shape).to(tensors[0].dtype)
 
 
@@ -130,8 +131,8 @@ def combine(
     tensors: Sequence[Tensor],
     base: Tensor | None = None,
     statistics: Sequence[Any] | None = None,
-) -> Iterator[tuple[Tensor, Sequence[Tensor], Tensor | None]]:
-    """One merged tensor in pieces, each with the pieces of the inputs and of the base that it was made of.
+) -> Iterator[Tensor]:
+    """One merged tensor in pieces, in row-major order.
 
     Args:
         settings: method, weights and parameters.
@@ -149,7 +150,13 @@ def combine(
             needs["base"] = base
         if method.statistics:
             needs["statistics"] = statistics if known else None
-        yield method(tensors, weights, **needs), tensors, base
+        formed = method.formed(tensors, weights, **needs)
+        if isinstance(formed, Pieces):
+            yield from formed
+            if not tensors[0].numel():
+                yield torch.empty(0, dtype=formed.dtype)
+        else:
+            yield from formed.reshape(-1).split(CHUNK)
         return
     pieces = list(zip(*(t.reshape(-1).split(CHUNK) for t in tensors), strict=True))
     origins = [None] * len(pieces) if base is None else base.reshape(-1).split(CHUNK)
@@ -159,7 +166,7 @@ def combine(
             needs["base"] = origin
         if method.statistics:
             needs["statistics"] = told[i] if told else None
-        yield method(group, weights, **needs), group, origin
+        yield pieced(method.formed(group, weights, **needs))
 
 
 def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:
@@ -174,19 +181,27 @@ def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:
     """
     for name in names:
         tensor = checkpoint.tensor(name)
-        if (tensor.is_floating_point() or tensor.is_complex()) and not _finite(tensor):
+        if (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
             raise MergeidError(not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any())))
         checkpoint.release(name)
 
 
-def _finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity: one pass without a temporary (both propagate into the extremes)."""
-    if tensor.numel() == 0:
-        return True
+_BITS = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 0x7FFFFFFFFFFFFFFF)}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN, no infinity. Both have the largest exponent, so that the bits without their sign tell, read as whole
+    numbers, faster than the numbers do."""
     if tensor.is_complex():
-        return bool(torch.isfinite(tensor).all())
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+        tensor = torch.view_as_real(tensor)
+    if tensor.numel() == 0 or tensor.itemsize not in _BITS:
+        return bool(torch.isfinite(tensor.float()).all())
+    kind, unsigned = _BITS[tensor.itemsize]
+    infinity = int(torch.tensor([math.inf], dtype=tensor.dtype).view(kind))
+    return all(
+        int(np.bitwise_and(part.view(kind).numpy(), unsigned).max()) < infinity
+        for part in tensor.contiguous().reshape(-1).split(CHUNK)
+    )
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

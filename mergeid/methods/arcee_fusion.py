@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.methods import task_arithmetic
+from mergeid.methods.pieces import Pieces, as_it_is, in_pieces, rows_at_once
+from mergeid.methods.quantiles import at_places
 from mergeid.methods.registry import register_method
-from mergeid.methods.task_arithmetic import in_pieces, wide
+from mergeid.methods.task_arithmetic import wide
 
 SMALLEST = 1e-8
 """Added to the probabilities before their logarithm."""
 
 
-def importance(tensors: Sequence[Tensor]) -> Tensor:
-    """``|b − a| · KL(softmax(b) ‖ softmax(a))``, softmax and divergence along the last axis; flat.
+def importance(tensors: Sequence[Tensor]) -> Pieces:
+    """``|b − a| · KL(softmax(b) ‖ softmax(a))``, softmax and divergence along the last axis, whole ones to a piece.
 
     Args:
         tensors: a and b, of equal shape.
     """
     _, to = wide(tensors)
-    width = tensors[0].shape[-1] if tensors[0].dim() else 1
-    a, b = (t.reshape(-1, width) for t in tensors)
-    found = torch.empty(a.shape, dtype=to)
-    step = max(1, task_arithmetic.CHUNK // max(width, 1))
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        ours, theirs = a[rows].to(to), b[rows].to(to)
+    width = max(1, tensors[0].shape[-1] if tensors[0].dim() else 1)
+
+    def scores(_: slice, pieces: list[Tensor]) -> Tensor:
+        ours, theirs = (piece.reshape(-1, width).to(to) for piece in pieces)
         p, q = (torch.softmax(x, -1).add_(SMALLEST) for x in (theirs, ours))
         divergence = (p * torch.log(p / q)).sum(-1, keepdim=True)
-        found[rows] = (theirs - ours).abs_().mul_(divergence)
-    return found.reshape(-1)
+        return (theirs - ours).abs_().mul_(divergence).reshape(-1)
+
+    return in_pieces(tensors, to, scores, width * rows_at_once(width))
 
 
-def threshold(scores: Tensor) -> float:
+def threshold(scores: Pieces) -> float:
     """median + 1.5 · (upper quartile − lower quartile), each the element below that place in ascending order."""
-    ordered = scores.numpy().copy()
-    places = [int(share * (ordered.size - 1)) for share in (0.25, 0.5, 0.75)]
-    ordered.partition(sorted(set(places)))
-    low, middle, high = (float(ordered[p]) for p in places)
+    last = math.prod(scores.shape) - 1
+    ranks = [int(share * last) for share in (0.25, 0.5, 0.75)]
+    low, middle, high = at_places(scores.parts, ranks, scores.dtype, signed=True)
     return middle + 1.5 * (high - low)
 
 
 @register_method("arcee_fusion", elementwise=False, weights="ignored", most=2, ordered=True)
-def arcee_fusion(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def arcee_fusion(tensors: Sequence[Tensor], weights: Sequence[float]) -> Pieces:
     """``a + m ⊙ (b − a)``, m where the importance of the change (`importance`) reaches the `threshold`.
 
     The quartiles are those of all elements (mergekit draws a million where there are more).
@@ -60,14 +58,18 @@ def arcee_fusion(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
     dtype, to = wide(tensors)
     if tensors[0].numel() == 0:
-        return tensors[0].to(dtype, copy=True)
+        return as_it_is(tensors[0], dtype)
     scores = importance(tensors)
     cut = threshold(scores)
-    if not np.isfinite(cut):  # infinite weights, which are refused where they are read
-        return tensors[1].to(dtype, copy=True)
+    if not math.isfinite(cut):  # infinite weights, which are refused where they are read
+        return as_it_is(tensors[1], dtype)
+    flat = [t.reshape(-1) for t in tensors]
 
-    def merge(place: slice, pieces: list[Tensor]) -> Tensor:
-        ours, theirs = (piece.to(to) for piece in pieces)
-        return ours + (theirs - ours) * (scores[place] >= cut)
+    def parts() -> Iterator[Tensor]:
+        at = 0
+        for score in scores:
+            ours, theirs = (t[at : at + len(score)].to(to) for t in flat)
+            at += len(score)
+            yield ours.add((theirs - ours).mul_(score >= cut)).to(dtype)
 
-    return in_pieces(tensors, dtype, merge)
+    return Pieces(tensors[0].shape, dtype, parts)

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mergeid.methods.sparse import Kept, Sparse, bernoulli, merge_kept, parameters, register_sparse
+from mergeid.methods.pieces import Pieces
+from mergeid.methods.sparse import Kept, Sparse, at_random, merge_kept, parameters, register_sparse
 
 
 def _kept(told: Sparse) -> list[Kept]:
-    size = told.base.numel()
-    return [Kept(bernoulli(share, size, told.generator), share) for share in told.density]
+    return [at_random(share, told.generator) for share in told.density]
 
 
 @register_sparse("dare_linear", parameters(rescale=True, normalize=False), seeded=True)
-def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Sparse) -> Tensor:
+def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Sparse) -> Pieces:
     """``θ_0 + λ Σ_i w_i (m_i ⊙ (θ_i − θ_0)) / density_i``, m_i Bernoulli(density_i) per element.
 
     Args:
@@ -31,7 +31,7 @@ def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Spars
 
 
 @register_sparse("dare_ties", parameters(rescale=True, normalize=True), seeded=True)
-def dare_ties(tensors: Sequence[Tensor], weights: Sequence[float], told: Sparse) -> Tensor:
+def dare_ties(tensors: Sequence[Tensor], weights: Sequence[float], told: Sparse) -> Pieces:
     """As `dare_linear`, but of the weighted deltas only those count whose sign is that of their sum, as in TIES.
 
     Args and result as for `dare_linear`; `normalize` (the mean, as TIES takes it) divides by the sum of the weights of

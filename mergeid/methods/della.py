@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mergeid.errors import MergeidError
+from mergeid.methods.pieces import Pieces, rows_at_once
 from mergeid.methods.registry import Parameter
-from mergeid.methods.sparse import Kept, Sparse, bernoulli, merge_kept, parameters, register_sparse
-from mergeid.methods.task_arithmetic import wide
+from mergeid.methods.sparse import NOTHING, Kept, Selects, Sparse, Uniform, merge_kept, parameters, register_sparse
 
 EPSILON = Parameter(
     "epsilon", 0.15, 0.0, 1.0, per_model=True, help="how far the chance of being kept goes below and above the density"
@@ -30,7 +30,7 @@ def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     the largest, in even steps by rank along axis 1 (along the whole vector where there is no such axis).
 
     Args:
-        delta: a task vector of any shape.
+        delta: a task vector of any shape, or some of its rows.
 
     Returns:
         Flat float32 tensor.
@@ -42,36 +42,49 @@ def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     return place.mul_(2 * epsilon).add_(density - epsilon).reshape(-1)
 
 
-def _kept(tensors: Sequence[Tensor], told: Della) -> list[Kept]:
-    to = wide(tensors)[1]
-    kept = []
-    for tensor, density, epsilon in zip(tensors, told.density, told.epsilon, strict=True):
-        if density >= 1:
-            kept.append(Kept())
-        elif density <= 0:
-            kept.append(Kept(torch.zeros(tensor.numel(), dtype=torch.bool), 0.0))
-        elif not epsilon < density < 1 - epsilon:
-            raise MergeidError(
-                f"density {density:g} with epsilon {epsilon:g} gives chances outside of 0 to 1; expected epsilon below "
-                f"{min(density, 1 - density):g}"
-            )
-        else:
-            chance = keep_probability(tensor.to(to) - told.base.to(to), density, epsilon)
-            kept.append(Kept(bernoulli(chance, tensor.numel(), told.generator), chance))
-    return kept
+def _by_rank(told: Della, density: float, epsilon: float) -> Kept:
+    if density >= 1:
+        return Kept()
+    if density <= 0:
+        return NOTHING
+    if not epsilon < density < 1 - epsilon:
+        raise MergeidError(
+            f"density {density:g} with epsilon {epsilon:g} gives chances outside of 0 to 1; expected epsilon below "
+            f"{min(density, 1 - density):g}"
+        )
+    row = told.base.shape[1:] if told.base.dim() > 1 else told.base.shape
+    numbers = Uniform(told.generator)
+
+    def begin() -> Selects:
+        draw = numbers.begin()
+
+        def select(_: slice, delta: Tensor) -> Tensor:
+            chance = keep_probability(delta.reshape(-1, *row) if len(row) else delta, density, epsilon)
+            return chance.mul_(draw(len(chance)) < chance)
+
+        return select
+
+    return Kept(begin, None)
+
+
+def _merge(tensors: Sequence[Tensor], weights: Sequence[float], told: Della, elect: bool) -> Pieces:
+    kept = [_by_rank(told, density, epsilon) for density, epsilon in zip(told.density, told.epsilon, strict=True)]
+    rows = told.base.shape[0] if told.base.dim() > 1 else 1
+    width = told.base.numel() // max(rows, 1)
+    return merge_kept(tensors, weights, kept, told, elect, step=max(1, width) * rows_at_once(width))
 
 
 @register_sparse("della", parameters(EPSILON, rescale=True, normalize=True), Della, seeded=True)
-def della(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> Tensor:
+def della(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> Pieces:
     """As `della_linear`, but of the weighted deltas only those count whose sign is that of their sum, as in TIES.
 
     Args and result as for `della_linear`; `normalize` divides by the sum of the weights of those that agree.
     """
-    return merge_kept(tensors, weights, _kept(tensors, told), told, elect=True)
+    return _merge(tensors, weights, told, elect=True)
 
 
 @register_sparse("della_linear", parameters(EPSILON, rescale=True, normalize=False), Della, seeded=True)
-def della_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> Tensor:
+def della_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Della) -> Pieces:
     """``θ_0 + λ Σ_i w_i (m_i ⊙ (θ_i − θ_0)) / p_i``, m_i Bernoulli(p_i), p_i by the rank of the change's magnitude
     (`keep_probability`).
 
@@ -87,4 +100,4 @@ def della_linear(tensors: Sequence[Tensor], weights: Sequence[float], told: Dell
     Raises:
         MergeidError: density ± epsilon leaves (0, 1).
     """
-    return merge_kept(tensors, weights, _kept(tensors, told), told, elect=False)
+    return _merge(tensors, weights, told, elect=False)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mergeid.errors import MergeidError
+from mergeid.methods.pieces import Pieces, added_up, in_pieces
 from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.task_arithmetic import LAMBDA, in_pieces, wide
+from mergeid.methods.task_arithmetic import LAMBDA, wide
 
 
 @register_method(
@@ -17,11 +18,12 @@ from mergeid.methods.task_arithmetic import LAMBDA, in_pieces, wide
     elementwise=False,
     weights="ignored",
     base=True,
+    shows=True,
     parameters=[LAMBDA, Parameter("task", 0, 0, help="the model for this task, from 1; 0: the one for all")],
 )
 def emr(
     tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, scale: float = 1.0, task: int = 0
-) -> Tensor:
+) -> Pieces:
     """``θ_0 + λ τ`` with the elected τ: per element the sign of ``Σ_i τ_i`` and the largest magnitude among those that
     bear it. For a task i it is masked and rescaled: ``λ_i M_i ⊙ τ``, ``M_i = [τ_i τ > 0]``,
     ``λ_i = Σ|τ_i| / Σ|M_i ⊙ τ|`` (here within each tensor, in the paper over the whole model).
@@ -54,13 +56,14 @@ def emr(
 
     factor = 1.0
     if task:
-        sums = torch.zeros(2, dtype=torch.float64)
-        flat = [t.reshape(-1) for t in (*tensors, base)]
-        for start in range(0, len(flat[0]), 1 << 18):
-            chosen, deltas = elected([t[start : start + (1 << 18)] for t in flat])
+
+        def sizes(_: slice, pieces: list[Tensor]) -> list[Tensor]:
+            chosen, deltas = elected(pieces)
             own = deltas[task - 1]
-            sums += torch.stack([own.abs().sum(), (chosen * (own * chosen > 0)).abs().sum()]).double()
-        factor = float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
+            return [own.abs().sum(), (chosen * (own * chosen > 0)).abs().sum()]
+
+        before, after = [*added_up([*tensors, base], sizes).tolist(), 0.0, 0.0][:2]
+        factor = before / after if after > 0 else 1.0
 
     def merge(_: slice, pieces: list[Tensor]) -> Tensor:
         chosen, deltas = elected(pieces)

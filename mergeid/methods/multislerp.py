@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergeid.methods.pieces import Pieces, as_it_is
 from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.spherical import dot
-from mergeid.methods.task_arithmetic import NEARLY_ZERO, in_pieces, wide
+from mergeid.methods.spherical import combination, products
+from mergeid.methods.task_arithmetic import NEARLY_ZERO, wide
 
 
 @register_method(
@@ -18,6 +19,7 @@ from mergeid.methods.task_arithmetic import NEARLY_ZERO, in_pieces, wide
     elementwise=False,
     weights="free",
     base="optional",
+    shows=True,
     parameters=[
         Parameter("normalize_weights", True, help="scale the weights to sum 1"),
         Parameter("eps", 1e-8, 0.0, help="length below which vectors, and their mean, are none"),
@@ -30,7 +32,7 @@ def multislerp(
     base: Tensor | None = None,
     normalize_weights: bool = True,
     eps: float = 1e-8,
-) -> Tensor:
+) -> Pieces:
     """``Σ_i w_i ‖x_i‖ · u``, u the direction of ``Σ_i w_i x_i / ‖x_i‖``; x the models or, with a base, what they add.
 
     Interpolation in the tangent space at that mean, as the method is described, adds nothing to it: the weighted
@@ -46,24 +48,14 @@ def multislerp(
     Returns:
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
-    dtype, to = wide(tensors)
     if len(tensors) == 1 or (base is None and all(torch.equal(tensors[0], t) for t in tensors)):
-        return tensors[0].to(dtype, copy=True)
+        return as_it_is(tensors[0], wide(tensors)[0])
     shares = torch.tensor(weights, dtype=torch.float64)
     if normalize_weights and abs(math.fsum(weights)) > NEARLY_ZERO:
         shares /= math.fsum(weights)
-    origin = None if base is None else base.to(to)
-    vectors = [t if origin is None else t.to(to) - origin for t in tensors]
-    products = torch.tensor([[dot(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
-    lengths = products.diagonal().sqrt()
+    found = products(tensors, base)
+    lengths = found.diagonal().sqrt()
     factors = shares / (lengths + eps)
-    mean = math.sqrt(max(float(factors @ products @ factors), 0.0))
+    mean = math.sqrt(max(float(factors @ found @ factors), 0.0))
     factors = shares if mean < eps else factors * float(shares @ lengths) / mean
-
-    def merge(place: slice, pieces: list[Tensor]) -> Tensor:
-        merged = torch.zeros(pieces[0].shape, dtype=to)
-        for piece, factor in zip(pieces, factors.tolist(), strict=True):
-            merged.add_(piece.to(to), alpha=factor)
-        return merged if origin is None else merged.add_(origin.reshape(-1)[place])
-
-    return in_pieces(vectors, dtype, merge)
+    return combination(tensors, factors.tolist(), base)

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergeid.methods import task_arithmetic
+from mergeid.methods.pieces import Pieces, added_up, in_pieces
 from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.task_arithmetic import in_pieces, wide
+from mergeid.methods.task_arithmetic import wide
 
 EPSILON = Parameter("epsilon", 1e-5, 0.0, help="changes up to this size count as none")
 SMALLEST = 1e-5
 """The least number of own changes that the share of shared ones is taken of."""
 
 
-@register_method("ram", weights="ignored", base=True, parameters=[EPSILON])
-def ram(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, epsilon: float = 1e-5) -> Tensor:
+@register_method("ram", elementwise=False, weights="ignored", base=True, shows=True, parameters=[EPSILON])
+def ram(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, epsilon: float = 1e-5) -> Pieces:
     """``θ_0 + Σ_i m_i ⊙ (θ_i − θ_0) / max(Σ_i m_i, 1)``, m_i = |θ_i − θ_0| > ε: the mean of the changes, over those
     models that changed the element.
 
@@ -37,6 +37,7 @@ def ram(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, ep
 @register_method(
     "ramplus_tl",
     elementwise=False,
+    shows=True,
     weights="ignored",
     base=True,
     parameters=[
@@ -53,7 +54,7 @@ def ramplus_tl(
     epsilon: float = 1e-5,
     r: float = 0.1,
     alpha: float = 0.2,
-) -> Tensor:
+) -> Pieces:
     """As `ram`, with what model i alone changed times ``1 + r · min(ρ_i, α)``, ρ_i the number of elements that it
     changed together with others over the number that it changed alone, in this tensor.
 
@@ -66,19 +67,20 @@ def ramplus_tl(
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
     to = wide(tensors)[1]
-    shared, own = torch.zeros(2, len(tensors), dtype=torch.float64)
-    flat, origin = [t.reshape(-1) for t in tensors], base.reshape(-1)
-    for start in range(0, len(origin), task_arithmetic.CHUNK):
-        place = slice(start, start + task_arithmetic.CHUNK)
-        changed = torch.stack([(t[place].to(to) - origin[place].to(to)).abs() > epsilon for t in flat])
+
+    def counts(_: slice, pieces: list[Tensor]) -> list[Tensor]:
+        origin = pieces[-1].to(to)
+        changed = torch.stack([(piece.to(to) - origin).abs() > epsilon for piece in pieces[:-1]])
         count = changed.sum(0)
-        shared += (changed & (count > 1)).sum(1)
-        own += (changed & (count == 1)).sum(1)
+        return [*(changed & (count > 1)).sum(1), *(changed & (count == 1)).sum(1)]
+
+    found = added_up([*tensors, base], counts)
+    shared, own = found.reshape(2, -1) if len(found) else torch.zeros(2, len(tensors))
     gains = 1 + r * (shared / own.clamp(min=SMALLEST)).clamp(0, alpha)
     return _merge(tensors, base, epsilon, gains.tolist())
 
 
-def _merge(tensors: Sequence[Tensor], base: Tensor, epsilon: float, gains: Sequence[float]) -> Tensor:
+def _merge(tensors: Sequence[Tensor], base: Tensor, epsilon: float, gains: Sequence[float]) -> Pieces:
     """The mean over those that changed an element; where it is one alone, times its gain."""
     dtype, to = wide(tensors)
 

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Unpack
 
+    from mergeid.methods.pieces import Formed
+
 ENTRY_POINT_GROUP = "mergeid.methods"
 LARGEST_WEIGHT = 1e12
 """Beyond this no share or factor means anything, and sums would overflow."""
 
 Need = Union[bool, float, str, Sequence[Any], "Tensor", "torch.Generator", None]
 """What a method may declare: a parameter, one per model, the base's tensor, statistics, a generator."""
-MethodFunction = Callable[..., "Tensor"]
-"""(tensors, weights, \*\*what the method declares) -> tensor."""
+MethodFunction = Callable[..., "Formed"]
+"""(tensors, weights, \*\*what the method declares) -> tensor, or the pieces that it is formed in."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,11 @@ class MergeMethod:
     Attributes:
         name: what ``--method`` calls it.
         function: (tensors of equal shape, one weight each, declared keywords) -> tensor of that shape, in the widest of
-            their dtypes.
-        elementwise: whether each element of the result depends on that element of the inputs alone; then large
-            tensors are merged in pieces.
+            their dtypes; or the pieces that it is formed in (`mergeid.methods.pieces`), so that it is never whole in
+            memory.
+        elementwise: whether each element of the result depends on that element of the inputs alone; then it is called
+            piece by piece.
+        shows: whether NaN and infinity in any input always show in the result; else the inputs are looked at before.
         weights: "shares" must sum to 1; "free" are factors of any size; "ignored" are not looked at.
         base: whether it needs the base model (keyword ``base``: that tensor of it); "optional": with one it merges the
             task vectors, without one the models (keyword ``base`` is None).
@@ -123,11 +127,18 @@ class MergeMethod:
     ordered: bool = False
     options: type | None = None
     least: int = 1
+    shows: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(self.parameters))
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Need) -> Tensor:
+        from mergeid.methods.pieces import whole
+
+        return whole(self.formed(tensors, weights, **needs))
+
+    def formed(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Need) -> Formed:
+        """The merged tensor, or its pieces (arguments as for the function)."""
         if self.options is not None:
             defaults = {p.keyword or p.name: p.default for p in self.parameters if not p.per_model}
             return self.function(tensors, weights, self.options(**{**defaults, **needs}))
@@ -158,19 +169,28 @@ class Traits(TypedDict, total=False):
     ordered: bool
     options: type | None
     least: int
+    shows: bool
 
 
 _registered: dict[str, MergeMethod] = {}
 
 
-def register_method(name: str, **traits: Unpack[Traits]) -> Callable[[MethodFunction], MethodFunction]:
-    """Decorator: register a merge function (arguments: see `MergeMethod`). Raises ValueError on a duplicate name."""
+def register_method(name: str, **traits: Unpack[Traits]) -> Callable[[MethodFunction], Callable[..., Tensor]]:
+    """Decorator: register a merge function (arguments: see `MergeMethod`). Called by its name it gives whole tensors.
+    Raises ValueError on a duplicate name."""
 
-    def add(function: MethodFunction) -> MethodFunction:
+    def add(function: MethodFunction) -> Callable[..., Tensor]:
         if name in _registered:
             raise ValueError(f"merge method {name!r} is registered already")
         _registered[name] = MergeMethod(name, function, **traits)
-        return function
+
+        @functools.wraps(function)
+        def called(*tensors: Any, **needs: Any) -> Tensor:
+            from mergeid.methods.pieces import whole
+
+            return whole(function(*tensors, **needs))
+
+        return called
 
     return add
 
@@ -266,7 +286,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize <= 2 else torch.float64
 
 
-@register_method("linear", scales=True)
+@register_method("linear", scales=True, shows=True)
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum ``Σ_i w_i x_i``, rounded once.
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergeid.methods import task_arithmetic
+from mergeid.methods.pieces import Pieces, added_up, in_pieces
+from mergeid.methods.quantiles import at_places
 from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.task_arithmetic import in_pieces, wide
+from mergeid.methods.task_arithmetic import wide
 
 SMALLEST = 1e-6
 """Of a sum of weights; the same bound, on the sum of mean squares, below which all weights are equal."""
@@ -23,7 +24,7 @@ SMALLEST = 1e-6
     base=True,
     parameters=[Parameter("select_topk", 1.0, 0.0, 1.0, help="share of the elements that vary between the models")],
 )
-def sce(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, select_topk: float = 1.0) -> Tensor:
+def sce(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, select_topk: float = 1.0) -> Pieces:
     """``θ_0 + Σ_{i∈A} η_i τ̂_i / Σ_{i∈A} η_i``, element by element.
 
     Select: τ̂_i keeps the elements of τ_i = θ_i − θ_0 whose variance over the models is among the ``select_topk`` share
@@ -47,20 +48,16 @@ def sce(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, se
         origin = pieces[-1].to(to)
         return torch.stack([piece.to(to) - origin for piece in pieces[:-1]])
 
-    selected: Callable[[Tensor], Tensor] = _selection(everything, deltas_of, select_topk, to)
-    squares = torch.zeros(len(tensors), dtype=torch.float64)
-    flat = [t.reshape(-1) for t in everything]
-    for start in range(0, len(flat[0]), task_arithmetic.CHUNK):
-        pieces = [t[start : start + task_arithmetic.CHUNK] for t in flat]
-        squares += selected(deltas_of(pieces)).double().square().sum(1)
-    squares /= max(len(flat[0]), 1)
+    selected = _selection(everything, deltas_of, select_topk, to)
+    squares = added_up(everything, lambda _, pieces: [*selected(deltas_of(pieces)).double().square().sum(1)])
+    squares = squares / max(base.numel(), 1) if len(squares) else torch.zeros(len(tensors), dtype=torch.float64)
     total = squares.sum()
-    shares = squares / total if total >= SMALLEST else torch.full_like(squares, 1 / len(tensors))
+    shares = (squares / total if total >= SMALLEST else torch.full_like(squares, 1 / len(tensors))).to(to)[:, None]
 
     def merge(_: slice, pieces: list[Tensor]) -> Tensor:
         deltas = selected(deltas_of(pieces))
         sign = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
-        weighted = (deltas.sign() == sign) * shares.to(to)[:, None]
+        weighted = (deltas.sign() == sign) * shares
         merged = (deltas * weighted).sum(0).div_(weighted.sum(0).clamp_(min=SMALLEST))
         return merged.add_(pieces[-1].to(to))
 
@@ -73,11 +70,9 @@ def _selection(
     """A function that sets to 0 what is not selected of the deltas [models, elements] of a piece."""
     if share >= 1:
         return lambda deltas: deltas
-    variance = in_pieces(everything, to, lambda _, pieces: deltas_of(pieces).var(0, unbiased=False)).reshape(-1)
-    count = int(int(torch.count_nonzero(variance)) * share)
+    variance = in_pieces(everything, to, lambda _, pieces: deltas_of(pieces).var(0, unbiased=False))
+    count = int(sum(int(torch.count_nonzero(part)) for part in variance) * share)
     if count == 0:
         return torch.zeros_like
-    ordered = variance.numpy()
-    ordered.partition(ordered.size - count)
-    cut = float(ordered[ordered.size - count])
+    (cut,) = at_places(variance.parts, [everything[0].numel() - count], to)
     return lambda deltas: deltas * (deltas.var(0, unbiased=False) >= cut)

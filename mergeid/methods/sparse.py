@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergeid.methods import task_arithmetic
+from mergeid.methods.pieces import Pieces, places
 from mergeid.methods.registry import MethodFunction, Parameter, register_method
-from mergeid.methods.task_arithmetic import LAMBDA, NEARLY_ZERO, in_pieces, wide
+from mergeid.methods.task_arithmetic import LAMBDA, NEARLY_ZERO, wide
 
 NORMS = ("probability", "l1", "l2", "linf")
 SMALLEST_NORM = 1e-7
@@ -42,7 +42,7 @@ class Sparse:
     Attributes:
         base: θ_0.
         density: share to keep, one per model.
-        generator: of random masks, seeded by the tensor's name; drawn from model by model.
+        generator: of random masks, seeded by the tensor's name; gives every model's mask its seed.
         scale: λ, factor of the merged task vector.
         rescale: make up for what is dropped.
         rescale_norm: "probability": divide by the chance of being kept, so that the expectation stays; "l1", "l2",
@@ -61,11 +61,22 @@ class Sparse:
 
 def register_sparse(
     name: str, parameters: Sequence[Parameter], told: type[Sparse] = Sparse, *, seeded: bool = False
-) -> Callable[[MethodFunction], MethodFunction]:
+) -> Callable[[MethodFunction], Callable[..., Tensor]]:
     """Decorator: register such a method, told what it is told in `told`. `seeded`: it drops at random."""
     return register_method(
-        name, elementwise=False, weights="free", base=True, parameters=parameters, seeded=seeded, options=told
+        name,
+        elementwise=False,
+        weights="free",
+        base=True,
+        parameters=parameters,
+        seeded=seeded,
+        options=told,
+        shows=True,
     )
+
+
+Selects = Callable[[slice, Tensor], Tensor]
+"""(place of a piece, the task vector's piece) -> bool tensor of what is kept there."""
 
 
 @dataclass(frozen=True)
@@ -73,97 +84,135 @@ class Kept:
     """What stays of one task vector.
 
     Attributes:
-        mask: flat bool tensor; None: all of it.
-        probability: the chance that an element had to be kept: one number, or a flat tensor.
+        begin: gives what selects, piece by piece from the first to the last; None: all of it stays.
+        probability: the chance that an element had to be kept; None: it depends on the element, and what selects gives
+            a float tensor of chances, 0 where the element is dropped.
     """
 
-    mask: Tensor | None = None
-    probability: float | Tensor = 1.0
+    begin: Callable[[], Selects] | None = None
+    probability: float | None = 1.0
 
 
-def bernoulli(probability: float | Tensor, size: int, generator: torch.Generator | None) -> Tensor:
-    """A flat bool tensor, each element True with its probability, drawn in pieces."""
-    mask = torch.empty(size, dtype=torch.bool)
-    for place in _places(size):
-        chance = probability[place] if isinstance(probability, Tensor) else probability
-        mask[place] = torch.rand(place.stop - place.start, generator=generator) < chance
-    return mask
+NOTHING = Kept(lambda: lambda place, delta: torch.zeros(len(delta), dtype=torch.bool), 0.0)
+"""Nothing stays."""
+
+
+class Uniform:
+    """Numbers in [0, 1) for the elements of one task vector, the same ones at every reading.
+
+    Args:
+        generator: of the tensor; drawn from once.
+    """
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.seed = int(torch.randint(1 << 62, (), generator=generator))
+
+    def begin(self) -> Callable[[int], Tensor]:
+        """What draws so many, float32, from the first element on."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return lambda count: torch.rand(count, generator=generator)
+
+
+def at_random(probability: float, generator: torch.Generator | None) -> Kept:
+    """Each element with the same chance."""
+    if probability >= 1:
+        return Kept()
+    numbers = Uniform(generator)
+
+    def begin() -> Selects:
+        draw = numbers.begin()
+        return lambda place, delta: draw(len(delta)) < probability
+
+    return Kept(begin, probability)
 
 
 def merge_kept(
-    tensors: Sequence[Tensor], weights: Sequence[float], kept: Sequence[Kept], told: Sparse, elect: bool
-) -> Tensor:
-    """``θ_0 + λ Σ_i w_i c_i (m_i ⊙ τ_i)``, c_i the rescaling; with `elect` only of what bears the elected sign."""
+    tensors: Sequence[Tensor], weights: Sequence[float], kept: Sequence[Kept], told: Sparse, elect: bool, step: int = 0
+) -> Pieces:
+    """``θ_0 + λ Σ_i w_i c_i (m_i ⊙ τ_i)``, c_i the rescaling; with `elect` only of what bears the elected sign.
+
+    Args:
+        step: elements of a piece, where what selects wants whole rows.
+    """
     dtype, to = wide(tensors)
     factors = [
-        _rescaling(t, told.base, k, told.rescale_norm, to) if told.rescale else 1.0
+        _rescaling((t, told.base), k, told.rescale_norm, to, step) if told.rescale else 1.0
         for t, k in zip(tensors, kept, strict=True)
     ]
     divisor = math.fsum(weights)
     divide = told.normalize and abs(divisor) > NEARLY_ZERO
 
-    def merge(place: slice, pieces: list[Tensor]) -> Tensor:
-        origin = pieces[-1].to(to)
-        parts = []
-        for piece, weight, keep, factor in zip(pieces[:-1], weights, kept, factors, strict=True):
-            part = piece.to(to) - origin
-            if keep.mask is not None:
-                part.mul_(keep.mask[place])
-            if isinstance(factor, Tensor):
-                part.mul_(weight).div_(factor[place].to(to))
+    def parts() -> Iterator[Tensor]:
+        selects = [k.begin() if k.begin is not None else None for k in kept]
+        flat = [t.reshape(-1) for t in (*tensors, told.base)]
+        for place in places(len(flat[-1]), step or None):
+            origin = flat[-1][place].to(to)
+            found = []
+            for tensor, weight, select, factor in zip(flat[:-1], weights, selects, factors, strict=True):
+                part = tensor[place].to(to) - origin
+                if select is not None:
+                    chosen = select(place, part)
+                    part.mul_(chosen != 0 if chosen.is_floating_point() else chosen)
+                    if factor is None:
+                        part.div_(torch.where(chosen != 0, chosen, 1).to(to))
+                found.append(part.mul_(weight * (1.0 if factor is None else factor)))
+            if elect:
+                merged = elect_and_merge(found, weights, told.normalize)
             else:
-                part.mul_(weight * factor)
-            parts.append(part)
-        if elect:
-            return elect_and_merge(parts, weights, told.normalize).mul_(told.scale).add_(origin)
-        total = functools.reduce(torch.Tensor.add_, parts)
-        return (total.div_(divisor) if divide else total).mul_(told.scale).add_(origin)
+                merged = functools.reduce(torch.Tensor.add_, found)
+                merged = merged.div_(divisor) if divide else merged
+            yield merged.mul_(told.scale).add_(origin).to(dtype)
 
-    return in_pieces([*tensors, told.base], dtype, merge)
+    return Pieces(tensors[0].shape, dtype, parts)
 
 
 def elect_and_merge(parts: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """Sum of the weighted deltas whose sign is that of their sum, over the sum of their weights with `normalize`."""
+    """Sum of the weighted deltas whose sign is that of their sum (zero counts as positive), over the sum of their
+    weights with `normalize`. The deltas are used up."""
     total = parts[0].clone()
     for part in parts[1:]:
         total.add_(part)
-    positive = total >= 0
+    sign = (total >= 0).to(total.dtype).mul_(2).sub_(1)
     merged, divisor = torch.zeros_like(total), torch.zeros_like(total)
     for part, weight in zip(parts, weights, strict=True):
-        agrees = torch.where(positive, part > 0, part < 0)
-        merged.add_(part * agrees)
-        divisor.add_(agrees, alpha=weight)
+        merged.add_(part.mul_(sign).clamp_(min=0))
+        if normalize:
+            divisor.add_((part > 0).to(total.dtype), alpha=weight)
     if normalize:
-        merged.div_(torch.where(divisor == 0, torch.ones_like(divisor), divisor))
-    return merged
+        merged.div_(divisor.masked_fill_(divisor == 0, 1))
+    return merged.mul_(sign)
 
 
-def _rescaling(tensor: Tensor, base: Tensor, kept: Kept, norm: str, to: torch.dtype) -> float | Tensor:
-    """The factor of what is kept; a flat tensor holds divisors."""
-    if kept.mask is None:
+def _rescaling(pair: tuple[Tensor, Tensor], kept: Kept, norm: str, to: torch.dtype, step: int) -> float | None:
+    """The factor of what is kept; None: every element is divided by its own chance."""
+    if kept.begin is None:
         return 1.0
     if norm == "probability":
-        if isinstance(kept.probability, Tensor):
-            return kept.probability
-        return 1 / kept.probability if kept.probability > 0 else 1.0
-    return regained(tensor, base, kept.mask, norm, to)
+        chance = kept.probability
+        return None if chance is None else 1 / chance if chance > 0 else 1.0
+    return regained(pair, kept.begin(), norm, to, step)
 
 
-def regained(tensor: Tensor, base: Tensor, mask: Tensor, norm: str, to: torch.dtype) -> float:
-    """‖τ‖ / ‖m ⊙ τ‖ in that norm ("l1", "l2", "linf"); 1 where either is next to nothing."""
+def regained(pair: tuple[Tensor, Tensor], select: Selects, norm: str, to: torch.dtype, step: int = 0) -> float:
+    """‖τ‖ / ‖m ⊙ τ‖ in that norm ("l1", "l2", "linf"); 1 where either is next to nothing.
+
+    Args:
+        pair: θ and θ_0, τ = θ − θ_0.
+        select: m, from the first piece to the last.
+        step: elements of a piece; 0: the usual number.
+    """
+    flat, origin = (t.reshape(-1) for t in pair)
     sums = torch.zeros(2, dtype=torch.float64)
-    flat, origin = tensor.reshape(-1), base.reshape(-1)
-    for place in _places(len(flat)):
-        size = (flat[place].to(to) - origin[place].to(to)).abs_().double()
+    for place in places(len(flat), step or None):
+        delta = flat[place].to(to) - origin[place].to(to)
+        chosen = select(place, delta) != 0
+        size = delta.abs_().to(torch.float64)
         if norm == "l2":
             size = size.square_()
-        for i, part in enumerate((size, size * mask[place])):
-            sums[i] = torch.maximum(sums[i], part.max()) if norm == "linf" else sums[i] + part.sum()
+        both = (size, size * chosen)
+        if norm == "linf":
+            sums = torch.maximum(sums, torch.stack([part.max() for part in both]))
+        else:
+            sums += torch.stack([part.sum() for part in both])
     before, after = (sums.sqrt() if norm == "l2" else sums).tolist()
     return 1.0 if min(before, after) < SMALLEST_NORM else float(before / after)
-
-
-def _places(size: int) -> Iterator[slice]:
-    """The pieces in which a flat tensor is worked on."""
-    step = task_arithmetic.CHUNK
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergeid.methods.pieces import Pieces, in_pieces, places, rows_at_once
 from mergeid.methods.registry import Parameter, register_method
-from mergeid.methods.task_arithmetic import CHUNK, wide
+from mergeid.methods.task_arithmetic import wide
 
 SMALLEST_DIVISOR = 1e-6
 """Of 1 + (N − 1) cos θ: at 0 the updates cancel, and the base is all that is left."""
@@ -21,11 +22,12 @@ SMALLEST_DIVISOR = 1e-6
     weights="ignored",
     base=True,
     least=2,
+    shows=True,
     parameters=[Parameter("filter_wise", False, help="an angle per row instead of per tensor")],
 )
 def model_stock(
     tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, filter_wise: bool = False
-) -> Tensor:
+) -> Pieces:
     """``t θ̄ + (1 − t) θ_0`` with ``t = N cos θ / (1 + (N − 1) cos θ)``.
 
     θ̄ is the plain average of the N models and θ the angle between their updates θ_i − θ_0, its cosine averaged over
@@ -41,27 +43,41 @@ def model_stock(
         Tensor of that shape, in the narrowest dtype that holds all θ_i exactly.
     """
     dtype, to = wide(tensors)
-    rows = tensors[0].shape[0] if filter_wise and tensors[0].dim() > 1 else 1
-    count, width = len(tensors), tensors[0].numel() // rows if rows else 0
-    read = [t.reshape(rows, width) for t in (*tensors, base)]
-    places = [slice(c, c + max(1, CHUNK // rows)) for c in range(0, width, max(1, CHUNK // rows))]
-    dots = torch.zeros(count, count, rows, dtype=torch.float64)
-    for place in places:
-        origin = read[-1][:, place].to(to)
-        deltas = [t[:, place].to(to) - origin for t in read[:-1]]
-        for i, j in itertools.combinations_with_replacement(range(count), 2):
-            dots[i, j] += (deltas[i] * deltas[j]).sum(1, dtype=torch.float64)
+    count, size = len(tensors), tensors[0].numel()
+    rows = max(1, tensors[0].shape[0]) if filter_wise and tensors[0].dim() > 1 else 1
+    width = max(1, size // rows)
+    step = width * rows_at_once(width) if rows > 1 else None
+    pairs = list(itertools.combinations_with_replacement(range(count), 2))
+    flat = [t.reshape(-1) for t in (*tensors, base)]
+    found = []
+    for place in places(size, step):
+        origin = flat[-1][place].to(to)
+        deltas = [(t[place].to(to) - origin).reshape(-1, width if rows > 1 else len(origin)) for t in flat[:-1]]
+        found.append(torch.stack([(deltas[i] * deltas[j]).sum(1) for i, j in pairs]).to(torch.float64))
+    dots = torch.zeros(len(pairs), rows, dtype=torch.float64)
+    if found:
+        dots = torch.cat(found, 1) if rows > 1 else torch.cat(found, 1).sum(1, keepdim=True)
+    product = dict(zip(pairs, dots, strict=True))
     smallest = torch.finfo(torch.float64).tiny
     cosines = [
-        dots[i, j] / (dots[i, i] * dots[j, j]).sqrt().clamp(min=smallest)
+        product[i, j] / (product[i, i] * product[j, j]).sqrt().clamp(min=smallest)
         for i, j in itertools.combinations(range(count), 2)
     ]
     cosine = torch.stack(cosines).mean(0).clamp(-1, 1)
     divisor = 1 + (count - 1) * cosine
     t = torch.where(divisor < SMALLEST_DIVISOR, torch.zeros_like(cosine), count * cosine / divisor)
-    out = torch.empty(rows, width, dtype=dtype)
-    for place in places:
-        origin = read[-1][:, place].to(to)
-        average = sum((x[:, place].to(to) - origin for x in read[1:-1]), read[0][:, place].to(to) - origin) / count
-        out[:, place] = (average * t[:, None].to(to)).add_(origin).to(dtype)
-    return out.reshape(tensors[0].shape)
+
+    whole, by_row = float(t[0]), t.to(to)[:, None]
+
+    def merge(place: slice, pieces: list[Tensor]) -> Tensor:
+        origin = pieces[-1].to(to)
+        average = pieces[0].to(to) - origin
+        for piece in pieces[1:-1]:
+            average.add_(piece.to(to) - origin)
+        average.div_(count)
+        if rows > 1:
+            own = by_row[place.start // width : place.stop // width]
+            return (average.reshape(-1, width) * own).reshape(-1).add_(origin)
+        return average.mul_(whole).add_(origin)
+
+    return in_pieces([*tensors, base], dtype, merge, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from mergeid.methods.registry import Parameter, accumulator, register_method
 LAMBDA = Parameter("lambda", 1.0, keyword="scale", help="factor of the merged task vector")
 NEARLY_ZERO = 1e-8
 """Sums of weights below this are no divisors (opposite weights cancel)."""
-CHUNK = 1 << 18
-"""Elements computed at once where a whole tensor is merged: what is held beside inputs and result is about this."""
 
 
 def wide(tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
@@ -24,27 +22,11 @@ def wide(tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
     return dtype, accumulator(dtype)
 
 
-def in_pieces(tensors: Sequence[Tensor], dtype: torch.dtype, merge: Callable[[slice, list[Tensor]], Tensor]) -> Tensor:
-    """Apply an elementwise function piece by piece.
-
-    Args:
-        tensors: of equal shape.
-        dtype: of the result.
-        merge: (place of the piece, the tensors' pieces, flat) -> that piece of the result.
-    """
-    flat = [t.reshape(-1) for t in tensors]
-    out = torch.empty(tensors[0].shape, dtype=dtype)
-    target = out.view(-1)
-    for start in range(0, len(target), CHUNK):
-        place = slice(start, min(start + CHUNK, len(target)))
-        target[place] = merge(place, [t[place] for t in flat]).to(dtype)
-    return out
-
-
 @register_method(
     "task_arithmetic",
     weights="free",
     base=True,
+    shows=True,
     parameters=[LAMBDA, Parameter("normalize", False, help="divide by the sum of the weights")],
 )
 def task_arithmetic(
@@ -69,8 +51,8 @@ def task_arithmetic(
     """
     dtype, to = wide(tensors)
     origin = base.to(to)
-    total = torch.zeros_like(origin)
-    for tensor, weight in zip(tensors, weights, strict=True):
+    total = tensors[0].to(to).sub(origin).mul_(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_((tensor.to(to) - origin).mul_(weight))
     divisor = math.fsum(weights)
     if normalize and abs(divisor) > NEARLY_ZERO:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from mergeid.methods.pieces import Pieces, in_pieces, places
+from mergeid.methods.quantiles import at_places
 from mergeid.methods.registry import register_method
 from mergeid.methods.sparse import elect_and_merge, parameters, regained
-from mergeid.methods.task_arithmetic import in_pieces, wide
+from mergeid.methods.task_arithmetic import wide
 
 
 @register_method(
@@ -18,6 +20,7 @@ from mergeid.methods.task_arithmetic import in_pieces, wide
     elementwise=False,
     weights="free",
     base=True,
+    shows=True,
     parameters=parameters(rescale=False, norm="l1", normalize=True),
 )
 def ties(
@@ -30,7 +33,7 @@ def ties(
     normalize: bool = True,
     rescale: bool = False,
     rescale_norm: str = "l1",
-) -> Tensor:
+) -> Pieces:
     """Trim each task vector τ_i = θ_i − θ_0, elect a sign per element, and merge the values that bear it.
 
     Trim: τ̂_i keeps the ``density_i`` share of largest magnitude. Elect: γ = sign(Σ_i w_i τ̂_i), zero counting as
@@ -55,30 +58,43 @@ def ties(
     if rescale and rescale_norm == "probability":
         scales = [1 / share if share > 0 else 1.0 for share in density]
     elif rescale:
-        origin = base.to(to)
-        masks = ((t.to(to) - origin).abs_().reshape(-1) >= cut for t, cut in zip(tensors, cuts, strict=True))
-        scales = [regained(t, base, mask, rescale_norm, to) for t, mask in zip(tensors, masks, strict=True)]
+        scales = [
+            regained((t, base), lambda _, delta, cut=cut: delta.abs() >= cut, rescale_norm, to)  # type: ignore[misc]
+            for t, cut in zip(tensors, cuts, strict=True)
+        ]
 
     def merge(_: slice, pieces: list[Tensor]) -> Tensor:
         origin = pieces[-1].to(to)
-        deltas = [piece.to(to) - origin for piece in pieces[:-1]]
-        parts = [d.mul_(d.abs() >= cut).mul_(w * c) for d, cut, w, c in zip(deltas, cuts, weights, scales, strict=True)]
+        parts = []
+        for piece, cut, weight, factor in zip(pieces[:-1], cuts, weights, scales, strict=True):
+            delta = piece.to(to) - origin
+            if cut > 0:
+                delta.mul_(delta.abs() >= cut)
+            parts.append(delta.mul_(weight * factor))
         return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin)
 
     return in_pieces([*tensors, base], dtype, merge)
 
 
-def threshold(tensor: Tensor, base: Tensor, density: float, dtype: torch.dtype) -> float:
+def threshold(tensor: Tensor, base: Tensor, density: float, to: torch.dtype) -> float:
     """The magnitude from which on elements of ``tensor − base`` are kept: that of the ⌊density · n⌋-th largest, the
     largest at least.
 
     Elements that tie with it are kept too, so that the order of the neurons does not matter.
     """
-    if density >= 1 or tensor.numel() == 0:
+    count = tensor.numel()
+    if density >= 1 or count == 0:
         return 0.0
     if density <= 0:
         return math.inf
-    size = (tensor.to(dtype) - base.to(dtype)).abs_().reshape(-1).numpy()
-    place = size.size - max(1, int(density * size.size))
-    size.partition(place)
-    return float(size[place])
+    return magnitudes_at(tensor, base, [count - max(1, int(density * count))], to)[0]
+
+
+def magnitudes_at(tensor: Tensor, base: Tensor, ranks: Sequence[int], to: torch.dtype) -> list[float]:
+    """The magnitudes of ``tensor − base``, computed in the format `to`, at these places of their ascending order."""
+    flat, origin = tensor.reshape(-1), base.reshape(-1)
+
+    def magnitudes() -> Iterator[Tensor]:
+        return ((flat[place].to(to) - origin[place].to(to)).abs_() for place in places(len(flat)))
+
+    return at_places(magnitudes, ranks, to)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ class Usage:
         peak: high-water mark of the resident memory, everything included (VmHWM).
         anonymous: highest RssAnon + RssShmem seen: memory that no file backs.
         beyond_inputs: highest resident memory seen that is no mapping of an input file; 0 if not watched.
+        cpu: CPU seconds of all its threads, user and system.
     """
 
     seconds: float
     peak: int
     anonymous: int
     beyond_inputs: int
+    cpu: float = 0.0
 
 
 def run(
@@ -48,7 +51,7 @@ def run(
     names = {os.path.realpath(path) for path in inputs}
     peak = anonymous = beyond = 0
     with open(log, "wb") as out:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
             values = _status(process.pid)
@@ -57,11 +60,12 @@ def run(
             if names:
                 beyond = max(beyond, _resident_beyond(process.pid, names))
             time.sleep(interval)
-        seconds = time.perf_counter() - began
+        seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{command[0]} failed with exit code {process.returncode}:\n{tail}")
-    return Usage(seconds, peak, anonymous, beyond)
+    return Usage(seconds, peak, anonymous, beyond, cpu)
 
 
 def _status(pid: int) -> dict[str, int]:

@@ -223,8 +223,9 @@ def make_models(folder: Path) -> None:
 def same_masks() -> Iterator[None]:
     """Both tools compare the same uniform numbers with their probabilities, one list per number of elements, and rank
     equal magnitudes in the same order."""
-    import mergeid.methods.dare as dare
     import mergeid.methods.della as della
+    import mergeid.methods.sparse as sparse
+    from mergeid.methods.registry import MergeMethod
 
     def uniform(size: int) -> torch.Tensor:
         return torch.from_numpy(np.random.default_rng(size).random(size, dtype=np.float32))
@@ -233,8 +234,27 @@ def same_masks() -> Iterator[None]:
         drawn = uniform(probabilities.numel()).reshape(probabilities.shape)
         return (drawn < probabilities).to(probabilities.dtype)
 
-    def ours(probability: Any, size: int, generator: Any) -> torch.Tensor:
-        return uniform(size) < probability
+    class Ours:
+        """Those numbers from the first element on; their count is known when the tensor is."""
+
+        def __init__(self, generator: Any) -> None:
+            self.size = sizes[-1]
+
+        def begin(self) -> Callable[[int], torch.Tensor]:
+            numbers, at = uniform(self.size), [0]
+
+            def draw(count: int) -> torch.Tensor:
+                at[0] += count
+                return numbers[at[0] - count : at[0]]
+
+            return draw
+
+    sizes: list[int] = []
+    formed = MergeMethod.formed
+
+    def watched(method: MergeMethod, tensors: Any, weights: Any, **needs: Any) -> Any:
+        sizes.append(tensors[0].numel())
+        return formed(method, tensors, weights, **needs)
 
     def stable(sort: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, *words, **told: sort(x, *words, **{**told, "stable": True})
@@ -243,8 +263,9 @@ def same_masks() -> Iterator[None]:
         stack.enter_context(mock.patch("torch.bernoulli", bernoulli))
         stack.enter_context(mock.patch("torch.argsort", stable(torch.argsort)))
         stack.enter_context(mock.patch.object(torch.Tensor, "argsort", stable(torch.Tensor.argsort)))
-        stack.enter_context(mock.patch.object(dare, "bernoulli", ours))
-        stack.enter_context(mock.patch.object(della, "bernoulli", ours))
+        stack.enter_context(mock.patch.object(MergeMethod, "formed", watched))
+        stack.enter_context(mock.patch.object(sparse, "Uniform", Ours))
+        stack.enter_context(mock.patch.object(della, "Uniform", Ours))
         yield
 
 

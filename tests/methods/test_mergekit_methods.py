@@ -4,7 +4,7 @@ compares with mergekit itself)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from mergeid.errors import MergeidError
-from mergeid.methods import task_arithmetic
+from mergeid.methods import pieces, sparse
 from mergeid.methods.arcee_fusion import threshold
 from mergeid.methods.breadcrumbs import between
+from mergeid.methods.builtin import della as della_module
 from mergeid.methods.della import keep_probability
+from mergeid.methods.pieces import in_pieces
 from mergeid.methods.registry import get_method
 
 Array = np.ndarray
@@ -56,6 +58,19 @@ def norm(x: Array, kind: str) -> float:
     return float({"l1": np.abs(x).sum(), "l2": np.sqrt((x**2).sum()), "linf": np.abs(x).max()}[kind])
 
 
+class Given:
+    """Numbers from a list instead of random ones, the same at every reading."""
+
+    left: Iterator[torch.Tensor]
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.numbers = next(self.left)
+
+    def begin(self) -> Callable[[int], torch.Tensor]:
+        numbers = iter(self.numbers)
+        return lambda count: torch.stack([next(numbers) for _ in range(count)])
+
+
 @pytest.mark.parametrize("kind", ["probability", "l1", "l2", "linf"])
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_dare_and_della_with_the_masks_given(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +78,9 @@ def test_dare_and_della_with_the_masks_given(name: str, kind: str, monkeypatch: 
     base, *tensors = draw(3, 5, 8, count=4)
     density, epsilon, weights = [0.3, 0.5, 0.7], [0.1, 0.2, 0.25], [0.4, 0.9, -0.3]
     uniform = [torch.rand(40, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    drawn = iter(uniform)
-    monkeypatch.setattr(torch, "rand", lambda size, generator: next(drawn))
+    monkeypatch.setattr(sparse, "Uniform", Given)
+    monkeypatch.setattr(della_module, "Uniform", Given)
+    Given.left = iter(uniform)
     della = {"epsilon": epsilon} if "della" in name else {}
     told: dict[str, Any] = {"density": density, "rescale_norm": kind, "scale": 0.8, "normalize": True, **della}
     found = merge(name, tensors, weights, base=base, **told)
@@ -123,12 +139,15 @@ def test_breadcrumbs(seed: int, elect: bool) -> None:
 
 def test_breadcrumbs_between() -> None:
     delta = torch.tensor([5.0, -4.0, 3.0, -2.0, 1.0])
-    assert between(delta, 1.0, 0.5) is None
+    base = torch.zeros(5)
+    assert between(delta, base, 1.0, 0.5, torch.float32) is None
     cases = ((0.4, 0.2, [1, 2]), (0.4, 0.0, [0, 1]), (0.8, 0.4, [1, 2, 3, 4]), (0.1, 0.0, []))
     for density, gamma, kept in cases:
-        found = between(delta, density, gamma)
-        assert found is not None and torch.nonzero(found).reshape(-1).tolist() == kept
-    assert between(torch.ones(4), 0.5, 0.0).all()  # type: ignore[union-attr]
+        ends = between(delta, base, density, gamma, torch.float32)
+        assert ends is not None
+        found = (delta.abs() >= ends[0]) & (delta.abs() <= ends[1])
+        assert torch.nonzero(found).reshape(-1).tolist() == kept
+    assert between(torch.ones(4), torch.zeros(4), 0.5, 0.0, torch.float32) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["probability", "l1", "l2", "linf"])
@@ -287,7 +306,7 @@ def test_arcee_fusion(seed: int) -> None:
     low, middle, high = (ordered[int(s * 53)] for s in (0.25, 0.5, 0.75))
     np.testing.assert_allclose(found, np.where(scores >= middle + 1.5 * (high - low), y, x), rtol=1e-12)
     assert 0 < (found == x).mean() < 1
-    assert threshold(torch.tensor([4.0])) == 4
+    assert threshold(in_pieces([torch.tensor([4.0])], torch.float32, lambda _, pieces: pieces[0])) == 4
     assert torch.equal(get_method("arcee_fusion")([a[0, 0], a[0, 0]], [0.5, 0.5]), a[0, 0])
 
 
@@ -308,12 +327,11 @@ def test_pieces_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     told |= {"base": base} if method.base else {}
     found = []
     for size in (1 << 18, 7, 100):
-        monkeypatch.setattr(task_arithmetic, "CHUNK", size)
+        monkeypatch.setattr(pieces, "CHUNK", size)
         if "density" in told:
             told["density"] = [0.5] * len(tensors)
         if method.seeded:
             told["generator"] = torch.Generator().manual_seed(1)
         found.append(merge(name, tensors, [1 / len(tensors)] * len(tensors), **told))
-    if not method.seeded:  # random numbers drawn in pieces are other numbers
-        for other in found[1:]:
-            np.testing.assert_allclose(other, found[0], rtol=1e-12, atol=1e-12)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-12, atol=1e-12)
