@@ -39,7 +39,7 @@ def command(
         if as_json:
             work.emit(result.to_json())
         else:
-            from mergeid.reporting.show_plan import print_merge
+            from mergeid.reporting.show_merge import print_merge
 
             work.close()
             print_merge(result, work.console)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mergeid.evidence.anchored import Certificate
     from mergeid.evidence.decide import SpaceEvidence
     from mergeid.evidence.layers import SpaceRecord
-    from mergeid.results.merge import MergeResult
     from mergeid.results.plan import Plan
 
 STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
@@ -64,12 +63,6 @@ LEGEND_RADII = (
     "could fit the fixed part as well. The smaller value of A and B is shown. g: the eigengap behind Σ's leading "
     "directions. 0: no certificate. A dash: a BatchNorm frees the scale, and no bound is known."
 )
-REMARKS = {
-    "taken_from_a": "Integer tensors that differ, taken from A",
-    "skipped": "Skipped, taken from A as they are",
-    "left_out": "Only in B, left out",
-    "dtypes": "Written in another number format than A's",
-}
 
 
 def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
@@ -241,87 +234,6 @@ def structure_lines(plan: Plan) -> list[str]:
     if "stability" in (left := plan.structure.get("left_out", {})):
         lines.append(f"Left out: {left['stability']}.")
     return lines
-
-
-def print_merge(result: MergeResult, console: Console) -> None:
-    """What was decided and where everything lies."""
-    if result.verdict == "transported":
-        console.print("OT fusion: neurons were carried onto A's by optimal transport.")
-        for note in result.notes:
-            console.print(f"Note: {note}", markup=False)
-    elif result.plan is None:
-        console.print("Plain merge: B's neurons were taken as they are.")
-    elif len(result.plans) < 2:
-        looked = result.comparison
-        overruled = looked is not None and looked["chosen"] != looked["planned"]
-        for line in verdict_lines(
-            result.plan, result.notes, "Planned, before the last look" if overruled else "Verdict"
-        ):
-            console.print(line, markup=False)
-        print_radii(result.plan, console)
-    else:
-        for plan in result.plans:
-            console.print(f"{plan.b}: {verdict_lines(plan, [])[0]}", markup=False)
-        for note in result.notes:
-            console.print(f"Note: {note}", markup=False)
-    if result.comparison:
-        console.print(comparison_line(result.comparison), markup=False)
-    if result.repair:
-        console.print(repair_line(result.repair), markup=False)
-    report = result.report
-    for key, meaning in REMARKS.items():
-        if names := report.get(key):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            console.print(f"{meaning}: {next(iter(names))}{more}.", markup=False)
-    for file in result.files:
-        console.print(f"wrote {file}", markup=False, soft_wrap=True)
-
-
-def comparison_line(comparison: Mapping[str, Any]) -> str:
-    """How far the merge is from the models, beside those that were not chosen."""
-    from mergeid.results.comparison import label, shown
-
-    def figure(value: float | None) -> str:
-        return "not finite" if value is None else shown(value)
-
-    unit = {
-        "nats": " nats farther from the models' predictions than they are themselves",
-        "relative": " of the outputs' variance away from the models",
-        "both": " (mean of all outputs) away from the models",
-    }[comparison["unit"]]
-    own = label(comparison["chosen"], comparison["repair"])
-    found = dict(comparison["distances"])
-    text = f"The merge ({own}) is {figure(found.pop(own))}{unit}, on {comparison['examples']} calibration examples"
-    rest = ", ".join(f"{name} {figure(value)}" for name, value in found.items())
-    return text + (f"; not chosen: {rest}." if rest else ".")
-
-
-def repair_line(repair: Mapping[str, Any]) -> str:
-    """What the repair stage did, with the spread of activations (or the layers' error) before and after."""
-    if repair["kind"].startswith("solve"):
-        before, after = (f"{repair[key]:.0%}" for key in ("error_before", "error_after"))
-        polished = (
-            f" Then distilled: its distance from what they say together fell from {repair['distance_before']:.3f} to "
-            f"{repair['distance_after']:.3f}."
-            if "distance_after" in repair
-            else ""
-        )
-        return (
-            f"Solved layer by layer on {repair['examples']} examples: {repair['layers']} layers were changed. On "
-            f"examples not used for the fit, they miss the models' answers by {after} of the spread ({before} before)."
-            + polished
-        )
-    before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))
-    if repair["kind"] == "bn":
-        return (
-            f"BatchNorm statistics were re-estimated on the calibration data ({repair['layers']} layers, "
-            f"{repair['examples']} examples): activations had {before} of the spread that they expect, now {after}."
-        )
-    also = ", then BatchNorm statistics were re-estimated" if repair["kind"] == "repair+bn" else ""
-    return (
-        f"REPAIR: pre-activations of {repair['layers']} layers were rescaled on {repair['examples']} examples"
-        f"{also}; they had {before} of the models' own average spread, now {after}."
-    )
 
 
 def fixed(value: float | None) -> str:

@@ -27,7 +27,7 @@ from mergeid.evaluate.nearness import Panel
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings
 from mergeid.models.examples import Examples
-from mergeid.reporting.show_plan import print_merge
+from mergeid.reporting.show_merge import print_merge
 from mergeid.stages.compare import TIE, compare
 from mergeid.stages.members import Member, Members
 from mergeid.verbs.load import load
