@@ -188,7 +188,8 @@ def _convolution(stop: Stop, examples: int) -> Layer | None:
         h = source[:, part * each : (part + 1) * each]
         if transposed:
             apart = h.new_zeros(*h.shape[:2], *seen)
-            apart[(..., *(slice(None, None, s) for s in stride))] = h
+            spread: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+            apart[spread] = h
             h = apart
         h = F.pad(h, [p for both in reversed(pads) for p in both])
         for i in range(nd):
