@@ -145,9 +145,10 @@ class TransformersAdapter:
             ) from error
         if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
             model.pooler = None
-        answer: nn.Module = model.eval().to(
-            device=device, dtype=torch.float32
-        )  # a few classes ignore the default device
+        model = model.eval().to(dtype=torch.float32)
+        if str(device) == "meta" or not any(p.is_meta for p in model.parameters()):
+            model = model.to(device)  # a few classes ignore the default device
+        answer: nn.Module = model
         return answer
 
     def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:

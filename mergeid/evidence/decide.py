@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import ndtri
 from torch import Generator
 
+from mergeid.basics.when_asked import WhenAsked
 from mergeid.evidence.anchored import IDENTIFIED, Certificate
 from mergeid.evidence.evidence import ActivationEvidence, Judgement, Request
 from mergeid.evidence.layers import SpaceRecord
-from mergeid.matchers.assignment import TreeAssignment, descendants
+from mergeid.matchers.assignment import ROWS, TreeAssignment, descendants
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.weight import good_start, weight_matching
 from mergeid.neuron_graph.group import same_element
@@ -265,10 +267,8 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
     records: dict[str, SpaceEvidence] = {}
     matched = weight_matching(similarity, generator=generator, element=good_start(similarity))
     for _ in range(3):
-        halves = {s.id: similarity.halves(s, matched, generator) for s in graph.spaces}
-        scores = {s.id: similarity.scores(s, matched) for s in graph.spaces}
-        fit = TreeAssignment(graph, {k: h[0] for k, h in halves.items()})
-        full = TreeAssignment(graph, scores)
+        scores, halves = _scores(similarity, matched), _halves(similarity, matched, generator)
+        fit, full = TreeAssignment(graph, halves), TreeAssignment(graph, scores)
         element = {}
         before = set(accepted)
         for s in graph.spaces:
@@ -286,10 +286,8 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
                 gain += float((scores[c.id][to, best[c.id][to]] - scores[c.id][to, now[to]]).sum())
                 size += float(np.abs(scores[c.id][to, best[c.id][to]]).sum())
                 moved += len(to)
-                held = halves[c.id][1]
-                unseen += float(held[np.arange(c.size), fitted[c.id]].sum())
-                chance = _null(held, c)
-                mean, var = mean + chance[0], var + chance[1]
+                found = _held_out(scores[c.id], halves[c.id], c, fitted[c.id])
+                unseen, mean, var = unseen + found[0], mean + found[1], var + found[2]
             if var > 0:
                 z = (unseen - mean) / float(np.sqrt(var))
             matches = s.id in accepted and moved > 0 and gain > TIE * size
@@ -332,17 +330,48 @@ def _completed(graph: NeuronGraph, decided: Element, matched: Element) -> Elemen
     return out
 
 
-def _null(score: np.ndarray, space: Space) -> tuple[float, float]:
-    """Mean and variance of Σ score[i, π(i)] for π uniform inside every block (Hoeffding 1951)."""
+def _scores(similarity: WeightSimilarity, element: Element) -> WhenAsked[np.ndarray]:
+    graph = similarity.graph
+    return WhenAsked([s.id for s in graph.spaces], lambda k: similarity.scores(graph.by_id[k], element), _bytes)
+
+
+def _halves(similarity: WeightSimilarity, element: Element, generator: Generator) -> WhenAsked[np.ndarray]:
+    """Scores from a random half of the weights, the same whenever they are asked for."""
+    graph = similarity.graph
+    ids = [s.id for s in graph.spaces]
+    seeds = dict(zip(ids, torch.randint(2**62, (len(ids),), generator=generator).tolist(), strict=True))
+
+    def half(k: str) -> np.ndarray:
+        return similarity.half(graph.by_id[k], element, torch.Generator().manual_seed(seeds[k]))
+
+    return WhenAsked(ids, half, _bytes)
+
+
+def _bytes(value: np.ndarray) -> int:
+    return int(value.nbytes)
+
+
+def _held_out(score: np.ndarray, half: np.ndarray, space: Space, perm: np.ndarray) -> tuple[float, float, float]:
+    """Σ held[i, perm[i]] where held = score − half, and mean and variance of that for permutations that are uniform
+    inside every block (Hoeffding 1951). A few rows at a time, in float64."""
+    at = np.arange(space.size)
+    unseen = float((score[at, perm].astype(np.float64) - half[at, perm]).sum())
     mean = var = 0.0
     m = space.members
     for b in range(space.blocks):
-        block = score[b * m : (b + 1) * m, b * m : (b + 1) * m]
-        mean += float(block.mean()) * m
+        block = slice(b * m, (b + 1) * m)
+        rows, columns, squares = np.zeros(m), np.zeros(m), 0.0
+        for begin in range(0, m, ROWS):
+            some = slice(begin, begin + ROWS)
+            held = score[block, block][some].astype(np.float64) - half[block, block][some]
+            rows[some] = held.sum(1)
+            columns += held.sum(0)
+            squares += float((held**2).sum())
+        mean += float(rows.sum()) / m
         if m > 1:
-            centred = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
-            var += float((centred**2).sum()) / (m - 1)
-    return mean, var
+            centred = squares - float((rows**2).sum() + (columns**2).sum()) / m + (float(rows.sum()) / m) ** 2
+            var += max(centred, 0.0) / (m - 1)
+    return unseen, mean, var
 
 
 def _weight_record(

@@ -23,6 +23,8 @@ Scores = Mapping[str, np.ndarray]
 """Space id -> [size, size]: similarity of member i of A and member j of B."""
 
 
+ROWS = 256
+"""Rows of a matrix that are looked at at once."""
 ROUNDS = 5
 """Most rounds over spaces that a common child couples; each round gains or is the last."""
 
@@ -32,6 +34,9 @@ def assign(score: np.ndarray) -> np.ndarray:
     n = len(score)
     if n == 1:
         return np.zeros(1, np.int64)
+    plain = _read_off(score)
+    if plain is not None:
+        return plain
     # negated in one copy: the solver would make another to maximise
     cost = np.negative(score, dtype=np.float64)
     tilt = 1e-9 * max(cost.max(), -cost.min()) + 1e-300
@@ -39,10 +44,22 @@ def assign(score: np.ndarray) -> np.ndarray:
     cost -= cost.mean(1, keepdims=True)
     cost -= cost.mean(0, keepdims=True)
     cost[np.diag_indices(n)] -= tilt
-    best = cost.argmin(1)
-    if len(np.unique(best)) == n:
-        return np.asarray(best)
     return np.asarray(linear_sum_assignment(cost)[1])
+
+
+def _read_off(score: np.ndarray) -> np.ndarray | None:
+    """The best column of every row, apart from what its column has in all rows; None where two rows have the same.
+    A few rows at a time, so that nothing as large as the scores is held beside them."""
+    n = len(score)
+    shared = score.mean(0, dtype=np.float64)
+    tilt = 1e-9 * max(float(score.max()), -float(score.min())) + 1e-300
+    best = np.empty(n, np.int64)
+    for begin in range(0, n, ROWS):
+        part = score[begin : begin + ROWS] - shared
+        at = np.arange(len(part))
+        part[at, begin + at] += tilt
+        best[begin : begin + ROWS] = part.argmax(1)
+    return best if len(np.unique(best)) == n else None
 
 
 class TreeAssignment:

@@ -82,6 +82,43 @@ def within(room: Room, what: str) -> Iterator[None]:
             hook.remove()
 
 
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """While open, parameters get a shape and no values; buffers, which code computes, are as ever."""
+    from torch import nn
+    from torch.nn.modules import module
+
+    def emptied(owner: nn.Module, name: str, value: Any) -> Any:
+        if value is None or value.is_meta:
+            return None  # the same object stays tied
+        return nn.Parameter(value.to("meta"), requires_grad=value.requires_grad)
+
+    hook = module.register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def skeleton(adapter: Adapter, arch: Architecture, room: Room) -> nn.Module | None:
+    """The adapter's model on the CPU, its parameters on the meta device; None where its code needs their values.
+
+    Raises `MergeidError` where it would be larger than there is room for."""
+    from torch import nn
+
+    plain = nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict
+    with within(room, arch.id):
+        adapter.build(arch, device="meta")
+    try:
+        with _without_values():
+            model = adapter.build(arch)
+    except Exception:  # each library has its own ways to say so
+        return None
+    own = all(type(m)._load_from_state_dict in plain and not m._load_state_dict_pre_hooks for m in model.modules())
+    bare = all(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
+    return model if own and bare else None
+
+
 def build(adapter: Adapter, arch: Architecture, room: Room, *, device: str | torch.device = "cpu") -> nn.Module:
     """The adapter's model, built on the meta device first where a file says what it is.
 

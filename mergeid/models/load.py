@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
-from mergeid.models.building import BARE, Room, build
+from mergeid.models.building import BARE, Room, build, skeleton
 from mergeid.models.loaded import Loaded, ModuleAdapter, takes_labels
+from mergeid.models.mapped import LARGEST_HELD, put_mapped
 from mergeid.models.source import Source, is_module, open_source
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
 from mergeid.plugins import Adapter, Architecture, KnowsModules, adapter_names, get_adapter
@@ -45,7 +48,11 @@ def load_checkpoint(checkpoint: Checkpoint, adapter: Adapter, arch: Architecture
     so in the model.
 
     Raises `MergeidError` when a floating-point tensor of the model is missing or has another shape."""
-    model = build(adapter, arch, Room.of(checkpoint.table), device=run.place)
+    room, large = Room.of(checkpoint.table), _size(checkpoint) > LARGEST_HELD and not is_asymmetric(checkpoint.table)
+    model = skeleton(adapter, arch, room) if large else None
+    mapped = model is not None
+    if model is None:
+        model = build(adapter, arch, room, device=run.place)
     names = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
     if is_asymmetric(checkpoint.table):
         from mergeid.nn.stored import restore
@@ -53,28 +60,40 @@ def load_checkpoint(checkpoint: Checkpoint, adapter: Adapter, arch: Architecture
         names = stored_keys(checkpoint.table, names)
         restore(model, {key: checkpoint.tensor(name) for name, key in names.items()})
     own = model.state_dict()
-    state = {}
     for name, key in names.items():
-        value = checkpoint.tensor(name)
-        if key in own and tuple(value.shape) != tuple(own[key].shape):
+        shape = tuple(checkpoint.table[name].shape)
+        if key in own and shape != tuple(own[key].shape):
             raise MergeidError(
-                f"tensor {name!r} of {checkpoint.source} has shape {tuple(value.shape)}, but {arch.id} expects "
+                f"tensor {name!r} of {checkpoint.source} has shape {shape}, but {arch.id} expects "
                 f"{tuple(own[key].shape)}; name its architecture with --arch"
             )
-        state[key] = value.to(own[key].dtype) if key in own else value
-    result = model.load_state_dict(state, strict=False)
-    for name in names:
-        checkpoint.release(name)  # the model has copies
-    tied = _tied(model)
-    missing = [k for k in result.missing_keys if own[k].is_floating_point() and not tied.get(k, set()) & set(state)]
+    given, tied = set(names.values()), _tied(model)
+    missing = [k for k in own if k not in given and own[k].is_floating_point() and not tied.get(k, set()) & given]
     if missing:
         raise MergeidError(
             f"{checkpoint.source} lacks {len(missing)} of the {len(own)} tensors of {arch.id} (first: {missing[0]!r}); "
             "name its architecture with --arch"
         )
+    (put_mapped if mapped else _put)(model, checkpoint, names)
     model = model.to(run.place).eval()
     example = adapter.example_inputs(arch, model, run.generator())
     return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    return sum(prod(info.shape) for info in checkpoint.table.values())
+
+
+def _put(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Copies of a checkpoint's tensors in the model's number formats."""
+    own = model.state_dict()
+    state = {}
+    for name, key in names.items():
+        value = checkpoint.tensor(name)
+        state[key] = value.to(own[key].dtype) if key in own else value
+    model.load_state_dict(state, strict=False)
+    for name in names:
+        checkpoint.release(name)
 
 
 def _tied(model: nn.Module) -> dict[str, set[str]]:

@@ -155,6 +155,8 @@ class NeuronGraph:
         Raises `MergeidError` when the value's shape is not the graph's."""
         import torch
 
+        from mergeid.basics.on_demand import OnDemand
+
         if tensor not in self.on_tensor:
             return value
         if tuple(value.shape) != self.tensors[tensor]:
@@ -162,10 +164,12 @@ class NeuronGraph:
                 f"tensor {tensor!r} has shape {tuple(value.shape)}, but the graph of {self.model} expects "
                 f"{self.tensors[tensor]}; use the graph of this checkpoint's own architecture"
             )
-        for axis in range(value.dim()):
-            index = self.gather_index(tensor, axis, element)
-            if index is not None:
-                value = value.index_select(axis, torch.from_numpy(index).to(value.device))
+        found = {d: self.gather_index(tensor, d, element) for d in range(value.dim())}
+        moved = {d: torch.from_numpy(index) for d, index in found.items() if index is not None}
+        if isinstance(value, OnDemand) and moved:
+            return value.reordered(moved)
+        for axis, index in moved.items():
+            value = value.index_select(axis, index.to(value.device))
         return value
 
     def apply_state(self, element: Mapping[str, np.ndarray], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.on_demand import OnDemand
+
 ROUNDINGS = 4
 """By how many rounding errors weights are shaken to see whether the outputs are reliable."""
 
@@ -26,11 +28,18 @@ SIZE = 0.1
 def shaken(generator: torch.Generator, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
     """A change of weights by a few rounding errors of `dtype`, which the result has."""
 
+    def shake(value: Tensor) -> Tensor:
+        noise = torch.rand(value.shape, generator=generator).to(value.device, dtype)
+        return value.to(dtype) * (1 + ROUNDINGS * torch.finfo(dtype).eps * (2 * noise - 1))
+
     def change(_: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        noise = torch.rand(value.shape, generator=generator).to(value.device, dtype)
-        return value.to(dtype) * (1 + ROUNDINGS * torch.finfo(dtype).eps * (2 * noise - 1))
+        return (
+            OnDemand(value.rows, value.shape, dtype, value.device).then(shake)
+            if isinstance(value, OnDemand)
+            else shake(value)
+        )
 
     return change
 

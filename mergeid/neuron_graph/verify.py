@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergeid.basics.nested import mapped, returned_tensors
+from mergeid.basics.on_demand import OnDemand
 from mergeid.basics.state import forget_derived, uncompiled
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
@@ -22,6 +23,8 @@ from mergeid.neuron_graph.settle import own_statistics, shaken
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative output error that counts as unchanged (rounding of deep networks is far below it)."""
+SAMPLED = 256
+"""Rows of a weight that say whether it is constant, where it is not held in memory."""
 SHAKES = 24
 """Draws of rounding errors that show whether an output is nothing but noise."""
 
@@ -44,7 +47,9 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
     zero-initialised layers) get values that differ from neuron to neuron, and gates that are 0 open."""
     state = {}
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.numel() > 1:
+        if isinstance(value, OnDemand):
+            state[name] = _disturbed(value, generator)
+        elif value.is_floating_point() and value.numel() > 1:
             wide = value if value.dtype == torch.float64 else value.float()
             noise = torch.rand(value.shape, generator=generator).to(value.device)
             spread = float(wide.std())
@@ -60,6 +65,14 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
         else:
             state[name] = value.clone()
     return state
+
+
+def _disturbed(value: OnDemand, generator: torch.Generator) -> Tensor:
+    """A weight that is formed on demand: as it is, unless its first rows say that it is constant."""
+    if value.numel() == 1 or float(value[:SAMPLED].float().std()) >= 1e-6:
+        return value.clone()
+    noise = torch.rand(value.shape, generator=generator).to(value.device)
+    return (value.whole() + 0.4 * (noise - 0.5)).to(value.dtype)
 
 
 class _AtLeast(TorchDispatchMode):

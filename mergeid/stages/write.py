@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeid.methods.settings import MethodRequest
+    from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
     from mergeid.results.merge import MergeResult
     from mergeid.stages.members import Member, Members
     from mergeid.stages.open import Met
+
+PIECE = 1 << 23
+"""Numbers of a tensor that are written at once."""
 
 
 def inputs_of(met: Met, members: Members | None, repaired: Mapping[str, Tensor]) -> Inputs:
@@ -82,15 +86,31 @@ def write(result: MergeResult, met: Met, inputs: Inputs, asked: MethodRequest, o
     return replace(result, files=list(report.files), notes=notes, report=report.to_json())
 
 
+def moved(graph: NeuronGraph, element: Element) -> Callable[[str, Tensor], Iterator[Tensor]]:
+    """What `rewrite` takes: tensors under a group element, some rows at a time."""
+    from mergeid.basics.on_demand import OnDemand
+
+    def pieces(name: str, value: Tensor) -> Iterator[Tensor]:
+        if not value.numel() or not value.dim():
+            yield value
+            return
+        found = graph.apply(element, name, OnDemand(lambda which: value[which], value.shape, value.dtype))
+        step = max(PIECE * len(value) // value.numel(), 1)
+        yield from (found[begin : begin + step].contiguous() for begin in range(0, len(value), step))
+
+    return pieces
+
+
 def rewrite(
     checkpoint: Checkpoint,
     output: Path,
-    transform: Callable[[str, Tensor], Tensor],
+    transform: Callable[[str, Tensor], Iterable[Tensor]],
     record: Mapping[str, Any],
     run: Run,
     force: bool,
 ) -> list[Path]:
-    """The checkpoint with every tensor transformed (equal shape and dtype), streamed."""
+    """The checkpoint with every tensor transformed (equal shape and dtype), streamed; `transform` gives a tensor's
+    pieces."""
     from mergeid.io.companions import default_companions
     from mergeid.io.stream import CheckpointWriter
     from mergeid.models.configs import config_files
@@ -105,5 +125,6 @@ def rewrite(
     with writer:
         for i, name in enumerate(order := list(writer.order())):
             run.tell("writing", i, len(order))
-            writer.write(name, [transform(name, checkpoint.tensor(name)).contiguous()])
+            writer.write(name, transform(name, checkpoint.tensor(name)))
+            checkpoint.release(name)
     return list(writer.paths())

@@ -73,7 +73,7 @@ def align(
     check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [to, b])
     from mergeid.stages.plan import plan_pair
-    from mergeid.stages.write import rewrite
+    from mergeid.stages.write import moved, rewrite
 
     pair, made = plan_pair(met, matching, calibration, base=base, certify=certify)
     result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
@@ -82,7 +82,7 @@ def align(
     assert pair.b.checkpoint is not None
     in_file = made.graph.renamed({k: n for n, k in pair.b.names.items()})
     record = {"align": made.to_json(), **met.agreed.record()}
-    files = rewrite(pair.b.checkpoint, target, lambda n, t: in_file.apply(made.element, n, t), record, run, force)
+    files = rewrite(pair.b.checkpoint, target, moved(in_file, made.element), record, run, force)
     return replace(result, files=files)
 
 
@@ -109,5 +109,5 @@ def _transported(met: Met, calibration: Calibration, target: Path | None, force:
     record = {"align": {"transport": True, "a": one.source, "b": two.source}}
     skipped = {n for n, k in members.first.names.items() if k in skipped_keys(members.first, met.skip)}
     moved = {n: two.tensor(n) for n in one.table if n in two.table and n not in skipped}
-    files = rewrite(one, target, lambda n, t: moved.get(n, t).to(t.dtype), record, met.bench.run, force)
+    files = rewrite(one, target, lambda n, t: [moved.get(n, t).to(t.dtype).contiguous()], record, met.bench.run, force)
     return replace(result, files=files)

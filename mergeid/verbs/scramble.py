@@ -42,7 +42,7 @@ def scramble(
     from math import prod
 
     from mergeid.models.graph import graph_of
-    from mergeid.stages.write import rewrite
+    from mergeid.stages.write import moved, rewrite
 
     run = Run.of(progress, seed=seed)
     target = output_path(Output(output, force=force), [a, arch])
@@ -52,16 +52,16 @@ def scramble(
     element = found.random_element(run.generator())
     files = found.renamed({k: n for n, k in loaded.names.items()})
     assert loaded.checkpoint is not None
-    moved = 0
+    count = 0
     table = loaded.checkpoint.table
     total = sum(prod(i.shape) for i in table.values())
     for name, info in table.items():
         if any(files.gather_index(name, d, element) is not None for d in range(len(info.shape))):
-            moved += prod(info.shape)
+            count += prod(info.shape)
     error = _function_change(loaded, found, element)
     record = {"scramble": {"source": loaded.source, "seed": seed, "arch": loaded.arch.id, "max_relative_error": error}}
-    paths = rewrite(loaded.checkpoint, target, lambda n, t: files.apply(element, n, t), record, run, force)
-    return ScrambleResult(paths, loaded.arch.id, seed, moved / max(total, 1), error, len(found.spaces))
+    paths = rewrite(loaded.checkpoint, target, moved(files, element), record, run, force)
+    return ScrambleResult(paths, loaded.arch.id, seed, count / max(total, 1), error, len(found.spaces))
 
 
 def _function_change(loaded: Loaded, found: NeuronGraph, element: Mapping[str, Any]) -> float:

@@ -1,0 +1,246 @@
+"""Weights that are formed where they are used and let go again: a network that is never whole in memory.
+
+An `OnDemand` tensor says the shape, number format and device of a weight and holds none of its values. Whatever
+operation it goes into gets the values, formed for it alone: read from a mapped file in the file's own format, brought
+into another order, averaged. Nothing is asked of the module that uses it: any forward pass runs as it is, one weight at
+a time. Where an operation needs a part of the rows (an embedding), or can be done in pieces of them (a wide output
+head), no more than that is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Rows = Union[slice, Tensor]
+"""Which rows of a weight are asked for: a slice, or an index."""
+Form = Callable[[Rows], Tensor]
+"""Gives rows of a weight, in any number format, on any device."""
+
+EVERYTHING = slice(None)
+PIECE = 1 << 22
+"""Numbers of a weight that a product takes at once, where it is larger."""
+
+aten = torch.ops.aten
+
+
+@dataclass
+class _Cell:
+    """Shared by a weight and what is a view of it: new values are new for both."""
+
+    form: Form
+
+
+class OnDemand(Tensor):
+    """A weight that is formed whenever it is used. It is never written into: new values are another form.
+
+    Attributes:
+        turned: whether it stands for the transpose of what is formed.
+    """
+
+    cell: _Cell
+    turned: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        form: Form | _Cell,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        turned: bool = False,
+    ) -> OnDemand:
+        """Args:
+        form: gives its rows.
+        shape, dtype, device: as what uses it sees it; rows are brought there when they are formed.
+        """
+        made: OnDemand = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tuple(shape), dtype=dtype, device=torch.device(device)
+        )
+        made.cell = form if isinstance(form, _Cell) else _Cell(form)
+        made.turned = turned
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"OnDemand({tuple(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnDemand:
+        """Values are not held, so they are not copied."""
+        if id(self) not in memo:
+            made: Any = OnDemand(self.cell.form, self.shape, self.dtype, self.device, self.turned)
+            memo[id(self)] = nn.Parameter(made, requires_grad=False) if _is_parameter(self) else made
+        found: OnDemand = memo[id(self)]
+        return found
+
+    def rows(self, which: Rows = EVERYTHING) -> Tensor:
+        """Rows of what is formed, in the number format and on the device that this tensor says."""
+        return self.cell.form(which).to(self.device, self.dtype)
+
+    def whole(self) -> Tensor:
+        """All values."""
+        return self.rows().t() if self.turned else self.rows()
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> OnDemand:
+        """The weight with every entry changed by itself."""
+        return OnDemand(lambda which: change(self.rows(which)), self.shape, self.dtype, self.device)
+
+    def reordered(self, index: Mapping[int, Tensor]) -> OnDemand:
+        """The weight with its positions in another order.
+
+        Args:
+            index: dimension -> old position for every new one.
+        """
+        form, first = self.cell.form, index.get(0)
+
+        def rows(which: Rows) -> Tensor:
+            value = form(which if first is None else first[which])
+            for dim, order in index.items():
+                value = value.index_select(dim, order.to(value.device)) if dim else value
+            return value
+
+        return OnDemand(rows, self.shape, self.dtype, self.device)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        special = _SPECIAL.get(func)
+        if special is not None:
+            found = special(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        return func(*_plain(tuple(args)), **{k: _plain(v) for k, v in kwargs.items()})
+
+
+def _plain(tree: Any) -> Any:
+    return tree_map(lambda x: x.whole() if isinstance(x, OnDemand) else x, tree)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return bool(getattr(tensor, "_is_param", False))
+
+
+def _same(tensor: Any, *_: Any) -> Any:
+    return OnDemand(tensor.cell, tensor.shape, tensor.dtype, tensor.device, tensor.turned)
+
+
+def _cloned(tensor: Any, **_: Any) -> Any:
+    return OnDemand(tensor.cell.form, tensor.shape, tensor.dtype, tensor.device, tensor.turned)
+
+
+def _cast(tensor: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    place, kind = device or tensor.device, dtype or tensor.dtype
+    if torch.device(place).type == "meta":
+        return torch.empty(tensor.shape, dtype=kind, device="meta")
+    return OnDemand(tensor.cell.form, tensor.shape, kind, place, tensor.turned)
+
+
+def _transposed(tensor: Any) -> Any:
+    if tensor.dim() != 2:
+        return NotImplemented
+    return OnDemand(tensor.cell, tensor.shape[::-1], tensor.dtype, tensor.device, not tensor.turned)
+
+
+def _looked_up(weight: Any, index: Any, *_: Any) -> Any:
+    if not isinstance(weight, OnDemand) or weight.turned or isinstance(index, OnDemand):
+        return NotImplemented
+    return weight.rows(index.reshape(-1)).reshape(*index.shape, *weight.shape[1:])
+
+
+def _selected(tensor: Any, dim: int, index: Any) -> Any:
+    """Positions of one dimension: cast after they were taken."""
+    if not isinstance(tensor, OnDemand) or tensor.turned or isinstance(index, OnDemand):
+        return NotImplemented
+    if dim % tensor.dim() == 0:
+        return tensor.rows(index)
+    found = tensor.cell.form(EVERYTHING)
+    return found.index_select(dim, index.to(found.device)).to(tensor.device, tensor.dtype)
+
+
+def _sliced(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if tensor.turned:
+        return NotImplemented
+    at = slice(start, end, step)
+    if dim % tensor.dim() == 0:
+        return tensor.rows(at)
+    found = tensor.cell.form(EVERYTHING)
+    return found[(EVERYTHING,) * (dim % tensor.dim()) + (at,)].to(tensor.device, tensor.dtype)
+
+
+def _product(x: Any, weight: Any) -> Any:
+    """x Wᵀ, pieces of W's rows at a time where W is large."""
+    large = isinstance(weight, OnDemand) and weight.turned and weight.numel() > PIECE
+    if not large or isinstance(x, OnDemand) or x.dtype != weight.dtype:
+        return NotImplemented
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    step = max(PIECE // weight.shape[0], 1)
+    for begin in range(0, weight.shape[1], step):
+        at = slice(begin, min(begin + step, weight.shape[1]))
+        out[:, at] = torch.mm(x, weight.rows(at).t())
+    return out
+
+
+def _product_and_bias(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    found = _product(x, weight)
+    if found is NotImplemented:
+        return found
+    return found.mul_(alpha).add_(_plain(bias), alpha=beta)
+
+
+def _written(target: Any, value: Any, *_: Any) -> Any:
+    """New values: these are held from now on, or formed where they are formed themselves."""
+    if not isinstance(target, OnDemand) or target.turned:
+        return NotImplemented
+    if isinstance(value, OnDemand) and not value.turned and value.shape == target.shape:
+        form, dtype = value.cell.form, value.dtype
+        target.cell.form = form if dtype == target.dtype else lambda which: form(which).to(dtype)
+    else:
+        held = _plain(value).expand(target.shape).clone()
+        target.cell.form = lambda which: held[which]
+    return target
+
+
+_SPECIAL: Mapping[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _cloned,
+    aten._to_copy.default: _cast,
+    aten.t.default: _transposed,
+    aten.embedding.default: _looked_up,
+    aten.index_select.default: _selected,
+    aten.slice.Tensor: _sliced,
+    aten.mm.default: _product,
+    aten.addmm.default: _product_and_bias,
+    aten.copy_.default: _written,
+}
+
+
+def places_of(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
+    """Every parameter once, with all the places where it stands: more than one where it is tied."""
+    found: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                found.setdefault(id(value), (value, []))[1].append((module, name))
+    yield from found.values()
+
+
+def put_weights(model: nn.Module, values: Mapping[int, Tensor]) -> None:
+    """Put values in the place of parameters; tied ones stay so.
+
+    Args:
+        values: identity of a parameter -> what takes its place. Others stay as they are.
+    """
+    for old, places in list(places_of(model)):
+        if id(old) in values:
+            new = nn.Parameter(values[id(old)], requires_grad=False)
+            for module, name in places:
+                setattr(module, name, new)

@@ -1,0 +1,43 @@
+"""Large values that are made when they are asked for, and kept while there is room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+ROOM = 1 << 28
+"""Bytes that are kept beside the value that was asked for last."""
+
+
+class WhenAsked(Mapping[str, Value]):
+    """A mapping whose values are made when they are asked for; those asked for last are kept up to `ROOM`.
+
+    Args:
+        names: its keys.
+        make: key -> value, the same each time.
+        size: bytes of a value.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Value], size: Callable[[Value], int]) -> None:
+        self._names, self._make, self._size = dict.fromkeys(names), make, size
+        self._kept: OrderedDict[str, Value] = OrderedDict()
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._names:
+            raise KeyError(name)
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        while len(self._kept) and sum(map(self._size, self._kept.values())) > ROOM:
+            self._kept.popitem(last=False)
+        made = self._kept[name] = self._make(name)
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
