@@ -40,6 +40,8 @@ Record = dict[str, "str | float | int"]
 def random_inputs(data: str, count: int = EXAMPLES) -> list[Batch]:
     """Inputs that need no data: standard normal pixels, uniform tokens."""
     about, generator = shape(data), torch.Generator().manual_seed(0)
+    if about.columns:
+        return [{"arg0": x} for x in torch.randn(count, about.columns, generator=generator)]
     if about.side:
         return [{"arg0": x} for x in torch.randn(count, 1, about.side, about.side, generator=generator)]
     return [{"arg0": x} for x in torch.randint(about.tokens, (count, 16), generator=generator)]

@@ -43,7 +43,7 @@ OF_WAY = ("loss", "points", "half", "other", "few", "few_error", "rest", "trial_
 COLUMNS = (
     *("pair", "family", "data", "kind", "classes", "verdict", "made"),
     *("loss_a", "loss_b", "loss_both", "accuracy_a", "accuracy_b", "accuracy_both"),
-    *("apart_a", "apart_b", "right_a", "right_b", "right_both", "agreed"),
+    *("apart_a", "apart_b", "right_a", "right_b", "right_both", "agreed", "entropy"),
     *(f"{v}_{w}" for w in WAYS for v in OF_WAY),
     "seconds",
 )

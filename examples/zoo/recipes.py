@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from families import FAMILIES
+from torch import nn
 
 KINDS = ("independent", "split", "fine-tunes", "scrambled", "asymmetric")
 
@@ -68,6 +69,10 @@ class Model:
     def digest(self) -> int:
         """Of everything that decides the weights: settings never mix in a cache."""
         return zlib.crc32(repr(self).encode())
+
+    def prepare(self, net: nn.Module) -> Callable[[], None]:
+        """Changes what of a network is trained; what is returned puts it back into its usual form."""
+        return lambda: None
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def _train(model: Model, cache: Path) -> None:
         first = 0 if model.at == 1 else round(model.at * model.parent.steps)
     part = tasks.train(model.group.data, model.task)
     kept = snapshots(model)
+    finish = model.prepare(net)
     groups = mnn.decay_groups(net, model.decay)
     optimizer: torch.optim.Optimizer
     if FAMILIES[model.group.family].optimizer == "sgd":
@@ -119,5 +120,6 @@ def _train(model: Model, cache: Path) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), CLIP)
         optimizer.step()
+    finish()
     net.eval()
     _save(net, path(model, cache), seconds=round(time.process_time() - began, 1))

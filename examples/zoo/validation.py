@@ -163,6 +163,45 @@ def _bin(rows: Sequence[Said], at: int, limit: float, by: str) -> str:
     return f"{np.mean([r.within[at] for r in rows]):.2f} / {np.mean(true):.2f} / {np.mean(groups):.2f} ({len(rows)})"
 
 
+PARTNERS, REGRET = 4, 0.01
+"""Partners that a model has at least to be ranked, and nats that the one predicted best may lose more than the best."""
+
+
+def ranking(rows: Sequence[Said]) -> str:
+    """Of the partners of one model, how much more the one that is predicted best loses than the one that is best, each
+    merged in the way that is predicted (or is) best."""
+    known: dict[str, dict[str, list[Said]]] = {}
+    for r in rows:
+        if r.case.way != "solved":
+            a, b = (f"{r.case.pair['model_a']}", f"{r.case.pair['model_b']}*{r.case.pair['scramble']}")
+            known.setdefault(a, {}).setdefault(b, []).append(r)
+            known.setdefault(b, {}).setdefault(a, []).append(r)
+    lost, shared, families = [], [], set()
+    for partners in known.values():
+        if len(partners) < PARTNERS:
+            continue
+        each = [min(own, key=lambda r: r.interval.score) for own in partners.values()]
+        best = min(r.case.nats for own in partners.values() for r in own)
+        chosen = min(each, key=lambda r: r.interval.score)
+        lost.append(chosen.case.nats - best)
+        families.add(chosen.case.pair["family"])
+        near = [r for r in each if start(r.case.features) == "shared"]
+        if len(near) >= PARTNERS:
+            least = min(r.case.nats for r in near)
+            shared.append(min(near, key=lambda r: r.interval.score).case.nats - least)
+    if not lost:
+        return ""
+    text = (
+        f"Ranking the partners of one model ({PARTNERS} or more; {len(lost)} models of {len(families)} families): the "
+    )
+    text += f"one predicted best loses at most {REGRET:g} nats more than the best one in {_share(lost)}"
+    return text + (f", of partners from one start alone in {_share(shared)} of {len(shared)}." if shared else ".")
+
+
+def _share(lost: Sequence[float]) -> str:
+    return f"{np.mean([x <= REGRET for x in lost]):.1%} (mean {np.mean(lost):.4f})"
+
+
 def rivals(found: Sequence[Case], ours: Sequence[Said], trials: Mapping[tuple[str, str], float]) -> str:
     """Spearman and AUROC (0.05 nats) beside others, every family left out in turn."""
     chosen = [r.case for r in ours if r.case.way != "solved"]
@@ -220,6 +259,7 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
             ]
             text += [f"\n## Mode {mode}, every {by.replace('data', 'data set')} left out in turn\n"]
             text += [markdown(HEADER, tables), "\n" + rejected(rows, by) + "\n", reliability(rows, by)]
+            text += ["\n" + ranking(rows)]
             if (mode, by) == ("inputs", "family"):
                 trials = {
                     (m["pair"], k.removeprefix("trial_hard_")): float(v)

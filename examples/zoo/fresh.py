@@ -1,0 +1,70 @@
+"""What the coefficients that ship say of pairs that were made after them: fresh.md.
+
+    python examples/zoo/wider.py --minutes 9 && python examples/zoo/fresh.py
+
+Nothing is fitted here. Pairs made before the coefficients were last changed are left out where `--since` says when.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pairs_table as table
+from fit import HERE, MODES, Case, cases, of
+from validation import BAD, HEADER, TOLERATED, Said, figures, markdown, parts, reliability
+
+from mergeid.prediction.model import WAYS, Predictor, shipped
+
+
+def said(predictor: Predictor, found: Sequence[Case], mode: str) -> list[Said]:
+    """Every way that the predictor knows, asked as it is."""
+    out = []
+    for way in WAYS:
+        model = predictor.model(mode, "nats", way)
+        if model is None:
+            continue
+        for case in of(found, mode, "nats", way):
+            each = [model.predict(case.features, tolerated=t) for t in TOLERATED]
+            out.append(Said(case, each[0], tuple(0.0 if i.within is None else i.within for i in each)))
+    return out
+
+
+def written(predictor: Predictor, found: Sequence[Case], made: Sequence[str]) -> str:
+    """All tables, as markdown."""
+    pairs = {c.pair["pair"] for c in found}
+    text = [
+        "# Pairs made after the coefficients were frozen\n",
+        f"{len(pairs)} pairs of {len({c.pair['family'] for c in found})} families and "
+        f"{len({c.pair['data'] for c in found})} data sets, made {min(made)} to {max(made)}, none of which predictor "
+        f"{predictor.version} was fitted to. Columns as in validation.md; AUROC of solved merges: more than "
+        f"{BAD['solved']:g} nats.\n",
+    ]
+    for mode in MODES:
+        rows = said(predictor, found, mode)
+        tables = [
+            [name, *figures(own, BAD["solved"] if name.startswith("way solved") else 0.05)]
+            for name, own in parts(rows).items()
+        ]
+        text += [f"\n## Mode {mode}\n", markdown(HEADER, tables), "\n" + reliability(rows, "family")]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=HERE / "wider")
+    parser.add_argument("--since", default="", metavar="YYYY-MM-DD", help="only pairs made on that day or later")
+    parser.add_argument("--out", type=Path, default=HERE / "fresh.md")
+    options = parser.parse_args()
+    made = {r["pair"]: r["made"] for r in table.read(options.folder / "midpoints.csv") if r["made"] >= options.since}
+    found = [c for c in cases(options.folder) if c.pair["pair"] in made]
+    if not found:
+        parser.error(f"no pairs in {options.folder}; make some with wider.py")
+    text = written(shipped(), found, list(made.values()))
+    options.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
