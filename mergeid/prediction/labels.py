@@ -1,8 +1,9 @@
-"""A few labelled examples beside a prediction: one normal estimate of both.
+"""A few labelled examples beside a prediction: one estimate of both.
 
 The labelled examples say x ± e (mean and standard error of the paired excess of losses), the prediction an interval.
-Both are taken as normal and independent; their precision-weighted mean is what is expected then (the posterior mean
-under the prediction as prior). Student's t widens what few examples say.
+The likelihood is normal, and Student's t widens what few examples say. The prior falls off on either side of what was
+predicted as fast as its interval says; below a predicted loss whose interval reaches down to 0 it is flat, since a
+barrier of 0 says nothing of what is gained. What is expected then is the mean of the posterior.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.stats import norm
 from scipy.stats import t as student
 
 LEAST_SPREAD = 1e-4
 """Nats: no prediction is surer than that."""
+FAR, POINTS = 8.0, 2001
+"""Spreads, and points of the grid about each centre, on which the posterior is added up."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,29 @@ def corrected(measured: Measured, expected: float, low: float, high: float, leve
 
     Args:
         expected, low, high: what was predicted, nats; infinite ends: nothing was."""
-    reach = float(student.ppf((1 + level) / 2, 1e9))
-    scale = float(student.ppf((1 + level) / 2, max(measured.count - 1, 1))) / reach
-    own = max(measured.error * scale, 1e-12)
-    prior = (high - low) / (2 * reach)
-    if not math.isfinite(prior):
+    if not (math.isfinite(low) and math.isfinite(high)):
         return Corrected(measured.mean, *measured.interval(level))
-    weights = 1 / own**2, 1 / max(prior, LEAST_SPREAD) ** 2
-    mean = (weights[0] * measured.mean + weights[1] * expected) / sum(weights)
-    spread = sum(weights) ** -0.5
-    return Corrected(mean, mean - reach * spread, mean + reach * spread)
+    reach = float(norm.ppf((1 + level) / 2))
+    scale = float(student.ppf((1 + level) / 2, max(measured.count - 1, 1))) / reach
+    error = max(measured.error * scale, 1e-9)
+    above = max((high - expected) / reach, LEAST_SPREAD)
+    below = math.inf if low <= 0 else max((expected - low) / reach, LEAST_SPREAD)
+    sides = [s for s in (above, below) if s < math.inf]
+    between = [_both(measured.mean, error, expected, s) for s in sides]
+    reaches = [(measured.mean, error), *((expected, s) for s in sides), *between]
+    x = np.unique(np.concatenate([np.linspace(c - FAR * s, c + FAR * s, POINTS) for c, s in reaches]))
+    gap = x - expected
+    spread = np.where(gap > 0, above, below)
+    log = -(((x - measured.mean) / error) ** 2 + (gap / spread) ** 2) / 2
+    density = np.exp(log - log.max())
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(x))])
+    values = density * x
+    mean = float(((values[1:] + values[:-1]) / 2 * np.diff(x)).sum() / mass[-1])
+    ends = np.interp([(1 - level) / 2, (1 + level) / 2], mass / mass[-1], x)
+    return Corrected(mean, float(ends[0]), float(ends[1]))
+
+
+def _both(one: float, error: float, other: float, spread: float) -> tuple[float, float]:
+    """Mean and spread of the product of two normal densities."""
+    weights = error**-2, spread**-2
+    return (weights[0] * one + weights[1] * other) / sum(weights), sum(weights) ** -0.5

@@ -52,31 +52,24 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
 def trials_table(result: PredictResult, *, width: int) -> Table:
     """One row per merge that was made and run; of those with labels their own loss, and the corrected prediction."""
     labelled = any(t.labelled for t in result.trials)
-    columns = [
-        Column("trial"),
-        Column("nats lost, hard pseudo-labels", "right"),
-        Column("soft", "right"),
-        Column("labels changed", "right", optional=1),
-    ]
+    columns = [Column("trial"), Column("hard", "right"), Column("soft", "right")]
     if labelled:
         columns += [
             Column("by labels", "right"),
-            Column("with the prediction", "right"),
-            Column("90 % interval", "right"),
+            Column("and prediction", "right"),
+            Column("90 % interval", "right", optional=1),
         ]
+    columns.append(Column("named otherwise", "right", optional=2))
     rows: list[Sequence[Any]] = []
     for t in result.trials:
-        row = [t.label, f"{t.hard:.3f}", f"{t.soft:.3f}", f"{100 * t.missed:.1f} %"]
-        if labelled:
-            known = t.labelled
-            row += ["", "", ""] if known is None else [
-                f"{known.nats:.3f}",
-                f"{known.corrected:.3f}",
-                f"{known.corrected_low:.3f} to {known.corrected_high:.3f}",
-            ]  # fmt: skip
-        rows.append(row)
+        row, known = [t.label, f"{t.hard:.3f}", f"{t.soft:.3f}"], t.labelled
+        if known is not None:
+            span = f"{known.corrected_low:.3f} to {known.corrected_high:.3f}"
+            row += [f"{known.nats:.3f}", f"{known.corrected:.3f}", span]
+        rows.append([*row, *([""] * (len(columns) - len(row) - 1)), f"{100 * t.missed:.1f} %"])
     count = result.trials[0].examples
-    return make_table(columns, rows, width=width, title=f"trials: merges made in memory, run on {count} inputs")
+    title = f"trials on {count} inputs: nats lost beyond the models' mean, by pseudo-labels"
+    return make_table(columns, rows, width=width, title=title)
 
 
 def interference_table(result: PredictResult, *, width: int, most: int = 5) -> Table:

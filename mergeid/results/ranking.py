@@ -72,7 +72,8 @@ class Ranking:
                 "mergeid barrier, or try them with --try."
             )
         lost = f"{best.way.nats.expected:.2g} nats expected to be lost"
-        lost = lost if best.tried is None else f"{best.tried:.2g} nats lost in a trial"
+        if best.tried is not None:
+            lost = f"{abs(best.tried):.2g} nats {'lost' if best.tried > 0 else 'gained'} in a trial"
         return f"Merge {self.model} (A) with {best.name} (B), {best.way.label}: {lost} ({command(best.way)})."
 
     def to_json(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergeid.models.examples import Examples
     from mergeid.neuron_graph.neuron_graph import Element
     from mergeid.prediction.bound import Bound
+    from mergeid.prediction.worth import Interference
     from mergeid.results.prediction import PredictResult
 
 TOLERATED = 0.01
@@ -106,7 +107,7 @@ def predict_pair(
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
     from mergeid.prediction.probe import RandomInputs, probe
-    from mergeid.prediction.worth import interference_of, worth_of
+    from mergeid.prediction.worth import worth_of
     from mergeid.results.prediction import Finding, PredictResult, outlooks_of
     from mergeid.stages.trial import trials_of
 
@@ -160,8 +161,17 @@ def predict_pair(
         notes,
         trials,
         worth,
-        [] if origin is None else interference_of(pair.a.state(), pair.b.state(), origin),
+        [] if origin is None else _interference(pair, origin),
     )
+
+
+def _interference(pair: Pair, origin: dict[str, Tensor]) -> list[Interference]:
+    """Of what was trained: statistics of normalisation say where the data lies."""
+    from mergeid.prediction.worth import interference_of
+
+    trained = {k for k, _ in pair.a.model.named_parameters()}
+    one, two = ({k: v for k, v in side.state().items() if k in trained} for side in (pair.a, pair.b))
+    return interference_of(one, two, origin)
 
 
 def check_tolerated(tolerate: float) -> None:

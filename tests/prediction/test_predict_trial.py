@@ -139,6 +139,8 @@ def test_masked_positions_do_not_count() -> None:
 def test_a_correction_is_the_posterior(mean: float, error: float, expected: float, reach: float) -> None:
     """Many examples: prior times likelihood, on a grid."""
     low, high = expected - reach, expected + reach
+    if low <= 0:
+        expected, low, high = expected + reach, expected + 1e-9, expected + 2 * reach  # above 0 the prior has two sides
     both = corrected(Measured(mean, error, 100_000), expected, low, high)
     sd = reach / 1.6448536
     grid = np.linspace(min(mean - 9 * error, expected - 9 * sd), max(mean + 9 * error, expected + 9 * sd), 200_001)
@@ -149,6 +151,14 @@ def test_a_correction_is_the_posterior(mean: float, error: float, expected: floa
     total = np.cumsum(weight) / weight.sum()
     assert both.low == pytest.approx(float(grid[np.searchsorted(total, 0.05)]), abs=3 * step + 1e-3 * error)
     assert both.high - both.low <= min(high - low, 3.3 * error) + 1e-9
+
+
+def test_a_predicted_loss_of_nothing_says_nothing_of_a_gain() -> None:
+    """Measured far below 0: the measurement stands; far above it, the prediction holds it back."""
+    gain, loss = (corrected(Measured(x, 0.05, 1000), 0.0, 0.0, 0.02) for x in (-0.4, 0.4))
+    assert gain.expected == pytest.approx(-0.4, abs=2e-3) and gain.high < -0.3
+    assert 0 < loss.expected < 0.1
+    assert loss.low < loss.expected < loss.high
 
 
 def test_a_correction_without_a_prediction_is_what_was_measured() -> None:
