@@ -7,7 +7,7 @@ build and feed the models of one library. The neuron graph does not come from th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -221,6 +221,34 @@ class TiesWeights(Protocol):
         ...
 
 
+class Contents(NamedTuple):
+    """What a folder holds whose networks lie in several sub-folders.
+
+    Attributes:
+        folders: those with weights, in the order in which they are used; ``""`` is the folder itself. The tensors of
+            ``2_Dense`` are called ``2_Dense.linear.weight``, those of ``""`` as they are.
+        config: what `Adapter.recognise` gets as the config. ``"parts"`` maps every sub-folder to what its
+            ``config.json`` says.
+    """
+
+    folders: tuple[str, ...]
+    config: dict[str, Any]
+
+
+@runtime_checkable
+class KnowsFolders(Protocol):
+    """Optional ability of an adapter: knows folders of several networks, or configs that are no ``config.json``."""
+
+    def contents(self, names: Sequence[str], read: Callable[[str], Any]) -> Contents | None:
+        """Which sub-folders hold the weights of a folder; None: not one of this library's, or nothing special.
+
+        Args:
+            names: its files, ``"modules.json"``, ``"2_Dense/model.safetensors"``, two levels deep.
+            read: name of a JSON file there -> its content.
+        """
+        ...
+
+
 _registered: dict[str, Adapter] = {}
 
 
@@ -249,6 +277,36 @@ def get_adapter(name: str) -> Adapter:
             raise MergeidError(f"no adapter named {name!r} is installed; expected one of {', '.join(adapter_names())}")
         _registered[name] = found.load()()
     return _registered[name]
+
+
+def config_owner(config: Mapping[str, Any]) -> ComparesConfigs | None:
+    """The adapter that understands a config; None: none does."""
+    adapters = (get_adapter(name) for name in adapter_names())
+    return next((a for a in adapters if isinstance(a, ComparesConfigs) and a.described(config, {}) is not None), None)
+
+
+def part_differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[ConfigDifference]:
+    """Every field in which the configs of several networks differ (`Contents.config`'s ``"parts"``), each compared by
+    the adapter that understands it."""
+    found: list[ConfigDifference] = []
+    for name in sorted({*a, *b}):
+        one, two, where = a.get(name) or {}, b.get(name) or {}, f"{prefix}{name}." if name else prefix
+        owner = config_owner(one)
+        if owner is not None and owner is config_owner(two):
+            found += [d._replace(field=where + d.field) for d in owner.config_differences(one, two)]
+        else:
+            keys = sorted(k for k in {*one, *two} if not k.startswith("_") and one.get(k) != two.get(k))
+            found += [ConfigDifference(where + k, one.get(k), two.get(k)) for k in keys]
+    return found
+
+
+def part_adopted(config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
+    """`ComparesConfigs.adopted` for the configs of several networks."""
+    found: dict[str, Any] = {}
+    for name, theirs in other.items():
+        owner, mine = config_owner(theirs), config.get(name)
+        found[name] = dict(theirs) if owner is None or not mine else owner.adopted(mine, theirs, head=head)
+    return found
 
 
 def near_names(name: str, names: Iterable[str], n: int = 5) -> list[str]:

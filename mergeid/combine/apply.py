@@ -20,8 +20,9 @@ from mergeid.combine.by_numpy import NumpyMerge
 from mergeid.combine.tensor_plan import TensorPlan, plan_many
 from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.io.companions import default_companions, weights_beside
+from mergeid.io.companions import default_companions
 from mergeid.io.dtypes import tensor_bytes
+from mergeid.io.folders import PARTS
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
 from mergeid.methods.registry import check_base, check_weights
@@ -252,13 +253,6 @@ def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> 
                 else ("two of the models are", "it counts twice")
             )
             warnings.warn(f"{subject} the same file ({a.path}); {rest}", MergeidWarning, stacklevel=3)
-        for name in weights_beside(a, b):
-            warnings.warn(
-                f"{name} of {a.source} and that of {b.source} differ; the first is copied as it is, since only the "
-                "encoder is merged",
-                MergeidWarning,
-                stacklevel=3,
-            )
     if plan.widened and dtype is None:
         name, more = plan.widened[0], len(plan.widened) - 1
         subject = f"tensor {name!r} and {more} more have" if more else f"tensor {name!r} has"
@@ -280,14 +274,24 @@ def _checked_overrides(a: Checkpoint, overrides: Mapping[str, Tensor]) -> dict[s
 
 def _changed_config(a: Checkpoint, plan: TensorPlan) -> dict[str, str]:
     """A config that names a dtype must name the new one, else loading it casts the weights back."""
-    key = next((k for k in ("dtype", "torch_dtype") if k in (a.config or {})), None)
-    if a.config is None or key is None or not plan.dtypes or not a.files:
+    if a.config is None or not plan.dtypes or not a.files:
         return config_files(a)
-    dtypes = Counter(plan.dtypes.get(n, a.table[n].dtype) for n in plan.merged)
-    name = _CONFIG_NAMES.get(dtypes.most_common(1)[0][0])
-    if name is None or a.config[key] == name:
-        return config_files(a)
-    return config_files(replace(a, config={**a.config, key: name}, config_changed=True))
+    config = a.config
+    if a.parts:
+        parts = {p.folder: _retyped(config[PARTS][p.folder], a, plan, p.prefix) for p in a.parts}
+        config = {**config, PARTS: {**config[PARTS], **parts}}
+    else:
+        config = _retyped(config, a, plan)
+    return config_files(a if config == a.config else replace(a, config=config, config_changed=True))
+
+
+def _retyped(config: Mapping[str, Any], a: Checkpoint, plan: TensorPlan, prefix: str = "") -> dict[str, Any]:
+    """The config of the network under a prefix, with the dtype that most of its tensors have in the output."""
+    key = next((k for k in ("dtype", "torch_dtype") if k in config), None)
+    dtypes = Counter(plan.dtypes.get(n, a.table[n].dtype) for n in plan.merged if n.startswith(prefix))
+    if key is None or not dtypes:
+        return dict(config)
+    return {**config, key: _CONFIG_NAMES.get(dtypes.most_common(1)[0][0], config[key])}
 
 
 def _record(

@@ -10,11 +10,16 @@ _NOT_COMPANIONS = (
 """Records of another run, not of the merged model."""
 
 
-def is_companion(name: str) -> bool:
-    """Whether a file of a model folder belongs beside its weights, judged by its name (``sub/file.json`` too)."""
+def is_companion(name: str, *, of_parts: bool = False) -> bool:
+    """Whether a file of a model folder belongs beside its weights, judged by its name (``sub/file.json`` too).
+
+    Args:
+        of_parts: whether sub-folders hold networks, so that their vocabularies count as well.
+    """
     base = name.rsplit("/", 1)[-1]
     if base.startswith(".") or base in _NOT_COMPANIONS or base.endswith(".index.json"):
         return False
     if "/" in name:
-        return name.count("/") == 1 and base.endswith(".json") and not name.startswith(("onnx/", "openvino/"))
+        known = base.endswith(_ENDINGS if of_parts else ".json")
+        return known and name.count("/") == 1 and not name.startswith(("onnx/", "openvino/"))
     return base.endswith(_ENDINGS)

@@ -18,6 +18,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several networks in a folder.
+
+    Attributes:
+        folder: its sub-folder; ``""``: the folder itself.
+        prefix: before the names of its tensors; in its files they stand without it.
+        files: its weight files.
+        index, index_metadata: as in `Checkpoint`.
+    """
+
+    folder: str
+    prefix: str
+    files: tuple[Path, ...]
+    index: str | None = None
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(eq=False, repr=False)
 class Checkpoint:
     """One model's weights. Nothing but headers is read until a tensor is asked for.
@@ -35,6 +53,7 @@ class Checkpoint:
         index: name of the index file of a sharded checkpoint, else None.
         index_metadata: the ``metadata`` of that index.
         config_changed: whether `config` is not what the file says, so that an output needs it written.
+        parts: the networks of a folder that holds several; none: it is one.
     """
 
     source: str
@@ -49,6 +68,7 @@ class Checkpoint:
     index: str | None = None
     index_metadata: dict[str, Any] = field(default_factory=dict)
     config_changed: bool = False
+    parts: tuple[Part, ...] = ()
     _spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
     _tensors: dict[str, Tensor] | None = None
@@ -88,7 +108,7 @@ class Checkpoint:
             KeyError: no such tensor.
             MergeidError: a dtype that torch cannot hold (sub-byte formats).
         """
-        if self._tensors is not None:
+        if self._tensors is not None and name in self._tensors:
             return self._tensors[name].detach().cpu()
         import torch
 
@@ -144,7 +164,7 @@ class Checkpoint:
             _spans={**self._spans, **({name: self._spans[of]} if of in self._spans else {})},
         )
         if self._tensors is not None:
-            found._tensors = {**self._tensors, name: self._tensors[of]}
+            found._tensors = {**self._tensors, **({name: self._tensors[of]} if of in self._tensors else {})}
         return found
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
@@ -156,17 +176,27 @@ class Checkpoint:
             _spans={new: self._spans[old] for new, old in names.items() if old in self._spans},
         )
         if self._tensors is not None:
-            found._tensors = {new: self._tensors[old] for new, old in names.items()}
+            found._tensors = {new: self._tensors[old] for new, old in names.items() if old in self._tensors}
         return found
+
+    def take(self, other: Checkpoint) -> None:
+        """Where the tensors of another lie, under its names."""
+        self._spans |= other._spans
+        if other._tensors is not None:
+            self._tensors = {**(self._tensors or {}), **other._tensors}
 
     def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
         """SHA-256 of every weight file, by file name (computed once). `stop` ends it early, with an empty answer."""
         if self._hashes is None:
-            hashes = {path.name: _sha256(path, stop) for path in self.files}
+            hashes = {self.name_of(path): _sha256(path, stop) for path in self.files}
             if stop is not None and stop.is_set():
                 return {}
             self._hashes = hashes
         return dict(self._hashes)
+
+    def name_of(self, file: Path) -> str:
+        """A weight file by its place in the folder."""
+        return file.relative_to(self.path).as_posix() if file.is_relative_to(self.path) and self.parts else file.name
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.basics.reading import read_json, read_table, read_text
 from mergeid.errors import MergeidError, shown
 from mergeid.io.beside import is_companion
+from mergeid.io.folders import file_names
 
 if TYPE_CHECKING:
     from mergeid.io.checkpoint import Checkpoint
@@ -31,6 +32,8 @@ def default_companions(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.tokenizer_folder != folder:
         theirs = [p for p in sorted(checkpoint.tokenizer_folder.iterdir()) if p.is_file() and _of_tokenizer(p.name)]
         found = [p for p in found if not _of_tokenizer(p.name)] + theirs
+    if checkpoint.parts:
+        return found + [folder / n for n in file_names(folder) if "/" in n and is_companion(n, of_parts=True)]
     modules = folder / "modules.json"
     if modules.is_file():
         found += _module_files(folder, modules)
@@ -54,24 +57,6 @@ def _module_files(folder: Path, modules: Path) -> list[Path]:
         if isinstance(n, str) and n not in ("", "..") and Path(n).name == n and (folder / n).is_dir()
     ]
     return [p for sub in inside for p in sorted(sub.iterdir()) if p.is_file() and not p.name.startswith(".")]
-
-
-def weights_beside(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """Files with weights of the subfolders that a folder's ``modules.json`` lists (a dense layer behind the encoder)
-    which the other folder lacks or has otherwise: they are copied, not merged."""
-    modules = a.path / "modules.json"
-    if not (a.is_folder and b.is_folder and modules.is_file()):
-        return []
-    found = []
-    for path in _module_files(a.path, modules):
-        if not path.name.endswith((".safetensors", ".bin")):
-            continue
-        name = path.relative_to(a.path)
-        other = b.path / name
-        same = other.is_file() and other.stat().st_size == path.stat().st_size
-        if not same or other.read_bytes() != path.read_bytes():
-            found.append(name.as_posix())
-    return found
 
 
 def label_map(config: dict[str, Any] | None) -> dict[str, str] | None:

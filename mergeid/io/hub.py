@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mergeid.basics.reading import read_json
 from mergeid.errors import MergeidError
 from mergeid.io.beside import is_companion
+from mergeid.io.folders import contents, inside
 from mergeid.io.weights import PICKLES, SAFETENSORS, find_weights, read_index
 
 PATIENCE = 10.0
@@ -56,13 +58,26 @@ def _fetch(repo: str, revision: str | None, allow_pickle: bool) -> Path:
             return _cached(repo, revision, error)
         raise MergeidError(_explain(error, repo, revision)) from None
     names = [s.rfilename for s in siblings]
-    weights = find_weights([n for n in names if "/" not in n], repo, allow_pickle=allow_pickle)
-    wanted = [n for n in names if is_companion(n)] + [weights.name]
+
+    def get(wanted: Iterable[str]) -> Path:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_exactly(wanted)))
+
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_exactly(wanted)))
-        if weights.listing is not None:
-            shards = set(read_index(folder / weights.listing)[0].values())
-            snapshot_download(repo, revision=revision, allow_patterns=_exactly(shards))
+        found = contents(names, lambda name: read_json(get([name]) / name))
+        parts = ("",) if found is None else found.folders
+        weights = {
+            p: find_weights(inside(names, p), f"{repo}/{p}".rstrip("/"), allow_pickle=allow_pickle) for p in parts
+        }
+        beside = [n for n in names if is_companion(n, of_parts=found is not None)]
+        folder = get([*beside, *(f"{p}/{w.name}".lstrip("/") for p, w in weights.items())])
+        shards = {
+            f"{p}/{shard}".lstrip("/")
+            for p, w in weights.items()
+            if w.listing is not None
+            for shard in read_index(folder / p / w.listing)[0].values()
+        }
+        if shards:
+            get(shards)
     except MergeidError:
         raise
     except Exception as error:

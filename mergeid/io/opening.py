@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.folders import contents_of, together
 from mergeid.io.header import Header, read_header
 from mergeid.io.weights import PICKLES, find_weights, pickle_refused, read_index
 from mergeid.plugins import TensorInfo
@@ -82,6 +83,16 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
+    found = contents_of(folder)
+    if found is None:
+        return _open_network(source, folder, allow_pickle)
+    if found.folders == ("",):
+        return replace(_open_network(source, folder, allow_pickle), config=found.config)
+    return together(source, folder, found, lambda part: _open_network(source, part, allow_pickle))
+
+
+def _open_network(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
+    """The weights that lie directly in a folder."""
     names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     weights = find_weights(names, folder, allow_pickle=allow_pickle)
     config = _config(folder / "config.json") if (folder / "config.json").exists() else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.checkpoint import Checkpoint, Part
 from mergeid.io.dtypes import BITS
+from mergeid.io.weights import INDEX, SAFETENSORS
 from mergeid.plugins import TensorInfo
 
 
@@ -22,6 +23,7 @@ class Shard:
         spans: tensor name -> (first byte, one past the last), counted from the start of the file.
         header: the bytes before the first tensor.
         size: bytes of the whole file.
+        prefix: before the names of the tensors, but not in the file.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Shard:
     spans: dict[str, tuple[int, int]]
     header: bytes
     size: int
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Layout:
 
     Attributes:
         shards: the files.
-        index: name of the index that says what lies where; None: there is none.
+        indices: name -> content of the files that say what lies where, one for each network in several files.
     """
 
     shards: tuple[Shard, ...]
-    index: str | None = None
+    indices: Mapping[str, str] = field(default_factory=dict)
 
 
 def lay_out(
@@ -69,23 +72,63 @@ def lay_out(
         if info.dtype not in BITS:
             raise MergeidError(f"tensor {key!r} has the unknown dtype {info.dtype}; expected one of {', '.join(BITS)}")
     if single is not None:
+        if like.parts:
+            raise MergeidError(
+                f"output {single} is one file, but {like.source} holds several networks in sub-folders; expected a "
+                "folder (option -o)"
+            )
         if shard_size is not None:
             raise MergeidError(f"--shard-size splits a folder's weights, and {single} is one file; name a folder (-o)")
         return Layout((_shard(single, table, like.metadata),))
-    sharded = like.index is not None and bool(like.file_metadata)
-    if not sharded:  # one file, or pickles that become one file
-        name = like.files[0].name if like.is_folder and like.file_metadata else name
+    if not like.parts:
+        sharded = like.index is not None and bool(like.file_metadata)
+        name = like.files[0].name if not sharded and like.is_folder and like.file_metadata else name
+        whole = Part("", "", like.files, like.index if sharded else None, like.index_metadata)
+        return _of_part(like, whole, table, shard_size, name)
+    found = Layout(())
+    for part in like.parts:
+        others = tuple(p.prefix for p in like.parts if len(p.prefix) > len(part.prefix))
+        own = {n: info for n, info in table.items() if n.startswith(part.prefix) and not n.startswith(others)}
+        file = part.files[0]  # a pickle becomes a file of the name that its library gives
+        name = file.name if file in like.file_metadata else file.stem.removeprefix("pytorch_") + SAFETENSORS
+        more = _of_part(like, part, own, shard_size, name)
+        found = Layout((*found.shards, *more.shards), {**found.indices, **more.indices})
+    return found
+
+
+def _of_part(
+    like: Checkpoint, part: Part, table: Mapping[str, TensorInfo], shard_size: int | None, name: str
+) -> Layout:
+    """The files of one network.
+
+    Args:
+        name: of its file, where it is one.
+    """
+    begin = f"{part.folder}/" if part.folder else ""
     if shard_size is not None:
-        stem = (str(like.index).removesuffix(".index.json") if sharded else name).removesuffix(".safetensors")
-        return _split(stem, table, like.metadata, shard_size)
-    if not sharded:
-        return Layout((_shard(name, table, like.metadata),))
-    files = {file: like.file_metadata.get(file, {}) for file in like.files}
-    held = {file: {n: info for n, info in table.items() if like.file_of[n] == file} for file in files}
-    return Layout(tuple(_shard(file.name, held[file], about) for file, about in files.items()), like.index)
+        stem = name.removesuffix(SAFETENSORS) if part.index is None else part.index.removesuffix(INDEX)
+        groups = _split(table, shard_size)
+        places = [f"-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))] if len(groups) > 1 else [""]
+        listed = {f"{begin}{stem}{place}{SAFETENSORS}": group for place, group in zip(places, groups, strict=True)}
+        index = f"{stem}{INDEX}" if len(groups) > 1 else None
+        about: Mapping[str, Mapping[str, str]] = dict.fromkeys(listed, _metadata(like, part))
+    elif part.index is None:
+        listed, index, about = {begin + name: dict(table)}, None, {begin + name: _metadata(like, part)}
+    else:  # tensors that lie in none of its files go into the first
+        index = part.index
+        placed = {n: like.file_of[n] if like.file_of[n] in part.files else part.files[0] for n in table}
+        listed = {begin + f.name: {n: i for n, i in table.items() if placed[n] == f} for f in part.files}
+        about = {begin + f.name: like.file_metadata.get(f, {}) for f in part.files}
+    shards = tuple(_shard(name, group, about[name], part.prefix) for name, group in listed.items())
+    return Layout(shards, {} if index is None else {begin + index: _index_text(part, shards)})
 
 
-def _split(stem: str, table: Mapping[str, TensorInfo], metadata: Mapping[str, str], most: int) -> Layout:
+def _metadata(like: Checkpoint, part: Part) -> Mapping[str, str]:
+    """What goes into the header of a file that holds what lay in several."""
+    return {k: v for f in part.files for k, v in like.file_metadata.get(f, {}).items()} if like.parts else like.metadata
+
+
+def _split(table: Mapping[str, TensorInfo], most: int) -> list[dict[str, TensorInfo]]:
     """The tensors in their order, a new file wherever the next one has no room."""
     groups: list[dict[str, TensorInfo]] = [{}]
     filled = 0
@@ -96,19 +139,15 @@ def _split(stem: str, table: Mapping[str, TensorInfo], metadata: Mapping[str, st
             filled = 0
         groups[-1][key] = info
         filled += size
-    if len(groups) == 1:
-        return Layout((_shard(f"{stem}.safetensors", groups[0], metadata),))
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    shards = tuple(_shard(name, group, metadata) for name, group in zip(names, groups, strict=True))
-    return Layout(shards, f"{stem}.safetensors.index.json")
+    return groups
 
 
-def index_text(like: Checkpoint, shards: Sequence[Shard]) -> str:
+def _index_text(part: Part, shards: Sequence[Shard]) -> str:
     """The ``*.safetensors.index.json`` that goes with the shards."""
     sizes = (shard.size - len(shard.header) for shard in shards)
-    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    weight_map = {n.removeprefix(part.prefix): s.name.rpartition("/")[2] for s in shards for n in s.tensors}
     index = {
-        "metadata": {**like.index_metadata, "total_size": sum(sizes)},
+        "metadata": {**part.index_metadata, "total_size": sum(sizes)},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return json.dumps(index, indent=2) + "\n"
@@ -121,7 +160,7 @@ def _bytes(info: TensorInfo) -> int:
     return bits // 8
 
 
-def _shard(name: str, tensors: dict[str, TensorInfo], metadata: Mapping[str, str]) -> Shard:
+def _shard(name: str, tensors: dict[str, TensorInfo], metadata: Mapping[str, str], prefix: str = "") -> Shard:
     if not _aligned(tensors):
         # A changed dtype can leave later tensors unaligned: wide numbers first, else the order of the input.
         tensors = dict(sorted(tensors.items(), key=lambda item: -BITS[item[1].dtype]))
@@ -131,13 +170,17 @@ def _shard(name: str, tensors: dict[str, TensorInfo], metadata: Mapping[str, str
     for key, info in tensors.items():
         offsets[key] = (end, end + _bytes(info))
         end = offsets[key][1]
-        entries[key] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(offsets[key])}
+        entries[key.removeprefix(prefix)] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": list(offsets[key]),
+        }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     begin = len(header)
     spans = {key: (begin + first, begin + last) for key, (first, last) in offsets.items()}
-    return Shard(name, tensors, spans, header, begin + end)
+    return Shard(name, tensors, spans, header, begin + end, prefix)
 
 
 def _aligned(tensors: Mapping[str, TensorInfo]) -> bool:

@@ -25,7 +25,7 @@ from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.io.journal import Journal
 from mergeid.io.output import RECORD, check_output, is_single_file, record_path
 from mergeid.io.publish import cannot_write, publish_folder, sync_folder, write_text
-from mergeid.io.shards import Layout, Shard, index_text, lay_out
+from mergeid.io.shards import Layout, Shard, lay_out
 from mergeid.request.request import Output
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class CheckpointWriter:
                     self.journal.staged.mkdir(exist_ok=True)
                 for shard in self._layout.shards:
                     place = self._place(shard)
+                    place.parent.mkdir(exist_ok=True)
                     file = open(place, "r+b" if place.exists() else "xb", buffering=0)
                     self._open[shard.name] = file
                     _write_all(file, memoryview(shard.header))
@@ -161,8 +162,7 @@ class CheckpointWriter:
     def paths(self) -> list[Path]:
         """The files that make up the output, record included."""
         found = [self.output if self._single else self.output / s.name for s in self._layout.shards]
-        if self._layout.index is not None:
-            found.append(self.output / self._layout.index)
+        found += [self.output / name for name in self._layout.indices]
         inside = [self._inside(path) for path in self._companions]
         inside += [Path(name) for name in self._replace if not self._single and Path(name) not in inside]
         found += [self.output / path for path in inside]
@@ -246,23 +246,17 @@ class CheckpointWriter:
             os.replace(staged, self.output)
 
     def _fill_folder(self) -> None:
-        staged, index = self.journal.staged, self._layout.index
-        own = {shard.name for shard in self._layout.shards}
-        if index is not None:
-            own.add(index)
-            write_text(staged / index, index_text(self._like, self._layout.shards))
+        staged, written = self.journal.staged, {**self._replace, **self._layout.indices}
+        for name, text in written.items():
+            (staged / name).parent.mkdir(exist_ok=True)
+            write_text(staged / name, text)
+        own = {*(shard.name for shard in self._layout.shards), *written}
         for source in self._companions:
-            target = staged / self._inside(source)
-            if str(self._inside(source)) in own:
+            if self._inside(source).as_posix() in own:
                 continue
+            target = staged / self._inside(source)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if source.name in self._replace and target.parent == staged:
-                write_text(target, self._replace[source.name])
-            else:
-                write_text(target, source.read_bytes())
-        for name, text in self._replace.items():
-            if not (staged / name).exists() or self.journal.resumed:
-                write_text(staged / name, text)
+            write_text(target, source.read_bytes())
         if self.record is not None:
             write_text(staged / RECORD, self._record_text())
         sync_folder(staged)

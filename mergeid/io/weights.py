@@ -52,7 +52,7 @@ def find_weights(names: Iterable[str], where: object, *, allow_pickle: bool = Fa
     names = sorted(names)
     if "model.safetensors" in names:
         return Weights("model.safetensors", None, False)
-    files = [n for n in names if n.endswith(SAFETENSORS)]
+    files = _without_variants([n for n in names if n.endswith(SAFETENSORS)])
     indices = [n for n in names if n.endswith(INDEX)]
     if "model" + INDEX in indices:
         return Weights(None, "model" + INDEX, False)
@@ -64,6 +64,12 @@ def find_weights(names: Iterable[str], where: object, *, allow_pickle: bool = Fa
     if loose:
         return Weights(loose[0], None, False)
     return _find_pickles(names, where, allow_pickle)
+
+
+def _without_variants(files: list[str]) -> list[str]:
+    """Without the same weights in other formats (``….fp16.safetensors``, ``….non_ema.safetensors``)."""
+    stems = {n.removesuffix(SAFETENSORS) for n in files}
+    return [n for n in files if n.removesuffix(SAFETENSORS).rpartition(".")[0] not in stems]
 
 
 def _ambiguous(where: object, names: list[str]) -> str:

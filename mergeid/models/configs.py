@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.folders import PARTS
 from mergeid.plugins import ComparesConfigs, ConfigDifference, adapter_names, get_adapter
 
 if TYPE_CHECKING:
@@ -168,10 +169,17 @@ def index_of(config: str | None, models: int) -> int | None:
 
 
 def config_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """``config.json`` as text where it is not the one that lies beside the weights."""
+    """``config.json`` as text where it is not the one that lies beside the weights; one for each network."""
     if not checkpoint.config_changed or checkpoint.config is None:
         return {}
-    return {"config.json": json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n"}
+    if not checkpoint.parts:
+        return {"config.json": _text(checkpoint.config)}
+    configs = checkpoint.config[PARTS]
+    return {f"{p.folder}/config.json".lstrip("/"): _text(configs[p.folder]) for p in checkpoint.parts}
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _description(checkpoint: Checkpoint) -> tuple[ComparesConfigs | None, Mapping[str, Any] | None]:

@@ -9,7 +9,6 @@ import torch
 from merging import merge_checkpoints
 from safetensors.torch import load_file, save_file
 
-from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import default_companions, is_companion, label_map, vocabulary
 from mergeid.io.opening import open_checkpoint
@@ -76,17 +75,14 @@ def test_a_real_sentence_encoder_keeps_its_parts(tmp_path: Path) -> None:
         assert torch.equal(merged[name], (tensors[name] + (tensors[name] + 1e-3)) / 2)
 
 
-def test_weights_of_further_modules_are_copied_and_that_is_said(tmp_path: Path) -> None:
+def test_weights_of_further_modules_are_merged(tmp_path: Path) -> None:
     """A dense layer behind the encoder is a module of its own, in a folder of its own."""
-    for name, dense in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+    for name, dense in (("a", 1.0), ("b", 2.0)):
         folder = tmp_path / name
         (folder / "2_Dense").mkdir(parents=True)
         (folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
         save_file({"w": torch.full((3,), dense)}, folder / "model.safetensors")
         save_file({"linear.weight": torch.full((2, 2), dense)}, folder / "2_Dense" / "model.safetensors")
-    with pytest.warns(
-        MergeidWarning, match="2_Dense/model.safetensors of .*a and that of .*b differ; the first is copied"
-    ):
-        merge_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "out")
-    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").is_file()
-    merge_checkpoints(tmp_path / "a", tmp_path / "c", tmp_path / "same")
+    merge_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")
+    assert torch.equal(merged["linear.weight"], torch.full((2, 2), 1.5))
