@@ -150,7 +150,7 @@ class DiffusersAdapter:
         inner, keys = arch.options.get("inner"), set(model.state_dict())
         if inner is None:
             return {n: n for n in table if n in keys}
-        found = {}
+        found: dict[str, str] = {}
         for name, own in inner.items():
             tensors = {n.removeprefix(f"{name}."): i for n, i in table.items() if n.startswith(f"{name}.")}
             library = self if own.adapter == self.name else get_adapter(own.adapter)

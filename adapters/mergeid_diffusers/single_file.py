@@ -58,7 +58,7 @@ def conversion(kind: str, config: Mapping[str, Any]) -> Callable[[dict[str, Tens
     """diffusers' own conversion of a file's tensors. Raises `MergeidError` where the class has none."""
     from diffusers.loaders import single_file_model
 
-    known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(kind)
+    known: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(kind)
     if known is None:
         raise MergeidError(
             f"diffusers has no conversion of single files for {kind}; convert the file to diffusers' names, or merge "
@@ -131,7 +131,7 @@ class SingleFile(nn.Module):
         return {f"{prefix}.{k}": t for k, t in self.converted().items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> SingleFile:
-        self.network._apply(fn)
+        self.network._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)
         return self
 

@@ -174,8 +174,8 @@ class OpenClipAdapter:
 
     def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
         """All fields of the model; how images are prepared is for the inputs."""
-        towers = [{k: v if isinstance(v, Mapping) else {"": v} for k, v in c[MODEL].items()} for c in (a, b)]
-        found = [d._replace(field=d.field.rstrip(".")) for d in part_differences(*towers)]
+        one, two = ({k: v if isinstance(v, Mapping) else {"": v} for k, v in c[MODEL].items()} for c in (a, b))
+        found = [d._replace(field=d.field.rstrip(".")) for d in part_differences(one, two)]
         images = part_differences({IMAGES: a.get(IMAGES)}, {IMAGES: b.get(IMAGES)})
         return found + [d._replace(effect="inputs") for d in images]
 

@@ -84,7 +84,8 @@ class SentenceTransformersAdapter:
 
     def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
         """Module by module: ``2_Dense.linear.weight`` -> ``2.linear.weight``."""
-        steps, found = steps_of(arch.options["config"]["modules"]), {}
+        steps = steps_of(arch.options["config"]["modules"])
+        found: dict[str, str] = {}
         keys = set(model.state_dict())
         for i, step in enumerate(steps):
             own = _of_step(table, steps, step)

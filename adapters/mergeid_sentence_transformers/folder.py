@@ -38,13 +38,14 @@ class Step:
 
 
 def contents(names: Sequence[str], read: Callable[[str], Any]) -> Contents | None:
-    """Which modules of a folder have weights; None where there is no list of modules, and where the encoder alone has
-    weights and lies in the folder itself: that is a folder of transformers.
-
-    Raises `MergeidError` for a list that cannot be read."""
+    """Which modules of a folder have weights; None where there is no list of modules, or one that names no sub-folders,
+    and where the encoder alone has weights and lies in the folder itself: that is a folder of transformers."""
     if LISTING not in names:
         return None
-    listed = steps_of(read(LISTING))
+    try:
+        listed = steps_of(read(LISTING))
+    except MergeidError:
+        return None
     folders = [s.folder for s in listed if any(n.endswith(WEIGHTS) for n in _inside(names, s.folder))]
     if folders in ([], [""]):
         return None
