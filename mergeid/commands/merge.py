@@ -102,6 +102,7 @@ def command(
                     normalize=told.normalize,
                     dtype=told.dtype,
                     tokenizer=told.tokenizer,
+                    chat_template=told.chat_template,
                     repair=stage,
                     progress=work.progress,
                 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergeid.data import arrays, conform, images, text
 from mergeid.data.batching import Item, ItemDataset, told
+from mergeid.data.chat import chat_name
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture
 
@@ -215,6 +216,8 @@ def _rows(rows: Any, about: Mapping[str, Any], folder: Path | None, seed: int, s
     if about.get("kind") == "text" and isinstance(first, Mapping):
         column = next((n for n in text.TEXT_NAMES if n in first), None)
         if column is not None and isinstance(first[column], str):
+            return text.record_dataset([dict(r) for r in rows], about, folder, seed, source)
+        if chat_name([first]) is not None:
             return text.record_dataset([dict(r) for r in rows], about, folder, seed, source)
     if about.get("kind") == "image" and isinstance(first, Mapping):
         column = next((k for k, v in first.items() if hasattr(v, "convert") and hasattr(v, "size")), None)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mergeid.data.batching import IGNORED, Item, ItemDataset, told
+from mergeid.data.chat import chat_name, written_out
 from mergeid.data.targets import add_targets, mask_tokens
 from mergeid.errors import MergeidError
 
@@ -125,8 +126,12 @@ def _item(ids: Sequence[int], about: Mapping[str, Any], mask: Sequence[int] | No
 def record_dataset(
     rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], folder: Path | None, seed: int, source: str
 ) -> ItemDataset:
-    """Records such as ``{"text": …, "label": …}`` (also ``text_pair``, and ``target`` for encoder-decoders)."""
+    """Records such as ``{"text": …, "label": …}`` (also ``text_pair``, and ``target`` for encoder-decoders), or
+    conversations, ``{"messages": [{"role": …, "content": …}]}``."""
     tokenizer = load_tokenizer(folder) if rows else None
+    chats = chat_name(rows) if _name_of(rows, TEXT_NAMES) is None else None
+    if chats is not None:
+        rows = written_out(rows, chats, tokenizer, source)
     text_name = _name_of(rows, TEXT_NAMES)
     if rows and text_name is None:
         _refuse_mixed(rows, TEXT_NAMES, source)
@@ -140,7 +145,7 @@ def record_dataset(
         _refuse_mixed(rows, LABEL_NAMES, source)
     labels = _labels(rows, about, source)
 
-    columns = _Columns(str(text_name), pair_name, target_name)
+    columns = _Columns(str(text_name), pair_name, target_name, written=chats is not None)
 
     def get(index: int) -> Item:
         row = rows[index]
@@ -150,11 +155,12 @@ def record_dataset(
 
 
 class _Columns(NamedTuple):
-    """Names of what is read of a row."""
+    """Names of what is read of a row, and whether its text has all special tokens already."""
 
     text: str
     pair: str | None
     target: str | None
+    written: bool
 
 
 def _encode(
@@ -168,7 +174,13 @@ def _encode(
 ) -> Item:
     length, task = int(about["max_length"]), about.get("task")
     texts = [_text(row, n, index) for n in (columns.text, columns.pair) if n is not None]
-    made = tokenizer(*texts, truncation=True, max_length=length, return_special_tokens_mask=True)
+    made = tokenizer(
+        *texts,
+        truncation=True,
+        max_length=length,
+        return_special_tokens_mask=True,
+        add_special_tokens=not columns.written,
+    )
     ids = made["input_ids"] or [int(about.get("pad_id") or 0)]
     item = Item(input_ids=torch.tensor(ids), attention_mask=torch.ones(len(ids), dtype=torch.long))
     if "token_type_ids" in made and columns.pair:

@@ -54,6 +54,7 @@ class Checkpoint:
         index_metadata: the ``metadata`` of that index.
         config_changed: whether `config` is not what the file says, so that an output needs it written.
         parts: the networks of a folder that holds several; none: it is one.
+        beside: small files of an output that are not as they lie in the folder, by name (a chat template).
     """
 
     source: str
@@ -69,6 +70,7 @@ class Checkpoint:
     index_metadata: dict[str, Any] = field(default_factory=dict)
     config_changed: bool = False
     parts: tuple[Part, ...] = ()
+    beside: dict[str, str] = field(default_factory=dict)
     _spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
     _tensors: dict[str, Tensor] | None = None

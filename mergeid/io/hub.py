@@ -21,6 +21,11 @@ PATIENCE = 10.0
 _ID = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 
 
+def is_id(source: str) -> bool:
+    """Whether a name is that of a repository on the hub, and of nothing here."""
+    return _ID.match(source) is not None and not Path(source).exists()
+
+
 def download(source: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """Fetch a model into the local cache (or find it there) and return its folder.
 
@@ -44,7 +49,7 @@ def download(source: str, *, revision: str | None = None, allow_pickle: bool = F
     if named and revision and named != revision:
         raise MergeidError(f"{source} names the revision {named} and --revision names {revision}; give one")
     revision = revision or named
-    with _Patience().applied():
+    with Patience().applied():
         return _fetch(repo, revision, allow_pickle)
 
 
@@ -85,7 +90,7 @@ def _fetch(repo: str, revision: str | None, allow_pickle: bool) -> Path:
     return folder
 
 
-class _Patience:
+class Patience:
     """Gives every request of huggingface_hub a time limit, since some of its calls have none, and ends its retries
     where nothing was answered meanwhile."""
 
@@ -146,13 +151,13 @@ def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
 
 def _unreachable(error: Exception) -> bool:
     """Whether the hub did not answer (offline mode, no network, time-out, server error)."""
-    if (status := _status(error)) is not None:
+    if (status := status_of(error)) is not None:
         return status >= 500
     client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
     return client or isinstance(error, (ConnectionError, TimeoutError))
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -182,13 +187,13 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, HFValidationError):
         return f"no such file or folder: {repo}; and it is no valid hub id either (org/name)"
     if isinstance(error, LocalEntryNotFoundError) or _unreachable(error):
-        status = _status(error)
+        status = status_of(error)
         why = f"answered with status {status}" if status else "cannot be reached"
         return (
             f"no such file or folder: {repo}; as a hub id it is not in the local cache and {constants.ENDPOINT} {why}: "
             "check the path or the network"
         )
-    if (status := _status(error)) is not None:
+    if (status := status_of(error)) is not None:
         return f"{page} could not be read: the hub answered with status {status}; check the id and your token"
     reason = str(error).split("\n", 1)[0]
     return f"{repo} could not be fetched from {constants.ENDPOINT}: {reason or type(error).__name__}"

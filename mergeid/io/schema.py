@@ -146,7 +146,6 @@ class ZipRecord(Own):
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 _REFUSED = {
-    "chat_template": "the chat template is the first model's",
     "experts": "mixtures of experts are not built",
     "gate_mode": "mixtures of experts are not built",
 }
@@ -272,6 +271,7 @@ class RecipeFile(Own):
     out_dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None
     tokenizer_source: Annotated[str, _text("union, base, or a model")] | None = None
     tokenizer: TokenizerEntry | None = None
+    chat_template: Annotated[str, _text("auto, chatml, or a template")] | None = None
 
     @model_validator(mode="before")
     @classmethod

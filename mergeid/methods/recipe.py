@@ -78,6 +78,7 @@ class Recipe:
         slices: for recipes with slices, what each is merged of and how, bottom first; `models` is empty then.
         name: under which later documents of the same file name the result.
         tokenizer: whose tokens the result has: "union", "a", "b", … or "base"; None: all have the same.
+        chat_template: as `mergeid.merge` takes it.
     """
 
     models: list[str]
@@ -90,6 +91,7 @@ class Recipe:
     slices: tuple[Recipe, ...] = ()
     name: str | None = None
     tokenizer: str | None = None
+    chat_template: str | None = None
 
     def sources(self) -> list[str]:
         """All models that it names."""
@@ -165,11 +167,12 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         if slices is not None:
             if told.tokenizer_source is not None or told.tokenizer is not None:
                 warnings.warn(f"{name}: slices keep the first model's tokenizer", MergeidWarning, stacklevel=3)
-            return _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
+            stacked = _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
+            return replace(stacked, chat_template=told.chat_template)
         models = [entry.model for entry in entries or ()]
         own = [_settings(entry.parameters) for entry in entries or ()]
         found = replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
-        return replace(found, tokenizer=_tokenizer(told, found))
+        return replace(found, tokenizer=_tokenizer(told, found), chat_template=told.chat_template)
     except MergeidError as error:
         raise MergeidError(f"{name}: {error}") from None
 

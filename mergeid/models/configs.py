@@ -169,13 +169,15 @@ def index_of(config: str | None, models: int) -> int | None:
 
 
 def config_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """``config.json`` as text where it is not the one that lies beside the weights; one for each network."""
+    """``config.json`` as text where it is not the one that lies beside the weights, one for each network, and other
+    files that are new."""
     if not checkpoint.config_changed or checkpoint.config is None:
-        return {}
+        return dict(checkpoint.beside)
     if not checkpoint.parts:
-        return {"config.json": _text(checkpoint.config)}
+        return {**checkpoint.beside, "config.json": _text(checkpoint.config)}
     configs = checkpoint.config[PARTS]
-    return {f"{p.folder}/config.json".lstrip("/"): _text(configs[p.folder]) for p in checkpoint.parts}
+    files = {f"{p.folder}/config.json".lstrip("/"): _text(configs[p.folder]) for p in checkpoint.parts}
+    return {**checkpoint.beside, **files}
 
 
 def _text(config: Mapping[str, Any]) -> str:

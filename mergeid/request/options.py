@@ -93,6 +93,16 @@ Tokenizer = Annotated[
         shown=False,
     ),
 ]
+ChatTemplate = Annotated[
+    Union[str, None],
+    Option(
+        "Chat template of the result: auto (what most models have), a, b, …, chatml, a file, or a template in Jinja; "
+        "A's if not given.",
+        OUTPUT,
+        "TEMPLATE",
+        shown=False,
+    ),
+]
 Data = Annotated[
     Any,
     Option(
@@ -143,6 +153,15 @@ Resume = Annotated[
     switch(
         "Go on with the merge to OUT that was stopped, if there is one; and keep what is done if this one is stopped.",
         OUTPUT,
+    ),
+]
+Push = Annotated[
+    Union[str, None],
+    Option(
+        "Then upload the result to this repository on the Hugging Face hub, with a model card, the plan and a plot.",
+        OUTPUT,
+        "ORG/NAME",
+        shown=False,
     ),
 ]
 Dtype = Annotated[

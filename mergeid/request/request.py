@@ -100,6 +100,8 @@ class Reading:
         allow_pickle: whether pickled weights may be read.
         example: of live modules.
         tokenizer: "union", "a", "b", … or "base": whose tokens the embeddings have; None: all have the same.
+        chat_template: "auto", "a", "b", …, "chatml", a file or a template: what the result's tokenizer gets; None: the
+            first model's.
     """
 
     arch: str | None = None
@@ -108,6 +110,7 @@ class Reading:
     allow_pickle: bool = False
     example: Example = field(default_factory=Example)
     tokenizer: str | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ class Output:
         force: replace an earlier output, and write what mergeid advises against.
         shard_size: most bytes of one weight file of a folder; None: files as the first model has them.
         resume: go on with work on this output that was stopped.
+        push: the repository on the hub that it goes to once it is written; None: none.
     """
 
     path: str | os.PathLike[str] | None = None
@@ -189,6 +193,7 @@ class Output:
     force: bool = False
     shard_size: int | None = None
     resume: bool = False
+    push: str | None = None
 
 
 _UNITS = {"": 1, "B": 1} | {p + i + "B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}

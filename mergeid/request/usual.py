@@ -63,13 +63,15 @@ def parameters() -> list[inspect.Parameter]:
     return [inspect.Parameter(n, keyword, default=default[n], annotation=hint) for n, hint in written.items()]
 
 
-def requests_of(given: Usual, batch_size: int, tokenizer: str | None = None) -> tuple[Run, Reading]:
+def requests_of(
+    given: Usual, batch_size: int, tokenizer: str | None = None, chat_template: str | None = None
+) -> tuple[Run, Reading]:
     """What was asked for. Raises `MergeidError` as `Run` does."""
     told: Usual = {**DEFAULTS, **given}
     run = Run.of(told["progress"], device=told["device"], seed=told["seed"], batch_size=batch_size)
     example = Example.of(told["example_inputs"], told["outputs"])
     skip, pickle = tuple(told["skip"]), told["allow_pickle"]
-    return run, Reading(told["arch"], told["config"], skip, pickle, example, tokenizer)
+    return run, Reading(told["arch"], told["config"], skip, pickle, example, tokenizer, chat_template)
 
 
 def calibration_of(data: Any, given: Usual) -> Calibration:

@@ -15,6 +15,7 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
+from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import Agreed, agree
 from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
@@ -99,7 +100,7 @@ def open_models(
         refuse_adapter(checkpoint)
     named = same_names(everyone, asked.arch)
     words = one_vocabulary(named.models, asked.tokenizer, base is not None)
-    everyone = words.models
+    everyone = with_chat_template(words.models, asked.chat_template)
     given = same_heads(everyone, asked.skip) if heads else SameHeads(everyone)
     left = {name for c in given.models for name in c.table}
     skip = tuple(

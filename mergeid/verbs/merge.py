@@ -126,9 +126,11 @@ def merge(
     repair: bool | str = True,
     refuse_above: o.RefuseAbove = REFUSE_ABOVE,
     tokenizer: o.Tokenizer = None,
+    chat_template: o.ChatTemplate = None,
     dtype: o.Dtype = None,
     shard_size: o.ShardSize = None,
     resume: o.Resume = False,
+    push: o.Push = None,
     force: Annotated[
         bool,
         o.switch(
@@ -169,7 +171,11 @@ def merge(
         shard_size: most bytes of one weight file of a folder (5_000_000_000, "5GB"); None: files as the first model's.
         resume: go on with the merge to `output` that was stopped, if there is one; else begin, and keep what is done
             if this process is stopped. Models and settings must be the same.
+        push: repository on the hub (``"org/name"``) that the result is uploaded to, with a model card, the plan and a
+            plot; it is made if there is none.
         tokenizer: "union", "a", "b", … or "base": whose tokens the result has, where vocabularies differ.
+        chat_template: "auto", "a", "b", …, "chatml", a file, or a template: what the result's tokenizer gets; None: the
+            first model's.
         force: overwrite, and merge even when the plan, or the last look, says that it will not work.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; `config`: whose config the
             result gets.
@@ -179,7 +185,7 @@ def merge(
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
-    run, reading = requests_of(usual, batch_size, tokenizer)
+    run, reading = requests_of(usual, batch_size, tokenizer, chat_template)
     listed: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
     request = MergeRequest(
         tuple(m for m in listed if m is not None),
@@ -190,7 +196,7 @@ def merge(
         calibration_of(data, usual),
         Matching(match, matcher),
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),
-        Output(output, dtype, force, bytes_of(shard_size), resume),
+        Output(output, dtype, force, bytes_of(shard_size), resume, push),
         transport,
     )
     return merge_models(request, Workbench(reading, run))
@@ -202,6 +208,13 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     if is_module(request.models[0]) and len(request.models) > 2 and config not in (None, "a"):
         raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
     output = _target(request, bench.reading.arch)
+    repo = request.output.push
+    if repo is not None:
+        from mergeid.io.push import check_push
+
+        if output is None:
+            raise MergeidError(f"--push {repo}: a merge of live modules is in memory; give an output to upload")
+        check_push(repo)
     met = open_models(bench, request.models, request.base, widths=not request.transport)
     request, notes = _sharing(request, met)
     settings = request.asked.over(len(met.models), met.float_names)
@@ -224,7 +237,12 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
         return replace(result, state={**_state(met, members, settings), **repaired})
     from mergeid.stages.write import inputs_of, write
 
-    return write(result, met, inputs_of(met, members, repaired), request.asked, output)
+    result = write(result, met, inputs_of(met, members, repaired), request.asked, output)
+    if repo is None:
+        return result
+    from mergeid.stages.push import push_merge
+
+    return push_merge(result, met, request.asked.method.name, repo)
 
 
 def _target(request: MergeRequest, arch: str | None) -> Output | None:

@@ -233,7 +233,6 @@ PAIR = "models: [{model: a}, {model: b}]"
             f"merge_method: karcher\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n{PAIR}",
             "tokenizer.pad_to_multiple_of is not supported",
         ),
-        (f"merge_method: karcher\nchat_template: auto\n{PAIR}", "the chat template is the first model's"),
         ("merge_method: linear\nmodels: []", "models is an empty list; expected more entries"),
         ("merge_method: linear\nmodels: [a, b]", r"models\[0\] is 'a'; expected a table with model, parameters"),
         ("merge_method: linear\nmodels: [{name: a}]", r"models\[0\] has an unknown key 'name'"),
