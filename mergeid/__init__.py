@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mergeid.results.prediction import PredictionMatrix, PredictResult
     from mergeid.results.ranking import Ranking
     from mergeid.results.similarity import SimilarityResult
+    from mergeid.results.soup import SoupResult
     from mergeid.results.zip import ZipResult
     from mergeid.verbs.align import align
     from mergeid.verbs.barrier import barrier
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mergeid.verbs.scramble import scramble
     from mergeid.verbs.similarity import similarity
     from mergeid.verbs.sketch import predict_sketches, sketch
+    from mergeid.verbs.soup import soup
     from mergeid.verbs.zip import load_zipped, zip_models
 
     __version__: str
@@ -58,6 +60,7 @@ _PLACES = {
     "Ranking": "results.ranking",
     "ScrambleResult": "results.merge",
     "SimilarityResult": "results.similarity",
+    "SoupResult": "results.soup",
     "ZipResult": "results.zip",
     "align": "verbs.align",
     "barrier": "verbs.barrier",
@@ -75,6 +78,7 @@ _PLACES = {
     "extract": "verbs.extract",
     "scramble": "verbs.scramble",
     "similarity": "verbs.similarity",
+    "soup": "verbs.soup",
     "sketch": "verbs.sketch",
     "zip_models": "verbs.zip",
 }
@@ -96,6 +100,7 @@ __all__ = [
     "Ranking",
     "ScrambleResult",
     "SimilarityResult",
+    "SoupResult",
     "WillNotMerge",
     "ZipResult",
     "align",
@@ -115,6 +120,7 @@ __all__ = [
     "scramble",
     "similarity",
     "sketch",
+    "soup",
     "zip_models",
 ]
 

@@ -32,6 +32,7 @@ from mergeid.commands import (
     scramble,
     similarity,
     sketch,
+    soup,
 )
 from mergeid.commands import zip as zip_verb
 from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason
@@ -51,7 +52,7 @@ app = typer.Typer(
 )
 
 _VERBS = (
-    *(merge, zip_verb, plan, predict, rank, report, barrier, align, sketch),
+    *(merge, soup, zip_verb, plan, predict, rank, report, barrier, align, sketch),
     *(similarity, graph, scramble, extract, explain, adapters, demo),
 )
 for _verb in _VERBS:

@@ -1,0 +1,41 @@
+"""``mergeid soup``: many fine-tunes of one model into one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
+from mergeid.commands.work import check_outputs, working
+from mergeid.verbs.soup import soup
+
+if TYPE_CHECKING:
+    from mergeid.results.soup import SoupResult
+
+
+@command_of(soup)
+def command(
+    call: Call[SoupResult],
+    models: Annotated[
+        list[str], typer.Argument(metavar="A B [C …]", help=f"Fine-tunes of one model: {o.MODEL}.", show_default=False)
+    ],
+    as_json: o.Json = False,
+) -> int:
+    """Average fine-tunes of one model that help on validation data, or all of them, or with learned coefficients.
+
+    They are aligned with A first, where the plan says so. The output follows A, and mergeid.json beside it says what
+    is in it. Measured on the data that it was chosen on, a greedy soup looks a little better than it is.
+    """
+    check_outputs((*models, *call.reads))
+    with working(as_json) as work:
+        result = call(models, progress=work.progress)
+        if as_json:
+            work.emit(result.to_json())
+        else:
+            from mergeid.reporting.soups import print_soup
+
+            work.close()
+            print_soup(result, work.console)
+    return 0

@@ -1,0 +1,166 @@
+"""Soups: averages of many fine-tunes, chosen on validation data (Wortsman et al. 2022, arXiv:2203.05482), and
+coefficients learned without labels (AdaMerging, Yang et al. 2024, arXiv:2310.02575)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from mergeid.basics.state import load_weights
+from mergeid.errors import MergeidError
+from mergeid.evaluate.measure import Metrics, evaluate
+from mergeid.methods.settings import ByName, MethodRequest
+from mergeid.models.examples import Examples
+from mergeid.models.running import make_accelerator
+from mergeid.request.request import Run
+from mergeid.stages.members import Members
+
+Measure = Callable[[Sequence[int]], Metrics]
+"""Numbers of models -> what their average does on the validation data."""
+RATE, BEGIN = 1e-2, 0.3
+"""Step of Adam, and the coefficients that AdaMerging begins with; its paper takes 1e-3, and ten times as many steps."""
+
+
+def better(a: Metrics, b: Metrics) -> bool:
+    """Whether one is at least as good as the other: by accuracy, where there is one, else by loss."""
+    if a.accuracy is not None and b.accuracy is not None:
+        return a.accuracy >= b.accuracy
+    return a.loss <= b.loss
+
+
+def measuring(members: Members, labelled: Examples, skip: Sequence[str], run: Run) -> Measure:
+    """Averages are made in memory and run on the validation data."""
+    work = copy.deepcopy(members.first.model)
+    adapter, arch = members.first.adapter, members.first.arch
+
+    def measure(chosen: Sequence[int]) -> Metrics:
+        settings = MethodRequest(members.settings.method, shares(len(members.models), chosen)).over(
+            len(members.models), members.settings.depth
+        )
+        load_weights(work, replace(members, settings=settings).merged_state(skip))
+        return evaluate(
+            work,
+            labelled.items,
+            forward=members.first.forward,
+            loss=lambda output, batch: adapter.loss(arch, output, batch),
+            batch_size=run.batch_size,
+            accelerator=make_accelerator(run.place),
+            collate=labelled.collate,
+        )
+
+    return measure
+
+
+def shares(count: int, chosen: Sequence[int]) -> list[float]:
+    """Weights of the average of some of so many models."""
+    return [(i in chosen) / len(chosen) for i in range(count)]
+
+
+def greedy(count: int, measure: Measure, run: Run) -> tuple[list[int], list[Metrics], Metrics]:
+    """The best model, and every further one, in the order of how good each is alone, with which the average is not
+    worse.
+
+    Returns:
+        Numbers of the chosen models, what each does alone, and what their average does.
+    """
+    alone = []
+    for i in range(count):
+        run.tell("measuring", i, 2 * count)
+        alone.append(measure([i]))
+    order = sorted(range(count), key=lambda i: (-(alone[i].accuracy or 0.0), alone[i].loss))
+    chosen, best = order[:1], alone[order[0]]
+    for step, i in enumerate(order[1:], count):
+        run.tell("measuring", step, 2 * count)
+        found = measure([*chosen, i])
+        if better(found, best):
+            chosen, best = [*chosen, i], found
+    return chosen, alone, best
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Coefficients of task vectors.
+
+    Attributes:
+        by_name: per model, name of a tensor -> its coefficient.
+        entropy: mean entropy of the predictions before and after, in nats.
+    """
+
+    by_name: list[ByName]
+    entropy: tuple[float, float]
+
+
+def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps: int, run: Run) -> Learned:
+    """A coefficient for every task vector and tensor, so that the predictions on unlabelled examples are sure: the mean
+    entropy is minimised by Adam. Statistics of BatchNorm are averaged.
+
+    Args:
+        members: with a base; what is learned is for task arithmetic.
+
+    Raises:
+        MergeidError: outputs that are no logits.
+    """
+    assert members.base is not None
+    model, names, device = copy.deepcopy(members.first.model).to(run.place), members.names(), torch.device(run.place)
+    trained = {k for k, _ in model.named_parameters()}
+    keys = [
+        k
+        for k, t in members.models[0].state.items()
+        if t.is_floating_point() and not any(fnmatchcase(names.get(k, k), p) for p in skip)
+    ]
+    origin = {k: members.base.tensor(k).to(device) for k in keys}
+    vectors = {k: torch.stack([m.tensor(k).to(device) for m in members.models]) - origin[k] for k in keys}
+    count = len(members.models)
+    learned = {
+        k: torch.full((count,), BEGIN if k in trained else 1 / count, requires_grad=k in trained, device=device)
+        for k in keys
+    }
+    optimiser = torch.optim.Adam([v for k, v in learned.items() if k in trained], lr=RATE)
+
+    def entropy(batch: object) -> Tensor:
+        state = {k: origin[k] + torch.tensordot(learned[k].to(v.dtype), v, 1) for k, v in vectors.items()}
+        wrapped = _Forward(model, members)
+        logits = functional_call(wrapped, {f"model.{k}": t for k, t in state.items()}, (batch,))
+        if logits.dim() < 2 or logits.shape[-1] < 2:
+            raise MergeidError(f"{members.first.source} gives no logits; expected a classifier for --how adamerging")
+        chances = logits.float().log_softmax(-1)
+        return -(chances.exp() * chances).sum(-1).mean()
+
+    def mean() -> float:
+        with torch.no_grad():
+            found = [entropy(b).item() for b in examples.unlabelled(run.batch_size, members.first, device)]
+        return math.fsum(found) / len(found)
+
+    before, done = mean(), 0
+    while done < steps:
+        for batch in examples.unlabelled(run.batch_size, members.first, device):
+            if done == steps:
+                break
+            run.tell("learning coefficients", done, steps)
+            optimiser.zero_grad()
+            entropy(batch).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            with torch.no_grad():
+                for value in learned.values():
+                    value.clamp_(0, 1)
+            done += 1
+    found = [ByName({names[k]: float(v.detach()[i]) for k, v in learned.items() if k in names}) for i in range(count)]
+    return Learned(found, (before, mean()))
+
+
+class _Forward(torch.nn.Module):
+    """The task output of a network as its forward."""
+
+    def __init__(self, model: torch.nn.Module, members: Members) -> None:
+        super().__init__()
+        self.model, self._run = model, members.first.forward
+
+    def forward(self, batch: dict[str, object]) -> Tensor:
+        return self._run(self.model, batch)

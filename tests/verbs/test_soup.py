@@ -1,0 +1,132 @@
+"""Soups: chosen on validation data, or with coefficients learned without labels."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mergeid
+from mergeid import MergeidError
+
+NAME = {"model_name": "test_vit", "img_size": 32, "num_classes": 3, "patch_size": 16}
+
+
+def _model(state: dict[str, Tensor] | None = None) -> Any:
+    options = {k: v for k, v in NAME.items() if k != "model_name"}
+    model = timm.create_model(str(NAME["model_name"]), **options).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A base, four noisy fine-tunes of its, one of them ruined, and data that the base labels."""
+    folder, g = tmp_path_factory.mktemp("soup"), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    base = _model().state_dict()
+    paths = []
+    for i, noise in enumerate((0.3, 0.6, 5.0, 0.4)):
+        tuned = {k: t + noise * t.std(correction=0) * torch.randn(t.shape, generator=g) for k, t in base.items()}
+        paths.append(folder / f"{i}.safetensors")
+        save_file(tuned, paths[-1])
+    save_file(base, folder / "base.safetensors")
+    x = torch.randn(60, 3, 32, 32, generator=g)
+    with torch.no_grad():
+        labels = _model(base)(x).argmax(1)
+    return {"folder": folder, "paths": paths, "base": base, "x": x, "labels": labels, "data": (x, labels)}
+
+
+def _accuracy(case: dict[str, Any], state: dict[str, Tensor]) -> tuple[float, float]:
+    with torch.no_grad():
+        logits = _model(state)(case["x"])
+    loss = torch.nn.functional.cross_entropy(logits.double(), case["labels"])
+    return float((logits.argmax(1) == case["labels"]).double().mean()), float(loss)
+
+
+def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {k: torch.stack([s[k].double() for s in states]).mean(0).float() for k in states[0]}
+
+
+def test_greedy_soup_is_what_a_plain_loop_chooses(case: dict[str, Any], tmp_path: Path) -> None:
+    """The paper's recipe, written down once more: sorted by accuracy, kept where the average is not worse."""
+    states = [load_file(p) for p in case["paths"]]
+    alone = [_accuracy(case, s) for s in states]
+    order = sorted(range(4), key=lambda i: (-alone[i][0], alone[i][1]))
+    kept, best = order[:1], alone[order[0]][0]
+    for i in order[1:]:
+        found = _accuracy(case, _mean([states[j] for j in [*kept, i]]))[0]
+        if found >= best:
+            kept, best = [*kept, i], found
+    result = mergeid.soup(case["paths"], data=case["data"], output=tmp_path / "out.safetensors", match="never")
+    assert {i for i, one in enumerate(result.ingredients) if one.kept} == set(kept)
+    assert result.accuracy == pytest.approx(best) and result.accuracy >= max(a for a, _ in alone)
+    for i, one in enumerate(result.ingredients):
+        assert (one.accuracy or 0.0, one.loss) == pytest.approx(alone[i], abs=1e-5)
+    for key, value in load_file(tmp_path / "out.safetensors").items():
+        torch.testing.assert_close(value, _mean([states[j] for j in kept])[key], rtol=0, atol=1e-6)
+
+
+def test_uniform_soup_is_the_average_of_all(case: dict[str, Any], tmp_path: Path) -> None:
+    states = [load_file(p) for p in case["paths"]]
+    result = mergeid.soup(
+        case["paths"], data=case["data"], how="uniform", output=tmp_path / "out.safetensors", match="never"
+    )
+    for key, value in load_file(tmp_path / "out.safetensors").items():
+        torch.testing.assert_close(value, _mean(states)[key], rtol=0, atol=1e-6)
+    assert (result.accuracy or 0.0, result.loss) == pytest.approx(_accuracy(case, _mean(states)), abs=1e-5)
+
+
+def test_scrambled_fine_tunes_are_aligned_first(case: dict[str, Any], tmp_path: Path) -> None:
+    moved = tmp_path / "moved.safetensors"
+    mergeid.scramble(case["paths"][1], output=moved, seed=4)
+    out = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for second, target in zip((case["paths"][1], moved), out, strict=True):
+        mergeid.soup([case["paths"][0], second], data=case["data"], how="uniform", output=target, match="always")
+    one, two = map(load_file, out)
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6
+
+
+def test_adamerging_makes_predictions_sure_and_writes_what_it_learned(case: dict[str, Any], tmp_path: Path) -> None:
+    """The entropy that it reports is that of the written file, and lower than with the coefficients it began with."""
+
+    def entropy(state: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            chances = _model(state)(case["x"]).log_softmax(1)
+        return float(-(chances.exp() * chances).sum(1).mean())
+
+    paths, base = case["paths"][:2], case["base"]
+    entropies = []
+    for steps in (1, 30):
+        out = tmp_path / f"{steps}.safetensors"
+        result = mergeid.soup(
+            paths,
+            data=case["data"],
+            how="adamerging",
+            base=case["folder"] / "base.safetensors",
+            steps=steps,
+            output=out,
+            match="never",
+            batch_size=60,
+        )
+        assert result.entropy is not None
+        assert result.entropy[1] == pytest.approx(entropy(load_file(out)), abs=1e-5)
+        began = {k: t + 0.3 * sum(load_file(p)[k] - t for p in paths) for k, t in base.items()}
+        assert result.entropy[0] == pytest.approx(entropy(began), abs=1e-5)
+        entropies += [result.entropy[0], result.entropy[1]]
+    assert all(a >= b for a, b in pairwise(dict.fromkeys(entropies)))
+    assert all(0 <= one.coefficient <= 1 for one in result.ingredients)
+
+
+def test_soup_of_one_and_adamerging_without_base_are_refused(case: dict[str, Any]) -> None:
+    with pytest.raises(MergeidError, match="two models"):
+        mergeid.soup(case["paths"][:1], data=case["data"])
+    with pytest.raises(MergeidError, match="needs --base"):
+        mergeid.soup(case["paths"], data=case["data"], how="adamerging")
