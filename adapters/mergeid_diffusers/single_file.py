@@ -132,7 +132,7 @@ class SingleFile(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SingleFile:
         self.network._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

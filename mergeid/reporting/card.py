@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergeid.reporting.show_plan import comparison_line, repair_line, verdict_lines
+from mergeid.reporting.show_merge import comparison_line, repair_line
+from mergeid.reporting.show_plan import verdict_lines
 
 if TYPE_CHECKING:
     from mergeid.results.merge import MergeResult

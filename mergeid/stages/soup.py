@@ -127,11 +127,12 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
     def entropy(batch: object) -> Tensor:
         state = {k: origin[k] + torch.tensordot(learned[k].to(v.dtype), v, 1) for k, v in vectors.items()}
         wrapped = _Forward(model, members)
-        logits = functional_call(wrapped, {f"model.{k}": t for k, t in state.items()}, (batch,))
+        logits: Tensor = functional_call(wrapped, {f"model.{k}": t for k, t in state.items()}, (batch,))
         if logits.dim() < 2 or logits.shape[-1] < 2:
             raise MergeidError(f"{members.first.source} gives no logits; expected a classifier for --how adamerging")
         chances = logits.float().log_softmax(-1)
-        return -(chances.exp() * chances).sum(-1).mean()
+        sure: Tensor = -(chances.exp() * chances).sum(-1).mean()
+        return sure
 
     def mean() -> float:
         with torch.no_grad():

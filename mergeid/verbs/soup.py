@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from mergeid.errors import MergeidError
 from mergeid.methods.registry import get_method
-from mergeid.methods.settings import ByName, MethodRequest, evaluate
+from mergeid.methods.settings import ByName, MethodRequest, Setting, evaluate
 from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
@@ -134,7 +134,7 @@ def soup(
     return replace(made, files=written.files, report=written.report)
 
 
-def _ingredient(source: str, alone: Metrics | None, kept: bool, weight: object) -> Ingredient:
+def _ingredient(source: str, alone: Metrics | None, kept: bool, weight: Setting) -> Ingredient:
     values = list(weight.values.values()) if isinstance(weight, ByName) else [evaluate(weight, "", 0.0)]
     mean = sum(float(v or 0.0) for v in values) / max(len(values), 1)
     return Ingredient(
