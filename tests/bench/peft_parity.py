@@ -42,17 +42,14 @@ APART = ("linear",)
 """On the factors apart."""
 
 
-def model() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=48, **sizes))
-
-
 def prepared(folder: Path) -> list[Path]:
     """A base and two adapters of the same rank."""
-    model().save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=48, **sizes)).save_pretrained(folder / "base")
     for i, name in enumerate(("one", "two")):
-        tuned = get_peft_model(model(), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+        origin = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+        tuned = get_peft_model(origin, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
         torch.manual_seed(1 + i)
         for key, parameter in tuned.named_parameters():
             if "lora_" in key:
