@@ -212,6 +212,7 @@ def _request(inputs: Inputs, settings: MergeSettings, plan: TensorPlan, record: 
         "number formats": plan.dtypes,
         "skipped tensors": plan.skipped,
         "order of neurons": [p.get("permutations", {}) for p in plans],
+        "turned heads": [p.get("turns", []) for p in plans],
         "repaired tensors": repaired.hexdigest(),
     }
 

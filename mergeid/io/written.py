@@ -92,6 +92,15 @@ class PlanCertificate(Own):
     gap: str = ""
 
 
+class PlanTurn(Own):
+    """Heads of one space that are turned."""
+
+    space: str
+    kind: str
+    heads: Count
+    turned: Count
+
+
 class PlanGraph(Own):
     share: float
     verified: dict[str, Any] | None
@@ -116,6 +125,7 @@ class PlanFile(Own):
     structure: dict[str, Any]
     spaces: list[PlanSpace]
     permutations: dict[str, list[Count]]
+    turns: list[PlanTurn] = Field(default_factory=list)
     graph: PlanGraph
 
 

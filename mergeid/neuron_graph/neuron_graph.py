@@ -21,6 +21,8 @@ from mergeid.neuron_graph.space import TapMap as TapMap
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from mergeid.neuron_graph.turns import Turnable
+
 
 @dataclass
 class NeuronGraph:
@@ -33,6 +35,7 @@ class NeuronGraph:
         taps: space id -> places where its activations can be read.
         verified: ``{"max_relative_error", "error_when_misapplied", "samples", "dtype"}`` once proven; the second is
             the error when every space moves on one axis only, None where none has two.
+        turnable: what may be turned inside heads (`mergeid.neuron_graph.turns`); None: not looked for yet.
     """
 
     model: str
@@ -43,6 +46,7 @@ class NeuronGraph:
     versions: dict[str, str] = field(default_factory=dict)
     verified: dict[str, Any] | None = None
     unknown_ops: dict[str, str] = field(default_factory=dict)
+    turnable: tuple[Turnable, ...] | None = field(default=None, compare=False)
 
     @cached_property
     def by_id(self) -> dict[str, Space]:

@@ -75,7 +75,7 @@ def _disturbed(value: OnDemand, generator: torch.Generator) -> Tensor:
     return (value.whole() + 0.4 * (noise - 0.5)).to(value.dtype)
 
 
-class _AtLeast(TorchDispatchMode):
+class at_least(TorchDispatchMode):
     """Casts to a shorter float that the model's own code asks for (norms in float32, say) go to `dtype` instead, so
     that a check in float64 has its precision throughout."""
 
@@ -135,7 +135,7 @@ def verify(
                 value.copy_(change(name, state[name]))  # one tensor at a time: large models fit
         forget_derived(probe)
         # a model that draws random numbers draws the same ones every time
-        with torch.no_grad(), uncompiled(), _AtLeast(dtype), torch.random.fork_rng(cuda):
+        with torch.no_grad(), uncompiled(), at_least(dtype), torch.random.fork_rng(cuda):
             torch.manual_seed(0)
             out = forward(probe, mapped(inputs, lambda t: _cast(t, dtype)))
         return {name: _real(t) for name, t in returned_tensors(out).items() if name not in noise}

@@ -255,4 +255,10 @@ def verdict_lines(plan: Plan, notes: Sequence[str] | None = None, what: str = "V
     shown = ", ".join(f"{n} {decision}" for decision, n in counts.most_common())
     meaning = ASKED.get(plan.match) or MEANING.get(plan.verdict, plan.verdict)
     lines = [f"{what}: {meaning}" + (f" ({shown})." if shown else ".")]
+    if plan.turns:
+        turned = sum(turn.turned for turn in plan.turns)
+        lines.append(
+            f"Inside heads, {turned} orthogonal maps turn B's queries, keys and values onto A's; B's function stays "
+            "as it is."
+        )
     return lines + [f"Note: {note}" for note in (plan.notes if notes is None else notes)]

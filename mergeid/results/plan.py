@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from mergeid.evidence.decide import SpaceEvidence
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergeid.neuron_graph.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Plan:
         evidence: "activations", "weights" or "structure" (all spaces identified, without data).
         structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
         matched: permutations of B with every space matched, where activations were compared.
+        turns: orthogonal maps inside B's heads, after the permutations; matched_turns: after those of `matched`.
     """
 
     a: str
@@ -38,11 +45,42 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
     matched: Element | None = None
+    turns: Sequence[Turn] = ()
+    matched_turns: Sequence[Turn] = ()
 
     @property
     def moves(self) -> bool:
-        """Whether anything of B is permuted."""
-        return any((p != range(len(p))).any() for p in self.element.values())
+        """Whether anything of B is permuted or turned."""
+        return bool(self.turns) or any((p != range(len(p))).any() for p in self.element.values())
+
+    def plain(self) -> Plan:
+        """The same with B as it lies."""
+        return replace(self, element=self.graph.identity(), turns=())
+
+    def full(self) -> Plan:
+        """The same with every space matched."""
+        return self if self.matched is None else replace(self, element=self.matched, turns=self.matched_turns)
+
+    def carry(self, tensor: str, value: Tensor) -> Tensor:
+        """One tensor of B, by its key in the model's state dict, in A's order."""
+        value = self.graph.apply(self.element, tensor, value)
+        for turn in self.turns:
+            value = turn.apply(tensor, value)
+        return value
+
+    def carry_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """B's state dict in A's order."""
+        return {name: self.carry(name, value) for name, value in state.items()}
+
+    def carries_files(self, names: Mapping[str, str]) -> Callable[[str, Tensor], Tensor]:
+        """`carry` under other names.
+
+        Args:
+            names: of the tensors in B's files -> keys of the model's state dict.
+        """
+        known = {key: name for name, key in names.items()}
+        graph, turns = self.graph.renamed(known), [turn.renamed(known) for turn in self.turns]
+        return replace(self, graph=graph, turns=turns).carry
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the activations; permutations as lists."""
@@ -60,6 +98,7 @@ class Plan:
             "notes": self.notes,
             "structure": self.structure,
             "spaces": [s.to_json() for s in self.spaces],
+            "turns": [turn.to_json() for turn in self.turns],
             "permutations": {k: p.tolist() for k, p in self.element.items() if (p != range(len(p))).any()},
             "graph": {
                 "share": self.graph.share,

@@ -39,14 +39,13 @@ from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Far, Panel, joined
 from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
+from mergeid.results.plan import Plan
 from mergeid.stages.members import Member, Members
 from mergeid.stages.repair import SOLVE, refreshed, repair_network, repairs
 from mergeid.stages.solving import NEAR, OFF, can_be_solved, solved_if_nearer
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.neuron_graph import Element
     from mergeid.request.request import Run
-    from mergeid.results.plan import Plan
 
 TIE = 1e-3
 """Nats (or share of an output's variance) that another merge must be nearer by than a simpler one. Merges that differ
@@ -202,25 +201,21 @@ def _error(one: Mapping[str, Far], other: Mapping[str, Far]) -> float | None:
 def merges_of(members: Members) -> tuple[str, dict[str, Members]]:
     """The planned merge's name, and the merges that differ."""
     plans = members.plans
-    full = all(same_element(plan.element, _full(plan)) for plan in plans)
+    full = all(same_element(plan.element, plan.full().element) for plan in plans)
+    matched = {} if full else {MATCHED: _under(members, Plan.full)}
     if not any(plan.moves for plan in plans):
-        return PLAIN, {PLAIN: members, **({} if full else {MATCHED: _under(members, _full)})}
-    plain = {PLAIN: _under(members, lambda plan: plan.graph.identity())}
+        return PLAIN, {PLAIN: members, **matched}
+    plain = {PLAIN: _under(members, Plan.plain)}
     if full:
         return MATCHED, {**plain, MATCHED: members}
-    return MIXED, {**plain, MIXED: members, MATCHED: _under(members, _full)}
+    return MIXED, {**plain, MIXED: members, **matched}
 
 
-def _full(plan: Plan) -> Element:
-    return plan.element if plan.matched is None else plan.matched
-
-
-def _under(members: Members, element: Callable[[Plan], Element]) -> Members:
-    """The same models, each under another element."""
+def _under(members: Members, planned: Callable[[Plan], Plan]) -> Members:
+    """The same models, each under another plan."""
 
     def other(member: Member) -> Member:
-        made = member.plan
-        return member if made is None else replace(member, plan=replace(made, element=element(made)))
+        return member if member.plan is None else replace(member, plan=planned(member.plan))
 
     base = None if members.base is None else other(members.base)
     return replace(members, models=[other(m) for m in members.models], base=base)

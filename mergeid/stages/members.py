@@ -52,7 +52,7 @@ class Member:
     def tensor(self, key: str) -> Tensor:
         """One tensor in the first model's order."""
         value = self.state[key]
-        return value if self.plan is None else self.plan.graph.apply(self.plan.element, key, value)
+        return value if self.plan is None else self.plan.carry(key, value)
 
     def aligned(self) -> dict[str, Tensor]:
         """All weights in the first model's order."""

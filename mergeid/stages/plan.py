@@ -27,12 +27,17 @@ from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.matchers.activation import WEIGHT_SHARE, combined_matching
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
+from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
 from mergeid.models.examples import Examples
+from mergeid.models.graph import LARGE
 from mergeid.models.loaded import Loaded
 from mergeid.models.source import Source
 from mergeid.models.workbench import key_of
+from mergeid.neuron_graph.group import same_element
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
+from mergeid.neuron_graph.turns import Turn, candidates, find_turns
 from mergeid.nn.folding import effective_state
+from mergeid.nn.names import is_asymmetric
 from mergeid.request.request import Calibration, Matching, Run
 from mergeid.results.plan import Plan
 from mergeid.stages.gather import Hears, evidence_of, passes
@@ -121,6 +126,8 @@ def make_plan(
             "no calibration data: only the weights are compared, which is weaker evidence and no promise; "
             "give --data for activations"
         )
+    element, turns = (found.element, ()) if matching.mode == "never" else _turned(pair, found.element, run)
+    full, full_turns = (None, ()) if found.matched is None else _turned(pair, found.matched, run)
     verdict = _verdict(matching.mode, records, notes)
     settings: dict[str, Any] = {"batch_size": run.batch_size, "weight_share": WEIGHT_SHARE}
     if matching.matcher is not None:
@@ -134,13 +141,15 @@ def make_plan(
         records,
         notes,
         graph,
-        found.element,
+        element,
         found.speaks,
         count,
         run.seed,
         settings,
         said,
-        found.matched,
+        full,
+        turns,
+        full_turns,
     )
 
 
@@ -164,6 +173,29 @@ def plan_of(
     sources = (key_of(met.models[0]), key_of(other), met.skip, id(bench.reading))
     about = (met.models, other, bench.reading, calibration)
     return bench.kept((*sources, id(calibration.data), calibration.limit, matching), about, work)
+
+
+def _turned(pair: Pair, element: Element, run: Run) -> tuple[Element, tuple[Turn, ...]]:
+    """The heads of B paired anew, and what turns them onto A's; nothing of models that are too large to be tried on,
+    and of heads that lie as A's do."""
+    graph, a, b = pair.graph, pair.a.state(), pair.b.state()
+    maybe = candidates(graph) if graph.turnable is None else graph.turnable
+    if not maybe or is_asymmetric(a) or sum(p.numel() for p in pair.a.model.parameters()) >= LARGE:
+        return element, ()
+    moved = not same_element(element, graph.identity())
+    if not matched_turns(maybe, a, heads_of(graph, element, maybe, b), moved=moved):
+        return element, ()
+    if graph.turnable is None:
+        run.tell("trying what may be turned inside heads", 0, 1)
+        graph.turnable = tuple(
+            find_turns(graph, pair.a.model, pair.a.inputs, pair.a.outputs, generator=run.generator())
+        )
+        give_back()  # a copy of the model, in float64
+    known = graph.turnable
+    if not matched_turns(known, a, heads_of(graph, element, known, b), moved=moved):
+        return element, ()
+    element = paired_heads(graph, known, element, (a, b))
+    return element, matched_turns(known, a, heads_of(graph, element, known, b))
 
 
 def plan_pair(

@@ -56,13 +56,7 @@ def _transform(member: Member) -> Transform | None:
     made = member.plan
     if made is None or not made.moves:
         return None
-    files = made.graph.renamed({k: n for n, k in member.loaded.names.items()})
-    element = made.element
-
-    def transform(name: str, value: Tensor) -> Tensor:
-        return files.apply(element, name, value)
-
-    return transform
+    return made.carries_files(member.loaded.names)
 
 
 def write(result: MergeResult, met: Met, inputs: Inputs, asked: MethodRequest, output: Output) -> MergeResult:
@@ -86,15 +80,15 @@ def write(result: MergeResult, met: Met, inputs: Inputs, asked: MethodRequest, o
     return replace(result, files=list(report.files), notes=notes, report=report.to_json())
 
 
-def moved(graph: NeuronGraph, element: Element) -> Callable[[str, Tensor], Iterator[Tensor]]:
-    """What `rewrite` takes: tensors under a group element, some rows at a time."""
+def moved(carry: Transform) -> Callable[[str, Tensor], Iterator[Tensor]]:
+    """What `rewrite` takes: tensors in another order, some rows at a time."""
     from mergeid.basics.on_demand import OnDemand
 
     def pieces(name: str, value: Tensor) -> Iterator[Tensor]:
         if not value.numel() or not value.dim():
             yield value
             return
-        found = graph.apply(element, name, OnDemand(lambda which: value[which], value.shape, value.dtype))
+        found = carry(name, OnDemand(lambda which: value[which], value.shape, value.dtype))
         step = max(PIECE * len(value) // value.numel(), 1)
         yield from (found[begin : begin + step].contiguous() for begin in range(0, len(value), step))
 

@@ -78,11 +78,10 @@ def align(
     pair, made = plan_pair(met, matching, calibration, base=base, certify=certify)
     result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
     if target is None:
-        return replace(result, state=made.graph.apply_state(made.element, pair.b.state()))
+        return replace(result, state=made.carry_state(pair.b.state()))
     assert pair.b.checkpoint is not None
-    in_file = made.graph.renamed({k: n for n, k in pair.b.names.items()})
     record = {"align": made.to_json(), **met.agreed.record()}
-    files = rewrite(pair.b.checkpoint, target, moved(in_file, made.element), record, run, force)
+    files = rewrite(pair.b.checkpoint, target, moved(made.carries_files(pair.b.names)), record, run, force)
     return replace(result, files=files)
 
 

@@ -131,7 +131,7 @@ def _ends(
     state_b = pair.b.state()
     if matching.mode != "never":
         made = make_plan(pair, matching, run, examples=examples, structural=Structural(beside=False))
-        state_b = made.graph.apply_state(made.element, state_b)
+        state_b = made.carry_state(state_b)
     return fold_line(pair.a.state(), state_b, pair.a.model)
 
 

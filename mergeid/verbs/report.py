@@ -22,7 +22,6 @@ from mergeid.stages.open import Met, Pair, open_models
 
 if TYPE_CHECKING:
     from mergeid.models.examples import Examples
-    from mergeid.neuron_graph.neuron_graph import Element
     from mergeid.reporting.page import FileRecord, Measured, Report
     from mergeid.results.barrier import BarrierResult
     from mergeid.results.merge import MergeResult
@@ -171,11 +170,10 @@ def _curves(task: _Task) -> tuple[BarrierResult, ...]:
     grid = tuple(np.linspace(0, 1, task.points).tolist())
     adapter, arch = pair.a.adapter, pair.a.arch
     repairs = (False, True) if batchnorm_layers(pair.a.model) else (False,)
-    elements = _elements(plan)
-    wanted = [(name, element, repair) for name, element in elements.items() for repair in repairs]
+    wanted = [(name, each, repair) for name, each in _orders(plan).items() for repair in repairs]
     out: list[BarrierResult] = []
-    for name, element, repair in wanted:
-        state_b = plan.graph.apply_state(element, pair.b.state())
+    for name, each, repair in wanted:
+        state_b = each.carry_state(pair.b.state())
         state_a, state_b, model = fold_line(pair.a.state(), state_b, pair.a.model)
         done = len(out) * task.points
         out.append(
@@ -203,15 +201,15 @@ def _counted(progress: Progress, done: int, total: int) -> Callable[..., None]:
     return lambda *_: progress("measuring", next(count), total)
 
 
-def _elements(plan: Plan) -> dict[str, Element]:
+def _orders(plan: Plan) -> dict[str, Plan]:
     """The orders of B that are measured, by name."""
     from mergeid.neuron_graph.group import same_element
 
-    found: dict[str, Element] = {"direct": plan.graph.identity()}
-    if plan.matched is not None and not same_element(plan.matched, found["direct"]):
-        found["matched"] = plan.matched
-    if plan.moves and not any(same_element(plan.element, e) for e in found.values()):
-        found["planned"] = plan.element
+    found = {"direct": plan.plain()}
+    if plan.matched is not None and plan.full().moves:
+        found["matched"] = plan.full()
+    if plan.moves and not ("matched" in found and same_element(plan.element, found["matched"].element)):
+        found["planned"] = plan
     return found
 
 

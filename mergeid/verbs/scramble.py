@@ -39,6 +39,7 @@ def scramble(
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
+    from functools import partial
     from math import prod
 
     from mergeid.models.graph import graph_of
@@ -60,7 +61,7 @@ def scramble(
             count += prod(info.shape)
     error = _function_change(loaded, found, element)
     record = {"scramble": {"source": loaded.source, "seed": seed, "arch": loaded.arch.id, "max_relative_error": error}}
-    paths = rewrite(loaded.checkpoint, target, moved(files, element), record, run, force)
+    paths = rewrite(loaded.checkpoint, target, moved(partial(files.apply, element)), record, run, force)
     return ScrambleResult(paths, loaded.arch.id, seed, count / max(total, 1), error, len(found.spaces))
 
 

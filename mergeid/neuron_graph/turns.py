@@ -1,0 +1,237 @@
+"""Orthogonal maps inside attention heads: symmetries besides the permutations.
+
+Queries and keys of a head meet in inner products, and values go through a linear layer only, so that every orthogonal
+map of a head's dimensions leaves the function unchanged if what it meets is mapped alike. Rotary positions leave of
+these, for queries and keys, one rotation per frequency: a pair of dimensions, which lie half a head apart or side by
+side. Candidates are read off the graph; a map counts only if random ones leave the outputs of the model unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from mergeid.basics.nested import mapped, returned_tensors
+from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.neuron_graph.space import AxisMap, Space
+from mergeid.neuron_graph.verify import TOLERANCE, at_least, randomised, relative_error
+
+FULL, HALVES, SIDE_BY_SIDE = "orthogonal", "rotations of halves", "rotations of neighbours"
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedAxis:
+    """Where the dimensions of heads lie on one axis of a tensor.
+
+    Attributes:
+        positions: int64 [heads on this axis, dimensions].
+        unit: int64 [heads on this axis]: which map acts on each.
+    """
+
+    tensor: str
+    axis: int
+    positions: np.ndarray
+    unit: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Turnable:
+    """Heads whose dimensions may be turned.
+
+    Attributes:
+        space: id of the space that they lie in.
+        kind: the group: `FULL`, `HALVES` or `SIDE_BY_SIDE`.
+        units: how many maps there are: heads, or groups of heads that share a key.
+        size: dimensions of a head.
+    """
+
+    space: str
+    kind: str
+    units: int
+    size: int
+    axes: tuple[TurnedAxis, ...]
+
+    def random(self, generator: Generator) -> Turn:
+        """Uniform over the group."""
+        draws = torch.randn(self.units, self.size, self.size, generator=generator, dtype=torch.float64)
+        return Turn(self, np.stack([nearest(self.kind, draw.numpy()) for draw in draws]))
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Attributes:
+    matrices: float64 [units, size, size]: dimensions x of a head become matrix @ x.
+    """
+
+    of: Turnable
+    matrices: np.ndarray
+
+    def apply(self, tensor: str, value: Tensor) -> Tensor:
+        """One tensor under the maps (`value` itself where they do not act on it)."""
+        for axis in self.of.axes:
+            if axis.tensor != tensor:
+                continue
+            wide = value.double().movedim(axis.axis, 0).clone()
+            at = torch.from_numpy(axis.positions).to(value.device)
+            maps = torch.from_numpy(self.matrices[axis.unit]).to(value.device)
+            wide[at.flatten()] = torch.bmm(maps, wide[at].reshape(*at.shape, -1)).reshape(-1, *wide.shape[1:])
+            value = wide.movedim(0, axis.axis).to(value.dtype).contiguous()
+        return value
+
+    @property
+    def turned(self) -> int:
+        """How many of the maps are not the identity."""
+        return int((self.matrices != np.eye(self.of.size)).any((1, 2)).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the matrices."""
+        return {"space": self.of.space, "kind": self.of.kind, "heads": self.of.units, "turned": self.turned}
+
+    def renamed(self, names: Mapping[str, str]) -> Turn:
+        """Over other tensor names."""
+        axes = tuple(replace(a, tensor=names[a.tensor]) for a in self.of.axes if a.tensor in names)
+        return replace(self, of=replace(self.of, axes=axes))
+
+
+def nearest(kind: str, cross: np.ndarray) -> np.ndarray:
+    """The map of the group with the largest inner product with a matrix [size, size] (orthogonal Procrustes)."""
+    if kind == FULL:
+        u, _, v = np.linalg.svd(cross)
+        answer: np.ndarray = u @ v
+        return answer
+    half = len(cross) // 2
+    order = np.arange(len(cross)).reshape((2, half) if kind == HALVES else (half, 2))
+    first, second = order if kind == HALVES else order.T
+    cosine = cross[first, first] + cross[second, second]
+    sine = cross[second, first] - cross[first, second]
+    length = np.hypot(cosine, sine)
+    cosine, sine = (np.where(length > 0, x / np.where(length > 0, length, 1), o) for x, o in ((cosine, 1), (sine, 0)))
+    found = np.zeros_like(cross)
+    found[first, first] = found[second, second] = cosine
+    found[second, first], found[first, second] = sine, -sine
+    return found
+
+
+def find_turns(
+    graph: NeuronGraph,
+    model: nn.Module,
+    inputs: Any,
+    forward: Callable[[nn.Module, Any], Any],
+    *,
+    generator: Generator,
+) -> list[Turnable]:
+    """What may be turned inside the heads of a model, each kind proven in float64 on disturbed weights.
+
+    Args:
+        model: not changed; a copy of it runs.
+        forward: (model, inputs) -> all outputs that a caller reads, in any nest.
+    """
+    wanted = list(_candidates(graph))
+    if not wanted:
+        return []
+    probe = copy.deepcopy(model).eval().double()
+    state = {k: v.double() if v.is_floating_point() else v for k, v in randomised(probe, generator).items()}
+
+    def run(turns: Sequence[Turn] = ()) -> list[Tensor]:
+        with torch.no_grad():
+            for name, value in probe.state_dict().items():
+                moved = state[name]
+                for turn in turns:
+                    moved = turn.apply(name, moved)
+                value.copy_(moved)
+        forget_derived(probe)
+        wide = mapped(inputs, lambda t: t.detach().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True))
+        with torch.no_grad(), uncompiled(), at_least(torch.float64), torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            return [t.double() for t in returned_tensors(forward(probe, wide)).values() if not t.is_complex()]
+
+    try:
+        reference = run()
+    except (RuntimeError, NotImplementedError):  # some kernels refuse float64
+        return []
+    tolerance = TOLERANCE[torch.float64]
+
+    def holds(turnables: Sequence[Turnable]) -> bool:
+        turns = [t.random(generator) for t in turnables]
+        if not relative_error(reference, run(turns)) <= tolerance:
+            return False
+        # on one of the axes alone it must be seen, or nothing was proven
+        alone = [replace(t, of=replace(t.of, axes=t.of.axes[:1])) for t in turns]
+        return relative_error(reference, run(alone)) > tolerance
+
+    found: dict[str, Turnable] = {}
+    for kind in (FULL, HALVES, SIDE_BY_SIDE):
+        for parts in (1, 2):
+            left = [t for k, t in wanted if t.kind == kind and k == parts and t.space not in found]
+            taken = left if left and holds(left) else [t for t in left if len(left) > 1 and holds([t])]
+            found |= {t.space: t for t in taken}
+    return list(found.values())
+
+
+def candidates(graph: NeuronGraph) -> list[Turnable]:
+    """What might be turned, of which a part holds (`find_turns`)."""
+    return [turnable for _, turnable in _candidates(graph)]
+
+
+def _candidates(graph: NeuronGraph) -> Iterator[tuple[int, Turnable]]:
+    """Heads by the graph: spaces of blocks that follow something (the dimensions are members), and members that sit on
+    several positions of an axis (the dimensions are held in order, of one head or of two: queries and keys)."""
+    for space in graph.spaces:
+        below = graph.children(space)
+        if space.members > 1 and (space.parents or below):
+            axes = [a for axis in space.axes for a in _of_members(space, axis)]
+            axes += [a for child in below for axis in child.axes for a in _of_children(space, child, axis)]
+            if len(axes) > 1 and all(len(a.positions) for a in axes):
+                yield 1, Turnable(space.id, FULL, space.blocks, space.members, tuple(axes))
+        wide = [(axis, axis.members, axis) for axis in space.axes]
+        wide += [
+            (axis, child.block_parents[axis.members // child.members, child.parents.index(space.id)], axis)
+            for child in below
+            for axis in child.axes
+        ]
+        for parts in (1, 2):
+            held = [a for axis, unit, _ in wide for a in _of_positions(axis, unit, parts)]
+            sizes = {a.positions.shape[1] for a in held}
+            if len(held) > 1 and len(sizes) == 1 and (size := sizes.pop()) > 1 and size % 2 == 0:
+                for kind in (HALVES, SIDE_BY_SIDE):
+                    yield parts, Turnable(space.id, kind, space.size, size, tuple(held))
+
+
+def _of_members(space: Space, axis: AxisMap) -> list[TurnedAxis]:
+    """Members of a block are the dimensions; a member on several positions is that many heads (fused projections)."""
+    if len(axis.members) != space.size:
+        return []
+    parts = axis.positions.T.reshape(-1, space.blocks, space.members)
+    return [TurnedAxis(axis.tensor, axis.axis, p, np.arange(space.blocks)) for p in parts]
+
+
+def _of_children(space: Space, child: Space, axis: AxisMap) -> list[TurnedAxis]:
+    """A child with one block for every (head, dimension), such as the columns of an output projection."""
+    column = child.parents.index(space.id)
+    if child.members > 1 or len(child.parents) > 2 or len(axis.members) != child.size or axis.positions.shape[1] != 1:
+        return []
+    inside = child.block_parents[:, column]
+    head = child.block_parents[:, 1 - column] if len(child.parents) == 2 else inside // space.members
+    order = np.lexsort((inside, head))
+    heads = len(order) // space.members
+    if len(order) % space.members:
+        return []
+    dims = inside[order].reshape(heads, space.members)
+    unit = dims[:, 0] // space.members
+    if not np.array_equal(dims, unit[:, None] * space.members + np.arange(space.members)):
+        return []
+    return [TurnedAxis(axis.tensor, axis.axis, axis.positions[order, 0].reshape(heads, space.members), unit)]
+
+
+def _of_positions(axis: AxisMap, unit: np.ndarray, parts: int) -> list[TurnedAxis]:
+    positions = axis.positions
+    if positions.shape[1] < 2 or positions.shape[1] % parts:
+        return []
+    return [TurnedAxis(axis.tensor, axis.axis, p, unit) for p in np.split(positions, parts, axis=1)]
