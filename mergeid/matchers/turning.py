@@ -13,8 +13,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mergeid.basics.on_demand import OnDemand
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
-from mergeid.neuron_graph.turns import Turn, Turnable, TurnedAxis, nearest
+from mergeid.neuron_graph.turned import Turn, Turnable, TurnedAxis, nearest
 
 APART = 0.7
 """Where every head's inner product with A's is that share of what turning it could reach, or more, and no neuron moves
@@ -142,7 +143,9 @@ def _cross(turnable: Turnable, axes: Sequence[TurnedAxis], states: States) -> np
 def _rows(axis: TurnedAxis, states: States) -> tuple[Tensor, Tensor, float]:
     """[heads, dimensions, …] of both models, float64, and what their products are multiplied by."""
     at = torch.from_numpy(axis.positions)
-    both = (s[axis.tensor].detach().cpu().double().movedim(axis.axis, 0) for s in states)
+    found = (s[axis.tensor].detach() for s in states)
+    whole = (t.whole() if isinstance(t, OnDemand) else t for t in found)
+    both = (t.cpu().double().movedim(axis.axis, 0) for t in whole)
     x, y = (rows[at].reshape(*at.shape, -1) for rows in both)
     size = float((x.square().mean() * y.square().mean()).sqrt())
     return x, y, 1 / size if size > 0 else 0.0

@@ -21,7 +21,7 @@ from mergeid.neuron_graph.space import TapMap as TapMap
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from mergeid.neuron_graph.turns import Turnable
+    from mergeid.neuron_graph.turned import Turnable
 
 
 @dataclass

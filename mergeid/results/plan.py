@@ -12,7 +12,7 @@ from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergeid.neuron_graph.turns import Turn
+    from mergeid.neuron_graph.turned import Turn
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from mergeid.models.source import Source
 from mergeid.models.workbench import key_of
 from mergeid.neuron_graph.group import same_element
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
-from mergeid.neuron_graph.turns import Turn, candidates, find_turns
+from mergeid.neuron_graph.turned import Turn
+from mergeid.neuron_graph.turns import candidates, find_turns
 from mergeid.nn.folding import effective_state
 from mergeid.nn.names import is_asymmetric
 from mergeid.request.request import Calibration, Matching, Run

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeid.methods.settings import MethodRequest
-    from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
     from mergeid.results.merge import MergeResult
     from mergeid.stages.members import Member, Members
     from mergeid.stages.open import Met

@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 
 import mergeid
 from mergeid.matchers.turning import matched_turns
-from mergeid.neuron_graph.turns import FULL, HALVES, SIDE_BY_SIDE, Turnable, find_turns, nearest
+from mergeid.neuron_graph.turned import FULL, HALVES, SIDE_BY_SIDE, Turnable, nearest
+from mergeid.neuron_graph.turns import find_turns
 
 
 def generator(seed: int = 0) -> Generator:
