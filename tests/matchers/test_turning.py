@@ -133,3 +133,20 @@ def test_no_other_map_of_the_group_is_nearer(kind: str) -> None:
     others += [nearest(kind, best + 0.1 * rng.normal(size=(6, 6))) for _ in range(200)]
     assert all((best * cross).sum() >= (other * cross).sum() for other in others)
     assert np.allclose(nearest(kind, best), best)
+
+
+def test_weights_that_are_formed_on_demand_are_turned_when_they_are_used() -> None:
+    from mergeid.basics.on_demand import OnDemand
+
+    model, batch = tiny("Llama")
+    state, turnables = model.state_dict(), found(model, batch)
+    lazy = {k: OnDemand(lambda which, v=v: v[which], v.shape, v.dtype) for k, v in state.items()}  # type: ignore[misc]
+    for turnable in turnables:
+        turn = turnable.random(generator(1))
+        for axis in turnable.axes:
+            now, later = turn.apply(axis.tensor, state[axis.tensor]), turn.apply(axis.tensor, lazy[axis.tensor])
+            assert isinstance(later, OnDemand)
+            assert torch.equal(later[3:9], now[3:9])
+    other = {k: v.roll(1, 0) for k, v in state.items()}
+    plain, formed = matched_turns(turnables, state, other), matched_turns(turnables, lazy, other)
+    assert all(np.array_equal(x.matrices, y.matrices) for x, y in zip(plain, formed, strict=True))
