@@ -83,6 +83,8 @@ class Interval:
         within: probability of at most the tolerated loss; None where none was named.
         beyond: how far the pair lies outside what the predictor was fitted on (0: inside).
         collapsed: one of the models says the same of every input, so that nothing can be told.
+        open: the interval ends at what a uniform guess loses, where predictions end. A merge that is sure of wrong
+            answers may lose more.
     """
 
     expected: float
@@ -92,6 +94,11 @@ class Interval:
     within: float | None
     beyond: float
     collapsed: bool = False
+    open: bool = False
+
+    def holds(self, value: float, rounding: float = 0.0) -> bool:
+        """Whether a measured value lies in the interval."""
+        return self.low - rounding <= value and (self.open or value <= self.high + rounding)
 
     @property
     def trusted(self) -> bool:
@@ -232,14 +239,16 @@ class Model:
         score, beyond = self.score(features), self.beyond(features)
         width = self.width(features) * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):
-            return Interval(most, 0.0, most, math.inf, None, math.inf, collapsed)
+            return Interval(most, 0.0, most, math.inf, None, math.inf, collapsed, self.unit == "nats")
         pool = self.pools.get(start(features), self.pools.get("all", NO_POOL))
         ends = (score + width * q for q in pool.ends(level))
         expected, low, high = (self._cut(t, most) for t in (score, *ends))
         within = None
         if tolerated is not None:
             within = 1.0 if tolerated >= most else self.chance(float(lift(tolerated, self.scale)), score, width)
-        return Interval(expected, min(low, expected), max(high, expected), score, within, beyond, collapsed)
+        high = max(high, expected)
+        ends_there = self.unit == "nats" and high >= most
+        return Interval(expected, min(low, expected), high, score, within, beyond, collapsed, ends_there)
 
     def _cut(self, t: float, most: float) -> float:
         return most if t >= 40 else min(float(lower(max(t, 0.0), self.scale)), most)

@@ -137,4 +137,4 @@ def _number(value: float) -> str:
 
 def _span(value: Interval) -> str:
     high = "∞" if math.isinf(value.high) else _number(value.high)
-    return f"{_number(value.low)} to {high}"
+    return f"{_number(value.low)} to {high}{'+' if value.open else ''}"

@@ -221,6 +221,8 @@ def test_nothing_leaves_its_physical_limits() -> None:
         found = model.predict(features, tolerated=tolerated)
         assert 0 <= found.low <= found.expected <= found.high <= most, (features, found)
         assert found.within is None or 0 <= found.within <= 1
+        assert found.open == (model.unit == "nats" and found.high == most) and found.holds(found.expected)
+        assert found.holds(2 * most + 1) == found.open and not found.holds(found.low - 0.1, 0.05)
         assert (found.within is None) <= (not found.trusted)
         more = model.predict(features, tolerated=2 * tolerated)
         assert found.within is None or (more.within is not None and more.within >= found.within)

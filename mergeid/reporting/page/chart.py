@@ -151,8 +151,9 @@ def ranges(prediction: PredictResult, curves: Sequence[BarrierResult]) -> tuple[
 
     out = []
     for o, m in found:
-        inside = None if m is None else o.nats.low - 5e-4 <= m <= o.nats.high + 5e-4
+        inside = None if m is None else o.nats.holds(m, 5e-4)
         said = f"predicted {o.nats.expected:.3f} nats, 90 % interval {o.nats.low:.3f} to {o.nats.high:.3f}"
+        said += " or more" if o.nats.open else ""
         if not o.nats.trusted:
             said += " (unlike anything that the predictor was fitted on)"
         if m is not None:
