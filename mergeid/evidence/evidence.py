@@ -97,7 +97,8 @@ def judge(table: np.ndarray, *, z: float, seed: int, resamples: int = 2000) -> J
     iota = low = high = None
     if np.quantile(span, 0.025) > 0:
         iota = (identity - random) / (match - random)
-        low, high = np.quantile((boot[:, 0] - boot[:, 3]) / span, [0.025, 0.975]).tolist()
+        told = span != 0  # draws of examples that say nothing
+        low, high = np.quantile((boot[told, 0] - boot[told, 3]) / span[told], [0.025, 0.975]).tolist()
     gain = match - current
     return Judgement(
         identity, current, match, random, iota, low, high, gain, gain - z * spread, gain + z * spread, above, n
