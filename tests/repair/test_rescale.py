@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from math import inf
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +250,30 @@ def test_the_stage_is_reported() -> None:
         MergeidError, match=r"--repair 'fix' is not one of auto, bn, repair, solve, solve\+polish, none"
     ):
         mergeid.merge(a, b, repair="fix", **how)
+
+
+@pytest.mark.parametrize(
+    ("weights", "first", "second"),
+    [
+        ((0.2, 0.3, 0.5), (0.2, 0.3, 0.5), (0.2, 0.3, 0.5)),
+        ({"0.*": (0.7, 0.2, 0.1), "*": (0.1, 0.1, 0.8)}, (0.7, 0.2, 0.1), (0.1, 0.1, 0.8)),
+    ],
+)
+def test_unequal_shares_are_those_of_the_targets(weights: Any, first: Sequence[float], second: Sequence[float]) -> None:
+    """Every layer's mean and spread are the models' own, weighed as that layer's weights are."""
+    models = [live(i) for i in range(3)]
+    inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    rows = [{"arg0": x} for x in inputs]
+    how = {"example_inputs": inputs[:2], "match": "never", "refuse_above": inf}
+    done = mergeid.merge(models, data=rows, weights=weights, repair="repair", **how)
+    merged = live(0)
+    merged.load_state_dict(done.state)
+    for layer, shares in (("0", first), ("3", second)):
+        found = output_of(merged, layer, inputs)
+        own = [output_of(m, layer, inputs) for m in models]
+        for measure in (lambda t: t.mean(0), lambda t: t.std(0, correction=0)):
+            expected = sum(share * measure(t) for share, t in zip(shares, own, strict=True))
+            torch.testing.assert_close(measure(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_repairs_the_midpoint_of_two_real_networks() -> None:

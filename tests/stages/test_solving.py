@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel
 from mergeid.models.examples import Examples
-from mergeid.stages.solving import solved_if_nearer
+from mergeid.stages.solving import LARGE, LEAST, can_be_solved, solved_if_nearer
 
 
 class Says(nn.Module):
@@ -88,3 +88,75 @@ def test_a_solved_merge_must_be_clearly_nearer(
     asked = cast(Any, SimpleNamespace(disagreement=apart))
     found = solved_if_nearer(asked, cast(Any, {n: n for n in names}), ("plain", "bn"), look(rows, spread), 1e-3)
     assert (None if found is None else found.merge) == merge
+
+
+@pytest.mark.parametrize(
+    ("gap", "apart", "tie", "solved"),
+    [
+        (0.15 * 0.5, 0.5, 1e-3, False),  # the share of the disagreement itself is not enough
+        (0.15 * 0.5 + 1e-9, 0.5, 1e-3, True),
+        (1e-3, 0.0, 1e-3, False),  # nor is what counts as no difference
+        (1e-3 + 1e-9, 0.0, 1e-3, True),
+    ],
+)
+def test_how_much_nearer_at_the_boundary(gap: float, apart: float, tie: float, solved: bool) -> None:
+    rows = {("plain", "bn"): gap, ("plain", "solve"): 0.0}
+    asked = cast(Any, SimpleNamespace(disagreement=apart))
+    found = solved_if_nearer(asked, cast(Any, {"plain": "plain"}), ("plain", "bn"), look(rows, 0.0), tie)
+    assert (found is not None) is solved
+    if found is not None:
+        assert found.distances == {"plain": 0.0} and found.far["out"].distance == 0.0
+
+
+def test_chance_is_one_standard_error() -> None:
+    """Of the paired differences: 100 of them with a spread of 1 have one of 0.1."""
+    wave = torch.tensor([[1.0, -1.0] * 50], dtype=torch.float64)
+    error = float(wave.std()) / 10
+
+    def look_at(gap: float) -> bool:
+        rows = {"bn": gap + wave, "solve": 0 * wave}
+        tried = cast(Any, lambda panel, merge, kinds: ((k, {"out": Far("nats", rows[k])}) for k in kinds))
+        asked = cast(Any, SimpleNamespace(disagreement=0.0))
+        return solved_if_nearer(asked, cast(Any, {"plain": "plain"}), ("plain", "bn"), tried, 1e-3) is not None
+
+    assert look_at(error * (1 + 1e-6)) and not look_at(error * (1 - 1e-6))
+
+
+def test_ties_among_solved_merges_stay_with_the_nearest() -> None:
+    rows = {("plain", "none"): 0.3, ("plain", "solve"): 0.1, ("matched", "solve"): 0.1}
+    for order in (("plain", "matched"), ("matched", "plain")):
+        asked = cast(Any, SimpleNamespace(disagreement=0.0))
+        merges = cast(Any, {name: name for name in order})
+        found = solved_if_nearer(asked, merges, ("plain", "none"), look(rows, 0.0), 1e-3)
+        assert found is not None and found.merge == "plain" and set(found.distances) == {"plain", "matched"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "possible"),
+    [
+        ({}, True),
+        ({"examples": LEAST - 1}, False),
+        ({"size": LARGE + 1}, False),
+        ({"weights": "free"}, False),
+        ({"base": object()}, False),
+        ({"whole": True}, False),
+    ],
+)
+def test_what_is_solved_without_being_asked_for(changes: dict[str, Any], possible: bool) -> None:
+    told = {"examples": LEAST, "size": LARGE, "weights": "shares", "base": None, "whole": False, **changes}
+
+    class Given:
+        whole = told["whole"]
+
+        def __len__(self) -> int:
+            return int(told["examples"])
+
+    half = SimpleNamespace(numel=lambda: told["size"] - told["size"] // 2)
+    rest = SimpleNamespace(numel=lambda: told["size"] // 2)
+    members = SimpleNamespace(
+        first=SimpleNamespace(model=SimpleNamespace(parameters=lambda: [half, rest])),
+        settings=SimpleNamespace(method=SimpleNamespace(weights=told["weights"])),
+        base=told["base"],
+        given=Given(),
+    )
+    assert can_be_solved(cast(Any, members)) is possible
