@@ -20,7 +20,7 @@ _WORD, _LONG, _SENTENCE, _QUOTED = 160, 600, 1000, 100
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would obey, or nobody could see, written as an escape (``\\x1b``); lines stay."""
+    r"""The text with what a terminal would obey, or nobody could see, written as an escape (``\x1b``); lines stay."""
     return UNSEEN.sub(lambda m: m[0] if m[0] in "\n\t" else _escape(m[0]), text)
 
 

@@ -56,6 +56,7 @@ class Architecture:
 
     @property
     def id(self) -> str:
+        """``adapter/name``, as ``--arch`` takes it."""
         return f"{self.adapter}/{self.name}"
 
 

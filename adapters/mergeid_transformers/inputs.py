@@ -135,16 +135,7 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
         return token_ids(config, rows, tokens, generator)
 
     draft = Draft(model, config, names, required_of(model), batch, batch_size, length, generator, text)
-    if "pixel_values" in names:
-        batch["pixel_values"] = media.pixels(draft)
-    if "pixel_values_videos" in names:
-        videos = media.videos(draft)
-        if videos is not None and (model.main_input_name == "pixel_values_videos" or _has_videos(model, config)):
-            batch["pixel_values_videos"] = videos
-    if "input_features" in names:
-        batch["input_features"] = media.features(draft)
-    if "input_values" in names:
-        batch["input_values"] = media.samples(draft)
+    _add_media(draft)
     if "input_ids" in names and _takes_text(model, config):
         batch["input_ids"] = _input_ids(draft)
         if "attention_mask" in names and not config.model_type.startswith("blt_local"):  # they take a finished mask
@@ -176,6 +167,21 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
     if labels is not None:
         batch["labels"] = labels
     return batch
+
+
+def _add_media(draft: Draft) -> None:
+    """Pictures, videos and sounds, where the model takes them."""
+    names, batch = draft.names, draft.batch
+    if "pixel_values" in names:
+        batch["pixel_values"] = media.pixels(draft)
+    if "pixel_values_videos" in names:
+        videos, main = media.videos(draft), str(draft.model.main_input_name)
+        if videos is not None and (main == "pixel_values_videos" or _has_videos(draft.model, draft.config)):
+            batch["pixel_values_videos"] = videos
+    if "input_features" in names:
+        batch["input_features"] = media.features(draft)
+    if "input_values" in names:
+        batch["input_values"] = media.samples(draft)
 
 
 def _input_ids(draft: Draft) -> Tensor:

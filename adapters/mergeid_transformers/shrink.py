@@ -68,6 +68,20 @@ IMAGE = 64
 VOCABULARIES = (99, 101, 103, 107, 109, 113)
 POSITIONS = 96
 FRAMES = 4
+FEW = (
+    (CHOSEN_NAME, CHOSEN),
+    (SHARED_EXPERTS_NAME, 1),
+    (re.compile(r"^(n_group|n_groups|mamba_n_groups|num_expert_group|mamba_ngroups)$"), 2),
+    (re.compile(r"^topk_group$"), 1),
+)
+SMALL = (
+    (INTERVAL_NAME, 2),
+    (re.compile(r"^(num_frames|frames_per_clip)$"), FRAMES),
+    (OFFSET_NAME, 1),
+    (re.compile(r"^first_k_dense_replace$"), 1),
+    (MEL_NAME, 32),
+)
+"""Names of numbers, and the most that each may be."""
 
 
 def shrunken(config: PretrainedConfig | Mapping[str, Any]) -> PretrainedConfig:
@@ -241,6 +255,11 @@ class Shrinker:
         return value
 
     def _number(self, config: PretrainedConfig, own: Mapping[str, Any], name: str, value: int, depth: int) -> int:
+        count = self._few(own, name, value, depth)
+        return self._size(config, own, name, value) if count is None else count
+
+    def _few(self, own: Mapping[str, Any], name: str, value: int, depth: int) -> int | None:
+        """Heads, layers, experts and groups; None for anything else."""
         if HEADS_NAME.search(name) and not NOT_HEADS_NAME.search(name):
             return value  # with its relations, see _heads
         if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth") and layers_of(own) in (0, value):
@@ -251,14 +270,9 @@ class Shrinker:
             return min(value, EXPERTS)
         if CHUNK_NAME.search(name) and value > 8 and "chunk_right_context" not in own:
             return 8
-        if CHOSEN_NAME.search(name):
-            return min(value, CHOSEN)
-        if SHARED_EXPERTS_NAME.search(name):
-            return min(value, 1)
-        if name in ("n_group", "n_groups", "mamba_n_groups", "num_expert_group", "mamba_ngroups"):
-            return min(value, 2)
-        if name == "topk_group":
-            return min(value, 1)
+        return _capped(FEW, name, value)
+
+    def _size(self, config: PretrainedConfig, own: Mapping[str, Any], name: str, value: int) -> int:
         if VOCABULARY_NAME.search(name):
             return self._vocabulary(value)
         if ID_NAME.search(name) and not NOT_ID_NAME.search(name):
@@ -271,16 +285,9 @@ class Shrinker:
             return self._count(own, value)
         if POSITIONS_NAME.search(name):
             return 32 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
-        if INTERVAL_NAME.search(name):
-            return min(value, 2)
-        if name in ("num_frames", "frames_per_clip"):
-            return min(value, FRAMES)
-        if OFFSET_NAME.search(name):
-            return min(value, 1)
-        if name == "first_k_dense_replace":
-            return min(value, 1)
-        if MEL_NAME.search(name):
-            return min(value, 32)
+        capped = _capped(SMALL, name, value)
+        if capped is not None:
+            return capped
         if WINDOW_NAME.search(name):
             return min(value, 8 if value > 16 else 4)
         if WIDTH_NAME.search(name) and not NOT_WIDTH_NAME.search(name):
@@ -371,6 +378,11 @@ class Shrinker:
                 content[size] = int(expand * new) // HEADS
         if integer(own.get("intermediate_size")) and own["intermediate_size"] == int(expand * hidden):
             content["intermediate_size"] = int(expand * new)
+
+
+def _capped(most: Sequence[tuple[re.Pattern[str], int]], name: str, value: int) -> int | None:
+    """At most what the first that matches says; None where none does."""
+    return next((min(value, cap) for pattern, cap in most if pattern.search(name)), None)
 
 
 def _timm(config: PretrainedConfig) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Do neurons correspond? What activations, weights and fixed parts say of it."""

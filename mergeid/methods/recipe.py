@@ -58,6 +58,7 @@ class Ranged(str):
 
     @classmethod
     def of(cls, name: str, first: int, end: int) -> Ranged:
+        """That model, and which of its layers."""
         found = cls(name)
         found.first, found.end = first, end
         return found
@@ -261,6 +262,11 @@ def _assembled(
             if given.pop(key, None) is not None:
                 text = f"{key} has no effect on {method.name}, in mergekit neither, and is ignored"
                 warnings.warn(text, MergeidWarning, stacklevel=4)
+    return replace(_told(method, own, everywhere), models=models, base=base, dtype=dtype)
+
+
+def _told(method: MergeMethod, own: list[Table], everywhere: Table) -> Recipe:
+    """The weights and parameters of a recipe, whose models are said elsewhere."""
     weights = _per_model("weight", own, everywhere)
     if words := _words(weights):
         raise MergeidError(f"parameter 'weight' is {words[0]!r}; expected a number")
@@ -280,7 +286,7 @@ def _assembled(
         else:
             parameters[key] = everywhere[key]
         _check_words(parameter, parameters[key])
-    return Recipe(models, method.name, base, weights, parameters, normalize, dtype)
+    return Recipe([], method.name, None, weights, parameters, normalize)
 
 
 def _slerp(models: list[str], own: list[Table], base: str | None, everywhere: Table, dtype: str | None) -> Recipe:

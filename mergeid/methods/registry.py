@@ -133,6 +133,7 @@ class MergeMethod:
         object.__setattr__(self, "parameters", tuple(self.parameters))
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], **needs: Need) -> Tensor:
+        """The merged tensor; `needs`: what this method declares."""
         from mergeid.methods.pieces import whole
 
         return whole(self.formed(tensors, weights, **needs))

@@ -129,23 +129,8 @@ def combine(
             labels = facts.frozen([size_of[s] for s in part], why)
             facts.par(table[key], _spread(labels, part, key))
 
-    # overlaps, and what is left of each group after the sum
     keep = {s for letter in out for s in slots[letter]}
-    for key in list(table):
-        left = tuple(s for s in key if s in keep)
-        if left and left != key and left not in table and not set(left) <= any_frozen:
-            table[left] = facts.fresh([size_of[s] for s in left])
-    keys = list(table)
-    for i, a in enumerate(keys):
-        for b in keys[i + 1 :]:
-            both = tuple(s for s in a if s in b)
-            if both and both not in table and not set(both) <= any_frozen:
-                table[both] = facts.fresh([size_of[s] for s in both])
-    keys = sorted(table, key=len)
-    for i, small in enumerate(keys):
-        for large in keys[i + 1 :]:
-            if len(small) < len(large) and set(small) < set(large):
-                facts.par(table[large], _spread(table[small], small, large))
+    _add_overlaps(facts, table, keep, any_frozen, size_of)
 
     # the result: the largest groups that survive
     alive = [k for k in table if set(k) <= keep]
@@ -161,6 +146,31 @@ def combine(
         dims.append(tuple(fine_of[s] for s in slots[letter]))
     groups = tuple(Group(table[k], tuple(fine_of[s] for s in k)) for k in alive)
     return Layout(tuple(dims), groups, any(o.layout.data for o in ops))
+
+
+def _add_overlaps(
+    facts: Facts,
+    table: dict[tuple[Slot, ...], Labels],
+    keep: set[Slot],
+    any_frozen: set[Slot],
+    size_of: dict[Slot, int],
+) -> None:
+    """Labels for overlaps of groups, and for what is left of each group after the sum; larger groups lie in them."""
+    for key in list(table):
+        left = tuple(s for s in key if s in keep)
+        if left and left != key and left not in table and not set(left) <= any_frozen:
+            table[left] = facts.fresh([size_of[s] for s in left])
+    keys = list(table)
+    for i, a in enumerate(keys):
+        for b in keys[i + 1 :]:
+            both = tuple(s for s in a if s in b)
+            if both and both not in table and not set(both) <= any_frozen:
+                table[both] = facts.fresh([size_of[s] for s in both])
+    keys = sorted(table, key=len)
+    for i, small in enumerate(keys):
+        for large in keys[i + 1 :]:
+            if len(small) < len(large) and set(small) < set(large):
+                facts.par(table[large], _spread(table[small], small, large))
 
 
 def _spread(labels: Labels, part: tuple[Slot, ...], whole: tuple[Slot, ...]) -> Labels:

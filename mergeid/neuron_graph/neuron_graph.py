@@ -50,6 +50,7 @@ class NeuronGraph:
 
     @cached_property
     def by_id(self) -> dict[str, Space]:
+        """The spaces by their ids."""
         return {s.id: s for s in self.spaces}
 
     @cached_property
@@ -62,6 +63,7 @@ class NeuronGraph:
         return out
 
     def children(self, space: Space) -> list[Space]:
+        """The spaces whose blocks lie in it."""
         return [s for s in self.spaces if space.id in s.parents]
 
     def free_share(self, tensor: str) -> float:
@@ -96,10 +98,12 @@ class NeuronGraph:
 
     @cached_property
     def structures(self) -> list[Structure]:
+        """Of every space: (blocks, members), the places of its parents, and which members hold its blocks."""
         at = {s.id: i for i, s in enumerate(self.spaces)}
         return [((s.blocks, s.members), tuple(at[p] for p in s.parents), s.block_parents) for s in self.spaces]
 
     def identity(self) -> Element:
+        """The element that moves nothing."""
         return {s.id: np.arange(s.size) for s in self.spaces}
 
     def random_element(self, generator: Generator, only: Iterable[str] | None = None) -> Element:

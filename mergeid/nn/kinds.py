@@ -25,11 +25,15 @@ class MakeParts(Protocol):
         generator: the only source of randomness, on the CPU.
     """
 
-    def __call__(self, parameter: Tensor, axis: int, *, sigma: float, fixed: float, generator: Generator) -> Parts: ...
+    def __call__(self, parameter: Tensor, axis: int, *, sigma: float, fixed: float, generator: Generator) -> Parts:
+        """The fixed part and the mask of a parameter whose neurons lie on that axis."""
+        ...
 
 
 @dataclass(frozen=True)
 class Kind:
+    """A way to fix a part of a parameter."""
+
     make: MakeParts
     sigma: float
     """Default of `sigma`."""

@@ -28,6 +28,7 @@ class Candidate:
     axes: dict[str, int]
 
     def full(self, parameter: str) -> str:
+        """The parameter's name in the whole network."""
         return f"{self.owner}.{parameter}" if self.owner else parameter
 
 

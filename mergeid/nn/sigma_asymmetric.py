@@ -25,6 +25,7 @@ class SigmaAsymmetric:
     ordinary: ClassVar[Any]
 
     def forward(self, x: Tensor) -> Tensor:
+        """2·σ(F x) ⊙ η(x), of the shape of x."""
         # the gate first: η may work in place
         gate = torch.sigmoid(_mixed(x, self._buffers[GATE]))  # type: ignore[attr-defined]
         answer: Tensor = 2 * gate * super().forward(x)  # type: ignore[misc]

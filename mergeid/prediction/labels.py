@@ -36,6 +36,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Corrected:
+    """A prediction with its interval, corrected by labels."""
+
     expected: float
     low: float
     high: float

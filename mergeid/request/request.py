@@ -131,6 +131,7 @@ class Calibration:
 
     @property
     def given(self) -> bool:
+        """Whether there are any."""
         return self.data is not None
 
 

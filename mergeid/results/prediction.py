@@ -40,6 +40,7 @@ class Outlook:
 
     @property
     def label(self) -> str:
+        """What it is called in tables."""
         if self.solved:
             return "solved"
         return f"{self.assignment}, repaired" if self.repaired else self.assignment
@@ -50,6 +51,7 @@ class Outlook:
         return self.solved, self.assignment != "direct", self.repaired
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         return {
             "assignment": self.assignment,
             "repaired": self.repaired,
@@ -95,6 +97,7 @@ class PredictResult:
 
     @property
     def advice(self) -> str:
+        """What to do, in a sentence."""
         return advise(self.outlooks, self.tolerated)
 
     @property
@@ -116,6 +119,7 @@ class PredictResult:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         return {
             "format": FORMAT,
             "a": self.a,
@@ -241,6 +245,7 @@ class PredictionMatrix:
         ]
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         return {
             "format": MATRIX_FORMAT,
             "models": self.names,

@@ -34,6 +34,7 @@ class Partner:
         return min(found) if found else None
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         return {"name": self.name, "way": self.way.label, "tried": self.tried, "prediction": self.result.to_json()}
 
 
@@ -59,6 +60,7 @@ class Ranking:
         results: Sequence[tuple[str, PredictResult]],
         failed: Sequence[tuple[str, str]] = (),
     ) -> Ranking:
+        """The partners, the best first."""
         found = [Partner(name, result) for name, result in results]
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
@@ -77,6 +79,7 @@ class Ranking:
         return f"Merge {self.model} (A) with {best.name} (B), {best.way.label}: {lost} ({command(best.way)})."
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         return {
             "format": FORMAT,
             "model": self.model,

@@ -60,4 +60,5 @@ class Trial:
         return ("direct" if self.merge == PLAIN else "matched") + REPAIRS[self.repair]
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         return {"way": self.label, **asdict(self)}

@@ -96,6 +96,7 @@ class DemoResult:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
         rows = [{**row.__dict__, "file": str(row.file)} for row in self.rows]
         return {
             "format": "mergeid.demo/1",

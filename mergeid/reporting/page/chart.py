@@ -19,6 +19,8 @@ STYLES = ("direct", "direct, repaired", "matched", "matched, repaired", "planned
 
 @dataclass(frozen=True)
 class Tick:
+    """A mark of an axis: where, and what it says."""
+
     place: float
     text: str
 
