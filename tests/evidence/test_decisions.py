@@ -16,7 +16,7 @@ from scipy import stats
 
 from mergeid.evidence import decide
 from mergeid.evidence.anchored import IDENTIFIED, NOT, Certificate
-from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, _decision, _null, _weight_record, decide_from_structure
+from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, _decision, _held_out, _weight_record, decide_from_structure
 from mergeid.evidence.evidence import Judgement, _positions, _row_values, _same_copy, judge
 from mergeid.neuron_graph.neuron_graph import Space
 
@@ -116,16 +116,23 @@ def test_structure_decides_only_where_it_identifies_every_space() -> None:
 # -- chance --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [1, 2, 100])
 @pytest.mark.parametrize(("blocks", "members"), [(1, 4), (2, 3), (3, 1)])
-def test_the_score_of_a_random_permutation_by_brute_force(blocks: int, members: int) -> None:
-    score = np.random.default_rng(blocks).normal(size=(blocks * members, blocks * members))
+def test_the_score_of_a_random_permutation_by_brute_force(
+    blocks: int, members: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decide, "ROWS", rows)
+    generator = np.random.default_rng(blocks)
+    score, half = (generator.normal(size=(blocks * members, blocks * members)) for _ in range(2))
     every = list(permutations(range(members)))
     sums = [
-        sum(score[b * members + i, b * members + p[i]] for b, p in enumerate(chosen) for i in range(members))
+        sum((score - half)[b * members + i, b * members + p[i]] for b, p in enumerate(chosen) for i in range(members))
         for chosen in product(every, repeat=blocks)
     ]
-    mean, var = _null(score, space(blocks * members, blocks))
-    assert mean == pytest.approx(np.mean(sums)) and var == pytest.approx(np.var(sums))
+    perm = generator.permutation(blocks * members)
+    unseen, mean, var = _held_out(score, half, space(blocks * members, blocks), perm)
+    assert unseen == pytest.approx((score - half)[np.arange(len(perm)), perm].sum())
+    assert mean == pytest.approx(np.mean(sums)) and var == pytest.approx(np.var(sums), abs=1e-12)
 
 
 def tables(generator: np.random.Generator, gain: float, examples: int = 64) -> np.ndarray:
