@@ -27,6 +27,8 @@ NOTHING = 1e-9
 """Error, over the targets' spread, that a fit must save on unseen rows: less is rounding."""
 CHOOSING = 256
 """Outputs of a layer that the ridge is chosen on at most."""
+RISES = 2
+"""After so many ridges in a row that are worse than the one before, no stronger one is tried."""
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
@@ -194,10 +196,14 @@ def fit(
     part, other = _outputs(second, few), _outputs(judge, few)
     best, lowest = inf, _quadratic(other, mean[few], None if mean_bias is None else mean_bias.double()[few])
     least = NOTHING * judge.yy * len(few) / len(mean)
+    rises, last = 0, inf
     for ridge in ridges:
         found = _quadratic(other, *_solve(part, mean[few], ridge, bias))
         if found < lowest - least:
             best, lowest = ridge, found
+        rises, last = (rises + 1 if found > last else 0), found
+        if rises == RISES and best < inf:
+            break
     if best < inf:
         after = error(unseen, *_solve(second, mean, best, bias))
         if after < before - NOTHING:

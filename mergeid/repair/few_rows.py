@@ -78,18 +78,34 @@ def _about_means(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return rows[0] - rows[0].mean(0), rows[1] - rows[1].mean(0)
 
 
-class _Dual:
-    """All ridge solutions on rows x [n, d] and y [n, m], float64."""
+class _Small:
+    """The n x n problem on rows x [n, d] and y [n, m], float64."""
 
     def __init__(self, x: Tensor, y: Tensor, mean: Tensor, bias: bool) -> None:
         self.mean, self.bias = mean, bias
         self.at, self.to = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
         self.x = x - self.at
-        kernel = self.x @ self.x.T
-        self.strength = float(kernel.trace()) / x.shape[1]
-        values, self.vectors = torch.linalg.eigh(kernel)
-        self.values = values.clamp(min=0)
-        self.left = self.vectors.T @ (y - self.to - self.x @ mean.T)
+        self.kernel = self.x @ self.x.T
+        self.strength = float(self.kernel.trace()) / x.shape[1]
+        self.left = y - self.to - self.x @ mean.T
+
+    def solution(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """W and b."""
+        system = self.kernel.clone()
+        system.diagonal().add_(ridge * self.strength)
+        weight = self.mean
+        if self.strength > 0:  # constant inputs move the bias alone
+            weight = weight + torch.cholesky_solve(self.left, torch.linalg.cholesky(system)).T @ self.x
+        return weight, self.to - weight @ self.at if self.bias else None
+
+
+class _Dual(_Small):
+    """All ridges at once."""
+
+    def __init__(self, x: Tensor, y: Tensor, mean: Tensor, bias: bool) -> None:
+        super().__init__(x, y, mean, bias)
+        values, self.vectors = torch.linalg.eigh(self.kernel)
+        self.values, self.left = values.clamp(min=0), self.vectors.T @ self.left
 
     def _shrunk(self, ridge: float) -> Tensor:
         """(K + λ n)⁻¹ of the residuals, in the eigenbasis [n, m]; constant inputs move the bias alone."""
@@ -106,10 +122,6 @@ class _Dual:
     def still_missed(self, missed: tuple[Tensor, Tensor], ridge: float) -> float:
         """Mean squared error per row."""
         return float((missed[0] - missed[1] @ self._shrunk(ridge)).square().sum(1).mean())
-
-    def solution(self, ridge: float) -> tuple[Tensor, Tensor | None]:
-        weight = self.mean + (self.vectors @ self._shrunk(ridge)).T @ self.x
-        return weight, self.to - weight @ self.at if self.bias else None
 
 
 def _fit_rows(
@@ -130,5 +142,5 @@ def _fit_rows(
     if best == inf:
         return Fit(mean, mean_bias, inf, before, before)
     every = [torch.cat(pair) for pair in zip(seen, unseen, strict=True)]
-    weight, b = _Dual(every[0], every[1], mean, bias).solution(best)
+    weight, b = _Small(every[0], every[1], mean, bias).solution(best)
     return Fit(weight, b, best, before, lowest)
