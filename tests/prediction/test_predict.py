@@ -138,6 +138,35 @@ def test_advice() -> None:
     assert advise([way("direct", 0.0, 0.0, 0.99, 7.0)], 0.01).startswith("Cannot tell")
 
 
+def test_a_collapsed_model_is_not_trusted(nets: dict[str, nn.Module]) -> None:
+    """One that says the same of every input, whatever that is: sure of one class, or of none."""
+    for bias in (torch.zeros(4), torch.tensor([9.0, 0, 0, 0])):
+        dead = copy.deepcopy(nets["a"])
+        with torch.no_grad():
+            dead[2].weight.zero_()  # type: ignore[index, union-attr, operator]
+            dead[2].bias.copy_(bias)  # type: ignore[index, union-attr, operator]
+        for data in (DATA, None):
+            found = predict(nets["a"], dead, data=data)
+            assert not any(o.nats.trusted for o in found.outlooks)
+            assert found.advice.startswith("Cannot tell: one of the models says the same of every input")
+            assert any("nearly the same of every input" in note for note in found.notes)
+    assert all(o.nats.trusted for o in predict(nets["a"], nets["near"]).outlooks)
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0, 1e3])
+def test_no_prediction_leaves_its_limits(nets: dict[str, nn.Module], size: float) -> None:
+    """Networks as sure of themselves as one likes, with data and without: what is lost ends at a uniform guess."""
+    loud = copy.deepcopy(nets["far"])
+    with torch.no_grad():
+        for p in loud.parameters():
+            p.mul_(size ** (1 / 2))
+    for data in (DATA, None):
+        for o in predict(nets["a"], loud, data=data).outlooks:
+            assert 0 <= o.nats.low <= o.nats.expected <= o.nats.high <= np.log(4) + 1e-12
+            if o.points is not None:
+                assert 0 <= o.points.low <= o.points.expected <= o.points.high <= 100
+
+
 def test_bad_input(nets: dict[str, nn.Module]) -> None:
     with pytest.raises(MergeidError, match="--tolerate must be a loss"):
         predict(nets["a"], nets["far"], tolerate=-1.0)
