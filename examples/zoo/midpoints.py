@@ -34,6 +34,7 @@ from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.neuron_graph.group import same_element
 from mergeid.prediction.trial import TogetherSums, TrialSums
+from mergeid.results.plan import Plan
 from mergeid.stages.repair import SOLVE, repair_merged
 
 FILE = "midpoints.csv"
@@ -63,7 +64,7 @@ def outputs(net: nn.Module, test: Mapping[str, Tensor], known: Mapping[str, Tens
     return Outputs(ADAPTER.forward(net, dict(test)), ADAPTER.forward(net, dict(known)))
 
 
-def merges(nets: PairOfNets, known: Examples) -> Iterator[tuple[str, nn.Module]]:
+def merges(nets: PairOfNets, known: Examples, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
     """(way, network), as far as the family has it; the network is good until the next one is asked for."""
     plain, matched = nets.graph.identity(), nets.always(known)
     moved = not same_element(plain, matched)
@@ -72,7 +73,7 @@ def merges(nets: PairOfNets, known: Examples) -> Iterator[tuple[str, nn.Module]]
         for repaired in (False, True) if nets.repair == "bn" else (False,):
             nets.at(b, 0.5, nets.repairer(b, known) if repaired else None)
             yield name + ("_repair" if repaired else ""), nets.work
-    members = nets._members(nets.planned(known), known)
+    members = nets._members(plan, known)
     net = copy.deepcopy(nets.a.model)
     try:
         load_weights(net, {**members.merged_state(), **repair_merged(members, mode=SOLVE).tensors})
@@ -91,13 +92,14 @@ def measure(zoo: Zoo, pair: Pair, made: str = "") -> table.Row:
     together = TogetherSums()
     together.add(ends[0].known, ends[1].known, None)
     labels = test["labels"]
+    plan = nets.planned(known)
     row: dict[str, object] = {
         "pair": pair.id,
         "family": pair.a.group.family,
         "data": pair.a.group.data,
         "kind": pair.kind,
         "classes": ends[0].test.shape[-1],
-        "verdict": nets.planned(known).verdict,
+        "verdict": plan.verdict,
         "made": made,
         **together.features(),
     }
@@ -107,7 +109,7 @@ def measure(zoo: Zoo, pair: Pair, made: str = "") -> table.Row:
         row |= {f"loss_{name}": float(losses.mean()), f"accuracy_{name}": float(right.mean())}
         own.append((losses, right))
     mean = [(x + y) / 2 for x, y in zip(own[0], own[1], strict=True)]
-    for way, net in merges(nets, known):
+    for way, net in merges(nets, known, plan):
         out = outputs(net, test, calibration)
         losses, right = scores(out.test, labels)
         excess, trial = (losses - mean[0]).numpy(), TrialSums()

@@ -2,8 +2,9 @@
 
 The labelled examples say x ± e (mean and standard error of the paired excess of losses), the prediction an interval.
 The likelihood is normal, and Student's t widens what few examples say. The prior falls off on either side of what was
-predicted as fast as its interval says; below a predicted loss whose interval reaches down to 0 it is flat, since a
-barrier of 0 says nothing of what is gained. What is expected then is the mean of the posterior.
+predicted as fast as its interval says. It is flat below where the interval reaches down to 0, since a barrier of 0 says
+nothing of what is gained, and above where it reaches the most that is predicted. What is expected then is the mean of
+the posterior.
 """
 
 from __future__ import annotations
@@ -43,17 +44,20 @@ class Corrected:
     high: float
 
 
-def corrected(measured: Measured, expected: float, low: float, high: float, level: float = 0.9) -> Corrected:
+def corrected(
+    measured: Measured, expected: float, low: float, high: float, *, most: float = math.inf, level: float = 0.9
+) -> Corrected:
     """Both together, with an interval for the level that `low` and `high` were made for.
 
     Args:
-        expected, low, high: what was predicted, nats; infinite ends: nothing was."""
+        expected, low, high: what was predicted, nats; infinite ends: nothing was.
+        most: that a prediction ends at; one that reaches it says nothing of what lies beyond."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return Corrected(measured.mean, *measured.interval(level))
     reach = float(norm.ppf((1 + level) / 2))
     scale = float(student.ppf((1 + level) / 2, max(measured.count - 1, 1))) / reach
     error = max(measured.error * scale, 1e-9)
-    above = max((high - expected) / reach, LEAST_SPREAD)
+    above = math.inf if high >= most else max((high - expected) / reach, LEAST_SPREAD)
     below = math.inf if low <= 0 else max((expected - low) / reach, LEAST_SPREAD)
     sides = [s for s in (above, below) if s < math.inf]
     between = [_both(measured.mean, error, expected, s) for s in sides]

@@ -8,6 +8,7 @@ it was fitted to.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -135,14 +136,14 @@ class _Labels:
         self.excess.append(mean[0].cpu())
         self.missed.append(-mean[1].cpu())
 
-    def found(self, outlook: Outlook | None) -> Labelled | None:
+    def found(self, outlook: Outlook | None, most: float) -> Labelled | None:
         rows = torch.cat(self.excess) if self.excess else torch.zeros(0)
         if len(rows) < 2:
             return None
         seen = Measured(float(rows.mean()), float(rows.std()) / len(rows) ** 0.5, len(rows))
         nats = None if outlook is None or not outlook.nats.trusted else outlook.nats
         ends = (0.0, float("-inf"), float("inf")) if nats is None else (nats.expected, nats.low, nats.high)
-        both = corrected(seen, *ends)
+        both = corrected(seen, *ends, most=most)
         points = 100 * float(torch.cat(self.missed).mean())
         return Labelled(seen.mean, *seen.interval(), both.expected, both.low, both.high, points or None, len(rows))
 
@@ -155,6 +156,6 @@ def _trial(
         sums.add(a.logits, b.logits, merged.logits, a.mask)
         if a.lost is not None and b.lost is not None and merged.lost is not None:
             labels.add(a.lost, b.lost, merged.lost)
-    found = sums.features()
+    found, most = sums.features(), math.log(own[0][0].logits.shape[-1])
     trial = Trial(name, kind, found["hard"], found["soft"], found["missed"], sums.count)
-    return Trial(**{**trial.__dict__, "labelled": labels.found(known.get(trial.label))})
+    return Trial(**{**trial.__dict__, "labelled": labels.found(known.get(trial.label), most)})

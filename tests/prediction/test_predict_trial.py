@@ -159,6 +159,9 @@ def test_a_predicted_loss_of_nothing_says_nothing_of_a_gain() -> None:
     assert gain.expected == pytest.approx(-0.4, abs=2e-3) and gain.high < -0.3
     assert 0 < loss.expected < 0.1
     assert loss.low < loss.expected < loss.high
+    # and one that ends at a uniform guess nothing of what lies beyond it
+    far = corrected(Measured(3.8, 0.05, 1000), 2.0, 1.0, 2.3, most=2.3)
+    assert far.expected == pytest.approx(3.8, abs=2e-2)
 
 
 def test_a_correction_without_a_prediction_is_what_was_measured() -> None:
