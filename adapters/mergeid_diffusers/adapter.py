@@ -8,20 +8,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import (
-    Architecture,
-    Batch,
-    ConfigDifference,
-    Contents,
-    LossParts,
-    MergeidError,
-    TensorTable,
-    get_adapter,
-    near_names,
-    part_adopted,
-    part_differences,
-    reason,
-)
+from mergeid import plugins
+from mergeid.plugins import Architecture, Batch, ConfigDifference, Contents, LossParts, MergeidError, TensorTable
 from mergeid_diffusers import pipeline, single_file
 
 if TYPE_CHECKING:
@@ -81,7 +69,7 @@ class DiffusersAdapter:
             tensors = {n.removeprefix(f"{name}."): i for n, i in table.items() if n.startswith(f"{name}.")}
             library, kind = config["components"][name]
             if library == "transformers":
-                arch = get_adapter("transformers").recognise(tensors, {**own, "architectures": [kind]}, {})
+                arch = plugins.get_adapter("transformers").recognise(tensors, {**own, "architectures": [kind]}, {})
             else:
                 arch = self.recognise(tensors, own, {}) if library == "diffusers" else None
             if arch is not None:
@@ -96,7 +84,7 @@ class DiffusersAdapter:
                 f"--arch {self.name}/{name} does not fit the config.json, which says {stated}; leave it out"
             )
         if name not in self.architectures() and stated is None:
-            near = near_names(name, self.architectures())
+            near = plugins.near_names(name, self.architectures())
             raise MergeidError(
                 f"diffusers has no network {name!r}" + (f"; near names are {', '.join(near)}" if near else "")
             )
@@ -119,7 +107,9 @@ class DiffusersAdapter:
             from mergeid_diffusers.running import Pipeline
 
             inner = arch.options["inner"]
-            libraries = {n: self if a.adapter == self.name else get_adapter(a.adapter) for n, a in inner.items()}
+            libraries = {
+                n: self if a.adapter == self.name else plugins.get_adapter(a.adapter) for n, a in inner.items()
+            }
             return Pipeline({n: libraries[n].build(a, device=device) for n, a in inner.items()}).eval()
         try:
             import diffusers
@@ -135,8 +125,8 @@ class DiffusersAdapter:
                 model: Any = kind.from_config(dict(arch.options["config"]))
         except Exception as error:  # a hundred classes, and none expects a config that does not fit together
             raise MergeidError(
-                f"diffusers cannot build {arch.name} from the config ({type(error).__name__}: {reason(error)}); check "
-                "that it belongs to the installed version"
+                f"diffusers cannot build {arch.name} from the config "
+                f"({type(error).__name__}: {plugins.reason(error)}); check that it belongs to the installed version"
             ) from error
         model = model.eval().to(device=device, dtype=torch.float32)
         if "table" in arch.options:
@@ -153,7 +143,7 @@ class DiffusersAdapter:
         found: dict[str, str] = {}
         for name, own in inner.items():
             tensors = {n.removeprefix(f"{name}."): i for n, i in table.items() if n.startswith(f"{name}.")}
-            library = self if own.adapter == self.name else get_adapter(own.adapter)
+            library = self if own.adapter == self.name else plugins.get_adapter(own.adapter)
             names = library.tensor_names(own, model.get_submodule(name), tensors)
             found |= {f"{name}.{n}": f"{name}.{k}" for n, k in names.items()}
         return found
@@ -174,7 +164,7 @@ class DiffusersAdapter:
             if own.adapter == self.name:
                 found[name] = example_inputs(part, generator, batch_size)
             else:
-                batch = get_adapter(own.adapter).example_inputs(own, part, generator, batch_size)
+                batch = plugins.get_adapter(own.adapter).example_inputs(own, part, generator, batch_size)
                 found[name] = {k: v for k, v in batch.items() if k != "labels"}
         return found
 
@@ -218,7 +208,7 @@ class DiffusersAdapter:
         if "parts" in a and "parts" in b:
             if a["components"] != b["components"]:
                 return [ConfigDifference("components", a["components"], b["components"])]
-            return part_differences(a["parts"], b["parts"])
+            return plugins.part_differences(a["parts"], b["parts"])
         if a[CLASS] != b[CLASS]:
             return [ConfigDifference(CLASS, a[CLASS], b[CLASS])]
         one, two = (_compared(c) for c in (a, b))
@@ -234,7 +224,7 @@ class DiffusersAdapter:
     def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
         """`other`'s function, network by network."""
         if "parts" in config and "parts" in other:
-            return {**deepcopy(dict(other)), "parts": part_adopted(config["parts"], other["parts"], head=head)}
+            return {**deepcopy(dict(other)), "parts": plugins.part_adopted(config["parts"], other["parts"], head=head)}
         return deepcopy({**{k: v for k, v in config.items() if k.startswith("_")}, **other})
 
 

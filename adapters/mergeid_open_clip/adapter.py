@@ -7,19 +7,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import (
-    Architecture,
-    Batch,
-    ConfigDifference,
-    Contents,
-    LossParts,
-    MergeidError,
-    TensorTable,
-    near_names,
-    part_differences,
-    reason,
-    returned_tensors,
-)
+from mergeid import plugins
+from mergeid.plugins import Architecture, Batch, ConfigDifference, Contents, LossParts, MergeidError, TensorTable
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +59,7 @@ class OpenClipAdapter:
         """A named model. Raises `MergeidError` for an unknown name."""
         known = list(self.architectures())
         if name not in known:
-            near = near_names(name, known)
+            near = plugins.near_names(name, known)
             hint = f"; near names are {', '.join(near)}" if near else "; pip install 'mergeid[open-clip]'" * (not known)
             raise MergeidError(f"open_clip has no model {name!r}{hint}")
         import open_clip
@@ -101,7 +90,8 @@ class OpenClipAdapter:
             model = kind(**config).to(device)  # a few read numbers off tensors, which the meta device refuses
         except Exception as error:
             raise MergeidError(
-                f"open_clip cannot build {arch.name} from {CONFIG} ({type(error).__name__}: {reason(error)}); check "
+                f"open_clip cannot build {arch.name} from {CONFIG} ({type(error).__name__}: {plugins.reason(error)}); "
+                "check "
                 "that it belongs to the installed version"
             ) from error
         built: nn.Module = model.eval().to(device=device, dtype=torch.float32)
@@ -139,7 +129,7 @@ class OpenClipAdapter:
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Image and text features, the scale of the logits, a captioner's logits."""
         found = model(image=batch.get("image"), text=batch.get("text"))
-        return dict(returned_tensors(found))
+        return dict(plugins.returned_tensors(found))
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
         """None: features have no labels."""
@@ -175,8 +165,8 @@ class OpenClipAdapter:
     def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
         """All fields of the model; how images are prepared is for the inputs."""
         one, two = ({k: v if isinstance(v, Mapping) else {"": v} for k, v in c[MODEL].items()} for c in (a, b))
-        found = [d._replace(field=d.field.rstrip(".")) for d in part_differences(one, two)]
-        images = part_differences({IMAGES: a.get(IMAGES)}, {IMAGES: b.get(IMAGES)})
+        found = [d._replace(field=d.field.rstrip(".")) for d in plugins.part_differences(one, two)]
+        images = plugins.part_differences({IMAGES: a.get(IMAGES)}, {IMAGES: b.get(IMAGES)})
         return found + [d._replace(effect="inputs") for d in images]
 
     def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:

@@ -7,18 +7,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import (
-    Architecture,
-    Batch,
-    ConfigDifference,
-    Contents,
-    LossParts,
-    MergeidError,
-    TensorTable,
-    get_adapter,
-    part_adopted,
-    part_differences,
-)
+from mergeid import plugins
+from mergeid.plugins import Architecture, Batch, ConfigDifference, Contents, LossParts, MergeidError, TensorTable
 from mergeid_sentence_transformers import folder as folders
 from mergeid_sentence_transformers.folder import Step, steps_of
 
@@ -54,7 +44,7 @@ class SentenceTransformersAdapter:
         if self.described(config, metadata) is None or config is None:
             return None
         steps = steps_of(config["modules"])
-        library, inner = get_adapter("transformers"), {}
+        library, inner = plugins.get_adapter("transformers"), {}
         for i, step in enumerate(steps):
             if step.encodes:
                 found = library.recognise(_of_step(table, steps, step), config["parts"].get(step.folder), {})
@@ -91,7 +81,7 @@ class SentenceTransformersAdapter:
             own = _of_step(table, steps, step)
             if i in arch.options["inner"]:
                 part: Any = model.get_submodule(str(i))
-                names = get_adapter("transformers").tensor_names(arch.options["inner"][i], part, own)
+                names = plugins.get_adapter("transformers").tensor_names(arch.options["inner"][i], part, own)
             else:
                 names = {n: n for n in own}
             found |= {step.prefix + n: f"{i}.{k}" for n, k in names.items() if f"{i}.{k}" in keys}
@@ -103,7 +93,7 @@ class SentenceTransformersAdapter:
         """Short random sequences, as the encoder takes them."""
         number, inner = self._encoder(arch)
         part = model.get_submodule(str(number))
-        found = get_adapter("transformers").example_inputs(inner, part, generator, batch_size)
+        found = plugins.get_adapter("transformers").example_inputs(inner, part, generator, batch_size)
         return {k: v for k, v in found.items() if k != "labels"}
 
     def _encoder(self, arch: Architecture) -> tuple[int, Architecture]:
@@ -135,13 +125,13 @@ class SentenceTransformersAdapter:
         """The encoder's."""
         number, inner = self._encoder(arch)
         step = steps_of(arch.options["config"]["modules"])[number]
-        library: Any = get_adapter("transformers")
+        library: Any = plugins.get_adapter("transformers")
         found: Mapping[str, Any] = library.preprocessing(inner, None if folder is None else folder / step.folder)
         return found
 
     def check(self, arch: Architecture, batch: Batch) -> None:
         """Raises `MergeidError` where a batch does not fit the encoder."""
-        library: Any = get_adapter("transformers")
+        library: Any = plugins.get_adapter("transformers")
         library.check(self._encoder(arch)[1], batch)
 
     def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
@@ -152,7 +142,7 @@ class SentenceTransformersAdapter:
         for number, inner in arch.options["inner"].items():
             own = [(name[2], axis) for name, axis in listed if name[0] == str(number)]
             if own:
-                return get_adapter("transformers").space_label(inner, own)
+                return plugins.get_adapter("transformers").space_label(inner, own)
         return steps[numbers[0]].folder if numbers else None
 
     def companion_files(self, folder: Path) -> list[Path]:
@@ -168,17 +158,17 @@ class SentenceTransformersAdapter:
         one, two = ([(s.folder, s.kind.rpartition(".")[2]) for s in steps_of(c["modules"])] for c in (a, b))
         if one != two:
             return [ConfigDifference("modules", [k for _, k in one], [k for _, k in two])]
-        found = part_differences(a["parts"], b["parts"])
+        found = plugins.part_differences(a["parts"], b["parts"])
         for folder in a["settings"]:
             found += [
                 d._replace(effect="inputs") if d.field.endswith(("max_seq_length", "do_lower_case")) else d
-                for d in part_differences(a["settings"][folder], b["settings"].get(folder, {}), f"{folder}/")
+                for d in plugins.part_differences(a["settings"][folder], b["settings"].get(folder, {}), f"{folder}/")
             ]
         return found
 
     def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
         """`other`'s function, module by module."""
-        return {**deepcopy(dict(other)), "parts": part_adopted(config["parts"], other["parts"], head=head)}
+        return {**deepcopy(dict(other)), "parts": plugins.part_adopted(config["parts"], other["parts"], head=head)}
 
 
 def _of_step(table: TensorTable, steps: Sequence[Step], step: Step) -> dict[str, Any]:

@@ -8,17 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import (
-    Architecture,
-    Batch,
-    ConfigDifference,
-    LossParts,
-    MergeidError,
-    TensorTable,
-    near_names,
-    returned_tensors,
-    task_first,
-)
+from mergeid import plugins
+from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, TensorTable
 from mergeid_timm import compare, names
 from mergeid_timm.index import bare_names, first_difference, load_index, nearest
 from mergeid_timm.labels import space_label
@@ -116,7 +107,7 @@ class TimmAdapter:
         name = name.removeprefix("timm/")
         plain = name.partition(".")[0]
         if not self._known(name) and not names.installed(plain):
-            near = near_names(plain, self.architectures())
+            near = plugins.near_names(plain, self.architectures())
             raise MergeidError(
                 f"timm has no architecture {name!r}"
                 + (f"; near names are {', '.join(near)}" if near else "")
@@ -243,7 +234,7 @@ class TimmAdapter:
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """All that the model returns, the logits first; errors as in `forward`."""
         output = self._run(model, batch)
-        return task_first(_task(output), returned_tensors(output))
+        return plugins.task_first(_task(output), plugins.returned_tensors(output))
 
     @staticmethod
     def _run(model: nn.Module, batch: Batch) -> Any:

@@ -8,17 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeid.plugins import (
-    Architecture,
-    Batch,
-    ConfigDifference,
-    LossParts,
-    MergeidError,
-    TensorTable,
-    reason,
-    returned_tensors,
-    task_first,
-)
+from mergeid import plugins
+from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, TensorTable
 from mergeid_transformers import compare, files, labels
 from mergeid_transformers.names import tensor_names
 
@@ -140,8 +131,9 @@ class TransformersAdapter:
             raise
         except Exception as error:  # hundreds of classes, and none expects a config that does not fit together
             raise MergeidError(
-                f"transformers cannot build {name} from the config.json ({type(error).__name__}: {reason(error)}); "
-                "check that config and transformers version belong together"
+                f"transformers cannot build {name} from the config.json "
+                f"({type(error).__name__}: {plugins.reason(error)}); check that config and transformers version belong "
+                "together"
             ) from error
         if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
             model.pooler = None
@@ -183,8 +175,8 @@ class TransformersAdapter:
         from mergeid_transformers.tasks import task_output
 
         output = self._run(model, batch)
-        found = returned_tensors(output)
-        return task_first(task_output(output), {k: found[k] for k in interface(list(found))})
+        found = plugins.returned_tensors(output)
+        return plugins.task_first(task_output(output), {k: found[k] for k in interface(list(found))})
 
     def owns(self, model: nn.Module) -> bool:
         """Whether it is one of transformers' models, which has been imported then."""

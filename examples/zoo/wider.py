@@ -114,11 +114,9 @@ PLAIN = (
     Group("tabular", "heavy", 6, 48, 3, steps=300),
 )
 """Groups with the kinds of pairs that the first zoo has, less asymmetric ones."""
-LOW = (
-    Group("bert", "packages", 5, 32, 2, steps=300),
-    Group("gpt", "code", 5, 32, 2, steps=300),
-    Group("vit", "fashion", 5, 32, 2, steps=300),
-    Group("llama", "prose", 5, 32, 2, steps=300),
+LOW = tuple(
+    Group(family, data, 5, 32, 2, steps=300)
+    for family, data in (("bert", "packages"), ("gpt", "code"), ("vit", "fashion"), ("llama", "prose"))
 )
 LARGE_RATES = (
     Group("mlp", "fashion", 7, 64, 2, steps=300, rate=LARGE),

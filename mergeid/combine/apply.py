@@ -327,8 +327,12 @@ def _record(
 
 def _effective(names: Sequence[str], inputs: Inputs, settings: MergeSettings) -> dict[str, Tensor]:
     """Asymmetric layers whose masks differ, merged in their effective weights."""
-    from mergeid.combine.by_torch import Aligned, whole
+    from mergeid.combine.by_torch import Aligned, combine, whole
 
     reads = [Aligned(c, t).tensor for c, t in zip(inputs.used, inputs.moved, strict=True)]
     base = reads.pop() if inputs.base is not None else None
-    return effective_averages(names, reads, lambda name, tensors, origin: whole(settings, name, tensors, origin), base)
+
+    def merged(name: str, tensors: Sequence[Tensor], origin: Tensor | None) -> Tensor:
+        return whole(combine(settings, name, tensors, origin), tensors[0])
+
+    return effective_averages(names, reads, merged, base)

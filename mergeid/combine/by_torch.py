@@ -113,16 +113,9 @@ class TorchMerge:
         return overflows(name, dtype_name(out), self.settings.weights_of(name))
 
 
-def whole(
-    settings: MergeSettings,
-    name: str,
-    tensors: Sequence[Tensor],
-    base: Tensor | None = None,
-    statistics: Sequence[Any] | None = None,
-) -> Tensor:
-    """One merged tensor (arguments as for `combine`), in the first one's shape and dtype."""
-    pieces = [piece.reshape(-1) for piece in combine(settings, name, tensors, base, statistics)]
-    return torch.cat(pieces).reshape(tensors[0].shape).to(tensors[0].dtype)
+def whole(pieces: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The pieces of a merged tensor as one, in the shape and dtype of the first model's."""
+    return torch.cat([piece.reshape(-1) for piece in pieces]).reshape(like.shape).to(like.dtype)
 
 
 def combine(

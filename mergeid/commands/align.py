@@ -36,11 +36,7 @@ def command(
     """
     with working(as_json) as work:
         result = call(b, to, progress=work.progress)
-        if as_json:
-            work.emit(result.to_json())
-        else:
-            from mergeid.reporting.show_merge import print_merge
+        from mergeid.reporting.show_merge import print_merge
 
-            work.close()
-            print_merge(result, work.console)
+        work.finish(result, print_merge)
     return 0

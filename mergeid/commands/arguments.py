@@ -111,6 +111,11 @@ def how(flag: str, metavar: str, help: str) -> Any:
     return typer.Option(flag, metavar=metavar, rich_help_panel=HOW, help=help)
 
 
+def several(metavar: str, help: str) -> Any:
+    """Models, one or more."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
 def model(what: str = "") -> Any:
     """The one model that a command is about; `what`: which it is."""
     return typer.Argument(metavar="MODEL", help=f"{what}{MODEL}.", show_default=False)

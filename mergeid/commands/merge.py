@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,11 +27,7 @@ def command(
     call: Call[MergeResult],
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="A B [C …]",
-            help=f"Models: {o.MODEL}; the output follows the first. Or one recipe, a .yaml file.",
-            show_default=False,
-        ),
+        o.several("A B [C …]", f"Models: {o.MODEL}; the output follows the first. Or one recipe, a .yaml file."),
     ],
     page: o.Page = None,
     as_json: o.Json = False,
@@ -92,20 +89,10 @@ def command(
 
             def merged(done: Prepared, target: str | os.PathLike[str] | None) -> MergeResult:
                 told = done.recipe
-                return call(
-                    done.models,
-                    base=done.base,
-                    output=target,
-                    method=told.method,
-                    weights=told.weights,
-                    parameters=told.parameters,
-                    normalize=told.normalize,
-                    dtype=told.dtype,
-                    tokenizer=told.tokenizer,
-                    chat_template=told.chat_template,
-                    repair=stage,
-                    progress=work.progress,
-                )
+                how = partial(call, method=told.method, weights=told.weights, parameters=told.parameters)
+                how = partial(how, normalize=told.normalize, dtype=told.dtype, tokenizer=told.tokenizer)
+                how = partial(how, chat_template=told.chat_template, repair=stage, progress=work.progress)
+                return how(done.models, base=done.base, output=target)
 
             result = merge_stages(stages, call.path("output"), merged, call.given("allow_pickle"))
         else:

@@ -24,11 +24,7 @@ def command(
     call: Call[Ranking | PredictionMatrix],
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL CANDIDATE ...",
-            help=f"The model, then its possible partners ({o.MODEL}), or a folder that holds several.",
-            show_default=False,
-        ),
+        o.several("MODEL CANDIDATE ...", f"The model, then its possible partners ({o.MODEL}), or a folder of several."),
     ],
     output: o.JsonFile = None,
     plot: Annotated[

@@ -31,11 +31,7 @@ def command(
     check_outputs((*models, *call.reads))
     with working(as_json) as work:
         result = call(models, progress=work.progress)
-        if as_json:
-            work.emit(result.to_json())
-        else:
-            from mergeid.reporting.soups import print_soup
+        from mergeid.reporting.soups import print_soup
 
-            work.close()
-            print_soup(result, work.console)
+        work.finish(result, print_soup)
     return 0

@@ -7,9 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mergeid.basics.reading import json_text
 from mergeid.errors import plain, visible
@@ -23,6 +23,13 @@ PLAIN_EVERY = 5.0
 """Seconds between two lines of progress where there is no terminal."""
 LONG = 60.0
 """Seconds from which a command says at its end how long it took."""
+
+
+class Shown(Protocol):
+    """A result."""
+
+    def to_json(self) -> object:
+        """As plain values."""
 
 
 class Work:
@@ -44,6 +51,14 @@ class Work:
     def console(self) -> Console:
         """For tables and text on stdout: colours on a terminal only."""
         return _console(self.stdout)
+
+    def finish(self, result: Shown, show: Callable[[Any, Console], None]) -> None:
+        """The result as JSON where that was asked for, else as people read it."""
+        if self.as_json:
+            self.emit(result.to_json())
+        else:
+            self.close()
+            show(result, self.console)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Told by long work how far it is: a bar on a terminal, else a line every few seconds."""

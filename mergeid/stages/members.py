@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
-from mergeid.combine.by_torch import whole
+from mergeid.combine.by_torch import combine, whole
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.methods.settings import MergeSettings
 from mergeid.methods.statistics import Gram, fisher_diagonal, gram_matrices
@@ -201,7 +201,7 @@ def merged_tensors(
         made = effective_averages(
             done,
             [partial(read, i) for i in range(len(states))],
-            lambda key, tensors, origin: whole(settings, known.get(key, key), tensors, origin),
+            lambda key, tensors, origin: whole(combine(settings, known.get(key, key), tensors, origin), tensors[0]),
             base,
         )
     chosen = set(done)
@@ -211,4 +211,4 @@ def merged_tensors(
             continue
         tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
         origin = None if base is None else base(key).to(ours.dtype)
-        yield key, whole(settings, known.get(key, key), tensors, origin, statistics(key))
+        yield key, whole(combine(settings, known.get(key, key), tensors, origin, statistics(key)), ours)

@@ -32,6 +32,8 @@ def soup(
     models: Sequence[Source],
     *,
     data: o.Labelled,
+    match: o.Match = "auto",
+    matcher: o.Matcher = None,
     how: Annotated[
         str,
         o.Option(
@@ -40,6 +42,8 @@ def soup(
             choices=HOW,
         ),
     ] = "greedy",
+    dtype: o.Dtype = None,
+    force: o.Force = False,
     base: Annotated[
         Source | None,
         o.Option("What the models were fine-tuned from, for adamerging.", o.INPUT, "MODEL", shown=False),
@@ -49,10 +53,6 @@ def soup(
         str | os.PathLike[str] | None,
         o.out("A .safetensors file or a folder; ./soup.safetensors if not given (./soup for a folder)."),
     ] = None,
-    dtype: o.Dtype = None,
-    force: o.Force = False,
-    match: o.Match = "auto",
-    matcher: o.Matcher = None,
     batch_size: o.BatchSize = 64,
     **usual: Unpack[Usual],
 ) -> SoupResult:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples_helpers import modules_of
+from examples_helpers import modules_of, of_one_group
 
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 MODULES = (
@@ -25,16 +25,13 @@ def zoo():
         yield found
 
 
-@pytest.fixture
-def mini(zoo, monkeypatch):
-    """A zoo of one group of tiny MLPs on scikit-learn's digits."""
-    group = zoo.recipes.Group("mlp", "digits", 0, 12, 1, steps=12)
-    monkeypatch.setattr(zoo.recipes, "GROUPS", (group,))
-    return zoo
-
-
 def without_time(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{k: v for k, v in r.items() if k not in CPU} for r in rows]
+
+
+@pytest.fixture
+def mini(zoo, monkeypatch):
+    return of_one_group(zoo, monkeypatch)
 
 
 # -- the build ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples_helpers import modules_of
+from examples_helpers import modules_of, of_one_group
 
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 MODULES = (
@@ -25,9 +25,7 @@ def zoo():
 
 @pytest.fixture
 def mini(zoo, monkeypatch):
-    group = zoo.recipes.Group("mlp", "digits", 0, 12, 1, steps=12)
-    monkeypatch.setattr(zoo.recipes, "GROUPS", (group,))
-    return zoo
+    return of_one_group(zoo, monkeypatch)
 
 
 def test_midpoints_go_on_and_are_what_they_say(mini, tmp_path):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 
 @contextmanager
 def modules_of(folder: Path, names: Sequence[str]) -> Iterator[SimpleNamespace]:
@@ -20,3 +22,10 @@ def modules_of(folder: Path, names: Sequence[str]) -> Iterator[SimpleNamespace]:
         sys.path.remove(str(folder))
         for name in names:
             sys.modules.pop(name, None)
+
+
+def of_one_group(zoo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A zoo of one group of tiny MLPs on scikit-learn's digits."""
+    group = zoo.recipes.Group("mlp", "digits", 0, 12, 1, steps=12)
+    monkeypatch.setattr(zoo.recipes, "GROUPS", (group,))
+    return zoo

@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 from safetensors.torch import save
+from serving import served
 
 from mergeid.errors import MergeidError
 from mergeid.io.opening import open_checkpoint
@@ -120,14 +120,8 @@ def hub() -> Iterator[Hub]:
             "org/empty": {MAIN: {"README.md": b"nothing"}},
         }
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": found}))
-    found.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield found
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(Handler, found) as found.url:
+        yield found
 
 
 CODE = """
