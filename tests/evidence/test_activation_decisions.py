@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ def network(seed: int) -> nn.Sequential:
 
 @dataclass
 class Case:
-    a: nn.Sequential
-    b: nn.Sequential
+    a: Any
+    b: Any
     graph: NeuronGraph
     evidence: ActivationEvidence
     x: Tensor
@@ -42,7 +43,7 @@ class Case:
         return found
 
 
-def case(a: nn.Sequential, b: nn.Sequential, size: int = 16) -> Case:
+def case(a: nn.Module, b: nn.Module, size: int = 16) -> Case:
     x = torch.randn(EXAMPLES, 5, generator=torch.Generator().manual_seed(2))
     graph = mergeid.graph(a, x[:2])
     taps = choose_taps(graph, a)
@@ -103,6 +104,41 @@ def test_judgements_are_those_of_the_other_half(far: Case) -> None:
         assert found.j_match == pytest.approx(mean[rows, then].mean(), abs=1e-5)
         assert found.j_random == pytest.approx(mean.mean(), abs=1e-5)
         assert far.evidence.judge([Request(s, now, then)], z=2.0, seed=0)[0] is found  # and not run again
+
+
+class TwoHeads(nn.Module):
+    """Neurons that two layers read, one of them after a nonlinearity of its own: two taps."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.one, self.two = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return torch.cat([self.one(h.tanh()), self.two(h.square())], 1)
+
+
+def test_a_space_that_is_read_twice_is_the_mean_of_both() -> None:
+    a, b = TwoHeads(0).eval(), TwoHeads(1).eval()
+    found = case(a, b)
+    (s,) = found.graph.spaces
+    taps = found.evidence.taps[s.id]
+    with torch.no_grad():
+        hidden = [net.body(found.x).double().numpy() for net in (a, b)]
+    reads = {"one": np.tanh, "two": np.square}
+    assert {t.module for t in taps} >= set(reads)
+
+    def mean(half: int) -> np.ndarray:
+        each = [correlation(*(reads.get(t.module, np.asarray)(h[half::2]) for h in hidden)) for t in taps]
+        answer: np.ndarray = np.mean(each, 0)
+        return answer
+
+    perm = np.roll(np.arange(7), 2)
+    (judged,) = found.evidence.judge([Request(s.id, np.arange(7), perm)], z=1.0, seed=0)
+    assert judged is not None and judged.j_match == pytest.approx(mean(1)[np.arange(7), perm].mean(), abs=1e-5)
+    assert judged.j_current == pytest.approx(np.trace(mean(1)) / 7, abs=1e-5)
+    np.testing.assert_allclose(found.evidence.correlations()[s.id], mean(0), atol=1e-5)
 
 
 def test_batches_do_not_matter(far: Case) -> None:
