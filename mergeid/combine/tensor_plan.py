@@ -173,14 +173,14 @@ def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
         kind = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
         raise MergeidError(
             f"{checkpoint.source} is quantised (quantization_config in its config.json: {kind}); expected float "
-            "weights: dequantise it first"
+            "weights: give --dequantise, or dequantise it first"
         )
     odd = [n for n in names if checkpoint.table[n].dtype not in (*MERGEABLE, *INTEGERS)]
     odd += [n for n in names if checkpoint.table[n].dtype in INTEGERS and n.endswith("weight")]
     if odd:
         raise MergeidError(
             f"tensor {_and_more(odd)} of {checkpoint.source} is {checkpoint.table[odd[0]].dtype}, a quantised or "
-            "unknown dtype; expected F64, F32, F16 or BF16 weights: dequantise the checkpoint first"
+            "unknown dtype; expected F64, F32, F16 or BF16 weights: give --dequantise, or dequantise it first"
         )
 
 

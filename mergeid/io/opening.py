@@ -21,7 +21,7 @@ from mergeid.plugins import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PATH_LIKE = re.compile(r"^(\.|~|/|[A-Za-z]:\\)|\.(safetensors|json|bin|pt|pth|ckpt)$")
+_PATH_LIKE = re.compile(r"^(\.|~|/|[A-Za-z]:\\)|\.(safetensors|json|bin|pt|pth|ckpt|pth\.tar)$")
 
 
 def open_checkpoint(
@@ -35,7 +35,8 @@ def open_checkpoint(
     Args:
         source: file, folder or hub id; a checkpoint that is open already is given back.
         revision: branch, tag or commit on the hub (or write ``org/name@revision``).
-        allow_pickle: also read ``.bin``, ``.pt``, ``.pth`` and ``.ckpt``, through torch's restricted unpickler.
+        allow_pickle: also read ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` and ``.pth.tar``, through torch's
+            restricted unpickler.
 
     Raises:
         MergeidError: anything that is wrong with it, in one sentence.
@@ -71,7 +72,7 @@ def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
     parsed = _config(config) if config.exists() else None
     if path.name.endswith(".index.json"):
         raise MergeidError(f"{path} is the index of a sharded checkpoint; name its folder instead: {path.parent}")
-    if path.suffix in PICKLES and path.stat().st_size:
+    if path.name.endswith(PICKLES) and path.stat().st_size:
         if not allow_pickle:
             raise MergeidError(pickle_refused(f"{path} is"))
         return _open_pickles(source, path, [path], parsed)

@@ -76,7 +76,7 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
             continue
         what = f"{option} {path}"
         final = _resolved(os.fspath(path), option)
-        if final.suffix in (SAFETENSORS, *PICKLES):
+        if final.name.endswith((SAFETENSORS, *PICKLES)):
             raise MergeidError(f"{what} would be a file of weights; expected a name such as {path.stem}.json")
         _check_untouched(final, what, given)
         if final.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergeid.basics.reading import check_regular
-from mergeid.errors import MergeidError, is_text, reason, shown
+from mergeid.errors import MergeidError, MergeidWarning, is_text, reason, shown
 from mergeid.io.header import MOST_DIMENSIONS
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 MOST_EXPANDED = 1 << 20
 """Bytes up to which a tensor may be larger than what is stored of it."""
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_AVERAGED = ("state_dict_ema", "model_ema")
+"""Keys of weights that were averaged over the training: those that timm's scripts report on, and its loader takes."""
+_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "module")
 """Keys under which training scripts put the state dict."""
 
 
@@ -43,6 +45,12 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         ) from None
     for key in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            if key in _AVERAGED:
+                warnings.warn(
+                    f"{path} holds weights that were averaged over the training too ({key}); those are read",
+                    MergeidWarning,
+                    stacklevel=2,
+                )
             found = found[key]
             break
     if not isinstance(found, Mapping):

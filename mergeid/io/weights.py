@@ -11,7 +11,7 @@ from mergeid.errors import MergeidError
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar")
 PICKLE_INDEX = ".bin.index.json"
 
 _NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")

@@ -43,7 +43,12 @@ class Workbench:
         """The weights that `source` means. Raises `MergeidError` for what cannot be read."""
         key = key_of(source)
         if key not in self._opened:
-            self._opened[key] = source, open_source(source, allow_pickle=self.reading.allow_pickle)
+            found = open_source(source, allow_pickle=self.reading.allow_pickle)
+            if self.reading.dequantise:
+                from mergeid.io.dequantise import dequantised
+
+                found = dequantised(found)
+            self._opened[key] = source, found
         return self._opened[key][1]
 
     def load(self, source: Source, like: Loaded | None = None) -> Loaded:

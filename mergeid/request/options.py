@@ -139,6 +139,9 @@ Skip = Annotated[
     Option("Tensors to take from A as they are (may be given several times).", INPUT, "GLOB", several=True),
 ]
 AllowPickle = Annotated[bool, switch("Also read .bin and .pt files.", INPUT)]
+Dequantise = Annotated[
+    bool, switch("Read float8 and bitsandbytes weights as floating-point ones; the result is not quantised.", INPUT)
+]
 Limit = Annotated[
     Union[int, None],
     Option("Calibration examples taken from DATA.", INPUT, "N", kind=int, least=1),

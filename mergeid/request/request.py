@@ -102,6 +102,7 @@ class Reading:
         tokenizer: "union", "a", "b", … or "base": whose tokens the embeddings have; None: all have the same.
         chat_template: "auto", "a", "b", …, "chatml", a file or a template: what the result's tokenizer gets; None: the
             first model's.
+        dequantise: whether quantised weights are read as floating-point ones.
     """
 
     arch: str | None = None
@@ -111,6 +112,7 @@ class Reading:
     example: Example = field(default_factory=Example)
     tokenizer: str | None = None
     chat_template: str | None = None
+    dequantise: bool = False
 
 
 @dataclass(frozen=True)

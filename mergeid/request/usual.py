@@ -22,6 +22,7 @@ class Usual(TypedDict, total=False):
         config: "a", "b", …: whose config counts where they differ in what the network computes; None: that is refused.
         skip: globs of tensor names that are taken from the first model as they are.
         allow_pickle: whether pickled weights may be read.
+        dequantise: whether float8 and bitsandbytes weights are read as floating-point ones.
         example_inputs: of live modules: a tensor, tuple or dict of keywords.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); none: all.
         limit: most calibration examples; None: all.
@@ -34,6 +35,7 @@ class Usual(TypedDict, total=False):
     config: o.Config
     skip: o.Skip
     allow_pickle: o.AllowPickle
+    dequantise: o.Dequantise
     example_inputs: Any
     outputs: Sequence[str]
     limit: o.Limit
@@ -47,6 +49,7 @@ DEFAULTS: Usual = {
     "config": None,
     "skip": (),
     "allow_pickle": False,
+    "dequantise": False,
     "example_inputs": None,
     "outputs": (),
     "limit": LIMIT,
@@ -71,7 +74,9 @@ def requests_of(
     run = Run.of(told["progress"], device=told["device"], seed=told["seed"], batch_size=batch_size)
     example = Example.of(told["example_inputs"], told["outputs"])
     skip, pickle = tuple(told["skip"]), told["allow_pickle"]
-    return run, Reading(told["arch"], told["config"], skip, pickle, example, tokenizer, chat_template)
+    return run, Reading(
+        told["arch"], told["config"], skip, pickle, example, tokenizer, chat_template, told["dequantise"]
+    )
 
 
 def calibration_of(data: Any, given: Usual) -> Calibration:

@@ -1,0 +1,154 @@
+"""Quantised weights as floating-point ones, formed tensor by tensor when they are read.
+
+Known are float8 with scales for a tensor, its rows or blocks of it (DeepSeek's ``weight_scale_inv``,
+compressed-tensors' ``weight_scale``, ComfyUI's ``scale_weight``, or none), and bitsandbytes' int8 and 4-bit formats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mergeid.errors import MergeidError
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.derived import Formed, derived, read_from
+from mergeid.io.dtypes import parse_dtype, torch_dtype
+from mergeid.plugins import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = ("_scale_inv", "_scale")
+"""After the name of a float8 weight; both are factors of what is stored."""
+IGNORED = (".weight_format", ".input_scale", ".input_scale_ub", ".output_scale", ".scale_input", "scaled_fp8")
+"""Of the activations, or notes of the format."""
+STATE = ".quant_state.bitsandbytes__"
+_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+QUANTISED = "quantization_config"
+
+
+def dequantised(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with floating-point weights; itself where nothing in it is quantised.
+
+    The result has the number format that the config names, else bfloat16, and a config that says nothing of a
+    quantisation.
+
+    Raises:
+        MergeidError: a format that is not known, or scales that do not fit.
+    """
+    table, config = checkpoint.table, checkpoint.config or {}
+    target = _target(config)
+    formed: dict[str, Formed] = {}
+    used: set[str] = set()
+    for name, info in table.items():
+        state = next((n for n in table if n.startswith(f"{name}{STATE}")), None) if info.dtype == "U8" else None
+        if info.dtype.startswith("F8_"):
+            scale = next((s for s in _scales_of(name) if s in table), None)
+            reads = (name,) if scale is None else (name, scale)
+            form: Callable[[], Tensor] = partial(_scaled, checkpoint, name, scale, target)
+            made = TensorInfo(target, info.shape)
+        elif info.dtype == "I8" and (rows := f"{name.removesuffix('.weight')}.SCB") in table:
+            reads = (name, rows)
+            form, made = partial(_int8, checkpoint, name, rows, target), TensorInfo(target, info.shape)
+        elif state is not None:
+            told = _state(checkpoint, state)
+            reads = (name, state, *(f"{name}{end}" for end in _4BIT if f"{name}{end}" in table))
+            kind = parse_dtype(str(told.get("dtype", "bfloat16")))
+            form, made = partial(_4bit, checkpoint, name, told, kind), TensorInfo(kind, tuple(told["shape"]))
+        else:
+            continue
+        used |= {*reads}
+        formed[name] = Formed(made, form, tuple((checkpoint, n) for n in reads))
+    if not formed:
+        if QUANTISED in config:
+            raise MergeidError(
+                f"{checkpoint.source} is quantised in a way that --dequantise does not know; expected float8 or "
+                "bitsandbytes weights: dequantise it with the tool that made it"
+            )
+        return checkpoint
+    order = [n for n in table if n in formed or not (n in used or n.endswith(IGNORED))]
+    plain = {k: v for k, v in config.items() if k != QUANTISED}
+    every = {n: formed[n] if n in formed else read_from(checkpoint, n) for n in order}
+    return derived(checkpoint.source, checkpoint, every, parents=[checkpoint], config=plain if config else None)
+
+
+def _target(config: Mapping[str, Any]) -> str:
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return parse_dtype(stated) if "float" in stated and "8" not in stated else "BF16"
+
+
+def _scales_of(name: str) -> list[str]:
+    stem = name.removesuffix(".weight")
+    return [*(f"{name}{end}" for end in SCALES), f"{stem}.scale_weight", f"{stem}.weight_scale"]
+
+
+def _scaled(checkpoint: Checkpoint, name: str, scale: str | None, target: str) -> Tensor:
+    """A float8 weight times its scale: one number, one for each row, or one for each block."""
+    weight = checkpoint.tensor(name).float()
+    if scale is not None:
+        factor = checkpoint.tensor(scale).float()
+        for axis in range(factor.dim()):
+            size, blocks = weight.shape[axis] if axis < weight.dim() else 0, factor.shape[axis]
+            if blocks not in (1, size):
+                block = _block(checkpoint, axis, size, blocks, name)
+                factor = factor.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
+        if factor.dim() == 1 and weight.dim() == 2 and factor.shape[0] == weight.shape[0]:
+            factor = factor[:, None]
+        weight = weight * factor
+    return weight.to(torch_dtype(target))
+
+
+def _block(checkpoint: Checkpoint, axis: int, size: int, blocks: int, name: str) -> int:
+    """Length of a block along an axis, as the config says, else as the sizes say."""
+    told = ((checkpoint.config or {}).get(QUANTISED) or {}).get("weight_block_size")
+    block = told[axis] if isinstance(told, list) and len(told) > axis else -(-size // blocks) if blocks else 0
+    if not isinstance(block, int) or block < 1 or -(-size // block) != blocks:
+        raise MergeidError(
+            f"the scales of {name!r} of {checkpoint.source} are {blocks} for {size} numbers; expected one a block"
+        )
+    return block
+
+
+def _int8(checkpoint: Checkpoint, name: str, rows: str, target: str) -> Tensor:
+    """bitsandbytes' LLM.int8(): each row was scaled so that its largest entry is 127."""
+    found = checkpoint.tensor(name).float() * (checkpoint.tensor(rows).float()[:, None] / 127)
+    return found.to(torch_dtype(target))
+
+
+def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """What bitsandbytes writes of a 4-bit tensor: JSON, byte by byte."""
+    try:
+        found = json.loads(bytes(checkpoint.tensor(name).tolist()))
+        shape = found["shape"]
+        assert all(isinstance(n, int) and n >= 0 for n in shape) and int(found["blocksize"]) > 0
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise MergeidError(f"{name!r} of {checkpoint.source} is no state that bitsandbytes wrote") from None
+    return dict(found)
+
+
+def _4bit(checkpoint: Checkpoint, name: str, told: Mapping[str, Any], kind: str) -> Tensor:
+    """bitsandbytes' nf4 and fp4: codes of a table, two in a byte, times the largest magnitude of each block, which may
+    be quantised itself."""
+    import torch
+
+    def part(end: str) -> Tensor:
+        if f"{name}{end}" not in checkpoint.table:
+            raise MergeidError(f"{name!r} of {checkpoint.source} lacks {name}{end}; copy or download it again")
+        return checkpoint.tensor(f"{name}{end}")
+
+    packed = checkpoint.tensor(name).reshape(-1)
+    codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()
+    largest = part(".absmax")
+    if largest.dtype == torch.uint8:
+        inner = part(".nested_absmax").float().repeat_interleave(int(told["nested_blocksize"]))[: largest.numel()]
+        largest = part(".nested_quant_map").float()[largest.long()] * inner + float(told["nested_offset"])
+    count = 1
+    for n in told["shape"]:
+        count *= n
+    factors = largest.float().repeat_interleave(int(told["blocksize"]))
+    if codes.numel() < count or factors.numel() < count:
+        raise MergeidError(f"{name!r} of {checkpoint.source} has fewer numbers than its shape {told['shape']} says")
+    values = part(".quant_map").float()[codes[:count]] * factors[:count]
+    return values.reshape(told["shape"]).to(torch_dtype(kind))

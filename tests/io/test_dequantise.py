@@ -1,0 +1,151 @@
+"""Quantised weights read as floating-point ones, against plain loops over the formats' definitions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mergeid
+from mergeid import MergeidError
+from mergeid.io.dequantise import dequantised
+from mergeid.io.opening import open_checkpoint
+
+NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
+       0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]  # fmt: skip
+
+
+def _folder(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    path.mkdir()
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _weight(rows: int = 6, columns: int = 10, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("layout", ["blocks", "rows", "one number", "none"])
+def test_float8_with_scales(tmp_path: Path, layout: str) -> None:
+    w = _weight()
+    block = {"blocks": (4, 4), "rows": (1, 10), "one number": (6, 10), "none": (6, 10)}[layout]
+    grid = [-(-n // b) for n, b in zip(w.shape, block, strict=True)]
+    scales, stored = torch.ones(grid), torch.zeros_like(w)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            place = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            scales[i, j] = 1.0 if layout == "none" else w[place].abs().max() / 448
+            stored[place] = w[place] / scales[i, j]
+    stored8 = stored.to(torch.float8_e4m3fn)
+    expected = torch.zeros_like(w)
+    for i in range(6):
+        for j in range(10):
+            expected[i, j] = stored8[i, j].float() * scales[i // block[0], j // block[1]]
+    name = {"blocks": "l.weight_scale_inv", "rows": "l.weight_scale", "one number": "l.scale_weight"}.get(layout)
+    tensors = {"l.weight": stored8, "n.weight": torch.ones(10), "l.input_scale": torch.ones(1)}
+    if name is not None:
+        tensors[name] = scales.reshape(()) if layout == "one number" else scales
+    settings = {"quant_method": "fp8", **({"weight_block_size": [4, 4]} if layout == "blocks" else {})}
+    folder = _folder(tmp_path / "m", tensors, torch_dtype="float32", quantization_config=settings)
+    found = dequantised(open_checkpoint(folder))
+    assert set(found.table) == {"l.weight", "n.weight"} and found.config == {"torch_dtype": "float32"}
+    assert torch.equal(found.tensor("l.weight"), expected)
+
+
+def test_int8_rows(tmp_path: Path) -> None:
+    w = _weight()
+    largest = w.abs().amax(1)
+    stored = torch.tensor([[round(float(w[i, j] / largest[i] * 127)) for j in range(10)] for i in range(6)]).to(
+        torch.int8
+    )
+    tensors = {"l.weight": stored, "l.SCB": largest, "l.weight_format": torch.zeros(1, dtype=torch.uint8)}
+    folder = _folder(tmp_path / "m", tensors, dtype="float32", quantization_config={"load_in_8bit": True})
+    found = dequantised(open_checkpoint(folder))
+    assert list(found.table) == ["l.weight"]
+    torch.testing.assert_close(found.tensor("l.weight"), stored.float() * largest[:, None] / 127)
+    assert (found.tensor("l.weight") - w).abs().max() < 0.51 * largest.max() / 127
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_4bit_blocks(tmp_path: Path, nested: bool) -> None:
+    """Nearest codes by a plain loop; two codes in a byte, the first in its upper half; scales quantised too."""
+    w, size = _weight(8, 16), 16
+    flat, codes, largest = w.flatten().tolist(), [], []
+    for start in range(0, len(flat), size):
+        piece = flat[start : start + size]
+        largest.append(max(abs(x) for x in piece))
+        codes += [min(range(16), key=lambda c, x=x: abs(NF4[c] - x / largest[-1])) for x in piece]
+    packed = torch.tensor([16 * a + b for a, b in zip(codes[::2], codes[1::2], strict=True)], dtype=torch.uint8)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": size, "dtype": "float32", "shape": [8, 16]}
+    tensors = {"l.weight": packed[:, None], "l.weight.quant_map": torch.tensor(NF4)}
+    if nested:
+        table, offset = torch.linspace(-1, 1, 256), sum(largest) / len(largest)
+        inner = [max(abs(x - offset) for x in largest[i : i + 4]) for i in range(0, len(largest), 4)]
+        marks = [
+            min(range(256), key=lambda c, i=i: abs(float(table[c]) - (largest[i] - offset) / inner[i // 4]))
+            for i in range(len(largest))
+        ]
+        largest = [float(table[c]) * inner[i // 4] + offset for i, c in enumerate(marks)]
+        tensors |= {"l.weight.absmax": torch.tensor(marks, dtype=torch.uint8)}
+        tensors |= {"l.weight.nested_absmax": torch.tensor(inner), "l.weight.nested_quant_map": table}
+        state |= {"nested_blocksize": 4, "nested_offset": offset, "nested_dtype": "float32"}
+    else:
+        tensors["l.weight.absmax"] = torch.tensor(largest)
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors["l.weight.quant_state.bitsandbytes__nf4"] = text
+    folder = _folder(tmp_path / "m", tensors, quantization_config={"load_in_4bit": True})
+    found = dequantised(open_checkpoint(folder))
+    assert list(found.table) == ["l.weight"]
+    expected = torch.tensor([NF4[c] * largest[i // size] for i, c in enumerate(codes)]).reshape(8, 16)
+    torch.testing.assert_close(found.tensor("l.weight"), expected, rtol=1e-5, atol=1e-6)
+    assert (found.tensor("l.weight") - w).abs().max() < 0.5
+
+
+def test_merge_of_a_quantised_and_a_plain_model(tmp_path: Path) -> None:
+    """Refused without the option, which it names; with it the average, and a config that says nothing of it."""
+    w = _weight()
+    stored = w.to(torch.float8_e4m3fn)
+    a = _folder(
+        tmp_path / "a", {"l.weight": stored}, torch_dtype="float32", quantization_config={"quant_method": "fp8"}
+    )
+    b = _folder(tmp_path / "b", {"l.weight": w}, torch_dtype="float32")
+    with pytest.raises(MergeidError, match="--dequantise"):
+        mergeid.merge(a, b, output=tmp_path / "out", match="never")
+    mergeid.merge(a, b, output=tmp_path / "out", match="never", dequantise=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(merged["l.weight"], (stored.float() + w) / 2)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "m", {"l.qweight": torch.ones(4, dtype=torch.int32)}, quantization_config={"bits": 4})
+    with pytest.raises(MergeidError, match="does not know"):
+        dequantised(open_checkpoint(folder))
+
+
+def test_training_checkpoint_in_a_tar_named_pickle(tmp_path: Path) -> None:
+    """``.pth.tar`` is what many training scripts call torch.save's files."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        torch.save({"state_dict": {"w": torch.full((2,), value)}, "epoch": 3}, tmp_path / f"{name}.pth.tar")
+    paths = [tmp_path / f"{n}.pth.tar" for n in "ab"]
+    with pytest.raises(MergeidError, match="--allow-pickle"):
+        mergeid.merge(*paths, output=tmp_path / "out.safetensors", match="never")
+    mergeid.merge(*paths, output=tmp_path / "out.safetensors", match="never", allow_pickle=True)
+    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [1.5, 1.5]
+
+
+def test_averaged_weights_of_a_training_checkpoint_are_read_and_that_is_said(tmp_path: Path) -> None:
+    """As timm's own loader does by default."""
+    from timm.models import load_state_dict
+
+    state = {"state_dict": {"w": torch.ones(2)}, "state_dict_ema": {"w": torch.full((2,), 3.0)}}
+    torch.save(state, tmp_path / "last.pth.tar")
+    with pytest.warns(mergeid.MergeidWarning, match="state_dict_ema"):
+        found = open_checkpoint(tmp_path / "last.pth.tar", allow_pickle=True)
+    assert torch.equal(found.tensor("w"), load_state_dict(str(tmp_path / "last.pth.tar"))["w"])
