@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mergeid.verbs.graph import graph
     from mergeid.verbs.load import load
     from mergeid.verbs.merge import merge
+    from mergeid.verbs.moe import moe
     from mergeid.verbs.plan import plan
     from mergeid.verbs.predict import predict
     from mergeid.verbs.rank import rank
@@ -68,6 +69,7 @@ _PLACES = {
     "load": "verbs.load",
     "load_zipped": "verbs.zip",
     "merge": "verbs.merge",
+    "moe": "verbs.moe",
     "plan": "verbs.plan",
     "predict": "verbs.predict",
     "rank": "verbs.rank",
@@ -110,6 +112,7 @@ __all__ = [
     "load",
     "load_zipped",
     "merge",
+    "moe",
     "plan",
     "predict",
     "predict_sketches",

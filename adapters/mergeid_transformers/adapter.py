@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid import plugins
-from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, TensorTable
-from mergeid_transformers import compare, files, labels
+from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, Mixture, TensorTable
+from mergeid_transformers import compare, files, labels, mixture
 from mergeid_transformers.names import tensor_names
 
 if TYPE_CHECKING:
@@ -263,6 +263,14 @@ class TransformersAdapter:
     def with_ties(self, config: Mapping[str, Any], tied: bool) -> dict[str, Any] | None:
         """The config with ``tie_word_embeddings`` set; None where more than that would change."""
         return compare.with_ties(config, tied)
+
+    def mixture(self, config: Mapping[str, Any], names: Sequence[str], experts: int, per_token: int) -> Mixture | None:
+        """Llama's and Mistral's decoders make a Mixtral; see `mergeid_transformers.mixture`."""
+        return mixture.mixture(config, names, experts, per_token)
+
+    def layer_inputs(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """What enters each layer."""
+        return mixture.layer_inputs(model, batch)
 
     def differences(self, a_folder: Path, b_folder: Path) -> list[str]:
         """Label maps and tokenizers in which two checkpoints disagree, one sentence each."""

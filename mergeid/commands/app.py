@@ -25,6 +25,7 @@ from mergeid.commands import (
     extract,
     graph,
     merge,
+    moe,
     plan,
     predict,
     rank,
@@ -53,7 +54,7 @@ app = typer.Typer(
 
 _VERBS = (
     *(merge, soup, zip_verb, plan, predict, rank, report, barrier, align, sketch),
-    *(similarity, graph, scramble, extract, explain, adapters, demo),
+    *(similarity, graph, scramble, extract, moe, explain, adapters, demo),
 )
 for _verb in _VERBS:
     # Rich keeps the line breaks of a docstring inside its paragraphs; the terminal has its own width.

@@ -46,7 +46,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
         state = next((n for n in table if n.startswith(f"{name}{STATE}")), None) if info.dtype == "U8" else None
         if info.dtype.startswith("F8_"):
             scale = next((s for s in _scales_of(name) if s in table), None)
-            reads = (name,) if scale is None else (name, scale)
+            reads: tuple[str, ...] = (name,) if scale is None else (name, scale)
             form: Callable[[], Tensor] = partial(_scaled, checkpoint, name, scale, target)
             made = TensorInfo(target, info.shape)
         elif info.dtype == "I8" and (rows := f"{name.removesuffix('.weight')}.SCB") in table:

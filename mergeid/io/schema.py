@@ -146,8 +146,8 @@ class ZipRecord(Own):
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 _REFUSED = {
-    "experts": "mixtures of experts are not built",
-    "gate_mode": "mixtures of experts are not built",
+    "experts": "mixtures of experts are made by mergeid moe",
+    "gate_mode": "mixtures of experts are made by mergeid moe",
 }
 """Keys of mergekit's recipes that mean something else than merging aligned models."""
 _SETTING = "a number, true or false, a list of numbers, or conditions with filter and value"

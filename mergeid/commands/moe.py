@@ -1,0 +1,55 @@
+"""``mergeid moe``: dense models into one mixture of experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergeid.commands import arguments as o
+from mergeid.commands.terminal import Call, command_of
+from mergeid.commands.work import working
+from mergeid.verbs.moe import moe
+
+if TYPE_CHECKING:
+    from mergeid.results.merge import MergeResult
+
+
+@command_of(moe)
+def command(
+    call: Call[MergeResult],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe of mergekit-moe: base_model, experts (source_model, positive_prompts), gate_mode.",
+            show_default=False,
+        ),
+    ],
+    as_json: o.Json = False,
+) -> int:
+    """Make one mixture of experts of dense decoders, each aligned with the base first.
+
+    Attention, embeddings and norms are the base's; each model gives its MLPs. Routers point along the prompts of each
+    expert. The result wants some training.
+    """
+    from mergeid.methods.mixture_recipe import read_mixture
+    from mergeid.verbs.moe import Expert
+
+    told = read_mixture(recipe)
+    experts = [
+        Expert(e.source_model, tuple(e.positive_prompts), tuple(e.negative_prompts), e.residual_scale)
+        for e in told.experts
+    ]
+    said = {"gate_mode": told.gate_mode, "experts_per_token": told.experts_per_token}
+    with working(as_json) as work:
+        own = {k: v for k, v in said.items() if v is not None and not call.given(k)}
+        result = call(told.base_model, experts, **own, progress=work.progress)
+        if as_json:
+            work.emit(result.to_json())
+        else:
+            work.close()
+            for note in result.notes:
+                work.say(f"Note: {note}")
+            work.wrote(result.files)
+    return 0
