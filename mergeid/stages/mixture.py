@@ -44,8 +44,8 @@ def mixture_of(base: Checkpoint, experts: int, per_token: int) -> tuple[MakesMix
                 return adapter, found
     kind = (base.config or {}).get("model_type", "no config.json")
     raise MergeidError(
-        f"no mixture of experts is known that has the layers of {base.source} ({kind}); expected decoders whose library "
-        "has a mixture of the same layers"
+        f"no mixture of experts is known that has the layers of {base.source} ({kind}); expected decoders whose "
+        "library has a mixture of the same layers"
     )
 
 
@@ -106,26 +106,27 @@ def prompted_gates(
     network = None if mode == "cheap_embed" else running()
     layers = len(made.gates)
 
-    def direction(texts: Sequence[str]) -> Tensor:
+    def pointed(texts: Sequence[str]) -> Tensor:
         begin = tokenizer.bos_token or ""
         batch = tokenizer([begin + t for t in texts], return_tensors="pt", padding=True, add_special_tokens=False)
         mask = batch["attention_mask"]
         if network is None:
             table = base.tensor(made.embedding).float()
             total = (table[batch["input_ids"]] * mask[..., None]).sum((0, 1))
-            return (total / total.norm().clamp(min=SMALLEST)).repeat(layers, 1)
+            direction: Tensor = (total / total.norm().clamp(min=SMALLEST)).repeat(layers, 1)
+            return direction
         adapter, loaded = network
         with torch.no_grad():
             found = torch.stack(adapter.layer_inputs(loaded.model, batch))
         if mode == "hidden_avg":
-            return ((found * mask[..., None]).sum(2) / mask.sum(1)[:, None]).mean(1)
+            found = (found * mask[..., None]).sum(2, keepdim=True) / mask.sum(1)[:, None, None]
         return found[:, :, -1].mean(1)  # padding stands in front
 
     found = []
     for one in prompts:
-        vector = direction(one.positive)
+        vector = pointed(one.positive)
         if one.negative:
-            vector = vector - direction(one.negative)
+            vector = vector - pointed(one.negative)
         found.append(vector / vector.norm(dim=-1, keepdim=True).clamp(min=SMALLEST))
     return list(torch.stack(found, 1))
 

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, interpolate
 import mergeid
 
 TABLE = Path(__file__).parent / "tables" / "what_pays.csv"
-GRID = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+GRID = (0.2, 0.4, 0.7, 1.0)
 
 
 def network(state: dict[str, Tensor] | None = None) -> Any:
