@@ -13,6 +13,8 @@ from mergeid.io.schema import Own, validated
 
 
 class ExpertEntry(Own):
+    """A model, and the prompts that it is for, or not for."""
+
     source_model: str
     positive_prompts: list[str] = Field(default_factory=list)
     negative_prompts: list[str] = Field(default_factory=list)
