@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +14,18 @@ from torch import Tensor, nn
 
 import mergeid
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
-from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, Decisions, decide_from_activations, decide_from_weights
+from mergeid.evidence.chord import ROWS, Consumer
+from mergeid.evidence.decide import (
+    DIRECT,
+    MATCH,
+    WILL_NOT,
+    Decisions,
+    _first_guess,
+    decide_from_activations,
+    decide_from_weights,
+)
 from mergeid.evidence.evidence import ActivationEvidence, Request
+from mergeid.matchers.activation import combined_matching
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.neuron_graph.group import same_element
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
@@ -72,7 +82,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return answer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def far() -> Case:
     """Two networks that have nothing in common."""
     return case(network(0), network(1))
@@ -177,6 +187,20 @@ def test_chord_deviation_is_that_of_the_layer_that_reads_the_space(far: Case) ->
         assert found == pytest.approx(np.sqrt((xi**2).mean() / ((chord - chord.mean(0)) ** 2).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (40, 500, 40), (300,) * 12])
+def test_rows_that_are_kept_of_the_layer_that_reads_a_space(sizes: tuple[int, ...]) -> None:
+    """A few of every batch, evenly spaced, `ROWS` at most; the same rows of both models."""
+    consumer = Consumer(cast(Any, None), cast(Any, None))
+    for n in sizes:
+        rows = torch.arange(n, dtype=torch.float32)[:, None]
+        consumer.add(rows, rows + 0.5)
+    wanted = [min(n, 32) for n in sizes]
+    kept = [min(w, max(ROWS - sum(wanted[:i]), 0)) for i, w in enumerate(wanted)]
+    assert [len(a) for a in consumer.a] == [k for k in kept if k] and consumer.rows == sum(kept) <= ROWS
+    for n, part, other in zip(sizes, consumer.a, consumer.b, strict=False):
+        assert part[0] == 0 and (len(part) == 1 or part[-1] == n - 1) and torch.equal(other, part + 0.5)
+
+
 # -- decisions -----------------------------------------------------------------------------------------------
 
 
@@ -236,6 +260,59 @@ def test_only_what_moved_is_matched() -> None:
         result = decided(found, inverse(element))
         assert [r.decision for r in result.spaces] == [MATCH if i == at else DIRECT for i in range(2)]
         assert same_element(result.element, inverse(element))
+
+
+def test_the_first_guess_is_the_match_where_it_gains_and_the_order_where_not() -> None:
+    graph = mergeid.graph(network(0), torch.zeros(2, 5))
+    one, two = graph.spaces
+    matched = {s.id: np.roll(np.arange(s.size), 1) for s in graph.spaces}
+    better, worse = np.eye(one.size)[matched[one.id]], np.eye(two.size)
+    guess = _first_guess(graph, {one.id: better, two.id: worse}, matched)
+    assert np.array_equal(guess[one.id], matched[one.id]) and np.array_equal(guess[two.id], np.arange(two.size))
+    even = _first_guess(graph, {one.id: better + np.eye(one.size), two.id: np.zeros((two.size, two.size))}, matched)
+    assert np.array_equal(even[one.id], np.arange(one.size))  # a tie
+    assert np.array_equal(even[two.id], matched[two.id])  # nothing to judge by
+    assert np.array_equal(_first_guess(graph, {}, matched)[one.id], matched[one.id])
+
+
+def test_heads_and_what_lies_in_them_are_brought_back() -> None:
+    """Heads have no activations of their own: they are judged by the neurons inside, which follow them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, use_cache=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+
+    def net() -> nn.Module:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+            return model
+
+    a, b = net(), net()
+    graph = mergeid.graph(a)
+    assert any(s.parents for s in graph.spaces)
+    element = graph.random_element(torch.Generator().manual_seed(6))
+    b.load_state_dict(graph.apply_state(element, a.state_dict()))
+    ids = torch.randint(20, (EXAMPLES, 6), generator=torch.Generator().manual_seed(1))
+    taps = choose_taps(graph, a)
+    flat = [t for found in taps.values() for t in found]
+    readers = [TapReader(m, lambda model, batch: model(input_ids=batch["x"]), flat) for m in (a, b)]
+    evidence = ActivationEvidence(graph, PairStream(*readers, lambda: iter([{"x": ids}])), taps)
+    evidence.collect()
+    similarity = WeightSimilarity(graph, a.state_dict(), b.state_dict())
+    correlations = evidence.correlations()
+    matched = combined_matching(similarity, dict(correlations), generator=torch.Generator().manual_seed(0))
+    cosines = {s.id: np.float32(0.1 * similarity.cosines(s, matched)) for s in graph.spaces}
+    scores = {k: c + correlations.get(k, np.float32(0)) for k, c in cosines.items()}
+    result = decide_from_activations(evidence, scores, cosines, matched, seed=0)
+    assert graph.contains(result.element)
+    back = graph.apply_state(result.element, b.state_dict())
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(back[name], value)
+    assert all(r.decision == (MATCH if r.moved else DIRECT) for r in result.spaces) and any(
+        r.moved for r in result.spaces
+    )
 
 
 # -- weights alone --------------------------------------------------------------------------------------------
