@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -43,14 +44,22 @@ def load_model(source: Source, reading: Reading, run: Run, *, revision: str | No
     return load_checkpoint(checkpoint, adapter, found, run)
 
 
-def load_checkpoint(checkpoint: Checkpoint, adapter: Adapter, arch: Architecture, run: Run) -> Loaded:
+def load_checkpoint(
+    checkpoint: Checkpoint, adapter: Adapter, arch: Architecture, run: Run, like: Loaded | None = None
+) -> Loaded:
     """Build the architecture and put the checkpoint's weights into it; layers that are asymmetric in the checkpoint are
     so in the model.
+
+    Args:
+        like: a model that was loaded before. One of the same architecture is copied instead of being built again, which
+            spares drawing weights that nobody needs.
 
     Raises `MergeidError` when a floating-point tensor of the model is missing or has another shape."""
     room, large = Room.of(checkpoint.table), _size(checkpoint) > LARGEST_HELD and not is_asymmetric(checkpoint.table)
     model = skeleton(adapter, arch, room) if large else None
     mapped = model is not None
+    if model is None and like is not None and not large and _stands_for(like, arch, checkpoint):
+        model = copy.deepcopy(like.model)
     if model is None:
         model = build(adapter, arch, room, device=run.place)
     names = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
@@ -78,6 +87,16 @@ def load_checkpoint(checkpoint: Checkpoint, adapter: Adapter, arch: Architecture
     model = model.to(run.place).eval()
     example = adapter.example_inputs(arch, model, run.generator())
     return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
+
+
+def _stands_for(like: Loaded, arch: Architecture, checkpoint: Checkpoint) -> bool:
+    """Whether a copy of that model with this checkpoint's tensors is what would be built for it: all that either holds
+    is in both files."""
+    known = like.checkpoint
+    if known is None or like.arch != arch or is_asymmetric(known.table) or is_asymmetric(checkpoint.table):
+        return False
+    whole = set(like.names.values()) >= set(like.model.state_dict())
+    return whole and known.table.keys() == checkpoint.table.keys()
 
 
 def _size(checkpoint: Checkpoint) -> int:

@@ -130,7 +130,7 @@ class Workbench:
         if like is None:
             return load_checkpoint(checkpoint, *find_architecture(checkpoint, self.reading.arch), self.run)
         own = like.arch if checkpoint.config is None else find_architecture(checkpoint, self.reading.arch)[1]
-        return load_checkpoint(checkpoint, like.adapter, own, self.run)
+        return load_checkpoint(checkpoint, like.adapter, own, self.run, like)
 
 
 def key_of(source: Source) -> Hashable:

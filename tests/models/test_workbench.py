@@ -120,3 +120,26 @@ def test_a_pair_is_planned_once(networks: list[Path], monkeypatch: pytest.Monkey
     assert made == ["plan"] and members.plans[0].spaces == plan.spaces
     stage.plan_pair(met, Matching("always"), Calibration())
     assert made == ["plan", "plan"]
+
+
+def test_a_model_that_is_copied_is_the_one_that_would_be_built(
+    networks: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mergeid.models.load as loading
+
+    bench, alone, built = Workbench(Reading(), Run()), Workbench(Reading(), Run()), []
+    real = loading.build
+    monkeypatch.setattr(loading, "build", lambda *args, **kwargs: (built.append(1), real(*args, **kwargs))[1])
+    one = bench.load(networks[0])
+    before = {k: v.clone() for k, v in one.model.state_dict().items()}
+    two = bench.load(networks[1], one)
+    assert built == [1]
+    wanted = alone.load(networks[1])
+    assert all(torch.equal(v, wanted.model.state_dict()[k]) for k, v in two.model.state_dict().items())
+    assert two.names == wanted.names and not two.model.training
+    with torch.no_grad():
+        said, expected = (m.outputs(m.model, two.example) for m in (two, wanted))
+        assert all(torch.equal(said[name], value) for name, value in expected.items())
+    # and the first is left alone
+    assert all(torch.equal(v, one.model.state_dict()[k]) for k, v in before.items())
+    assert not {p.data_ptr() for p in one.model.parameters()} & {p.data_ptr() for p in two.model.parameters()}
