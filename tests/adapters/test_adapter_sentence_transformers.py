@@ -22,7 +22,7 @@ SENTENCES = ["a b c", "c d", "e f g h a"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 
 
-def _saved(folder: Path, seed: int, encoder_inside: bool = False) -> Path:
+def saved_folder(folder: Path, seed: int, encoder_inside: bool = False) -> Path:
     """A tiny BERT, pooled, through two dense layers, as the library saves it."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -65,7 +65,7 @@ def _encoded(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("inside", [False, True])
 def test_merge_is_the_average_of_every_module(tmp_path: Path, inside: bool) -> None:
     """Checked with the library's own reading of both folders."""
-    a, b = (_saved(tmp_path / n, i, inside) for i, n in enumerate("ab"))
+    a, b = (saved_folder(tmp_path / n, i, inside) for i, n in enumerate("ab"))
     mergeid.merge(a, b, output=tmp_path / "out", match="never")
     one, two, out = (_state(tmp_path / n) for n in ("a", "b", "out"))
     assert out.keys() == one.keys() and any("Dense" in k for k in out)
@@ -78,7 +78,7 @@ def test_merge_is_the_average_of_every_module(tmp_path: Path, inside: bool) -> N
 
 def test_scrambled_folder_encodes_the_same_and_is_aligned(tmp_path: Path) -> None:
     """The residual stream is free, for the dense layer reads it; the merge with the aligned one is the model itself."""
-    a = _saved(tmp_path / "a", 0)
+    a = saved_folder(tmp_path / "a", 0)
     mergeid.scramble(a, output=tmp_path / "b", seed=3)
     one, two = _state(a), _state(tmp_path / "b")
     moved = {k for k in one if not torch.equal(one[k], two[k])}
@@ -92,7 +92,7 @@ def test_scrambled_folder_encodes_the_same_and_is_aligned(tmp_path: Path) -> Non
 
 
 def test_merged_with_itself_it_is_itself_bit_for_bit(tmp_path: Path) -> None:
-    a = _saved(tmp_path / "a", 0)
+    a = saved_folder(tmp_path / "a", 0)
     b = Path(shutil.copytree(a, tmp_path / "b"))
     mergeid.merge(a, b, output=tmp_path / "out")
     assert all(torch.equal(t, _state(tmp_path / "out")[k]) for k, t in _state(a).items())
@@ -101,7 +101,7 @@ def test_merged_with_itself_it_is_itself_bit_for_bit(tmp_path: Path) -> None:
 def test_built_network_computes_what_the_library_computes(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    a = _saved(tmp_path / "a", 0)
+    a = saved_folder(tmp_path / "a", 0)
     loaded = load_model(a, Reading(), Run())
     model = SentenceTransformer(str(a), device="cpu").eval()
     batch: dict[str, Any] = dict(model.preprocess(SENTENCES))
@@ -111,7 +111,7 @@ def test_built_network_computes_what_the_library_computes(tmp_path: Path) -> Non
 
 
 def test_modules_and_settings_that_differ_are_named(tmp_path: Path) -> None:
-    a, b = (_saved(tmp_path / n, i) for i, n in enumerate("ab"))
+    a, b = (saved_folder(tmp_path / n, i) for i, n in enumerate("ab"))
     pooling = b / "1_Pooling" / "config.json"
     changed = json.loads(pooling.read_text())
     pooling.write_text(json.dumps({**changed, "pooling_mode": "cls"}))
@@ -120,7 +120,7 @@ def test_modules_and_settings_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def test_one_file_cannot_hold_a_folder_of_modules(tmp_path: Path) -> None:
-    a, b = (_saved(tmp_path / n, i) for i, n in enumerate("ab"))
+    a, b = (saved_folder(tmp_path / n, i) for i, n in enumerate("ab"))
     with pytest.raises(MergeidError, match="expected a folder"):
         mergeid.merge(a, b, output=tmp_path / "out.safetensors", match="never")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def accuracy(state: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> float:
 
 
 def one(seed: int, folder: Path) -> list[tuple[str, str, float]]:
+    options = {"img_size": 32, "patch_size": 8, "in_chans": 1}
+    config = {"architecture": "test_vit", "num_classes": 10, "model_args": options}
+    (folder / "config.json").write_text(json.dumps(config))
     digits = load_digits()
     x = interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, 32, mode="bilinear")
     y, order = torch.tensor(digits.target), torch.randperm(1797, generator=torch.Generator().manual_seed(seed))
