@@ -31,6 +31,18 @@ LIBRARIES = (
 OTHERS = {
     "matching": ("Matchers", "Seconds of CPU, and the share of a planted permutation that was found."),
     "mergekit_parity": ("Recipes beside mergekit 0.1.5", "Largest difference between the two tools' tensors."),
+    "peft_parity": (
+        "Adapters beside PEFT 0.21",
+        "`add_weighted_adapter`: largest difference of the updates. Its `linear` adds the factors apart.",
+    ),
+    "sentence_transformers_parity": (
+        "Folders beside sentence-transformers 6.2",
+        "`SentenceTransformer.merge`, two dense layers: largest difference of any tensor.",
+    ),
+    "what_pays": (
+        "What pays when",
+        "Fine-tunes of a small ViT on handwritten digits: accuracy on images that nothing was chosen on.",
+    ),
     "predict_cost": ("What a prediction costs", "Seconds, beside those of measuring the curve."),
 }
 WORDS = {

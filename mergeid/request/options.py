@@ -158,6 +158,18 @@ Resume = Annotated[
         OUTPUT,
     ),
 ]
+AsAdapter = Annotated[
+    Union[int, None],
+    Option(
+        "Write the result as a LoRA adapter of this rank, on --base or on what the adapters lie on, and say what that "
+        "costs.",
+        OUTPUT,
+        "RANK",
+        kind=int,
+        least=1,
+        shown=False,
+    ),
+]
 Push = Annotated[
     Union[str, None],
     Option(

@@ -6,6 +6,7 @@ From top to bottom: open → plan, match or transport → combine → repair →
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,6 +132,7 @@ def merge(
     shard_size: o.ShardSize = None,
     resume: o.Resume = False,
     push: o.Push = None,
+    as_adapter: o.AsAdapter = None,
     force: Annotated[
         bool,
         o.switch(
@@ -173,6 +175,8 @@ def merge(
             if this process is stopped. Models and settings must be the same.
         push: repository on the hub (``"org/name"``) that the result is uploaded to, with a model card, the plan and a
             plot; it is made if there is none.
+        as_adapter: rank of the adapter that the result is written as (`mergeid.extract`), on `base` or on what all
+            models are adapters on; None: a whole model.
         tokenizer: "union", "a", "b", … or "base": whose tokens the result has, where vocabularies differ.
         chat_template: "auto", "a", "b", …, "chatml", a file, or a template: what the result's tokenizer gets; None: the
             first model's.
@@ -199,7 +203,31 @@ def merge(
         Output(output, dtype, force, bytes_of(shard_size), resume, push),
         transport,
     )
+    if as_adapter is not None:
+        return _adapter(request, Workbench(reading, run), as_adapter)
     return merge_models(request, Workbench(reading, run))
+
+
+def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
+    """The merge, written as an adapter; the whole model lies in a hidden folder beside it until then."""
+    from mergeid.io.lora_forming import shared_base
+    from mergeid.verbs.extract import extract
+
+    if request.output.push is not None or is_module(request.models[0]):
+        raise MergeidError("--as-adapter writes a folder of files; expected no live modules, and no --push")
+    named = [*request.models, *([request.base] if request.base is not None else [])]
+    on = shared_base([bench.open(m) for m in named])
+    origin = on if on is not None else None if request.base is None else bench.open(request.base)
+    if origin is None:
+        raise MergeidError("--as-adapter needs what the result is an adapter on; give --base")
+    target = output_path(replace(request.output, path=request.output.path or "merged-adapter"), named)
+    with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=target.parent) as folder:
+        whole = os.path.join(folder, "merged")
+        result = merge_models(replace(request, output=replace(request.output, path=whole)), bench)
+        done = extract(whole, base=origin, output=target, rank=rank, force=request.output.force)
+    lost = f"{100 * done.error:.2g} % of the update"
+    note = f"written as an adapter of rank {rank} on {origin.source}, which leaves out {lost}"
+    return _noted(replace(result, files=done.files), note)
 
 
 def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:

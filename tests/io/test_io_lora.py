@@ -195,3 +195,19 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
         mergeid.extract(base, base=base, output=tmp_path / "none")
     with pytest.raises(MergeidError, match="--rank is 0"):
         mergeid.extract(base, base=base, output=tmp_path / "none", rank=0)
+
+
+def test_merge_of_adapters_is_written_as_an_adapter(bases: Path, tmp_path: Path) -> None:
+    """Of full rank it is the merge itself in PEFT; of less it says what is left out, as the SVD has it."""
+    base = bases / "llama"
+    one, two = (adapter(base, tmp_path / f"l{i}", i, target_modules=ATTENTION) for i in (1, 2))
+    mergeid.merge(str(one), str(two), output=tmp_path / "whole")
+    result = mergeid.merge(str(one), str(two), output=tmp_path / "out", as_adapter=8)
+    assert (tmp_path / "out" / "adapter_config.json").is_file() and "rank 8" in result.notes[-1]
+    again, whole = by_peft(base, tmp_path / "out"), open_checkpoint(tmp_path / "whole")
+    for key in whole.table:
+        torch.testing.assert_close(again[key], whole.tensor(key), rtol=1e-5, atol=1e-6)
+    low = mergeid.merge(str(one), str(two), output=tmp_path / "low", as_adapter=2)
+    assert "leaves out 0 %" not in low.notes[-1]
+    with pytest.raises(MergeidError, match="give --base"):
+        mergeid.merge(tmp_path / "whole", base, output=tmp_path / "x", as_adapter=2)
