@@ -61,7 +61,8 @@ def rank(
     run, reading = requests_of(usual, batch_size)
     calibration, matching = calibration_of(data, usual), Matching("always", matcher)
     check_matching(matching, calibration.given)
-    found = [model for source in models for model in models_in(source)]
+    asked = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    found = [model for source in asked for model in models_in(source)]
     if len(found) < 2:
         raise MergeidError("one model has no partner; name the candidates too, or a folder that holds several models")
     bench, names = Workbench(reading, run), names_of(found)
@@ -108,9 +109,12 @@ def models_in(source: Source) -> list[Source]:
     if is_module(source) or not isinstance(source, (str, os.PathLike)):
         return [source]
     folder = Path(os.fspath(source))
-    if not folder.is_dir() or any((folder / name).exists() for name in MODELS) or any(folder.glob("*.index.json")):
+    try:
+        if not folder.is_dir() or any((folder / name).exists() for name in MODELS) or any(folder.glob("*.index.json")):
+            return [source]
+        inside = sorted(p for p in folder.iterdir() if p.suffix in WEIGHTS or (p.is_dir() and _holds_weights(p)))
+    except (OSError, ValueError):  # opening it says what is wrong
         return [source]
-    inside = sorted(p for p in folder.iterdir() if p.suffix in WEIGHTS or (p.is_dir() and _holds_weights(p)))
     return list(inside) if len(inside) > 1 or any(p.is_dir() for p in inside) else [source]
 
 

@@ -80,8 +80,12 @@ def test_folders_of_models(tmp_path: Path) -> None:
 
 
 def test_bad_input(nets: dict[str, nn.Module]) -> None:
-    with pytest.raises(MergeidError, match="one model has no partner"):
-        m.rank([nets["a"]], **HOW)
+    for alone in ([nets["a"]], nets["a"], "no/such-model"):
+        with pytest.raises(MergeidError, match="one model has no partner"):
+            m.rank(alone, **HOW)
+    for name in ("a\0b", "x" * 300, "\ud800"):
+        with pytest.raises(MergeidError):
+            m.rank([name, name])
     with pytest.raises(MergeidError, match="none of the candidates"):
         m.rank([nets["a"], nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).eval()], **HOW)
     with pytest.raises(MergeidError, match="--tolerate"):

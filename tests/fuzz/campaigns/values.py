@@ -57,7 +57,7 @@ FLAGS = (
     "--traceback",
     "--",
 )
-VERBS = ("plan", "predict", "sketch", "align", "barrier", "similarity", "graph", "scramble", "zip", "adapters")
+VERBS = ("plan", "predict", "rank", "sketch", "align", "barrier", "similarity", "graph", "scramble", "zip", "adapters")
 DEAR = ("--matcher", "--data")
 
 
@@ -149,6 +149,7 @@ def _running(rng: random.Random, folder: Path) -> Case:
             ("similarity", ["b", "--data", "d.npz", "--layers", rng.choice(("*", "[", "nothing", "classifier"))], ()),
             ("align", ["--to", "b", "-o", "o"], ("o",)),
             ("predict", ["b", "--data", "d.npz"], ()),
+            ("rank", ["b", *(["--try", "--data", "d.npz"] if rng.random() < 0.5 else ["--every"])], ()),
             ("sketch", ["--data", "d.npz", "-o", "o.sketch"], ("o.sketch",)),
         )
     )
