@@ -31,7 +31,7 @@ VERSION = "4"
 NATS, POINTS = 0.02, 1.0
 """Scales of the targets: differences far below them do not matter."""
 MODES = ("inputs", "weights", "sketches")
-LEAST = 40
+LEAST = 30
 """Rows that a way is fitted to at least."""
 COLLAPSED = {"inputs": 0.02, "sketches": 0.02, "weights": 1e-4}
 """What a network tells of its inputs at least, of the most that it could: on random inputs trained ones say little."""

@@ -35,7 +35,7 @@ def written(predictor: Predictor, found: Sequence[Case], made: Sequence[str]) ->
     """All tables, as markdown."""
     pairs = {c.pair["pair"] for c in found}
     text = [
-        "# Pairs made after the coefficients were frozen\n",
+        "# Pairs that the coefficients were not fitted to\n",
         f"{len(pairs)} pairs of {len({c.pair['family'] for c in found})} families and "
         f"{len({c.pair['data'] for c in found})} data sets, made {min(made)} to {max(made)}, none of which predictor "
         f"{predictor.version} was fitted to. Columns as in validation.md; AUROC of solved merges: more than "

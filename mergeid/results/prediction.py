@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -164,7 +165,10 @@ def outlooks_of(predictor: Predictor, mode: str, found: Sequence[Finding], toler
     best, features = min(
         ((f, x) for f in found for x in (f.plain, f.repaired) if x is not None), key=lambda pair: pair[1]["excess"]
     )
-    out.append(_outlook(predictor, mode, best, features, "solved", tolerated))
+    known = [o for o in out if o is not None]
+    same = any(o.nats.score == -math.inf for o in known)
+    if not same:  # else there is nothing to solve
+        out.append(_outlook(predictor, mode, best, features, "solved", tolerated))
     return [o for o in out if o is not None]
 
 
