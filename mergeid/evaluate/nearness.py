@@ -83,7 +83,8 @@ class Panel:
         models: the networks that were merged; shares: their weights in what they say together. Models that are
             subtracted (a negative share) are not right about anything.
         either: a network may keep to any of the models; else it is compared with their mean alone.
-        examples: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels.
+        examples: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels. Where each belongs to a model,
+            that model alone counts on it.
         parts: how many parts these examples are dealt out to: networks can be asked about one part at a time.
         batch_size: for speed and memory only.
     """
@@ -100,7 +101,8 @@ class Panel:
         either: bool = True,
         parts: int = 1,
     ) -> None:
-        self.first, self.either = first, either
+        self.first, self.either, self.owners = first, either, examples.owners
+        shares = shares if self.owners is None else [1.0]
         self.models = [m.to(device).eval() for m in models]
         self._data, self.batch_size, self.device = examples, batch_size, device
         weights = torch.tensor(shares, dtype=torch.float64)
@@ -163,11 +165,12 @@ class Panel:
         if self._kept is not None and self._kept[part]:
             yield from self._kept[part]
             return
-        for raw in self._batches(part):
+        owners = torch.tensor([self.owners[i] for i in self.parts[part]]) if self.owners is not None else torch.zeros(0)
+        for raw, at in zip(batches := self._batches(part), batches.slices, strict=True):
             batch = to_model(raw, torch.device(self.device), input_dtype(self.first.model))
             with torch.no_grad(), fits_the_model(batch):
                 own = [self._outputs(m, batch) for m in self.models]
-            yield batch, own
+            yield batch, own if self.owners is None else [_of_owners(own, owners[at.start : at.stop])]
 
     def _listen(self) -> None:
         """Run the models once: what they reach themselves, and how much their outputs vary."""
@@ -268,6 +271,12 @@ def _spaced(of: range, most: int) -> list[int]:
     """Up to `most` of a range, evenly spaced."""
     count = len(of)
     return list(of) if count <= most else [of[k * count // most] for k in range(most)]
+
+
+def _of_owners(said: Sequence[Mapping[str, Tensor]], owners: Tensor) -> dict[str, Tensor]:
+    """Of every example what its own model says."""
+    at = torch.arange(len(owners))
+    return {name: torch.stack([s[name] for s in said])[owners, at] for name in said[0]}
 
 
 def classifying(first: Loaded) -> set[str]:

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Subset
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset
 
 from mergeid.basics.nested import as_batch, named_tensors
 from mergeid.data.batches import Collate, FixedBatches, WholeInputs, dataset_length, input_dtype, is_whole, to_model
+from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
+from mergeid.request.request import OwnData
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +26,12 @@ class Examples:
     """Attributes:
     items: map-style data.
     collate: list of items -> batch; torch's default for None.
+    owners: number of the model that every item belongs to; None: they belong to no one.
     """
 
     items: Any
     collate: Collate | None = None
+    owners: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return dataset_length(self.items)
@@ -38,7 +43,8 @@ class Examples:
 
     def taken(self, indices: Sequence[int]) -> Examples:
         """Some of them, in that order."""
-        return Examples(Subset(self.items, list(indices)), self.collate)
+        owners = None if self.owners is None else tuple(self.owners[i] for i in indices)
+        return Examples(Subset(self.items, list(indices)), self.collate, owners)
 
     def batches(self, size: int) -> FixedBatches:
         """About `size` examples each, the same whatever process asks."""
@@ -51,13 +57,27 @@ class Examples:
 
 
 def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> Examples:
-    """What a user gives as data, as a model takes it. Raises `MergeidError` for what does not fit it."""
+    """What a user gives as data, as a model takes it; every model's own data in one random order. Raises `MergeidError`
+    for what does not fit it."""
+    if isinstance(data, OwnData):
+        return _together([examples_of(own, loaded, limit, seed) for own in data.data], limit, seed)
     if loaded.adapter.name == "torch":
         return Examples(_as_given(data, loaded))
     from mergeid.data import collate, load_data
 
     found = load_data(data, adapter=loaded.adapter, arch=loaded.arch, folder=loaded.folder, limit=limit, seed=seed)
     return Examples(found, collate)
+
+
+def _together(parts: Sequence[Examples], limit: int | None, seed: int) -> Examples:
+    """The examples of several models, equally many of each as far as the limit goes."""
+    if any(part.whole for part in parts):
+        raise MergeidError("data of every model's own takes examples that are put into batches, not whole inputs")
+    most = max(limit // len(parts), 1) if limit is not None else max(map(len, parts))
+    taken = [part.taken(range(min(len(part), most))) for part in parts]
+    owners = [k for k, part in enumerate(taken) for _ in range(len(part))]
+    order = np.random.default_rng(seed).permutation(len(owners)).tolist()
+    return Examples(ConcatDataset([p.items for p in taken]), parts[0].collate, tuple(owners)).taken(order)
 
 
 def _as_given(data: Any, loaded: Loaded) -> Any:

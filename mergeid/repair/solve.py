@@ -54,7 +54,7 @@ class SolvedLayer:
 def solve_network(
     merged: nn.Module,
     models: Sequence[nn.Module],
-    shares: Sequence[float],
+    shares: Sequence[float] | Tensor,
     forward: Forward,
     batches: Sequence[Batch],
     *,
@@ -67,7 +67,7 @@ def solve_network(
     Args:
         merged: the averaged network, in eval mode.
         models: in the first one's order of neurons, in eval mode, on the same device; not changed.
-        shares: weights of the models in what is imitated, with sum 1.
+        shares: weights of the models in what is imitated, with sum 1; or a row of them for every example.
         forward: runs a network on a batch.
         batches: calibration examples, without labels, in the first dimension of every tensor.
         frozen: keys of the state dict that stay as they are.
@@ -79,7 +79,9 @@ def solve_network(
     Raises:
         MergeidError: the networks do not execute the same operations.
     """
-    each = [torch.tensor(shares, dtype=torch.float64).expand(_examples(b), -1) for b in batches]
+    counts = [_examples(b) for b in batches]
+    weights = torch.as_tensor(shares, dtype=torch.float64)
+    each = list((weights if weights.dim() == 2 else weights.expand(sum(counts), -1)).split(counts))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     nets: list[list[Paced]] = []

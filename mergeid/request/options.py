@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from mergeid.request.request import LARGEST_SEED, MATCHES
+from mergeid.request.request import LARGEST_SEED, MATCHES, TARGETS
 
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
 """Panels of a command's help."""
@@ -190,6 +190,14 @@ Match = Annotated[
     Option(
         "auto: as decided for every space; never: take B's neurons as they are; always: match every space.",
         choices=MATCHES,
+    ),
+]
+Target = Annotated[
+    Union[str, None],
+    Option(
+        "What a solved merge imitates where each model has its own data (--data a=…,b=…): own (that model) or mean.",
+        choices=TARGETS,
+        shown=False,
     ),
 ]
 Matcher = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ LIMIT = 512
 """Calibration examples that are used unless told otherwise."""
 LARGEST_SEED = 2**63 - 1
 MATCHES = ("auto", "never", "always")
+TARGETS = ("own", "mean")
 REPAIRS = ("auto", "bn", "repair", "solve", "solve+polish", "none")
 REFUSE_ABOVE = 0.5
 """Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
@@ -116,11 +117,39 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class OwnData:
+    """Examples of every model's own.
+
+    Attributes:
+        data: one for each model, in their order.
+    """
+
+    data: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, given: Any) -> Any:
+        """`{"a": …, "b": …}` or ``a=…,b=…`` as what it says; anything else as it is.
+
+        Raises `MergeidError` where models are left out."""
+        if isinstance(given, str) and given.startswith("a="):
+            parts = re.split(r",(?=[a-z]=)", given)
+            given = {part[0]: part[2:] for part in parts}
+        if not isinstance(given, Mapping) or not given or not all(re.fullmatch("[a-z]", str(k)) for k in given):
+            return given
+        wanted = [chr(ord("a") + i) for i in range(len(given))]
+        if sorted(given) != wanted or len(given) < 2:
+            raise MergeidError(
+                f"data names {', '.join(map(str, given))}; expected data for each of two or more models: a, b, …"
+            )
+        return cls(tuple(given[name] for name in wanted))
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Examples that the models are run on, labels unused.
 
     Attributes:
-        data: see `mergeid.data.load_data`; None: there are none.
+        data: see `mergeid.data.load_data`, or `OwnData`; None: there are none.
         limit: most examples; None: all.
     """
 
@@ -163,14 +192,19 @@ class Repairing:
     Attributes:
         stage: "auto", "bn", "repair", "solve", "solve+polish" or "none".
         refuse_above: distance from the models beyond which no merge is written.
+        target: what is imitated on a model's own examples: "own", that model; "mean", all by their shares. None: "own"
+            where every model has its own examples.
 
     Raises `MergeidError` for an unknown stage, or what is no distance.
     """
 
     stage: str = "auto"
     refuse_above: float = REFUSE_ABOVE
+    target: str | None = None
 
     def __post_init__(self) -> None:
+        if self.target not in (None, *TARGETS):
+            raise MergeidError(f"--target {self.target!r} is not one of {', '.join(TARGETS)}")
         if self.stage not in REPAIRS:
             raise MergeidError(f"--repair {self.stage!r} is not one of {', '.join(REPAIRS)}")
         above = self.refuse_above

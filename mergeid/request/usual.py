@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict, Union
 
 from mergeid.request import options as o
-from mergeid.request.request import LIMIT, Calibration, Example, Progress, Reading, Run
+from mergeid.request.request import LIMIT, Calibration, Example, OwnData, Progress, Reading, Run
 
 
 class Usual(TypedDict, total=False):
@@ -81,4 +81,4 @@ def requests_of(
 
 def calibration_of(data: Any, given: Usual) -> Calibration:
     """The examples that were asked for. Raises `MergeidError` for a limit that counts nothing."""
-    return Calibration(data, given.get("limit", LIMIT))
+    return Calibration(OwnData.of(data), given.get("limit", LIMIT))

@@ -163,10 +163,11 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
     device = next(merged.parameters()).device
     models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
     before = {k: v.clone() for k, v in merged.state_dict().items()}
+    owners = members.given.owners
     done = solve_network(
         merged.eval(),
         models,
-        members.shares(),
+        members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)],
         members.first.forward,
         list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)),
         frozen=_frozen(members, before, skip),

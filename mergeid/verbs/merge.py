@@ -23,6 +23,7 @@ from mergeid.request.request import (
     Calibration,
     Matching,
     Output,
+    OwnData,
     Repairing,
     Run,
     bytes_of,
@@ -70,6 +71,7 @@ class MergeRequest:
         check_base(method, self.base is not None)
         if self.output.resume and any(map(is_module, self.models)):
             raise MergeidError("only merges of files are resumed, and a live module is in none; leave resume out")
+        self._check_target()
         if not data and stage not in ("auto", "none"):
             raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
         if not data and method.statistics:
@@ -81,6 +83,22 @@ class MergeRequest:
                 raise MergeidError("--resume does not go with --transport; leave it out, and merge from the start")
         else:
             check_matching(self.matching, data)
+
+    def _check_target(self) -> None:
+        own, target = self.calibration.data, self.repairing.target
+        if not isinstance(own, OwnData):
+            if target == "own":
+                raise MergeidError("--target own needs data of every model's own; give --data a=…,b=…")
+            return
+        if len(own.data) != len(self.models):
+            raise MergeidError(f"--data names {len(own.data)} models, and {len(self.models)} are merged; name each")
+        if target == "mean":
+            return
+        if self.asked.method.weights != "shares" or self.base is not None or self.repairing.stage == "solve+polish":
+            raise MergeidError(
+                "towards every model's own answers averages are solved, without task vectors or polish; give --target "
+                "mean for these"
+            )
 
 
 @verb
@@ -125,6 +143,7 @@ def merge(
     transport: o.Transport = False,
     data: o.Data = None,
     repair: bool | str = True,
+    target: o.Target = None,
     refuse_above: o.RefuseAbove = REFUSE_ABOVE,
     tokenizer: o.Tokenizer = None,
     chat_template: o.ChatTemplate = None,
@@ -161,12 +180,15 @@ def merge(
             "cycle" brings more than two models into one common order.
         transport: carry the neurons of every further model onto the first one's by optimal transport plans instead of
             matching them one to one (OT fusion); plain layers may then have other widths. Needs no `base`.
-        data: calibration data for the evidence, for the repair, and for methods that measure something.
+        data: calibration data for the evidence, for the repair, and for methods that measure something; models of
+            different tasks each have their own: {"a": …, "b": …} or ``a=…,b=…``.
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
             pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
             (`mergeid.repair.solve`); "solve+polish": then distilled (`mergeid.repair.polish`);
             True or "auto": "solve", "bn" or "repair", where the merge is
             nearer to the models with it; False or "none": nothing.
+        target: where each model has its own data: "own", on its examples a model is imitated alone (default); "mean",
+            all are, by their weights.
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
             farther from their predictions than they are themselves, for outputs that are no classification the share
             of their variance (`mergeid.evaluate.nearness`).
@@ -199,7 +221,7 @@ def merge(
         ),
         calibration_of(data, usual),
         Matching(match, matcher),
-        Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above),
+        Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above, target),
         Output(output, dtype, force, bytes_of(shard_size), resume, push),
         transport,
     )
@@ -247,6 +269,8 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     request, notes = _sharing(request, met)
     settings = request.asked.over(len(met.models), met.float_names)
     members = _members(request, met, settings)
+    if members is not None and members.examples is not None and request.repairing.target == "mean":
+        members = replace(members, examples=replace(members.examples, owners=None))
     result = MergeResult("direct", notes=[*met.agreed.notes, *notes])
     repaired: dict[str, Tensor] = {}
     if members is not None:
@@ -277,7 +301,8 @@ def _target(request: MergeRequest, arch: str | None) -> Output | None:
     """Where the merge is written; None: a merge of live modules stays in memory."""
     if is_module(request.models[0]) and request.output.path is None:
         return None
-    reads = [*request.models, request.base, request.calibration.data, arch]
+    data = request.calibration.data
+    reads = [*request.models, request.base, *(data.data if isinstance(data, OwnData) else [data]), arch]
     return replace(request.output, path=output_path(request.output, reads))
 
 
