@@ -135,7 +135,7 @@ def _in_terminal(p: inspect.Parameter) -> inspect.Parameter:
         show_default=option.shown and not required,
     )
     default: Any = None if option.several else p.default
-    if option.choices and not required:
+    if option.choices and not required and p.default is not None:
         default = kind(p.default)
     optional = kind if required or default is not None else Union[kind, None]
     return inspect.Parameter(

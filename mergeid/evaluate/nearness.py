@@ -83,8 +83,8 @@ class Panel:
         models: the networks that were merged; shares: their weights in what they say together. Models that are
             subtracted (a negative share) are not right about anything.
         either: a network may keep to any of the models; else it is compared with their mean alone.
-        examples: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels. Where each belongs to a model,
-            that model alone counts on it.
+        examples: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels. Where each belongs to a
+            model, that model alone counts on it.
         parts: how many parts these examples are dealt out to: networks can be asked about one part at a time.
         batch_size: for speed and memory only.
     """
