@@ -164,7 +164,7 @@ class Pipeline(nn.Module):
         for name, network in networks.items():
             self.add_module(name, network)
 
-    def forward(self, **inputs: Any) -> dict[str, dict[str, Tensor]]:
+    def forward(self, **inputs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         """Name of a network -> what it returns.
 
         Args:

@@ -115,7 +115,7 @@ class SingleFile(nn.Module):
         """The parameters under the network's names."""
         return self._convert(dict(self.named_parameters()))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """As the network's."""
         return functional_call(self.network, self.converted(), args, kwargs)
 

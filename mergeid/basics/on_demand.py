@@ -132,11 +132,11 @@ def _same(tensor: Any, *_: Any) -> Any:
     return OnDemand(tensor.cell, tensor.shape, tensor.dtype, tensor.device, tensor.turned)
 
 
-def _cloned(tensor: Any, **_: Any) -> Any:
+def _cloned(tensor: Any, **_: object) -> Any:
     return OnDemand(tensor.cell.form, tensor.shape, tensor.dtype, tensor.device, tensor.turned)
 
 
-def _cast(tensor: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+def _cast(tensor: Any, *, dtype: Any = None, device: Any = None, **_: object) -> Any:
     place, kind = device or tensor.device, dtype or tensor.dtype
     if torch.device(place).type == "meta":
         return torch.empty(tensor.shape, dtype=kind, device="meta")

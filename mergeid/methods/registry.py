@@ -186,7 +186,7 @@ def register_method(name: str, **traits: Unpack[Traits]) -> Callable[[MethodFunc
         _registered[name] = MergeMethod(name, function, **traits)
 
         @functools.wraps(function)
-        def called(*tensors: Any, **needs: Any) -> Tensor:
+        def called(*tensors: Any, **needs: Need) -> Tensor:
             from mergeid.methods.pieces import whole
 
             return whole(function(*tensors, **needs))
