@@ -16,7 +16,7 @@ from mergeid.combine.refusals import not_finite, overflows
 from mergeid.combine.tensor_plan import TensorPlan
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.io.dtypes import BITS, wider
+from mergeid.io.dtypes import BITS, NUMPY_KINDS, wider
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,18 +26,14 @@ if TYPE_CHECKING:
 CHUNK = 1 << 15
 """Elements merged at once: all temporaries stay in the cache."""
 
-_KINDS = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
-    "I64": "<i8", "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
-}  # fmt: skip
-"""How NumPy reads the bytes of each dtype; it has no bfloat16, so those stay integers."""
-
 
 def widen(numbers: Array, dtype: str, wide: str) -> Array:
     """A fresh copy of stored numbers (bfloat16 as uint16) in the float format `wide`, exactly."""
     if dtype == "BF16":
-        numbers = (numbers.astype("<u4") << 16).view("<f4")
-    return numbers.astype(_KINDS[wide], copy=dtype != "BF16" or wide != "F32")
+        bits = numbers.astype("<u4")
+        bits <<= 16
+        numbers = bits.view("<f4")
+    return numbers.astype(NUMPY_KINDS[wide], copy=dtype != "BF16" or wide != "F32")
 
 
 def narrow(numbers: Array, dtype: str) -> Array:
@@ -48,7 +44,7 @@ def narrow(numbers: Array, dtype: str) -> Array:
     if dtype in ("F16", "BF16"):
         numbers = numbers.astype("<f4", copy=False)
     if dtype != "BF16":
-        return numbers.astype(_KINDS[dtype], copy=False)
+        return numbers.astype(NUMPY_KINDS[dtype], copy=False)
     bits = numbers.view("<u4")
     answer: Array = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
     return answer
@@ -120,7 +116,9 @@ class NumpyMerge:
     @staticmethod
     def can(models: Sequence[Checkpoint], plan: TensorPlan) -> bool:
         """Whether all that must be computed is within NumPy's means: mapped files, real numbers."""
-        return all(c.mapped for c in models) and all(c.table[n].dtype in _KINDS for c in models for n in plan.merged)
+        return all(c.mapped for c in models) and all(
+            c.table[n].dtype in NUMPY_KINDS for c in models for n in plan.merged
+        )
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of one tensor of the result."""
@@ -132,7 +130,7 @@ class NumpyMerge:
         dtypes = [c.table[name].dtype for c in self.models]
         out = self.plan.dtypes.get(name, dtypes[0])
         weights = self.weights(name)
-        arrays = [np.frombuffer(c.raw(name), _KINDS[d]) for c, d in zip(self.models, dtypes, strict=True)]
+        arrays = [np.frombuffer(c.raw(name), NUMPY_KINDS[d]) for c, d in zip(self.models, dtypes, strict=True)]
         with np.errstate(all="ignore"):  # what overflows or is no number is found and named below
             for at in range(0, arrays[0].size, CHUNK):
                 numbers = [array[at : at + CHUNK] for array in arrays]
@@ -143,7 +141,7 @@ class NumpyMerge:
 
     def _equal(self, name: str, other: Checkpoint) -> bool:
         pair = (self.models[0], other)
-        ours, theirs = (np.frombuffer(c.raw(name), _KINDS[c.table[name].dtype]) for c in pair)
+        ours, theirs = (np.frombuffer(c.raw(name), NUMPY_KINDS[c.table[name].dtype]) for c in pair)
         return np.array_equal(ours, theirs)
 
     def _why(self, name: str, numbers: Sequence[Array], dtypes: Sequence[str], out: str) -> str:

@@ -18,6 +18,12 @@ BITS: dict[str, int] = {
 }  # fmt: skip
 """Bits per element of every dtype of the safetensors format."""
 
+NUMPY_KINDS: dict[str, str] = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
+    "I64": "<i8", "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+}  # fmt: skip
+"""How NumPy reads the bytes of each dtype; it has no bfloat16, so those stay integers."""
+
 _TORCH_NAMES: dict[str, str] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
     "I32": "int32", "U64": "uint64", "I64": "int64",

@@ -164,6 +164,16 @@ class RecordComparison(Own):
     error: float | None
 
 
+class RecordPlaces(Own):
+    """A further model's rows beside the first one's, see `mergeid.combine.in_place`."""
+
+    axes: Count
+    rows: Count
+    astray: Count
+    others: Count
+    largest_ratio: float
+
+
 class MergeRecord(Own):
     """``mergeid.record/1`` of a merge."""
 
@@ -186,6 +196,7 @@ class MergeRecord(Own):
     repaired: list[str] = Field(default_factory=list)
     repair: dict[str, Any] | None = None
     comparison: RecordComparison | None = None
+    in_place: dict[str, RecordPlaces] | None = None
 
 
 class TransportEntry(Own):

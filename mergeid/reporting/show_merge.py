@@ -27,7 +27,10 @@ def print_merge(result: MergeResult, console: Console) -> None:
         for note in result.notes:
             console.print(f"Note: {note}", markup=False)
     elif result.plan is None:
-        console.print("Plain merge: B's neurons were taken as they are.")
+        taken = "they lie in the same places" if result.in_place else "B's neurons were taken as they are"
+        console.print(f"{'Merged directly' if result.in_place else 'Plain merge'}: {taken}.")
+        for note in result.notes:
+            console.print(f"Note: {note}", markup=False)
     elif len(result.plans) < 2:
         from mergeid.reporting.show_plan import print_radii, verdict_lines
 

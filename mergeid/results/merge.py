@@ -27,6 +27,8 @@ class MergeResult:
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
+        in_place: per further model, how its rows lie beside the first one's (`mergeid.combine.in_place`), where that
+            decided what was planned; None: it did not.
         comparison: how far the merges that were at hand are from the models on calibration inputs, and which was chosen
             (`mergeid.stages.compare`); None without data.
     """
@@ -40,6 +42,7 @@ class MergeResult:
     report: Mapping[str, Any] = field(default_factory=dict)
     repair: Mapping[str, Any] | None = None
     comparison: Mapping[str, Any] | None = None
+    in_place: Mapping[str, Any] | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -55,6 +58,7 @@ class MergeResult:
             "repaired": self.repaired,
             "repair": self.repair,
             "comparison": self.comparison,
+            "in_place": self.in_place,
             "report": self.report,
             "plan": self.plan.to_json() if self.plan else None,
             "further_plans": [plan.to_json() for plan in self.plans[1:]],

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from mergeid.combine.in_place import InPlace
 from mergeid.errors import NoModel, WillNotMerge
 from mergeid.methods.settings import MergeSettings
 from mergeid.request.request import Calibration, Matching, Output
 from mergeid.results.plan import Plan
 from mergeid.stages.common_order import common_order
+from mergeid.stages.in_place import Places, on_astray
 from mergeid.stages.members import Member, Members
-from mergeid.stages.open import Met, pair_of
-from mergeid.stages.plan import plan_of
+from mergeid.stages.open import Met, Pair, pair_of
+from mergeid.stages.plan import make_plan, plan_of
 
 
 def planned_members(
-    met: Met, settings: MergeSettings, matching: Matching, calibration: Calibration, output: Output
+    met: Met,
+    settings: MergeSettings,
+    matching: Matching,
+    calibration: Calibration,
+    output: Output,
+    places: Places | None = None,
 ) -> Members:
     """The models of a merge, each with its plan against the first one.
+
+    Args:
+        places: what was seen of rows in place; then only the spaces are planned on which rows are astray.
 
     Raises:
         WillNotMerge: a plan says no, and the output is not forced.
@@ -38,8 +50,12 @@ def planned_members(
     if matching.matcher is not None and len(others) > 1:
         elements = common_order(pairs, matching.matcher, bench.run, examples)
     members = [Member(first)]
+    seen = list(places.found.values()) if places is not None and places.speaks else None
     for i, pair in enumerate(pairs):
-        plan = plan_of(met, pair, others[i], matching, calibration, elements[i] if elements else None)
+        if seen is not None:
+            plan = _plan_astray(met, pair, seen[i], matching)
+        else:
+            plan = plan_of(met, pair, others[i], matching, calibration, elements[i] if elements else None)
         members.append(Member(pair.b, plan))
         if plan.verdict == "will not merge" and not output.force:
             raise WillNotMerge(
@@ -48,6 +64,14 @@ def planned_members(
             )
     base = members.pop() if met.base is not None else None
     return Members(members, base, settings, examples)
+
+
+def _plan_astray(met: Met, pair: Pair, seen: InPlace, matching: Matching) -> Plan:
+    """The plan of those spaces on which rows are astray."""
+    small, note = on_astray(pair, seen)
+    plan = make_plan(small, matching, met.bench.run)
+    own = plan.notes if small.graph.spaces else []  # that nothing can be permuted is true of what is left only
+    return replace(plan, notes=[*own, *([] if note is None else [note])])
 
 
 def verdict_of(plans: list[Plan]) -> str:

@@ -67,6 +67,7 @@ def write(result: MergeResult, met: Met, inputs: Inputs, asked: MethodRequest, o
         "repaired": result.repaired,
         **({"repair": result.repair} if result.repair else {}),
         **({"comparison": result.comparison} if result.comparison else {}),
+        **({"in_place": result.in_place} if result.in_place else {}),
         **({"further_plans": [p.to_json() for p in result.plans[1:]]} if result.plans[1:] else {}),
     }
     tell = met.bench.run.tell

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Unpack
 
+    from mergeid.stages.in_place import Places
     from mergeid.stages.members import Members
 
 
@@ -267,11 +268,19 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
         check_push(repo)
     met = open_models(bench, request.models, request.base, widths=not request.transport)
     request, notes = _sharing(request, met)
+    places = _places(request, met)
+    if places is not None and places.all_fit:
+        request, notes = replace(request, matching=Matching("never")), [*notes, places.note()]
     settings = request.asked.over(len(met.models), met.float_names)
+<<<<<<< HEAD
     members = _members(request, met, settings)
     if members is not None and members.examples is not None and request.repairing.target == "mean":
         members = replace(members, examples=replace(members.examples, owners=None))
     result = MergeResult("direct", notes=[*met.agreed.notes, *notes])
+=======
+    members = _members(request, met, settings, places)
+    result = MergeResult("direct", notes=[*met.agreed.notes, *notes], in_place=places.to_json() if places else None)
+>>>>>>> 962c99a (Fine-tunes of one base are recognised from the rows of their files; only spaces with rows astray are planned)
     repaired: dict[str, Tensor] = {}
     if members is not None:
         members = members.measured(run)
@@ -319,7 +328,18 @@ def _sharing(request: MergeRequest, met: Met) -> tuple[MergeRequest, list[str]]:
     return replace(request, matching=Matching("never")), [note]
 
 
-def _members(request: MergeRequest, met: Met, settings: MergeSettings) -> Members | None:
+def _places(request: MergeRequest, met: Met) -> Places | None:
+    """What the rows of the files say, where nothing else was asked for; None: nobody asks them."""
+    matching = request.matching
+    asked = request.calibration.given or request.transport or matching.matcher is not None
+    if matching.mode != "auto" or asked or met.live or len(met.everyone) < 2:
+        return None
+    from mergeid.stages.in_place import places_of
+
+    return places_of(met)
+
+
+def _members(request: MergeRequest, met: Met, settings: MergeSettings, places: Places | None) -> Members | None:
     """The models, each with its neurons in the first one's order; None: a plain merge, and no model is built."""
     if request.transport:
         from mergeid.stages.transport import transported_members
@@ -329,7 +349,7 @@ def _members(request: MergeRequest, met: Met, settings: MergeSettings) -> Member
         return None
     from mergeid.stages.match import planned_members
 
-    return planned_members(met, settings, request.matching, request.calibration, request.output)
+    return planned_members(met, settings, request.matching, request.calibration, request.output, places)
 
 
 def _planned(result: MergeResult, members: Members, request: MergeRequest) -> MergeResult:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from merging import merge_checkpoints
 from safetensors.torch import load_file, save_file
 
-from mergeid.combine.by_numpy import _KINDS, NumpyMerge, narrow, weighted_sum, widen
+from mergeid.combine.by_numpy import NumpyMerge, narrow, weighted_sum, widen
 from mergeid.combine.tensor_plan import plan_tensors
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.io.dtypes import BITS, torch_dtype
+from mergeid.io.dtypes import BITS, NUMPY_KINDS, torch_dtype
 from mergeid.io.opening import open_checkpoint
 from mergeid.methods.registry import check_weights, linear
 
@@ -33,7 +33,7 @@ def from_bits(dtype: str, bits: list[int]) -> torch.Tensor:
 
 
 def stored(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    return np.frombuffer(tensor.contiguous().view(torch.uint8).numpy().data, _KINDS[dtype])
+    return np.frombuffer(tensor.contiguous().view(torch.uint8).numpy().data, NUMPY_KINDS[dtype])
 
 
 def same_bits(array: np.ndarray, tensor: torch.Tensor) -> bool:
@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_never_missed(dtype: str, bits, weight: float, val
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_all_sixteen_bit_numbers_survive_the_way_there_and_back(dtype: str) -> None:
     bits = np.arange(2**16, dtype="<u2")
-    numbers = bits.view(_KINDS[dtype])
+    numbers = bits.view(NUMPY_KINDS[dtype])
     oracle = torch.from_numpy(bits.view(np.int16)).view(torch_dtype(dtype))
     for wide in ("F32", "F64"):
         with np.errstate(invalid="ignore"):  # signalling NaNs are among them
