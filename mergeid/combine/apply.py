@@ -173,9 +173,10 @@ def merge_checkpoints(
         with writer:
             done = 0
             for name in writer.order():
-                if name not in writer or name in plan.compared:
-                    writer.write(name, merge.pieces(name))
                 done += writer.size(name)
+                if name in writer and name not in plan.compared:
+                    continue  # by a merge that was stopped
+                writer.write(name, merge.pieces(name))
                 if writer.size(name) >= _RELEASE:
                     for checkpoint in inputs.used:
                         checkpoint.release(name)

@@ -44,6 +44,7 @@ class Work:
         self.as_json = as_json
         self._stage = ""
         self._last = time.monotonic()
+        self._pace: tuple[str, int, float] = "", 0, 0.0
         self._task: TaskID | None = None
         self._bar: Any = None
 
@@ -66,20 +67,38 @@ class Work:
             self._advance(stage, done, total)
             return
         now = time.monotonic()
+        if stage != self._pace[0]:
+            self._pace = stage, done, now
         if now - self._last >= PLAIN_EVERY:
             self._last = now
             share = f": {100 * done // total} %" if total else ""
+            if total and (left := self._left(done, total, now)) is not None:
+                share += f", {duration(left)} left"
             print(f"mergeid: {stage}{share}", file=sys.stderr, flush=True)
+
+    def _left(self, done: int, total: int, now: float) -> float | None:
+        """Seconds until this stage ends, at the pace since it began; None before there is one."""
+        _, first, began = self._pace
+        return (now - began) * (total - done) / (done - first) if done > first else None
 
     def _advance(self, stage: str, done: int, total: int) -> None:
         if self._bar is None:
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 console=_console(sys.stderr),
                 transient=True,
             )
@@ -115,6 +134,14 @@ class Work:
         """Where the outputs lie, one per line."""
         for file in files:
             self.say(f"wrote {os.fspath(file)}")
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2 h 5 min``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _console(file: TextIO) -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from mergeid.commands import graph as graph_command
+from mergeid.commands import work as work_module
 from mergeid.commands.arguments import parse_weights
-from mergeid.commands.work import to_text
+from mergeid.commands.work import Work, to_text
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph import AxisMap, NeuronGraph, Space
 from mergeid.reporting.show_graph import alike, ending, pattern, places
@@ -116,3 +118,19 @@ def test_numbers_of_a_plan() -> None:
     assert (fixed(-0.001), fixed(0.126), fixed(None)) == ("0.00", "0.13", "–")
     assert interval(0.5, 0.4, 0.6) == "0.50 [0.40, 0.60]"
     assert interval(None, None, None) == "–"
+
+
+def test_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the pace since the stage began; a stage that goes on at a half is not taken for twice as fast."""
+    clock = iter([0.0, 10.0, 20.0, 110.0, 110.0, 3800.0])
+    monkeypatch.setattr(work_module.time, "monotonic", lambda: next(clock))
+    work = Work(io.StringIO(), False)
+    for stage, done in (("writing", 50), ("writing", 60), ("writing", 75), ("looking", 0), ("looking", 10)):
+        work.progress(stage, done, 100)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "mergeid: writing: 50 %",
+        "mergeid: writing: 60 %, 40 s left",
+        "mergeid: writing: 75 %, 2 min left",
+        "mergeid: looking: 10 %, 9 h 14 min left",
+    ]
