@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mergeid.methods.registry import MergeMethod, register_method
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
     from mergeid.results.barrier import BarrierResult
+    from mergeid.results.estimate import Estimate
     from mergeid.results.extract import ExtractResult
     from mergeid.results.merge import MergeResult, ScrambleResult
     from mergeid.results.plan import Plan
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mergeid.results.zip import ZipResult
     from mergeid.verbs.align import align
     from mergeid.verbs.barrier import barrier
+    from mergeid.verbs.estimate import estimate
     from mergeid.verbs.extract import extract
     from mergeid.verbs.graph import graph
     from mergeid.verbs.load import load
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _PLACES = {
+    "Estimate": "results.estimate",
     "ExtractResult": "results.extract",
     "BarrierResult": "results.barrier",
     "MatchTask": "matchers.protocol",
@@ -65,6 +68,7 @@ _PLACES = {
     "ZipResult": "results.zip",
     "align": "verbs.align",
     "barrier": "verbs.barrier",
+    "estimate": "verbs.estimate",
     "graph": "verbs.graph",
     "load": "verbs.load",
     "load_zipped": "verbs.zip",
@@ -88,6 +92,7 @@ _PLACES = {
 
 __all__ = [
     "BarrierResult",
+    "Estimate",
     "ExtractResult",
     "MatchTask",
     "Matcher",
@@ -107,6 +112,7 @@ __all__ = [
     "ZipResult",
     "align",
     "barrier",
+    "estimate",
     "extract",
     "graph",
     "load",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +32,14 @@ def command(
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=HOW, help="Exit with 1 if the pair will not merge.")
     ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            rich_help_panel=HOW,
+            help="Say what memory, disk and time a merge takes, from the headers alone; exit with 1 if it has no room.",
+        ),
+    ] = False,
 ) -> int:
     """Decide for every space of neurons: merge directly, match first, or will not merge.
 
@@ -38,6 +47,8 @@ def command(
     layers, which store their fixed parts) the structure is judged beside them. No weights are written.
     """
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page)
+    if estimate:
+        return _estimate(a, b, call.options, as_json)
     with working(as_json) as work:
         found = call(a, b, progress=work.progress)
         result = found.to_json()
@@ -64,3 +75,18 @@ def command(
             if page is not None:
                 work.say(f"Report: {page}")
     return 1 if strict and found.verdict == "will not merge" else 0
+
+
+def _estimate(a: str, b: str, given: Mapping[str, Any], as_json: bool) -> int:
+    """What merging them takes."""
+    from mergeid.reporting.show_estimate import print_estimate
+    from mergeid.verbs.estimate import estimate
+
+    with working(as_json) as work:
+        told = {k: given[k] for k in ("base", "skip", "config") if k in given}
+        found = estimate(a, b, **told)
+        if as_json:
+            work.emit(found.to_json())
+        else:
+            print_estimate(found, work.console)
+    return 0 if found.fits else 1

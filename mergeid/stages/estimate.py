@@ -1,0 +1,81 @@
+"""Estimate: memory, disk and time of a merge, from the headers of its files alone.
+
+The constants were measured with `tests/bench/merge_sizes.py` and `tests/bench/any_size.py` on one core of a server; a
+time is right within a factor of about two elsewhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from math import prod
+from pathlib import Path
+
+from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.dtypes import BITS
+from mergeid.models.mapped import LARGEST_HELD
+from mergeid.results.estimate import Cost, Estimate
+from mergeid.stages.open import Met
+
+MIB = 1 << 20
+PLAIN, WITH_TORCH, WITH_MODEL = 60 * MIB, 300 * MIB, 460 * MIB
+"""Memory of a process that sums in NumPy, that has torch, and that has built a model without values."""
+HELD = 24
+"""Bytes per parameter where models are held."""
+KEPT = 256 * MIB
+"""Weights that are kept after they were read."""
+SQUARES = 4
+"""float32 matrices over pairs of neurons that matching holds at once."""
+HASHED, SUMMED, LOOKED, WRITTEN = 0.85, 1.0, 0.9, 0.6
+"""Seconds per GB: of hashing what is read, of adding it up, of comparing rows in place, and of writing."""
+PRODUCTS = 60e9
+"""Multiplications and additions in a second."""
+PASSES = 4
+"""Products that matching takes, of each matrix along each of its axes with that of the other model."""
+
+
+def estimate_merge(met: Met, beside: Path) -> Estimate:
+    """What a merge of these models takes.
+
+    Args:
+        beside: a folder on the disk that the output goes to.
+    """
+    models = [met.bench.open(source) for source in met.everyone]
+    first = models[0]
+    sizes = tuple(map(_bytes, models))
+    read, out = sum(sizes), sizes[0]
+    stream = (read * (HASHED + SUMMED) + out * WRITTEN) / 1e9
+    rows = read * LOOKED / 1e9
+    shapes = [first.table[n].shape for n in met.float_names]
+    parameters = sum(map(prod, shapes))
+    widest = _widest(first, shapes)
+    square = 4 * widest * widest
+    if parameters <= LARGEST_HELD:
+        memory = WITH_MODEL + HELD * parameters
+    else:
+        memory = (
+            WITH_MODEL + KEPT + SQUARES * square + 8 * max((prod(s) for s in shapes if max(s) <= widest), default=0)
+        )
+    products = 2 * PASSES * sum(prod(s) * d for s in shapes if len(s) > 1 for d in s if d <= widest) / PRODUCTS
+    matched = 15 + stream + rows + products * (len(models) - 1)
+    costs = (
+        Cost("as they are", PLAIN, out, read, 1 + stream, "--match never, linear; other methods take torch's 300 MiB"),
+        Cost("fine-tunes", PLAIN, out, 2 * read, 1 + stream + rows, "by default, where all rows lie in place"),
+        Cost("matched", memory, out, 3 * read, matched, "by default elsewhere, and --match always; without data"),
+    )
+    return Estimate(parameters, sizes, shutil.disk_usage(beside).free, costs)
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(prod(i.shape) * BITS.get(i.dtype, 8) for i in checkpoint.table.values()) // 8
+
+
+def _widest(first: Checkpoint, shapes: list[tuple[int, ...]]) -> int:
+    """The largest axis on which neurons can lie: one of a matrix that is no vocabulary, which two tensors have at most
+    and others never."""
+    counts: dict[int, int] = {}
+    for shape in shapes:
+        for size in set(shape) if len(shape) > 1 else ():
+            counts[size] = counts.get(size, 0) + 1
+    vocabulary = (first.config or {}).get("vocab_size")
+    common = [size for size, count in counts.items() if count > 2 and size != vocabulary]
+    return max(common or [s for s in counts if s != vocabulary] or [1])

@@ -1,0 +1,40 @@
+"""``plan --estimate``: memory, disk and time of a merge before it starts, from the headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergeid.models.source import Source
+from mergeid.models.workbench import Workbench
+from mergeid.request.boundary import verb
+from mergeid.request.request import Reading, Run
+from mergeid.stages.open import open_models
+
+if TYPE_CHECKING:
+    from mergeid.results.estimate import Estimate
+
+
+@verb
+def estimate(
+    a: Source,
+    b: Source,
+    *more: Source,
+    base: Source | None = None,
+    skip: tuple[str, ...] = (),
+    config: str | None = None,
+) -> Estimate:
+    """What a merge of these models would take: nothing but the headers of their files is read.
+
+    Args:
+        a, b, more: files, folders or hub ids.
+        base: what they were fine-tuned from, for methods that read it.
+        skip: globs of tensor names that are taken from A as they are.
+        config: "a" or "b": whose config counts where they differ.
+
+    Raises `MergeidError` for models that do not fit.
+    """
+    from mergeid.stages.estimate import estimate_merge
+
+    met = open_models(Workbench(Reading(config=config, skip=tuple(skip)), Run()), [a, b, *more], base)
+    return estimate_merge(met, Path())
