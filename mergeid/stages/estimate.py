@@ -52,9 +52,8 @@ def estimate_merge(met: Met, beside: Path) -> Estimate:
     if parameters <= LARGEST_HELD:
         memory = WITH_MODEL + HELD * parameters
     else:
-        memory = (
-            WITH_MODEL + KEPT + SQUARES * square + 8 * max((prod(s) for s in shapes if max(s) <= widest), default=0)
-        )
+        largest = max((prod(s) for s in shapes if max(s, default=0) <= widest), default=0)
+        memory = WITH_MODEL + KEPT + SQUARES * square + 8 * largest
     products = 2 * PASSES * sum(prod(s) * d for s in shapes if len(s) > 1 for d in s if d <= widest) / PRODUCTS
     matched = 15 + stream + rows + products * (len(models) - 1)
     costs = (

@@ -21,7 +21,7 @@ def estimate(
     b: Source,
     *more: Source,
     base: Source | None = None,
-    skip: tuple[str, ...] = (),
+    skip: Sequence[str] = (),
     config: str | None = None,
 ) -> Estimate:
     """What a merge of these models would take: nothing but the headers of their files is read.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -123,3 +124,71 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
         check(answers)
     assert sum(a["killed"] and bool(a["others"]) for answers in both for a in answers) >= 5, "killed while writing"
     assert hashlib.sha256(b"").hexdigest() not in both[0][0]["found"].values()
+
+
+RESUMED = """
+# As above, but what a killed merge did is gone on with; every tensor is secured, so that some are done already.
+import hashlib, json, os, pathlib, random, signal, sys, time
+import torch, numpy
+sys.path.insert(0, sys.argv[-1])
+from merging import merge_checkpoints
+from mergeid.io import stream
+
+a, b, place, rounds = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]), int(sys.argv[4])
+stream.COMMIT = 1 << 20
+
+def merge(output, resume):
+    pid = os.fork()
+    if pid:
+        return pid
+    merge_checkpoints(a, b, output, method="ties", base=sys.argv[5], resume=resume)
+    os._exit(0)
+
+def digest(output):
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()
+                                   and p.name != "mergeid.json")).hexdigest()
+
+begun = time.monotonic()
+os.waitpid(merge(place / "whole", False), 0)
+whole = time.monotonic() - begun
+print(json.dumps(digest(place / "whole")), flush=True)
+generator = random.Random(rounds)
+for k in range(rounds):
+    output, kills, kept = place / f"o{k}", 0, []
+    for wait in [generator.uniform(0.05, 1.0) * whole, *[generator.uniform(0.3, 1.2) * whole] * (k % 3)]:
+        pid = merge(output, kills > 0)
+        time.sleep(wait)
+        os.kill(pid, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        if output.exists():
+            break
+        kept.append(max([len(p.read_bytes().splitlines()) for p in place.glob(".*.mergeid-tmp/journal.jsonl")] or [0]))
+    if not output.exists():
+        os.waitpid(merge(output, True), 0)
+    print(json.dumps({"digest": digest(output), "kills": kills, "kept": kept,
+                      "left": len(list(place.glob(".*")))}), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_and_resumed(tmp_path: Path) -> None:
+    """The same bytes as of an undisturbed run, whenever and however often it was killed; nothing is left behind."""
+    for seed, name in enumerate(("a", "b", "base")):
+        generator = torch.Generator().manual_seed(seed)
+        numbers = {f"layer{i}.weight": torch.randn(256, 1024, generator=generator) for i in range(24)}
+        save_file(numbers, tmp_path / f"{name}.safetensors")
+    place = tmp_path / "place"
+    place.mkdir()
+    script = tmp_path / "helper.py"
+    script.write_text(RESUMED)
+    files = [str(tmp_path / f"{n}.safetensors") for n in ("a", "b")]
+    command = [sys.executable, str(script), *files, str(place), "10", str(tmp_path / "base.safetensors")]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parents[1] / "helpers")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    whole, *found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 10 and all(f["digest"] == whole for f in found)
+    assert sum(f["kills"] for f in found) >= 8
+    assert sum(any(n > 2 for n in f["kept"]) for f in found) >= 5, "some tensors were done when it was killed"
+    assert not any(f["left"] for f in found)
