@@ -16,7 +16,7 @@ from mergeid.combine.tensor_plan import TensorPlan
 from mergeid.errors import MergeidError
 from mergeid.io.dtypes import dtype_name, torch_dtype
 from mergeid.io.tensors import TensorSource
-from mergeid.methods.pieces import CHUNK, Pieces
+from mergeid.methods.pieces import CHUNK, Pieces, places
 from mergeid.methods.pieces import whole as pieced
 from mergeid.methods.settings import MergeSettings
 
@@ -151,15 +151,15 @@ def combine(
         else:
             yield from formed.reshape(-1).split(CHUNK)
         return
-    pieces = list(zip(*(t.reshape(-1).split(CHUNK) for t in tensors), strict=True))
-    origins = [None] * len(pieces) if base is None else base.reshape(-1).split(CHUNK)
-    told = list(zip(*(s.reshape(-1).split(CHUNK) for s in statistics), strict=True)) if known and statistics else None
-    for i, (group, origin) in enumerate(zip(pieces, origins, strict=True)):
+    flat = [t.reshape(-1) for t in tensors]
+    origin = None if base is None else base.reshape(-1)
+    told = [s.reshape(-1) for s in statistics] if known and statistics else None
+    for place in places(len(flat[0])) if len(flat[0]) else (slice(0, 0),):
         if method.base:
-            needs["base"] = origin
+            needs["base"] = None if origin is None else origin[place]
         if method.statistics:
-            needs["statistics"] = told[i] if told else None
-        yield pieced(method.formed(group, weights, **needs))
+            needs["statistics"] = [s[place] for s in told] if told else None
+        yield pieced(method.formed([t[place] for t in flat], weights, **needs))
 
 
 def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:

@@ -111,5 +111,9 @@ def added_up(
         float64, one total per sum.
     """
     flat = [t.reshape(-1) for t in tensors]
-    found = [torch.stack(sums(place, [t[place] for t in flat])) for place in places(len(flat[0]), step)]
-    return torch.stack(found).to(torch.float64).sum(0) if found else torch.zeros(0, dtype=torch.float64)
+    total = torch.zeros(0, dtype=torch.float64)
+    for place in places(len(flat[0]), step):
+        # Added up at once: small results that stay between large ones leave holes that nothing else fits into.
+        found = torch.stack(sums(place, [t[place] for t in flat])).to(torch.float64)
+        total = total.add_(found) if len(total) else found
+    return total

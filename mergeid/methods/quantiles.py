@@ -64,12 +64,15 @@ def at_places(
             digit = int(np.searchsorted(upto, s.rank, side="right"))
             s.rank, s.count = s.rank - int(upto[digit - 1] if digit else 0), int(counts[s.key][digit])
             s.bits, s.prefix = s.bits + DIGIT, s.prefix << DIGIT | digit
-    found = {s.key: [] for s in sought if s.bits < width}  # type: dict[tuple[int, int], list[Keys]]
-    for piece in values() if found else ():
+    kind = np.uint32 if width == 32 else np.uint64
+    picked = {s.key: np.empty(s.count, kind) for s in sought if s.bits < width}
+    filled = dict.fromkeys(picked, 0)
+    for piece in values() if picked else ():
         keys = _keys(piece, signed)
-        for (bits, prefix), parts in found.items():
-            parts.append(_with(keys, width, bits, prefix))
-    picked = {key: np.concatenate(parts) for key, parts in found.items()}
+        for (bits, prefix), own in picked.items():
+            part, at = _with(keys, width, bits, prefix), filled[bits, prefix]
+            own[at : at + len(part)] = part
+            filled[bits, prefix] = at + len(part)
     bits_of = [np.partition(picked[s.key], s.rank)[s.rank] if s.key in picked else s.prefix for s in sought]
     return [_float(int(bits), width, signed) for bits in bits_of]
 

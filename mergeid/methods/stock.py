@@ -49,14 +49,13 @@ def model_stock(
     step = width * rows_at_once(width) if rows > 1 else None
     pairs = list(itertools.combinations_with_replacement(range(count), 2))
     flat = [t.reshape(-1) for t in (*tensors, base)]
-    found = []
+    dots = torch.zeros(len(pairs), rows, dtype=torch.float64)
     for place in places(size, step):
         origin = flat[-1][place].to(to)
         deltas = [(t[place].to(to) - origin).reshape(-1, width if rows > 1 else len(origin)) for t in flat[:-1]]
-        found.append(torch.stack([(deltas[i] * deltas[j]).sum(1) for i, j in pairs]).to(torch.float64))
-    dots = torch.zeros(len(pairs), rows, dtype=torch.float64)
-    if found:
-        dots = torch.cat(found, 1) if rows > 1 else torch.cat(found, 1).sum(1, keepdim=True)
+        found = torch.stack([(deltas[i] * deltas[j]).sum(1) for i, j in pairs])
+        here = slice(place.start // width, place.stop // width) if rows > 1 else slice(None)
+        dots[:, here] += found
     product = dict(zip(pairs, dots, strict=True))
     smallest = torch.finfo(torch.float64).tiny
     cosines = [
