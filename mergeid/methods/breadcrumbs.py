@@ -60,7 +60,8 @@ def _kept(tensors: Sequence[Tensor], told: Breadcrumbs) -> list[Kept]:
 def _within(low: float, high: float) -> Selects:
     def select(_: slice, delta: Tensor) -> Tensor:
         size = delta.abs()
-        return (size >= low) & (size <= high)
+        below = torch.le(size, high, out=torch.empty_like(size))
+        return torch.ge(size, low, out=size).mul_(below)
 
     return select
 

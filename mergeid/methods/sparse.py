@@ -76,7 +76,7 @@ def register_sparse(
 
 
 Selects = Callable[[slice, Tensor], Tensor]
-"""(place of a piece, the task vector's piece) -> bool tensor of what is kept there."""
+"""(place of a piece, the task vector's piece) -> float tensor: 0 for what is dropped there, else 1 (or its chance)."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Kept:
     Attributes:
         begin: gives what selects, piece by piece from the first to the last; None: all of it stays.
         probability: the chance that an element had to be kept; None: it depends on the element, and what selects gives
-            a float tensor of chances, 0 where the element is dropped.
+            it.
     """
 
     begin: Callable[[], Selects] | None = None
     probability: float | None = 1.0
 
 
-NOTHING = Kept(lambda: lambda place, delta: torch.zeros(len(delta), dtype=torch.bool), 0.0)
+NOTHING = Kept(lambda: lambda place, delta: torch.zeros_like(delta), 0.0)
 """Nothing stays."""
 
 
@@ -121,7 +121,12 @@ def at_random(probability: float, generator: torch.Generator | None) -> Kept:
 
     def begin() -> Selects:
         draw = numbers.begin()
-        return lambda place, delta: draw(len(delta)) < probability
+
+        def select(_: slice, delta: Tensor) -> Tensor:
+            numbers = draw(len(delta))
+            return torch.lt(numbers, probability, out=numbers)
+
+        return select
 
     return Kept(begin, probability)
 
@@ -148,13 +153,13 @@ def merge_kept(
         for place in places(len(flat[-1]), step or None):
             origin = flat[-1][place].to(to)
             found = []
-            for tensor, weight, select, factor in zip(flat[:-1], weights, selects, factors, strict=True):
-                part = tensor[place].to(to) - origin
+            for tensor, weight, select, factor, keep in zip(flat[:-1], weights, selects, factors, kept, strict=True):
+                part = tensor[place].to(to, copy=True).sub_(origin)
                 if select is not None:
                     chosen = select(place, part)
-                    part.mul_(chosen != 0 if chosen.is_floating_point() else chosen)
                     if factor is None:
-                        part.div_(torch.where(chosen != 0, chosen, 1).to(to))
+                        part.div_((chosen + (chosen == 0)).to(to))
+                    part.mul_(chosen if keep.probability is not None else chosen != 0)
                 found.append(part.mul_(weight * (1.0 if factor is None else factor)))
             if elect:
                 merged = elect_and_merge(found, weights, told.normalize)
@@ -172,14 +177,14 @@ def elect_and_merge(parts: Sequence[Tensor], weights: Sequence[float], normalize
     total = parts[0].clone()
     for part in parts[1:]:
         total.add_(part)
-    sign = (total >= 0).to(total.dtype).mul_(2).sub_(1)
-    merged, divisor = torch.zeros_like(total), torch.zeros_like(total)
+    sign = torch.copysign(torch.ones_like(total), total)  # of -0.0 too: nothing agrees there
+    merged, divisor, agrees = torch.zeros_like(total), torch.zeros_like(total), torch.empty_like(total)
     for part, weight in zip(parts, weights, strict=True):
         merged.add_(part.mul_(sign).clamp_(min=0))
         if normalize:
-            divisor.add_((part > 0).to(total.dtype), alpha=weight)
+            divisor.add_(torch.gt(part, 0, out=agrees), alpha=weight)
     if normalize:
-        merged.div_(divisor.masked_fill_(divisor == 0, 1))
+        merged.div_(divisor.add_(torch.eq(divisor, 0, out=agrees)))
     return merged.mul_(sign)
 
 
@@ -204,7 +209,7 @@ def regained(pair: tuple[Tensor, Tensor], select: Selects, norm: str, to: torch.
     flat, origin = (t.reshape(-1) for t in pair)
     sums = torch.zeros(2, dtype=torch.float64)
     for place in places(len(flat), step or None):
-        delta = flat[place].to(to) - origin[place].to(to)
+        delta = flat[place].to(to, copy=True).sub_(origin[place].to(to))
         chosen = select(place, delta) != 0
         size = delta.abs_().to(torch.float64)
         if norm == "l2":

@@ -52,7 +52,9 @@ def model_stock(
     dots = torch.zeros(len(pairs), rows, dtype=torch.float64)
     for place in places(size, step):
         origin = flat[-1][place].to(to)
-        deltas = [(t[place].to(to) - origin).reshape(-1, width if rows > 1 else len(origin)) for t in flat[:-1]]
+        deltas = [
+            t[place].to(to, copy=True).sub_(origin).reshape(-1, width if rows > 1 else len(origin)) for t in flat[:-1]
+        ]
         found = torch.stack([(deltas[i] * deltas[j]).sum(1) for i, j in pairs])
         here = slice(place.start // width, place.stop // width) if rows > 1 else slice(None)
         dots[:, here] += found
@@ -70,9 +72,9 @@ def model_stock(
 
     def merge(place: slice, pieces: list[Tensor]) -> Tensor:
         origin = pieces[-1].to(to)
-        average = pieces[0].to(to) - origin
+        average = pieces[0].to(to, copy=True).sub_(origin)
         for piece in pieces[1:-1]:
-            average.add_(piece.to(to) - origin)
+            average.add_(piece.to(to, copy=True).sub_(origin))
         average.div_(count)
         if rows > 1:
             own = by_row[place.start // width : place.stop // width]

@@ -51,9 +51,9 @@ def task_arithmetic(
     """
     dtype, to = wide(tensors)
     origin = base.to(to)
-    total = tensors[0].to(to).sub(origin).mul_(weights[0])
+    total = tensors[0].to(to, copy=True).sub_(origin).mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_((tensor.to(to) - origin).mul_(weight))
+        total.add_(tensor.to(to, copy=True).sub_(origin).mul_(weight))
     divisor = math.fsum(weights)
     if normalize and abs(divisor) > NEARLY_ZERO:
         total.div_(divisor)

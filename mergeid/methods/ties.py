@@ -59,7 +59,7 @@ def ties(
         scales = [1 / share if share > 0 else 1.0 for share in density]
     elif rescale:
         scales = [
-            regained((t, base), lambda _, delta, cut=cut: delta.abs() >= cut, rescale_norm, to)  # type: ignore[misc]
+            regained((t, base), lambda _, delta, cut=cut: (delta.abs() >= cut).to(to), rescale_norm, to)  # type: ignore[misc]
             for t, cut in zip(tensors, cuts, strict=True)
         ]
 
@@ -67,9 +67,10 @@ def ties(
         origin = pieces[-1].to(to)
         parts = []
         for piece, cut, weight, factor in zip(pieces[:-1], cuts, weights, scales, strict=True):
-            delta = piece.to(to) - origin
+            delta = piece.to(to, copy=True).sub_(origin)
             if cut > 0:
-                delta.mul_(delta.abs() >= cut)
+                size = delta.abs()
+                delta.mul_(torch.ge(size, cut, out=size))
             parts.append(delta.mul_(weight * factor))
         return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin)
 
@@ -95,6 +96,6 @@ def magnitudes_at(tensor: Tensor, base: Tensor, ranks: Sequence[int], to: torch.
     flat, origin = tensor.reshape(-1), base.reshape(-1)
 
     def magnitudes() -> Iterator[Tensor]:
-        return ((flat[place].to(to) - origin[place].to(to)).abs_() for place in places(len(flat)))
+        return (flat[place].to(to, copy=True).sub_(origin[place].to(to)).abs_() for place in places(len(flat)))
 
     return at_places(magnitudes, ranks, to)
