@@ -16,7 +16,8 @@ def print_estimate(found: Estimate, console: Console) -> None:
     """One row per way that a merge can go."""
     columns = [Column("merge"), *(Column(what, align="right") for what in ("memory", "disk", "time"))]
     rows = [(c.way, size(c.memory), size(c.disk), about(c.seconds)) for c in found.costs]
-    title = f"{found.parameters / 1e9:.2f} billion parameters a model, {size(sum(found.bytes))} to read"
+    count = f"{found.parameters / 1e9:.2f} billion" if found.parameters > 1e8 else f"{found.parameters:,}"
+    title = f"{count} parameters a model, {size(sum(found.bytes))} to read"
     console.print(make_table(columns, rows, width=console.width, title=title))
     for cost in found.costs:
         console.print(f"{cost.way}: {cost.note}.", markup=False)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 import mergeid
-from mergeid.commands.app import app
+from mergeid.reporting.show_estimate import print_estimate
 from mergeid.results.estimate import Estimate
 
 SEVENTY = {"layers": 80, "width": 8192, "inner": 28672, "narrow": 1024, "words": 128_256}
@@ -57,22 +59,22 @@ def test_large_models_from_headers_alone(tmp_path: Path, sizes: dict[str, int], 
     assert found.fits == (found.bytes[0] <= found.free)
 
 
-def test_small_models_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_models_and_the_table(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         generator = torch.Generator().manual_seed(seed)
         save_file({"w": torch.randn(30, 20, generator=generator)}, tmp_path / f"{name}.safetensors")
-    words = ["plan", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--estimate"]
-    assert app([*words, "--json"], standalone_mode=False) == 0
-    told = json.loads(capsys.readouterr().out)
+    found = mergeid.estimate(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    told = found.to_json()
     assert told["parameters"] == 600 and told["bytes"] == [2400, 2400] and told["fits"]
     assert [w["way"] for w in told["ways"]] == ["as they are", "fine-tunes", "matched"]
-    assert app(words, standalone_mode=False) == 0
-    said = capsys.readouterr().out
+    out = io.StringIO()
+    print_estimate(found, Console(file=out, width=200))
+    said = out.getvalue()
     assert "memory" in said and "fine-tunes" in said and "factor of about two" in said
 
 
 def test_models_that_do_not_fit_are_said_to(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3, 4)}, tmp_path / "a.safetensors")
     save_file({"v": torch.zeros(3, 4)}, tmp_path / "b.safetensors")
-    with pytest.raises(mergeid.MergeidError, match="expected the same tensors"):
+    with pytest.raises(mergeid.MergeidError, match="are different architectures"):
         mergeid.estimate(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
