@@ -272,15 +272,10 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     if places is not None and places.all_fit:
         request, notes = replace(request, matching=Matching("never")), [*notes, places.note()]
     settings = request.asked.over(len(met.models), met.float_names)
-<<<<<<< HEAD
-    members = _members(request, met, settings)
+    members = _members(request, met, settings, places)
     if members is not None and members.examples is not None and request.repairing.target == "mean":
         members = replace(members, examples=replace(members.examples, owners=None))
-    result = MergeResult("direct", notes=[*met.agreed.notes, *notes])
-=======
-    members = _members(request, met, settings, places)
     result = MergeResult("direct", notes=[*met.agreed.notes, *notes], in_place=places.to_json() if places else None)
->>>>>>> 962c99a (Fine-tunes of one base are recognised from the rows of their files; only spaces with rows astray are planned)
     repaired: dict[str, Tensor] = {}
     if members is not None:
         members = members.measured(run)
