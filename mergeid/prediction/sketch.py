@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mergeid.basics.reading import parse_json
+from mergeid.basics.reading import check_regular, parse_json
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError, listed, shown
 from mergeid.evidence.activations import TapReader, choose_taps, real_tokens, sample_rows
@@ -295,6 +295,7 @@ def load_sketch(path: Path) -> Sketch:
     from mergeid.io.header import read_header
     from mergeid.io.schema import SketchAbout, validated
 
+    check_regular(path, "a file made by mergeid sketch")
     about = read_header(path).metadata
     if about.get("format") != FORMAT:
         raise MergeidError(

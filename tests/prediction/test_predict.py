@@ -287,7 +287,10 @@ def test_refused_in_the_terminal(work: Path) -> None:
         ([*pair, "--plot", "h.png"], ["--plot draws the matrix of sketches"]),
         ([*pair, "--tolerate", "-1"], ["--tolerate must be a loss"]),
         ([*pair, "-o", "a.safetensors"], ["a.safetensors"]),
-        (["predict", "x.sketch", "y.sketch"], ["no such file: x.sketch"]),
+        (
+            ["predict", "x.sketch", "y.sketch"],
+            ["no such file or folder: x.sketch; expected a file made by mergeid sketch"],
+        ),
         (["predict", "x.sketch", "y.sketch", "--data", "data.npz"], ["leave --data, --base and --try out"]),
         (["sketch", "a.safetensors", "--data", "data.npz", "-o", "a.json"], ["ending .sketch"]),
     )
