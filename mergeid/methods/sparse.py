@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,9 +109,18 @@ class Uniform:
         self.seed = int(torch.randint(1 << 62, (), generator=generator))
 
     def begin(self) -> Callable[[int], Tensor]:
-        """What draws so many, float32, from the first element on."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return lambda count: torch.rand(count, generator=generator)
+        """What draws so many, float32, from the first element on: 24 bits each, two from every draw of SFC64, which is
+        several times as fast as torch and the same everywhere."""
+        bits, spare = np.random.SFC64(self.seed), np.empty(0, np.uint32)
+
+        def draw(count: int) -> Tensor:
+            nonlocal spare
+            found = bits.random_raw(max(0, count - len(spare) + 1) // 2).astype("<u8", copy=False).view("<u4")
+            found = np.concatenate([spare, found]) if len(spare) else found
+            found, spare = found[:count], found[count:].copy()
+            return torch.from_numpy((found >> 8).astype(np.float32)).mul_(2.0**-24)
+
+        return draw
 
 
 def at_random(probability: float, generator: torch.Generator | None) -> Kept:
