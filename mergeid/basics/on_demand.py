@@ -223,6 +223,11 @@ _SPECIAL: Mapping[Any, Callable[..., Any]] = {
 }
 
 
+def rows_of(tensor: Tensor, which: Rows) -> Tensor:
+    """Rows of any tensor."""
+    return tensor.rows(which) if isinstance(tensor, OnDemand) and not tensor.turned else tensor[which]
+
+
 def places_of(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
     """Every parameter once, with all the places where it stands: more than one where it is tied."""
     found: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
@@ -244,3 +249,8 @@ def put_weights(model: nn.Module, values: Mapping[int, Tensor]) -> None:
             new = nn.Parameter(values[id(old)], requires_grad=False)
             for module, name in places:
                 setattr(module, name, new)
+
+
+def is_on_demand(model: nn.Module) -> bool:
+    """Whether any weight of a network is formed on demand."""
+    return any(isinstance(p, OnDemand) for p in model.parameters())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 Value = TypeVar("Value")
 
@@ -35,6 +39,41 @@ class WhenAsked(Mapping[str, Value]):
             self._kept.popitem(last=False)
         made = self._kept[name] = self._make(name)
         return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+SMALL = 1 << 21
+"""Bytes of an array that is not worth a file."""
+
+
+class Stored(Mapping[str, np.ndarray]):
+    """Arrays that are made once, when they are first asked for; large ones are mapped from files from then on.
+
+    Args:
+        names: its keys.
+        make: key -> array.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], np.ndarray]) -> None:
+        self._names, self._make = list(names), make
+        self._made: dict[str, np.ndarray] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._made:
+            made = self._make(name)
+            if made.nbytes > SMALL:
+                self._folder = self._folder or tempfile.TemporaryDirectory(prefix="mergeid-")
+                path = Path(self._folder.name) / f"{self._names.index(name)}.npy"
+                np.save(path, made)
+                made = np.load(path, mmap_mode="r")
+            self._made[name] = made
+        return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

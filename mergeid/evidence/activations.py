@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -47,11 +47,16 @@ Key = tuple[str, str, int]
 Take = Callable[[Key, Tensor], Any]
 
 
+class _Enough(Exception):
+    """All was seen."""
+
+
 class TapReader:
     """Runs a model and returns the tensors at the taps of interest, or what is taken from them on the spot."""
 
-    def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[TapMap]) -> None:
-        self.model, self.forward = model, forward
+    def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[TapMap], *, stops: bool = False) -> None:
+        """`stops`: a forward pass ends where the last of the tensors was seen."""
+        self.model, self.forward, self.stops = model, forward, stops
         self.wanted = {(t.module, t.kind, t.call) for t in taps}
         self._calls: dict[tuple[str, str], int] = {}
         self._found: dict[Key, Any] = {}
@@ -79,6 +84,8 @@ class TapReader:
                 tensor = next((t for t in leaves if isinstance(t, Tensor)), None)
                 if tensor is not None:
                     self._found[name, kind, call] = self._take((name, kind, call), tensor.detach())
+                    if self.stops and self._found.keys() == self.wanted:
+                        raise _Enough
 
         return read
 
@@ -86,7 +93,7 @@ class TapReader:
         """(module, "in" or "out", call) -> a copy of the tensor, or what `take` makes of it while the model runs: it
         must keep no view, since later operations may work in place."""
         self._calls, self._found, self._take = {}, {}, take or _copied
-        with self._hooks(), torch.no_grad():
+        with self._hooks(), torch.no_grad(), suppress(_Enough):
             self.forward(self.model, batch)
         found, self._found = self._found, {}
         return found
@@ -231,6 +238,7 @@ class PairStream:
         batches: starts a new pass; yields batches (first dimension = examples).
         whole: every batch is one example, taken as it is.
         per_example: most positions (tokens, pixels) of an example that count as rows.
+        count: examples in one pass.
     """
 
     reader_a: TapReader
@@ -239,6 +247,7 @@ class PairStream:
     whole: bool = False
     per_example: int = 32
     seed: int = 0
+    count: int = 0
 
     def rows(
         self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None

@@ -8,7 +8,7 @@ on the rest, because a match fitted on its own judges is biased in its own favou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergeid.basics.when_asked import WhenAsked
 from mergeid.evidence.activations import Moments, PairStream, Rows, standardised
 from mergeid.evidence.chord import Consumer, chord_deviation, find_consumer
+from mergeid.evidence.spool import Spool
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, TapMap
 
 Progress = Callable[[str, int, int], None]
+SUMS = 1 << 29
+"""Bytes of sums over pairs of neurons that are held at once; where there are more, the activations go to disk."""
 
 
 @dataclass
@@ -138,6 +142,7 @@ class ActivationEvidence:
         self.consumers: dict[str, tuple[int, Consumer]] = {
             s: found for s, list_of in taps.items() if (found := find_consumer(graph, s, list_of)) is not None
         }
+        self.spool: Spool | None = None
         self._judged: dict[Key, Judgement | None] = {}
         self.members: dict[tuple[str, int], np.ndarray] = {
             (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
@@ -145,11 +150,17 @@ class ActivationEvidence:
 
     def collect(self, *, judged: bool = True) -> None:
         """One pass over the data: moments of both halves, or of the fitting half alone where nothing will be judged."""
+        sums = sum(8 * len(members) ** 2 for members in self.members.values())
+        if sums > SUMS:
+            most = self.stream.per_example * self.stream.count
+            self.spool = Spool(2 * most * sum(len(members) for members in self.members.values()))
         for space, k, a, b in self.stream.rows(self.taps, half=None if judged else 0):
             key = (space, k)
+            if self.spool is not None:
+                self.spool.put(key, a, b)
             if key not in self.fit:
                 n = a.values.shape[1]
-                self.fit[key], self.held[key] = Moments(n, cross=True), Moments(n, cross=False)
+                self.fit[key], self.held[key] = Moments(n, cross=self.spool is None), Moments(n, cross=False)
             half = a.example % 2 == 0
             for moments, chosen in ((self.fit[key], half), (self.held[key], ~half)):
                 if chosen.any():
@@ -173,30 +184,55 @@ class ActivationEvidence:
         name = consumer.axis.tensor
         return chord_deviation(self.graph, consumer, a[name], b[name], element, positions)
 
-    def correlations(self) -> dict[str, np.ndarray]:
+    def correlations(self) -> Mapping[str, np.ndarray]:
         """Space id -> [size, size] float32, mean over its taps of the correlations on the fitting half. Once only: the
-        sums are given up."""
-        out: dict[str, np.ndarray] = {}
-        for space in dict.fromkeys(s for s, _ in self.fit):
-            keys = [key for key, moments in self.fit.items() if key[0] == space and moments.count]
-            n = self.graph.by_id[space].size
-            if not keys:
-                continue
-            total = np.zeros((n, n), np.float32)
-            if all(np.array_equal(self.members[key], np.arange(n)) for key in keys):
-                for key in keys:
-                    total += self.fit[key].correlation()
-                out[space] = total / np.float32(len(keys))
-                continue
-            count = np.zeros((n, n), np.float32)
+        sums are given up, unless there were too many to be held; then each is made when it is asked for."""
+        counted = [s for s in dict.fromkeys(s for s, _ in self.fit) if self._keys(s)]
+        if self.spool is not None:
+            return WhenAsked(counted, self._correlation, lambda found: int(found.nbytes))
+        return {space: self._correlation(space) for space in counted}
+
+    def _keys(self, space: str) -> list[tuple[str, int]]:
+        return [key for key, moments in self.fit.items() if key[0] == space and moments.count]
+
+    def _correlation(self, space: str) -> np.ndarray:
+        keys, n = self._keys(space), self.graph.by_id[space].size
+        total = np.zeros((n, n), np.float32)
+        if all(np.array_equal(self.members[key], np.arange(n)) for key in keys):
             for key in keys:
-                members = self.members[key]
-                same = _same_copy(members)
-                # a member on several positions of the tap counts once for every position
-                np.add.at(total, (members[:, None], members[None, :]), self.fit[key].correlation() * same)
-                np.add.at(count, (members[:, None], members[None, :]), same)
-            out[space] = np.divide(total, count, out=total, where=count > 0)
-        return out
+                total += self._fitted(key).correlation()
+            total /= np.float32(len(keys))
+            return total
+        count = np.zeros((n, n), np.float32)
+        for key in keys:
+            members = self.members[key]
+            same = _same_copy(members)
+            # a member on several positions of the tap counts once for every position
+            np.add.at(total, (members[:, None], members[None, :]), self._fitted(key).correlation() * same)
+            np.add.at(count, (members[:, None], members[None, :]), same)
+        answer: np.ndarray = np.divide(total, count, out=total, where=count > 0)
+        return answer
+
+    def _fitted(self, key: tuple[str, int]) -> Moments:
+        """Moments of the fitting half, with the cross-covariance."""
+        if self.spool is None:
+            return self.fit[key]
+        moments = Moments(self.fit[key].n, cross=True)
+        for a, b in self.spool.rows(key):
+            half = a.example % 2 == 0
+            if half.any():
+                moments.add(a.values[half], b.values[half])
+        return moments.finish()
+
+    def _held_out(self, taps: Mapping[str, Sequence[TapMap]]) -> Iterator[tuple[str, int, Rows, Rows]]:
+        """Rows of the half that judges."""
+        if self.spool is None:
+            yield from self.stream.rows(taps, half=1)
+            return
+        for key in self.spool.places:
+            if key[0] in taps:
+                for a, b in self.spool.rows(key):
+                    yield *key, a, b
 
     def judge(self, requests: Sequence[Request], *, z: float, seed: int) -> list[Judgement | None]:
         """One pass over the held-out half for all requests that were not judged before; None where there are fewer than
@@ -213,7 +249,7 @@ class ActivationEvidence:
         for r in requests.values():
             of_space.setdefault(r.space, []).append(r)
         taps = {s: self.taps[s] for s in of_space if s in self.taps}
-        for space, k, a, b in self.stream.rows(taps, half=1):
+        for space, k, a, b in self._held_out(taps):
             held = self.held.get((space, k))
             chosen = a.example % 2 == 1
             if held is None or held.count < 2 or not chosen.any():

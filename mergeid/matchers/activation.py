@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Generator
 
+from mergeid.basics.when_asked import WhenAsked
 from mergeid.errors import MergeidError
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import WeightSimilarity
@@ -31,7 +32,12 @@ def activation_matching(
             follow their parents, or stay.
         workers: threads; default: torch's number.
     """
-    scores = {s.id: correlation[s.id] if s.id in correlation else np.zeros((s.size, s.size)) for s in graph.spaces}
+    sizes = {s.id: s.size for s in graph.spaces}
+    scores = WhenAsked(
+        list(sizes),
+        lambda k: correlation[k] if k in correlation else np.zeros((sizes[k], sizes[k])),
+        lambda found: int(found.nbytes),
+    )
     solver = TreeAssignment(graph, scores)
     element = graph.identity()
     tops = roots(graph)

@@ -63,7 +63,11 @@ def weight_matching(
             base = kept.scores(s, now)
             if cosines is not None:
                 base = similarity.normalised(s, base, cosines)
-            scores[s.id] = base + extra(s) if extra else base
+            if extra is not None and cosines is not None:
+                base += extra(s)  # a matrix of its own
+            elif extra is not None:
+                base = base + extra(s)
+            scores[s.id] = base
         return scores
 
     def better(k: int, scores: dict[str, np.ndarray]) -> Element:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mergeid.neuron_graph.by_hand import Constraints
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
+SHARED = 30_000_000
+"""Parameters from which on layers of one kind share a trace."""
 LARGE = 400_000_000
 """Parameters above which verification runs in float32: a float64 copy would not fit beside the model."""
 
@@ -41,9 +43,7 @@ def graph_of(
     from mergeid.basics.memory import give_back
     from mergeid.basics.nested import mapped
     from mergeid.neuron_graph.by_hand import fitted
-    from mergeid.neuron_graph.recorder import Pass
-    from mergeid.neuron_graph.trace import trace
-    from mergeid.neuron_graph.verify import verify
+    from mergeid.neuron_graph.verify import Verification, verify
 
     model, batch = loaded.model, loaded.inputs
     size = sum(p.numel() for p in model.parameters())
@@ -57,35 +57,72 @@ def graph_of(
             f"{loaded.source} has no weights here (it is too large to run), so a graph written by hand cannot be "
             "verified on it; give a smaller model of this architecture"
         )
+    shared = False
     with _blamed(loaded, more):
         if given is not None:
             state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
-            graph = fitted(given, state, loaded.arch.id)
+            graph: NeuronGraph | None = fitted(given, state, loaded.arch.id)
         else:
-            inputs = moved(batch)
-            graph = trace(
-                model,
-                inputs,
-                lambda: loaded.outputs(model, inputs),
-                values=batch if meta else None,
-                more=[Pass(y := moved(x), partial(loaded.outputs, model, y), x if meta else None) for x in more],
-                constraints=constraints,
-                name=loaded.arch.id,
-                label=lambda axes: loaded.adapter.space_label(loaded.arch, axes),
-            )
+            alike = size > SHARED and not more and constraints is None
+            again = _traced(loaded, moved, (), None, alike=True) if alike else None
+            shared = again is not None
+            graph = again or _traced(loaded, moved, more, constraints)
+        assert graph is not None
         if meta:
             return _proven_small(loaded, graph, seed, samples)
-        found = verify(
-            graph,
-            model,
-            [batch, *more],
-            lambda probe, given: [loaded.outputs(probe, x) for x in given],
-            generator=torch.Generator().manual_seed(seed),
-            samples=samples,
-            dtype=torch.float64 if size < LARGE else torch.float32,
-        ).graph
+
+        def proven(graph: NeuronGraph) -> Verification:
+            return verify(
+                graph,
+                model,
+                [batch, *more],
+                lambda probe, given: [loaded.outputs(probe, x) for x in given],
+                generator=torch.Generator().manual_seed(seed),
+                samples=samples,
+                dtype=torch.float64 if size < LARGE else torch.float32,
+            )
+
+        found = proven(graph)
+        if shared and found.failed:  # layers that look alike are not
+            whole = _traced(loaded, moved, more, constraints)
+            assert whole is not None
+            found = proven(whole)
     give_back()  # a copy of the model, in float64
-    return found
+    return found.graph
+
+
+def _traced(
+    loaded: Loaded,
+    moved: Callable[[Batch], Batch],
+    more: Sequence[Batch],
+    constraints: Constraints | None,
+    *,
+    alike: bool = False,
+) -> NeuronGraph | None:
+    """A traced graph, of one layer of each kind where layers are `alike`; None where that is not to be had.
+
+    Args:
+        moved: copies a batch to where the model is.
+    """
+    from mergeid.neuron_graph.recorder import Pass
+    from mergeid.neuron_graph.trace import trace, trace_repeated
+
+    model, inputs = loaded.model, moved(loaded.inputs)
+    meta = any(p.is_meta for p in model.parameters())
+    values = loaded.inputs if meta else None
+
+    def forward() -> object:
+        return loaded.outputs(model, inputs)
+
+    def label(axes: list[tuple[str, int]]) -> str | None:
+        return loaded.adapter.space_label(loaded.arch, axes)
+
+    if alike:
+        return trace_repeated(model, inputs, forward, values=values, name=loaded.arch.id, label=label)
+    passes = [Pass(y := moved(x), partial(loaded.outputs, model, y), x if meta else None) for x in more]
+    return trace(
+        model, inputs, forward, values=values, more=passes, constraints=constraints, name=loaded.arch.id, label=label
+    )
 
 
 def _proven_small(loaded: Loaded, graph: NeuronGraph, seed: int, samples: int) -> NeuronGraph:

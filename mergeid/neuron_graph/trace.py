@@ -18,6 +18,7 @@ from mergeid.neuron_graph.by_hand import Constraints
 from mergeid.neuron_graph.cells import Cell
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
 from mergeid.neuron_graph.recorder import Pass, Recorder, record
+from mergeid.neuron_graph.repeated import extended, shortened, stacks
 from mergeid.neuron_graph.solve import Solution, solve
 
 SpaceLabeller = Callable[[list[tuple[str, int]]], "str | None"]
@@ -58,6 +59,30 @@ def trace(
         solution = solve(recorder.facts, np.flatnonzero(is_atom))
         tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
         return _lay_out(recorder, solution, tensors, name, label)
+
+
+def trace_repeated(
+    model: nn.Module,
+    inputs: Any,
+    forward: Callable[[], Any],
+    *,
+    values: Any = None,
+    name: str = "",
+    label: SpaceLabeller | None = None,
+) -> NeuronGraph | None:
+    """The graph of a deep network, traced once per kind of layer (`mergeid.neuron_graph.repeated`; arguments as for
+    `trace`). None where it has no stack of layers, or does not run without some of them."""
+    found = stacks(model)
+    if not found:
+        return None
+    state = model.state_dict(keep_vars=True)
+    tensors = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    try:
+        with shortened(model, found):
+            short = trace(model, inputs, forward, values=values, name=name, label=label)
+        return extended(short, tensors, found, label)
+    except Exception:  # whatever a foreign forward says to a missing layer
+        return None
 
 
 @contextmanager

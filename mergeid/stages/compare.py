@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mergeid.basics.on_demand import is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Far, Panel, joined
 from mergeid.neuron_graph.group import same_element
@@ -57,6 +58,8 @@ SAME = 1e-4
 """Nats (or share of an output's variance) that statistics estimated again must make a difference of."""
 ROUNDING = 16
 """Machine epsilons of a tensor's largest entry that do not count as a change."""
+FEW = 4
+"""Examples in a batch of networks that are too large to be held: their outputs are large as well."""
 PARTS = 4
 """Parts that the calibration inputs are dealt out to where a repair is judged: it then has three quarters of them."""
 PARTS_OF_DEAR = 2
@@ -92,7 +95,7 @@ def last_look(
         [refreshed(members, m.loaded.model, device=run.place) if "bn" in kinds else m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
         examples=members.given,
-        batch_size=run.batch_size,
+        batch_size=min(run.batch_size, FEW) if is_on_demand(members.first.model) else run.batch_size,
         device=run.place,
     )
     panel = panel_of(parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mergeid.basics.on_demand import is_on_demand
 from mergeid.data.batches import to_model
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.evidence.evidence import ActivationEvidence
@@ -60,8 +61,10 @@ def evidence_of(
             hears(kept.pop(), out, batch)
             return out
 
-    readers = TapReader(a.model, forward_a, flat), TapReader(b.model, forward_b, flat)
-    stream = PairStream(*readers, passes(a, examples, run), whole=examples.whole, seed=run.seed)
+    stops = hears is None and is_on_demand(a.model)  # a wide head takes long, and its logits are large
+    reader_a, reader_b = (TapReader(x.model, f, flat, stops=stops) for x, f in ((a, forward_a), (b, forward_b)))
+    batches = passes(a, examples, run)
+    stream = PairStream(reader_a, reader_b, batches, whole=examples.whole, seed=run.seed, count=len(examples))
     evidence = ActivationEvidence(pair.graph, stream, taps)
     evidence.collect(judged=judged)
     return evidence

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.on_demand import EVERYTHING, OnDemand, Rows, rows_of
 from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_torch import combine, whole
@@ -162,6 +163,28 @@ class Members:
         return dict(self.merged_tensors(skip))
 
 
+def _when_used(
+    settings: MergeSettings,
+    name: str,
+    ours: OnDemand,
+    reads: Sequence[Callable[[], Tensor]],
+    base: Callable[[], Tensor] | None,
+    statistics: Sequence[Any] | None,
+) -> OnDemand:
+    """A merged tensor that is formed when it is used; some rows of it where the method goes element by element."""
+    method = settings.method
+    by_rows = method.elementwise and not method.seeded and not method.statistics
+
+    def rows(which: Rows) -> Tensor:
+        part = which if by_rows else EVERYTHING
+        tensors = [rows_of(read(), part).to(ours.dtype) for read in reads]
+        origin = None if base is None else rows_of(base(), part).to(ours.dtype)
+        found = whole(combine(settings, name, tensors, origin, statistics), tensors[0])
+        return found if by_rows else found[which]
+
+    return OnDemand(rows, ours.shape, ours.dtype, ours.device)
+
+
 def merged_tensors(
     states: Sequence[Mapping[str, Tensor]],
     settings: MergeSettings,
@@ -208,6 +231,11 @@ def merged_tensors(
     for key, ours in states[0].items():
         if key in made or key not in chosen:
             yield key, made.get(key, ours).clone()
+            continue
+        if isinstance(ours, OnDemand):
+            origin_of = None if base is None else partial(base, key)
+            reads = [partial(read, i, key) for i in range(len(states))]
+            yield key, _when_used(settings, known.get(key, key), ours, reads, origin_of, statistics(key))
             continue
         tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
         origin = None if base is None else base(key).to(ours.dtype)

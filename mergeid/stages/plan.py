@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mergeid.basics.memory import give_back
+from mergeid.basics.when_asked import Stored
 from mergeid.combine.asymmetric import compared
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -34,7 +35,7 @@ from mergeid.models.loaded import Loaded
 from mergeid.models.source import Source
 from mergeid.models.workbench import key_of
 from mergeid.neuron_graph.group import same_element
-from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
+from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.neuron_graph.turned import Turn
 from mergeid.neuron_graph.turns import candidates, find_turns
 from mergeid.nn.folding import effective_state
@@ -276,17 +277,22 @@ def _with_examples(
         matched = named.match(MatchTask(graph, pair.a.state(), pair.b.state(), generator, correlation, training))
     if not judged:
         return _Found("activations", matched, matched=matched)
-    # float32: of wide layers these are large
-    cosines = {s.id: np.float32(WEIGHT_SHARE * similarity.cosines(s, matched)) for s in graph.spaces}
-    scores = {k: c + correlation.pop(k, np.float32(0)) for k, c in cosines.items()}
-    if not usual:
+    cosines = _stored(graph, lambda s: np.float32(WEIGHT_SHARE) * similarity.cosines(s, matched))
+    if usual:
+        scores = _stored(graph, lambda s: cosines[s.id] + correlation.get(s.id, np.float32(0)))
+    else:
         # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
-        scores = {k: np.eye(len(p))[p] for k, p in matched.items()}
+        scores = _stored(graph, lambda s: np.eye(s.size, dtype=np.float32)[matched[s.id]])
     give_back()  # the scores of all passes
     run.tell("judging on held-out examples", 0, 1)
     decided = decide_from_activations(evidence, scores, cosines, matched, seed=run.seed)
     records = _with_chords(pair, evidence, decided, matched)
     return _Found("activations", decided.element, records, matched)
+
+
+def _stored(graph: NeuronGraph, make: Callable[[Space], np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Matrices of all spaces, in memory where they are small, else on disk."""
+    return Stored([s.id for s in graph.spaces], lambda k: make(graph.by_id[k]))
 
 
 def _training(a: Loaded, examples: Examples, run: Run) -> Training:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.on_demand import is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -90,6 +91,8 @@ def repairs(members: Members, stage: str, device: str = "cpu") -> list[str]:
     if stage == "auto":
         if norms:
             return ["none", "bn"]
+        if is_on_demand(members.first.model):  # too large to be held, which rescaled weights are
+            return ["none"]
         return ["none", "repair"] if _rescalable(members, members.first.model, device) else ["none"]
     if stage == POLISHED:  # judged as it is before the polish, which only brings it nearer
         return [SOLVE]

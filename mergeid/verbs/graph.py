@@ -65,7 +65,8 @@ def graph(
     reading = Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs, outputs))
     loaded = _found(source, reading, Run(seed=seed), revision)
     more = further_batches(more_inputs, loaded)
-    return graph_of(loaded, seed=seed, more=more, constraints=Constraints(freeze, tie), given=given)
+    by_hand = Constraints(freeze, tie) if freeze or tie else None
+    return graph_of(loaded, seed=seed, more=more, constraints=by_hand, given=given)
 
 
 def _found(source: Source, reading: Reading, run: Run, revision: str | None) -> Loaded:

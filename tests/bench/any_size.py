@@ -1,4 +1,4 @@
-"""Memory and time of scramble, align, merge and plan on models of any size, weights alone.
+"""Memory and time of scramble, align, merge and plan on models of any size, from weights and with 64 texts.
 
     python tests/bench/any_size.py 0.3B --work /tmp/any-size
 
@@ -30,7 +30,7 @@ SHAPES = {
 }
 """Hidden size, inner size, layers, heads, key-value heads, vocabulary."""
 TABLE = Path(__file__).parent / "tables" / "any_size.csv"
-STEPS = ("scramble", "loop", "align", "merge", "plan")
+STEPS = ("scramble", "loop", "align", "merge", "plan", "plan with data", "merge with data")
 NOISE = 0.1
 
 
@@ -84,6 +84,15 @@ def write_model(folder: Path, size: str) -> None:
 def _save(folder: Path, shards: list, save_file) -> None:
     save_file(shards[-1], folder / f"model-{len(shards):05}.safetensors", metadata={"format": "pt"})
     shards[-1] = {}
+
+
+def write_texts(path: Path, vocabulary: int) -> None:
+    """64 texts of 128 tokens."""
+    import torch
+    from safetensors.torch import save_file
+
+    ids = torch.randint(3, vocabulary, (64, 128), generator=torch.Generator().manual_seed(2))
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, path)
 
 
 def add_noise(folder: Path) -> None:
@@ -158,8 +167,10 @@ def main() -> None:
     done = {(r["model"], r["step"]) for r in rows}
     a, b, out = work / "a", work / "b", work / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    data = work / "texts.safetensors"
     if not a.exists():
         write_model(a, given.size)
+    write_texts(data, SHAPES[given.size][-1])
     for step in given.steps:
         if (given.size, step) in done and not given.again and not (step == "scramble" and not b.exists()):
             continue
@@ -177,6 +188,8 @@ def main() -> None:
                 "align": ["align", b, "--to", a, "-o", out, "--match", "always"],
                 "merge": ["merge", a, b, "-o", out, "--match", "always"],
                 "plan": ["plan", a, b],
+                "plan with data": ["plan", a, b, "--data", data],
+                "merge with data": ["merge", a, b, "-o", out, "--data", data, "--force"],
             }[step]
             if step == "scramble":
                 shutil.rmtree(b, ignore_errors=True)
@@ -185,7 +198,7 @@ def main() -> None:
             row |= {"cpu_seconds": f"{used.cpu:.1f}", "anonymous_MiB": f"{used.anonymous / 2**20:.0f}"}
             if step == "scramble":
                 add_noise(b)
-            if step in ("align", "merge"):
+            if step in ("align", "merge", "merge with data"):
                 row["recovered"] = f"{recovered(a, out):.6f}"
         print(row, flush=True)
         rows = [r for r in rows if (r["model"], r["step"]) != (given.size, step)] + [row]
