@@ -48,7 +48,7 @@ def soup(
         Source | None,
         o.Option("What the models were fine-tuned from, for adamerging.", o.INPUT, "MODEL", shown=False),
     ] = None,
-    steps: Annotated[int, o.count("Steps of adamerging.", o.HOW, 1, 100_000)] = 200,
+    steps: Annotated[int, o.count("Steps of adamerging.", o.HOW, 1, 100_000)] = 500,
     output: Annotated[
         str | os.PathLike[str] | None,
         o.out("A .safetensors file or a folder; ./soup.safetensors if not given (./soup for a folder)."),
