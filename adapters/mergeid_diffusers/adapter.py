@@ -130,8 +130,10 @@ class DiffusersAdapter:
             ) from error
         model = model.eval().to(device=device, dtype=torch.float32)
         if "table" in arch.options:
+            from mergeid_diffusers.held import SingleFile
+
             convert = single_file.conversion(arch.name, arch.options["config"])
-            model = single_file.SingleFile(model, arch.options["table"], convert).eval()
+            model = SingleFile(model, arch.options["table"], convert).eval()
         built: nn.Module = model
         return built
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergeid.combine.in_place import OTHERS, InPlace, in_place
+from mergeid.request.request import Matching
 from mergeid.stages.open import Met
 
 if TYPE_CHECKING:
@@ -50,6 +51,21 @@ class Places:
     def to_json(self) -> dict[str, Any] | None:
         """As it stands in a record; None: nothing was decided by it."""
         return {name: f.to_json() for name, f in self.found.items()} if self.speaks else None
+
+
+def seen_in_files(met: Met, matching: Matching) -> tuple[Matching, list[str], Places | None]:
+    """How neurons are still to be matched, what to say of it, and the rows that were compared (None: adapters on one
+    base, which share its neurons)."""
+    from mergeid.io.lora_forming import shared_base
+
+    on = shared_base([*met.agreed.models, *([met.agreed.base] if met.agreed.base is not None else [])])
+    if on is not None:
+        note = f"all lie on {on.source}, whose neurons they share: nothing needs to be matched"
+        return replace(matching, mode="never"), [note], None
+    if matching.matcher is not None:
+        return matching, [], None
+    places = places_of(met)
+    return (replace(matching, mode="never"), [places.note()], places) if places.all_fit else (matching, [], places)
 
 
 def places_of(met: Met) -> Places:

@@ -267,10 +267,8 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
             raise MergeidError(f"--push {repo}: a merge of live modules is in memory; give an output to upload")
         check_push(repo)
     met = open_models(bench, request.models, request.base, widths=not request.transport)
-    request, notes = _sharing(request, met)
-    places = _places(request, met)
-    if places is not None and places.all_fit:
-        request, notes = replace(request, matching=Matching("never")), [*notes, places.note()]
+    matching, notes, places = _shared(request, met)
+    request = replace(request, matching=matching)
     settings = request.asked.over(len(met.models), met.float_names)
     members = _members(request, met, settings, places)
     if members is not None and members.examples is not None and request.repairing.target == "mean":
@@ -310,28 +308,15 @@ def _target(request: MergeRequest, arch: str | None) -> Output | None:
     return replace(request.output, path=output_path(request.output, reads))
 
 
-def _sharing(request: MergeRequest, met: Met) -> tuple[MergeRequest, list[str]]:
-    """The request without matching, and a note, where all are adapters on one base and so share its neurons."""
-    if request.matching.mode != "auto" or request.calibration.given or request.transport or met.live:
-        return request, []
-    from mergeid.io.lora_forming import shared_base
-
-    on = shared_base([*met.agreed.models, *([met.agreed.base] if met.agreed.base is not None else [])])
-    if on is None:
-        return request, []
-    note = f"all lie on {on.source}, whose neurons they share: nothing needs to be matched"
-    return replace(request, matching=Matching("never")), [note]
-
-
-def _places(request: MergeRequest, met: Met) -> Places | None:
-    """What the rows of the files say, where nothing else was asked for; None: nobody asks them."""
+def _shared(request: MergeRequest, met: Met) -> tuple[Matching, list[str], Places | None]:
+    """How neurons are still to be matched, and what was seen, where the models may share theirs."""
     matching = request.matching
-    asked = request.calibration.given or request.transport or matching.matcher is not None
+    asked = request.calibration.given or request.transport
     if matching.mode != "auto" or asked or met.live or len(met.everyone) < 2:
-        return None
-    from mergeid.stages.in_place import places_of
+        return matching, [], None
+    from mergeid.stages.in_place import seen_in_files
 
-    return places_of(met)
+    return seen_in_files(met, matching)
 
 
 def _members(request: MergeRequest, met: Met, settings: MergeSettings, places: Places | None) -> Members | None:

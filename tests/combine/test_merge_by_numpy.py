@@ -140,3 +140,21 @@ def test_when_torch_is_needed(tmp_path: Path) -> None:
     with pytest.warns(match="the same file"):
         merge_checkpoints(z, z, tmp_path / "zz.safetensors")
     assert load_file(tmp_path / "zz.safetensors")["z"].eq(1).all()
+
+
+def test_a_plain_merge_of_folders_never_loads_torch(tmp_path: Path) -> None:
+    """The whole command, from reading configs to what it prints; torch alone takes longer than the merge."""
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        numbers = torch.randn(40, 30, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        save_file({"model.w.weight": numbers}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama", "hidden_size": 30}')
+    code = (
+        "import sys; sys.argv = ['mergeid', 'merge', 'a', 'b', '-o', 'o', '--match', 'never']\n"
+        "from mergeid.commands.cli import main\n"
+        "try:\n    code = main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert not code and 'torch' not in sys.modules, (code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Plain merge" in done.stdout
