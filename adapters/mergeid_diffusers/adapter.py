@@ -202,7 +202,10 @@ class DiffusersAdapter:
 
     def described(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
         """The config, where it names a class of diffusers."""
-        return config if config is not None and isinstance(config.get(CLASS), str) else None
+        if config is None or not isinstance(config.get(CLASS), str):
+            return None
+        own = "parts" in config or "_diffusers_version" in config or _defaults(str(config[CLASS]))
+        return config if own else None
 
     def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
         """Classes, networks of a pipeline, and all fields but those that are known to be harmless. Fields that one

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from measure import Curve, Evidence, Objective
-from rows import Row
+from rows import Row as Row
+from rows import read as read
 from rows import write as write_rows
 from train import Setting
 

@@ -120,6 +120,17 @@ class OnDemand(Tensor):
         return func(*_plain(tuple(args)), **{k: _plain(v) for k, v in kwargs.items()})
 
 
+def held(model: nn.Module) -> nn.Module:
+    """The model with the values of all its weights in memory, in place; tied weights stay tied."""
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if isinstance(value, OnDemand):
+                made = known.setdefault(id(value), nn.Parameter(value.whole().clone(), value.requires_grad))
+                module._parameters[name] = made
+    return model
+
+
 def _plain(tree: Any) -> Any:
     return tree_map(lambda x: x.whole() if isinstance(x, OnDemand) else x, tree)
 

@@ -18,22 +18,23 @@ from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.neuron_graph.turned import Turn, Turnable, TurnedAxis, nearest
 
 APART = 0.7
-"""Where every head's inner product with A's is that share of what turning it could reach, or more, and no neuron moves
-either, B is taken to have A's origin, and nothing is turned."""
+"""Where every head's inner product with A's is that share of what turning it could reach, or more, B is taken to have
+A's origin, and nothing is turned."""
 SAME = 1 - 1e-4
 """A head that reaches that share stays as it lies."""
 States = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 def matched_turns(
-    turnables: Sequence[Turnable], a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, moved: bool = True
+    turnables: Sequence[Turnable], a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, least: float = APART
 ) -> tuple[Turn, ...]:
     """The maps that bring B, its neurons in A's order already, nearest to A; none where all heads lie well.
 
     They maximise Σ ⟨A, Q B⟩ over the tensors of every head, each tensor divided by its root mean square.
 
     Args:
-        moved: neurons of B had to move into A's order.
+        least: where every head has that share of what turning could reach, nothing is turned. B is asked in A's order,
+            so that a scrambled copy is answered as B itself.
     """
     found, lowest = [], 1.0
     for turnable in turnables:
@@ -45,7 +46,7 @@ def matched_turns(
         matrices[share >= SAME] = np.eye(turnable.size)
         if (share < SAME).any():
             found.append(Turn(turnable, matrices))
-    return tuple(found) if moved or lowest < APART else ()
+    return tuple(found) if lowest < least else ()
 
 
 def paired_heads(graph: NeuronGraph, turnables: Sequence[Turnable], element: Element, states: States) -> Element:

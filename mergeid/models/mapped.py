@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mergeid.basics.on_demand import Form, Rows
     from mergeid.io.checkpoint import Checkpoint
 
-LARGEST_HELD = 30_000_000
+LARGEST_HELD = 150_000_000
 """Parameters up to which a model is held in memory. Of a larger one every weight is read when it is used, in the number
 format of its file, and let go."""
 

@@ -34,7 +34,6 @@ from mergeid.models.graph import LARGE
 from mergeid.models.loaded import Loaded
 from mergeid.models.source import Source
 from mergeid.models.workbench import key_of
-from mergeid.neuron_graph.group import same_element
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.neuron_graph.turned import Turn
 from mergeid.neuron_graph.turns import candidates, find_turns
@@ -184,8 +183,7 @@ def _turned(pair: Pair, element: Element, run: Run) -> tuple[Element, tuple[Turn
     maybe = candidates(graph) if graph.turnable is None else graph.turnable
     if not maybe or is_asymmetric(a) or sum(p.numel() for p in pair.a.model.parameters()) >= LARGE:
         return element, ()
-    moved = not same_element(element, graph.identity())
-    if not matched_turns(maybe, a, heads_of(graph, element, maybe, b), moved=moved):
+    if not matched_turns(maybe, a, heads_of(graph, element, maybe, b)):
         return element, ()
     if graph.turnable is None:
         run.tell("trying what may be turned inside heads", 0, 1)
@@ -194,10 +192,10 @@ def _turned(pair: Pair, element: Element, run: Run) -> tuple[Element, tuple[Turn
         )
         give_back()  # a copy of the model, in float64
     known = graph.turnable
-    if not matched_turns(known, a, heads_of(graph, element, known, b), moved=moved):
+    if not matched_turns(known, a, heads_of(graph, element, known, b)):
         return element, ()
     element = paired_heads(graph, known, element, (a, b))
-    return element, matched_turns(known, a, heads_of(graph, element, known, b))
+    return element, matched_turns(known, a, heads_of(graph, element, known, b), least=1.0)
 
 
 def plan_pair(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergeid.basics.on_demand import is_on_demand
+from mergeid.basics.on_demand import held, is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -130,6 +130,8 @@ def repair_network(
     """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
     tell = progress or (lambda *_: None)
     accelerator = make_accelerator(device)
+    if mode != "bn":  # which writes into no weight
+        held(merged)
     if mode == SOLVE:
         return _solve(members, merged.to(accelerator.device), skip, progress)
     if mode == POLISHED:
@@ -164,7 +166,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
     from mergeid.repair.solve import solve_network
 
     device = next(merged.parameters()).device
-    models = [copy.deepcopy(work).to(device).eval() for work in members.workspaces()]
+    models = [held(copy.deepcopy(work)).to(device).eval() for work in members.workspaces()]
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     owners = members.given.owners
     done = solve_network(

@@ -110,7 +110,7 @@ def check(answers: list[dict]) -> None:
 
 def test_killed_at_every_step_of_publishing(tmp_path: Path) -> None:
     """Before and after each call that moves or secures a file: deterministic, so no window is missed."""
-    for answers in attempts(tmp_path, "steps", 16, tensors=2, rows=4):
+    for answers in attempts(tmp_path, "steps", 40, tensors=2, rows=4):
         check(answers)
         assert sum(a["killed"] for a in answers) >= 8
         assert any(a["killed"] and not a["found"] for a in answers)
