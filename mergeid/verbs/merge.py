@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.methods.registry import check_base, get_method
+from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings, MethodRequest, setting_of_weights
 from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
@@ -20,18 +20,17 @@ from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import (
     REFUSE_ABOVE,
-    Calibration,
     Matching,
     Output,
     OwnData,
     Repairing,
     Run,
     bytes_of,
-    check_transport,
 )
 from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.merge import MergeResult
-from mergeid.stages.open import Met, check_matching, open_models, output_path
+from mergeid.stages.merge_request import MergeRequest
+from mergeid.stages.open import Met, open_models, output_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,67 +38,6 @@ if TYPE_CHECKING:
 
     from mergeid.stages.in_place import Places
     from mergeid.stages.members import Members
-
-
-@dataclass(frozen=True)
-class MergeRequest:
-    """All that a merge is asked for.
-
-    Attributes:
-        models: two or more; the others are brought into the first one's order.
-        base: what they were fine-tuned from, for methods that need it.
-        transport: whether neurons are carried by optimal transport instead of being matched.
-
-    Raises `MergeidError` for what does not go together.
-    """
-
-    models: tuple[Source, ...]
-    base: Source | None
-    asked: MethodRequest
-    calibration: Calibration
-    matching: Matching
-    repairing: Repairing
-    output: Output
-    transport: bool
-
-    def __post_init__(self) -> None:
-        method, stage, data = self.asked.method, self.repairing.stage, self.calibration.given
-        least = method.least if method.most == 1 or self.base is not None else 2
-        if len(self.models) < least:
-            raise MergeidError(
-                f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
-            )
-        check_base(method, self.base is not None)
-        if self.output.resume and any(map(is_module, self.models)):
-            raise MergeidError("only merges of files are resumed, and a live module is in none; leave resume out")
-        self._check_target()
-        if not data and stage not in ("auto", "none"):
-            raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
-        if not data and method.statistics:
-            what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
-            raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
-        if self.transport:
-            check_transport(self.matching, base=self.base is not None)
-            if self.output.resume:
-                raise MergeidError("--resume does not go with --transport; leave it out, and merge from the start")
-        else:
-            check_matching(self.matching, data)
-
-    def _check_target(self) -> None:
-        own, target = self.calibration.data, self.repairing.target
-        if not isinstance(own, OwnData):
-            if target == "own":
-                raise MergeidError("--target own needs data of every model's own; give --data a=…,b=…")
-            return
-        if len(own.data) != len(self.models):
-            raise MergeidError(f"--data names {len(own.data)} models, and {len(self.models)} are merged; name each")
-        if target == "mean":
-            return
-        if self.asked.method.weights != "shares" or self.base is not None or self.repairing.stage == "solve+polish":
-            raise MergeidError(
-                "towards every model's own answers averages are solved, without task vectors or polish; give --target "
-                "mean for these"
-            )
 
 
 @verb

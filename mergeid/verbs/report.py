@@ -243,7 +243,8 @@ def _tried(task: _Task) -> _Tried:
     from mergeid.models.load import load_model
     from mergeid.models.running import make_accelerator
     from mergeid.reporting.page import Measured
-    from mergeid.verbs.merge import MergeRequest, merge_models
+    from mergeid.stages.merge_request import MergeRequest
+    from mergeid.verbs.merge import merge_models
 
     with tempfile.TemporaryDirectory(prefix="mergeid-report-") as folder:
         single = Path(os.fspath(task.a)).suffix == ".safetensors"  # type: ignore[arg-type]

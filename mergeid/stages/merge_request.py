@@ -1,0 +1,73 @@
+"""All that a merge is asked for, and what of it does not go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergeid.errors import MergeidError
+from mergeid.methods.registry import check_base
+from mergeid.methods.settings import MethodRequest
+from mergeid.models.source import Source, is_module
+from mergeid.request.request import Calibration, Matching, Output, OwnData, Repairing, check_transport
+from mergeid.stages.open import check_matching
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """All that a merge is asked for.
+
+    Attributes:
+        models: two or more; the others are brought into the first one's order.
+        base: what they were fine-tuned from, for methods that need it.
+        transport: whether neurons are carried by optimal transport instead of being matched.
+
+    Raises `MergeidError` for what does not go together.
+    """
+
+    models: tuple[Source, ...]
+    base: Source | None
+    asked: MethodRequest
+    calibration: Calibration
+    matching: Matching
+    repairing: Repairing
+    output: Output
+    transport: bool
+
+    def __post_init__(self) -> None:
+        method, stage, data = self.asked.method, self.repairing.stage, self.calibration.given
+        least = method.least if method.most == 1 or self.base is not None else 2
+        if len(self.models) < least:
+            raise MergeidError(
+                f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
+            )
+        check_base(method, self.base is not None)
+        if self.output.resume and any(map(is_module, self.models)):
+            raise MergeidError("only merges of files are resumed, and a live module is in none; leave resume out")
+        self._check_target()
+        if not data and stage not in ("auto", "none"):
+            raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
+        if not data and method.statistics:
+            what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
+            raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
+        if self.transport:
+            check_transport(self.matching, base=self.base is not None)
+            if self.output.resume:
+                raise MergeidError("--resume does not go with --transport; leave it out, and merge from the start")
+        else:
+            check_matching(self.matching, data)
+
+    def _check_target(self) -> None:
+        own, target = self.calibration.data, self.repairing.target
+        if not isinstance(own, OwnData):
+            if target == "own":
+                raise MergeidError("--target own needs data of every model's own; give --data a=…,b=…")
+            return
+        if len(own.data) != len(self.models):
+            raise MergeidError(f"--data names {len(own.data)} models, and {len(self.models)} are merged; name each")
+        if target == "mean":
+            return
+        if self.asked.method.weights != "shares" or self.base is not None or self.repairing.stage == "solve+polish":
+            raise MergeidError(
+                "towards every model's own answers averages are solved, without task vectors or polish; give --target "
+                "mean for these"
+            )
