@@ -24,8 +24,10 @@ def test_contents_and_size(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {
         "mergeid",
-        "mergeid_timm",
-        "mergeid_transformers",
+        *(
+            f"mergeid_{library}"
+            for library in ("diffusers", "open_clip", "sentence_transformers", "timm", "transformers")
+        ),
     }
     needed = ("prediction/coefficients.json", "reporting/page/page.html", "reporting/page/style.css", "py.typed")
     assert all(f"mergeid/{n}" in names for n in needed)
