@@ -223,8 +223,11 @@ def test_test_examples_were_not_trained_on(zoo, data):
     assert len(shared) <= (0 if data == "digits" else 0.15 * zoo.tasks.TEST)
     assert keys(zoo.tasks.calibration(data)) <= keys(zoo.tasks.train(data))
     both = zoo.tasks.test(data, ("all", "turned"))
-    counts = {"digits": 1000, "modules": 3240}
-    assert len(both) == len(zoo.tasks.test(data)) == counts.get(data, zoo.tasks.TEST)
+    assert len(both) == len(zoo.tasks.test(data))
+    if data == "modules":  # as many as this Python's own sources give
+        assert 2000 < len(both) <= zoo.tasks.TEST
+    else:
+        assert len(both) == {"digits": 1000}.get(data, zoo.tasks.TEST)
     assert len(zoo.tasks.calibration(data)) == zoo.tasks.CALIBRATION
 
 
