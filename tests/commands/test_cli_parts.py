@@ -132,5 +132,5 @@ def test_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys
         "mergeid: writing: 50 %",
         "mergeid: writing, 40 s left: 60 %",
         "mergeid: writing, 2 min left: 75 %",
-        "mergeid: looking: 10 %, 9 h 14 min left",
+        "mergeid: looking, 9 h 14 min left: 10 %",
     ]
