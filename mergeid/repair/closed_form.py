@@ -163,9 +163,11 @@ def _solve(second: Second, mean: Tensor, ridge: float, bias: bool) -> tuple[Tens
 
 def error(moments: Moments, weight: Tensor, bias: Tensor | None) -> float:
     """Mean squared error of a layer per row, over the targets' variance (without a bias: their mean square)."""
-    second = moments.about(bias is not None)
-    value = second.yy + _quadratic(second, weight.double(), None if bias is None else bias.double())
-    return max(value, 0.0) / max(second.yy, 1e-300)
+    return _error(moments.about(bias is not None), weight.double(), None if bias is None else bias.double())
+
+
+def _error(second: Second, weight: Tensor, bias: Tensor | None) -> float:
+    return max(second.yy + _quadratic(second, weight, bias), 0.0) / max(second.yy, 1e-300)
 
 
 def _quadratic(second: Second, weight: Tensor, bias: Tensor | None) -> float:
@@ -190,11 +192,12 @@ def fit(
         mean, mean_bias: W̄ [m, d] and b̄ [m]; a layer without a bias has none.
     """
     bias = mean_bias is not None
-    before, mean = error(unseen, mean, mean_bias), mean.double()
+    mean, mean_bias = mean.double(), None if mean_bias is None else mean_bias.double()
     second, judge = seen.about(bias), unseen.about(bias)
+    before = _error(judge, mean, mean_bias)
     few = torch.linspace(0, len(mean) - 1, min(len(mean), CHOOSING)).long()
     part, other = _outputs(second, few), _outputs(judge, few)
-    best, lowest = inf, _quadratic(other, mean[few], None if mean_bias is None else mean_bias.double()[few])
+    best, lowest = inf, _quadratic(other, mean[few], None if mean_bias is None else mean_bias[few])
     least = NOTHING * judge.yy * len(few) / len(mean)
     rises, last = 0, inf
     for ridge in ridges:
@@ -205,11 +208,11 @@ def fit(
         if rises == RISES and best < inf:
             break
     if best < inf:
-        after = error(unseen, *_solve(second, mean, best, bias))
+        after = _error(judge, *_solve(second, mean, best, bias))
         if after < before - NOTHING:
             weight, b = ridge_solution(seen + unseen, mean, best, bias=bias)
             return Fit(weight, b, best, before, after)
-    return Fit(mean, None if mean_bias is None else mean_bias.double(), inf, before, before)
+    return Fit(mean, mean_bias, inf, before, before)
 
 
 def _outputs(second: Second, few: Tensor) -> Second:

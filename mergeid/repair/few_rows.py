@@ -105,13 +105,13 @@ class _Dual(_Small):
     def __init__(self, x: Tensor, y: Tensor, mean: Tensor, bias: bool) -> None:
         super().__init__(x, y, mean, bias)
         values, self.vectors = torch.linalg.eigh(self.kernel)
-        self.values, self.left = values.clamp(min=0), self.vectors.T @ self.left
+        self.values, self.within = values.clamp(min=0), self.vectors.T @ self.left
 
     def _shrunk(self, ridge: float) -> Tensor:
         """(K + λ n)⁻¹ of the residuals, in the eigenbasis [n, m]; constant inputs move the bias alone."""
         if not self.strength > 0:
-            return torch.zeros_like(self.left)
-        shrunk: Tensor = self.left / (self.values + ridge * self.strength)[:, None]
+            return torch.zeros_like(self.within)
+        shrunk: Tensor = self.within / (self.values + ridge * self.strength)[:, None]
         return shrunk
 
     def missed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

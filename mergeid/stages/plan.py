@@ -191,9 +191,9 @@ def _turned(pair: Pair, element: Element, run: Run) -> tuple[Element, tuple[Turn
             find_turns(graph, pair.a.model, pair.a.inputs, pair.a.outputs, generator=run.generator())
         )
         give_back()  # a copy of the model, in float64
+        if not matched_turns(graph.turnable, a, heads_of(graph, element, graph.turnable, b)):
+            return element, ()
     known = graph.turnable
-    if not matched_turns(known, a, heads_of(graph, element, known, b)):
-        return element, ()
     element = paired_heads(graph, known, element, (a, b))
     return element, matched_turns(known, a, heads_of(graph, element, known, b), least=1.0)
 

@@ -162,11 +162,16 @@ def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[
     return [k for k in keys if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)]
 
 
+def _in_memory(members: Members, device: torch.device) -> list[nn.Module]:
+    """Every model in the first one's order of neurons, with all its values."""
+    return [held(copy.deepcopy(work)).to(device).eval() for work in members.workspaces()]
+
+
 def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None) -> Repair:
     from mergeid.repair.solve import solve_network
 
     device = next(merged.parameters()).device
-    models = [held(copy.deepcopy(work)).to(device).eval() for work in members.workspaces()]
+    models = _in_memory(members, device)
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     owners = members.given.owners
     done = solve_network(
@@ -218,7 +223,7 @@ def _polish(
         return batches(fit.given.taken(torch.randperm(len(fit.given), generator=generator).tolist()))
 
     aim = Aim(
-        [copy.deepcopy(work).to(device).eval() for work in members.workspaces()],
+        _in_memory(members, device),
         members.shares(),
         members.first.outputs,
         frozenset(classifying(members.first)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,6 @@ from mergeid.repair.solve import solve_network
 
 TABLE = Path(__file__).parent / "tables" / "solve_cost.csv"
 COLUMNS = ("model", "images", "side", "forward_seconds", "solve_seconds", "times_forward", "changed_layers", "peak_mb")
-
-
-def peak_mb() -> int:
-    """Of the whole process so far."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) // 1024
 
 
 def main() -> None:
@@ -57,7 +52,7 @@ def main() -> None:
     done = solve_network(merged, models, [0.5, 0.5], lambda m, b: m(b["x"]), batches)
     solve = time.process_time() - began
     row = (given.model, given.images, given.side, f"{forward:.1f}", f"{solve:.1f}", f"{solve / forward:.1f}")
-    row += (sum(d.ridge < float("inf") for d in done), peak_mb())
+    row += (sum(d.ridge < float("inf") for d in done), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     print(dict(zip(COLUMNS, row, strict=True)))
     known = list(csv.DictReader(TABLE.open(encoding="utf-8"))) if TABLE.exists() else []
     kept = [r for r in known if (r["model"], r["images"], r["side"]) != tuple(map(str, row[:3]))]
