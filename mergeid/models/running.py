@@ -84,11 +84,13 @@ def fits_the_model(batch: Batch) -> Iterator[None]:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own training flag afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trains = any(training for _, training in flags)  # setting what is set already takes longer than a small network
+    if trains:
+        model.eval()
     try:
         yield
     finally:
-        for module, training in flags:
+        for module, training in flags if trains else ():
             module.training = training
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -157,6 +157,25 @@ def output_moments(
     return found
 
 
+class _Reached(BaseException):
+    """The forward pass has been as far as it is needed."""
+
+
+def _moments_of(model: nn.Module, layer: Layer, batches: Sequence[Batch], forward: Forward) -> Moments:
+    """As `output_moments` of one layer; what comes after it does not run."""
+    moments = Moments()
+
+    def stop(module: nn.Module, args: Any, out: Any) -> None:
+        raise _Reached
+
+    with eval_mode(model), torch.no_grad():
+        for batch in batches:
+            measured = _hooks(model, {layer.name: _measuring(layer, moments, batch)})
+            with measured, _hooks(model, {layer.name: stop}), fits_the_model(batch), suppress(_Reached):
+                forward(model, batch)
+    return moments
+
+
 def rescale(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -186,7 +205,7 @@ def rescale(
             forward(model, batches[0])
     else:
         for layer in layers:
-            moments = output_moments(model, [layer], batches, forward=forward)[layer.name]
+            moments = _moments_of(model, layer, batches, forward)
             _fold(model.get_submodule(layer.name), layer, *_map_to(moments, targets[layer.name]))
     after = output_moments(model, layers, batches, forward=forward)
     touched = {id(p) for x in layers for p in _parameters(model.get_submodule(x.name))}

@@ -86,7 +86,7 @@ def last_look(
     if not among:
         merges = {planned: members}
     kinds = repairs(members, stage, run.place)
-    if kinds == ["none", "bn"] and any(_is_the_first(merge, skip) for merge in merges.values()):
+    if kinds[0] == "none" and len(kinds) > 1 and any(_is_the_first(merge, skip) for merge in merges.values()):
         kinds = ["none"]
     voices = _voices(members)
     panel_of = partial(

@@ -158,6 +158,21 @@ def test_pooled_moments_are_those_of_the_whole() -> None:
     assert found.count == 500
 
 
+def test_what_comes_after_a_layer_does_not_run_for_its_moments() -> None:
+    """Forward passes end at the layer that is measured: k batches and n layers run the last layer only where all are
+    measured at once, before and after."""
+    a, b = net(0), net(1)
+    merged, calls = average(a, b), []
+    merged.head.register_forward_hook(lambda *_: calls.append(1))
+    batches = [{"x": part} for part in data().split(10)]
+    layers = rescalable_layers(merged, batches[0], forward=forward)
+    targets = {n: (m.mean, m.std) for n, m in output_moments(a, layers, batches, forward=forward).items()}
+    calls.clear()
+    rescale(merged, layers, targets, batches, forward=forward)
+    assert len(layers) == 3 and len(calls) == 2 * len(batches)
+    assert not any(m._forward_hooks for n, m in merged.named_modules() if n != "head")
+
+
 class Odd(nn.Module):
     """A layer that is called twice, two that share a weight, one that standardises its weight, one without a call."""
 

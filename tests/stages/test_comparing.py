@@ -310,6 +310,14 @@ def scrambled():
     return a, b
 
 
+def test_a_copy_with_its_neurons_in_another_order_needs_no_repair(monkeypatch):
+    """Nothing can be nearer to two equal functions than they are: no repair is tried."""
+    monkeypatch.setattr(mergeid.stages.compare, "repair_network", lambda *_, **__: pytest.fail("tried a repair"))
+    a, b = scrambled()
+    found = mergeid.merge(a, b, data=rows(), example_inputs=torch.randn(2, 6)).comparison
+    assert found["chosen"] == "matched" and found["repair"] == "none" and found["distances"]["matched"] < 1e-6
+
+
 def half_a_plan(monkeypatch, moved):
     """Plans that match only the first `moved` spaces."""
     honest = mergeid.stages.plan.make_plan
