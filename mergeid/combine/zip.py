@@ -60,6 +60,8 @@ def joint_correlations(
         sums[space] = (count + len(both), total + both.sum(0), gram + both.T @ both)
     out = {}
     for space, (count, total, gram) in sums.items():
+        if (space, 0) in stream.routed:
+            continue
         mean = total / count
         covariance = gram / count - torch.outer(mean, mean)
         spread = covariance.diagonal().clamp(min=0).sqrt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -105,10 +105,12 @@ def _copied(key: Key, tensor: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """Sampled activations at one tap: `values` float32 [rows, members on the tap], `example` int64 [rows]."""
+    """Sampled activations at one tap: `values` float32 [rows, members on the tap], `example` int64 [rows], of so many
+    `positions` in all examples together."""
 
     values: Tensor
     example: Tensor
+    positions: int = 0
 
 
 def sample_rows(tensor: Tensor, tap: TapMap, ids: Tensor, mask: Tensor | None, per_example: int, seed: int) -> Rows:
@@ -123,19 +125,20 @@ def sample_rows(tensor: Tensor, tap: TapMap, ids: Tensor, mask: Tensor | None, p
     present = torch.from_numpy(np.flatnonzero(tap.index >= 0)).to(tensor.device)
     rest = [d for d in range(tensor.dim()) if d not in tap.dims]
     flat = tensor.permute(*rest, *tap.dims).reshape(-1, len(tap.index))[:, present]
-    rows = flat.shape[0] // examples
-    flat = flat[: rows * examples].reshape(examples, rows, -1)
+    positions = flat.shape[0]
+    rows = positions // examples
+    flat = flat[: rows * examples].reshape(examples, rows, flat.shape[1])
     if mask is None or rows != mask.shape[1]:
         picked = _positions(rows, per_example, seed).to(flat.device)
         values = flat[:, picked].reshape(-1, flat.shape[2])
-        return Rows(values.float().cpu(), ids.repeat_interleave(len(picked)))
+        return Rows(values.float().cpu(), ids.repeat_interleave(len(picked)), positions)
     parts, example = [], []
     for e in range(examples):
         valid = torch.nonzero(mask[e]).reshape(-1)
         valid = valid[_positions(len(valid), per_example, seed).to(valid.device)]
         parts.append(flat[e, valid.to(flat.device)])
         example.append(ids[e].expand(len(valid)))
-    return Rows(torch.cat(parts).float().cpu(), torch.cat(example))
+    return Rows(torch.cat(parts).float().cpu(), torch.cat(example), positions)
 
 
 def real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
@@ -239,6 +242,8 @@ class PairStream:
         whole: every batch is one example, taken as it is.
         per_example: most positions (tokens, pixels) of an example that count as rows.
         count: examples in one pass.
+        routed: (space, tap number) where the models chose other positions (experts), found on the way: what one sees
+            there is not what the other sees.
     """
 
     reader_a: TapReader
@@ -248,6 +253,7 @@ class PairStream:
     per_example: int = 32
     seed: int = 0
     count: int = 0
+    routed: set[tuple[str, int]] = field(default_factory=set)
 
     def rows(
         self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
@@ -265,8 +271,13 @@ class PairStream:
             ]
             for space, list_of in taps.items():
                 for k in range(len(list_of)):
-                    if (space, k) in values[0] and (space, k) in values[1]:
-                        yield space, k, values[0].pop((space, k)), values[1].pop((space, k))
+                    if (space, k) not in values[0] or (space, k) not in values[1] or (space, k) in self.routed:
+                        continue
+                    a, b = values[0].pop((space, k)), values[1].pop((space, k))
+                    if a.positions != b.positions or a.positions % len(ids):
+                        self.routed.add((space, k))
+                    else:
+                        yield space, k, a, b
 
     def _parts(
         self, taps: Mapping[str, Sequence[TapMap]], half: int | None

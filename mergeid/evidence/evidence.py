@@ -167,6 +167,9 @@ class ActivationEvidence:
                     moments.add(a.values[chosen], b.values[chosen])
             if self.consumers.get(space, (-1,))[0] == k and (~half).any():
                 self.consumers[space][1].add(a.values[~half], b.values[~half])
+        for key in self.stream.routed & self.fit.keys():  # what was seen before that was known
+            del self.fit[key], self.held[key]
+        self.consumers = {s: found for s, found in self.consumers.items() if (s, found[0]) not in self.stream.routed}
         for m in (*self.fit.values(), *self.held.values()):
             m.finish()
 

@@ -74,14 +74,19 @@ def _descend(
         if shifted:
             xx, xy = (xx - x.square()).clamp(min=0), xy - x * y
         strength, scale = ridge * float(xx.mean()), max(float((moments.yy / n).sum()), 1e-300)
-    values = {k: v.clone().requires_grad_() for k, v in start.items()}
+    # in the order of memory, which the weights' own strides refer to
+    flat = {k: v.as_strided((v.numel(),), (1,)).clone().requires_grad_() for k, v in start.items()}
+
+    def values() -> dict[str, Tensor]:
+        return {k: flat[k].as_strided(v.shape, v.stride()) for k, v in start.items()}
+
     optimiser = torch.optim.LBFGS(
-        list(values.values()), max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+        list(flat.values()), max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-12
     )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        w = part.remade(values)
+        w = part.remade(values())
         quadratic = (w @ xx) * w - 2 * xy.T * w if w.dim() == 2 else xx * w.square() - 2 * xy * w
         loss = (quadratic.sum() + strength * (w - mean).square().sum()) / scale
         loss.backward()
@@ -89,7 +94,7 @@ def _descend(
 
     with torch.enable_grad():
         optimiser.step(closure)
-    found = {k: v.detach() for k, v in values.items()}
+    found = {k: v.detach() for k, v in values().items()}
     w = part.remade(found)
     if not shifted:
         return found, None

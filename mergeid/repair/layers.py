@@ -64,6 +64,7 @@ class Part:
         assert self.derived is not None
         made = self.derived.remake(values)
         made = made.mT if self.turned else made
+        made = made.reshape(made.shape[-self.weight.dim() :])  # a stack of one matrix
         return self._amplified(made if self.alone else made.reshape(len(made), -1))
 
     @property

@@ -225,12 +225,15 @@ class _Watch(TorchDispatchMode):
                 if id(x) not in done:
                     name = self._weight(x)
                     if name is not None:
-                        whole = values[name]
-                        done[id(x)] = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+                        offset = x.storage_offset() - leaves[name].storage_offset()
+                        done[id(x)] = values[name].as_strided(x.shape, x.stride(), offset)
                     elif x in self.made:
                         func, args, kwargs, k = self.made[x]
                         wide = next(iter(values.values())).dtype
-                        given = {key: wide if key == "dtype" else of(y) for key, y in kwargs.items()}
+                        given = {
+                            key: wide if isinstance(y, torch.dtype) and y.is_floating_point else of(y)
+                            for key, y in kwargs.items()
+                        }
                         done[id(x)] = _flat((func(*of(args), **given),))[k]
                     else:
                         like = next(iter(values.values()))

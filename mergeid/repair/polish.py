@@ -8,6 +8,7 @@ weights that were nearest on them are kept, and if none were nearer than the fir
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from mergeid.data.batches import first_line
+from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 
 if TYPE_CHECKING:
@@ -129,7 +132,7 @@ def polish_network(
             batch = next(batches)
             said = aim.said(batch)
             optimiser.zero_grad()
-            with torch.enable_grad():
+            with torch.enable_grad(), _can_be_trained():
                 accelerator.backward(aim.loss(merged, batch, said))
             for p in trained:
                 if p.grad is not None:
@@ -149,6 +152,19 @@ def polish_network(
         p.requires_grad_(asked[name])
         p.grad = None
     return Polished(first, best, at)
+
+
+@contextmanager
+def _can_be_trained() -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise MergeidError(
+            f"the merged network cannot be polished, because it cannot be trained ({first_line(error)}); choose "
+            "--repair solve instead"
+        ) from error
 
 
 def _endless(

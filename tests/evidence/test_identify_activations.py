@@ -9,6 +9,7 @@ from torch import nn
 import mergeid
 import mergeid.evidence.activations as activations
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.evidence import ActivationEvidence
 
 
 def network(seed):
@@ -42,3 +43,49 @@ def test_parts_of_a_batch_give_the_rows_of_all_examples(monkeypatch, held, half)
             with torch.no_grad():
                 expected = net[: layer + (taps[space][k].kind == "out")](x)[chosen]
             torch.testing.assert_close(torch.cat([p[side].values for p in parts]), expected)
+
+
+class Experts(nn.Module):
+    """Each example goes to one of two experts, and which one is the model's own choice."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.seed = seed
+        self.stem, self.gate = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)) for _ in range(2)])
+        self.head, self.cut = nn.Linear(8, 3), 0.0
+
+    def split(self, x):
+        """Half of these examples go to each expert, but one for every step of the seed."""
+        gates = self.gate(self.stem(x).relu())[:, 0].detach().sort().values
+        self.cut = float(gates[len(x) // 2 + self.seed])
+        return self
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        chosen, out = (self.gate(h)[:, 0] > self.cut).long(), torch.zeros_like(h)
+        for k, expert in enumerate(self.experts):
+            rows = (chosen == k).nonzero().squeeze(-1)
+            out.index_add_(0, rows, expert(h[rows]))
+        return self.head(h + out)
+
+
+def test_rows_of_experts_are_not_compared_where_the_models_chose_others():
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(2))
+    a, b = (Experts(seed).eval().split(x) for seed in range(2))
+    graph = mergeid.graph(a, x[:20])
+    inside = {s.id for s in graph.spaces if all(axis.tensor.startswith("experts.") for axis in s.axes)}
+    assert inside and len(inside) < len(graph.spaces)
+    taps = choose_taps(graph, a)
+    flat = [t for found in taps.values() for t in found]
+    readers = [TapReader(net, lambda model, batch: model(batch["x"]), flat) for net in (a, b)]
+    evidence = ActivationEvidence(graph, PairStream(*readers, lambda: iter([{"x": x[:20]}, {"x": x[20:]}])), taps)
+    evidence.collect()
+    routed = evidence.stream.routed
+    assert inside <= {space for space, _ in routed}
+    assert all(taps[space][k].module.startswith("experts.") for space, k in routed)
+    found = evidence.correlations()
+    assert inside.isdisjoint(found) and {s.id for s in graph.spaces} - inside <= set(found)
+    plan = mergeid.plan(a, b, data=[{"arg0": row} for row in x], example_inputs=x[:20])
+    assert {space.space for space in plan.spaces} == {s.id for s in graph.spaces}

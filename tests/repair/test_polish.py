@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
 from mergeid.repair.polish import Aim, Polished, Schedule, polish_network
 
@@ -70,6 +71,29 @@ def test_what_is_perfect_stays() -> None:
     found = polished(merged, [a], {"out"})
     assert found.steps == 0 and found.before == found.after
     assert all(torch.equal(v, a.state_dict()[k]) for k, v in merged.state_dict().items())
+
+
+class Overwritten(nn.Module):
+    """What its own backward pass needs is gone by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x).tanh()
+        return h.mul_(2)
+
+
+class Deaf(Overwritten):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :4] * 2
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Deaf])
+def test_a_network_that_cannot_be_trained_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(MergeidError, match=r"cannot be polished, because it cannot be trained .*--repair solve"):
+        polished(kind().eval(), [kind().eval()], set())
 
 
 def test_frozen_parameters_and_statistics_stay() -> None:

@@ -109,6 +109,31 @@ def test_weights_that_are_computed_from_parameters() -> None:
     assert far > 0.2 and near < 0.02
 
 
+class Contracted(nn.Module):
+    """Weights that products take in another layout than they are stored in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(2, 20, 6))
+        self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(6, 6))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("bchw,cpq->bhwpq", x, self.first).tanh().flatten(3).mean((1, 2))
+        return self.head(self.turned(torch.einsum("bd,kde->bke", h, self.second)).tanh().flatten(1))
+
+
+def test_weights_in_another_layout() -> None:
+    a, b = pair(kind=Contracted)
+    merged = copy.deepcopy(a)
+    done = solve_network(merged, [b], [1.0], forward, BATCHES)
+    assert {"first", "second"} <= {w for layer in done for w in layer.weights}
+    unseen = seeded(40, 3, 12, 12, seed=9)
+    with torch.no_grad():
+        far, near = ((m(unseen) - b(unseen)).norm() / b(unseen).norm() for m in (a, merged))
+    assert far > 0.2 and near < 0.1 * far
+
+
 def test_a_merge_of_a_model_with_itself_stays_as_it_is() -> None:
     a, _ = pair()
     merged = copy.deepcopy(a)
