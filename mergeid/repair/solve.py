@@ -10,6 +10,7 @@ A solved network lies off the straight line between the models.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,10 +92,10 @@ def solve_network(
             maps = _maps(merged, forward, batches, wanted)
             nets = [
                 [
-                    Paced(net, forward, batch, wanted, after=k > 0, keep=_needed(behind))
+                    Paced(_twin(net) if b else net, forward, batch, wanted, after=k > 0, keep=_needed(behind))
                     for k, net in enumerate([merged, *models])
                 ]
-                for batch, behind in zip(batches, maps, strict=True)
+                for b, (batch, behind) in enumerate(zip(batches, maps, strict=True))
             ]
             done: list[SolvedLayer] = []
             for k, index in enumerate(sorted(wanted)):
@@ -115,6 +116,13 @@ def solve_network(
         for side in nets:
             for net in side:
                 net.close()
+
+
+def _twin(net: nn.Module) -> nn.Module:
+    """The same network with the same tensors: the passes take turns, and what one leaves on a module while it runs is
+    not another's."""
+    tensors = (*net.parameters(), *net.buffers())
+    return copy.deepcopy(net, {id(t): t for t in tensors})
 
 
 def _examples(batch: Batch) -> int:

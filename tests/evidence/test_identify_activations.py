@@ -88,4 +88,4 @@ def test_rows_of_experts_are_not_compared_where_the_models_chose_others():
     found = evidence.correlations()
     assert inside.isdisjoint(found) and {s.id for s in graph.spaces} - inside <= set(found)
     plan = mergeid.plan(a, b, data=[{"arg0": row} for row in x], example_inputs=x[:20])
-    assert {space.space for space in plan.spaces} == {s.id for s in graph.spaces}
+    assert {space.id for space in plan.spaces} == {s.id for s in graph.spaces}

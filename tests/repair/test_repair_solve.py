@@ -155,6 +155,32 @@ def test_the_batch_size_does_not_matter(size: int) -> None:
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
+class Remembering(nn.Module):
+    """Lays something aside while it runs, as U-Nets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.inner = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.up, self.head = nn.Conv2d(12, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside = self.down(x).relu()
+        h = self.inner(F.avg_pool2d(self.aside, 2)).relu()
+        return self.head(self.up(torch.cat([self.aside, F.interpolate(h, scale_factor=2)], 1)).relu().mean((2, 3)))
+
+
+def test_what_a_network_lays_aside_stays_with_its_batch() -> None:
+    a, b = pair(kind=Remembering)
+    results = []
+    for size in (64, 16):
+        merged = copy.deepcopy(a)
+        done = solve_network(merged, [a, b], [0.5, 0.5], forward, [{"x": x} for x in X.split(size)])
+        results.append([layer.after for layer in done])
+        with torch.no_grad():
+            results[-1].append(float(merged(X).norm()))
+    assert len(results[0]) > 3 and results[1] == pytest.approx(results[0], rel=1e-3, abs=1e-6)
+
+
 def test_models_and_hooks_are_left_alone() -> None:
     a, b = pair()
     before = [copy.deepcopy(m.state_dict()) for m in (a, b)]
