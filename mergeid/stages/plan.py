@@ -101,7 +101,7 @@ def make_plan(
     asked, graph, count = structural or Structural(), pair.graph, 0 if examples is None else len(examples)
     notes = [*_graph_notes(graph), *compared(pair.a.state(), pair.b.state())]
     if examples is not None and count < LEAST:
-        raise MergeidError(f"--data holds {count} examples; the evidence needs at least {LEAST}")
+        raise MergeidError(f"--data must hold at least {LEAST} examples for the evidence, and it holds {count}")
     why = why_not(pair.a.state(), asked.base, matching.mode)
     if matching.mode == "never":
         found = _Found("weights" if examples is None else "activations", graph.identity())

@@ -109,7 +109,7 @@ def zip_models(
     _same_trunk(pair)
     examples = bench.examples(calibration, pair.a)
     if examples is None or len(examples) < LEAST:
-        raise MergeidError(f"--data holds {len(examples or ())} examples; zipping needs at least {LEAST}")
+        raise MergeidError(f"--data must hold at least {LEAST} examples to zip by, and it holds {len(examples or ())}")
     zipped = _zipped(pair, examples, run, up_to, across)
     result = _result(pair, zipped, one_head)
     result = replace(result, notes=[*result.notes, *met.agreed.notes])
