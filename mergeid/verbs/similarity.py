@@ -80,7 +80,7 @@ def similarity(
     two = bench.load(b).apart_from(one)
     examples = bench.examples(Calibration(data, limit), one)
     if examples is None or len(examples) < 4:
-        raise MergeidError(f"--data must hold at least 4 examples, and it holds {0 if examples is None else len(examples)}")
+        raise MergeidError(f"--data must hold at least 4 examples, and it holds {len(examples or ())}")
     runs = _Runs((one, two), examples, per_example, run)
     names_a, names_b = (_chosen(runs.shapes(i), layers, loaded) for i, loaded in enumerate((one, two)))
     found = runs.map(names_a, names_b)
