@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from mergeid.basics.reading import read_json as read_json
 from mergeid.errors import MergeidError as MergeidError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ENTRY_POINT_GROUP = "mergeid.adapters"
+Made = TypeVar("Made", bound="nn.Module")
 
 
 class TensorInfo(NamedTuple):
@@ -353,6 +354,24 @@ def part_adopted(config: Mapping[str, Any], other: Mapping[str, Any], *, head: b
         owner, mine = config_owner(theirs), config.get(name)
         found[name] = dict(theirs) if owner is None or not mine else owner.adopted(mine, theirs, head=head)
     return found
+
+
+def made_on(device: str | torch.device, make: Callable[[], Made]) -> Made:
+    """A model made on a device, for `Adapter.build`. Some classes read numbers off tensors while they are made, which
+    the meta device refuses; then only their parameters are there while they are made, and the rest follows."""
+    import torch
+
+    place = torch.device(device)
+    try:
+        with place:
+            return make()
+    except (RuntimeError, NotImplementedError):
+        if place.type != "meta":
+            raise
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return make().to(place)
 
 
 def near_names(name: str, names: Iterable[str], n: int = 5) -> list[str]:

@@ -84,10 +84,7 @@ class OpenClipAdapter:
         if "timm_model_name" in config["vision_cfg"]:
             config["vision_cfg"]["timm_model_pretrained"] = False
         try:
-            with torch.device(device):
-                model: Any = kind(**config)
-        except (RuntimeError, NotImplementedError):
-            model = kind(**config).to(device)  # a few read numbers off tensors, which the meta device refuses
+            model: Any = plugins.made_on(device, lambda: kind(**config))
         except Exception as error:
             raise MergeidError(
                 f"open_clip cannot build {arch.name} from {CONFIG} ({type(error).__name__}: {plugins.reason(error)}); "

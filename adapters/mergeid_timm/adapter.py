@@ -160,11 +160,10 @@ class TimmAdapter:
         Raises `MergeidError` where timm refuses the options.
         """
         import timm
-        import torch
 
         options = {k: v for k, v in arch.options.items() if k not in NOT_MODEL_OPTIONS}
         try:
-            model = _instance(arch.name, options, torch.device(device))
+            model = plugins.made_on(device, lambda: timm.create_model(arch.name, pretrained=False, **options))
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise MergeidError(
@@ -345,21 +344,6 @@ def _task(output: Any) -> Tensor:
 
     several = isinstance(output, (tuple, list))
     return torch.cat([o.flatten(1) for o in output], dim=1) if several else output
-
-
-def _instance(name: str, options: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """A model made on a device. Before timm 1.0.20 or so many classes read numbers off tensors while they are made,
-    which the meta device refuses; these are made on the CPU first."""
-    import timm
-    import torch
-
-    try:
-        with torch.device(device):
-            return timm.create_model(name, pretrained=False, **options)
-    except (RuntimeError, NotImplementedError):
-        if device.type != "meta":
-            raise
-    return timm.create_model(name, pretrained=False, **options).to(device)
 
 
 def check_labels(model: str, labels: Tensor, examples: int, classes: int) -> None:

@@ -126,7 +126,7 @@ class TransformersAdapter:
             text_config(config).pad_token_id = 0
         kind = model_class(arch.name, name)
         try:
-            model = _instance(kind, config, torch.device(device))
+            model = plugins.made_on(device, lambda: _described(kind(config), config))
         except (MergeidError, MemoryError):
             raise
         except Exception as error:  # hundreds of classes, and none expects a config that does not fit together
@@ -275,23 +275,6 @@ class TransformersAdapter:
     def differences(self, a_folder: Path, b_folder: Path) -> list[str]:
         """Label maps and tokenizers in which two checkpoints disagree, one sentence each."""
         return files.differences(a_folder, b_folder)
-
-
-def _instance(kind: Any, config: Any, device: torch.device) -> Any:
-    """A model made on a device. Some classes read numbers off tensors while they are made, which the meta device
-    refuses; then only their parameters are put there."""
-    import torch
-
-    try:
-        with torch.device(device):
-            return _described(kind(config), config)
-    except (RuntimeError, NotImplementedError):
-        if device.type != "meta":
-            raise
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return _described(kind(config), config)
 
 
 def _described(model: Any, config: Any) -> Any:

@@ -25,6 +25,7 @@ from mergeid.io.dtypes import tensor_bytes
 from mergeid.io.folders import PARTS
 from mergeid.io.output import check_output
 from mergeid.io.stream import CheckpointWriter
+from mergeid.io.tensors import TensorSource
 from mergeid.methods.registry import check_base, check_weights
 from mergeid.methods.settings import MergeSettings, MethodRequest
 from mergeid.models.configs import config_files
@@ -267,7 +268,7 @@ def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> 
         )
 
 
-def _checked_overrides(a: Checkpoint, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked_overrides(a: TensorSource, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in overrides.items():
         if name not in a.table or tuple(tensor.shape) != a.table[name].shape:
             raise ValueError(f"override {name!r} {tuple(tensor.shape)} fits no tensor of {a.source}")
@@ -287,7 +288,7 @@ def _changed_config(a: Checkpoint, plan: TensorPlan) -> dict[str, str]:
     return config_files(a if config == a.config else replace(a, config=config, config_changed=True))
 
 
-def _retyped(config: Mapping[str, Any], a: Checkpoint, plan: TensorPlan, prefix: str = "") -> dict[str, Any]:
+def _retyped(config: Mapping[str, Any], a: TensorSource, plan: TensorPlan, prefix: str = "") -> dict[str, Any]:
     """The config of the network under a prefix, with the dtype that most of its tensors have in the output."""
     key = next((k for k in ("dtype", "torch_dtype") if k in config), None)
     dtypes = Counter(plan.dtypes.get(n, a.table[n].dtype) for n in plan.merged if n.startswith(prefix))

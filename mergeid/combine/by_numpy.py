@@ -15,8 +15,8 @@ import numpy as np
 from mergeid.combine.refusals import not_finite, overflows
 from mergeid.combine.tensor_plan import TensorPlan
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import BITS, NUMPY_KINDS, wider
+from mergeid.io.tensors import TensorSource
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,7 +106,7 @@ class NumpyMerge:
     """
 
     def __init__(
-        self, models: Sequence[Checkpoint], plan: TensorPlan, weights: Callable[[str], Sequence[float]]
+        self, models: Sequence[TensorSource], plan: TensorPlan, weights: Callable[[str], Sequence[float]]
     ) -> None:
         self.models, self.plan, self.weights = list(models), plan, weights
         self.taken_from_a: list[str] = []
@@ -114,7 +114,7 @@ class NumpyMerge:
         self._merged, self._compared = set(plan.merged), set(plan.compared)
 
     @staticmethod
-    def can(models: Sequence[Checkpoint], plan: TensorPlan) -> bool:
+    def can(models: Sequence[TensorSource], plan: TensorPlan) -> bool:
         """Whether all that must be computed is within NumPy's means: mapped files, real numbers."""
         return all(c.mapped for c in models) and all(
             c.table[n].dtype in NUMPY_KINDS for c in models for n in plan.merged
@@ -139,7 +139,7 @@ class NumpyMerge:
                     raise MergeidError(self._why(name, numbers, dtypes, out))
                 yield result.view("u1").data
 
-    def _equal(self, name: str, other: Checkpoint) -> bool:
+    def _equal(self, name: str, other: TensorSource) -> bool:
         pair = (self.models[0], other)
         ours, theirs = (np.frombuffer(c.raw(name), NUMPY_KINDS[c.table[name].dtype]) for c in pair)
         return np.array_equal(ours, theirs)

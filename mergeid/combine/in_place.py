@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergeid.combine.by_numpy import widen
-from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import FLOATS, NUMPY_KINDS
+from mergeid.io.tensors import TensorSource
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,7 +107,7 @@ class InPlace:
         }
 
 
-def in_place(a: Checkpoint, b: Checkpoint, names: Sequence[str], seed: int) -> InPlace:
+def in_place(a: TensorSource, b: TensorSource, names: Sequence[str], seed: int) -> InPlace:
     """Compare two checkpoints of equal shapes.
 
     Args:
@@ -145,7 +145,7 @@ class _Stored:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, name: str) -> _Stored:
+    def of(cls, checkpoint: TensorSource, name: str) -> _Stored:
         info = checkpoint.table[name]
         if checkpoint.mapped:
             flat = np.frombuffer(checkpoint.raw(name), NUMPY_KINDS[info.dtype])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,9 @@ from mergeid.verbs.plan import plan
 
 if TYPE_CHECKING:
     from mergeid.results.plan import Plan
+
+AGAIN = ("base", "data", "arch", "config", "matcher", "skip")
+"""Options of a plan that the merge after it takes too."""
 
 
 @command_of(plan)
@@ -48,7 +50,7 @@ def command(
     """
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page)
     if estimate:
-        return _estimate(a, b, call.options, as_json)
+        return _estimate(a, b, call, as_json)
     with working(as_json) as work:
         found = call(a, b, progress=work.progress)
         result = found.to_json()
@@ -67,7 +69,7 @@ def command(
 
             work.close()
             print_plan(found, work.console, verbose=verbose)
-            work.say(f"Next: {next_command(found, a, b, call.options)}")
+            work.say(f"Next: {next_command(found, a, b, call.words(*AGAIN))}")
             if output is not None:
                 work.say(f"Plan: {output}")
             if plot is not None:
@@ -77,14 +79,13 @@ def command(
     return 1 if strict and found.verdict == "will not merge" else 0
 
 
-def _estimate(a: str, b: str, given: Mapping[str, Any], as_json: bool) -> int:
+def _estimate(a: str, b: str, call: Call[Plan], as_json: bool) -> int:
     """What merging them takes."""
     from mergeid.reporting.show_estimate import print_estimate
     from mergeid.verbs.estimate import estimate
 
     with working(as_json) as work:
-        told = {k: given[k] for k in ("base", "skip", "config") if k in given}
-        found = estimate(a, b, **told)
+        found = call.to(estimate)(a, b)
         if as_json:
             work.emit(found.to_json())
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,6 +22,7 @@ from mergeid.request import options
 from mergeid.request.options import HOW, INPUT, OUTPUT, Option
 
 Answer = TypeVar("Answer")
+Other = TypeVar("Other")
 READ = ("base", "data", "calibration", "arch")
 """Keywords that name what is read."""
 PANELS = (INPUT, OUTPUT, HOW)
@@ -29,14 +30,33 @@ PANELS = (INPUT, OUTPUT, HOW)
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """A verb with the options that the terminal was given for it."""
+    """A verb with the options that the terminal was given for it.
+
+    Attributes:
+        asked: those options, bound to the verb's own parameters.
+    """
 
     verb: Callable[..., Answer]
-    options: Mapping[str, Any]
+    asked: inspect.BoundArguments
 
     def __call__(self, *args: object, **kwargs: object) -> Answer:
         """Call the verb; what is said here comes before what the terminal was given."""
-        return self.verb(*args, **{**self.options, **kwargs})
+        return self.verb(*args, **{**self.asked.arguments, **kwargs})
+
+    def to(self, verb: Callable[..., Other]) -> Call[Other]:
+        """Another verb with those of the options that it has too."""
+        signature = inspect.signature(verb)
+        shared = {k: v for k, v in self.asked.arguments.items() if k in signature.parameters}
+        return Call(verb, signature.bind_partial(**shared))
+
+    def words(self, *keywords: str) -> list[str]:
+        """Those of these options that were given, as they are typed."""
+        found: list[str] = []
+        for keyword in keywords:
+            value = self.asked.arguments.get(keyword)
+            several = value if isinstance(value, (list, tuple)) else [value]
+            found += [word for each in several if each is not None for word in (f"--{keyword}", str(each))]
+        return found
 
     def given(self, keyword: str) -> bool:
         """Whether the terminal was given a value of its own for this keyword."""
@@ -58,10 +78,10 @@ class Call(Generic[Answer]):
     @property
     def reads(self) -> list[str | None]:
         """What is read besides the models, and must not be written."""
-        return [self.options.get(k) for k in READ]
+        return [self.asked.arguments.get(k) for k in READ]
 
     def _value(self, keyword: str) -> object:
-        return self.options.get(keyword, inspect.signature(self.verb).parameters[keyword].default)
+        return self.asked.arguments.get(keyword, inspect.signature(self.verb).parameters[keyword].default)
 
 
 def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -77,7 +97,8 @@ def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Ca
         @functools.wraps(function)
         def command(**given: object) -> int:
             said = {k: _plain(v) for k, v in given.items() if k in taken and v is not None}
-            return function(Call(verb, said), **{k: v for k, v in given.items() if k in named})
+            call = Call(verb, inspect.signature(verb).bind_partial(**said))
+            return function(call, **{k: v for k, v in given.items() if k in named})
 
         signature = inspect.Signature(sorted((*taken.values(), *own), key=_place))
         command.__signature__ = signature  # type: ignore[attr-defined]

@@ -19,11 +19,23 @@ from mergeid.data.batches import (
     to_model,
 )
 from mergeid.errors import MergeidError
-from mergeid.models.running import Forward, default_accelerator, eval_mode, fits_the_model, reduce_sum, run_forward
+from mergeid.models.running import (
+    Forward,
+    default_accelerator,
+    eval_mode,
+    fits_the_model,
+    make_accelerator,
+    reduce_sum,
+    run_forward,
+)
 from mergeid.plugins import Batch, LossParts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from mergeid.models.examples import Examples
+    from mergeid.models.loaded import Loaded
+    from mergeid.request.request import Run
 
 Loss = Callable[[Tensor, Batch], "LossParts | None"]
 
@@ -90,6 +102,19 @@ def evaluate(
         raise MergeidError("no prediction is scored: every label of the data is ignored; expected some to count")
     # `correct` is all zero where a task has no accuracy; one right prediction shows that it has one.
     return Metrics(total_loss / count, correct / count if correct else None, int(count))
+
+
+def evaluate_loaded(model: Loaded, examples: Examples, run: Run) -> Metrics:
+    """`evaluate` of a model by its own task's loss, on a device by name. Raises as that does."""
+    return evaluate(
+        model.model,
+        examples.items,
+        forward=model.forward,
+        loss=model.loss,
+        batch_size=run.batch_size,
+        accelerator=make_accelerator(run.place),
+        collate=examples.collate,
+    )
 
 
 def _sums(parts: LossParts | None, examples: int) -> Tensor:

@@ -289,7 +289,7 @@ def classifying(first: Loaded) -> set[str]:
     with torch.no_grad():
         found = first.outputs(first.model, first.inputs_of(moved))
         name, out = next(iter(found.items()))
-        return {name} if first.adapter.loss(first.arch, out, moved) is not None else set()
+        return {name} if first.loss(out, moved) is not None else set()
 
 
 def _per_example(scores: Tensor, batch: Batch, count: int) -> Tensor:

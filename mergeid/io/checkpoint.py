@@ -15,7 +15,7 @@ from mergeid.io.dtypes import dtype_name, torch_dtype
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Checkpoint:
         config_changed: whether `config` is not what the file says, so that an output needs it written.
         parts: the networks of a folder that holds several; none: it is one.
         beside: small files of an output that are not as they lie in the folder, by name (a chat template).
+        module: the live module whose weights these are; None: they lie in files.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Checkpoint:
     config_changed: bool = False
     parts: tuple[Part, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
+    module: nn.Module | None = None
     _spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
     _tensors: dict[str, Tensor] | None = None

@@ -15,6 +15,7 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Formed, derived, read_from
 from mergeid.io.dtypes import parse_dtype, torch_dtype
+from mergeid.io.tensors import TensorSource
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _scales_of(name: str) -> list[str]:
     return [*(f"{name}{end}" for end in SCALES), f"{stem}.scale_weight", f"{stem}.weight_scale"]
 
 
-def _scaled(checkpoint: Checkpoint, name: str, scale: str | None, target: str) -> Tensor:
+def _scaled(checkpoint: TensorSource, name: str, scale: str | None, target: str) -> Tensor:
     """A float8 weight times its scale: one number, one for each row, or one for each block."""
     weight = checkpoint.tensor(name).float()
     if scale is not None:
@@ -100,7 +101,7 @@ def _scaled(checkpoint: Checkpoint, name: str, scale: str | None, target: str) -
     return weight.to(torch_dtype(target))
 
 
-def _block(checkpoint: Checkpoint, axis: int, size: int, blocks: int, name: str) -> int:
+def _block(checkpoint: TensorSource, axis: int, size: int, blocks: int, name: str) -> int:
     """Length of a block along an axis, as the config says, else as the sizes say."""
     told = ((checkpoint.config or {}).get(QUANTISED) or {}).get("weight_block_size")
     block = told[axis] if isinstance(told, list) and len(told) > axis else -(-size // blocks) if blocks else 0
@@ -111,13 +112,13 @@ def _block(checkpoint: Checkpoint, axis: int, size: int, blocks: int, name: str)
     return block
 
 
-def _int8(checkpoint: Checkpoint, name: str, rows: str, target: str) -> Tensor:
+def _int8(checkpoint: TensorSource, name: str, rows: str, target: str) -> Tensor:
     """bitsandbytes' LLM.int8(): each row was scaled so that its largest entry is 127."""
     found = checkpoint.tensor(name).float() * (checkpoint.tensor(rows).float()[:, None] / 127)
     return found.to(torch_dtype(target))
 
 
-def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _state(checkpoint: TensorSource, name: str) -> dict[str, Any]:
     """What bitsandbytes writes of a 4-bit tensor: JSON, byte by byte."""
     try:
         found = json.loads(bytes(checkpoint.tensor(name).tolist()))
@@ -128,7 +129,7 @@ def _state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _4bit(checkpoint: Checkpoint, name: str, told: Mapping[str, Any], kind: str) -> Tensor:
+def _4bit(checkpoint: TensorSource, name: str, told: Mapping[str, Any], kind: str) -> Tensor:
     """bitsandbytes' nf4 and fp4: codes of a table, two in a byte, times the largest magnitude of each block, which may
     be quantised itself."""
     import torch

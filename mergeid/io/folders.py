@@ -1,19 +1,133 @@
-"""Folders whose networks lie in several sub-folders, each with weights and a config of its own."""
+"""What lies in a model's folder (or hub repository): which files are its weights, and which sub-folders hold networks
+with weights and a config of their own. Files are chosen by their names alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mergeid.basics.reading import read_json
+from mergeid.basics.reading import read_json, read_table
+from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, Part
 from mergeid.plugins import Contents, KnowsFolders, adapter_names, get_adapter
 
+SAFETENSORS = ".safetensors"
+INDEX = ".safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar")
+PICKLE_INDEX = ".bin.index.json"
+
+_NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
+"""Beginnings of pickle file names that trainers leave beside the weights."""
 PARTS = "parts"
 """Key of the config under which the configs of the sub-folders stand."""
+
+
+class Weights(NamedTuple):
+    """The weight files of one model: their names, or the name of the index that lists them.
+
+    Attributes:
+        file: the only weight file; None if sharded.
+        listing: the index of a sharded checkpoint; None otherwise.
+        pickled: whether it takes a pickle to read them.
+    """
+
+    file: str | None
+    listing: str | None
+    pickled: bool
+
+    @property
+    def name(self) -> str:
+        return self.file or self.listing or ""
+
+
+def find_weights(names: Iterable[str], where: object, *, allow_pickle: bool = False) -> Weights:
+    """Choose the weight files among a folder's file names, as the libraries that write them do.
+
+    ``model.safetensors`` first, then its sharded form, then whatever single safetensors checkpoint there is;
+    pickles only when there is no safetensors file.
+
+    Args:
+        names: file names without a folder part.
+        where: the folder or repository, for the messages.
+
+    Raises:
+        MergeidError: no weights, several to choose from, shards without an index, or only pickles.
+    """
+    names = sorted(names)
+    if "model.safetensors" in names:
+        return Weights("model.safetensors", None, False)
+    files = _without_variants([n for n in names if n.endswith(SAFETENSORS)])
+    indices = [n for n in names if n.endswith(INDEX)]
+    if "model" + INDEX in indices:
+        return Weights(None, "model" + INDEX, False)
+    loose = [n for n in files if not any(n.startswith(i.removesuffix(INDEX) + "-") for i in indices)]
+    if len(indices) + len(loose) > 1:
+        raise MergeidError(_ambiguous(where, [*indices, *loose]))
+    if indices:
+        return Weights(None, indices[0], False)
+    if loose:
+        return Weights(loose[0], None, False)
+    return _find_pickles(names, where, allow_pickle)
+
+
+def _without_variants(files: list[str]) -> list[str]:
+    """Without the same weights in other formats (``….fp16.safetensors``, ``….non_ema.safetensors``)."""
+    stems = {n.removesuffix(SAFETENSORS) for n in files}
+    return [n for n in files if n.removesuffix(SAFETENSORS).rpartition(".")[0] not in stems]
+
+
+def _ambiguous(where: object, names: list[str]) -> str:
+    if all("-of-" in n for n in names):
+        return (
+            f"{where} holds {len(names)} shards but no model.safetensors.index.json; "
+            "expected the index that came with them: copy or download it again"
+        )
+    return f"{where} holds several checkpoints ({', '.join(names)}); name the one file that is meant"
+
+
+def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weights:
+    pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_NOT_WEIGHTS)]
+    if not pickles:
+        raise MergeidError(
+            f"{where} holds no weights; expected model.safetensors, or shards with model.safetensors.index.json"
+        )
+    if not allow_pickle:
+        raise MergeidError(pickle_refused(f"{where} holds only {', '.join(pickles[:3])},"))
+    if "pytorch_model.bin" in names:
+        return Weights("pytorch_model.bin", None, True)
+    if "pytorch_model" + PICKLE_INDEX in names:
+        return Weights(None, "pytorch_model" + PICKLE_INDEX, True)
+    if len(pickles) > 1:
+        raise MergeidError(_ambiguous(where, pickles))
+    return Weights(pickles[0], None, True)
+
+
+def pickle_refused(subject: str) -> str:
+    """The sentence that refuses a pickle."""
+    return (
+        f"{subject} a pickle that may run code when it is loaded; expected safetensors: convert it, or pass "
+        "--allow-pickle if you trust where it comes from"
+    )
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The weight map (tensor name -> shard's file name) and the metadata of an index file.
+
+    Raises:
+        MergeidError: broken JSON, no weight map, or a shard name that points outside the folder.
+    """
+    parsed = read_table(path, "the index that was written with the shards")
+    weight_map = parsed.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MergeidError(f'{path} has no "weight_map"; expected the index that was written with the shards')
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise MergeidError(f"{path} places tensor {tensor!r} in {shard!r}; expected a file in the same folder")
+    metadata = parsed.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def prefix_of(folder: str) -> str:
@@ -57,16 +171,15 @@ def inside(names: Sequence[str], folder: str) -> list[str]:
     return [n for n in rest if "/" not in n]
 
 
-def together(source: str, folder: Path, found: Contents, opened: Callable[[Path], Checkpoint]) -> Checkpoint:
+def together(folder: Path, found: Contents, opened: Callable[[Path], Checkpoint]) -> Checkpoint:
     """One checkpoint of all networks in a folder, names under the prefix of their sub-folder.
 
     Args:
-        source: what messages call it.
         found: which sub-folders count.
         opened: opens the weights that lie directly in one.
     """
     networks = [(name, opened(folder / name)) for name in found.folders]
-    whole = Checkpoint(source, folder, (), {}, {}, config=found.config, is_folder=True)
+    whole = Checkpoint(os.fspath(folder), folder, (), {}, {}, config=found.config, is_folder=True)
     parts = []
     for name, network in networks:
         prefix = prefix_of(name)

@@ -13,8 +13,7 @@ from typing import Any
 from mergeid.basics.reading import read_json
 from mergeid.errors import MergeidError
 from mergeid.io.beside import is_companion
-from mergeid.io.folders import contents, inside
-from mergeid.io.weights import PICKLES, SAFETENSORS, find_weights, read_index
+from mergeid.io.folders import PICKLES, SAFETENSORS, contents, find_weights, inside, read_index
 
 PATIENCE = 10.0
 """Seconds without a sign of life after which the hub counts as unreachable."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
-from mergeid.io.lora import ADAPTER_CONFIG
+from mergeid.io.tensors import TensorSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,14 +49,13 @@ class LoraConfig:
     base: str | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> LoraConfig:
+    def read(cls, path: Path) -> LoraConfig:
         """Raises `MergeidError` for an adapter of another kind than LoRA, or one that lacks what is needed."""
-        path = folder / ADAPTER_CONFIG
         told = read_table(path, "the config of a PEFT adapter")
         kind = told.get("peft_type")
         if kind != "LORA":
             raise MergeidError(
-                f"{folder} is a PEFT adapter of type {shown(kind)}; expected LORA: merge it with PEFT first"
+                f"{path.parent} is a PEFT adapter of type {shown(kind)}; expected LORA: merge it with PEFT first"
             )
         if told.get("layer_replication"):
             raise MergeidError(f"{path} replicates layers (layer_replication); merge the adapter with PEFT first")
@@ -129,49 +128,17 @@ class Factors:
         return found.to(weight.dtype)
 
 
-def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, and no whole model."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
-
-
-def adapter_on_base(text: str, opened: Callable[[str], Checkpoint]) -> Checkpoint | None:
-    """``BASE+ADAPTER``, or an adapter's folder whose config names a base that is at hand; None for anything else.
-
-    Args:
-        opened: opens a path or hub id.
-
-    Raises:
-        MergeidError: the base is not at hand, or the adapter does not fit it.
-    """
-    base, plus, adapter = text.rpartition("+")
-    if plus and base and os.path.isdir(os.path.expanduser(adapter)) and not os.path.exists(os.path.expanduser(text)):
-        folder = Path(os.path.expanduser(adapter))
-        if not is_adapter_folder(folder):
-            raise MergeidError(f"{adapter} in {text} is no PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
-        return laid_on(opened(base), _weights(folder, opened), folder, text)
-    folder = Path(os.path.expanduser(text))
-    if not folder.is_dir() or not is_adapter_folder(folder):
-        return None
-    named = LoraConfig.read(folder).base
-    places = [] if named is None else [Path(os.path.expanduser(named)), folder / named, folder.parent / named]
-    place = next((p for p in places if p.is_dir() and p.resolve() != folder.resolve()), None)
-    if place is None:
-        told = "names no base" if named is None else f"is on {named}, which is not on this machine"
-        raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {told}; name both as BASE+{text}")
-    return laid_on(opened(str(place)), _weights(folder, opened), folder, text)
-
-
-def laid_on(base: Checkpoint, adapter: Checkpoint, folder: Path, source: str) -> Derived:
+def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
     """The base with an adapter.
 
     Args:
-        adapter: its factors. folder: where its config lies.
-        source: what messages call the result.
+        adapter: its factors, as they lie in its folder.
+        told: its config.
 
     Raises:
         MergeidError: factors that miss their partner, modules that the base does not have, other shapes.
     """
-    told = LoraConfig.read(folder)
+    folder = adapter.path.parent
     formed = {name: read_from(base, name) for name in base.table}
     factors: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
@@ -195,14 +162,14 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, folder: Path, source: str) ->
     for module, parts in factors.items():
         target = _in(base, f"{module}.weight", folder)
         formed[target] = _formed(formed[target], base, target, adapter, module, parts, told)
-    return replace(derived(source, base, formed, parents=[base, adapter]), adapter=True)
+    return replace(derived(os.fspath(folder), base, formed, parents=[base, adapter]), adapter=True)
 
 
 def _formed(
     under: Formed,
-    base: Checkpoint,
+    base: TensorSource,
     target: str,
-    adapter: Checkpoint,
+    adapter: TensorSource,
     module: str,
     parts: Mapping[str, str],
     told: LoraConfig,
@@ -220,7 +187,7 @@ def _formed(
     shape = base.table[target].shape
     transposed = told.transposed and not embedding and len(shape) == 2
     if not _fits(shapes[0], shapes[1], shape, embedding or transposed):
-        raise _misfit(adapter.path, first, shapes[0], base, target)
+        raise _misfit(adapter.file_of[first], first, shapes[0], base, target)
     scaling = told.scaling(module, shapes[0][0])
 
     def form() -> Tensor:
@@ -239,7 +206,7 @@ def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapp
     return len(b) >= 2 and b[1] == a[0] and math.prod(b[2:]) == 1 and product == tuple(weight)
 
 
-def _tied_copy(short: str, name: str, whole: Mapping[str, str], adapter: Checkpoint, base: Checkpoint) -> bool:
+def _tied_copy(short: str, name: str, whole: Mapping[str, str], adapter: TensorSource, base: TensorSource) -> bool:
     """Whether a whole tensor is that of a head which the base ties to its embedding, and says the same as it."""
     import torch
 
@@ -250,7 +217,7 @@ def _tied_copy(short: str, name: str, whole: Mapping[str, str], adapter: Checkpo
     return any(torch.equal(adapter.tensor(name), adapter.tensor(n)) for n in alike)
 
 
-def _replaced(adapter: Checkpoint, name: str, base: Checkpoint, target: str) -> Formed:
+def _replaced(adapter: TensorSource, name: str, base: TensorSource, target: str) -> Formed:
     """A tensor that the adapter holds whole, in the base's dtype."""
     from mergeid.io.dtypes import torch_dtype
 
@@ -258,7 +225,7 @@ def _replaced(adapter: Checkpoint, name: str, base: Checkpoint, target: str) -> 
     return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),))
 
 
-def _in(base: Checkpoint, name: str, folder: Path) -> str:
+def _in(base: TensorSource, name: str, folder: Path) -> str:
     """The base's tensor of that name, whatever stands before it in either."""
     if name in base.table:
         return name
@@ -270,19 +237,11 @@ def _in(base: Checkpoint, name: str, folder: Path) -> str:
     return ends[0]
 
 
-def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: Checkpoint, target: str) -> MergeidError:
+def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: TensorSource, target: str) -> MergeidError:
     return MergeidError(
         f"{folder}: {name} {list(shape)} does not fit {target} {list(base.table[target].shape)} of {base.source}; "
         "expected the base that the adapter was trained on"
     )
-
-
-def _weights(folder: Path, opened: Callable[[str], Checkpoint]) -> Checkpoint:
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        hint = "; convert adapter_model.bin to safetensors" if (folder / "adapter_model.bin").is_file() else ""
-        raise MergeidError(f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors{hint}")
-    return opened(str(file))
 
 
 def _number(value: Any) -> bool:

@@ -1,39 +1,40 @@
-"""From a path or a hub id to a checkpoint: files, folders of shards, pickles, adapters on their base."""
+"""The one door for weights: from what users name as a model (a file, a folder, a hub id, an adapter on its base, a live
+module) to its weights by name. Which of these it is, is decided here and nowhere else."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.io.folders import contents_of, together
+from mergeid.io.folders import PICKLES, contents_of, find_weights, pickle_refused, read_index, together
 from mergeid.io.header import Header, read_header
-from mergeid.io.weights import PICKLES, find_weights, pickle_refused, read_index
+from mergeid.io.lora import ADAPTER_CONFIG
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+Source = Union[str, "os.PathLike[str]", "nn.Module", Checkpoint]
+"""File, folder, hub id, live module, or what is open already."""
 _PATH_LIKE = re.compile(r"^(\.|~|/|[A-Za-z]:\\)|\.(safetensors|json|bin|pt|pth|ckpt|pth\.tar)$")
 
 
-def open_checkpoint(
-    source: str | os.PathLike[str] | Checkpoint, *, revision: str | None = None, allow_pickle: bool = False
-) -> Checkpoint:
-    """Open a ``.safetensors`` file, a model folder, a hub id (``org/name``, ``org/name@revision``), or a PEFT adapter
-    on its base (``BASE+ADAPTER``, or the adapter's folder alone where its config names a base at hand).
+def open_checkpoint(source: Source, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+    """Open a ``.safetensors`` file, a model folder, a hub id (``org/name``, ``org/name@revision``), a PEFT adapter on
+    its base (``BASE+ADAPTER``, or the adapter's folder alone where its config names a base at hand), or a live module
+    (its config where it says of itself what a ``config.json`` says).
 
     A path that exists wins over a hub id. Headers are read and checked, tensors are not.
 
     Args:
-        source: file, folder or hub id; a checkpoint that is open already is given back.
+        source: what the user named; a checkpoint that is open already is given back.
         revision: branch, tag or commit on the hub (or write ``org/name@revision``).
         allow_pickle: also read ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` and ``.pth.tar``, through torch's
             restricted unpickler.
@@ -43,31 +44,100 @@ def open_checkpoint(
     """
     if isinstance(source, Checkpoint):
         return source
+    if not isinstance(source, (str, os.PathLike)):
+        return _of_module(source)
     text = os.fspath(source)
-    if isinstance(text, str) and ("+" in text or os.path.isfile(os.path.join(text, "adapter_config.json"))):
-        from mergeid.io.lora_forming import adapter_on_base
+    found = _adapter(text, allow_pickle)
+    if found is None:
+        path = Path(_home(text))
+        if not os.path.exists(path):
+            if not isinstance(source, str) or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:
+                raise MergeidError(
+                    f"no such file or folder: {text}; expected a .safetensors file, a model folder, or a hub id "
+                    "(org/name)"
+                )
+            from mergeid.io.hub import download
 
-        formed = adapter_on_base(text, partial(open_checkpoint, allow_pickle=allow_pickle))
-        if formed is not None:
-            return formed
-    path = Path(os.path.expanduser(text))  # which leaves the home of nobody as it is
-    if not os.path.exists(path):
-        if not isinstance(source, str) or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:
-            raise MergeidError(
-                f"no such file or folder: {text}; expected a .safetensors file, a model folder, or a hub id (org/name)"
-            )
-        from mergeid.io.hub import download
-
-        path = download(text, revision=revision, allow_pickle=allow_pickle)
-    elif revision is not None:
-        raise MergeidError(f"--revision {revision} does not apply to {text}, which is on this machine")
-    try:
-        return (_open_folder if path.is_dir() else _open_file)(text, path, allow_pickle)
-    except OSError as error:
-        raise MergeidError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
+            path = download(text, revision=revision, allow_pickle=allow_pickle)
+        elif revision is not None:
+            raise MergeidError(f"--revision {revision} does not apply to {text}, which is on this machine")
+        try:
+            found = (_open_folder if path.is_dir() else _open_file)(path, allow_pickle)
+        except OSError as error:
+            raise MergeidError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
+    return replace(found, source=text)
 
 
-def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
+def module_of(source: Source) -> nn.Module | None:
+    """The live module that is named, or that is open; None for all that lies in files."""
+    if isinstance(source, Checkpoint):
+        return source.module
+    return None if isinstance(source, (str, os.PathLike)) else source
+
+
+def is_live(source: Source) -> bool:
+    """Whether it is a live module."""
+    return module_of(source) is not None
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a live module, with the values of what Accelerate's hooks bring in as each layer runs."""
+    if not has_hooks(module):
+        return dict(module.state_dict())
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return {k: v.to("cpu") for k, v in get_state_dict_offloaded_model(module).items()}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of Accelerate move its weights."""
+    return any(hasattr(m, "_hf_hook") for m in module.modules())
+
+
+def _of_module(module: nn.Module) -> Checkpoint:
+    to_dict: Callable[[], dict[str, Any]] | None = getattr(getattr(module, "config", None), "to_dict", None)
+    config = to_dict() if to_dict else None
+    found = Checkpoint.from_tensors(state_of(module), source=type(module).__name__, config=config)
+    return replace(found, module=module)
+
+
+def _home(text: str) -> str:
+    """With a leading ``~`` written out, but for the home of nobody, which is left as it is."""
+    return os.path.expanduser(text)
+
+
+def _adapter(text: str, allow_pickle: bool) -> Checkpoint | None:
+    """``BASE+ADAPTER``, or an adapter's folder whose config names a base that is at hand; None for anything else.
+
+    Raises:
+        MergeidError: the base is not at hand, or the adapter does not fit it.
+    """
+    under, plus, adapter = text.rpartition("+")
+    apart = bool(plus and under) and os.path.isdir(_home(adapter)) and not os.path.exists(_home(text))
+    folder = Path(_home(adapter if apart else text))
+    if not os.path.isfile(folder / ADAPTER_CONFIG) or os.path.isfile(folder / "config.json"):
+        if apart:
+            raise MergeidError(f"{adapter} in {text} is no PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
+        return None
+    from mergeid.io.lora_forming import LoraConfig, laid_on
+
+    told = LoraConfig.read(folder / ADAPTER_CONFIG)
+    if not apart:
+        places = [Path(_home(told.base)), folder / told.base, folder.parent / told.base] if told.base else []
+        place = next((p for p in places if p.is_dir() and p.resolve() != folder.resolve()), None)
+        if place is None:
+            why = f"is on {told.base}, which is not on this machine" if told.base else "names no base"
+            raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {why}; name both as BASE+{text}")
+        under = str(place)
+    file = folder / "adapter_model.safetensors"
+    opened = open_checkpoint(under, allow_pickle=allow_pickle)
+    if not file.is_file():
+        hint = "; convert adapter_model.bin to safetensors" if (folder / "adapter_model.bin").is_file() else ""
+        raise MergeidError(f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors{hint}")
+    return laid_on(opened, open_checkpoint(str(file)), told)
+
+
+def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     config = path.parent / "config.json"
     parsed = _config(config) if config.exists() else None
     if path.name.endswith(".index.json"):
@@ -75,24 +145,24 @@ def _open_file(source: str, path: Path, allow_pickle: bool) -> Checkpoint:
     if path.name.endswith(PICKLES) and path.stat().st_size:
         if not allow_pickle:
             raise MergeidError(pickle_refused(f"{path} is"))
-        return _open_pickles(source, path, [path], parsed)
-    return replace(_from_headers(source, path, {path: read_header(path)}), config=parsed)
+        return _open_pickles(path, [path], parsed)
+    return replace(_from_headers(path, {path: read_header(path)}), config=parsed)
 
 
 def _config(path: Path) -> dict[str, Any]:
     return read_table(path, "the model's config.json")
 
 
-def _open_folder(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
+def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     found = contents_of(folder)
     if found is None:
-        return _open_network(source, folder, allow_pickle)
+        return _open_network(folder, allow_pickle)
     if found.folders == ("",):
-        return replace(_open_network(source, folder, allow_pickle), config=found.config)
-    return together(source, folder, found, lambda part: _open_network(source, part, allow_pickle))
+        return replace(_open_network(folder, allow_pickle), config=found.config)
+    return together(folder, found, lambda part: _open_network(part, allow_pickle))
 
 
-def _open_network(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
+def _open_network(folder: Path, allow_pickle: bool) -> Checkpoint:
     """The weights that lie directly in a folder."""
     names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     weights = find_weights(names, folder, allow_pickle=allow_pickle)
@@ -111,13 +181,13 @@ def _open_network(source: str, folder: Path, allow_pickle: bool) -> Checkpoint:
     else:
         shards = [weights.name]
     if weights.pickled:
-        return _open_pickles(source, folder, [folder / s for s in shards], config)
-    found = _from_headers(source, folder, {folder / s: read_header(folder / s) for s in shards}, weight_map)
+        return _open_pickles(folder, [folder / s for s in shards], config)
+    found = _from_headers(folder, {folder / s: read_header(folder / s) for s in shards}, weight_map)
     return replace(found, config=config, is_folder=True, index=weights.listing, index_metadata=metadata)
 
 
 def _from_headers(
-    source: str, path: Path, headers: Mapping[Path, Header], weight_map: Mapping[str, str] | None = None
+    path: Path, headers: Mapping[Path, Header], weight_map: Mapping[str, str] | None = None
 ) -> Checkpoint:
     """Put the headers of all shards together; the index decides where a name occurs twice."""
     table: dict[str, TensorInfo] = {}
@@ -140,7 +210,7 @@ def _from_headers(
     if not table:
         raise MergeidError(f"{path} holds no tensors; expected the weights of a model")
     return Checkpoint(
-        source=source,
+        source=os.fspath(path),
         path=path,
         files=tuple(headers),
         table=table,
@@ -151,14 +221,14 @@ def _from_headers(
     )
 
 
-def _open_pickles(source: str, path: Path, files: list[Path], config: dict[str, Any] | None) -> Checkpoint:
+def _open_pickles(path: Path, files: list[Path], config: dict[str, Any] | None) -> Checkpoint:
     from mergeid.io.pickled import load_pickle
 
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(load_pickle(file))
     found = Checkpoint.from_tensors(
-        tensors, source=source, path=path, config=config, is_folder=len(files) > 1 or path.is_dir()
+        tensors, source=os.fspath(path), path=path, config=config, is_folder=len(files) > 1 or path.is_dir()
     )
     found.files = tuple(files)
     return found

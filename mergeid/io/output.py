@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, reason
-from mergeid.io.weights import INDEX, PICKLES, SAFETENSORS
+from mergeid.io.folders import INDEX, PICKLES, SAFETENSORS
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where the disk, a quota or a size limit is full."""

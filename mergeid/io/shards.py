@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, Part
 from mergeid.io.dtypes import BITS
-from mergeid.io.weights import INDEX, SAFETENSORS
+from mergeid.io.folders import INDEX, SAFETENSORS
 from mergeid.plugins import TensorInfo
 
 

@@ -20,13 +20,24 @@ class TensorSource(Protocol):
         source: what the user named.
         table: tensor name -> dtype and shape, in the order in which tensors are best read.
         file_of: tensor name -> the file that messages name.
+        metadata: what files say of themselves.
         config: what a config.json says; None: there is none.
     """
 
     source: str
     table: dict[str, TensorInfo]
     file_of: dict[str, Path]
+    metadata: dict[str, str]
     config: dict[str, Any] | None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the tensors lie in files that can be mapped, so that `raw` gives them."""
+        ...
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of one tensor as they lie in its file. Not to be written into."""
+        ...
 
     def tensor(self, name: str) -> Tensor:
         """One tensor on the CPU, in its own format, mapped where it lies in a file. Not to be written into."""

@@ -10,6 +10,7 @@ from typing import Any
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
+from mergeid.io.tensors import TensorSource
 from mergeid.models.building import BARE, Room, within
 from mergeid.nn.names import plain_table
 from mergeid.plugins import Adapter, Architecture, adapter_names, get_adapter, near_names
@@ -48,7 +49,7 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
     )
 
 
-def stated_config(checkpoint: Checkpoint, arch: str | None) -> dict[str, Any] | None:
+def stated_config(checkpoint: TensorSource, arch: str | None) -> dict[str, Any] | None:
     """The config that a checkpoint is built from: the file that `arch` names, else its own. Raises `MergeidError` where
     there is no such file."""
     if arch is None or not arch.endswith(".json"):

@@ -10,15 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_lowercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.folders import PARTS
+from mergeid.io.tensors import TensorSource
 from mergeid.plugins import ComparesConfigs, ConfigDifference, adapter_names, get_adapter
-
-if TYPE_CHECKING:
-    from torch import nn
 
 UNCOUNTED = frozenset({
     "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "label_names", "num_labels", "num_classes",
@@ -81,7 +79,7 @@ def agree(
     same_head: bool = True,
     widths: bool = True,
     arch: str | None = None,
-    modules: Sequence[nn.Module] = (),
+    layers: bool = True,
 ) -> Agreed:
     """Compare the configs of all models, and the base's, with the first one's.
 
@@ -90,7 +88,7 @@ def agree(
         same_head: whether the task heads are merged too, so that their classes must be the same.
         widths: whether to compare the widths of layers (else the tensors' shapes are compared elsewhere).
         arch: what the user named as the architecture; a config.json named there counts for all models.
-        modules: the live modules themselves, the base's last, whose layers say what files leave to their config.
+        layers: whether the layers of live modules are compared too, which say what files leave to their config.
 
     Raises:
         MergeidError: fields that change what the network computes differ and `config` does not say which counts.
@@ -112,11 +110,12 @@ def agree(
         names = ", ".join(c.source for c in lacking)
         found.notes.append(f"no config.json lies beside {names}; that of {donor.source} was taken")
         found.models, found.base = everyone[: len(models)], everyone[-1] if base is not None else None
+    modules = [c.module for c in everyone if c.module is not None] if all(c.module for c in everyone) else []
     first = everyone[0]
     disagreements = []
     for i, other in enumerate(everyone[1:], 1):
         told = _differences(said[0], said[i])
-        if modules and not told:
+        if layers and not told and modules:
             from mergeid.models.live import module_differences
 
             told = module_differences(modules[0], modules[i])
@@ -184,7 +183,7 @@ def _text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _description(checkpoint: Checkpoint) -> tuple[ComparesConfigs | None, Mapping[str, Any] | None]:
+def _description(checkpoint: TensorSource) -> tuple[ComparesConfigs | None, Mapping[str, Any] | None]:
     """What is said of a network, and the adapter that understands it; a config that none understands as it is."""
     return _understood(checkpoint.config, checkpoint.metadata)
 
@@ -220,7 +219,7 @@ def _kind(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type") or config.get("architecture") or config.get("_class_name") or "unknown")
 
 
-def _alike(a: Checkpoint, b: Checkpoint) -> bool:
+def _alike(a: TensorSource, b: TensorSource) -> bool:
     """Whether both have tensors of the same names and shapes, so that one's config describes the other too."""
     return {n: info.shape for n, info in a.table.items()} == {n: info.shape for n, info in b.table.items()}
 
@@ -238,7 +237,7 @@ def _adopting(checkpoint: Checkpoint, chosen: Checkpoint, head: bool) -> Checkpo
     return replace(checkpoint, config=config, config_changed=True) if config != mine else checkpoint
 
 
-def _names(a: Checkpoint, b: Checkpoint) -> tuple[str, str]:
+def _names(a: TensorSource, b: TensorSource) -> tuple[str, str]:
     if a.source != b.source:
         return a.source, b.source
     return f"{a.source} (the first)", f"{b.source} (another)"

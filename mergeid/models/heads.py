@@ -14,6 +14,7 @@ from typing import Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.tensors import TensorSource
 from mergeid.plugins import Adapter, ComparesConfigs, TiesWeights, adapter_names, get_adapter
 
 PIECE = 16 << 20
@@ -83,7 +84,7 @@ def same_heads(models: Sequence[Checkpoint], skip: Sequence[str] = ()) -> SameHe
     return found
 
 
-def _adapter(models: Sequence[Checkpoint]) -> Any:
+def _adapter(models: Sequence[TensorSource]) -> Any:
     """The adapter that understands the configs of all models (an `Adapter` and `TiesWeights`); None: there is none."""
     for name in adapter_names():
         adapter = get_adapter(name)
@@ -94,7 +95,7 @@ def _adapter(models: Sequence[Checkpoint]) -> Any:
     return None
 
 
-def _suspicious(models: Sequence[Checkpoint]) -> bool:
+def _suspicious(models: Sequence[TensorSource]) -> bool:
     """Whether heads may differ at all: other names, other settings, or a matrix that may copy the embedding."""
     first = models[0]
     for other in models[1:]:
@@ -125,7 +126,7 @@ def _vocabularies(config: Mapping[str, Any]) -> set[Any]:
     return found
 
 
-def _copies(adapter: Any, models: Sequence[Checkpoint]) -> Iterator[tuple[str, str]]:
+def _copies(adapter: Any, models: Sequence[TensorSource]) -> Iterator[tuple[str, str]]:
     """(head, embedding) by their names in the files, for heads that ties make one with the embedding."""
     union = {name: info for c in reversed(models) for name, info in c.table.items()}
     own: Adapter = adapter
@@ -153,7 +154,7 @@ def _copies(adapter: Any, models: Sequence[Checkpoint]) -> Iterator[tuple[str, s
             return
 
 
-def _kind(c: Checkpoint, tied: bool, copy: str, source: str) -> str:
+def _kind(c: TensorSource, tied: bool, copy: str, source: str) -> str:
     """ "tied": no tensor; "copy": the embedding again; "own": another; "missing": neither tied nor there."""
     if copy not in c.table:
         return "tied" if tied else "missing"
@@ -168,7 +169,7 @@ def _kind(c: Checkpoint, tied: bool, copy: str, source: str) -> str:
     return "copy"
 
 
-def _equal(c: Checkpoint, one: str, two: str) -> bool:
+def _equal(c: TensorSource, one: str, two: str) -> bool:
     if c.table[one] != c.table[two]:
         return False
     if not c.mapped:

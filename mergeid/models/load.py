@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import Source, module_of, open_checkpoint
+from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
 from mergeid.models.building import BARE, Room, build, skeleton
 from mergeid.models.loaded import Loaded, ModuleAdapter, takes_labels
 from mergeid.models.mapped import LARGEST_HELD, put_mapped
-from mergeid.models.source import Source, is_module, open_source
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
 from mergeid.plugins import Adapter, Architecture, KnowsModules, adapter_names, get_adapter
 from mergeid.request.request import Reading, Run
@@ -35,11 +36,11 @@ def load_model(source: Source, reading: Reading, run: Run, *, revision: str | No
     Raises:
         MergeidError: not found, not recognised, or weights that do not fit the architecture.
     """
-    if is_module(source):
-        return _live(source, reading, run)
+    if (module := module_of(source)) is not None:
+        return _live(module, reading, run)
     if reading.example.outputs:
         raise MergeidError(f"outputs= chooses among what a live module returns, but {source} is a path; leave it out")
-    checkpoint = open_source(source, revision=revision, allow_pickle=reading.allow_pickle)
+    checkpoint = open_checkpoint(source, revision=revision, allow_pickle=reading.allow_pickle)
     adapter, found = find_architecture(checkpoint, reading.arch)
     return load_checkpoint(checkpoint, adapter, found, run)
 
@@ -89,7 +90,7 @@ def load_checkpoint(
     return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
 
 
-def _stands_for(like: Loaded, arch: Architecture, checkpoint: Checkpoint) -> bool:
+def _stands_for(like: Loaded, arch: Architecture, checkpoint: TensorSource) -> bool:
     """Whether a copy of that model with this checkpoint's tensors is what would be built for it: all that either holds
     is in both files."""
     known = like.checkpoint
@@ -99,11 +100,11 @@ def _stands_for(like: Loaded, arch: Architecture, checkpoint: Checkpoint) -> boo
     return whole and known.table.keys() == checkpoint.table.keys()
 
 
-def _size(checkpoint: Checkpoint) -> int:
+def _size(checkpoint: TensorSource) -> int:
     return sum(prod(info.shape) for info in checkpoint.table.values())
 
 
-def _put(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+def _put(model: nn.Module, checkpoint: TensorSource, names: Mapping[str, str]) -> None:
     """Copies of a checkpoint's tensors in the model's number formats."""
     own = model.state_dict()
     state = {}
@@ -142,7 +143,7 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
         adapter: Any = ModuleAdapter(library, takes_labels=library is None and takes_labels(module, example))
         return Loaded(source, module, adapter, Architecture("torch", source), None, names, example, given.outputs)
     try:
-        adapter, found = find_architecture(open_source(module), arch)
+        adapter, found = find_architecture(open_checkpoint(module), arch)
     except MergeidError as error:
         raise MergeidError(f"{error}; for a live module also: pass example_inputs") from None
     inputs = given.inputs

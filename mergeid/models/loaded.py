@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
-from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, ReturnsSeveral
+from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, LossParts, ReturnsSeveral
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,6 +65,10 @@ class Loaded:
         else:
             found = {"output": self.adapter.forward(model, batch)}
         return _chosen(found, self.wanted) if self.wanted else found
+
+    def loss(self, output: Tensor, batch: Batch) -> LossParts | None:
+        """The task's loss of an output; None: the model has no task, or the batch no targets."""
+        return self.adapter.loss(self.arch, output, batch)
 
     @property
     def inputs(self) -> Batch:

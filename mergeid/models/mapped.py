@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergeid.basics.on_demand import Form, Rows
-    from mergeid.io.checkpoint import Checkpoint
+    from mergeid.io.tensors import TensorSource
 
 LARGEST_HELD = 150_000_000
 """Parameters up to which a model is held in memory. Of a larger one every weight is read when it is used, in the number
 format of its file, and let go."""
 
 
-def put_mapped(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+def put_mapped(model: nn.Module, checkpoint: TensorSource, names: Mapping[str, str]) -> None:
     """Let a model without values read its matrices and kernels from a checkpoint as it runs; the rest is copied.
 
     Args:
@@ -50,7 +50,7 @@ def put_mapped(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str
         )
 
 
-def _reader(checkpoint: Checkpoint, name: str) -> Form:
+def _reader(checkpoint: TensorSource, name: str) -> Form:
     def rows(which: Rows) -> Tensor:
         return checkpoint.tensor(name)[which]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import derived, read_from
+from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import find_architecture
 from mergeid.models.building import Room, build
 from mergeid.nn.names import is_asymmetric, plain_table
@@ -106,7 +107,7 @@ def _keys(first: Checkpoint, other: Checkpoint, arch: str | None) -> tuple[dict[
     )
 
 
-def _without_prefix(first: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], dict[str, str]] | None:
+def _without_prefix(first: TensorSource, other: TensorSource) -> tuple[dict[str, str], dict[str, str]] | None:
     """Of networks that no library has: wrappers put one prefix before every name."""
     for longer, shorter in ((first, other), (other, first)):
         name = next(iter(shorter.table))

@@ -6,9 +6,10 @@ import copy
 from typing import TYPE_CHECKING
 
 from mergeid.errors import MergeidError
+from mergeid.io.opening import has_hooks, state_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def in_memory(module: nn.Module) -> nn.Module:
@@ -22,7 +23,7 @@ def in_memory(module: nn.Module) -> nn.Module:
         raise MergeidError(
             f"parameter {lazy!r} of {type(module).__name__} has no shape yet (a lazy layer); run the model once first"
         )
-    if not _has_hooks(module):
+    if not has_hooks(module):
         return module
     from accelerate.hooks import remove_hook_from_module
 
@@ -40,16 +41,3 @@ def in_memory(module: nn.Module) -> nn.Module:
         )
     answer: nn.Module = plain
     return answer
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a live module, with the values of what is offloaded."""
-    if not _has_hooks(module):
-        return dict(module.state_dict())
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    return {k: v.to("cpu") for k, v in get_state_dict_offloaded_model(module).items()}
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(hasattr(m, "_hf_hook") for m in module.modules())

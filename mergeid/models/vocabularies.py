@@ -15,6 +15,7 @@ from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import vocabulary
 from mergeid.io.derived import Derived, Formed, derived, read_from
+from mergeid.io.tensors import TensorSource
 from mergeid.plugins import TensorInfo
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _with_tokenizer(model: Checkpoint, place: Path) -> Checkpoint:
     return replace(model, tokenizer=place)
 
 
-def _largest(models: Sequence[Checkpoint], rows: Sequence[Rows]) -> int:
+def _largest(models: Sequence[TensorSource], rows: Sequence[Rows]) -> int:
     """The model that has every token of all."""
     named = any(own.named for own in rows)
     everything = {t for own in rows for t in own.of if not (named and t.startswith(_PADDING))}
@@ -156,7 +157,7 @@ def _in_order(
     return derived(model.source, model, formed, parents=[model], config=config)
 
 
-def _reordered(at: int, name: str, models: Sequence[Checkpoint], rows: Sequence[Rows], target: Rows) -> Formed:
+def _reordered(at: int, name: str, models: Sequence[TensorSource], rows: Sequence[Rows], target: Rows) -> Formed:
     model = models[at]
     info = model.table[name]
     order = sorted(target.of.items(), key=lambda item: item[1])
@@ -178,14 +179,14 @@ def _reordered(at: int, name: str, models: Sequence[Checkpoint], rows: Sequence[
     return Formed(TensorInfo(info.dtype, (target.size, *info.shape[1:])), form, tuple((m, name) for m in models))
 
 
-def _size(model: Checkpoint) -> int | None:
+def _size(model: TensorSource) -> int | None:
     config: dict[str, Any] = model.config or {}
     nested = config.get("text_config")
     size = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
     return size if isinstance(size, int) and size > 0 else None
 
 
-def _vocabulary_tensors(model: Checkpoint, size: int) -> set[str]:
+def _vocabulary_tensors(model: TensorSource, size: int) -> set[str]:
     """Tensors with a row per token: as many rows as the config says, outside of the layers."""
     return {
         name for name, info in model.table.items() if info.shape[:1] == (size,) and not _IN_LAYERS.search(f".{name}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.models.source import Source, is_module, open_source
+from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.request.request import Calibration, Example, Reading, Run
 
 if TYPE_CHECKING:  # a plain merge builds no model and never loads torch
@@ -43,7 +43,7 @@ class Workbench:
         """The weights that `source` means. Raises `MergeidError` for what cannot be read."""
         key = key_of(source)
         if key not in self._opened:
-            found = open_source(source, allow_pickle=self.reading.allow_pickle)
+            found = open_checkpoint(source, allow_pickle=self.reading.allow_pickle)
             if self.reading.dequantise:
                 from mergeid.io.dequantise import dequantised
 
@@ -59,7 +59,8 @@ class Workbench:
 
         Raises `MergeidError` where it cannot be built or run.
         """
-        key = key_of(source)
+        module = module_of(source)
+        key = key_of(source if module is None else module)
         if key not in self._loaded:
             self.run.tell("loading", len(self._loaded), len(self._loaded) + 1)
             self._loaded[key] = source, self._load(source, like)
@@ -119,12 +120,12 @@ class Workbench:
         from mergeid.models.architecture import find_architecture
         from mergeid.models.load import load_checkpoint, load_model
 
-        if is_module(source):
+        if (module := module_of(source)) is not None:
             if like is None:
-                return load_model(source, self.reading, self.run)
+                return load_model(module, self.reading, self.run)
             given = self.reading.example
             again = given if given.inputs is not None else Example(like.example, given.outputs)
-            found = load_model(source, dataclasses.replace(self.reading, example=again), self.run)
+            found = load_model(module, dataclasses.replace(self.reading, example=again), self.run)
             return dataclasses.replace(found, adapter=like.adapter, arch=like.arch)
         checkpoint = self.open(source)
         if like is None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT
-from mergeid.io.weights import PICKLES, SAFETENSORS
+from mergeid.io.folders import PICKLES, SAFETENSORS
 from mergeid.reporting.tables import Column, make_table, number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from rich.console import Console
@@ -87,13 +86,9 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         console.print(line, markup=False)
 
 
-def next_command(plan: Plan, a: str, b: str, given: Mapping[str, Any]) -> str:
-    """What to type after this plan: the merge, or what says more where there is none; `given`: keyword to value."""
-    words = [a, b]
-    for keyword in ("base", "data", "arch", "config", "matcher", "skip"):
-        value = given.get(keyword)
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            words += [f"--{keyword}", str(each)] if each is not None else []
+def next_command(plan: Plan, a: str, b: str, options: Sequence[str]) -> str:
+    """What to type after this plan: the merge, or what says more where there is none; `options`: as they are typed."""
+    words = [a, b, *options]
     if plan.verdict == "will not merge":
         return f"{shlex.join(['mergeid', 'predict', *words])}, which says what a merge would lose"
     single = a.endswith((SAFETENSORS, *PICKLES))

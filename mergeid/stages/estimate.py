@@ -10,8 +10,8 @@ import shutil
 from math import prod
 from pathlib import Path
 
-from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import BITS
+from mergeid.io.tensors import TensorSource
 from mergeid.models.mapped import LARGEST_HELD
 from mergeid.results.estimate import Cost, Estimate
 from mergeid.stages.open import Met
@@ -39,7 +39,7 @@ def estimate_merge(met: Met, beside: Path) -> Estimate:
     Args:
         beside: a folder on the disk that the output goes to.
     """
-    models = [met.bench.open(source) for source in met.everyone]
+    models = met.everyone
     first = models[0]
     sizes = tuple(map(_bytes, models))
     read, out = sum(sizes), sizes[0]
@@ -64,11 +64,11 @@ def estimate_merge(met: Met, beside: Path) -> Estimate:
     return Estimate(parameters, sizes, shutil.disk_usage(beside).free, costs)
 
 
-def _bytes(checkpoint: Checkpoint) -> int:
+def _bytes(checkpoint: TensorSource) -> int:
     return sum(prod(i.shape) * BITS.get(i.dtype, 8) for i in checkpoint.table.values()) // 8
 
 
-def _widest(first: Checkpoint, shapes: list[tuple[int, ...]]) -> int:
+def _widest(first: TensorSource, shapes: list[tuple[int, ...]]) -> int:
     """The largest axis on which neurons can lie: one of a matrix that is no vocabulary, which two tensors have at most
     and others never."""
     counts: dict[int, int] = {}

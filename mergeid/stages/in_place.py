@@ -70,8 +70,8 @@ def seen_in_files(met: Met, matching: Matching) -> tuple[Matching, list[str], Pl
 
 def places_of(met: Met) -> Places:
     """Compare every further model, and the base, with the first. Reads headers first: shapes fit already."""
-    run, bench = met.bench.run, met.bench
-    first, *others = [bench.open(source) for source in met.everyone]
+    run = met.bench.run
+    first, *others = met.everyone
     found: dict[str, InPlace] = {}
     for i, other in enumerate(others):
         run.tell("comparing rows in place", i, len(others))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergeid.errors import MergeidError
+from mergeid.io.opening import Source, is_live
 from mergeid.methods.registry import check_base
 from mergeid.methods.settings import MethodRequest
-from mergeid.models.source import Source, is_module
 from mergeid.request.request import Calibration, Matching, Output, OwnData, Repairing, check_transport
 from mergeid.stages.open import check_matching
 
@@ -41,7 +41,7 @@ class MergeRequest:
                 f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
             )
         check_base(method, self.base is not None)
-        if self.output.resume and any(map(is_module, self.models)):
+        if self.output.resume and any(map(is_live, self.models)):
             raise MergeidError("only merges of files are resumed, and a live module is in none; leave resume out")
         self._check_target()
         if not data and stage not in ("auto", "none"):

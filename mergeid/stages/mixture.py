@@ -13,6 +13,7 @@ from mergeid.combine.apply import Inputs
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived
+from mergeid.io.tensors import TensorSource
 from mergeid.plugins import MakesMixtures, Mixture, TensorInfo, adapter_names, get_adapter
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Prompts:
     negative: tuple[str, ...] = ()
 
 
-def mixture_of(base: Checkpoint, experts: int, per_token: int) -> tuple[MakesMixtures, Mixture]:
+def mixture_of(base: TensorSource, experts: int, per_token: int) -> tuple[MakesMixtures, Mixture]:
     """What a mixture of so many models like the base is. Raises `MergeidError` where none is known."""
     for name in adapter_names():
         adapter = get_adapter(name)
@@ -75,7 +76,7 @@ def mixed(made: Mixture, inputs: Inputs, gates: Sequence[Tensor], scales: Sequen
     return derived(base.source, base, formed, parents=inputs.models, config=made.config)
 
 
-def _as(gate: Tensor, base: Checkpoint, name: str) -> Tensor:
+def _as(gate: Tensor, base: TensorSource, name: str) -> Tensor:
     return gate.to(base.tensor(name).dtype)
 
 

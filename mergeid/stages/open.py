@@ -15,11 +15,11 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
+from mergeid.io.opening import Source, is_live, state_of
 from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import Agreed, agree
 from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
-from mergeid.models.source import Source, is_module
 from mergeid.models.vocabularies import one_vocabulary
 from mergeid.request.request import Matching, Output
 
@@ -37,23 +37,23 @@ class Met:
 
     Attributes:
         bench: where they were opened.
-        models, base: what is loaded: live modules as they are, else checkpoints with the same heads and configs.
-        agreed: all of them as checkpoints, and what was overruled.
+        models, base: what is loaded: live modules as they are, else with the same heads and configs.
+        agreed: all of them with the same heads and configs, and what was overruled.
         skip: the globs that still say something.
     """
 
     bench: Workbench
-    models: tuple[Source, ...]
-    base: Source | None
+    models: tuple[Checkpoint, ...]
+    base: Checkpoint | None
     agreed: Agreed
     skip: tuple[str, ...]
 
     @property
     def live(self) -> bool:
-        return is_module(self.models[0])
+        return is_live(self.models[0])
 
     @property
-    def everyone(self) -> list[Source]:
+    def everyone(self) -> list[Checkpoint]:
         """The models and, last, the base."""
         return [*self.models, *([self.base] if self.base is not None else [])]
 
@@ -95,10 +95,10 @@ def open_models(
         MergeidError: adapters instead of models, heads that contradict their config, configs that differ.
     """
     asked, sources = bench.reading, [*models, *([base] if base is not None else [])]
-    everyone = [bench.open(source) for source in sources]
-    for checkpoint in everyone:
+    opened = [bench.open(source) for source in sources]
+    for checkpoint in opened:
         refuse_adapter(checkpoint)
-    named = same_names(everyone, asked.arch)
+    named = same_names(opened, asked.arch)
     words = one_vocabulary(named.models, asked.tokenizer, base is not None)
     everyone = with_chat_template(words.models, asked.chat_template)
     given = same_heads(everyone, asked.skip) if heads else SameHeads(everyone)
@@ -118,15 +118,15 @@ def open_models(
         same_head=heads and not skip,
         widths=widths,
         arch=asked.arch,
-        modules=[m for m in sources if is_module(m)] if all(map(is_module, sources)) and not skip else (),
+        layers=not skip,
     )
     agreed = replace(agreed, notes=[*named.notes, *words.notes, *given.notes, *agreed.notes])
-    live = is_module(models[0])
-    used = tuple(models) if live else tuple(agreed.models)
-    return Met(bench, used, base if live else agreed.base, agreed, skip)
+    if opened[0].module is None:
+        return Met(bench, tuple(agreed.models), agreed.base, agreed, skip)
+    return Met(bench, tuple(opened[: len(models)]), opened[-1] if base is not None else None, agreed, skip)
 
 
-def pair_of(met: Met, other: Source, dtype: str | None = None) -> Pair:
+def pair_of(met: Met, other: Checkpoint, dtype: str | None = None) -> Pair:
     """The first model and another, loaded, with their common graph.
 
     Args:
@@ -138,9 +138,9 @@ def pair_of(met: Met, other: Source, dtype: str | None = None) -> Pair:
         MergeidError: tensors that do not fit, or are not finite; kinds that differ.
     """
     bench, first = met.bench, met.models[0]
-    if is_module(first) != is_module(other):
+    if is_live(first) != is_live(other):
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
-    check_tensors(met, bench.open(other), dtype)
+    check_tensors(met, other, dtype)
     if met.live:
         one = bench.load(first)
         two = bench.load(other, one)
@@ -162,7 +162,7 @@ def check_tensors(met: Met, other: Checkpoint, dtype: str | None = None) -> None
     anything is built. Raises `MergeidError`."""
     from mergeid.combine.by_torch import check_finite
 
-    first = met.bench.open(met.models[0])
+    first = met.models[0]
     tensors = plan_tensors(first, other, skip=met.skip, dtype=dtype)
     for checkpoint in (first, other):
         met.bench.once(("finite", id(checkpoint), tensors.merged), partial(check_finite, checkpoint, tensors.merged))
@@ -185,19 +185,18 @@ def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:
 
     Raises `MergeidError` where it is no checkpoint of the same architecture."""
     bench, first = met.bench, met.models[0]
-    if is_module(base) != met.live:
+    if is_live(base) != met.live:
         raise MergeidError(
             "the base is a live module and the models are paths, or the reverse; expected only modules, or only paths"
         )
-    here = {*bench.open(first).table, *bench.open(base).table}
+    origin = bench.open(base)
+    here = {*first.table, *origin.table}
     skip = tuple(p for p in met.skip if any(fnmatchcase(n, p) for n in here))
     chosen = "a" if bench.reading.config is not None else None
     both = open_models(bench.under(replace(bench.reading, skip=skip, config=chosen)), [first, base])
-    check_tensors(both, both.bench.open(both.models[1]))
-    if is_module(base):
-        from mergeid.models.offload import state_of
-
-        return state_of(base)
+    check_tensors(both, both.models[1])
+    if origin.module is not None:
+        return state_of(origin.module)
     return bench.load(both.models[1], like).state()
 
 
@@ -217,8 +216,8 @@ def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -
         default: its name, if none is given.
 
     Raises `MergeidError` where it cannot be written."""
+    from mergeid.io.folders import PICKLES
     from mergeid.io.output import check_output
-    from mergeid.io.weights import PICKLES
 
     path = output.path
     if path is None:

@@ -25,6 +25,7 @@ from mergeid.evidence.decide import (
     decide_from_weights,
 )
 from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.io.opening import Source
 from mergeid.matchers.activation import WEIGHT_SHARE, combined_matching
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
@@ -32,7 +33,6 @@ from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
 from mergeid.models.examples import Examples
 from mergeid.models.graph import LARGE
 from mergeid.models.loaded import Loaded
-from mergeid.models.source import Source
 from mergeid.models.workbench import key_of
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.neuron_graph.turned import Turn
@@ -297,7 +297,7 @@ def _training(a: Loaded, examples: Examples, run: Run) -> Training:
     """What a matcher that trains is told of the data."""
 
     def loss(output: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        parts = a.adapter.loss(a.arch, output, dict(batch)) if "labels" in batch else None
+        parts = a.loss(output, dict(batch)) if "labels" in batch else None
         return None if parts is None else parts.loss.sum() / parts.count.sum().clamp(min=1)
 
     def batches() -> Iterator[dict[str, Any]]:

@@ -15,10 +15,9 @@ from torch.func import functional_call
 
 from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidError
-from mergeid.evaluate.measure import Metrics, evaluate
+from mergeid.evaluate.measure import Metrics, evaluate_loaded
 from mergeid.methods.settings import ByName, MethodRequest
 from mergeid.models.examples import Examples
-from mergeid.models.running import make_accelerator
 from mergeid.request.request import Run
 from mergeid.stages.members import Members
 
@@ -38,23 +37,14 @@ def better(a: Metrics, b: Metrics) -> bool:
 
 def measuring(members: Members, labelled: Examples, skip: Sequence[str], run: Run) -> Measure:
     """Averages are made in memory and run on the validation data."""
-    work = copy.deepcopy(members.first.model)
-    adapter, arch = members.first.adapter, members.first.arch
+    averaged = replace(members.first, model=copy.deepcopy(members.first.model))
 
     def measure(chosen: Sequence[int]) -> Metrics:
         settings = MethodRequest(members.settings.method, shares(len(members.models), chosen)).over(
             len(members.models), members.settings.depth
         )
-        load_weights(work, replace(members, settings=settings).merged_state(skip))
-        return evaluate(
-            work,
-            labelled.items,
-            forward=members.first.forward,
-            loss=lambda output, batch: adapter.loss(arch, output, batch),
-            batch_size=run.batch_size,
-            accelerator=make_accelerator(run.place),
-            collate=labelled.collate,
-        )
+        load_weights(averaged.model, replace(members, settings=settings).merged_state(skip))
+        return evaluate_loaded(averaged, labelled, run)
 
     return measure
 

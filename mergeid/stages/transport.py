@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import Source, is_live
 from mergeid.matchers.protocol import MatchTask
 from mergeid.matchers.transport import transport, transported
 from mergeid.matchers.widths import transport_widths
@@ -14,7 +15,6 @@ from mergeid.models.examples import Examples
 from mergeid.models.graph import graph_of
 from mergeid.models.load import load_model
 from mergeid.models.loaded import Loaded
-from mergeid.models.source import Source, is_module
 from mergeid.nn.names import is_asymmetric
 from mergeid.request.request import Calibration, Example, Reading, Run
 from mergeid.stages.gather import evidence_of
@@ -43,7 +43,7 @@ def transported_members(met: Met, settings: MergeSettings, calibration: Calibrat
     Raises `MergeidError` for anything wrong with the input.
     """
     bench, run = met.bench, met.bench.run
-    if len({is_module(m) for m in met.models}) > 1:
+    if len({is_live(m) for m in met.models}) > 1:
         raise MergeidError("some models are live modules and others paths; load the paths into modules first")
     loaded: list[Loaded] = []
     for i, source in enumerate(met.models):

@@ -114,7 +114,7 @@ def _lost(first: Loaded, out: Tensor, batch: Batch) -> LossParts | None:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return None
-    parts = first.adapter.loss(first.arch, out, batch)
+    parts = first.loss(out, batch)
     if parts is None and labels.shape == out.shape[:-1]:
         rows = F.cross_entropy(out.flatten(0, -2).float(), labels.flatten(), reduction="none").view(len(out), -1)
         right, scored = (out.argmax(-1) == labels).view(len(out), -1), (labels != -100).view(len(out), -1)

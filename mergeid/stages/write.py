@@ -31,7 +31,7 @@ def inputs_of(met: Met, members: Members | None, repaired: Mapping[str, Tensor])
         members: the models as they were planned; None: a plain merge.
         repaired: state-dict key -> tensor.
     """
-    checkpoints = [met.bench.open(source) for source in met.everyone]
+    checkpoints = met.everyone
     if members is None:
         base = checkpoints.pop() if met.base is not None else None
         return Inputs(tuple(checkpoints), base)

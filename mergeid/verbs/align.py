@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mergeid.models.source import Source, is_module
+from mergeid.io.opening import Source, is_live
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -64,7 +64,7 @@ def align(
     run, reading = requests_of(usual, batch_size)
     matching, calibration, asked = Matching(match, matcher), calibration_of(data, usual), Output(output, force=force)
     target = None
-    if not (is_module(b) and output is None):
+    if not (is_live(b) and output is None):
         target = output_path(replace(asked, path=output or _default(b)), [to, b, base, data, reading.arch])
     if transport:
         check_transport(matching, base=base is not None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
-from mergeid.models.source import Source
+from mergeid.io.opening import Source
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -99,14 +99,13 @@ def barrier(
         raise MergeidError("a barrier is measured on labelled examples; give them with --data")
     used = met.bench.examples(held, pair.a) if repair or match != "never" else None
     state_a, state_b, model = _ends(pair, matching, opening, used)
-    adapter, found = pair.a.adapter, pair.a.arch
     count = iter(range(1, points + 1))
     line = Line(
         state_a,
         state_b,
         model,
-        adapter.forward,
-        lambda out, batch: adapter.loss(found, out, batch),
+        pair.a.adapter.forward,
+        pair.a.loss,
         tuple(np.linspace(0, 1, points).tolist()),
         label or LABELS[match],
     )

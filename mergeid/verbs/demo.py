@@ -19,7 +19,7 @@ from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
 from mergeid.io.publish import whole_file, write_text, write_whole
 from mergeid.request import options as o
-from mergeid.request.request import Progress
+from mergeid.request.request import Progress, Run
 from mergeid.verbs.barrier import barrier
 from mergeid.verbs.load import load
 from mergeid.verbs.merge import merge
@@ -369,16 +369,10 @@ def run(
 
 def _row(name: str, after: str, file: Path, data: Path) -> Row:
     from mergeid.data import collate, load_data
-    from mergeid.evaluate.measure import evaluate
-    from mergeid.models.running import make_accelerator
+    from mergeid.evaluate.measure import evaluate_loaded
+    from mergeid.models.examples import Examples
 
     loaded = load(file)
-    found = evaluate(
-        loaded.model,
-        load_data(data, adapter=loaded.adapter, arch=loaded.arch),
-        forward=loaded.forward,
-        loss=lambda output, batch: loaded.adapter.loss(loaded.arch, output, batch),
-        accelerator=make_accelerator("cpu"),
-        collate=collate,
-    )
+    examples = Examples(load_data(data, adapter=loaded.adapter, arch=loaded.arch), collate)
+    found = evaluate_loaded(loaded, examples, Run(batch_size=64))
     return Row(name, after, file, found.accuracy or 0.0, found.loss)

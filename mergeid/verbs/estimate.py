@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeid.models.source import Source
+from mergeid.io.opening import Source
 from mergeid.models.workbench import Workbench
 from mergeid.request.boundary import verb
 from mergeid.request.request import Reading, Run

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
-from mergeid.models.source import Source
+from mergeid.io.opening import Source
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import Example, Reading, Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergeid.models.source import Source
+from mergeid.io.opening import Source
 from mergeid.request.boundary import verb
 from mergeid.request.request import Example, Reading, Run
 

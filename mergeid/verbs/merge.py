@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
+from mergeid.io.opening import Source, is_live, state_of
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings, MethodRequest, setting_of_weights
-from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -174,7 +174,7 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
     from mergeid.io.lora_forming import shared_base
     from mergeid.verbs.extract import extract
 
-    if request.output.push is not None or is_module(request.models[0]):
+    if request.output.push is not None or is_live(request.models[0]):
         raise MergeidError("--as-adapter writes a folder of files; expected no live modules, and no --push")
     named = [*request.models, *([request.base] if request.base is not None else [])]
     on = shared_base([bench.open(m) for m in named])
@@ -194,7 +194,7 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
 def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     """The merge that is asked for, stage by stage. Raises as `merge`."""
     run, config = bench.run, bench.reading.config
-    if is_module(request.models[0]) and len(request.models) > 2 and config not in (None, "a"):
+    if is_live(request.models[0]) and len(request.models) > 2 and config not in (None, "a"):
         raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
     output = _target(request, bench.reading.arch)
     repo = request.output.push
@@ -239,7 +239,7 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
 
 def _target(request: MergeRequest, arch: str | None) -> Output | None:
     """Where the merge is written; None: a merge of live modules stays in memory."""
-    if is_module(request.models[0]) and request.output.path is None:
+    if is_live(request.models[0]) and request.output.path is None:
         return None
     data = request.calibration.data
     reads = [*request.models, request.base, *(data.data if isinstance(data, OwnData) else [data]), arch]
@@ -336,12 +336,11 @@ def _state(met: Met, members: Members | None, settings: MergeSettings) -> dict[s
     """The merged state dict of live modules."""
     if members is not None:
         return members.merged_state(met.skip)
-    from mergeid.models.offload import state_of
     from mergeid.stages.members import merged_tensors
 
-    origin = state_of(met.base) if met.base is not None and is_module(met.base) else None
-    states = [state_of(m) for m in met.models if is_module(m)]
-    return dict(merged_tensors(states, settings, base=origin.__getitem__ if origin else None, skip=met.skip))
+    states = [state_of(c.module) for c in met.models if c.module is not None]
+    base = None if met.base is None or met.base.module is None else state_of(met.base.module).__getitem__
+    return dict(merged_tensors(states, settings, base=base, skip=met.skip))
 
 
 def _has_batchnorm(members: Members) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from mergeid.errors import MergeidError
-from mergeid.models.source import Source
+from mergeid.io.opening import Source
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from mergeid.errors import MergeidError
-from mergeid.models.source import Source, is_module
+from mergeid.io.opening import Source, is_live
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -70,7 +70,7 @@ def rank(
     from mergeid.results.ranking import Ranking
 
     # what all comparisons share is loaded and traced once
-    bench.graph(bench.load(found[0] if is_module(found[0]) else bench.open(found[0])))
+    bench.graph(bench.load(bench.open(found[0])))
 
     def predicted(i: int, j: int, done: int, total: int) -> PredictResult:
         run.tell(f"comparing {names[i]} and {names[j]}", done, total)
@@ -106,7 +106,7 @@ def _predicted(
 
 def models_in(source: Source) -> list[Source]:
     """The model itself, or those of a folder that is none: its subfolders with weights, and its files of weights."""
-    if is_module(source) or not isinstance(source, (str, os.PathLike)):
+    if is_live(source) or not isinstance(source, (str, os.PathLike)):
         return [source]
     folder = Path(os.fspath(source))
     try:

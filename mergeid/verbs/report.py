@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError, WillNotMerge
+from mergeid.io.opening import Source, is_live
 from mergeid.methods.settings import MethodRequest
-from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -98,7 +98,7 @@ def report(
     from mergeid.reporting.page import Report, write_page
     from mergeid.reporting.page.results import versions
 
-    if is_module(a) or is_module(b):
+    if is_live(a) or is_live(b):
         raise MergeidError("a report is about files; save the live modules first")
     if points < 3:
         raise MergeidError(f"--points must be at least 3, got {points}")
@@ -168,7 +168,6 @@ def _curves(task: _Task) -> tuple[BarrierResult, ...]:
     held = _examples(task.met, task.held, pair)
     how = Measuring(task.run.batch_size, accelerator=make_accelerator(task.run.place))
     grid = tuple(np.linspace(0, 1, task.points).tolist())
-    adapter, arch = pair.a.adapter, pair.a.arch
     repairs = (False, True) if batchnorm_layers(pair.a.model) else (False,)
     wanted = [(name, each, repair) for name, each in _orders(plan).items() for repair in repairs]
     out: list[BarrierResult] = []
@@ -182,8 +181,8 @@ def _curves(task: _Task) -> tuple[BarrierResult, ...]:
                     state_a,
                     state_b,
                     model,
-                    adapter.forward,
-                    lambda output, batch: adapter.loss(arch, output, batch),
+                    pair.a.adapter.forward,
+                    pair.a.loss,
                     grid,
                     f"{name}, repaired" if repair else name,
                 ),
@@ -238,10 +237,9 @@ class _Tried:
 
 
 def _tried(task: _Task) -> _Tried:
-    from mergeid.evaluate.measure import evaluate
+    from mergeid.evaluate.measure import evaluate_loaded
     from mergeid.methods.registry import get_method
     from mergeid.models.load import load_model
-    from mergeid.models.running import make_accelerator
     from mergeid.reporting.page import Measured
     from mergeid.stages.merge_request import MergeRequest
     from mergeid.verbs.merge import merge_models
@@ -268,16 +266,7 @@ def _tried(task: _Task) -> _Tried:
         if made.repair is None or made.repair.get("kind") != "solve":
             return _Tried(made)
         loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)
-        examples = task.examples
-        found = evaluate(
-            loaded.model,
-            examples.items,
-            forward=loaded.forward,
-            loss=lambda out, batch: loaded.adapter.loss(loaded.arch, out, batch),
-            batch_size=task.run.batch_size,
-            accelerator=make_accelerator(task.run.place),
-            collate=examples.collate,
-        )
+        found = evaluate_loaded(loaded, task.examples, task.run)
     return _Tried(made, (Measured("solved", found.loss, found.accuracy),))
 
 

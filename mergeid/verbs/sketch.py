@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
+from mergeid.io.opening import Source, open_checkpoint
 from mergeid.io.output import check_files
-from mergeid.models.source import Source, open_source
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -74,7 +74,7 @@ def sketch(
         limit=limit,
         progress=lambda done, total: run.tell("sketching", done, total),
     )
-    made.config = stated_config(loaded.checkpoint or open_source(loaded.model), arch)
+    made.config = stated_config(loaded.checkpoint or open_checkpoint(loaded.model), arch)
     if target is not None:
         save_sketch(made, target)
     return made

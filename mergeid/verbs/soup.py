@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from mergeid.errors import MergeidError
+from mergeid.io.opening import Source, is_live
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import ByName, MethodRequest, Setting, evaluate
-from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -83,7 +83,7 @@ def soup(
     matching, asked = Matching(match, matcher), Output(output, dtype, force)
     check_matching(matching, False)
     target = None
-    if not (is_module(models[0]) and output is None):
+    if not (is_live(models[0]) and output is None):
         reads = [*models, base, data, reading.arch]
         target = replace(asked, path=output_path(asked, reads, "soup"))
     met = open_models(Workbench(reading, run), models, base)

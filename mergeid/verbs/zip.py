@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.opening import Source, is_live
 from mergeid.io.output import RECORD
-from mergeid.models.source import Source, is_module
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -97,8 +97,8 @@ def zip_models(
         raise MergeidError("zipping compares activations; give examples with --data")
     if one_head and up_to is not None:
         raise MergeidError("--one-head averages the heads of a whole zip; leave out --up-to, or keep both heads")
-    live = is_module(a)
-    if live != is_module(b):
+    live = is_live(a)
+    if live != is_live(b):
         raise MergeidError("one model is a live module and the other a path; load the path into a module first")
     target = None
     if not (live and output is None):
@@ -172,7 +172,7 @@ def _pair(met: Met, one_head: bool) -> Pair:
         from mergeid.combine.by_torch import check_finite
         from mergeid.combine.tensor_plan import mergeable, plan_tensors, refuse_quantised
 
-        opened = [met.bench.open(source) for source in met.models]
+        opened = met.models
         if one_head:
             for name in (n for n in opened[0].table if n in opened[1].table):
                 ours, theirs = (c.table[name].shape for c in opened)

@@ -1,12 +1,14 @@
 """Do the tests notice? Mutants of a file, made by mutmut, against the tests that go with it.
 
-    python tests/bench/mutants.py mergeid/evidence/decide.py [MORE FILES] --sample 25
+    python tests/bench/mutants.py mergeid/evidence/decide.py [MORE FILES] --sample 25 --most 60
+
+Files named together share one copy and one run of the tests as they are.
 
 A mutant is the file with one small change (an operator, a number, an argument). It is killed if a test fails or takes
 ten times as long. The tests are those of the mirrored folder, and of tests/stages, that name the module (else all of
 the mirrored folder), or those given with --tests; each mutant meets only the tests that reach its function, the fastest
-first. A sample is drawn with a seed, so that it can be drawn again. `[tool.mutmut]` in pyproject.toml says what is left
-alone: the words of messages.
+first, as many as take --most seconds together. A sample is drawn with a seed, so that it can be drawn again.
+`[tool.mutmut]` in pyproject.toml says what is left alone: the words of messages.
 
 Rows go to tables/mutants.csv, survivors to tables/survivors.txt: mutmut's name of each, with the lines that it changes.
 """
@@ -17,6 +19,7 @@ import argparse
 import ast
 import csv
 import difflib
+import json
 import os
 import random
 import shutil
@@ -96,7 +99,7 @@ def run(tests: list[str], *plugins: object) -> int:
 
 
 def tried(name: str, tests: list[str], limit: float) -> bool:
-    """Whether a mutant is killed, in a process of its own."""
+    """Whether a mutant is killed, in a process of its own, which has so many seconds of CPU time."""
     from mutmut.mutation.trampoline import set_mutant_under_test
 
     child = os.fork()
@@ -105,38 +108,62 @@ def tried(name: str, tests: list[str], limit: float) -> bool:
         os.dup2(null, 1), os.dup2(null, 2)
         set_mutant_under_test(name)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(limit) + 1)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, limit)
+        signal.alarm(int(10 * limit))
         os._exit(0 if run(tests) == 0 else 1)
     return os.waitpid(child, 0)[1] != 0
 
 
-def inside(file: str, tests: list[str], sample: int, seed: int) -> None:
-    """In the copy: all about one file, the result on the last lines."""
+def inside(files: list[str], tests: list[str], sample: int, seed: int, most: float, kept: Path | None) -> None:
+    """In the copy: all about these files, a row and the survivors of each as soon as it is through.
+
+    Args:
+        most: seconds of tests that a mutant meets.
+        kept: a file for what `Reached` notes, read where it is there.
+    """
     from mutmut.mutation.trampoline import set_mutant_under_test
+    from mutmut.utils.format_utils import mangled_name_from_mutant_name
 
-    began = time.monotonic()
-    code, names = mutated(file)
-    Path(file).write_text(code, encoding="utf-8")
-    chosen = sorted(random.Random(f"{seed} {file}").sample(names, min(sample, len(names))))
+    made = {file: mutated(file) for file in files}
+    for file, (code, _) in made.items():
+        Path(file).write_text(code, encoding="utf-8")
     reached = Reached()
-    set_mutant_under_test("stats")
-    if tests and run(tests, reached) != 0:
-        sys.exit(f"{file}: its tests fail as it is")
-    survivors = []
-    for name in chosen:
-        from mutmut.utils.format_utils import mangled_name_from_mutant_name
+    if kept is not None and kept.exists():
+        reached.seconds, found = json.loads(kept.read_text())
+        reached.tests.update({function: set(names) for function, names in found.items()})
+    else:
+        set_mutant_under_test("stats")
+        if tests and run(tests, reached) != 0:
+            sys.exit(f"{', '.join(files)}: the tests fail as they are")
+        if kept is not None:
+            kept.write_text(json.dumps([reached.seconds, {f: sorted(t) for f, t in reached.tests.items()}]))
+    for file, (code, names) in made.items():
+        began, survivors = time.monotonic(), []
+        chosen = sorted(random.Random(f"{seed} {file}").sample(names, min(sample, len(names))))
+        for name in chosen:
+            of = fastest(reached, mangled_name_from_mutant_name(name), most)
+            killed = bool(of) and tried(name, of, 20 + SLOWER * sum(reached.seconds[t] for t in of))
+            print(f"{name}: {'killed' if killed else 'SURVIVED' if of else 'SURVIVED, no test reaches it'}", flush=True)
+            if not killed:
+                survivors.append(name)
+        seconds = round(time.monotonic() - began)
+        row = [file, len(names), len(chosen), len(chosen) - len(survivors), len(survivors), seconds]
+        text = [line for name in survivors for line in (name, *(f"    {one}" for one in changed_lines(code, name)))]
+        recorded([str(entry) for entry in row], "".join(f"{line}\n" for line in text), file)
+        print(", ".join(f"{c} {v}" for c, v in zip(COLUMNS, row, strict=True)), flush=True)
 
-        of = sorted(reached.tests[mangled_name_from_mutant_name(name)], key=lambda t: reached.seconds[t])
-        limit = 20 + SLOWER * sum(reached.seconds[t] for t in of)
-        killed = bool(of) and tried(name, of, limit)
-        print(f"{name}: {'killed' if killed else 'SURVIVED' if of else 'SURVIVED, no test reaches it'}", flush=True)
-        if not killed:
-            survivors.append(name)
-    row = (file, len(names), len(chosen), len(chosen) - len(survivors), len(survivors), round(time.monotonic() - began))
-    with open("row.csv", "w", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerow(row)
-    text = [line for name in survivors for line in (name, *(f"    {one}" for one in changed_lines(code, name)))]
-    Path("survivors.txt").write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+
+def fastest(reached: Reached, function: str, most: float) -> list[str]:
+    """The tests that reach a function, the fastest first, as many as take that many seconds together."""
+    found: list[str] = []
+    seconds = 0.0
+    for test in sorted(reached.tests[function], key=lambda t: reached.seconds[t]):
+        seconds += reached.seconds[test]
+        if found and seconds > most:
+            break
+        found.append(test)
+    return found
 
 
 def recorded(row: list[str], survivors: str, file: str) -> None:
@@ -159,29 +186,31 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="of the package, such as mergeid/evidence/decide.py")
     parser.add_argument("--sample", type=int, default=25, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tests", nargs="*", help="test files, in place of those that name the module")
+    parser.add_argument("--tests", nargs="*", help="test files, in place of those that name the modules")
+    parser.add_argument("--most", type=float, default=60.0, help="seconds of tests that a mutant meets at the most")
+    parser.add_argument("--reached", type=Path, help="keeps which test reaches what, for another run with these files")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.inside:
-        inside(told.files[0], told.tests or [], told.sample, told.seed)
+        inside(told.files, told.tests or [], told.sample, told.seed, told.most, told.reached)
         return
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
-    for file in told.files:
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            for name in files.stdout.decode().splitlines():
-                if name.startswith(("mergeid/", "adapters/", "tests/", "examples/", "pyproject", "README")):
-                    (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(ROOT / name, Path(folder) / name)
-            tests = told.tests if told.tests is not None else tests_of(file)
-            words = [sys.executable, str(Path(__file__).resolve()), file, "--inside", "--sample", str(told.sample)]
-            paths = {"PYTHONPATH": os.pathsep.join([folder, f"{folder}/adapters"])}
-            done = subprocess.run(
-                [*words, "--seed", str(told.seed), "--tests", *tests], cwd=folder, env={**os.environ, **paths}
-            )
-            if done.returncode == 0:
-                row = next(csv.reader((Path(folder) / "row.csv").read_text().splitlines()))
-                recorded(row, (Path(folder) / "survivors.txt").read_text(encoding="utf-8"), file)
-                print(", ".join(f"{c} {v}" for c, v in zip(COLUMNS, row, strict=True)), flush=True)
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for name in listed.stdout.decode().splitlines():
+            if name.startswith(("mergeid/", "adapters/", "tests/", "examples/", "pyproject", "README")):
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, Path(folder) / name)
+        tests = (
+            told.tests if told.tests is not None else list(dict.fromkeys(t for f in told.files for t in tests_of(f)))
+        )
+        words = [sys.executable, str(Path(__file__).resolve()), *told.files, "--inside", "--sample", str(told.sample)]
+        kept = [] if told.reached is None else ["--reached", str(told.reached.resolve())]
+        paths = {"PYTHONPATH": os.pathsep.join([folder, f"{folder}/adapters"])}
+        subprocess.run(
+            [*words, "--seed", str(told.seed), "--most", str(told.most), *kept, "--tests", *tests],
+            cwd=folder,
+            env={**os.environ, **paths},
+        )
 
 
 if __name__ == "__main__":

@@ -562,7 +562,7 @@ def test_places_that_cannot_be_written_are_known_before_work(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was begun")
 
-    for name in ("models.source.open_checkpoint", "models.examples.examples_of"):
+    for name in ("models.workbench.open_checkpoint", "models.examples.examples_of"):
         monkeypatch.setattr(f"mergeid.{name}", never)
     a, data = str(networks / "a"), ("--data", networks / "d.npz")
     for words in (

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from fuzz.oracle import CONTROL
 from mergeid.data.text import read_records
 from mergeid.errors import MergeidError
+from mergeid.io.folders import read_index
 from mergeid.io.header import read_header
-from mergeid.io.weights import read_index
 from mergeid.methods.recipe import read_stages
 from mergeid.neuron_graph.by_hand import read_graph
 

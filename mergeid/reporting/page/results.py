@@ -6,6 +6,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def report_of(result: Plan | PredictResult | BarrierResult | MergeResult, models
     about = Report(a, b, command=command_line(), versions=versions())
     if isinstance(result, MergeResult):
         plan = result.plan
-        return _with(
+        return replace(
             about,
             arch=plan.arch if plan is not None else "",
             plan=plan,
@@ -35,16 +36,10 @@ def report_of(result: Plan | PredictResult | BarrierResult | MergeResult, models
             notes=tuple(result.notes),
         )
     if isinstance(result, BarrierResult):
-        return _with(about, curves=(result,))
+        return replace(about, curves=(result,))
     if isinstance(result, PredictResult):
-        return _with(about, arch=result.arch, prediction=result, notes=tuple(result.notes))
-    return _with(about, arch=result.arch, plan=result, seed=result.seed, notes=tuple(result.notes))
-
-
-def _with(report: Report, **values: object) -> Report:
-    from dataclasses import replace
-
-    return replace(report, **values)  # type: ignore[arg-type]
+        return replace(about, arch=result.arch, prediction=result, notes=tuple(result.notes))
+    return replace(about, arch=result.arch, plan=result, seed=result.seed, notes=tuple(result.notes))
 
 
 def command_line() -> str:
