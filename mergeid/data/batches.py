@@ -51,9 +51,8 @@ def balanced(count: int, size: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-class WholeInputs(Sequence[Any]):
-    """Data of which every item is all that one forward pass takes (a graph's nodes and edges, a packed sequence): items
-    are never stacked."""
+class NamedInputs(Sequence[Any]):
+    """Data whose items are batches by name (`mergeid.basics.nested.as_batch`), however they were given."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -63,6 +62,11 @@ class WholeInputs(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return as_batch(self.items[index])
+
+
+class WholeInputs(NamedInputs):
+    """Data of which every item is all that one forward pass takes (a graph's nodes and edges, a packed sequence): items
+    are never stacked."""
 
 
 def is_whole(dataset: Any) -> bool:

@@ -33,7 +33,9 @@ class Spool:
         self._rows: dict[Key, list[tuple[Tensor, int]]] = {}
 
     def put(self, key: Key, a: Rows, b: Rows) -> None:
-        """Rows of both models, of the same examples."""
+        """Rows of both models, of the same examples; of a batch of padding there are none."""
+        if not len(a.values):
+            return
         known = self._rows.setdefault(key, [])
         with open(self._path(key), "ab") as file:
             for rows in (a, b):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,16 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
 from mergeid.basics.nested import as_batch, named_tensors
-from mergeid.data.batches import Collate, FixedBatches, WholeInputs, dataset_length, input_dtype, is_whole, to_model
+from mergeid.data.batches import (
+    Collate,
+    FixedBatches,
+    NamedInputs,
+    WholeInputs,
+    dataset_length,
+    input_dtype,
+    is_whole,
+    to_model,
+)
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 from mergeid.request.request import OwnData
@@ -83,7 +93,13 @@ def _together(parts: Sequence[Examples], limit: int | None, seed: int) -> Exampl
 def _as_given(data: Any, loaded: Loaded) -> Any:
     """A live module's data: examples that are stacked into batches where its items have one dimension less than the
     example inputs, else whole inputs."""
+    if isinstance(data, (str, os.PathLike, Mapping)):
+        kind = "a table of columns" if isinstance(data, Mapping) else "a path"
+        raise MergeidError(
+            f"the data of the live module {loaded.source} is {kind}; expected a sequence of examples: tensors, tuples "
+            "or dicts of its inputs"
+        )
     dataset_length(data)
     first, example = named_tensors(loaded.inputs_of(as_batch(data[0]))), named_tensors(loaded.inputs)
     alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
-    return WholeInputs(data) if alike else data
+    return WholeInputs(data) if alike else NamedInputs(data)

@@ -230,3 +230,20 @@ def test_calibration_items_that_are_whole_inputs(form: str) -> None:
         torch.testing.assert_close(result.state[key], value)
     if form != "objects":
         mergeid.merge(a, b, data=data, example_inputs=example)  # statistics are estimated again, graph by graph
+
+
+def test_examples_of_a_live_module_are_tensors_tuples_or_dicts() -> None:
+    a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    rows = list(seeded((64, 4)))
+    plans = [
+        mergeid.plan(a, b, data=data, example_inputs=seeded((2, 4))).to_json()
+        for data in (rows, [(row,) for row in rows], [{"arg0": row} for row in rows])
+    ]
+    assert plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.parametrize("data", [{"arg0": seeded((64, 4))}, "rows.npz"])
+def test_data_that_holds_no_examples_is_refused(data: object) -> None:
+    a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    with pytest.raises(MergeidError, match="expected a sequence of examples"):
+        mergeid.plan(a, b, data=data, example_inputs=seeded((2, 4)))
