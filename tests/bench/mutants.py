@@ -122,9 +122,11 @@ def inside(files: list[str], tests: list[str], sample: int, seed: int, most: flo
         most: seconds of tests that a mutant meets.
         kept: a file for what `Reached` notes, read where it is there.
     """
+    from mutmut.configuration import config
     from mutmut.mutation.trampoline import set_mutant_under_test
     from mutmut.utils.format_utils import mangled_name_from_mutant_name
 
+    config()  # found from this folder, which tests may leave
     made = {file: mutated(file) for file in files}
     for file, (code, _) in made.items():
         Path(file).write_text(code, encoding="utf-8")

@@ -97,7 +97,6 @@ def runs(model: nn.Module, data: Tensor, classes: bool, outputs: Callable[[nn.Mo
         inputs={"x": data[:2]},
         inputs_of=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
         model=model,
-        arch=None,
-        adapter=SimpleNamespace(loss=lambda *_: 0.0 if classes else None),
+        loss=lambda *_: 0.0 if classes else None,
         outputs=outputs,
     )
