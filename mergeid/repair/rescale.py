@@ -119,7 +119,7 @@ def rescalable_layers(model: nn.Module, batch: Batch, *, forward: Forward) -> li
                 return
             if isinstance(module, _ConvNd):
                 if not isinstance(module, _ConvTransposeNd) and _plain_conv(module, x, out):
-                    found.append((Layer(name, 0, 1 if out.dim() == module.weight.dim() else 0), out))
+                    found.append((Layer(name, 0, 1), out))
             elif (axis := affine_axis(module, x, out)) is not None:
                 found.append((Layer(name, 1 - axis, -1), out))
 

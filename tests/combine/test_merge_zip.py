@@ -189,3 +189,17 @@ def test_other_layers_are_refused() -> None:
     graphs = tuple(traced(m, (data(2, 4),)) for m in (a, b))
     with pytest.raises(MergeidError, match="other layers"):
         transport_widths((graphs[1], graphs[0]), (b, a))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_within_a_model_and_number_formats(dtype: torch.dtype) -> None:
+    """Features alike in pairs within each model, and in no other way."""
+    a, b = (seeded(lambda: mlp(4, 6, 3), s).to(dtype) for s in range(2))
+    graph = traced(a, (torch.randn(2, 4, dtype=dtype),))
+    (space,) = graph.spaces
+    twins = np.kron(np.eye(6), np.ones((2, 2)))
+    inside = zip_models(graph, (a, b), {space.id: twins})
+    across = zip_models(graph, (a, b), {space.id: twins}, within=False)
+    assert inside.within == {space.id: 1.0} and across.within == {space.id: 0.0}
+    for zipped in (inside, across):
+        assert all(v.dtype == dtype for state in zipped.states for v in state.values())

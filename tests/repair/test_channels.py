@@ -73,6 +73,12 @@ def test_error_of_channels_is_that_of_the_rows(shifted: bool) -> None:
     assert both.count == len(x)
 
 
+def test_one_row_counts_once() -> None:
+    x, y = torch.tensor([[2.0, -1.0]]).double(), torch.tensor([[5.0, 3.0]]).double()
+    scale = torch.tensor([2.0, 1.0]).double()
+    assert moments(x, y).error(scale, None) == pytest.approx(error(x, y, scale, None))
+
+
 def test_nothing_is_known_of_channels_that_nothing_runs_through() -> None:
     nothing = torch.zeros(8, 2, dtype=torch.float64)
     mean = torch.tensor([2.0, -1.0], dtype=torch.float64)

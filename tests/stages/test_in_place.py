@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mergeid
-from mergeid.combine.in_place import NEARER, NEXT_TO_NOTHING, in_place
+import mergeid.combine.in_place as rows_in_place
+from mergeid.combine.in_place import NEARER, NEXT_TO_NOTHING, OTHERS, _Stored, _totals, _window, in_place
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.models import workbench
 
@@ -203,3 +204,26 @@ def test_independent_models_are_planned_whole(llamas: Path, tmp_path: Path, buil
     found = mergeid.merge(llamas / "a", llamas / "c", output=tmp_path / "o")
     assert found.plan is not None and len(found.plan.spaces) > 5 and found.in_place is None
     assert "graph" in built
+
+
+@pytest.mark.parametrize("tile", [16, 1 << 20])
+@pytest.mark.parametrize("shape", [(7, 5), (40, 3), (6, 5, 3)])
+def test_distances_of_rows_are_those_of_loops_however_large_the_tiles(
+    shape: tuple[int, ...], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_in_place, "TILE", tile)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for _ in range(2))
+    stored = [_Stored.of(checkpoint({"w": t}), "w") for t in (a, b)]
+    totals = _totals(*stored)
+    for axis, count in enumerate(shape):
+        one, two = (t.movedim(axis, 0).reshape(count, -1).double().numpy() for t in (a, b))
+        apart, lengths = totals[axis]
+        np.testing.assert_allclose(apart, ((one - two) ** 2).sum(1), rtol=1e-5)
+        np.testing.assert_allclose(lengths, (two**2).sum(1), rtol=1e-5)
+        own, nearest, usual = _window(*stored, axis, np.random.default_rng(1))
+        sample = np.sort(np.random.default_rng(1).choice(count, min(OTHERS, count), replace=False))
+        far = [[((two[i] - one[j]) ** 2).sum() for j in sample if j != i] for i in range(count)]
+        np.testing.assert_allclose(own, ((one - two) ** 2).sum(1), rtol=1e-4)
+        np.testing.assert_allclose(nearest, [min(f) for f in far], rtol=1e-4)
+        assert usual == pytest.approx(np.mean([d for f in far for d in f]), rel=1e-4)
