@@ -104,10 +104,8 @@ def _patches(module: nn.modules.conv._ConvNd, x: Tensor, output: Tensor) -> Tens
     spans = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     sizes = zip(x.shape[2:], output.shape[2:], spans, module.stride, strict=True)
     needed = [max((n - 1) * stride + span - have, 0) for have, n, span, stride in sizes]
-    if isinstance(module.padding, str):
-        pads = [s - 1 if module.padding == "same" else 0 for s in spans]
-    else:
-        pads = [2 * p for p in module.padding]
+    # "same" pads what its outputs need
+    pads = [0] * spatial if isinstance(module.padding, str) else [2 * p for p in module.padding]
     amounts: list[int] = []
     for i in reversed(range(spatial)):
         total = pads[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 import mergeid
 from mergeid.matchers.turning import matched_turns
+from mergeid.neuron_graph.neuron_graph import NeuronGraph
 from mergeid.neuron_graph.turned import FULL, HALVES, SIDE_BY_SIDE, Turnable, nearest
 from mergeid.neuron_graph.turns import find_turns
 
@@ -32,10 +34,13 @@ CONFIGS = {
 HEADS = {"Bert": "BertForMaskedLM", "GPT2": "GPT2LMHeadModel"}
 
 
+@cache
 def tiny(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model and its inputs, which no test changes."""
     import transformers
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    layers = 2 if name == "GPT2" else 1
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 96}
     config = getattr(transformers, f"{name}Config")(**sizes, **CONFIGS[name])
     model = seeded(lambda: getattr(transformers, HEADS.get(name, f"{name}ForCausalLM"))(config), seed).float()
     return model, {"input_ids": torch.randint(3, 90, (2, 7), generator=generator())}
@@ -46,9 +51,15 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
         return model(**batch).logits
 
 
-def found(model: nn.Module, batch: Any) -> list[Turnable]:
-    graph = mergeid.graph(model, batch)
-    return find_turns(graph, model, batch, lambda m, x: m(**x).logits, generator=generator())
+@cache
+def graph_of(name: str) -> NeuronGraph:
+    return mergeid.graph(*tiny(name))
+
+
+@cache
+def found(name: str) -> list[Turnable]:
+    model, batch = tiny(name)
+    return find_turns(graph_of(name), model, batch, lambda m, x: m(**x).logits, generator=generator())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +74,7 @@ def found(model: nn.Module, batch: Any) -> list[Turnable]:
 )
 def test_turned_heads_are_turned_back(name: str, kinds: set[str]) -> None:
     model, batch = tiny(name)
-    turnables = found(model, batch)
+    turnables = found(name)
     assert {t.kind for t in turnables} == kinds
     other = copy.deepcopy(model)
     state = dict(model.state_dict())
@@ -83,9 +94,9 @@ def test_turned_heads_are_turned_back(name: str, kinds: set[str]) -> None:
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_a_merge_with_a_turned_and_permuted_copy_gives_the_function_back(mode: str) -> None:
     model, batch = tiny("Llama")
-    graph = mergeid.graph(model, batch)
+    graph = graph_of("Llama")
     state = graph.apply_state(graph.random_element(generator(3)), model.state_dict())
-    for k, turnable in enumerate(found(model, batch)):
+    for k, turnable in enumerate(found("Llama")):
         turn = turnable.random(generator(k))
         state = {key: turn.apply(key, value) for key, value in state.items()}
     other = copy.deepcopy(model)
@@ -115,10 +126,10 @@ def test_files_are_turned_as_modules_are(tmp_path: Path) -> None:
 
 
 def test_heads_that_lie_well_stay() -> None:
-    model, batch = tiny("Bert")
+    model, _ = tiny("Bert")
     state = model.state_dict()
     near = {k: v + 0.05 * v.std() * torch.randn(v.shape, generator=generator(1)) for k, v in state.items()}
-    turnables = found(model, batch)
+    turnables = found("Bert")
     assert not matched_turns(turnables, state, near)
     assert not matched_turns(turnables, state, state)
 
@@ -138,8 +149,8 @@ def test_no_other_map_of_the_group_is_nearer(kind: str) -> None:
 def test_weights_that_are_formed_on_demand_are_turned_when_they_are_used() -> None:
     from mergeid.basics.on_demand import OnDemand
 
-    model, batch = tiny("Llama")
-    state, turnables = model.state_dict(), found(model, batch)
+    model, _ = tiny("Llama")
+    state, turnables = model.state_dict(), found("Llama")
     lazy = {k: OnDemand(lambda which, v=v: v[which], v.shape, v.dtype) for k, v in state.items()}  # type: ignore[misc]
     for turnable in turnables:
         turn = turnable.random(generator(1))

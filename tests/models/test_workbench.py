@@ -69,8 +69,11 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("matcher", [None, "cycle"])
 def test_five_models_and_a_base(
-    networks: list[Path], tmp_path: Path, counted: Counter[str], matcher: str | None
+    networks: list[Path], tmp_path: Path, counted: Counter[str], matcher: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # how a common order is found, is another test's
+    monkeypatch.setattr("mergeid.matchers.joint.combined_matching", lambda similar, *_, **__: similar.graph.identity())
+    monkeypatch.setattr("mergeid.matchers.joint._refined", lambda graph, weights, found, star, *_: star)
     data = networks[0].with_name("data.npz")
     mergeid.merge(
         [str(p) for p in networks[:-1]],
