@@ -13,7 +13,7 @@ from evaluate_helpers import runs
 from torch import Tensor, nn
 
 from mergeid.errors import MergeidError
-from mergeid.evaluate.nearness import Far, Panel
+from mergeid.evaluate.nearness import Far, Panel, _Spread
 from mergeid.models.examples import Examples
 from mergeid.stages.solving import LARGE, LEAST, can_be_solved, solved_if_nearer
 
@@ -54,6 +54,18 @@ def test_disagreement_of_values_is_a_share_of_their_variance() -> None:
     data = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     # mean 2x; both are off it by x
     assert panel([Times(1.0), Times(3.0)], data, False).disagreement == pytest.approx(1 / 4, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_spread_of_values_leaves_padding_out_where_there_are_tokens(tokens: bool) -> None:
+    """A mask of as many tokens as an output has values says nothing of these."""
+    out = torch.randn(6, 4, 3 if tokens else 1, generator=torch.Generator().manual_seed(0)).squeeze(-1)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]] * 3)
+    spread = _Spread()
+    spread.add(out, {"attention_mask": mask})
+    rows = out[mask.bool()] if tokens else out
+    expected = (rows.double() - rows.double().mean(0)).square().mean()
+    assert spread.variance(torch.float32) == pytest.approx(float(expected), rel=1e-6)
 
 
 def look(rows: dict[tuple[str, str], float], spread: float = 0.0) -> Any:
