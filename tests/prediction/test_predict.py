@@ -172,7 +172,7 @@ def test_bad_input(nets: dict[str, nn.Module]) -> None:
         predict(nets["a"], nets["far"], tolerate=-1.0)
     with pytest.raises(MergeidError, match="--tolerate must be a loss"):
         m.predict_sketches(["a.sketch", "b.sketch"], tolerate=float("nan"))
-    with pytest.raises(MergeidError, match="needs at least 16"):
+    with pytest.raises(MergeidError, match="at least 16 examples"):
         predict(nets["a"], nets["far"], data=DATA[:3])
     numbers = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 1)).eval()
     with pytest.raises(MergeidError, match="no logits"):
