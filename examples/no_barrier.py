@@ -7,7 +7,7 @@ trains pairs of small networks (timm's `test_*` models on 12,000 Fashion-MNIST i
 standard library), merges them at the midpoint in several ways with 512 unlabelled inputs, and writes a table
 (table.md), the numbers (results.json) and a plot (losses.png): nats lost against the mean of the two networks.
 
-- direct: the plain average; matched: after matching; repaired: BatchNorm estimated again or REPAIR, where nearer;
+- direct: the plain average; matched: after matching; repaired: BatchNorm re-estimated or REPAIR, where nearer;
 - RegMean after the match, the best of three shares of the off-diagonal by the test data, which favours it. RegMean++
   takes every model's own inputs through the merged network; where all models have the same inputs it is the average
   itself, so that its column would be "matched";

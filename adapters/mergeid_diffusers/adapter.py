@@ -115,7 +115,7 @@ class DiffusersAdapter:
             import diffusers
         except ImportError as error:
             raise MergeidError(
-                "this takes the library diffusers, which is not installed: pip install 'mergeid[diffusers]'"
+                "this needs the library diffusers, which is not installed: pip install 'mergeid[diffusers]'"
             ) from error
         kind = getattr(diffusers, arch.name, None)
         if kind is None or not hasattr(kind, "from_config"):

@@ -19,7 +19,7 @@ def contents(names: Sequence[str], read: Callable[[str], Any]) -> Contents | Non
         return None
     index = read(INDEX)
     if not isinstance(index, Mapping):
-        raise MergeidError(f"{INDEX} is no table; expected the index that diffusers writes")
+        raise MergeidError(f"{INDEX} is not a table; expected the index that diffusers writes")
     components = {
         str(name): list(entry)
         for name, entry in index.items()

@@ -63,7 +63,7 @@ def example_inputs(network: nn.Module, generator: torch.Generator, n: int) -> Ba
             continue
         return batch
     raise MergeidError(
-        f"mergeid knows no inputs with which {type(own).__name__} runs ({said}); give it as a live module with "
+        f"mergeid does not know inputs on which {type(own).__name__} runs ({said}); give it as a live module with "
         "example_inputs, or merge with --match never"
     )
 

@@ -76,7 +76,7 @@ class OpenClipAdapter:
             import open_clip
         except ImportError as error:
             raise MergeidError(
-                "this takes the library open_clip, which is not installed: pip install 'mergeid[open-clip]'"
+                "this needs the library open_clip, which is not installed: pip install 'mergeid[open-clip]'"
             ) from error
         config = deepcopy(dict(arch.options["config"][MODEL]))
         custom = config.pop("custom_text", False) or "hf_model_name" in config.get("text_cfg", {})

@@ -50,7 +50,8 @@ class SentenceTransformersAdapter:
                 found = library.recognise(_of_step(table, steps, step), config["parts"].get(step.folder), {})
                 if found is None:
                     raise MergeidError(
-                        f"config.json of module {step.folder or '0'} names no model_type of transformers; expected "
+                        f"config.json of module {step.folder or '0'} does not name a model_type of transformers; "
+                        f"expected "
                         "the config of its encoder"
                     )
                 inner[i] = found

@@ -107,7 +107,7 @@ def _activation(name: str) -> nn.Module:
 
     kind = import_from_string(name) if name.startswith("torch.nn.") else None
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
-        raise MergeidError(f"activation {name!r} is none of torch's; expected a class such as torch.nn.Tanh")
+        raise MergeidError(f"activation {name!r} is not one of torch's; expected a class such as torch.nn.Tanh")
     return kind()
 
 

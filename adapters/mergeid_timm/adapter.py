@@ -111,7 +111,7 @@ class TimmAdapter:
             raise MergeidError(
                 f"timm has no architecture {name!r}"
                 + (f"; near names are {', '.join(near)}" if near else "")
-                + "; `mergeid adapters` tells how to list all names"
+                + "; `mergeid adapters` says how to list all names"
             )
         theirs = config if config is not None and "architecture" in config else None
         arch = self._stated(name, table or {}, theirs)
@@ -133,7 +133,9 @@ class TimmAdapter:
                 return changed
         shapes = shapes_of(table)
         difference = first_difference(arch.name, shapes) or "its tensors have other names or shapes"
-        raise MergeidError(f"the checkpoint is not {arch.id}: {difference}; {self._nearest_words(shapes, arch.name)}")
+        raise MergeidError(
+            f"the checkpoint does not fit {arch.id}: {difference}; {self._nearest_words(shapes, arch.name)}"
+        )
 
     def _nearest_words(self, shapes: Mapping[str, Shape], named: str) -> str:
         found = load_index().lookup(shapes)

@@ -3,7 +3,7 @@ midpoints.csv, which grows and may be stopped at any time.
 
     python examples/zoo/midpoints.py --minutes 9
 
-Ways: direct, match, the same with BatchNorm estimated again, and solved (from what mergeid plans). Test losses are on
+Ways: direct, match, the same with BatchNorm re-estimated, and solved (from what mergeid plans). Test losses are on
 all examples that no network was trained on; `trial_*` are of the 512 calibration inputs with pseudo-labels
 (`mergeid.prediction.trial`), `few_*` of the first 64 test examples with their labels, `rest_*` of all the others.
 """

@@ -42,7 +42,9 @@ def check_regular(path: str | os.PathLike[str], expected: str) -> os.stat_result
     except (FileNotFoundError, NotADirectoryError):
         raise MergeidError(f"no such file or folder: {name}; expected {expected}") from None
     except ValueError:
-        raise MergeidError(f"{name} is no path (a character in it cannot be in one); expected {expected}") from None
+        raise MergeidError(
+            f"{name} is not a path (it contains a character that paths cannot have); expected {expected}"
+        ) from None
     except OSError as error:
         raise MergeidError(f"cannot read {name}: {reason(error)}; expected {expected}") from None
     for is_kind, kind in _KINDS.items():
@@ -64,7 +66,7 @@ def read_bytes(path: str | os.PathLike[str], expected: str, largest: int = LARGE
         if len(content) <= largest:
             return content
         size = len(content)
-    raise MergeidError(f"{name} has {size:,} bytes and more than {largest:,} are not read; expected {expected}")
+    raise MergeidError(f"{name} has {size:,} bytes, more than the {largest:,} allowed; expected {expected}")
 
 
 def read_text(path: str | os.PathLike[str], expected: str, largest: int = LARGEST) -> str:
@@ -82,11 +84,11 @@ def read_json(path: str | os.PathLike[str], expected: str = "JSON", *, own: bool
     return parse_json(read_text(path, expected), os.fspath(path), expected, own=own)
 
 
-def read_table(path: str | os.PathLike[str], expected: str = "a table of names (a JSON object)") -> dict[str, Any]:
+def read_table(path: str | os.PathLike[str], expected: str = "a JSON object") -> dict[str, Any]:
     """A JSON object of another library. Raises `MergeidError` where the file holds none."""
     parsed = read_json(path, expected)
     if not isinstance(parsed, dict):
-        raise MergeidError(f"{os.fspath(path)} holds no JSON object; expected {expected}")
+        raise MergeidError(f"{os.fspath(path)} does not hold a JSON object; expected {expected}")
     return parsed
 
 
@@ -132,11 +134,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refused_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _too_deep(name: str, expected: str) -> str:
-    return f"{name} nests more than {DEEPEST} lists and tables inside one another; expected {expected}"
+    return f"{name} nests more than {DEEPEST} levels of lists and tables; expected {expected}"
 
 
 def _check_limits(parsed: Any, name: str, expected: str) -> None:
@@ -152,7 +154,7 @@ def _check_limits(parsed: Any, name: str, expected: str) -> None:
             elif isinstance(value, list):
                 below += value
             elif isinstance(value, int) and not -_BEYOND < value < _BEYOND:
-                raise MergeidError(f"{name} has a number of more than {MOST_DIGITS} digits; expected {expected}")
+                raise MergeidError(f"{name} has a number with more than {MOST_DIGITS} digits; expected {expected}")
         level = below
     if level:
         raise MergeidError(_too_deep(name, expected))
@@ -203,7 +205,7 @@ def _loader() -> Any:
             except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError):
                 kind = str(node.tag).rsplit(":", 1)[-1]
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{shown(node.value)} is no {kind} that can be read", node.start_mark
+                    None, None, f"{shown(node.value)} is not a valid {kind}", node.start_mark
                 ) from None
 
     kept = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -250,13 +252,15 @@ def _check_nodes(root: Any, name: str, expected: str) -> None:
             if stack:
                 _account(sizes, depths, id(stack[-1][0]), id(node))
         elif id(child) in open_now:
-            raise MergeidError(f"{name} has an alias inside what it stands for; expected {expected}")
+            raise MergeidError(f"{name} has an alias that contains itself; expected {expected}")
         elif id(child) in sizes:
             _account(sizes, depths, id(node), id(child))
         else:
             enter(child)
         if sizes[id(node)] > MOST_NODES:
-            raise MergeidError(f"{name} has more than {MOST_NODES:,} values, aliases written out; expected {expected}")
+            raise MergeidError(
+                f"{name} has more than {MOST_NODES:,} values once its aliases are expanded; expected {expected}"
+            )
         if max(len(stack), depths[id(node)]) > DEEPEST:
             raise MergeidError(_too_deep(name, expected))
 

@@ -211,7 +211,7 @@ def _request(inputs: Inputs, settings: MergeSettings, plan: TensorPlan, record: 
         "weight files (they were changed)": [[s.st_size, s.st_mtime_ns] for s in stats],
         "method": settings.method.name,
         "settings": settings.to_json(),
-        "number formats": plan.dtypes,
+        "dtypes": plan.dtypes,
         "skipped tensors": plan.skipped,
         "order of neurons": [p.get("permutations", {}) for p in plans],
         "turned heads": [p.get("turns", []) for p in plans],
@@ -271,7 +271,7 @@ def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> 
 def _checked_overrides(a: TensorSource, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in overrides.items():
         if name not in a.table or tuple(tensor.shape) != a.table[name].shape:
-            raise ValueError(f"override {name!r} {tuple(tensor.shape)} fits no tensor of {a.source}")
+            raise ValueError(f"override {name!r} {tuple(tensor.shape)} matches no tensor of {a.source}")
     return dict(overrides)
 
 

@@ -62,8 +62,8 @@ def compared(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     if not other:
         return [f"both networks have the same fixed parts (F, D) in all {len(layers)} asymmetric weights"]
     return [
-        f"the fixed parts of {len(other)} of {len(layers)} asymmetric weights differ (first: {other[0]!r}): there is "
-        "no shared arrangement that training could not leave"
+        f"the fixed parts of {len(other)} of {len(layers)} asymmetric weights differ (first: {other[0]!r}): nothing "
+        f"keeps their neurons in one order"
     ]
 
 
@@ -73,6 +73,6 @@ def note(overrides: Iterable[str]) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} asymmetric layers of B do not have A's masks (other masks, or its neurons were permuted): they were "
-        "averaged in their effective weights and are ordinary layers of the result (fixed part 0, mask 1)"
+        f"{count} asymmetric layers of B do not have A's masks (other masks, or its neurons were permuted): their "
+        f"effective weights were averaged, and they are ordinary layers in the result (fixed part 0, mask 1)"
     ]

@@ -12,7 +12,7 @@ def not_finite(name: str, checkpoint: TensorSource, *, nan: bool) -> str:
     what = "NaN" if nan else "an infinite number"
     return (
         f"tensor {name!r} of {checkpoint.file_of[name]} holds {what}; expected finite weights: use another checkpoint, "
-        f"or take this tensor from the first model as it is with --skip {name!r}"
+        f"or take this tensor from the first model as is with --skip {name!r}"
     )
 
 

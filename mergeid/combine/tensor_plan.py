@@ -74,7 +74,7 @@ def plan_tensors(a: Checkpoint, b: Checkpoint, *, skip: Sequence[str] = (), dtyp
         if _kind(a, name) != _kind(b, name):
             raise MergeidError(
                 f"tensor {name!r} is {a.table[name].dtype} in {a.source} and {b.table[name].dtype} in {b.source}; "
-                f"expected numbers of one kind: take it from the first with --skip {name!r}"
+                f"expected the same kind of numbers: take it from the first with --skip {name!r}"
             )
     if not merged:
         raise MergeidError(f"no weights of {a.source} and {b.source} are left to merge; skip fewer tensors (--skip)")
@@ -210,7 +210,8 @@ def _refuse_other_names(a: TensorSource, b: TensorSource, names: Sequence[str], 
         parts.append(f"tensor {_and_more(only_b)} is only in {b.source}")
     raise MergeidError(
         f"{' and '.join(parts)}; expected the same tensors in both: merge the rest with "
-        f"{_pattern([*only_a, *only_b], names)} (the first keeps what it has, what only the second has is left out)"
+        f"{_pattern([*only_a, *only_b], names)} (tensors only in the first are kept, those only in the second are "
+        f"left out)"
     )
 
 
@@ -243,18 +244,18 @@ def _refuse_other_shapes(a: TensorSource, b: TensorSource, common: Sequence[str]
     if not other:
         return
     first, second = a.table[other[0]].shape, b.table[other[0]].shape
-    hint = "the two are of different size or architecture (layers of other widths merge with --transport)"
+    hint = "the models differ in size or architecture (layers of different widths can be merged with --transport)"
     if 2 * len(other) < len(common):
         words = {
             "the task heads differ": (_classes(a), _classes(b)),
             "the vocabularies differ": (_vocab_size(a), _vocab_size(b)),
         }
-        hint = "a task head or a token embedding often differs so"
+        hint = "task heads and token embeddings often differ like this"
         for text, sizes in words.items():
             if first[:1] == sizes[:1] and second[:1] == sizes[1:]:
                 hint = f"{text} ({sizes[0]} and {sizes[1]} rows)"
         if first[:1] == (_vocab_size(a),) and second[:1] == (_vocab_size(b),):
-            hint += ": bring the rows together by token with --tokenizer union (or a, b), or"
+            hint += ": match the rows by token with --tokenizer union (or a, b), or"
         else:
             hint += ":"
         hint += f" take the first model's with {_pattern(other, common)}"
@@ -291,8 +292,8 @@ def _refuse_other_labels(a: Checkpoint, b: Checkpoint, skipped: Sequence[str]) -
             token = next(t for t in [*tokens, *other_tokens] if tokens.get(t) != other_tokens.get(t))
             raise MergeidError(
                 f"tokenizers differ: token {token!r} is number {tokens.get(token)} in {a.source} and "
-                f"{other_tokens.get(token)} in {b.source}; expected one vocabulary: bring the rows together by "
-                "token with --tokenizer a (or b, union), or take the first model's embedding with "
+                f"{other_tokens.get(token)} in {b.source}; expected one vocabulary: match the rows by token with "
+                f"--tokenizer a (or b, union), or take the first model's embedding with "
                 f"{_pattern(rows, list(a.table))}"
             )
 

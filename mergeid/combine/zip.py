@@ -136,10 +136,11 @@ def zip_models(
     for s in chosen:
         if s.parents or graph.children(s):
             raise MergeidError(
-                f"{s.label!r} lies in heads or holds them; only convolutional networks and perceptrons are zipped"
+                f"{s.label!r} is inside attention heads or contains them; only convolutional networks and "
+                f"perceptrons can be zipped"
             )
         if s.id not in correlations:
-            raise MergeidError(f"the activations of {s.label!r} cannot be read; give zip only spaces that can")
+            raise MergeidError(f"the activations of {s.label!r} cannot be read; leave it out")
         pairs = pairs_of(correlations[s.id], within=within)
         shares[s.id] = float(((pairs[:, 0] < s.size) == (pairs[:, 1] < s.size)).mean())
         gather = torch.zeros(s.size, 2 * s.size, dtype=torch.float64)

@@ -16,7 +16,7 @@ def command(
         str | None,
         typer.Argument(
             metavar="[GLOB]",
-            help="List the architecture names that match (resnet*, timm/vit_*) instead.",
+            help="List the architecture names that match this pattern (resnet*, timm/vit_*).",
             show_default=False,
         ),
     ] = None,
@@ -46,7 +46,7 @@ def command(
             columns = [Column("adapter"), Column("package"), Column("version"), Column("architectures", "right")]
             work.close()
             show(columns, [list(row.values()) for row in rows], console=work.console)
-            work.say("Their names: mergeid adapters 'GLOB', for example mergeid adapters 'resnet*'.")
+            work.say("To list their names: mergeid adapters 'GLOB', for example mergeid adapters 'resnet*'.")
     return 0
 
 

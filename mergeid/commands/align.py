@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 def command(
     call: Call[MergeResult],
     b: Annotated[
-        str, typer.Argument(metavar="B", help=f"Model whose neurons are put in order: {o.MODEL}.", show_default=False)
+        str, typer.Argument(metavar="B", help=f"Model whose neurons are permuted: {o.MODEL}.", show_default=False)
     ],
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="A", rich_help_panel=INPUT, help="Model whose order is taken.", show_default=False
+            "--to", metavar="A", rich_help_panel=INPUT, help="Model whose neuron order is used.", show_default=False
         ),
     ],
     as_json: o.Json = False,
 ) -> int:
-    """Write B with its neurons permuted into A's order: the same function, ready for any merging tool.
+    """Write B with its neurons permuted into A's order: the same function, which any tool can merge with A.
 
-    With --transport its neurons are carried onto A's instead, in A's shapes: a function close to B's, for merging only.
+    With --transport B's neurons are mapped onto A's by optimal transport instead, in A's shapes. That function is only
+    close to B's, and is meant for merging.
     """
     with working(as_json) as work:
         result = call(b, to, progress=work.progress)

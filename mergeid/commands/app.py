@@ -76,7 +76,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     show_traceback: Annotated[
-        bool, typer.Option(TRACEBACK, help="Show where a fault of mergeid itself came from (exit code 3).")
+        bool, typer.Option(TRACEBACK, help="Show the traceback of an internal error (exit code 3).")
     ] = False,
 ) -> None:
     """Will these two models merge, and how?
@@ -154,8 +154,8 @@ def _fault(error: Exception) -> str:
     own = [f for f in frames if any(p.startswith("mergeid") for p in Path(f.filename).parts[:-1])] or frames
     place = f" in {'/'.join(Path(own[-1].filename).parts[-2:])}, line {own[-1].lineno}" if own else ""
     return (
-        f"mergeid itself failed{place} ({type(error).__name__}: {cut(reason(error), 200)}); this is a fault of "
-        f"mergeid: please report it with what {TRACEBACK} shows"
+        f"internal error{place} ({type(error).__name__}: {cut(reason(error), 200)}); this is a bug in mergeid: "
+        f"please report it with the output of {TRACEBACK} shows"
     )
 
 

@@ -38,7 +38,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise MergeidError(
-            f"--weights {text!r} is no list of numbers; expected one weight per model, such as --weights 0.5,0.5"
+            f"--weights {text!r} is not a list of numbers; expected one weight per model, such as --weights 0.5,0.5"
         ) from None
 
 
@@ -54,7 +54,7 @@ def parse_all_weights(given: Sequence[str]) -> tuple[float, ...] | dict[str, tup
     for text in given:
         pattern, _, numbers = text.rpartition("=")
         if (pattern or "*") in found:
-            raise MergeidError(f"--weights are given twice for {pattern or 'all tensors'!r}; expected them once")
+            raise MergeidError(f"--weights is given twice for {pattern or 'all tensors'!r}; expected it once")
         found[pattern or "*"] = parse_weights(numbers)
     if list(found) == ["*"]:
         return found["*"]
@@ -78,7 +78,8 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
             values = []
         if not name or not equals or not values or name in found:
             raise MergeidError(
-                f"--set {text!r} is not understood; expected NAME=NUMBER (or a word: true, false, …), each name once"
+                f"--set {text!r} is not NAME=VALUE; expected a number or a word (true, false, …) as value, and each "
+                f"name once"
             )
         found[name] = values if len(values) > 1 else values[0]
     return found
@@ -122,17 +123,17 @@ def model(what: str = "") -> Any:
 
 
 A = Annotated[str, typer.Argument(metavar="A", help=f"First model: {MODEL}.", show_default=False)]
-B = Annotated[str, typer.Argument(metavar="B", help="Second model, likewise.", show_default=False)]
+B = Annotated[str, typer.Argument(metavar="B", help="Second model, in the same form.", show_default=False)]
 
 Json = Annotated[
     bool,
-    typer.Option("--json", rich_help_panel=OUTPUT, help="Print the result as JSON on stdout, and nothing else there."),
+    typer.Option("--json", rich_help_panel=OUTPUT, help="Print only the result on stdout, as JSON."),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", rich_help_panel=OUTPUT, help="Show all columns of the table, with what they mean.")
+    bool, typer.Option("--verbose", rich_help_panel=OUTPUT, help="Show all columns of the table and explain them.")
 ]
 Page = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", rich_help_panel=OUTPUT, help="Also put the result on an HTML page."),
+    typer.Option("--report", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the result as an HTML page."),
 ]
-JsonFile = Annotated[Path | None, written("Also write the result as JSON.")]
+JsonFile = Annotated[Path | None, written("Also write the result as a JSON file.")]

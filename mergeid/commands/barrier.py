@@ -20,14 +20,14 @@ def command(
     call: Call[BarrierResult],
     a: o.A,
     b: o.B,
-    output: Annotated[Path | None, o.written("Also write the curve as JSON.")] = None,
+    output: Annotated[Path | None, o.written("Also write the curve as a JSON file.")] = None,
     plot: Annotated[Path | None, o.drawn("Draw the curve")] = None,
     page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:
-    """Measure the loss barrier between A and B on labelled data, as they are or matched.
+    """Measure the loss barrier between A and B on labelled data, as is or matched.
 
-    Runs under ``accelerate launch`` too; then the first process alone prints and writes.
+    It also runs under ``accelerate launch``, where only the first process prints and writes.
     """
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page, resume=call.path("resume"))
     with working(as_json) as work:

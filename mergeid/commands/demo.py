@@ -12,7 +12,7 @@ from mergeid.verbs.demo import DemoResult, run
 def command(call: Call[DemoResult], as_json: o.Json = False) -> int:
     """Train two small networks on handwritten digits, merge them directly and with mergeid, and compare.
 
-    Needs no download: the digits come with scikit-learn. A second run reuses the two networks.
+    Nothing is downloaded: the digits come with scikit-learn. A second run reuses the two networks.
     """
     with working(as_json) as work:
         result = call(progress=work.progress)

@@ -24,16 +24,20 @@ def command(
     base: Annotated[
         str,
         typer.Option(
-            "--base", metavar="MODEL", rich_help_panel=INPUT, help="What it was fine-tuned from.", show_default=False
+            "--base",
+            metavar="MODEL",
+            rich_help_panel=INPUT,
+            help="Model that it was fine-tuned from.",
+            show_default=False,
         ),
     ],
-    output: Annotated[Path, o.written("A folder for the adapter.", "OUT")],
+    output: Annotated[Path, o.written("Folder for the adapter.", "OUT")],
     as_json: o.Json = False,
 ) -> int:
     """Write what a fine-tune adds to its base as a PEFT adapter (LoRA) of a chosen rank.
 
-    Each weight of a linear layer that changed becomes the best pair of factors of that rank; other tensors that changed
-    lie in the adapter whole. The result says how much of the change the rank leaves out.
+    Each changed weight of a linear layer is approximated by the best pair of factors of that rank. Other changed
+    tensors are stored in full. The result says how much of the change is lost.
     """
     with working(as_json) as work:
         result = call(model, base=base, output=output, progress=work.progress)
@@ -41,7 +45,7 @@ def command(
             work.emit(result.to_json())
             return 0
         work.close()
-        whole = f"; {len(result.whole)} other tensors lie in the adapter whole" if result.whole else ""
+        whole = f"; {len(result.whole)} other tensors are stored in full" if result.whole else ""
         work.say(
             f"{len(result.errors)} weights as factors of rank {result.rank}, which leave out "
             f"{100 * result.error:.2g} % of the change (relative Frobenius norm){whole}."

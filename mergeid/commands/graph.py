@@ -33,7 +33,7 @@ def command(
             show_default=False,
         ),
     ],
-    output: Annotated[Path | None, o.written("Also write the graph as JSON.")] = None,
+    output: Annotated[Path | None, o.written("Also write the graph as a JSON file.")] = None,
     json_target: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +66,7 @@ def command(
         ),
     ] = None,
 ) -> int:
-    """Show which neurons of a model may change places: its neuron graph, found by tracing and proven on the spot."""
+    """Show which neurons of a model can be permuted: its neuron graph, traced from one forward pass and verified."""
     target = Path(json_target) if json_target not in (None, "-") else None
     check_files({"--json": target, "-o": output}, (model, given, *call.reads))
     files = {option: file for option, file in (("--json", target), ("-o", output)) if file is not None}
@@ -124,7 +124,7 @@ def parse_axis(text: str) -> tuple[str, int]:
     """``"conv1.weight[1]"`` as ("conv1.weight", 1). Raises `MergeidError` for anything else."""
     match = re.fullmatch(r"(.+)\[(\d{1,9})\]", text.strip())
     if match is None:
-        raise MergeidError(f"--why {text!r} is no axis; expected TENSOR[AXIS], such as 'conv1.weight[1]'")
+        raise MergeidError(f"--why {text!r} is not an axis; expected TENSOR[AXIS], such as 'conv1.weight[1]'")
     return match[1], int(match[2])
 
 
@@ -164,7 +164,7 @@ def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
         )
         text.append(
             f"{tensor}[{number}]: {positions} of {shape[number]} positions belong to space {space.id} "
-            f"({space.label}), group {space.group}, which also lives on {', '.join(also) or 'no other axis'}."
+            f"({space.label}), group {space.group}, which also acts on {', '.join(also) or 'no other axis'}."
         )
     frozen = next((why for t, a, why in graph.frozen if (t, a) == (tensor, number)), None)
     if frozen is not None:
@@ -176,5 +176,5 @@ def explain(graph: NeuronGraph, axis: str) -> dict[str, Any]:
         "size": shape[number],
         "spaces": spaces,
         "frozen": frozen,
-        "text": text or [f"{tensor}[{number}] has no position that could move."],
+        "text": text or [f"{tensor}[{number}] has no position that can be permuted."],
     }

@@ -27,7 +27,7 @@ def command(
     call: Call[MergeResult],
     models: Annotated[
         list[str],
-        o.several("A B [C …]", f"Models: {o.MODEL}; the output follows the first. Or one recipe, a .yaml file."),
+        o.several("A B [C …]", f"Models: {o.MODEL}; the output follows the first. Or one recipe (a .yaml file)."),
     ],
     page: o.Page = None,
     as_json: o.Json = False,
@@ -37,27 +37,28 @@ def command(
             "--weights",
             metavar="[GLOB=]WA,WB…",
             rich_help_panel=HOW,
-            help="One per model, equal if not given; shares sum to 1, factors of task vectors need not. With a GLOB "
-            "for the tensors that match it (may be given several times).",
+            help="One weight per model (default: equal). They sum to 1, except for methods that merge task vectors. "
+            "With GLOB= they apply to the tensors that match (repeatable).",
         ),
     ] = None,
     density: Annotated[
         str | None,
-        o.how("--density", "D[,D…]", "Share of each task vector that is kept (ties, dare, …): one, or one per model."),
+        o.how(
+            "--density", "D[,D…]", "Fraction of each task vector to keep (ties, dare, …): one value, or one per model."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        o.how("--set", "NAME=VALUE", "Another parameter of the method, as in lambda=0.8 (may be given several times)."),
+        o.how("--set", "NAME=VALUE", "Any other parameter of the method, such as lambda=0.8 (repeatable)."),
     ] = None,
     repair: Annotated[
         o.Repair,
         typer.Option(
             "--repair",
             rich_help_panel=HOW,
-            help="bn: estimate BatchNorm statistics again; repair: rescale pre-activations (REPAIR); solve: every "
-            "layer in closed form, to answer as the models do on average; solve+polish: then "
-            "distilled from the models' predictions; auto: solve, bn, or repair of a network "
-            "without BatchNorm, where that is nearer to the models; none.",
+            help="bn: re-estimate BatchNorm statistics; repair: rescale pre-activations (REPAIR); solve: refit every "
+            "layer in closed form to the mean of the models' outputs; solve+polish: then distil the models' "
+            "predictions; auto: the one that brings the merge nearer to the models, or none; none: nothing.",
         ),
     ] = o.Repair.auto,
     no_repair: Annotated[
@@ -66,14 +67,14 @@ def command(
 ) -> int:
     """Merge models into one checkpoint, matched where the plan says so.
 
-    With --data the decision rests on the models' activations; the merges at hand, with and without repair, are then run
-    on the data, and the one that is nearest to the models is written. Every further model is brought into A's order.
-    The output follows A: tensor order, shards, metadata, config and tokenizer files; mergeid.json beside it records
-    what was done. If they will not merge, nothing is written and the exit code is 1. A recipe takes the fields of
+    With --data the decision is based on the models' activations. The candidate merges, with and without repair, are
+    then run on the data, and the one nearest to the models is written. Every further model is brought into A's order.
+    The output follows A: tensor order, shards, metadata, config and tokenizer files. mergeid.json beside it records
+    what was done. If the models will not merge, nothing is written and the exit code is 1. Recipes have the format of
     mergekit's.
     """
     if call.text("method") in ("zip", "zipit"):
-        raise MergeidError("--method zip is a command of its own, since it may leave two heads; see mergeid zip --help")
+        raise MergeidError("zip is a command of its own, because its result may have two heads; see mergeid zip --help")
     stage = "none" if no_repair else repair.value
     told = o.parse_settings([*([f"density={density}"] if density is not None else []), *(settings or [])])
     stages: list[Recipe] = []
@@ -81,7 +82,7 @@ def command(
         beside = {"--weights": weights, "--density": density, "--set": settings}
         stages = _stages(models[0], call, [option for option, value in beside.items() if value])
     elif len(models) == 1 and not call.given("base"):
-        raise MergeidError("Missing argument 'B'; expected two models at least, or one recipe (a .yaml file)")
+        raise MergeidError("Missing argument 'B'; expected at least two models, or one recipe (a .yaml file)")
     check_outputs((*models, *call.reads), report=page)
     with working(as_json) as work:
         if stages:
@@ -117,10 +118,10 @@ def _stages(path: str, call: Call[MergeResult], beside: list[str]) -> list[Recip
 
     own = [f"--{k}" for k in ("normalize", "method", "base", "dtype") if call.given(k)]
     for option in (*beside, *own):
-        raise MergeidError(f"{option} does not go with a recipe; write it into {path}")
+        raise MergeidError(f"{option} cannot be combined with a recipe; set it in {path}")
     stages = read_stages(path)
     if len(stages) > 1 and call.given("resume"):
-        raise MergeidError(f"--resume goes with a single merge, and {path} has {len(stages)} stages; leave it out")
+        raise MergeidError(f"--resume works for a single merge only, but {path} has {len(stages)} stages; leave it out")
     output = call.path("output")
     if output is not None:  # replacing a folder would take the recipe in it along
         check_output(output, inputs=[path], force=call.given("force"))

@@ -28,10 +28,10 @@ def command(
     ],
     as_json: o.Json = False,
 ) -> int:
-    """Make one mixture of experts of dense decoders, each aligned with the base first.
+    """Build a mixture of experts from dense decoders, each aligned with the base first.
 
-    Attention, embeddings and norms are the base's; each model gives its MLPs. Routers point along the prompts of each
-    expert. The result wants some training.
+    Attention, embeddings and norms come from the base, and the MLPs from the experts. Routers are initialised from
+    each expert's prompts. The result usually needs some training.
     """
     from mergeid.methods.mixture_recipe import read_mixture
     from mergeid.verbs.moe import Expert

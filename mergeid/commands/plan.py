@@ -26,7 +26,7 @@ def command(
     call: Call[Plan],
     a: o.A,
     b: o.B,
-    output: Annotated[Path | None, o.written("Also write the plan as JSON.")] = None,
+    output: Annotated[Path | None, o.written("Also write the plan as a JSON file.")] = None,
     plot: Annotated[Path | None, o.drawn("Draw the evidence space by space in order of depth")] = None,
     page: o.Page = None,
     verbose: o.Verbose = False,
@@ -39,14 +39,15 @@ def command(
         typer.Option(
             "--estimate",
             rich_help_panel=HOW,
-            help="Say what memory, disk and time a merge takes, from the headers alone; exit with 1 if it has no room.",
+            help="Estimate the memory, disk space and time of a merge from the file headers alone; exit with 1 if it "
+            "does not fit.",
         ),
     ] = False,
 ) -> int:
     """Decide for every space of neurons: merge directly, match first, or will not merge.
 
-    Without --data only the weights are compared, which says less, and the plan says so. With --base (or asymmetric
-    layers, which store their fixed parts) the structure is judged beside them. No weights are written.
+    Without --data only the weights are compared, which is weaker evidence. With --base, or with asymmetric layers
+    (which store their fixed parts), the plan also says what structure identifies. No weights are written.
     """
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page)
     if estimate:

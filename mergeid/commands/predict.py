@@ -28,22 +28,24 @@ def command(
         ),
     ],
     output: o.JsonFile = None,
-    plot: Annotated[Path | None, o.drawn("Of sketches: draw the matrix")] = None,
+    plot: Annotated[Path | None, o.drawn("For sketches: draw the matrix")] = None,
     page: o.Page = None,
     as_json: o.Json = False,
 ) -> int:
-    """Predict the barrier between A and B, as they are and matched, without merging them or running a merge.
+    """Predict the barrier between A and B, as is and matched, without merging them.
 
-    With --data both are run on those inputs (no labels are needed), else on random ones. Of files made by mergeid
-    sketch every pair is predicted without running a model.
+    Both models run on the inputs of --data (no labels are needed), or on random inputs without it. Given files made by
+    mergeid sketch, it predicts every pair without running a model.
     """
     sketched = [m.endswith(".sketch") for m in models]
     if any(sketched) != all(sketched):
-        raise MergeidError("some of the models are sketches and some are not; expected only sketches, or none")
+        raise MergeidError("some of the inputs are sketches and some are models; expected only sketches or only models")
     if not all(sketched) and len(models) != 2:
-        raise MergeidError(f"predict takes two models, got {len(models)}; many are compared by their sketches")
+        raise MergeidError(f"predict takes two models, got {len(models)}; to compare more, make sketches of them")
     if all(sketched) and (call.given("data") or call.given("base") or call.given("trial")):
-        raise MergeidError("sketches hold what was found on their own inputs; leave --data, --base and --try out")
+        raise MergeidError(
+            "sketches already hold what was measured on their inputs; leave out --data, --base and --try"
+        )
     if plot is not None and not all(sketched):
         raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
     if page is not None and all(sketched):

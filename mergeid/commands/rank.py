@@ -24,7 +24,7 @@ def command(
     call: Call[Ranking | PredictionMatrix],
     models: Annotated[
         list[str],
-        o.several("MODEL CANDIDATE ...", f"The model, then its possible partners ({o.MODEL}), or a folder of several."),
+        o.several("MODEL CANDIDATE ...", f"The model, then its candidates ({o.MODEL}), or a folder of several."),
     ],
     output: o.JsonFile = None,
     plot: Annotated[
@@ -37,7 +37,8 @@ def command(
 ) -> int:
     """Predict which of several models merges best with the first one, without merging them.
 
-    With --data all are run on those inputs (no labels are needed), with --every each pair is predicted.
+    The models run on the inputs of --data (no labels are needed), or on random inputs without it. With --every, each
+    pair is predicted.
     """
     from mergeid.errors import MergeidError
     from mergeid.results.prediction import PredictionMatrix

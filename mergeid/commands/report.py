@@ -24,12 +24,12 @@ def command(
     b: o.B,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="The page."),
+        typer.Option("-o", "--output", metavar="FILE", rich_help_panel=OUTPUT, help="The HTML file to write."),
     ] = Path("report.html"),
 ) -> int:
-    """Put all about a pair on one HTML page: verdict, curves, network, prediction, and how to do it again.
+    """Write everything about a pair to one HTML page: verdict, curves, network, prediction, commands to reproduce it.
 
-    The page needs no network, reads well on a phone, and holds measured values only. No weights are written.
+    The page works offline and on a phone, and shows measured values only. No weights are written.
     """
     check_outputs((a, b, *call.reads), output=output)
     with working() as work:

@@ -21,9 +21,9 @@ def command(
     a: Annotated[str, typer.Argument(metavar="A", help=f"Model to scramble: {o.MODEL}.", show_default=False)],
     as_json: o.Json = False,
 ) -> int:
-    """Apply a random element of the symmetry group to A and write the result: a check for anybody to run.
+    """Write a copy of A with its neurons in a random order, which computes the same function.
 
-    The output computes the same function with its neurons in another order.
+    Use it to check mergeid: merged with A, the copy must give A again.
     """
     with working(as_json) as work:
         result = call(a, progress=work.progress)
@@ -32,7 +32,7 @@ def command(
             return 0
         work.close()
         work.say(
-            f"{result.arch}: {100 * result.moved_share:.1f} % of the parameters lie in tensors that moved; "
+            f"{result.arch}: {100 * result.moved_share:.1f} % of the parameters are in permuted tensors; "
             f"outputs equal to a relative error of {result.max_relative_error:.1e} (seed {result.seed})."
         )
         work.wrote(result.files)

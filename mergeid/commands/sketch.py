@@ -21,7 +21,7 @@ def command(
     output: Annotated[Path, o.written("NAME.sketch.")],
     as_json: o.Json = False,
 ) -> int:
-    """Keep what a model does on some inputs, so that `mergeid predict *.sketch` compares it without running it."""
+    """Record what a model does on some inputs, so that `mergeid predict *.sketch` need not run it again."""
     with working(as_json) as work:
         made = call(model, output=output, progress=work.progress)
         if as_json:

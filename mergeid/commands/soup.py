@@ -23,10 +23,10 @@ def command(
     ],
     as_json: o.Json = False,
 ) -> int:
-    """Average fine-tunes of one model that help on validation data, or all of them, or with learned coefficients.
+    """Average fine-tunes of one model: those that help on validation data, or all, or with learned coefficients.
 
-    They are aligned with A first, where the plan says so. The output follows A, and mergeid.json beside it says what
-    is in it. Measured on the data that it was chosen on, a greedy soup looks a little better than it is.
+    They are aligned with A first, where the plan says so. The output follows A, and mergeid.json beside it lists what
+    went into it. A greedy soup looks a little better on the data that it was chosen on than it really is.
     """
     check_outputs((*models, *call.reads))
     with working(as_json) as work:

@@ -178,7 +178,7 @@ def _memory() -> str:
     except ImportError:
         return ""
     unit = 1 if sys.platform == "darwin" else 1024
-    return f" and {getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory at most"
+    return f" and {getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory at peak"
 
 
 def to_text(value: Any, indent: int | None = 1) -> str:

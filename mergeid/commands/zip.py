@@ -24,14 +24,14 @@ def command(
     as_json: o.Json = False,
     no_repair: Annotated[
         bool,
-        typer.Option("--no-repair", rich_help_panel=HOW, help="Do not estimate BatchNorm statistics again."),
+        typer.Option("--no-repair", rich_help_panel=HOW, help="Do not re-estimate BatchNorm statistics."),
     ] = False,
 ) -> int:
-    """Zip two models (ZipIt!): merge features that are alike, within each model too, up to the heads or to a layer.
+    """Zip two models (ZipIt!): merge similar features, also within each model, up to the heads or to a given layer.
 
-    For convolutional networks and multilayer perceptrons of one architecture; the classes may differ. OUT gets a and
-    b, two models with equal tensors up to where the zip ends: each loads where its input loaded, and
-    mergeid.load_zipped(OUT) in Python loads both with the common part in memory once.
+    For convolutional networks and multilayer perceptrons of one architecture; the classes may differ. OUT will contain
+    a and b, two models with equal tensors up to where the zip ends. Each loads wherever its input loaded. In Python,
+    mergeid.load_zipped(OUT) loads both and shares the common part.
     """
     with working(as_json) as work:
         result = call(a, b, repair=not no_repair, progress=work.progress)
@@ -48,6 +48,6 @@ def command(
         for note in result.notes:
             work.say(f"Note: {note}")
         if result.repaired:
-            work.say("BatchNorm statistics were estimated again on the calibration data.")
+            work.say("BatchNorm statistics were re-estimated on the calibration data.")
         work.wrote(result.files)
     return 0

@@ -187,7 +187,7 @@ def as_tensor(name: str, value: Any, source: str) -> Tensor:
         raise MergeidError(f"the data {source}, {name!r}: {error}") from error
     except Exception as error:  # TypeError, ValueError, RuntimeError, OverflowError, by the kind of value
         raise MergeidError(
-            f"the data {source} has {name!r} of the kind {type(value).__name__}, which makes no tensor "
+            f"the data {source} has {name!r} of the kind {type(value).__name__}, which cannot become a tensor "
             f"({told(error)}); give tensors or numbers"
         ) from error
 

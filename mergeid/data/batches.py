@@ -29,11 +29,11 @@ def dataset_length(dataset: Any) -> int:
         count = len(dataset)
     except TypeError as error:
         raise MergeidError(
-            f"the data set {type(dataset).__name__} has no length; expected a map-style data set "
+            f"the dataset {type(dataset).__name__} has no length; expected a map-style dataset "
             "(with __len__ and __getitem__), so turn a stream into a list first"
         ) from error
     if count == 0:
-        raise MergeidError("the data set holds no examples; expected at least one")
+        raise MergeidError("the dataset has no examples; expected at least one")
     return count
 
 

@@ -93,7 +93,7 @@ def collate(items: Sequence[Item]) -> Batch:
     for item in items:
         if list(item) != keys and set(item) != set(keys):
             one = sorted(set(keys) ^ set(item))[0]
-            raise MergeidError(f"some examples have {one!r} and some have not; give it to all of them or to none")
+            raise MergeidError(f"only some of the examples have {one!r}; give it to all of them or to none")
     pad_id = getattr(items[0], "pad_id", 0)
     return {key: _stack(key, [torch.as_tensor(i[key]) for i in items], pad_id) for key in keys}
 

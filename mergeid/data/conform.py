@@ -31,7 +31,7 @@ def facts(adapter: Adapter, arch: Architecture, folder: Path | None) -> dict[str
         raise
     except Exception as error:  # numbers that are texts, tables that are lists, in the files of another library
         raise MergeidError(
-            f"how {folder or arch.id} wants its inputs prepared cannot be read ({told(error)}); repair its "
+            f"the preprocessing of {folder or arch.id} cannot be read ({told(error)}); repair its "
             "preprocessor_config.json or config.json"
         ) from error
     found.setdefault("input", INPUT_OF_KIND.get(str(found.get("kind")), POSITIONAL))
@@ -62,7 +62,7 @@ def check_item(item: Item, about: Mapping[str, Any]) -> None:
             continue
         if value.is_floating_point():
             if bool(value.isnan().any()) or (key == about["input"] and not bool(value.isfinite().all())):
-                raise MergeidError(f"{key!r} holds NaN or infinite values; repair or remove them")
+                raise MergeidError(f"{key!r} contains NaN or infinite values; repair or remove them")
         elif key == about["input"] and about.get("vocab_size"):
             low, high = int(value.min()), int(value.max())
             if low < 0 or high >= about["vocab_size"]:

@@ -48,7 +48,7 @@ def _open_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
     if not classes:
         kinds = ", ".join(sorted(SUFFIXES))
         raise MergeidError(
-            f"the folder {folder} holds no images ({kinds}), neither in class sub-folders nor directly; give an "
+            f"the folder {folder} contains no images ({kinds}), neither in class sub-folders nor directly; give an "
             "image folder or another kind of data"
         )
     number = _class_numbers([c.name for c in classes], about)
@@ -136,12 +136,12 @@ def _whole_numbers(image: Image) -> Image:
     from PIL import Image as images
 
     if image.mode == "F":
-        raise MergeidError("an image of floating-point numbers has no fixed white; give the data as .npz")
+        raise MergeidError("a floating-point image has no defined range of values; give the data as .npz")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise MergeidError("an image of 32-bit integers has no fixed white; give the data as .npz")
+        raise MergeidError("a 32-bit integer image has no defined range of values; give the data as .npz")
     return images.fromarray((values / 257).round().astype(np.uint8))
 
 

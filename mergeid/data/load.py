@@ -97,7 +97,7 @@ def _folder(path: Path, about: Mapping[str, Any], folder: Path | None, seed: int
     if about.get("kind") == "text":
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".md", ".text"))
         if not files:
-            raise MergeidError(f"the folder {path} holds no text files (.txt, .md); give a text, jsonl or .npz file")
+            raise MergeidError(f"the folder {path} contains no text files (.txt, .md); give a text, jsonl or .npz file")
         return text.text_file(files, about, folder, seed, str(path))
     raise MergeidError(
         f"the model takes {about['input']!r}, which a folder cannot give; give a .safetensors or .npz file with it"
@@ -148,7 +148,7 @@ def _call(spec: str) -> Any:
         ) from error
     except (Exception, SystemExit) as error:  # the module is the user's, and may do anything while it is imported
         raise MergeidError(
-            f"the data {spec}: module {module_name!r} fails while it is imported ({told(error)}); repair it"
+            f"the data {spec}: module {module_name!r} fails on import ({told(error)}); repair it"
         ) from error
     finally:
         if added:
@@ -161,7 +161,7 @@ def _call(spec: str) -> Any:
     except (Exception, SystemExit) as error:  # the user's own code
         raise MergeidError(
             f"the data {spec}: the function {function!r} fails ({told(error)}); expected one that takes no arguments "
-            "and returns a data set"
+            f"and returns a dataset"
         ) from error
 
 
@@ -170,7 +170,7 @@ def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | 
         import datasets
     except ImportError as error:
         raise MergeidError(
-            f"the data {name} is no file or folder here, and reading it as a Hugging Face dataset needs the package "
+            f"the data {name} is not a file or folder here, and reading it as a Hugging Face dataset needs the package "
             "'datasets'; check the path or run `pip install datasets`"
         ) from error
     try:

@@ -24,8 +24,8 @@ def load_tokenizer(folder: Path | None) -> Any:
     """The tokenizer that lies beside the weights. Raises `MergeidError` where there is none; never runs its code."""
     if folder is None:
         raise MergeidError(
-            "text data needs the checkpoint's tokenizer, but the checkpoint is a single file without a folder; give a "
-            "folder with tokenizer files, or data that is token ids (input_ids in a .safetensors or .npz file)"
+            "text data needs a tokenizer, but the checkpoint is a single file; give a folder with tokenizer files, "
+            "or data that consists of token ids (input_ids in a .safetensors or .npz file)"
         )
     from transformers import AutoTokenizer
 
@@ -33,8 +33,9 @@ def load_tokenizer(folder: Path | None) -> Any:
         (folder / n).is_file() for n in ("vocab.txt", "vocab.json", "spiece.model")
     ):
         raise MergeidError(
-            f"{folder} holds no tokenizer (tokenizer.json, vocab.txt, …), which text data needs; add the files of the "
-            "model's tokenizer, or give data that is token ids (input_ids in a .safetensors or .npz file)"
+            f"{folder} contains no tokenizer (tokenizer.json, vocab.txt, …), which text data needs; add the files of "
+            f"the "
+            "model's tokenizer, or give data that consists of token ids (input_ids in a .safetensors or .npz file)"
         )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -124,7 +124,7 @@ def barrier_curve(
     held = repair.examples if repair is not None and batchnorm_layers(line.model) else None
     if repair is not None and held is None and batchnorm_layers(line.model):
         raise MergeidError(
-            "re-estimating BatchNorm statistics needs calibration data; give some or switch the repair off"
+            "re-estimating BatchNorm statistics needs calibration data; give some or turn the repair off"
         )
     accelerator = how.accelerator or default_accelerator()
     precision = how.mixed_precision or accelerator.mixed_precision
@@ -227,8 +227,8 @@ def _check_states(state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor], 
         unknown = [name for name in state if name not in keys]
         if unknown:
             raise MergeidError(
-                f"the {label} state has {unknown[0]!r}{_and_more(unknown)}, which the model has not; "
-                f"expected only keys of {type(model).__name__}.state_dict()"
+                f"the {label} state has {unknown[0]!r}{_and_more(unknown)}, which the model does not have; expected "
+                f"only keys of {type(model).__name__}.state_dict()"
             )
         wrong = [name for name in state if state[name].shape != keys[name].shape]
         if wrong:
@@ -247,7 +247,7 @@ def _check_states(state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor], 
             raise MergeidError(f"the {label} state lacks {missing[0]!r}{_and_more(missing)}, which the model needs")
     if set(state_a) != set(state_b):
         name = sorted(set(state_a) ^ set(state_b))[0]
-        raise MergeidError(f"{name!r} is in one of the two states only; expected the same keys in both")
+        raise MergeidError(f"{name!r} is in only one of the two states; expected the same keys in both")
 
 
 def _in_precision(forward: Forward, mixed_precision: str | None, accelerator: Accelerator) -> Forward:

@@ -99,7 +99,7 @@ def evaluate(
             sums[index] = _sums(parts, len(slices[index]))
     total_loss, correct, count = (_exact_sum(column) for column in reduce_sum(sums, accelerator).T.tolist())
     if count == 0:
-        raise MergeidError("no prediction is scored: every label of the data is ignored; expected some to count")
+        raise MergeidError("every label of the data is ignored, so nothing can be scored; expected some that count")
     # `correct` is all zero where a task has no accuracy; one right prediction shows that it has one.
     return Metrics(total_loss / count, correct / count if correct else None, int(count))
 

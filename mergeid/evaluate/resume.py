@@ -75,7 +75,7 @@ class PointFile:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise MergeidError("another format")
         except MergeidError as error:
-            raise MergeidError(f"{self.path} holds no barrier points ({error}); expected {wanted}") from None
+            raise MergeidError(f"{self.path} contains no barrier points ({error}); expected {wanted}") from None
         found = validated(PointsFile, content, str(self.path))
         return {digest: {repr(x): p.model_dump() for x, p in curve.items()} for digest, curve in found.curves.items()}
 

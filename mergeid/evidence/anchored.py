@@ -93,7 +93,7 @@ class _Chain:
         ready = [w for w in sources if w.unknown is None and w.reads <= reached]
         if ready:
             return f"{ready[0].tensor} has no fixed part that holds the neurons by itself"
-        return next((w.unknown for w in sources if w.unknown is not None), "nothing that is known writes them")
+        return next((w.unknown for w in sources if w.unknown is not None), "it is not known what writes them")
 
     def breaks(self, space: Space, reached: set[str]) -> tuple[str, ...]:
         """Where the chain to a space breaks: spaces whose own inputs are all there, and which are not held by what
@@ -153,7 +153,9 @@ def certificates(
         angles: tuple[float | None, float | None] = (held.angle_a, held.angle_b) if held.names else (None, None)
         if space.id in reached:
             why = (
-                "it follows what it lies in" if follows else f"fixed parts hold its neurons in place ({_angles(held)})"
+                "it follows the space that it is in"
+                if follows
+                else f"fixed parts hold its neurons in place ({_angles(held)})"
             )
             out[space.id] = Certificate(space.id, IDENTIFIED, why, angles[0], angles[1])
             continue
@@ -182,7 +184,7 @@ def _why_loose(chain: _Chain, space: Space, held: Hold) -> str:
     a, b, _ = held.nearest
     if not (a and b):
         return f"another order of {'B' if a else 'A'}'s neurons fits the fixed parts as well"
-    return "another order brings B's neurons as near to A's"
+    return "another order brings B's neurons just as near to A's"
 
 
 def _angles(held: Hold) -> str:

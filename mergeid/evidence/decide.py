@@ -238,19 +238,20 @@ def _decision(
         gain_high=judged.gain_high,
     )
     if judged.above_chance <= 0 or chosen < LEAST_CORRELATION:
-        why = f"no assignment makes the neurons correspond: correlation {chosen:.2f}, random {judged.j_random:.2f}"
+        why = f"no permutation makes the neurons correspond: correlation {chosen:.2f}, random {judged.j_random:.2f}"
         return replace(record, decision=WILL_NOT, why=why), matches
     if matches:
-        why = f"matching {moved} neurons raises the correlation from {judged.j_current:.2f} to {judged.j_match:.2f}"
+        raised = f"from {judged.j_current:.2f} to {judged.j_match:.2f}"
+        why = f"matching {moved} neurons raises the mean correlation {raised}"
         if judged.gain_low <= 0:
-            why += ", and their weights leave no doubt"
+            why += ", and their weights confirm it"
         return replace(record, decision=MATCH, why=why), True
     if moved == 0:
-        why = "the neurons correspond: the best assignment is the identity"
+        why = "the neurons correspond as is: the best permutation is the identity"
     elif judged.gain_low > 0:
-        why = f"the match gains {judged.gain:.3f} in correlation but parts neurons whose weights correspond"
+        why = f"the match gains {judged.gain:.3f} in correlation but separates neurons whose weights correspond"
     else:
-        why = f"the identity is as good as the match within its interval (gain {judged.gain:+.3f})"
+        why = f"as is, they correspond as well as matched, within the interval (gain {judged.gain:+.3f})"
     return replace(record, why=why), False
 
 
@@ -381,7 +382,7 @@ def _weight_record(
         why = "no weights to judge by"
     elif matches:
         confirmed = "confirm" if z > NULL_SIGMAS else "do not confirm"
-        why = f"the weights fit better in another order; unseen ones {confirmed} it ({z:.0f} standard deviations)"
+        why = f"the weights fit better in another order; held-out ones {confirmed} it ({z:.0f} standard deviations)"
     else:
-        why = "the weights fit best as they lie"
+        why = "the weights fit best as they are"
     return replace(_record(graph, space, MATCH if matches else DIRECT, why, "weights", moved), gain=gain)

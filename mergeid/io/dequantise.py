@@ -107,7 +107,7 @@ def _block(checkpoint: TensorSource, axis: int, size: int, blocks: int, name: st
     block = told[axis] if isinstance(told, list) and len(told) > axis else -(-size // blocks) if blocks else 0
     if not isinstance(block, int) or block < 1 or -(-size // block) != blocks:
         raise MergeidError(
-            f"the scales of {name!r} of {checkpoint.source} are {blocks} for {size} numbers; expected one a block"
+            f"the scales of {name!r} of {checkpoint.source} are {blocks} for {size} numbers; expected one per block"
         )
     return block
 
@@ -125,7 +125,7 @@ def _state(checkpoint: TensorSource, name: str) -> dict[str, Any]:
         shape = found["shape"]
         assert all(isinstance(n, int) and n >= 0 for n in shape) and int(found["blocksize"]) > 0
     except (ValueError, KeyError, TypeError, AssertionError):
-        raise MergeidError(f"{name!r} of {checkpoint.source} is no state that bitsandbytes wrote") from None
+        raise MergeidError(f"{name!r} of {checkpoint.source} is not a state written by bitsandbytes") from None
     return dict(found)
 
 

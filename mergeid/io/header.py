@@ -90,7 +90,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         why = "it nests too deep" if isinstance(error, RecursionError) else reason(error)
-        raise MergeidError(f"{path} is not a valid safetensors file: its header is no JSON ({why})") from None
+        raise MergeidError(f"{path} is not a valid safetensors file: its header is not JSON ({why})") from None
     answer: dict[str, Any] = parsed
     return answer
 
@@ -99,11 +99,11 @@ def _check(path: Path, entries: dict[str, Any], begin: int, size: int) -> Header
     """Spans without gaps or overlaps, each as long as dtype and shape say, ending where the file ends."""
 
     def bad(name: str, why: str) -> MergeidError:
-        return MergeidError(f"{path} is damaged: the header's entry for tensor {name!r} {why}; copy it again")
+        return MergeidError(f"{path} is damaged: its header entry for tensor {name!r} {why}; copy it again")
 
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise MergeidError(f"{path} is damaged: its __metadata__ is not a table of texts")
+        raise MergeidError(f"{path} is damaged: its __metadata__ is not a table of strings")
     found: list[tuple[int, int, str, TensorInfo]] = []
     for name, entry in entries.items():
         try:
@@ -116,7 +116,7 @@ def _check(path: Path, entries: dict[str, Any], begin: int, size: int) -> Header
         if len(shape) > MOST_DIMENSIONS or first > last:
             raise bad(name, "has too many dimensions, or data_offsets that run backwards")
         if not is_text(name):
-            raise bad(name, "has half a character in its name")
+            raise bad(name, "has a broken character in its name")
         elements = prod(shape)
         if not elements and prod(n for n in shape if n) > LARGEST:  # nothing, but no library can count it
             raise bad(name, "has a shape beyond 64 bits")

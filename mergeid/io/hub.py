@@ -42,7 +42,7 @@ def download(source: str, *, revision: str | None = None, allow_pickle: bool = F
     match = _ID.match(source)
     if match is None:
         raise MergeidError(
-            f"no such file or folder: {source}; and it is no hub id either (org/name or org/name@revision)"
+            f"no such file or folder: {source}; and it is not a hub id either (org/name or org/name@revision)"
         )
     repo, named = match["id"], match["revision"]
     if named and revision and named != revision:
@@ -175,7 +175,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
     if constants.HF_HUB_OFFLINE:
         return f"{repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, or name a folder on this machine"
     if isinstance(error, GatedRepoError):  # before its parent, "not found"
-        return f"{repo} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
+        return f"{repo} is gated: request access at {page}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"no such file or folder: {repo}; and {constants.ENDPOINT} has no model of that id, or it is private "
@@ -184,7 +184,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}; expected a branch, tag or commit listed at {page}"
     if isinstance(error, HFValidationError):
-        return f"no such file or folder: {repo}; and it is no valid hub id either (org/name)"
+        return f"no such file or folder: {repo}; and it is not a valid hub id either (org/name)"
     if isinstance(error, LocalEntryNotFoundError) or _unreachable(error):
         status = status_of(error)
         why = f"answered with status {status}" if status else "cannot be reached"

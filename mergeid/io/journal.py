@@ -148,7 +148,8 @@ class Journal:
             if not _lock(file):
                 file.close()
                 raise MergeidError(
-                    f"{self.output} is being made by another process; wait for it, or choose another name (option -o)"
+                    f"{self.output} is being written by another process; wait for it, or choose another name (option "
+                    f"-o)"
                 )
             if request != self._request:
                 other = request
@@ -164,8 +165,8 @@ class Journal:
         if best is None:
             if other is not None:
                 raise MergeidError(
-                    f"--resume: the work on {self.output} that was stopped had {_difference(other, self._request)}; "
-                    "repeat its command, or leave out --resume to begin anew"
+                    f"--resume: the interrupted merge to {self.output} had {_difference(other, self._request)}; "
+                    f"repeat its command, or leave out --resume to start over"
                 )
             return None
         _, folder, file, self.steps = best

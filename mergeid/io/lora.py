@@ -15,7 +15,7 @@ _FACTOR = re.compile(r"(^|[._])lora[._](A|B|embedding_A|embedding_B|magnitude_ve
 def refuse_adapter(checkpoint: Checkpoint) -> None:
     """Raises `MergeidError` for the folder of an adapter, and for a model whose tensors are factors of an update:
     the mean of the factors is not the mean of the updates."""
-    cure = "merge it into its base first (PEFT's merge_and_unload) and name the model that this gives"
+    cure = "merge it into its base first (PEFT's merge_and_unload) and use the resulting model"
     files = [p.name for p in checkpoint.files]
     alone = bool(files) and all(name.startswith("adapter_model") for name in files)
     beside = checkpoint.is_folder and (checkpoint.path / ADAPTER_CONFIG).is_file() and "model.safetensors" not in files

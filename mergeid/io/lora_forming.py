@@ -149,7 +149,7 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
             if ".original_module." not in short:  # what PEFT keeps to be able to go back
                 whole[_WRAPPERS.sub("", short)] = name
         elif match[3] == "bias":
-            raise MergeidError(f"{folder}: {name} is a bias of a factor; merge the adapter with PEFT first")
+            raise MergeidError(f"{folder}: {name} is a bias of a LoRA factor; merge the adapter with PEFT first")
         else:
             factors.setdefault(match[1], {})[match[2]] = name
     for short, name in whole.items():
@@ -178,7 +178,7 @@ def _formed(
     embedding = "lora_embedding_A" in parts
     pair = [parts.get(f"lora_{'embedding_' if embedding else ''}{side}") for side in "AB"]
     if None in pair:
-        raise MergeidError(f"{adapter.source}: {module} has one factor of two ({', '.join(parts.values())})")
+        raise MergeidError(f"{adapter.source}: {module} has only one of its two factors ({', '.join(parts.values())})")
     first, second = (str(name) for name in pair)
     magnitude = parts.get("lora_magnitude_vector")
     if embedding and magnitude is not None:
@@ -231,7 +231,7 @@ def _in(base: TensorSource, name: str, folder: Path) -> str:
         return name
     ends = [n for n in base.table if n.endswith(f".{name}") or name.endswith(f".{n}")]
     if len(ends) != 1:
-        what = f"{len(ends)} that end so" if ends else "none of that name"
+        what = f"{len(ends)} tensors with that ending" if ends else "no such tensor"
         cure = "expected the base that the adapter was trained on"
         raise MergeidError(f"{folder} changes {name!r}, and {base.source} has {what}; {cure}")
     return ends[0]

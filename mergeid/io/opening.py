@@ -117,7 +117,7 @@ def _adapter(text: str, allow_pickle: bool) -> Checkpoint | None:
     folder = Path(_home(adapter if apart else text))
     if not os.path.isfile(folder / ADAPTER_CONFIG) or os.path.isfile(folder / "config.json"):
         if apart:
-            raise MergeidError(f"{adapter} in {text} is no PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
+            raise MergeidError(f"{adapter} in {text} is not a PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
         return None
     from mergeid.io.lora_forming import LoraConfig, laid_on
 
@@ -126,7 +126,9 @@ def _adapter(text: str, allow_pickle: bool) -> Checkpoint | None:
         places = [Path(_home(told.base)), folder / told.base, folder.parent / told.base] if told.base else []
         place = next((p for p in places if p.is_dir() and p.resolve() != folder.resolve()), None)
         if place is None:
-            why = f"is on {told.base}, which is not on this machine" if told.base else "names no base"
+            why = (
+                f"has the base {told.base}, which is not on this machine" if told.base else "does not name its base"
+            )
             raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {why}; name both as BASE+{text}")
         under = str(place)
     file = folder / "adapter_model.safetensors"
@@ -199,7 +201,7 @@ def _from_headers(
             if name in placed and placed[name] != file.name:
                 continue
             if name in table:
-                raise MergeidError(f"tensor {name!r} lies in both {file_of[name]} and {file}; expected it once")
+                raise MergeidError(f"tensor {name!r} is in both {file_of[name]} and {file}; expected it once")
             table[name], file_of[name], spans[name] = info, file, header.spans[name]
     for name, shard in placed.items():
         if name not in table:
@@ -208,7 +210,7 @@ def _from_headers(
                 "copy or download it again"
             )
     if not table:
-        raise MergeidError(f"{path} holds no tensors; expected the weights of a model")
+        raise MergeidError(f"{path} contains no tensors; expected the weights of a model")
     return Checkpoint(
         source=os.fspath(path),
         path=path,

@@ -77,14 +77,14 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
         what = f"{option} {path}"
         final = _resolved(os.fspath(path), option)
         if final.name.endswith((SAFETENSORS, *PICKLES)):
-            raise MergeidError(f"{what} would be a file of weights; expected a name such as {path.stem}.json")
+            raise MergeidError(f"{what} has the ending of a weight file; expected a name such as {path.stem}.json")
         _check_untouched(final, what, given)
         if final.is_dir():
             raise MergeidError(f"{what} is a folder; expected the name of a file")
         if final.exists() and not final.is_file():
             raise MergeidError(f"{what} is a pipe or a device; expected the name of a file (--json alone prints)")
         if final in taken:
-            raise MergeidError(f"{what} is the file of {taken[final]} too; choose another name for one of them")
+            raise MergeidError(f"{what} is also the file of {taken[final]}; choose another name for one of them")
         taken[final] = option
         _check_folder(final.parent, what)
 
@@ -99,7 +99,7 @@ def _resolved(name: str, what: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise MergeidError(f"{what} {name} cannot be written: {reason(error)}; choose another place") from None
     if not final.name:
-        raise MergeidError(f"{what} {name or repr(name)} is no name of a file; choose another place")
+        raise MergeidError(f"{what} {name or repr(name)} is not a file name; choose another place")
     return final
 
 
@@ -120,7 +120,7 @@ def _check_untouched(final: Path, what: str, inputs: list[Path], option: str = "
         if not final.exists():
             continue
         if real.is_dir() and real in final.parents and not (final / RECORD).is_file():
-            raise MergeidError(f"{what} lies in the input folder {given}; {other}, or another place")
+            raise MergeidError(f"{what} is inside the input folder {given}; {other}, or another place")
         if real.is_file() and final.parent == real.parent and _READ_BESIDE.fullmatch(final.name):
             raise MergeidError(f"{what} belongs to the input {given}; {other}")
 
@@ -165,7 +165,7 @@ def _check_existing(name: str, final: Path, inputs: list[Path], force: bool) -> 
     for given in [*inputs, Path.cwd()]:
         if final in [Path(os.path.realpath(given)), *Path(os.path.realpath(given)).parents]:
             raise MergeidError(
-                f"output folder {name} cannot be replaced: {given} lies in it; choose another name (option -o)"
+                f"output folder {name} cannot be replaced: {given} is in it; choose another name (option -o)"
             )
     inside = {p.name for p in final.iterdir()}
     if not inside & {RECORD, "config.json", "model" + SAFETENSORS, "model" + INDEX}:

@@ -47,7 +47,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             if key in _AVERAGED:
                 warnings.warn(
-                    f"{path} holds weights that were averaged over the training too ({key}); those are read",
+                    f"{path} also holds weights averaged over training ({key}); those are used",
                     MergeidWarning,
                     stacklevel=2,
                 )
@@ -57,7 +57,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise MergeidError(f"{path} holds a {type(found).__name__}; expected a state dict (names and tensors)")
     tensors = {str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise MergeidError(f"{path} holds no tensors; expected a state dict (names and tensors)")
+        raise MergeidError(f"{path} contains no tensors; expected a state dict (names and tensors)")
     for name, tensor in tensors.items():
         _check_plain(path, name, tensor)
     return {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
@@ -85,7 +85,7 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
     if kind is not None:
         raise MergeidError(f"tensor {shown(name)} of {path} has {kind}; expected a plain, dense tensor")
     if not is_text(name):
-        raise MergeidError(f"{path} has the tensor {shown(name)}, whose name no file can hold; rename it")
+        raise MergeidError(f"{path} has the tensor {shown(name)}, whose name cannot be stored in a file; rename it")
 
 
 def _expanded(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ def check_push(repo: str) -> None:
     from huggingface_hub import HfApi, constants
 
     if not _ID.fullmatch(repo):
-        raise MergeidError(f"--push {repo} is no hub id; expected org/name")
+        raise MergeidError(f"--push {repo} is not a hub id; expected org/name")
     if constants.HF_HUB_OFFLINE:
         raise MergeidError("--push needs the hub, but HF_HUB_OFFLINE is set; unset it")
     try:
@@ -30,7 +30,7 @@ def check_push(repo: str) -> None:
     except Exception as error:  # huggingface_hub, its HTTP client and the socket layer
         if status_of(error) in (None, 401, 403) and "token" in str(error).lower():
             raise MergeidError(
-                f"--push {repo}: {constants.ENDPOINT} needs a token that may write; log in with `hf auth login` or "
+                f"--push {repo}: {constants.ENDPOINT} needs a token with write access; log in with `hf auth login` or "
                 "set HF_TOKEN"
             ) from None
         raise MergeidError(f"--push {repo}: {_said(error)}") from None
@@ -57,7 +57,7 @@ def push(repo: str, files: Mapping[str, Path | bytes], message: str) -> str:
             address = api.create_repo(repo, repo_type="model", exist_ok=True)
             api.create_commit(repo, operations=operations, commit_message=message)
     except Exception as error:
-        raise MergeidError(f"--push {repo}: {_said(error)}; the output was written here all the same") from None
+        raise MergeidError(f"--push {repo}: {_said(error)}; the output is still on this machine") from None
     return str(address)
 
 
@@ -66,7 +66,7 @@ def _said(error: Exception) -> str:
 
     status = status_of(error)
     if status in (401, 403):
-        return f"{constants.ENDPOINT} does not let you write there (status {status}); check the name and your token"
+        return f"{constants.ENDPOINT} refuses the upload (status {status}); check the name and your token"
     if status is not None:
         return f"{constants.ENDPOINT} answered with status {status}; try again"
     return f"{constants.ENDPOINT} could not be used ({reason(error)}); check the network"

@@ -166,7 +166,7 @@ def check_matcher(name: str | None, match: str, data: bool) -> Matcher | None:
         raise MergeidError(f"--matcher {name} needs {what}; give them with --data")
     if not data and match == "auto" and name != "weight":
         raise MergeidError(
-            f"--matcher {name} is judged on examples with --match auto; give them with --data, or take its match as it "
-            "is with --match always"
+            f"--matcher {name} is judged on examples with --match auto; give them with --data, or accept its match "
+            f"unjudged with --match always"
         )
     return found

@@ -54,7 +54,7 @@ def transport_widths(
             x.append(own / scale)
             y.append(_rows(moved, theirs) / scale)
         if not x:
-            raise MergeidError(f"nothing that is matched already writes {space.label!r}; its widths cannot be matched")
+            raise MergeidError(f"no layer that writes {space.label!r} is matched yet, so its widths cannot be matched")
         cosines = nn.functional.normalize(torch.cat(x, 1)) @ nn.functional.normalize(torch.cat(y, 1)).T
         plans[space.id] = plan(cosines / regularisation, iterations)
     return {k: _moved(graphs, models[0], plans, k, v) if k in graph.on_tensor else v.clone() for k, v in b.items()}

@@ -14,7 +14,12 @@ from mergeid.methods.registry import Parameter
 from mergeid.methods.sparse import NOTHING, Kept, Selects, Sparse, Uniform, merge_kept, parameters, register_sparse
 
 EPSILON = Parameter(
-    "epsilon", 0.15, 0.0, 1.0, per_model=True, help="how far the chance of being kept goes below and above the density"
+    "epsilon",
+    0.15,
+    0.0,
+    1.0,
+    per_model=True,
+    help="how far the probability of being kept goes below and above the density",
 )
 
 
@@ -49,7 +54,7 @@ def _by_rank(told: Della, density: float, epsilon: float) -> Kept:
         return NOTHING
     if not epsilon < density < 1 - epsilon:
         raise MergeidError(
-            f"density {density:g} with epsilon {epsilon:g} gives chances outside of 0 to 1; expected epsilon below "
+            f"density {density:g} with epsilon {epsilon:g} gives probabilities outside 0 to 1; expected epsilon below "
             f"{min(density, 1 - density):g}"
         )
     row = told.base.shape[1:] if told.base.dim() > 1 else told.base.shape

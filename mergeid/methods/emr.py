@@ -19,7 +19,7 @@ from mergeid.methods.task_arithmetic import LAMBDA, wide
     weights="ignored",
     base=True,
     shows=True,
-    parameters=[LAMBDA, Parameter("task", 0, 0, help="the model for this task, from 1; 0: the one for all")],
+    parameters=[LAMBDA, Parameter("task", 0, 0, help="the model for this task, from 1; 0: the shared model")],
 )
 def emr(
     tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, scale: float = 1.0, task: int = 0

@@ -22,7 +22,7 @@ from mergeid.methods.task_arithmetic import NEARLY_ZERO, wide
     shows=True,
     parameters=[
         Parameter("normalize_weights", True, help="scale the weights to sum 1"),
-        Parameter("eps", 1e-8, 0.0, help="length below which vectors, and their mean, are none"),
+        Parameter("eps", 1e-8, 0.0, help="length below which a vector, or the mean, counts as zero"),
     ],
 )
 def multislerp(

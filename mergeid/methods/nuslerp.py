@@ -26,7 +26,7 @@ NO_CIRCLE = 1e-16
     shows=True,
     parameters=[
         Parameter("nuslerp_flatten", True, help="one angle for the whole tensor"),
-        Parameter("nuslerp_row_wise", False, help="not flattened: vectors along the first axis, not along the last"),
+        Parameter("nuslerp_row_wise", False, help="without flattening: vectors along the first axis, not the last"),
     ],
     most=2,
 )

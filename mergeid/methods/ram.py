@@ -12,7 +12,7 @@ from mergeid.methods.pieces import Pieces, added_up, in_pieces
 from mergeid.methods.registry import Parameter, register_method
 from mergeid.methods.task_arithmetic import wide
 
-EPSILON = Parameter("epsilon", 1e-5, 0.0, help="changes up to this size count as none")
+EPSILON = Parameter("epsilon", 1e-5, 0.0, help="changes up to this size are ignored")
 SMALLEST = 1e-5
 """The least number of own changes that the share of shared ones is taken of."""
 
@@ -42,8 +42,8 @@ def ram(tensors: Sequence[Tensor], weights: Sequence[float], *, base: Tensor, ep
     base=True,
     parameters=[
         EPSILON,
-        Parameter("r", 0.1, help="how much a model's own changes gain"),
-        Parameter("alpha", 0.2, 0.0, help="largest share of shared to own changes that counts"),
+        Parameter("r", 0.1, help="how much a model's own changes are amplified"),
+        Parameter("alpha", 0.2, 0.0, help="upper limit on the ratio of shared to own changes"),
     ],
 )
 def ramplus_tl(
@@ -60,7 +60,7 @@ def ramplus_tl(
 
     Args:
         tensors, weights, base, epsilon: as for `ram`.
-        r: how much a model's own changes gain.
+        r: how much a model's own changes are amplified.
         alpha: α.
 
     Returns:

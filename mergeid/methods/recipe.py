@@ -124,7 +124,9 @@ def in_order(recipes: Sequence[Recipe], name: str = "the recipe") -> list[Recipe
         twice = next(r.name for i, r in enumerate(recipes) if r.name in [q.name for q in recipes[:i]])
         raise MergeidError(f"{name}: two documents have the name {twice!r}; expected each once")
     if len(unnamed) > 1:
-        raise MergeidError(f"{name}: {len(unnamed)} documents have no name; expected one, whose result is the output")
+        raise MergeidError(
+            f"{name}: {len(unnamed)} documents have no name; expected only one without, whose result is the output"
+        )
     last = unnamed[0] if unnamed else recipes[-1]
     done: list[Recipe] = []
 
@@ -132,7 +134,7 @@ def in_order(recipes: Sequence[Recipe], name: str = "the recipe") -> list[Recipe
         if recipe in done:
             return
         if recipe.name is not None and recipe.name in above:
-            raise MergeidError(f"{name}: {recipe.name!r} is made of itself ({' → '.join(map(str, above))})")
+            raise MergeidError(f"{name}: {recipe.name!r} depends on itself ({' → '.join(map(str, above))})")
         for source in recipe.sources():
             if source in named:
                 visit(named[source], (*above, recipe.name))
@@ -141,7 +143,7 @@ def in_order(recipes: Sequence[Recipe], name: str = "the recipe") -> list[Recipe
     visit(last, ())
     for recipe in recipes:
         if recipe not in done:
-            told = f"{recipe.name!r} is made and used by nothing; it is left out"
+            told = f"{recipe.name!r} is used by no other document, so it is left out"
             warnings.warn(f"{name}: {told}", MergeidWarning, stacklevel=3)
     return done
 
@@ -160,7 +162,7 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         (module,) = told.modules.values()
         entries, slices = module.models, module.slices
     if (entries is None) == (slices is None):
-        raise MergeidError(f"{name} lacks the key 'models'; expected models or slices, one of them")
+        raise MergeidError(f"{name} lacks the key 'models'; expected either models or slices")
     try:
         method = get_method(told.merge_method)
         everywhere = _settings(told.parameters)
@@ -184,9 +186,9 @@ def _tokenizer(told: RecipeFile, recipe: Recipe) -> str | None:
     if told.tokenizer is not None:
         for key in ("tokens", "pad_to_multiple_of"):
             if getattr(told.tokenizer, key) is not None:
-                raise MergeidError(f"tokenizer.{key} is not supported: rows are those of the tokens that models have")
+                raise MergeidError(f"tokenizer.{key} is not supported: rows come from the models' own tokens")
         if source is not None:
-            raise MergeidError("tokenizer and tokenizer_source say the same; expected one of them")
+            raise MergeidError("tokenizer and tokenizer_source are the same setting; give only one")
         source = told.tokenizer.source
     if source in (None, "union"):
         return source
@@ -195,7 +197,9 @@ def _tokenizer(told: RecipeFile, recipe: Recipe) -> str | None:
         return "abcdefghijklmnopqrstuvwxyz"[recipe.models.index(wanted)]
     if wanted is not None and wanted == recipe.base:
         return "base"
-    raise MergeidError(f"the tokenizer is that of {source!r}, which is no model of the recipe; expected one, or union")
+    raise MergeidError(
+        f"the tokenizer is that of {source!r}, which is not a model of the recipe; expected one of its models, or union"
+    )
 
 
 def _sliced(
@@ -214,7 +218,9 @@ def _sliced(
             first, end = source.layer_range
             models.append(Ranged.of(source.model, first, end))
         if len({m.end - m.first for m in models if isinstance(m, Ranged)}) > 1:
-            raise MergeidError(f"slices[{i}] takes different numbers of layers; expected the same from each source")
+            raise MergeidError(
+                f"slices[{i}] takes different numbers of layers from its sources; expected the same from each"
+            )
         own = [_settings(source.parameters) for source in one.sources]
         levels = [level for level in (_settings(one.parameters), everywhere) if level]
         keys = {key for level in levels for key in level}
@@ -260,7 +266,7 @@ def _assembled(
             warnings.warn("int8_mask only saves memory in mergekit and is ignored", MergeidWarning, stacklevel=4)
         for key in _WITHOUT_EFFECT.get(method.name, ()):
             if given.pop(key, None) is not None:
-                text = f"{key} has no effect on {method.name}, in mergekit neither, and is ignored"
+                text = f"{key} has no effect on {method.name}(nor in mergekit) and is ignored"
                 warnings.warn(text, MergeidWarning, stacklevel=4)
     return replace(_told(method, own, everywhere), models=models, base=base, dtype=dtype)
 
@@ -352,7 +358,7 @@ def _per_model(key: str, own: Sequence[Table], everywhere: Table, default: Any =
         if default is not None:
             levels.append(default)
         if not levels:
-            raise MergeidError(f"parameter {key!r} is given for some of the models only; expected it for each")
+            raise MergeidError(f"parameter {key!r} is given for only some of the models; expected it for each")
         found.append(_joined(levels))
     return found
 

@@ -256,8 +256,7 @@ def check_weights(
     if not all(isinstance(w, Real) and -LARGEST_WEIGHT <= w <= LARGEST_WEIGHT for w in weights):
         named = " + ".join(shown(w) for w in weights)
         raise MergeidError(
-            f"weights {named} are not all numbers that a merge can have; expected finite shares or factors near 1 "
-            "(option --weights)"
+            f"weights {named} are not all usable; expected finite shares or factors near 1 (option --weights)"
         )
     weights = [float(w) for w in weights]
     told = " + ".join(f"{w:g}" for w in weights)

@@ -100,7 +100,7 @@ def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
         return (1 - (place - low)) * values[low] + (place - low) * values[high]
     except (TypeError, OverflowError):
         raise MergeidError(
-            f"the values {listed(map(shown, values))} are no numbers to go from one to the next"
+            f"the values {listed(map(shown, values))} are not numbers, so they cannot form a gradient"
         ) from None
 
 
@@ -149,13 +149,15 @@ class MergeSettings:
         """
         if method.most is not None and models > method.most:
             raise MergeidError(
-                f"method {method.name!r} merges {method.most} models, got {models}; choose another (--method karcher "
-                "is its like for more)"
+                f"method {method.name!r} merges {method.most} models, got {models}; choose another method (karcher "
+                f"is similar and takes more)"
                 if method.name == "slerp"
                 else f"method {method.name!r} merges at most {method.most} models, got {models}"
             )
         if normalize is False and method.weights == "shares" and not method.scales:
-            raise MergeidError(f"method {method.name!r} needs weights of sum 1; scale them (normalize), or use linear")
+            raise MergeidError(
+                f"method {method.name!r} needs weights that sum to 1; scale them (normalize), or use linear"
+            )
         given = tuple(weights) if weights is not None else (1 / models,) * models
         found = cls(method, given, dict(parameters or {}), normalize, seed, depths(names))
         found._check(models)
@@ -278,7 +280,9 @@ def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | 
     counts = {len(values) for values in weights.values()}
     if len(counts) != 1:
         shown = ", ".join(f"{len(v)} for {k!r}" for k, v in weights.items())
-        raise MergeidError(f"weights of different number: {shown or 'none'}; expected one per model (option --weights)")
+        raise MergeidError(
+            f"different numbers of weights: {shown or 'none'}; expected one per model (option --weights)"
+        )
     return [
         tuple(Condition(float(values[i]), pattern) for pattern, values in weights.items()) for i in range(counts.pop())
     ]

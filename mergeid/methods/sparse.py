@@ -30,8 +30,10 @@ def parameters(*own: Parameter, rescale: bool, norm: str = "probability", normal
         Parameter("density", 1.0, 0.0, 1.0, per_model=True, help="share of each task vector that is kept"),
         *own,
         LAMBDA,
-        Parameter("rescale", rescale, help="make up for what is dropped"),
-        Parameter("rescale_norm", norm, choices=NORMS, help="what stays equal: the expectation, or this norm"),
+        Parameter("rescale", rescale, help="rescale to make up for what is dropped"),
+        Parameter(
+            "rescale_norm", norm, choices=NORMS, help="what the rescaling preserves: the expectation, or this norm"
+        ),
         Parameter("normalize", normalize, help="divide by the sum of the weights (of those that agree)"),
     ]
 
@@ -45,7 +47,7 @@ class Sparse:
         density: share to keep, one per model.
         generator: of random masks, seeded by the tensor's name; gives every model's mask its seed.
         scale: λ, factor of the merged task vector.
-        rescale: make up for what is dropped.
+        rescale: rescale to make up for what is dropped.
         rescale_norm: "probability": divide by the chance of being kept, so that the expectation stays; "l1", "l2",
             "linf": scale each task vector back to the norm it had.
         normalize: divide by Σ w_i (of those whose sign won, where signs are elected).

@@ -39,13 +39,13 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
         return found[0]
     if found:
         raise MergeidError(
-            f"{checkpoint.source} could be any of {', '.join(a.id for _, a in found)}; say which with --arch"
+            f"{checkpoint.source} could be any of {', '.join(a.id for _, a in found)}; specify one with --arch"
         )
     hints = [h(table) for n in adapter_names() if (h := getattr(get_adapter(n), "nearest", None))]
     near = f" (nearest: {'; '.join(h for h in hints if h)})" if any(hints) else ""
     raise MergeidError(
         f"cannot tell the architecture of {checkpoint.source} from its {len(checkpoint.table)} tensors{near}; "
-        f"name it with --arch (timm/NAME, transformers/TYPE or a config.json), or put its config.json beside it"
+        f"specify it with --arch (timm/NAME, transformers/TYPE or a config.json), or put its config.json beside it"
     )
 
 
@@ -78,7 +78,7 @@ def resolve_name(
         return adapter, adapter.resolve(arch, table, config)
     if known:
         raise MergeidError(
-            f"{arch!r} is the name of several architectures; say {' or '.join(f'{k}/{arch}' for k in known)}"
+            f"{arch!r} is the name of several architectures; give {' or '.join(f'{k}/{arch}' for k in known)}"
         )
     near = [f"{n}/{x}" for n, names_of in names.items() for x in near_names(rest or arch, names_of, 3)]
     raise MergeidError(
@@ -96,6 +96,6 @@ def described_by(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Archite
         if found is not None:
             return adapter, found
     raise MergeidError(
-        f'{path} names no architecture; expected a config.json with "model_type" (transformers) or "architecture" '
-        "(timm)"
+        f'{path} does not name an architecture; expected a config.json with "model_type" (transformers) '
+        'or "architecture" (timm)'
     )

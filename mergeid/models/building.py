@@ -39,7 +39,7 @@ class Room:
         return cls(8 * len(table) + 10_000, 8 * total + 50_000_000, 2**63, why)
 
 
-BARE = Room(100_000, 10**13, 2**25, "no network of that size can be traced")
+BARE = Room(100_000, 10**13, 2**25, "a network of that size cannot be traced")
 """Where there is no checkpoint."""
 
 

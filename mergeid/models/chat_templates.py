@@ -36,7 +36,7 @@ def with_chat_template(models: Sequence[Checkpoint], choice: str | None) -> list
         return list(models)
     first = models[0]
     if not first.is_folder:
-        raise MergeidError(f"{first.source} is no folder; expected one with a tokenizer for --chat-template")
+        raise MergeidError(f"{first.source} is not a folder; expected one with a tokenizer for --chat-template")
     text = _chosen(models, choice)
     if text is None:
         return list(models)
@@ -73,7 +73,7 @@ def _chosen(models: Sequence[Checkpoint], choice: str) -> str | None:
         found = chat_template(models[at]) if 0 <= at < len(models) else None
         if found is None:
             raise MergeidError(
-                f"--chat-template {choice!r} names no model that has one; expected auto, chatml or a file"
+                f"--chat-template {choice!r} names no model with a chat template; expected auto, chatml or a file"
             )
         return found
     if "{" in choice:
@@ -81,5 +81,5 @@ def _chosen(models: Sequence[Checkpoint], choice: str) -> str | None:
     if Path(choice).expanduser().is_file():
         return read_text(Path(choice).expanduser(), "a chat template")
     raise MergeidError(
-        f"chat template {shown(choice)} is none; expected auto, a, b, …, chatml, a file, or a template in Jinja"
+        f"chat template {shown(choice)} is not known; expected auto, a, b, …, chatml, a file, or a Jinja template"
     )

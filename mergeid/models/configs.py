@@ -108,7 +108,7 @@ def agree(
     if donor is not None and lacking:
         everyone = [replace(c, config=donor.config, config_changed=True) if c in lacking else c for c in everyone]
         names = ", ".join(c.source for c in lacking)
-        found.notes.append(f"no config.json lies beside {names}; that of {donor.source} was taken")
+        found.notes.append(f"{names} came without config.json; that of {donor.source} was used")
         found.models, found.base = everyone[: len(models)], everyone[-1] if base is not None else None
     modules = [c.module for c in everyone if c.module is not None] if all(c.module for c in everyone) else []
     first = everyone[0]
@@ -144,7 +144,7 @@ def agree(
     found.base = adopted.pop() if base is not None else None
     found.models, found.overruled = adopted, disagreements
     found.chosen = chosen.source
-    found.notes += [f"{d}; the config of {chosen.source} was taken for all, as asked for" for d in disagreements]
+    found.notes += [f"{d}; the config of {chosen.source} was used for all, as requested" for d in disagreements]
     return found
 
 
@@ -163,7 +163,7 @@ def index_of(config: str | None, models: int) -> int | None:
         return None
     letters = ascii_lowercase[:models]
     if len(config) != 1 or config not in letters:
-        raise MergeidError(f"--config {config!r} names no model; expected one of {', '.join(letters)}")
+        raise MergeidError(f"--config {config!r} is not the letter of a model; expected one of {', '.join(letters)}")
     return letters.index(config)
 
 

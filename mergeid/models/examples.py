@@ -82,7 +82,9 @@ def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> Exam
 def _together(parts: Sequence[Examples], limit: int | None, seed: int) -> Examples:
     """The examples of several models, equally many of each as far as the limit goes."""
     if any(part.whole for part in parts):
-        raise MergeidError("data of every model's own takes examples that are put into batches, not whole inputs")
+        raise MergeidError(
+            "separate data for each model (a=…,b=…) must be examples that can be batched, not whole inputs"
+        )
     most = max(limit // len(parts), 1) if limit is not None else max(map(len, parts))
     taken = [part.taken(range(min(len(part), most))) for part in parts]
     owners = [k for k, part in enumerate(taken) for _ in range(len(part))]

@@ -64,15 +64,15 @@ def same_heads(models: Sequence[Checkpoint], skip: Sequence[str] = ()) -> SameHe
         if any(live) and "own" in kinds and len(set(kinds)) > 1:
             one, two = (models[kinds.index(k)].source for k in ("own", next(k for k in kinds if k != "own")))
             raise MergeidError(
-                f"{copy} of the {one} is a tensor of its own and that of the {two} is {source}; expected live modules "
-                "that both tie them, or both do not: untie the second before the merge"
+                f"{copy} of the {one} is a separate tensor and that of the {two} is {source}; expected both live "
+                f"modules to tie them, or neither: untie the second before merging"
             )
         if "own" in kinds and not skipped:
             found.models = [_untied(adapter, c, k, copy, source) for c, k in zip(found.models, kinds, strict=True)]
             names = ", ".join(c.source for c, k in zip(models, kinds, strict=True) if k != "own")
             if any(k != "own" for k in kinds):
                 found.notes.append(
-                    f"{copy} of {names} is {source}, to which it is tied; the result has a head of its own"
+                    f"{copy} of {names} is {source}, to which it is tied; the result has a separate head"
                 )
         elif "copy" in kinds:
             for c in [c for c, k in zip(models, kinds, strict=True) if k == "copy"]:
@@ -163,7 +163,7 @@ def _kind(c: TensorSource, tied: bool, copy: str, source: str) -> str:
     if not _equal(c, copy, source):
         raise MergeidError(
             f"config.json of {c.source} ties {copy} to {source} (tie_word_embeddings), but the file holds another "
-            f"{copy}, so that it is not clear which one counts; take the tensor out of the file, or set "
+            f"{copy}, so it is not clear which one counts; remove the tensor from the file, or set "
             "tie_word_embeddings to false"
         )
     return "copy"

@@ -127,8 +127,8 @@ class ModuleAdapter:
         found = returned_tensors(model(*positional, **inputs))
         if not found:
             raise MergeidError(
-                f"{type(model).__name__} returned no floating-point tensor; expected at least one, by which it can be "
-                "judged whether a change of its neurons leaves its function unchanged"
+                f"{type(model).__name__} returned no floating-point tensor; expected at least one, to check that "
+                f"permuting its neurons leaves its function unchanged"
             )
         kept = self.library.interface(list(found)) if self.library is not None else list(found)
         return {k: found[k] for k in kept or found}

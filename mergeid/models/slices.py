@@ -91,8 +91,8 @@ def stacked(slices: Sequence[Slice], name: str = "") -> Derived:
         has = where[id(one.model)]
         if not 0 <= one.first < one.end <= has.count:
             raise MergeidError(
-                f"layer_range [{one.first}, {one.end}] of {one.model.source} is none of its {has.count} layers; "
-                "expected a first layer and, above it, the one behind the last"
+                f"layer_range [{one.first}, {one.end}] of {one.model.source} is not a range of its {has.count} "
+                f"layers; expected the first layer and the one after the last"
             )
     behind = _behind(bottom, layers) if top is not bottom else set()
     formed: dict[str, Formed] = {}

@@ -85,7 +85,7 @@ def one_vocabulary(models: Sequence[Checkpoint], choice: str | None, has_base: b
     letters = "abcdefghijklmnopqrstuvwxyz"
     chosen = len(models) - 1 if choice == "base" and has_base else letters.find(choice) if len(choice) == 1 else -1
     if choice != "union" and not 0 <= chosen < len(models):
-        raise MergeidError(f"--tokenizer {choice!r} names no model; expected union, a, b, … or base")
+        raise MergeidError(f"--tokenizer {choice!r} is not the letter of a model; expected union, a, b, … or base")
     rows = [Rows.read(model) for model in models]
     if choice == "union":
         chosen = _largest(models, rows)
@@ -100,12 +100,12 @@ def one_vocabulary(models: Sequence[Checkpoint], choice: str | None, has_base: b
         here, there = len(own.of.keys() & target.of.keys()), own.size
         left = len(own.of.keys() - target.of.keys())
         found.notes.append(
-            f"{here} of the {there} rows of {model.source} are those of tokens of the result, which has {target.size}"
+            f"{here} of the {there} rows of {model.source} belong to tokens of the result, which has {target.size}"
             + (f"; {left} are left out" if left else "")
         )
     if target.named and not models[chosen].is_folder:
         raise MergeidError(
-            f"{models[chosen].source} is no folder; expected one with a tokenizer for --tokenizer {choice}"
+            f"{models[chosen].source} is not a folder; expected one with a tokenizer for --tokenizer {choice}"
         )
     place = models[chosen].path
     if target.named and any(m.is_folder and m.path != place for m in models):
@@ -133,8 +133,8 @@ def _largest(models: Sequence[TensorSource], rows: Sequence[Rows]) -> int:
     token = next(t for t in everything if t not in rows[0].of)
     other = next(m.source for m, own in zip(models, rows, strict=True) if token in own.of)
     raise MergeidError(
-        f"no model has every token: {other} has {shown(token)}, {one} has others of its own, and no tokenizer of both "
-        "can be made; choose one with --tokenizer a or --tokenizer b"
+        f"no model has every token: {other} has {shown(token)}, {one} lacks it but has other tokens, and the two "
+        f"tokenizers cannot be combined; choose one with --tokenizer a or --tokenizer b"
     )
 
 
@@ -146,7 +146,9 @@ def _in_order(
     formed = {name: read_from(model, name) for name in model.table}
     for name in names[at]:
         if not all(name in other for other in names):
-            raise MergeidError(f"tensor {name!r} has a row per token in {model.source} alone; expected the same in all")
+            raise MergeidError(
+                f"tensor {name!r} has one row per token only in {model.source}; expected the same in all models"
+            )
         formed[name] = _reordered(at, name, models, rows, target)
     config = dict(model.config or {})
     nested = config.get("text_config")

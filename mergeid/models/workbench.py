@@ -154,12 +154,12 @@ def _agreed(loaded: Loaded, run: Run) -> NeuronGraph:
         if _shape_of(graph_of(other, seed=run.seed)) != _shape_of(found):
             raise MergeidError(
                 f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}, whose neuron graphs differ; "
-                f"say which with --arch, for example --arch {adapter.name}/{arch.name}"
+                f"specify one with --arch, for example --arch {adapter.name}/{arch.name}"
             )
     if others:
         warnings.warn(
-            f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}; their neuron graphs are the same, going "
-            f"on with {arch.name} (choose with --arch)",
+            f"the tensors of {loaded.source} fit {', '.join(arch.candidates)}; their neuron graphs are the same, so "
+            f"mergeid continues with {arch.name} (choose with --arch)",
             MergeidWarning,
             stacklevel=4,
         )

@@ -50,7 +50,7 @@ class Constraints:
         for pair in self.tie:
             if isinstance(pair, str) or len(pair) != 2:
                 raise MergeidError(
-                    f"tie {pair!r} is no pair; expected two axes, such as ('a.weight[0]', 'b.weight[0]')"
+                    f"tie {pair!r} is not a pair; expected two axes, such as ('a.weight[0]', 'b.weight[0]')"
                 )
             first, second = (axes[_axis(text, axes)] for text in pair)
             if len(first) != len(second):
@@ -78,7 +78,7 @@ def _matching(text: str, axes: Mapping[tuple[str, int], Labels]) -> list[tuple[s
 def _axis(text: str, axes: Mapping[tuple[str, int], Labels]) -> tuple[str, int]:
     tensor, axis = _split(text)
     if axis is None:
-        raise MergeidError(f"tie: {text!r} names no axis; expected TENSOR[AXIS], such as 'a.weight[0]'")
+        raise MergeidError(f"tie: {text!r} does not name an axis; expected TENSOR[AXIS], such as 'a.weight[0]'")
     if (tensor, axis) not in axes:
         raise MergeidError(f"tie: the model has no axis {text!r}{_near(tensor, axes)}")
     return tensor, axis

@@ -219,8 +219,8 @@ def _validate_group(graph: Group) -> None:
         except NoImage as error:
             s = graph.spaces[error.cell]
             raise MergeidError(
-                f"the blocks of space {s.id!r} cannot follow its parents {', '.join(s.parents)}: where one of these "
-                "moves, no block lies where the moved one would have to go"
+                f"the blocks of space {s.id!r} cannot follow its parents {', '.join(s.parents)}: when one of these "
+                f"is permuted, its blocks have nowhere to go"
             ) from None
         for s, perm in zip(graph.spaces, element, strict=True):
             for a in s.axes:

@@ -331,7 +331,7 @@ def _frozen_axes(
             continue
         classes = solution.class_of[recorder.axes[tensor, axis]][at < 0]
         why = Counter(solution.reason[classes].tolist()).most_common(1)[0][0]
-        text = solution.reasons[why] if why >= 0 else "no other neuron to trade places with"
+        text = solution.reasons[why] if why >= 0 else "single neuron"
         out.append((tensor, axis, text))
     return out
 

@@ -144,7 +144,7 @@ def verify(
         probe = probe.to(dtype)
         reference = run()
         if dtype != torch.float32 and _any_nan(reference):
-            raise RuntimeError("masks of the longer float's lowest number add up to infinity")
+            raise RuntimeError("attention masks filled with the lowest float overflow to infinity")
     except (RuntimeError, NotImplementedError):
         if dtype == torch.float32:
             raise
@@ -157,8 +157,8 @@ def verify(
         reference = run()
     if _any_nan(reference):
         raise MergeidError(
-            f"the outputs of {type(model).__name__} on its example inputs are not numbers (NaN), so no "
-            "graph of it can be verified; give inputs, and weights, that it can work with"
+            f"the outputs of {type(model).__name__} on its example inputs are not numbers (NaN), so its graph cannot "
+            f"be verified; give inputs and weights for which its outputs are finite"
         )
     tolerance = TOLERANCE[dtype]
 

@@ -82,7 +82,7 @@ class Interval:
         score: the prediction before it is cut off, on the scale t: what pairs are ranked by.
         within: probability of at most the tolerated loss; None where none was named.
         beyond: how far the pair lies outside what the predictor was fitted on (0: inside).
-        collapsed: one of the models says the same of every input, so that nothing can be told.
+        collapsed: one of the models makes the same prediction for every input, so that nothing can be told.
         open: the interval ends at what a uniform guess loses, where predictions end. A merge that is sure of wrong
             answers may lose more.
     """

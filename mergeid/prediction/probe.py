@@ -123,8 +123,8 @@ def probe(
                     found = lockstep(a, b, forward, batch, seen_a=seen, damping=sums[name].damping)
                 if not is_logits(found.a):
                     raise MergeidError(
-                        f"the outputs of {type(a).__name__} have shape {list(found.a.shape)}, which are no logits of "
-                        "classes; a barrier in nats cannot be predicted for it"
+                        f"the outputs of {type(a).__name__} have shape {list(found.a.shape)}, which are not class "
+                        f"logits; a barrier in nats cannot be predicted for it"
                     )
                 mask = real_tokens(batch)
                 if not known and name == next(iter(partners)):

@@ -180,7 +180,7 @@ class _Batches:
 def _sampled(out: Tensor, mask: Tensor | None, first: int) -> Tensor:
     """[rows, classes]: at most `PER_EXAMPLE` positions of every example."""
     if out.dim() < 2 or out.shape[-1] < 2 or not out.is_floating_point():
-        raise MergeidError(f"the outputs have shape {list(out.shape)}, which are no logits of classes")
+        raise MergeidError(f"the outputs have shape {list(out.shape)}, which are not class logits")
     if out.dim() == 2:
         return out.detach()
     flat = out.detach().reshape(len(out), -1, out.shape[-1])
@@ -299,7 +299,7 @@ def load_sketch(path: Path) -> Sketch:
     about = read_header(path).metadata
     if about.get("format") != FORMAT:
         raise MergeidError(
-            f"{path} is no sketch; make one with: mergeid sketch MODEL --data DATA -o {path.stem}.sketch"
+            f"{path} is not a sketch; make one with: mergeid sketch MODEL --data DATA -o {path.stem}.sketch"
         )
     said = {k: parse_json(v, f"{path}, {k}", own=True) if k in IN_JSON else v for k, v in about.items()}
     told = validated(SketchAbout, {k: v for k, v in said.items() if k != "format"}, str(path))

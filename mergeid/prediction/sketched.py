@@ -20,7 +20,9 @@ from mergeid.prediction.sketch import LEVELS, Sketch
 def check_alike(a: Sketch, b: Sketch) -> None:
     """Raises `MergeidError` where two sketches do not compare."""
     if a.arch != b.arch or [(s.id, s.size, s.blocks) for s in a.spaces] != [(s.id, s.size, s.blocks) for s in b.spaces]:
-        raise MergeidError(f"the sketches of {a.source} ({a.arch}) and {b.source} ({b.arch}) are of two architectures")
+        raise MergeidError(
+            f"the sketches of {a.source} ({a.arch}) and {b.source} ({b.arch}) are of different architectures"
+        )
     differ = disagreement((a.source, a.config), (b.source, b.config))
     if differ is not None:
         raise MergeidError(
@@ -33,7 +35,8 @@ def check_alike(a: Sketch, b: Sketch) -> None:
         )
     if _kept(a) != _kept(b):
         raise MergeidError(
-            f"the sketches of {a.source} and {b.source} keep other activations or outputs; make both with one version"
+            f"the sketches of {a.source} and {b.source} hold different activations or outputs; make both with the "
+            f"same version"
         )
 
 

@@ -30,7 +30,7 @@ def plot_evidence(plan: Plan, path: str | Path) -> Path:
     spaces = plan.spaces
     if not spaces:
         raise MergeidError(
-            f"there is no evidence to plot: --match {plan.match} decides no space; use --match auto for --plot"
+            f"there is no evidence to plot: --match {plan.match} decides nothing; use --match auto with --plot"
         )
     panels = [p for p in (_iota, _gains, _correlations, _chords, _structure, _angles) if p(None, spaces)]
 

@@ -28,7 +28,7 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
         Column("points", "right"),
         Column("90 % interval", "right", optional=1),
         Column(f"≤ {result.tolerated:g} nats", "right"),
-        Column("layers that cause it", shrink=True, min_width=12, optional=2),
+        Column("layers responsible", shrink=True, min_width=12, optional=2),
     ]
     rows: list[Sequence[Any]] = []
     for o in result.outlooks:
@@ -68,7 +68,7 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
             row += [f"{known.nats:.3f}", f"{known.corrected:.3f}", span]
         rows.append([*row, *([""] * (len(columns) - len(row) - 1)), f"{100 * t.missed:.1f} %"])
     count = result.trials[0].examples
-    title = f"trials on {count} inputs: nats lost beyond the models' mean, by pseudo-labels"
+    title = f"trials on {count} inputs: nats lost against the models' mean, by pseudo-labels"
     return make_table(columns, rows, width=width, title=title)
 
 
@@ -85,7 +85,7 @@ def interference_table(result: PredictResult, *, width: int, most: int = 5) -> T
 
 
 def ranking_table(ranking: Ranking, *, width: int) -> Table:
-    """One row per candidate, the best first."""
+    """One row per candidate, best first."""
     tried = any(p.tried is not None for p in ranking.partners)
     columns = [
         Column("", "right"),
@@ -105,13 +105,13 @@ def ranking_table(ranking: Ranking, *, width: int) -> Table:
             f"{way.nats.within:.2f}" if sure and way.nats.within is not None else "",
         ]
         rows.append([*row, *([f"{p.tried:.3f}" if p.tried is not None else ""] if tried else [])])
-    return make_table(columns, rows, width=width, title=f"partners for {ranking.model}, the best first")
+    return make_table(columns, rows, width=width, title=f"partners for {ranking.model}, best first")
 
 
 def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:
     """Expected nats of every pair under its best assignment; a list of pairs where there are many models."""
     n = len(matrix.names)
-    title = "expected barrier in nats, best assignment"
+    title = "expected barrier in nats, best way to merge"
     if n <= WIDEST:
         values = matrix.expected()
         columns = [Column("", shrink=True, min_width=8), *(Column(str(k + 1), "right") for k in range(n))]

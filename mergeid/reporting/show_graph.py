@@ -80,7 +80,7 @@ def print_graph(graph: NeuronGraph, console: Console, *, every: bool = False) ->
         Column("space and its tensor[axis]" if stacked else "space", shrink=True, min_width=16),
         Column("size", "right"),
         Column("group"),
-        Column("lives on (tensor[axis])", shrink=True, min_width=22),
+        Column("acts on (tensor[axis])", shrink=True, min_width=22),
         Column("share", "right"),
     ]
     groups = [[s] for s in graph.spaces] if every else alike(graph)
@@ -91,7 +91,7 @@ def print_graph(graph: NeuronGraph, console: Console, *, every: bool = False) ->
         lines = [f"{t}[{a}]" for t, a in axes] if every else places(axes, graph.tensors)
         if not every and len(lines) > LINES:
             lines = [*lines[: LINES - 1], f"and {len(lines) - LINES + 1} more"]
-        below.append(lines or ["what lies in it"])
+        below.append(lines or ["contains"])
         label = first.label if len(spaces) == 1 else f"{len(spaces)} × {pattern(first.label)}"
         share = percent(_share(graph, spaces)) if first.axes else "–"
         heads.append([_ids(spaces), label, f"{first.size:,}", _group(first, len(spaces) > 1), share])
@@ -148,18 +148,22 @@ def _share(graph: NeuronGraph, spaces: Sequence[Space]) -> float:
 def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
     """What the table adds up to, one sentence per line."""
     total = f"{_parameters(graph):,} parameters (running statistics included)"
-    lines = [f"On a free axis: {percent(graph.share, 2)} of {total}."]
+    lines = [f"Can be permuted: {percent(graph.share, 2)} of {total}."]
     if graph.verified:
         missed = graph.verified.get("error_when_misapplied")
-        power = "" if missed is None else f"; applied to one axis of each space only: {missed:.1g}"
+        power = (
+            ""
+            if missed is None
+            else f" As a check, permuting one axis of each space alone changes them by {missed:.1g}."
+        )
         lines.append(
-            f"Verified: {graph.verified['samples']} random group elements, outputs equal to a relative error of "
-            f"{graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']}{power})."
+            f"Verified: {graph.verified['samples']} random permutations leave the outputs unchanged, to a relative "
+            f"error of {graph.verified['max_relative_error']:.1e} ({graph.verified['dtype']}).{power}"
             + verified_on(graph.verified)
         )
         if noise := graph.verified.get("noise"):
             names = ", ".join(map(shown, noise[:5])) + (f" and {len(noise) - 5} more" if len(noise) > 5 else "")
-            lines.append(f"Not compared, since rounding alone changes it as much: {names}.")
+            lines.append(f"Not compared, because rounding alone changes them as much: {names}.")
     else:
         lines.append("Not verified.")
     if graph.frozen:
@@ -168,7 +172,9 @@ def footer(graph: NeuronGraph, *, collapsed: bool) -> list[str]:
         names = ", ".join(sorted(graph.unknown_ops))
         lines.append(f"Operations without a rule (their neurons are frozen): {names}.")
     if collapsed:
-        lines.append("Like spaces share a row; --all lists each one. Why an axis is frozen: --why 'TENSOR[AXIS]'.")
+        lines.append(
+            "Similar spaces share a row; --all lists each one. To see why an axis is frozen: --why 'TENSOR[AXIS]'."
+        )
     return lines
 
 
@@ -189,6 +195,6 @@ def verified_on(verified: Mapping[str, Any]) -> str:
     if "on" not in verified:
         return ""
     return (
-        f" This model is too large to run here: traced without weights, verified on {verified['on']}, where neurons "
-        f"moved at {verified['places']} of the {verified['of']} kinds of places that are free here."
+        f" This model is too large to run here: traced without weights, verified on {verified['on']}, where "
+        f"{verified['places']} of the {verified['of']} kinds of free axes were permuted."
     )

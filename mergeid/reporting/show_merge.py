@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 REMARKS = {
     "taken_from_a": "Integer tensors that differ, taken from A",
-    "skipped": "Skipped, taken from A as they are",
+    "skipped": "Skipped, taken from A as is",
     "left_out": "Only in B, left out",
-    "dtypes": "Written in another number format than A's",
+    "dtypes": "Written in another dtype than A's",
 }
 
 
 def print_merge(result: MergeResult, console: Console) -> None:
-    """What was decided and where everything lies."""
+    """What was decided and where everything is."""
     if result.verdict == "transported":
-        console.print("OT fusion: neurons were carried onto A's by optimal transport.")
+        console.print("OT fusion: B's neurons were mapped onto A's by optimal transport.")
         for note in result.notes:
             console.print(f"Note: {note}", markup=False)
     elif result.plan is None:
-        taken = "they lie in the same places" if result.in_place else "B's neurons were taken as they are"
+        taken = "the neurons are in the same order" if result.in_place else "B's neurons were taken as is"
         console.print(f"{'Merged directly' if result.in_place else 'Plain merge'}: {taken}.")
         for note in result.notes:
             console.print(f"Note: {note}", markup=False)
@@ -37,7 +37,7 @@ def print_merge(result: MergeResult, console: Console) -> None:
         looked = result.comparison
         overruled = looked is not None and looked["chosen"] != looked["planned"]
         for line in verdict_lines(
-            result.plan, result.notes, "Planned, before the last look" if overruled else "Verdict"
+            result.plan, result.notes, "Plan, overruled by the last look" if overruled else "Verdict"
         ):
             console.print(line, markup=False)
         print_radii(result.plan, console)
@@ -69,15 +69,15 @@ def comparison_line(comparison: Mapping[str, Any]) -> str:
         return "not finite" if value is None else shown(value)
 
     unit = {
-        "nats": " nats farther from the models' predictions than they are themselves",
-        "relative": " of the outputs' variance away from the models",
-        "both": " (mean of all outputs) away from the models",
+        "nats": " nats from the models' own predictions",
+        "relative": " of the outputs' variance away from the models' outputs",
+        "both": " (mean of all outputs) away from the models' outputs",
     }[comparison["unit"]]
     own = label(comparison["chosen"], comparison["repair"])
     found = dict(comparison["distances"])
-    text = f"The merge ({own}) is {figure(found.pop(own))}{unit}, on {comparison['examples']} calibration examples"
+    text = f"Chosen: {own}, {figure(found.pop(own))}{unit} on {comparison['examples']} calibration examples"
     rest = ", ".join(f"{name} {figure(value)}" for name, value in found.items())
-    return text + (f"; not chosen: {rest}." if rest else ".")
+    return text + (f" (others: {rest})." if rest else ".")
 
 
 def repair_line(repair: Mapping[str, Any]) -> str:
@@ -85,21 +85,21 @@ def repair_line(repair: Mapping[str, Any]) -> str:
     if repair["kind"].startswith("solve"):
         before, after = (f"{repair[key]:.0%}" for key in ("error_before", "error_after"))
         polished = (
-            f" Then distilled: its distance from what they say together fell from {repair['distance_before']:.3f} to "
-            f"{repair['distance_after']:.3f}."
+            f" Then distilled: the distance from the models' mixed predictions fell from "
+            f"{repair['distance_before']:.3f} to {repair['distance_after']:.3f}."
             if "distance_after" in repair
             else ""
         )
         return (
-            f"Solved layer by layer on {repair['examples']} examples: {repair['layers']} layers were changed. On "
-            f"examples not used for the fit, they miss the models' answers by {after} of the spread ({before} before)."
+            f"Solved layer by layer: {repair['layers']} layers were refitted on {repair['examples']} examples. On "
+            f"held-out examples their outputs are off the models' mean by {after} of its spread ({before} before)."
             + polished
         )
     before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))
     if repair["kind"] == "bn":
         return (
             f"BatchNorm statistics were re-estimated on the calibration data ({repair['layers']} layers, "
-            f"{repair['examples']} examples): activations had {before} of the spread that they expect, now {after}."
+            f"{repair['examples']} examples): activations had {before} of the expected spread, now {after}."
         )
     also = ", then BatchNorm statistics were re-estimated" if repair["kind"] == "repair+bn" else ""
     return (

@@ -25,42 +25,42 @@ if TYPE_CHECKING:
 
 STYLES = {"direct": "green", "match": "yellow", "will not merge": "red"}
 MEANING = {
-    "direct": "merge directly: no space gains from another order of B's neurons",
+    "direct": "merge directly: no space gains from permuting B's neurons",
     "match": "match first: average only after permuting B's neurons into A's order",
-    "will not merge": "will not merge: most of the two networks corresponds under no assignment",
+    "will not merge": "will not merge: no permutation makes most of their neurons correspond",
 }
 
 
 ASKED = {
-    "always": "every space is matched, as asked with --match always",
-    "never": "B's neurons are taken as they are, as asked with --match never",
+    "always": "every space is matched, as requested by --match always",
+    "never": "B's neurons are taken as is, as requested by --match never",
 }
 LEGEND = (
-    "J: mean correlation of paired neurons, as they are and matched. ι: 1 where the neurons correspond as they are, 0 "
-    "where they correspond no better than at random. moved: neurons that get another place."
+    "J: mean correlation of paired neurons, as is and matched. ι: 1 where the neurons correspond as they are, 0 "
+    "where they correspond no better than at random. moved: neurons that change position."
 )
 LEGEND_MORE = (
-    " J random: the same correlation for random pairs. chord: how far the next layer's output is off the "
-    "average of the two networks' outputs."
+    " J random: the same correlation for random pairs. chord: how far the next layer's output is from the average of "
+    "the two networks' outputs."
 )
 DETAILS = ("id", "J random", "chord as is", "chord match")
 """Columns that only --verbose shows."""
 LEGEND_WEIGHTS = (
-    "gain: by how much the match fits unseen weights better than the order as it is, in standard deviations of a "
-    "random permutation. moved: neurons that get another place."
+    "gain: how much better the match fits held-out weights than the current order, in standard deviations (σ) of "
+    "random permutations. moved: neurons that change position."
 )
 LEGEND_STRUCTURE = (
-    "structure: the least cost, in squared weights, of training what both models share (the base, or the stored fixed "
-    "parts) into another order's functions. no: another order is as cheap; in brackets, by how much it is dearer."
+    "structure: how much more it costs, in squared weights, to train another order's functions from what both models "
+    "share (the base, or the stored fixed parts). no: another order costs no more; the difference is in brackets."
 )
 LEGEND_ANGLE = (
-    "angle: the widest, in either model, between what two neurons' weights differ by and what their fixed parts differ "
-    "by; below 45° in both, no swap brings B's neurons nearer to A's, whatever was trained."
+    "angle: the widest, in either model, between the difference of two neurons' weights and the difference of their "
+    "fixed parts. Below 45° in both models, no swap brings B's neurons nearer to A's."
 )
 LEGEND_RADII = (
-    "ε*: how far the covariance Σ of the layer's inputs may move (spectral norm) before another order of its neurons "
-    "could fit the fixed part as well. The smaller value of A and B is shown. g: the eigengap behind Σ's leading "
-    "directions. 0: no certificate. A dash: a BatchNorm frees the scale, and no bound is known."
+    "ε*: how far the covariance Σ of the layer's inputs may shift (spectral norm) before another order of its neurons "
+    "could fit the fixed part as well; the smaller value of A and B. g: the eigengap after Σ's leading directions. "
+    "0: no certificate. A dash: no bound is known, because a BatchNorm leaves the scale free."
 )
 
 
@@ -90,7 +90,7 @@ def next_command(plan: Plan, a: str, b: str, options: Sequence[str]) -> str:
     """What to type after this plan: the merge, or what says more where there is none; `options`: as they are typed."""
     words = [a, b, *options]
     if plan.verdict == "will not merge":
-        return f"{shlex.join(['mergeid', 'predict', *words])}, which says what a merge would lose"
+        return f"{shlex.join(['mergeid', 'predict', *words])}, to see what a merge would lose"
     single = a.endswith((SAFETENSORS, *PICKLES))
     return shlex.join(["mergeid", "merge", *words, "-o", "merged.safetensors" if single else "merged"])
 
@@ -253,7 +253,7 @@ def verdict_lines(plan: Plan, notes: Sequence[str] | None = None, what: str = "V
     if plan.turns:
         turned = sum(turn.turned for turn in plan.turns)
         lines.append(
-            f"Inside heads, {turned} orthogonal maps turn B's queries, keys and values onto A's; B's function stays "
-            "as it is."
+            f"Inside attention heads, {turned} orthogonal maps align B's queries, keys and values with A's, without "
+            f"changing what B computes."
         )
     return lines + [f"Note: {note}" for note in (plan.notes if notes is None else notes)]

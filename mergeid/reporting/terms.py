@@ -24,8 +24,8 @@ class Term:
 TERMS = (
     Term(
         "barrier",
-        "How much worse the loss gets on the straight line from model A to model B than a straight line between their "
-        "two losses would be. A barrier near zero means that an average of the two works as well as they do.",
+        "The loss along the straight line from the weights of A to those of B, at its highest above a straight line "
+        "between their two losses. A barrier near zero means that averages of the two work as well as they do.",
         ("loss barrier",),
     ),
     Term(
@@ -36,13 +36,13 @@ TERMS = (
     ),
     Term(
         "space",
-        "A set of neurons that may change places with each other without changing what the network computes. mergeid "
-        "finds the spaces by tracing the network and proves each of them.",
+        "A set of neurons that can be permuted among themselves without changing what the network computes. mergeid "
+        "finds the spaces by tracing the network, and verifies each of them.",
         ("spaces", "neuron space"),
     ),
     Term(
         "neuron graph",
-        "All spaces of a network, with the axes of the weight tensors that each space moves.",
+        "All spaces of a network, with the axes of the weight tensors that each space permutes.",
         ("graph",),
     ),
     Term(
@@ -50,7 +50,11 @@ TERMS = (
         "A new order of the neurons of a space. Applied to all weights that the space touches, it leaves the network's "
         "function unchanged.",
     ),
-    Term("direct", "The neurons already correspond, so the weights are averaged as they are.", ("as is", "unaligned")),
+    Term(
+        "direct",
+        "The neurons already correspond, so the weights are averaged as is, without matching.",
+        ("as is", "unaligned"),
+    ),
     Term(
         "match",
         "The neurons of B are put into A's order before the weights are averaged.",
@@ -58,16 +62,16 @@ TERMS = (
     ),
     Term(
         "will not merge",
-        "No order of B's neurons makes them correspond to A's. An average of these two networks would be of no use.",
+        "No order of B's neurons makes them correspond to A's, so an average of these two networks would not work.",
     ),
     Term(
         "moved",
-        "How many neurons of a space get another place when B is put into A's order.",
+        "How many neurons of a space change position when B is put into A's order.",
     ),
     Term(
         "J",
-        "The mean correlation of the activations of paired neurons: as they are, under the best match, and at random. "
-        "1 means that the paired neurons always agree.",
+        "The mean correlation between the activations of paired neurons: as is, under the best match, and for random "
+        "pairs. 1 means that paired neurons always agree.",
         ("correlation", "j as is", "j match", "j random"),
     ),
     Term(
@@ -78,12 +82,14 @@ TERMS = (
     ),
     Term(
         "chord deviation",
-        "How far the output of the next layer is from the average of the two networks' outputs, relative to its size.",
+        "How far the output of the merged next layer is from the average of the two networks' outputs, relative to the "
+        "size of that average.",
         ("chord", "chord as is", "chord match"),
     ),
     Term(
         "gain",
-        "How much better the match fits weights that it has not seen, in standard deviations (σ) of a random order.",
+        "How much better the match fits held-out weights than the current order does, in standard deviations (σ) of "
+        "random orders.",
         ("gain (σ)",),
     ),
     Term(
@@ -93,13 +99,13 @@ TERMS = (
     ),
     Term(
         "solved",
-        "After averaging, every layer gets the weights that best reproduce the models' own answers on the calibration "
-        "inputs. The result is no longer on the straight line between the models.",
+        "After averaging, every layer is refitted in closed form, so that its outputs on the calibration inputs are as "
+        "near as possible to the models' mean. The result is no longer on the straight line between the models.",
         ("solve",),
     ),
     Term(
         "repaired",
-        "The statistics of the normalisation layers are estimated again after the merge, because averaging shrinks the "
+        "The statistics of the normalisation layers are re-estimated after the merge, because averaging shrinks the "
         "activations.",
         ("repair", "re-estimated", "batchnorm"),
     ),
@@ -111,28 +117,30 @@ TERMS = (
     ),
     Term(
         "λ",
-        "The share of model B in the mix: 0 is A, 1 is B, and 0.5 is the average.",
+        "The share of model B in an average: 0 is A, 1 is B, and 0.5 is the midpoint.",
         ("lambda",),
     ),
     Term(
         "structure",
-        "What both models share by construction: a common base model, or the fixed parts of asymmetric layers. Where "
-        "it holds every neuron in its place, no matching is needed.",
+        "What both models share by construction: a common base model, or the fixed parts of asymmetric layers. If it "
+        "keeps every neuron in its place, no matching is needed.",
         ("identified by structure",),
     ),
     Term(
         "margin",
-        "What it would cost, in squared weights, to train one order of the neurons into the functions of another.",
+        "How much more it would cost, in squared weights, to train the functions of another order of the neurons from "
+        "what both models share.",
     ),
     Term(
         "angle",
         "The widest angle between the difference of two neurons' weights and the difference of their fixed parts. "
-        "Below 45° in both models no swap brings the neurons of B nearer to those of A.",
+        "Below 45° in both models, no swap brings the neurons of B nearer to those of A.",
     ),
     Term(
         "last look",
-        "Before anything is written, the possible merges run on calibration inputs. The one that stays nearest to the "
-        "models' own predictions is written.",
+        "Before anything is written, the candidate merges run on calibration inputs. The one nearest to the models' "
+        "own "
+        "predictions is written.",
     ),
     Term(
         "interval",
@@ -147,14 +155,15 @@ TERMS = (
     ),
     Term(
         "AUROC",
-        "The chance that a pair which merges badly gets a worse figure than a pair which merges well: 1 is perfect, "
-        "0.5 a guess.",
+        "The probability that a pair which merges badly gets a worse score than a pair which merges well: 1 is "
+        "perfect, "
+        "0.5 is chance.",
         ("auc",),
     ),
     Term(
         "CKA",
-        "An index of how alike two layers arrange the same inputs, whatever the order of their neurons. It is 1 for "
-        "the same arrangement up to a rotation and a scale, and 0 for unrelated ones.",
+        "How similar the activations of two layers are on the same inputs, whatever the order of their neurons: 1 if "
+        "they agree up to a rotation and a scale, 0 if they are unrelated.",
         ("centred kernel alignment",),
     ),
     Term(
@@ -164,8 +173,9 @@ TERMS = (
     ),
     Term(
         "sketch",
-        "A small file that keeps what one model does on some inputs. Every pair among many sketches can be compared "
-        "without running a model again.",
+        "A small file that records what one model does on some inputs. Any two sketches can be compared without "
+        "running "
+        "a model again.",
     ),
 )
 

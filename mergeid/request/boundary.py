@@ -45,7 +45,7 @@ def explained(error: BaseException) -> str | None:
     """One sentence for what the system refuses: a file, a connection, memory. None for anything else."""
     if isinstance(error, MemoryError) or _out_of_memory(error):
         return (
-            "not enough memory for this; use smaller models, fewer examples (--limit), smaller batches (--batch-size), "
+            "not enough memory; use smaller models, fewer examples (--limit), smaller batches (--batch-size), "
             "or a machine with more"
         )
     if isinstance(error, OSError):

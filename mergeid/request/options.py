@@ -67,8 +67,8 @@ def examples(help: str) -> Option:
 Arch = Annotated[
     Union[str, None],
     Option(
-        "Architecture (timm/resnet18, transformers/bert, or the path of a config.json); found by itself where the "
-        "files say enough.",
+        "Architecture (timm/resnet18, transformers/bert, or the path of a config.json). Default: detected from the "
+        "files.",
         INPUT,
         "NAME",
     ),
@@ -76,8 +76,8 @@ Arch = Annotated[
 Config = Annotated[
     Union[str, None],
     Option(
-        "Whose config counts where the models' configs differ in what the network computes: a (the first model), b, …; "
-        "such models are refused if not given.",
+        "Which model's config to use if the configs describe different computations: a (the first model), b, … Without "
+        "it, such models are refused.",
         INPUT,
         "a|b",
         shown=False,
@@ -86,8 +86,9 @@ Config = Annotated[
 Tokenizer = Annotated[
     Union[str, None],
     Option(
-        "Whose tokens the result has where vocabularies differ: union, a, b, … or base; rows are brought together by "
-        "token. Such models are refused if not given.",
+        "Which tokens the result gets if the vocabularies differ: union, a, b, … or base. Embedding rows are matched "
+        "by "
+        "token. Without it, such models are refused.",
         INPUT,
         "union|a|b",
         shown=False,
@@ -96,8 +97,8 @@ Tokenizer = Annotated[
 ChatTemplate = Annotated[
     Union[str, None],
     Option(
-        "Chat template of the result: auto (what most models have), a, b, …, chatml, a file, or a template in Jinja; "
-        "A's if not given.",
+        "Chat template of the result: auto (the commonest), a, b, …, chatml, a file, or a Jinja template. Default: "
+        "A's.",
         OUTPUT,
         "TEMPLATE",
         shown=False,
@@ -106,8 +107,8 @@ ChatTemplate = Annotated[
 Data = Annotated[
     Any,
     Option(
-        "Real examples: image folder, text or jsonl file, .npz or .safetensors with inputs (and labels), Hugging Face "
-        "data set, or module:function.",
+        "Examples of the kind that the models were trained on: image folder, text or jsonl file, .npz or .safetensors "
+        "with inputs (and labels), Hugging Face dataset, or module:function.",
         INPUT,
         "DATA",
     ),
@@ -116,7 +117,7 @@ Labelled = Annotated[
     Any,
     Option(
         "Labelled examples to measure on: image folder, text or jsonl file, .npz or .safetensors with inputs and "
-        "labels, Hugging Face data set, or module:function.",
+        "labels, Hugging Face dataset, or module:function.",
         INPUT,
         "DATA",
     ),
@@ -124,7 +125,7 @@ Labelled = Annotated[
 Base = Annotated[
     Any,
     Option(
-        "What A and B were fine-tuned from: what structure identifies by it, and with --data the margins.",
+        "Model that A and B were fine-tuned from; the plan then says which spaces it identifies.",
         INPUT,
         "BASE",
         shown=False,
@@ -132,37 +133,38 @@ Base = Annotated[
 ]
 Certify = Annotated[
     bool,
-    switch("Also by how much every layer's inputs may shift; needs --data (slow above about a thousand neurons)."),
+    switch("Also compute how far every layer's inputs may shift; needs --data (slow above a thousand neurons)."),
 ]
 Skip = Annotated[
     Sequence[str],
-    Option("Tensors to take from A as they are (may be given several times).", INPUT, "GLOB", several=True),
+    Option("Tensors to take from A as is (repeatable).", INPUT, "GLOB", several=True),
 ]
 AllowPickle = Annotated[bool, switch("Also read .bin and .pt files.", INPUT)]
 Dequantise = Annotated[
-    bool, switch("Read float8 and bitsandbytes weights as floating-point ones; the result is not quantised.", INPUT)
+    bool, switch("Read float8 and bitsandbytes weights in floating point; the result is not quantised.", INPUT)
 ]
 Limit = Annotated[
     Union[int, None],
-    Option("Calibration examples taken from DATA.", INPUT, "N", kind=int, least=1),
+    Option("Number of calibration examples to take from DATA.", INPUT, "N", kind=int, least=1),
 ]
-Force = Annotated[bool, switch("Replace an earlier output.", OUTPUT)]
+Force = Annotated[bool, switch("Overwrite an existing output.", OUTPUT)]
 ShardSize = Annotated[
     Union[str, int, None],
-    Option("Most bytes of one weight file of a folder, such as 5GB; files as A has them if not given.", OUTPUT, "SIZE"),
+    Option("Largest size of one weight file in a folder, such as 5GB. Default: files as in A.", OUTPUT, "SIZE"),
 ]
 Resume = Annotated[
     bool,
     switch(
-        "Go on with the merge to OUT that was stopped, if there is one; and keep what is done if this one is stopped.",
+        "Continue an interrupted merge to OUT, if there is one, and keep what is done if this one is interrupted.",
         OUTPUT,
     ),
 ]
 AsAdapter = Annotated[
     Union[int, None],
     Option(
-        "Write the result as a LoRA adapter of this rank, on --base or on what the adapters lie on, and say what that "
-        "costs.",
+        "Write the result as a LoRA adapter of this rank, for --base or the adapters' own base, and say how much of "
+        "the "
+        "update is lost.",
         OUTPUT,
         "RANK",
         kind=int,
@@ -173,7 +175,7 @@ AsAdapter = Annotated[
 Push = Annotated[
     Union[str, None],
     Option(
-        "Then upload the result to this repository on the Hugging Face hub, with a model card, the plan and a plot.",
+        "Upload the result to this repository on the Hugging Face hub, with a model card, the plan and a plot.",
         OUTPUT,
         "ORG/NAME",
         shown=False,
@@ -181,21 +183,19 @@ Push = Annotated[
 ]
 Dtype = Annotated[
     Union[str, None],
-    Option(
-        "Number format of the result: float32, float16, bfloat16 or float64; as in A if not given.", OUTPUT, "DTYPE"
-    ),
+    Option("Dtype of the result: float32, float16, bfloat16 or float64. Default: as in A.", OUTPUT, "DTYPE"),
 ]
 Match = Annotated[
     str,
     Option(
-        "auto: as decided for every space; never: take B's neurons as they are; always: match every space.",
+        "auto: match the spaces where it helps; never: take B's neurons as is; always: match every space.",
         choices=MATCHES,
     ),
 ]
 Target = Annotated[
     Union[str, None],
     Option(
-        "What a solved merge imitates where each model has its own data (--data a=…,b=…): own (that model) or mean.",
+        "With separate data for each model (--data a=…,b=…), what a solved merge imitates: own (that model) or mean.",
         choices=TARGETS,
         shown=False,
     ),
@@ -203,8 +203,8 @@ Target = Annotated[
 Matcher = Annotated[
     Union[str, None],
     Option(
-        "How neurons are matched: weight, activation, combined, layerwise, cycle, sinkhorn, straight_through, ot; "
-        "combined with --data and weight without if not given.",
+        "How neurons are matched: weight, activation, combined, layerwise, cycle, sinkhorn, straight_through, ot. "
+        "Default: combined with --data, weight without.",
         HOW,
         "NAME",
     ),
@@ -212,20 +212,21 @@ Matcher = Annotated[
 Transport = Annotated[
     bool,
     switch(
-        "OT fusion: carry neurons onto A's by optimal transport instead of matching them one to one; convolutional "
-        "networks and multilayer perceptrons may then have other widths than A."
+        "OT fusion: map neurons onto A's by optimal transport instead of matching them one to one. Convolutional "
+        "networks "
+        "and multilayer perceptrons may then differ from A in width."
     ),
 ]
 RefuseAbove = Annotated[
     float,
     Option(
-        "With --data: write nothing if even the nearest merge is farther from the models' own predictions than this, "
-        "in nats (for outputs other than class scores, as a share of their variance). inf: never refuse.",
+        "With --data: write nothing if even the best merge is farther than this from the models' own predictions, in "
+        "nats (for outputs other than class scores, as a share of their variance). inf: never refuse.",
         HOW,
         "NATS",
         kind=float,
     ),
 ]
-Seed = Annotated[int, Option("Seed of every draw.", HOW, "N", kind=int, least=0, most=LARGEST_SEED)]
+Seed = Annotated[int, Option("Random seed.", HOW, "N", kind=int, least=0, most=LARGEST_SEED)]
 BatchSize = Annotated[int, Option("Examples per forward pass.", HOW, "N", kind=int, least=1)]
 Device = Annotated[str, Option("cpu, cuda, cuda:1, mps …", HOW, "DEVICE")]

@@ -52,7 +52,7 @@ class Run:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if str(self.device or "").partition(":")[0] == "meta":
-            raise MergeidError("device 'meta' holds no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
+            raise MergeidError("device 'meta' has no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
         check_count("batch_size", self.batch_size)
 
     @classmethod
@@ -209,7 +209,7 @@ class Repairing:
             raise MergeidError(f"--repair {self.stage!r} is not one of {', '.join(REPAIRS)}")
         above = self.refuse_above
         if isinstance(above, bool) or not isinstance(above, (int, float)) or not above >= 0:
-            raise MergeidError(f"--refuse-above is {above!r}; expected a distance of 0 or more (inf: never refuse)")
+            raise MergeidError(f"--refuse-above is {above!r}; expected 0 or more (inf: never refuse)")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def check_transport(matching: Matching, *, base: bool) -> None:
     ):
         if given:
             raise MergeidError(
-                f"{option} does not go with --transport, which matches no neuron to one other; leave it out"
+                f"{option} cannot be combined with --transport, which does not match neurons one to one; leave it out"
             )
 
 

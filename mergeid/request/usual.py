@@ -20,13 +20,13 @@ class Usual(TypedDict, total=False):
     Attributes:
         arch: the models' architecture, where the files do not say.
         config: "a", "b", …: whose config counts where they differ in what the network computes; None: that is refused.
-        skip: globs of tensor names that are taken from the first model as they are.
+        skip: globs of tensor names that are taken from the first model as is.
         allow_pickle: whether pickled weights may be read.
         dequantise: whether float8 and bitsandbytes weights are read as floating-point ones.
         example_inputs: of live modules: a tensor, tuple or dict of keywords.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); none: all.
         limit: most calibration examples; None: all.
-        seed: of every draw.
+        seed: random seed.
         device: where networks run.
         progress: is told (what is being done, steps done, steps in all).
     """

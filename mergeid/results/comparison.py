@@ -21,8 +21,8 @@ class Distance:
 
     def __str__(self) -> str:
         if self.unit == NATS:
-            return f"{shown(self.value)} nats farther from the models' predictions than they are themselves"
-        return f"off the models' outputs by {shown(self.value)} of their variance"
+            return f"{shown(self.value)} nats from the models' own predictions"
+        return f"off the models' outputs by {shown(self.value)} of the outputs' variance"
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ class PredictResult:
         w = self.worth
         if w.high <= self.tolerated:
             return (
-                f"Both models together would gain at most {max(w.high, 0.0):.2g} nats over the better one: a merge "
-                "saves running two networks, and little more."
+                f"Both models together would gain at most {max(w.high, 0.0):.2g} nats over the better one, so little "
+                f"can be gained by merging them."
             )
         gains = f"gain about {w.gain:.2g} nats over" if w.gain > 0 else "be no better than"
         kept = "" if w.kept is None else f", and the best merge tried keeps {w.kept:.0%} of what they gain on average"
@@ -201,14 +201,14 @@ def advise(outlooks: Sequence[Outlook], tolerated: float) -> str:
     """One sentence: what to do, and the command that does it."""
     known = [o for o in outlooks if o.nats.trusted]
     if not known:
-        why = "one of the models says the same of every input"
+        why = "one of the models makes the same prediction for every input"
         if not any(o.nats.collapsed for o in outlooks):
-            why = "the pair is unlike all that the predictor was fitted on"
+            why = "the pair is unlike anything that the predictor was fitted on"
         return f"Cannot tell: {why}; measure it with mergeid barrier A B --data DATA."
     ways = {"direct": "as they are", "matched": "after matching their neurons"}
     for o in sorted(known, key=lambda o: o.trouble):
         if (o.nats.within or 0.0) >= SURE:
-            more = ", with the statistics of the normalisation layers estimated again" if o.repaired else ""
+            more = "and re-estimate the normalisation statistics" if o.repaired else ""
             more = ", and solve the layers" if o.solved else more
             return (
                 f"Merge them {ways[o.assignment]}{more} ({command(o)}): a loss of at most {tolerated:g} nats is "
@@ -217,12 +217,13 @@ def advise(outlooks: Sequence[Outlook], tolerated: float) -> str:
     best = min(known, key=lambda o: (o.nats.expected, o.trouble))
     if min(o.nats.low for o in known) > tolerated:
         return (
-            f"Do not average these two: at best ({best.label}) {best.nats.expected:.2g} nats are lost, more than the "
-            f"{tolerated:g} tolerated; mergeid merge A B --data DATA --repair solve+polish may still do."
+            f"Do not average these two: even the best way ({best.label}) is expected to lose "
+            f"{best.nats.expected:.2g} nats, more than the {tolerated:g} tolerated; mergeid merge A B --data DATA "
+            f"--repair solve+polish may still work."
         )
     return (
-        f"Measure before you merge (mergeid barrier A B --data DATA): at best ({best.label}) {best.nats.expected:.2g} "
-        f"nats are expected to be lost, and the interval reaches from {best.nats.low:.2g} to {best.nats.high:.2g}."
+        f"Measure before you merge (mergeid barrier A B --data DATA): the best way ({best.label}) is expected to "
+        f"lose {best.nats.expected:.2g} nats (90 % interval {best.nats.low:.2g} to {best.nats.high:.2g})."
     )
 
 

@@ -1,4 +1,4 @@
-"""Partners for one model, the best first."""
+"""Partners for one model, best first."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Ranking:
         results: Sequence[tuple[str, PredictResult]],
         failed: Sequence[tuple[str, str]] = (),
     ) -> Ranking:
-        """The partners, the best first."""
+        """The partners, best first."""
         found = [Partner(name, result) for name, result in results]
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
@@ -70,10 +70,10 @@ class Ranking:
         best = self.partners[0]
         if not best.way.nats.trusted and best.tried is None:
             return (
-                "Cannot tell: no candidate is like the pairs that the predictor was fitted on; measure them with "
-                "mergeid barrier, or try them with --try."
+                "Cannot tell: every candidate is unlike anything that the predictor was fitted on; measure them with "
+                "mergeid barrier, or use --try."
             )
-        lost = f"{best.way.nats.expected:.2g} nats expected to be lost"
+        lost = f"{best.way.nats.expected:.2g} nats of expected loss"
         if best.tried is not None:
             lost = f"{abs(best.tried):.2g} nats {'lost' if best.tried > 0 else 'gained'} in a trial"
         return f"Merge {self.model} (A) with {best.name} (B), {best.way.label}: {lost} ({command(best.way)})."

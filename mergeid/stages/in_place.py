@@ -44,8 +44,8 @@ class Places:
         ratio = max(f.ratio for f in self.found.values())
         return (
             f"each of {rows:,} rows, on {axes:,} axes of weight matrices, lies nearer to its own place in the first "
-            f"model than to {OTHERS} others drawn at random (at most {ratio:.2f} of their distance), so that nothing "
-            "was matched and no model was built"
+            f"model than to {OTHERS} others drawn at random (at most {ratio:.2f} of their distance), so no matching "
+            f"was needed and no model was built"
         )
 
     def to_json(self) -> dict[str, Any] | None:
@@ -60,7 +60,7 @@ def seen_in_files(met: Met, matching: Matching) -> tuple[Matching, list[str], Pl
 
     on = shared_base([*met.agreed.models, *([met.agreed.base] if met.agreed.base is not None else [])])
     if on is not None:
-        note = f"all lie on {on.source}, whose neurons they share: nothing needs to be matched"
+        note = f"all are adapters on {on.source} and share its neurons, so no matching is needed"
         return replace(matching, mode="never"), [note], None
     if matching.matcher is not None:
         return matching, [], None
@@ -98,7 +98,7 @@ def on_astray(pair: Pair, seen: InPlace) -> tuple[Pair, str | None]:
         return pair, None
     rows = sum(len(found) for found in seen.astray.values())
     note = (
-        f"{rows:,} of {seen.rows:,} rows are not nearest to their own place in the first model; the {len(wanted)} "
+        f"{rows:,} of {seen.rows:,} rows are not nearest to the same row of the first model; the {len(wanted)} "
         f"spaces that they lie on were planned, the {len(left)} others lie in place"
     )
     return replace(pair, graph=graph.without(left, "every row lies in its own place")), note

@@ -60,7 +60,7 @@ def planned_members(
         if plan.verdict == "will not merge" and not output.force:
             raise WillNotMerge(
                 f"{first.source} and {pair.b.source} will not merge: {plan.notes[-1]}; nothing was written (--force "
-                "merges them all the same)"
+                f"merges them anyway)"
             )
     base = members.pop() if met.base is not None else None
     return Members(members, base, settings, examples)

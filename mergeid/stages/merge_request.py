@@ -42,7 +42,7 @@ class MergeRequest:
             )
         check_base(method, self.base is not None)
         if self.output.resume and any(map(is_live, self.models)):
-            raise MergeidError("only merges of files are resumed, and a live module is in none; leave resume out")
+            raise MergeidError("only merges of files can be resumed, not those of live modules; leave resume out")
         self._check_target()
         if not data and stage not in ("auto", "none"):
             raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
@@ -52,7 +52,9 @@ class MergeRequest:
         if self.transport:
             check_transport(self.matching, base=self.base is not None)
             if self.output.resume:
-                raise MergeidError("--resume does not go with --transport; leave it out, and merge from the start")
+                raise MergeidError(
+                    "--resume cannot be combined with --transport; leave it out and merge from the start"
+                )
         else:
             check_matching(self.matching, data)
 
@@ -60,14 +62,15 @@ class MergeRequest:
         own, target = self.calibration.data, self.repairing.target
         if not isinstance(own, OwnData):
             if target == "own":
-                raise MergeidError("--target own needs data of every model's own; give --data a=…,b=…")
+                raise MergeidError("--target own needs separate data for each model; give --data a=…,b=…")
             return
         if len(own.data) != len(self.models):
-            raise MergeidError(f"--data names {len(own.data)} models, and {len(self.models)} are merged; name each")
+            raise MergeidError(
+                f"--data names {len(own.data)} models, and {len(self.models)} are merged; give data for each"
+            )
         if target == "mean":
             return
         if self.asked.method.weights != "shares" or self.base is not None or self.repairing.stage == "solve+polish":
             raise MergeidError(
-                "towards every model's own answers averages are solved, without task vectors or polish; give --target "
-                "mean for these"
+                "--target own solves plain averages only, without task vectors or polish; for these give --target mean"
             )

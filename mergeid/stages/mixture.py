@@ -45,7 +45,7 @@ def mixture_of(base: TensorSource, experts: int, per_token: int) -> tuple[MakesM
                 return adapter, found
     kind = (base.config or {}).get("model_type", "no config.json")
     raise MergeidError(
-        f"no mixture of experts is known that has the layers of {base.source} ({kind}); expected decoders whose "
+        f"no known mixture of experts has the layers of {base.source} ({kind}); expected decoders whose "
         "library has a mixture of the same layers"
     )
 

@@ -124,8 +124,8 @@ def make_plan(
         notes.append(f"the base was not used: {said['why']}")
     if found.speaks == "weights":
         notes.append(
-            "no calibration data: only the weights are compared, which is weaker evidence and no promise; "
-            "give --data for activations"
+            "no calibration data: only the weights are compared, which is weaker evidence; give --data to compare "
+            "activations"
         )
     element, turns = (found.element, ()) if matching.mode == "never" else _turned(pair, found.element, run)
     full, full_turns = (None, ()) if found.matched is None else _turned(pair, found.matched, run)
@@ -186,7 +186,7 @@ def _turned(pair: Pair, element: Element, run: Run) -> tuple[Element, tuple[Turn
     if not matched_turns(maybe, a, heads_of(graph, element, maybe, b)):
         return element, ()
     if graph.turnable is None:
-        run.tell("trying what may be turned inside heads", 0, 1)
+        run.tell("looking for rotations inside attention heads", 0, 1)
         graph.turnable = tuple(
             find_turns(graph, pair.a.model, pair.a.inputs, pair.a.outputs, generator=run.generator())
         )
@@ -325,9 +325,9 @@ def _graph_notes(graph: NeuronGraph) -> list[str]:
     notes = []
     if graph.unknown_ops:
         ops = ", ".join(f"{op} (at {where or 'the top'})" for op, where in graph.unknown_ops.items())
-        notes.append(f"operations without a rule froze what they touch: {ops}")
+        notes.append(f"operations without a rule freeze what they touch: {ops}")
     if not graph.spaces:
-        notes.append("no axis of this model can be permuted: it can only be merged as it is")
+        notes.append("no axis of this model can be permuted, so it can only be merged as is")
     return notes
 
 
@@ -341,7 +341,7 @@ def _verdict(mode: str, records: list[SpaceEvidence], notes: list[str]) -> str:
     if lost:
         notes.append(
             f"{len(lost)} of {len(records)} spaces ({share:.0%} of the weights on them) do not correspond under any "
-            "assignment"
+            f"permutation"
         )
     if share > 0.5:
         return WILL_NOT

@@ -92,7 +92,7 @@ def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = Fal
         if place not in open_models:
             open_models[place] = open_checkpoint(place, allow_pickle=allow_pickle)
         if not isinstance(name, Ranged):
-            raise MergeidError(f"{name} is the base of slices, none of whose sources it is; add it to the sources")
+            raise MergeidError(f"{name} is the base of slices but not one of their sources; add it to the sources")
         return Slice(open_models[place], name.first, name.end)
 
     parts = recipe.slices
@@ -125,7 +125,7 @@ def _length(part: Recipe) -> int:
 
 def _weights(part: Recipe) -> list[Setting]:
     if part.weights is None:
-        raise MergeidError("'weight' is given for some of the slices only; expected it for each")
+        raise MergeidError("'weight' is given for only some of the slices; expected it for each")
     return part.weights
 
 

@@ -120,7 +120,9 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
         wrapped = _Forward(model, members)
         logits: Tensor = functional_call(wrapped, {f"model.{k}": t for k, t in state.items()}, (batch,))
         if logits.dim() < 2 or logits.shape[-1] < 2:
-            raise MergeidError(f"{members.first.source} gives no logits; expected a classifier for --how adamerging")
+            raise MergeidError(
+                f"{members.first.source} does not return logits; expected a classifier for --how adamerging"
+            )
         chances = logits.float().log_softmax(-1)
         sure: Tensor = -(chances.exp() * chances).sum(-1).mean()
         return sure

@@ -41,10 +41,10 @@ POSITIONS = 32
 """Most positions (tokens, patches) of an example that count as inputs."""
 
 NOTHING_SHARED = "no base and no stored fixed parts: every assignment costs the same and all margins are 0"
-ISOTROPIC = "taken as isotropic (P = I), for there is no calibration data"
+ISOTROPIC = "taken as isotropic (P = I), because there is no calibration data"
 NO_DATA = "margins and radii on the layers' inputs (they need calibration data: give --data)"
-CHEAP = "another order of the neurons is as cheap on the calibration inputs"
-NO_DECISIONS = "structure stands beside the decisions, and --match {} makes none: use --match auto"
+CHEAP = "another order of the neurons is just as cheap on the calibration inputs"
+NO_DECISIONS = "structure only accompanies decisions, and --match {} makes none: use --match auto"
 AS_THEY_LIE, AS_DECIDED = "as it lies", "as decided"
 LEFT_OUT = "radii of stability (--certify computes them; slow above about a thousand neurons)"
 
@@ -112,16 +112,17 @@ def without_data(certificates: Mapping[str, Certificate], certify: bool) -> tupl
         notes.append(
             "no calibration data is needed for the order of the neurons: the fixed parts that both models share reach "
             "from the network's inputs to every space and hold all neurons in place in both; the inputs of every layer "
-            f"were {ISOTROPIC}. What the merge loses is another matter: measure it with mergeid barrier"
+            f"were {ISOTROPIC}. How much the merge loses is a separate question: measure it with mergeid barrier"
         )
     elif known:
         first = next(c for c in known if c.says != IDENTIFIED)
         notes.append(
-            f"structure identifies {len(held)} of {len(known)} spaces, so it decides none (first: {first.space}: "
+            f"structure identifies only {len(held)} of {len(known)} spaces, so it decides nothing (first: "
+            f"{first.space}: "
             f"{first.why})"
         )
     if certify:
-        notes.append("--certify needs --data: the radii are those of the layers' inputs")
+        notes.append("--certify needs --data: the radii concern the layers' inputs")
     return said, notes
 
 
@@ -226,7 +227,7 @@ def contradictions(spaces: Sequence[SpaceEvidence], orders: Mapping[str, str]) -
     worst = min(found, key=lambda s: s.iota or 0.0)
     return [
         f"structure and activations contradict each other in {len(found)} of {len(spaces)} spaces (worst: "
-        f"{worst.label}: identified by structure as it lies, but ι = {worst.iota:.2f}, where 0 is chance); the "
+        f"{worst.label}: identified by structure as is, but ι = {worst.iota:.2f}, where 0 is chance); the "
         "activations decide"
     ]
 

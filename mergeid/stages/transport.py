@@ -115,8 +115,9 @@ def _other_widths(graph: NeuronGraph, first: Loaded, other: Loaded, skip: Sequen
             m != n and d not in free for d, (m, n) in enumerate(zip(mine, its, strict=True))
         ):
             raise MergeidError(
-                f"tensor {name!r} has shape {list(mine)} in {first.source} and {list(its)} in {other.source}, and not "
-                "for the width of a layer; expected the same layers and classes: take the first model's with --skip"
+                f"tensor {name!r} has shape {list(mine)} in {first.source} and {list(its)} in {other.source}, which "
+                f"is not a difference in the width of a layer; expected the same layers and classes: take the first "
+                f"model's with --skip"
             )
         different = True
     return different

@@ -105,7 +105,7 @@ def _said(first: Loaded, net: nn.Module, examples: Examples, run: Run) -> Iterat
         with torch.no_grad(), eval_mode(net), fits_the_model(inputs):
             out = first.forward(net, inputs)
         if not (isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] > 1):
-            raise MergeidError("the outputs are no logits of classes; a trial cannot say how many nats are lost")
+            raise MergeidError("the outputs are not class logits; a trial cannot say how many nats are lost")
         yield Said(out, real_tokens(batch), _lost(first, out, batch))
 
 

@@ -27,7 +27,7 @@ def align(
     *,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A .safetensors file or a folder; ./aligned.safetensors if not given (./aligned for a folder)."),
+        o.out("A .safetensors file or a folder. Default: ./aligned.safetensors, for folders ./aligned."),
     ] = None,
     force: o.Force = False,
     data: o.Data = None,
@@ -37,8 +37,7 @@ def align(
     base: Annotated[
         Any,
         o.Option(
-            "What A and B were fine-tuned from: the record then says what structure identifies by it, and with --data "
-            "the margins.",
+            "Model that A and B were fine-tuned from; the record then says which spaces it identifies.",
             o.INPUT,
             "BASE",
             shown=False,

@@ -34,26 +34,28 @@ def barrier(
     match: o.Match = "never",
     matcher: o.Matcher = None,
     repair: Annotated[bool, o.switch("Re-estimate BatchNorm statistics at every point.")] = False,
-    points: Annotated[int, o.count("Points on the line, both ends too.", o.HOW, 2, 10_000)] = 11,
+    points: Annotated[int, o.count("Points on the line, including both ends.", o.HOW, 2, 10_000)] = 11,
     calibration: Annotated[
         Any,
-        o.Option("Examples to match on and to re-estimate BatchNorm with; DATA itself if not given.", o.INPUT, "DATA"),
+        o.Option("Examples for matching and re-estimating BatchNorm. Default: DATA.", o.INPUT, "DATA"),
     ] = None,
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),
-    limit: Annotated[int | None, o.count("Examples taken from DATA; all if not given.", o.INPUT, 1)] = None,
+    limit: Annotated[int | None, o.count("Number of examples to take from DATA. Default: all.", o.INPUT, 1)] = None,
     calibration_limit: int | None = LIMIT,
     batch_size: o.BatchSize = 64,
     seed: o.Seed = 0,
     device: Annotated[
-        str | None, o.Option("cpu, cuda, cuda:1, mps …; as Accelerate chooses if not given.", o.HOW, "DEVICE")
+        str | None, o.Option("cpu, cuda, cuda:1, mps … Default: chosen by Accelerate.", o.HOW, "DEVICE")
     ] = None,
-    dtype: Annotated[str | None, o.Option("Evaluate in this number format.", o.HOW, "DTYPE")] = None,
-    mixed_precision: Annotated[str | None, o.Option("Through Accelerate.", o.HOW, "no|bf16|fp16")] = None,
+    dtype: Annotated[str | None, o.Option("Evaluate in this dtype.", o.HOW, "DTYPE")] = None,
+    mixed_precision: Annotated[
+        str | None, o.Option("Mixed precision, through Accelerate.", o.HOW, "no|bf16|fp16")
+    ] = None,
     resume: Annotated[
         str | os.PathLike[str] | None,
-        o.Option("Keep finished points here and take up from them.", o.HOW, "FILE", kind=Path),
+        o.Option("Keep finished points in this file, and continue from them.", o.HOW, "FILE", kind=Path),
     ] = None,
     allow_pickle: o.AllowPickle = False,
     example_inputs: Any = None,

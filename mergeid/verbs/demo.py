@@ -48,7 +48,7 @@ MERGES: tuple[tuple[str, str, Literal["auto", "always", "never"], str], ...] = (
     ("mergeid", "merged", "auto", "auto"),
 )
 """Name, file, `--match` and `--repair` of each merge; the last one is what `mergeid merge` does by itself."""
-AFTER = {"none": "nothing", "bn": "BatchNorm estimated again", "solve": "solved layer by layer"}
+AFTER = {"none": "nothing", "bn": "BatchNorm re-estimated", "solve": "solved layer by layer"}
 CURVES: tuple[tuple[str, Literal["always", "never"], bool], ...] = (
     ("plain average", "never", False),
     ("plain average", "never", True),
@@ -125,11 +125,11 @@ class DemoResult:
         console.print()
         console.print(barrier_summary(self.curves, width=console.width, title="Barrier between a and b"))
         console.print()
-        console.print(f"Everything lies in {self.folder} ({self.seconds:.0f} s):", markup=False)
+        console.print(f"Everything is in {self.folder} ({self.seconds:.0f} s):", markup=False)
         for path, meaning in self.files.items():
             console.print(f"  {path.name:29} {meaning}", markup=False)
         a, b, data, held_out, *_ = self.files
-        console.print("The same by hand:", markup=False)
+        console.print("To do the same by hand:", markup=False)
         for command in (
             f"mergeid plan {a} {b} --data {data}",
             f"mergeid merge {a} {b} --data {data} -o merged.safetensors",
@@ -225,7 +225,7 @@ class _Folder:
             raise MergeidError(f"output {self.path} is a file; expected the name of a folder (option -o)")
         if self.path.is_dir() and any(self.path.iterdir()) and not self._ours():
             raise MergeidError(
-                f"output folder {self.path} holds other files and no earlier demonstration; choose another name "
+                f"output folder {self.path} holds files that are not from an earlier demo; choose another name "
                 "(option -o)"
             )
         try:
@@ -281,10 +281,10 @@ class _Folder:
 
 def run(
     output: Annotated[
-        Path, o.Option("Where everything is written.", o.OUTPUT, "FOLDER", ("-o", "--output"), Path)
+        Path, o.Option("Folder to write everything to.", o.OUTPUT, "FOLDER", ("-o", "--output"), Path)
     ] = Path("mergeid-demo"),
     *,
-    force: Annotated[bool, o.switch("Train and write again, over an earlier demo.", o.OUTPUT)] = False,
+    force: Annotated[bool, o.switch("Train and write again, replacing an earlier demo.", o.OUTPUT)] = False,
     seed: o.Seed = 0,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -344,7 +344,7 @@ def run(
         ]
     best = rows[-1]
     plot = plot_barriers(
-        [replace(c, label=f"{c.label}, BatchNorm estimated again" if c.repair else c.label) for c in curves],
+        [replace(c, label=f"{c.label}, BatchNorm re-estimated" if c.repair else c.label) for c in curves],
         folder / "barrier.png",
         title="From network a to network b",
         marks=[Measured(f"mergeid ({best.after})", best.loss, best.accuracy)],
@@ -355,9 +355,9 @@ def run(
         data: "calibration images",
         held_out: "test images with labels",
         made["merged"]: f"mergeid's merge: {best.after}",
-        made["matched"]: "matched, BatchNorm estimated again",
+        made["matched"]: "matched, BatchNorm re-estimated",
         made["direct"]: "plain average",
-        made["direct-bn"]: "plain average, BatchNorm estimated again",
+        made["direct-bn"]: "plain average, BatchNorm re-estimated",
         plot: "loss and accuracy on the way from a to b",
         folder / "demo.json": "these results",
     }

@@ -29,7 +29,7 @@ def extract(
     *,
     base: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
-    rank: Annotated[int, o.Option("Of the factors.", o.HOW, "R", kind=int)] = 16,
+    rank: Annotated[int, o.Option("Rank of the factors.", o.HOW, "R", kind=int)] = 16,
     force: o.Force = False,
     allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
@@ -59,7 +59,7 @@ def extract(
     inputs = [p for c in (tuned, origin) if c.files for p in (c.path, *c.files)]
     target = check_output(output, inputs=inputs, force=force)
     if target.suffix == ".safetensors":
-        raise MergeidError(f"{target} would be one file; an adapter is a folder (option -o)")
+        raise MergeidError(f"{target} would be one file; expected a folder for the adapter (option -o)")
     merged = plan_tensors(origin, tuned).merged
     linear, transposed, tied = _linear_weights(origin)
     result = ExtractResult(rank)

@@ -48,18 +48,21 @@ def merge(
     base: Annotated[
         Source | None,
         o.Option(
-            "What the models were fine-tuned from, for methods that merge task vectors.", o.INPUT, "MODEL", shown=False
+            "Model that the others were fine-tuned from, for methods that merge task vectors.",
+            o.INPUT,
+            "MODEL",
+            shown=False,
         ),
     ] = None,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A .safetensors file or a folder; ./merged.safetensors if not given (./merged for a folder)."),
+        o.out("A .safetensors file or a folder. Default: ./merged.safetensors, for folders ./merged."),
     ] = None,
     weights: Sequence[Any] | Mapping[str, Sequence[float]] | None = None,
     normalize: Annotated[
         bool | None,
         o.Option(
-            "Scale the weights to sum 1, or take them as they are whatever their sum.",
+            "Scale the weights so that they sum to 1, or use them as given.",
             flags=("--normalize/--no-normalize",),
             kind=bool,
             shown=False,
@@ -94,7 +97,7 @@ def merge(
     force: Annotated[
         bool,
         o.switch(
-            "Replace an earlier output, and write although mergeid says that the models will not merge.", o.OUTPUT
+            "Overwrite an existing output, and write even if mergeid says that the models will not merge.", o.OUTPUT
         ),
     ] = False,
     batch_size: o.BatchSize = 32,
@@ -175,12 +178,12 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
     from mergeid.verbs.extract import extract
 
     if request.output.push is not None or is_live(request.models[0]):
-        raise MergeidError("--as-adapter writes a folder of files; expected no live modules, and no --push")
+        raise MergeidError("--as-adapter writes a folder of files; it does not work with live modules or --push")
     named = [*request.models, *([request.base] if request.base is not None else [])]
     on = shared_base([bench.open(m) for m in named])
     origin = on if on is not None else None if request.base is None else bench.open(request.base)
     if origin is None:
-        raise MergeidError("--as-adapter needs what the result is an adapter on; give --base")
+        raise MergeidError("--as-adapter needs the model that the adapter is for; give --base")
     target = output_path(replace(request.output, path=request.output.path or "merged-adapter"), named)
     with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=target.parent) as folder:
         whole = os.path.join(folder, "merged")
@@ -195,14 +198,14 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     """The merge that is asked for, stage by stage. Raises as `merge`."""
     run, config = bench.run, bench.reading.config
     if is_live(request.models[0]) and len(request.models) > 2 and config not in (None, "a"):
-        raise MergeidError("of more than two live modules the first one's config counts (a); put that module first")
+        raise MergeidError("with more than two live modules the first one's config counts (a); put that module first")
     output = _target(request, bench.reading.arch)
     repo = request.output.push
     if repo is not None:
         from mergeid.io.push import check_push
 
         if output is None:
-            raise MergeidError(f"--push {repo}: a merge of live modules is in memory; give an output to upload")
+            raise MergeidError(f"--push {repo}: a merge of live modules stays in memory; give an output to upload")
         check_push(repo)
     met = open_models(bench, request.models, request.base, widths=not request.transport)
     matching, notes, places = _shared(request, met)
@@ -303,9 +306,9 @@ def _looked(
     why = found.refused(request.repairing.refuse_above)
     if why and not request.output.force:
         names = " and ".join(m.loaded.source for m in members.models)
-        raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes all the same)")
+        raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes anyway)")
     if why:
-        result = _noted(result, f"{why}: written all the same, as asked with --force")
+        result = _noted(result, f"{why}: written anyway, as requested by --force")
     polished = request.repairing.stage == POLISHED  # which the look has judged without its polish
     return chosen, result, POLISHED if polished else found.repair
 

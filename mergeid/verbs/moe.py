@@ -55,8 +55,8 @@ def moe(
             choices=GATES,
         ),
     ] = "hidden",
-    experts_per_token: Annotated[int, o.count("Experts that each token takes.", o.HOW, 1, 1024)] = 2,
-    output: Annotated[str | os.PathLike[str] | None, o.out("A folder; ./moe if not given.")] = None,
+    experts_per_token: Annotated[int, o.count("Experts per token.", o.HOW, 1, 1024)] = 2,
+    output: Annotated[str | os.PathLike[str] | None, o.out("A folder. Default: ./moe.")] = None,
     match: o.Match = "auto",
     force: o.Force = False,
     **usual: Unpack[Usual],
@@ -77,11 +77,11 @@ def moe(
     """
     listed = [e if isinstance(e, Expert) else Expert(e) for e in experts]
     if gate_mode not in GATES:
-        raise MergeidError(f"--gate-mode {gate_mode!r} is none of {', '.join(GATES)}")
+        raise MergeidError(f"--gate-mode {gate_mode!r} is not one of {', '.join(GATES)}")
     if len(listed) < max(2, experts_per_token):
         raise MergeidError(
-            f"a mixture in which a token takes {experts_per_token} needs {max(2, experts_per_token)} experts at least, "
-            f"got {len(listed)}"
+            f"a mixture in which a token takes {experts_per_token} needs at least {max(2, experts_per_token)} "
+            f"experts, got {len(listed)}"
         )
     if gate_mode not in RANDOM:
         without = next((e for e in listed if not e.positive), None)
@@ -91,7 +91,7 @@ def moe(
                 "or choose random"
             )
         if len({(e.positive, e.negative) for e in listed}) == 1:
-            raise MergeidError("all experts have the same prompts, by which none can be chosen; give each its own")
+            raise MergeidError("all experts have the same prompts, so they cannot be told apart; give each its own")
     run, reading = requests_of(usual, 32)
     matching, asked = Matching(match), Output(output, force=force)
     check_matching(matching, False)

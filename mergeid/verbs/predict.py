@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from mergeid.results.prediction import PredictResult
 
 TOLERATED = 0.01
-Tolerate = Annotated[float, o.Option("Loss whose probability is asked for.", o.HOW, "NATS", kind=float)]
+Tolerate = Annotated[float, o.Option("Loss to give the probability of.", o.HOW, "NATS", kind=float)]
 Trial = Annotated[
     bool,
     o.switch(
-        "Also make the merges in memory and run them on the data (labels are used where it has some).", o.HOW, "--try"
+        "Also make the merges in memory and run them on the data (with its labels, if it has any).", o.HOW, "--try"
     ),
 ]
 
@@ -44,7 +44,8 @@ def predict(
     base: Annotated[
         Source | None,
         o.Option(
-            "What A and B were fine-tuned from: for the paper's bound beside the prediction.",
+            "Model that A and B were fine-tuned from; adds the bound of arXiv 2606.04754 and the tensors that "
+            "interfere.",
             o.INPUT,
             "BASE",
             shown=False,
@@ -143,11 +144,13 @@ def predict_pair(
     origin = None if base is None else origin_of(met, base, pair.a)
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if not calibration.given:
-        notes.append("no --data: both models were run on random inputs, which says less than inputs of their kind")
+        notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
     if any(o.nats.collapsed for o in outlooks):
-        notes.append("one of the models says nearly the same of every input, so that no merge of it can be judged")
+        notes.append(
+            "one of the models makes nearly the same prediction for every input, so its merges cannot be judged"
+        )
     elif any(not o.nats.trusted for o in outlooks):
-        notes.append("part of what was found lies far outside what the predictor was fitted on; there it cannot tell")
+        notes.append("parts of the evidence are far outside what the predictor was fitted on, so it cannot tell there")
     return PredictResult(
         plan.a,
         plan.b,

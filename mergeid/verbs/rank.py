@@ -39,7 +39,7 @@ def rank(
     batch_size: o.BatchSize = 128,
     **usual: Unpack[Usual],
 ) -> Ranking | PredictionMatrix:
-    """The models that merge best with the first one, the best first; or how every pair would merge.
+    """The models that merge best with the first one, best first; or how every pair would merge.
 
     Args:
         models: the model to find partners for, and the candidates: files, folders, hub ids, live modules. A folder that
@@ -64,7 +64,9 @@ def rank(
     asked = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     found = [model for source in asked for model in models_in(source)]
     if len(found) < 2:
-        raise MergeidError("one model has no partner; name the candidates too, or a folder that holds several models")
+        raise MergeidError(
+            "a single model has no partner; name the candidates too, or a folder that holds several models"
+        )
     bench, names = Workbench(reading, run), names_of(found)
     from mergeid.results.prediction import PredictionMatrix
     from mergeid.results.ranking import Ranking

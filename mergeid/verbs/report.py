@@ -64,18 +64,18 @@ def report(
     *,
     data: o.Labelled,
     calibration: Annotated[
-        Any, o.Option("Examples to match on, without labels; DATA itself if not given.", o.INPUT, "DATA")
+        Any, o.Option("Examples to match on (no labels needed). Default: DATA.", o.INPUT, "DATA")
     ] = None,
     output: str | os.PathLike[str] | None = None,
     merge: Annotated[
         bool,
-        o.Option("Also make and measure the merge that is made by default.", flags=("--merge/--no-merge",), kind=bool),
+        o.Option("Also make the default merge and measure it.", flags=("--merge/--no-merge",), kind=bool),
     ] = True,
-    points: Annotated[int, o.count("Points of each curve, with both ends.", o.HOW, 3, 1_000)] = POINTS,
+    points: Annotated[int, o.count("Points of each curve, including both ends.", o.HOW, 3, 1_000)] = POINTS,
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),
-    limit: Annotated[int | None, o.count("Examples to measure on; all if not given.", o.INPUT, 1)] = None,
+    limit: Annotated[int | None, o.count("Number of examples to measure on. Default: all.", o.INPUT, 1)] = None,
     batch_size: o.BatchSize = BATCH,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
@@ -219,7 +219,7 @@ def _predicted(task: _Task) -> tuple[PredictResult | None, tuple[str, ...]]:
     try:
         return predict_pair(task.met, Matching("always"), task.held), ()
     except MergeidError as error:
-        return None, (f"nothing was predicted: {error}",)
+        return None, (f"no prediction: {error}",)
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _tried(task: _Task) -> _Tried:
         except WillNotMerge as error:
             return _Tried(refused=str(error))
         except MergeidError as error:
-            return _Tried(notes=(f"no merge was tried: {error}",))
+            return _Tried(notes=(f"no merge was made: {error}",))
         if made.repair is None or made.repair.get("kind") != "solve":
             return _Tried(made)
         loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)

@@ -37,13 +37,13 @@ def similarity(
         Any,
         o.examples(
             "Examples to run both models on: image folder, text or jsonl file, .npz or .safetensors with inputs, "
-            "Hugging Face data set, or module:function."
+            "Hugging Face dataset, or module:function."
         ),
     ],
     layers: Annotated[
         Sequence[str],
         o.Option(
-            "Modules to compare; all with a matrix of weights if not given (may be given several times).",
+            "Modules to compare (repeatable). Default: all that have a weight matrix.",
             o.INPUT,
             "GLOB",
             several=True,
@@ -91,7 +91,7 @@ def similarity(
         for name, sums in runs.sums(group).items():
             sizes = runs.shapes(0)[name], runs.shapes(1)[name]
             if sums is None or sums.count < 4:
-                notes.append(f"layer {name} has another number of positions in both models and is left out")
+                notes.append(f"layer {name} has a different number of positions in each model and is left out")
                 continue
             table.append(
                 LayerSimilarity(name, sizes, sums.count, sums.cka(), sums.cka_unbiased(), sums.svcca(), sums.pwcca())
@@ -100,7 +100,7 @@ def similarity(
     if scarce:
         notes.append(
             f"{len(scarce)} layers have fewer than 5 rows per neuron (first: {scarce[0]}): their plain CKA, SVCCA and "
-            "PWCCA are too high; more examples help, the unbiased CKA does not need them"
+            "PWCCA are too high; use more examples, or rely on the unbiased CKA"
         )
     return SimilarityResult(one.source, two.source, len(examples), table, names_a, names_b, found, notes)
 
@@ -109,7 +109,8 @@ def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) ->
     for pattern in layers:
         if not any(fnmatchcase(name, pattern) for name in shapes):
             raise MergeidError(
-                f"--layers {pattern!r} matches no layer of {loaded.source}; they are {', '.join(list(shapes)[:3])}, …"
+                f"--layers {pattern!r} matches no layer of {loaded.source}; its layers are "
+                f"{', '.join(list(shapes)[:3])}, …"
             )
     return [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in layers)]
 

@@ -32,11 +32,11 @@ def sketch(
     *,
     data: Annotated[
         Any,
-        o.Option("Inputs that the model is run on; sketches compare only where they are the same.", o.INPUT, "DATA"),
+        o.Option("Inputs to run the model on; sketches can only be compared if these are the same.", o.INPUT, "DATA"),
     ],
     output: str | os.PathLike[str] | None = None,
     arch: o.Arch = None,
-    limit: Annotated[int, o.Option("Most inputs taken from DATA.", o.INPUT, "N", kind=int, least=2)] = EXAMPLES,
+    limit: Annotated[int, o.Option("Number of inputs to take from DATA.", o.INPUT, "N", kind=int, least=2)] = EXAMPLES,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     allow_pickle: o.AllowPickle = False,
@@ -106,7 +106,7 @@ def predict_sketches(
     Raises `MergeidError` for sketches that do not compare."""
     check_tolerated(tolerate)
     if len(sketches) < 2:
-        raise MergeidError("one sketch has no pair; give at least two")
+        raise MergeidError("a single sketch makes no pair; give at least two")
     from mergeid.prediction.model import shipped
     from mergeid.prediction.sketch import Sketch, load_sketch
     from mergeid.prediction.sketched import Standard, as_elements, check_alike, output_features

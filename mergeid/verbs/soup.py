@@ -37,8 +37,9 @@ def soup(
     how: Annotated[
         str,
         o.Option(
-            "greedy: add one model after the other, best first, where the average is not worse; uniform: all of them; "
-            "adamerging: learn a coefficient for each tensor of each, without labels (needs --base).",
+            "greedy: add the models one by one, best first, as long as the average gets no worse; uniform: all of "
+            "them; "
+            "adamerging: learn a coefficient for each tensor of each model without labels (needs --base).",
             choices=HOW,
         ),
     ] = "greedy",
@@ -46,12 +47,12 @@ def soup(
     force: o.Force = False,
     base: Annotated[
         Source | None,
-        o.Option("What the models were fine-tuned from, for adamerging.", o.INPUT, "MODEL", shown=False),
+        o.Option("Model that the others were fine-tuned from, for adamerging.", o.INPUT, "MODEL", shown=False),
     ] = None,
-    steps: Annotated[int, o.count("Steps of adamerging.", o.HOW, 1, 100_000)] = 500,
+    steps: Annotated[int, o.count("Training steps of adamerging.", o.HOW, 1, 100_000)] = 500,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A .safetensors file or a folder; ./soup.safetensors if not given (./soup for a folder)."),
+        o.out("A .safetensors file or a folder. Default: ./soup.safetensors, for folders ./soup."),
     ] = None,
     batch_size: o.BatchSize = 64,
     **usual: Unpack[Usual],
@@ -73,11 +74,11 @@ def soup(
         MergeidError: anything wrong with the input; nothing was written.
     """
     if how not in HOW:
-        raise MergeidError(f"--how {how!r} is none of {', '.join(HOW)}")
+        raise MergeidError(f"--how {how!r} is not one of {', '.join(HOW)}")
     if len(models) < 2:
-        raise MergeidError(f"a soup takes two models at least, got {len(models)}")
+        raise MergeidError(f"a soup needs at least two models, got {len(models)}")
     if (base is None) == (how == "adamerging"):
-        raise MergeidError("--how adamerging needs --base, and the others take none")
+        raise MergeidError("--how adamerging needs --base, and the other ways do not take it")
     check_count("steps", steps)
     run, reading = requests_of(usual, batch_size)
     matching, asked = Matching(match, matcher), Output(output, dtype, force)

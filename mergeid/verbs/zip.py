@@ -41,7 +41,7 @@ def zip_models(
     *,
     data: Annotated[
         Any,
-        o.examples("Examples of both tasks, whose activations say which features are alike; as for mergeid merge."),
+        o.examples("Examples of both tasks, to find out which features are alike; same forms as for mergeid merge."),
     ],
     limit: o.Limit = LIMIT,
     arch: o.Arch = None,
@@ -49,19 +49,19 @@ def zip_models(
     allow_pickle: o.AllowPickle = False,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A folder, ./zipped if not given; with --one-head as for mergeid merge."),
+        o.out("A folder. Default: ./zipped. With --one-head as for mergeid merge."),
     ] = None,
     up_to: Annotated[
         str | None,
         o.Option(
-            "Zip up to this module (such as layer3); what comes after it stays apart. All but the heads if not given.",
+            "Zip up to this module (such as layer3) and keep what follows separate. Default: all but the heads.",
             o.HOW,
             "MODULE",
         ),
     ] = None,
     across: Annotated[
         bool,
-        o.switch("Only merge a feature of A with one of B, as matching does, and never two of one model."),
+        o.switch("Only merge features of A with features of B, as matching does, never two of the same model."),
     ] = False,
     one_head: Annotated[bool, o.switch("For models of one task: also average the heads, and write one model.")] = False,
     repair: bool = True,
@@ -133,7 +133,7 @@ def load_zipped(folder: str | os.PathLike[str], *, device: str = "cpu") -> TwoHe
     Raises `MergeidError` where the folder holds no zip.
     """
     path = Path(folder)
-    wanted = f"{path} is no output of mergeid zip with two heads; expected a folder with a, b and {RECORD}"
+    wanted = f"{path} is not an output of mergeid zip with two heads; expected a folder with a, b and {RECORD}"
     try:
         found = read_table(path / RECORD)
     except MergeidError:
@@ -160,8 +160,8 @@ def _target(output: Output, reads: Sequence[Any], one_head: bool) -> Path:
     path = "zipped" if output.path is None else output.path
     if is_single_file(path):
         raise MergeidError(
-            f"output {os.fspath(path)} is the name of a file; two heads are written as a folder with one "
-            "model each (option -o), or give --one-head"
+            f"output {os.fspath(path)} is the name of a file; two heads are written to a folder with one model each "
+            f"(option -o), or give --one-head"
         )
     return output_path(replace(output, path=path), reads)
 
@@ -179,7 +179,7 @@ def _pair(met: Met, one_head: bool) -> Pair:
                 if ours != theirs:
                     raise MergeidError(
                         f"tensor {name!r} has shape {list(ours)} in {opened[0].source} and {list(theirs)} in "
-                        f"{opened[1].source}; --one-head takes models of the same classes: leave it out"
+                        f"{opened[1].source}; --one-head needs models with the same classes: leave it out"
                     )
             plan_tensors(*opened)
         for checkpoint in opened:
@@ -225,7 +225,7 @@ def _zipped(pair: Pair, examples: Examples, run: Run, up_to: str | None, across:
                 f"nothing is zipped up to {up_to!r}: what it writes is also written by later layers; name a later one"
             )
     if not graph.spaces:
-        raise MergeidError(f"no features of {one.source} may change places, so none can be zipped")
+        raise MergeidError(f"no features of {one.source} can be permuted, so none can be zipped")
 
     def batches() -> Iterator[Batch]:
         import torch

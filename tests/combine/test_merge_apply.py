@@ -133,7 +133,7 @@ def test_transform_and_overrides(pair: tuple[Path, Path, Path]) -> None:
     assert same_bits(found["big.weight"], linear([a["big.weight"], b["big.weight"]], [0.5, 0.5]))
     assert found["scale"] == 42 and found["scale"].dtype == torch.float32 and report.overridden == ("scale",)
     for overrides in ({"nope": torch.zeros(1)}, {"scale": torch.zeros(2)}):
-        with pytest.raises(ValueError, match="fits no tensor"):
+        with pytest.raises(ValueError, match="matches no tensor"):
             merge_checkpoints(*pair, overrides=overrides, force=True)
     with pytest.raises(ValueError, match="transform_b made"):
         merge_checkpoints(*pair, transform_b=lambda n, t: t[None], force=True)

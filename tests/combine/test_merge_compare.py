@@ -90,7 +90,7 @@ def test_shapes() -> None:
         changed(fc__weight=torch.zeros(3, 4)),
     )
     head = changed(head__weight=torch.zeros(7, 4), head__bias=torch.zeros(7))
-    refuse(r"and 1 more differ; .* head or a token embedding .* with --skip 'head\.\*'", head)
+    refuse(r"and 1 more differ; .* heads and token embeddings .* with --skip 'head\.\*'", head)
     labels = tuple({"id2label": {str(i): f"c{i}" for i in range(n)}} for n in (5, 7))
     refuse(r"the task heads differ \(5 and 7 rows\): .*--skip 'head\.\*'", head, configs=labels)
     refuse(r"the task heads differ", head, configs=({"num_classes": 5}, {"num_classes": 7}))
@@ -98,7 +98,7 @@ def test_shapes() -> None:
     vocabularies = ({"vocab_size": 10}, {"text_config": {"vocab_size": 12}})
     refuse(r"the vocabularies differ \(10 and 12 rows\)", embedding, configs=vocabularies)
     wider = {n: torch.zeros([2 * s for s in t.shape]) for n, t in BASE.items()}
-    refuse("and 4 more differ; .* different size or architecture", wider)
+    refuse("and 4 more differ; .* differ in size or architecture", wider)
 
 
 def test_quantised_and_unknown_dtypes() -> None:
@@ -111,7 +111,7 @@ def test_quantised_and_unknown_dtypes() -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     refuse("B is quantised .quantization_config in its config.json: gptq.", BASE, configs=(None, config))
     refuse(
-        "'norm.count' is I64 in A and F32 in B; expected numbers of one kind", changed(norm__count=torch.tensor(1.0))
+        "'norm.count' is I64 in A and F32 in B; expected the same kind of numbers", changed(norm__count=torch.tensor(1.0))
     )
 
 

@@ -201,7 +201,7 @@ def test_a_tied_head_and_one_of_its_own(tmp_path: Path, order: str, match: str) 
     own = llama(tmp_path / "own", 2, tied, tie_word_embeddings=False)
     folders = ["own", "tied"] if order == "untied first" else ["tied", "own"]
     done = merge(*(tmp_path / f for f in folders), output=tmp_path / "out", match=match)
-    assert any("the result has a head of its own" in note for note in done.notes)
+    assert any("the result has a separate head" in note for note in done.notes)
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
     got = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(got.lm_head.weight, (own.lm_head.weight + tied.model.embed_tokens.weight) / 2)
@@ -235,7 +235,7 @@ def test_a_head_that_contradicts_its_config(tmp_path: Path, skip: tuple[str, ...
     file = tmp_path / "a" / "model.safetensors"
     state = load_file(file)
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, file, metadata={"format": "pt"})
-    with pytest.raises(MergeidError, match=r"ties lm_head.weight to model.embed_tokens.weight .* take the tensor out"):
+    with pytest.raises(MergeidError, match=r"ties lm_head.weight to model.embed_tokens.weight .* remove the tensor"):
         plain(tmp_path / "a", tmp_path / "b", output=tmp_path / "out", skip=skip)
     assert not (tmp_path / "out").exists()
 
@@ -274,7 +274,7 @@ def test_lora_without_a_base_is_refused_by_name(work: Path) -> None:
         lambda: mergeid.plan(one, two),
         lambda: mergeid.graph(one),
     ):
-        with pytest.raises(MergeidError, match=r"l1 is a PEFT adapter \(LoRA\) and names no base; name both as BASE\+"):
+        with pytest.raises(MergeidError, match=r"l1 is a PEFT adapter \(LoRA\) and does not name its base; name both as BASE\+"):
             call()
     state = load_file(work / "a" / "model.safetensors")
     for name in ("m1", "m2"):  # a whole model saved with its factors
@@ -308,7 +308,7 @@ def test_weights_as_they_are(work: Path, pair: Pair, weights: tuple[float, float
     got = load_file(work / "out" / "model.safetensors")
     for key, value in pair[1].state_dict().items():
         torch.testing.assert_close(got[key], sum(weights) * value)
-    with pytest.raises(MergeidError, match="'slerp' needs weights of sum 1"):
+    with pytest.raises(MergeidError, match="'slerp' needs weights that sum to 1"):
         plain(work / "a", work / "b", output=work / "o", method="slerp", weights=weights, normalize=False)
 
 

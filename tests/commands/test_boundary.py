@@ -177,7 +177,7 @@ def test_json_that_nests_too_deep(inside: Inside, tmp_path: Path, name: str, tex
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"a": 1, "a": 2}', "the name 'a' occurs twice"), ("NaN", "NaN is no number"), ("1" * 5000, "digits"),
+        ('{"a": 1, "a": 2}', "the name 'a' occurs twice"), ("NaN", "NaN is not a number"), ("1" * 5000, "digits"),
         ("1" * 400, "digits"), ("[1,", "line 1"), ('"\\ud800', "line 1"), ("", "line 1"),
     ],
 )  # fmt: skip
@@ -196,7 +196,7 @@ def test_a_file_that_is_too_large_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(MergeidError, match=r"f\.json cannot be read as text \(byte 0"):
         read_json(tmp_path / "f.json")
     (tmp_path / "r.yaml").write_text("#" * 300_000)
-    with pytest.raises(MergeidError, match=r"300,000 bytes and more than 262,144 are not read"):
+    with pytest.raises(MergeidError, match=r"300,000 bytes, more than the 262,144 allowed"):
         read_yaml_documents(tmp_path / "r.yaml", "a recipe")
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf{}")
     assert read_json(tmp_path / "bom.json") == {}

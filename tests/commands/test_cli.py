@@ -101,7 +101,7 @@ def test_graph_table(inside: Inside, columns: int) -> None:
     assert lines[0].split() == ["timm/resnet18:", "12", "spaces"]
     assert "layer1.*.conv1.weight[0]" in done.stdout and "S(512)" in done.stdout
     text = " ".join(done.stdout.split())
-    assert "On a free axis: 99.99 % of 11,699,112 parameters (running statistics included)." in text
+    assert "Can be permuted: 99.99 % of 11,699,112 parameters (running statistics included)." in text
     assert "Verified: 2 random group elements" in done.stdout
 
 
@@ -173,7 +173,7 @@ def test_plan_and_merge(inside: Inside, networks: Path, tmp_path: Path) -> None:
         if a[name].is_floating_point():
             assert torch.equal(out[name], ((a[name].double() + b[name].double()) / 2).float())
     repaired = inside("merge", *pair, "--data", networks / "data.npz", "--repair", "bn", "-o", "r.safetensors")
-    assert "The merge (plain+bn) is 0." in repaired.stdout
+    assert "Chosen: plain+bn, 0." in repaired.stdout
     assert repaired.code == 0 and "re-estimated on the calibration data" in repaired.stdout
     assert not torch.equal(load_file(tmp_path / "r.safetensors")["bn1.running_mean"], out["bn1.running_mean"])
     words = ("merge", *pair, "--data", networks / "data.npz", "-o", "n.safetensors", "--refuse-above", "0")
@@ -282,7 +282,7 @@ def test_a_fault_of_mergeid_itself(inside: Inside, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("mergeid.plugins.adapter_names", broken)
     done = inside("adapters")
     assert done.code == 3 and done.stdout == "" and len(done.lines) == 1
-    assert "mergeid itself failed in " in done.lines[0] and "KeyError: 'a bug'" in done.lines[0]
+    assert "internal error in " in done.lines[0] and "KeyError: 'a bug'" in done.lines[0]
     assert "--traceback" in done.lines[0]
     for words in (("--traceback", "adapters"), ("adapters", "--traceback")):
         shown = inside(*words)

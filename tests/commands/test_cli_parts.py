@@ -89,7 +89,7 @@ def test_explain() -> None:
     answer = graph_command.explain(graph, "w[1]")
     assert [s["positions"] for s in answer["spaces"]] == [2] and answer["frozen"] == "picked by index"
     assert "1 of 3 positions are frozen (picked by index)" in answer["text"][1]
-    assert graph_command.explain(graph, "w[0]")["text"] == ["w[0] has no position that could move."]
+    assert graph_command.explain(graph, "w[0]")["text"] == ["w[0] has no position that can be permuted."]
 
 
 @pytest.mark.parametrize(

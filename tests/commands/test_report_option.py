@@ -54,4 +54,4 @@ def test_long_work_says_what_it_took(capsys: pytest.CaptureFixture[str], monkeyp
     with work.working():
         pass
     said = capsys.readouterr()
-    assert said.out == "" and re.fullmatch(r"mergeid: took 0 s( and \d+\.\d GB of memory at most)?\n", said.err)
+    assert said.out == "" and re.fullmatch(r"mergeid: took 0 s( and \d+\.\d GB of memory at peak)?\n", said.err)

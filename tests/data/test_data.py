@@ -90,7 +90,7 @@ def test_image_folder_misfits(image_folder, tmp_path):
     with pytest.raises(MergeidError, match=r"2 class sub-folders \('2', '10', …\), but the model has 1"):
         load_data(image_folder, adapter=TIMM, arch=Architecture("timm", "resnet18", {"num_classes": 1}))
     (tmp_path / "none").mkdir()
-    with pytest.raises(MergeidError, match="holds no images"):
+    with pytest.raises(MergeidError, match="contains no images"):
         load_data(tmp_path / "none", adapter=TIMM, arch=RESNET)
     (image_folder / "2" / "0.png").write_bytes(b"not an image")
     with pytest.raises(MergeidError, match=r"0\.png cannot be read as an image"):
@@ -165,7 +165,7 @@ def test_not_found_and_wrong_kinds(tmp_path, monkeypatch):
     with pytest.raises(MergeidError, match="expected an image folder"):
         (tmp_path / "a.txt").write_text("hello")
         load_data(tmp_path / "a.txt", adapter=TIMM, arch=RESNET)
-    with pytest.raises(MergeidError, match="holds no text files"):
+    with pytest.raises(MergeidError, match="contains no text files"):
         load_data(_empty(tmp_path), adapter=HF, arch=MASKED)
     with pytest.raises(MergeidError, match="at least 1"):
         load_data(tmp_path, adapter=TIMM, arch=RESNET, limit=0)
@@ -239,7 +239,7 @@ def test_hugging_face_datasets(monkeypatch):
 def test_collate_misfits():
     with pytest.raises(MergeidError, match="different shapes"):
         collate([Item(x=torch.zeros(3, 2, 2)), Item(x=torch.zeros(3, 4, 4))])
-    with pytest.raises(MergeidError, match="some examples have 'labels' and some have not"):
+    with pytest.raises(MergeidError, match="only some of the examples have 'labels'"):
         collate([Item(x=torch.zeros(1), labels=1), Item(x=torch.zeros(1))])
     with pytest.raises(MergeidError, match="no examples"):
         collate([])

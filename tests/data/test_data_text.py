@@ -144,11 +144,11 @@ def test_sequence_to_sequence(tokenizer_folder):
 
 def test_text_without_tokenizer(tmp_path):
     (tmp_path / "a.txt").write_text("hello\n")
-    with pytest.raises(MergeidError, match="single file without a folder"):
+    with pytest.raises(MergeidError, match="checkpoint is a single file"):
         load_data(tmp_path / "a.txt", adapter=HF, arch=MASKED)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(MergeidError, match="holds no tokenizer"):
+    with pytest.raises(MergeidError, match="contains no tokenizer"):
         load_data(tmp_path / "a.txt", adapter=HF, arch=MASKED, folder=empty)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(MergeidError, match="not UTF-8"):

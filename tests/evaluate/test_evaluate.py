@@ -121,7 +121,7 @@ def test_a_process_reads_only_its_own_batches_of_a_sequence():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "holds no examples"),
+        ([], "has no examples"),
         (iter([1]), "has no length"),
         ([torch.zeros(3)], "expected a mapping from the model's keywords"),
         ([{"x": torch.zeros(3, 8, 8), "labels": 0}] * 2, r"does not fit the model.*x float32 \[2, 3, 8, 8\]"),
@@ -143,7 +143,7 @@ def test_losses_that_are_no_losses_are_named():
         evaluate(net(0), Items(4), forward=forward, loss=mean_loss)
     with pytest.raises(MergeidError, match="no task loss"):
         evaluate(net(0), Items(4), forward=forward, loss=lambda output, batch: None)
-    with pytest.raises(MergeidError, match="no prediction is scored"):
+    with pytest.raises(MergeidError, match="nothing can be scored"):
         evaluate(net(0), Items(4), forward=forward, loss=lambda o, b: LossParts(*(p * 0 for p in loss(o, b))))
     with pytest.raises(MergeidError, match="batch size is 0"):
         evaluate(net(0), Items(4), batch_size=0, **TASK)

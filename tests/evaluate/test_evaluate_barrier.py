@@ -177,7 +177,7 @@ def test_a_file_of_something_else_is_not_resumed_from(tmp_path):
     file = tmp_path / "other.json"
     for content in ("{}", "no json", "[1]"):
         file.write_text(content)
-        with pytest.raises(MergeidError, match=r"other.json holds no barrier points"):
+        with pytest.raises(MergeidError, match=r"other.json contains no barrier points"):
             curve(net(1), net(2), resume=file)
         assert file.read_text() == content
     with pytest.raises(MergeidError, match="cannot be"):
@@ -197,7 +197,7 @@ def test_bad_input_is_named():
     wrong = {**state, "head.weight": torch.zeros(3, 7)}
     with pytest.raises(MergeidError, match=r"'head.weight' has shape \[3, 7\] in the second state; .* \[5, 7\]"):
         barrier_curve(state, wrong, Net(), DATA, **TASK)
-    with pytest.raises(MergeidError, match=r"the second state has 'more' \(and 1 more\), which the model has not"):
+    with pytest.raises(MergeidError, match=r"the second state has 'more' \(and 1 more\), which the model does not have"):
         barrier_curve(state, {**state, "more": state["head.bias"], "most": state["head.bias"]}, Net(), DATA, **TASK)
 
 

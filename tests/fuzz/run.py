@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--count", type=int, default=2000, help="inputs in all (for kills: signals, --signals)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", choices=[*CAMPAIGNS, "kills"], help="may be given several times")
+    parser.add_argument("--only", action="append", choices=[*CAMPAIGNS, "kills"], help="repeatable")
     parser.add_argument("--signals", type=int, help="kills: signals sent; by default count / 150, at least 8")
     parser.add_argument("--jobs", type=int, default=1, help="campaigns at a time")
     parser.add_argument(

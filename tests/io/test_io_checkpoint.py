@@ -104,8 +104,8 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         (raw({"w": entry()}, b"\0" * 7), "is truncated: its tensors need 7. bytes and the file has 7."),
         (raw({"w": entry()})[:30], "is truncated: its header alone"),
         (raw({"w": entry()}, b"\0" * 9), "is damaged: 1 bytes follow the last tensor"),
-        (raw(b"{broken json}"), "its header is no JSON"),
-        (raw(b"{\xff}        "), "its header is no JSON"),
+        (raw(b"{broken json}"), "its header is not JSON"),
+        (raw(b"{\xff}        "), "its header is not JSON"),
         (raw(b'{"w": {"dtype": "F32"}, "w": {}}'), "a name occurs twice"),
         (raw({"w": entry(offsets=(0, 4))}, b"\0" * 4), "tensor 'w' claims 4 bytes for F32 of shape .2."),
         (raw({"w": entry(shape=(-2,))}, b"\0" * 8), "tensor 'w' has a wrong dtype, shape"),
@@ -113,7 +113,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         (raw({"w": 3}), "tensor 'w' lacks"),
         (raw({"w": entry(), "v": entry(offsets=(4, 12))}, b"\0" * 12), "overlaps its neighbour or leaves a gap"),
         (raw({"w": entry(offsets=(4, 12))}, b"\0" * 12), "overlaps its neighbour or leaves a gap"),
-        (raw({"__metadata__": {"a": 1}, "w": entry()}, b"\0" * 8), "__metadata__ is not a table of texts"),
+        (raw({"__metadata__": {"a": 1}, "w": entry()}, b"\0" * 8), "__metadata__ is not a table of strings"),
         (raw({}), "holds no tensors"),
     ],
 )
@@ -180,7 +180,7 @@ def test_index_decides_where_a_tensor_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "match"),
     [
-        ([], "holds no JSON object"),
+        ([], "does not hold a JSON object"),
         ({}, 'has no "weight_map"'),
         ({"weight_map": {"w": FIRST, "v": "gone.safetensors"}}, "lists the shard gone.safetensors, which is missing"),
         ({"weight_map": {"w": FIRST, "x": SECOND}}, "places tensor 'x' in model-00002"),
@@ -204,7 +204,7 @@ def test_index_that_is_no_json(tmp_path: Path) -> None:
 
 
 def test_shards_without_index_and_several_files_and_none(tmp_path: Path) -> None:
-    with pytest.raises(MergeidError, match=r"holds no weights; expected model.safetensors"):
+    with pytest.raises(MergeidError, match=r"contains no weights; expected model.safetensors"):
         open_checkpoint(tmp_path)
     save_file(W, tmp_path / FIRST)
     assert list(open_checkpoint(tmp_path).table) == ["w"]  # the only file there is
@@ -212,7 +212,7 @@ def test_shards_without_index_and_several_files_and_none(tmp_path: Path) -> None
     with pytest.raises(MergeidError, match=r"holds 2 shards but no model.safetensors.index.json"):
         open_checkpoint(tmp_path)
     save_file(V, tmp_path / "other.safetensors")
-    with pytest.raises(MergeidError, match=r"several checkpoints \(model-00001.*other.safetensors\); name the one"):
+    with pytest.raises(MergeidError, match=r"several checkpoints \(model-00001.*other.safetensors\); name one of"):
         open_checkpoint(tmp_path)
     save_file(V, tmp_path / "model.safetensors")
     assert list(open_checkpoint(tmp_path).table) == ["v"]

@@ -209,13 +209,13 @@ def test_revision_not_found(client: Client) -> None:
 
 def test_gated(client: Client) -> None:
     error = client("org/gated")["error"]
-    assert "org/gated is gated: ask for access at http" in error and "HF_TOKEN" in error
+    assert "org/gated is gated: request access at http" in error and "HF_TOKEN" in error
 
 
 def test_pickles_and_no_weights(client: Client) -> None:
     assert "org/pickled holds only pytorch_model.bin, a pickle" in client("org/pickled")["error"]
     assert not any("resolve" in path for path in client.hub.asked), "nothing is fetched in vain"
-    assert "org/empty holds no weights" in client("org/empty")["error"]
+    assert "org/empty contains no weights" in client("org/empty")["error"]
     assert "cannot be read as a pickled state dict" in client("org/pickled", allow_pickle=True)["error"]
 
 
@@ -256,5 +256,5 @@ def test_a_path_wins_over_a_hub_id(client: Client) -> None:
 
 @pytest.mark.parametrize("source", ["org/na me", "org/name@", "-x/y", "org/name@a b"])
 def test_no_hub_id(source: str) -> None:
-    with pytest.raises(MergeidError, match="it is no hub id either"):
+    with pytest.raises(MergeidError, match="it is not a hub id either"):
         open_checkpoint(source)

@@ -108,7 +108,7 @@ def test_adapters_are_merged_as_products(bases: Path, tmp_path: Path, monkeypatc
     full = [by_peft(base, f) for f in (one, two)]
     origin = open_checkpoint(base)
     done = mergeid.merge(str(one), f"{base}+{two}", weights=[0.3, 0.7], output=tmp_path / "out")
-    assert "whose neurons they share" in " ".join(done.notes)
+    assert "share its neurons" in " ".join(done.notes)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     half = mergeid.merge(str(base), str(one), output=tmp_path / "half", **PLAIN)
     assert half.verdict == "direct" and (tmp_path / "half" / "config.json").is_file()
@@ -181,7 +181,7 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
     refused("lora_alpha is 'much'", bad, lora_alpha="much")
     refused("replicates layers", f"{base}+{bad}", layer_replication=[[0, 2]])
     refused(r"changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has none", f"{bases / 'gpt2'}+{bad}")
-    refused("is no PEFT adapter; expected a folder with adapter_config.json", f"{bad}+{base}")
+    refused("is not a PEFT adapter; expected a folder with adapter_config.json", f"{bad}+{base}")
     tensors = load_file(folder / "adapter_model.safetensors")
     first = next(n for n in tensors if n.endswith("lora_A.weight"))
     save_file(
@@ -190,7 +190,7 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
     )
     refused(r"lora_A.weight \[4, 7\] does not fit model.layers.0.self_attn.q_proj.weight \[16, 16\]", f"{base}+{bad}")
     save_file({n: t for n, t in tensors.items() if n != first}, folder / "adapter_model.safetensors")
-    refused("has one factor of two", f"{base}+{bad}")
+    refused("has only one of its two factors", f"{base}+{bad}")
     with pytest.raises(MergeidError, match="hold the same weights; there is nothing to extract"):
         mergeid.extract(base, base=base, output=tmp_path / "none")
     with pytest.raises(MergeidError, match="--rank is 0"):

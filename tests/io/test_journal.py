@@ -71,7 +71,7 @@ def test_what_was_committed_is_known_again(
 
 def test_other_work_is_refused_and_says_what_differs(tmp_path: Path) -> None:
     begun(tmp_path / "out", ["one"])
-    with pytest.raises(MergeidError, match=r"--resume: the work on .*out that was stopped had other models; repeat"):
+    with pytest.raises(MergeidError, match=r"--resume: the interrupted merge to .*out had other models; repeat"):
         Journal(tmp_path / "out", {"models": ["b"]}, resume=True)
     elsewhere = Journal(tmp_path / "another", {"models": ["a"]}, resume=True)
     assert not elsewhere.resumed
@@ -92,7 +92,7 @@ def test_nobody_takes_over_work_that_somebody_does(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"ready\n"
-        with pytest.raises(MergeidError, match="is being made by another process"):
+        with pytest.raises(MergeidError, match="is being written by another process"):
             Journal(tmp_path / "out", {"models": ["a"]}, resume=True)
         own = Journal(tmp_path / "out", {"models": ["a"]})
         own.forget_others()

@@ -73,7 +73,7 @@ def test_weights_by_glob() -> None:
     with pytest.raises(MergeidError, match=r"the pattern 'blocks.\*' matches no tensor"):
         weights = setting_of_weights({"blocks.*": (0.1, 0.9), "*": (0.5, 0.5)})
         MergeSettings.of(get_method("linear"), 2, NAMES, weights=weights)
-    with pytest.raises(MergeidError, match=r"different number: 2 for 'a', 3 for '\*'"):
+    with pytest.raises(MergeidError, match=r"different numbers of weights: 2 for 'a', 3 for '\*'"):
         setting_of_weights({"a": (1, 2), "*": (1, 2, 3)})
 
 
@@ -129,12 +129,12 @@ def test_what_the_command_refuses(work: Path) -> None:
         ([*pair, "--method", "fisher"], ["'fisher' measures the Fisher information", "--data"]),
         ([*pair, "--method", "regmean"], ["'regmean' measures Gram matrices", "--data"]),
         ([*pair, "--density", "0.5"], ["'linear' has no parameter 'density'"]),
-        ([*pair, "--set", "lambda"], ["--set 'lambda' is not understood", "NAME=NUMBER"]),
+        ([*pair, "--set", "lambda"], ["--set 'lambda' is not NAME=VALUE", "NAME=VALUE"]),
         ([*pair, "--weights", "layer.*=0.5,0.5", "--weights", "0.5,0.5"], ["'layer.*' matches no tensor"]),
         ([*pair, "--weights", "0.5,0.5", "--weights", "0.4,0.6"], ["given twice for 'all tensors'"]),
         ([*pair, "--repair", "repair"], ["--repair repair measures activations", "--data"]),
         ([*pair, "c.safetensors", "--method", "slerp"], ["'slerp' merges 2 models, got 3"]),
-        (["merge", "r.yaml", "--method", "ties"], ["--method does not go with a recipe", "r.yaml"]),
+        (["merge", "r.yaml", "--method", "ties"], ["--method cannot be combined with a recipe", "r.yaml"]),
         (["merge", "none.yaml"], ["no such file or folder: none.yaml"]),
     )
 
@@ -228,7 +228,7 @@ PAIR = "models: [{model: a}, {model: b}]"
         ("merge_method: linear\nslices: []", "slices is an empty list"),
         (f"merge_method: linear\ngate_mode: random\n{PAIR}", "'gate_mode', which is not supported: mixtures"),
         ("merge_method: linear", "lacks the key 'models'"),
-        (f"merge_method: karcher\ntokenizer_source: x\n{PAIR}", "that of 'x', which is no model of the recipe"),
+        (f"merge_method: karcher\ntokenizer_source: x\n{PAIR}", "that of 'x', which is not a model of the recipe"),
         (
             f"merge_method: karcher\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n{PAIR}",
             "tokenizer.pad_to_multiple_of is not supported",
@@ -251,7 +251,7 @@ PAIR = "models: [{model: a}, {model: b}]"
         (f"merge_method: linear\ndtype: 16\n{PAIR}", "dtype is 16; expected float32"),
         (
             "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]",
-            "'weight' is given for some of the models only",
+            "'weight' is given for only some of the models",
         ),
         (
             "merge_method: ties\nbase_model: x\nmodels: [{model: a, parameters: {lambda: 2}}, {model: b}]",

@@ -185,7 +185,7 @@ def test_a_config_that_only_one_has() -> None:
     one = SAVED["llama"]["saved"]
     found = agree([checkpoint("A", None), checkpoint("B", one)])
     assert found.models[0].config == one and found.models[0].config_changed
-    assert found.notes == ["no config.json lies beside A; that of B was taken"]
+    assert found.notes == ["A came without config.json; that of B was used"]
     assert agree([checkpoint("A", None), checkpoint("B", None)]).notes == []
 
 
@@ -206,7 +206,9 @@ def test_configs_of_a_library_that_nobody_knows() -> None:
 def test_what_names_a_model() -> None:
     assert [index_of(c, 3) for c in (None, "a", "c")] == [None, 0, 2]
     for wrong in ("d", "A", "first", ""):
-        with pytest.raises(MergeidError, match=f"--config '{wrong}' names no model; expected one of a, b, c"):
+        with pytest.raises(
+            MergeidError, match=f"--config '{wrong}' is not the letter of a model; expected one of a, b, c"
+        ):
             index_of(wrong, 3)
 
 

@@ -143,7 +143,7 @@ def test_why_an_axis_of_one_is_not_free() -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 1)).eval()
     graph = mergeid.graph(model, seeded((2, 1, 8, 8)))
     reasons = {(t, a): why for t, a, why in graph.frozen}
-    assert reasons["3.weight", 0] == reasons["0.weight", 1] == "no other neuron to trade places with"
+    assert reasons["3.weight", 0] == reasons["0.weight", 1] == "single neuron"
     assert [s.size for s in graph.spaces] == [8]
 
 

@@ -148,8 +148,8 @@ def test_a_collapsed_model_is_not_trusted(nets: dict[str, nn.Module]) -> None:
         for data in (DATA, None):
             found = predict(nets["a"], dead, data=data)
             assert not any(o.nats.trusted for o in found.outlooks)
-            assert found.advice.startswith("Cannot tell: one of the models says the same of every input")
-            assert any("nearly the same of every input" in note for note in found.notes)
+            assert found.advice.startswith("Cannot tell: one of the models makes the same prediction for every input")
+            assert any("nearly the same prediction for every input" in note for note in found.notes)
     assert all(o.nats.trusted for o in predict(nets["a"], nets["near"]).outlooks)
 
 
@@ -230,7 +230,7 @@ def test_sketches_that_do_not_compare(nets: dict[str, nn.Module], tmp_path: Path
     with pytest.raises(MergeidError, match="at least two"):
         m.predict_sketches([sketched(nets["a"])])
     save_file({"x": torch.zeros(2)}, tmp_path / "x.sketch")
-    with pytest.raises(MergeidError, match=r"x\.sketch is no sketch; make one with: mergeid sketch"):
+    with pytest.raises(MergeidError, match=r"x\.sketch is not a sketch; make one with: mergeid sketch"):
         m.predict_sketches([tmp_path / "x.sketch", tmp_path / "x.sketch"])
     sketched(nets["a"], tmp_path / "a.sketch")
     with pytest.raises(MergeidError, match="exists already"):
@@ -283,7 +283,7 @@ def test_refused_in_the_terminal(work: Path) -> None:
     all_refused(
         work,
         (["predict", "a.safetensors"], ["two models, got 1"]),
-        (["predict", "a.safetensors", "x.sketch"], ["expected only sketches, or none"]),
+        (["predict", "a.safetensors", "x.sketch"], ["expected only sketches or only models"]),
         ([*pair, "--plot", "h.png"], ["--plot draws the matrix of sketches"]),
         ([*pair, "--tolerate", "-1"], ["--tolerate must be a loss"]),
         ([*pair, "-o", "a.safetensors"], ["a.safetensors"]),
@@ -291,6 +291,6 @@ def test_refused_in_the_terminal(work: Path) -> None:
             ["predict", "x.sketch", "y.sketch"],
             ["no such file or folder: x.sketch; expected a file made by mergeid sketch"],
         ),
-        (["predict", "x.sketch", "y.sketch", "--data", "data.npz"], ["leave --data, --base and --try out"]),
+        (["predict", "x.sketch", "y.sketch", "--data", "data.npz"], ["leave out --data, --base and --try"]),
         (["sketch", "a.safetensors", "--data", "data.npz", "-o", "a.json"], ["ending .sketch"]),
     )

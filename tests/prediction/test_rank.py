@@ -81,7 +81,7 @@ def test_folders_of_models(tmp_path: Path) -> None:
 
 def test_bad_input(nets: dict[str, nn.Module]) -> None:
     for alone in ([nets["a"]], nets["a"], "no/such-model"):
-        with pytest.raises(MergeidError, match="one model has no partner"):
+        with pytest.raises(MergeidError, match="a single model has no partner"):
             m.rank(alone, **HOW)
     for name in ("a\0b", "x" * 300, "\ud800"):
         with pytest.raises(MergeidError):

@@ -277,7 +277,7 @@ def test_a_wrong_match_is_not_used(monkeypatch):
     assert any("matching was not used: on 64 calibration examples" in note for note in result.notes)
     assert (result.comparison["planned"], result.comparison["chosen"]) == ("mixed", "plain")
     assert result.comparison["unit"] == "relative"
-    assert printed(result).startswith("Planned, before the last look: ")
+    assert printed(result).startswith("Plan, overruled by the last look: ")
     for key, value in result.state.items():
         assert torch.equal(value, (a.state_dict()[key] + b.state_dict()[key]) / 2)
     how = {"data": rows(), "example_inputs": torch.randn(2, 6), "match": "always", "repair": "none"}

@@ -293,12 +293,12 @@ def test_a_merge_that_is_too_far_is_refused_and_nothing_is_written(match, tmp_pa
     assert list(tmp_path.iterdir()) == []
     mergeid.merge(head(0), head(1), **how, refuse_above=high)
     forced = mergeid.merge(head(0), head(1), **how, refuse_above=low, force=True)
-    assert any("written all the same, as asked with --force" in note for note in forced.notes) and out.exists()
+    assert any("written anyway, as requested by --force" in note for note in forced.notes) and out.exists()
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), "0.5", True])
 def test_a_threshold_that_is_none(value):
-    with pytest.raises(MergeidError, match=r"--refuse-above is .*expected a distance of 0 or more"):
+    with pytest.raises(MergeidError, match=r"--refuse-above is .*expected 0 or more"):
         mergeid.merge(head(0), head(1), data=data(20), example_inputs=torch.randn(2, 6), refuse_above=value)
 
 

@@ -138,7 +138,7 @@ def test_weak_other_or_missing_fixed_parts_decide_nothing(anchored, changes, why
     assert plan.evidence == "weights" and not plan.structure["decides"]
     first = plan.spaces[0].certificate
     assert first is not None and first.says == NOT and why in first.why
-    assert any("it decides none" in n for n in plan.notes) and any("no promise" in n for n in plan.notes)
+    assert any("it decides nothing" in n for n in plan.notes) and any("no promise" in n for n in plan.notes)
     assert "Not identified" in shown(plan) and why in shown(plan)
 
 

@@ -334,5 +334,5 @@ def test_bad_base_and_bad_plot(files: Path) -> None:
 
 
 def test_a_plan_without_evidence_has_no_plot(bert: Case, tmp_path: Path) -> None:
-    with pytest.raises(MergeidError, match="--match never decides no space"):
+    with pytest.raises(MergeidError, match="--match never decides nothing"):
         plot_evidence(bert.again(match="never"), tmp_path / "x.png")

@@ -110,7 +110,7 @@ def test_card_names_models_of_the_hub_in_its_own_vocabulary() -> None:
 def test_a_refusal_is_one_sentence_and_the_output_stays(hub: Hub, tmp_path: Path) -> None:
     a, b = _model(tmp_path / "a", 1.0), _model(tmp_path / "b", 2.0)
     hub.refuses = 403
-    with pytest.raises(MergeidError, match=r"status 403.*written here all the same"):
+    with pytest.raises(MergeidError, match=r"status 403.*still on this machine"):
         mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -121,5 +121,5 @@ def test_who_may_write_is_asked_before_the_work(hub: Hub, tmp_path: Path) -> Non
     with pytest.raises(MergeidError, match="token"):
         mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(MergeidError, match="no hub id"):
+    with pytest.raises(MergeidError, match="not a hub id"):
         check_push("nothing")

@@ -180,7 +180,7 @@ def source(model: str, first: int = 0, end: int = 2) -> dict[str, Any]:
         (slices([source("a"), source("b")], [source("a")]), "the slices merge 2, 1 models"),
         (slices([source("a"), source("b")], method="passthrough"), r"slices\[0\] has 2 sources; method 'passthrough'"),
         (slices([{"model": "a"}]), r"slices\[0\].sources\[0\] lacks the key 'layer_range'"),
-        ({**slices([source("a")]), "models": [{"model": "a"}]}, "expected models or slices, one of them"),
+        ({**slices([source("a")]), "models": [{"model": "a"}]}, "expected either models or slices"),
         ({"merge_method": "linear", "modules": {"text": {"models": []}, "vision": {}}}, "models is an empty list"),
         (
             {"merge_method": "linear", "modules": {k: {"models": [{"model": "a"}]} for k in ("text", "vision")}},
@@ -196,7 +196,7 @@ def test_recipes_with_slices_that_are_refused(recipe: dict[str, Any], match: str
 def test_a_base_that_is_no_source_of_a_slice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     recipe = slices([source("a"), source("b")], method="ties", base_model="c", parameters={"weight": 1})
-    with pytest.raises(MergeidError, match="c is the base of slices, none of whose sources it is"):
+    with pytest.raises(MergeidError, match="c is the base of slices but not one of their sources"):
         prepared(parse_recipe(recipe), {})
 
 
@@ -209,9 +209,9 @@ def test_the_order_of_stages() -> None:
     one, two, last = stage("one", "a", "b"), stage("two", "one", "b"), stage(None, "two", "one")
     assert in_order([last, two, one]) == [one, two, last]
     assert in_order([one, two]) == [one, two]
-    with pytest.warns(MergeidWarning, match="'two' is made and used by nothing"):
+    with pytest.warns(MergeidWarning, match="'two' is used by no other document"):
         assert in_order([two, one, stage(None, "one", "a")])[0] == one
-    with pytest.raises(MergeidError, match=r"'two' is made of itself \(two → one\)"):
+    with pytest.raises(MergeidError, match=r"'two' depends on itself \(two → one\)"):
         in_order([stage("one", "two", "a"), stage("two", "one", "a")])
     with pytest.raises(MergeidError, match="two documents have the name 'one'"):
         in_order([one, stage("one", "b", "c"), last])

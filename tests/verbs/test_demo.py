@@ -40,7 +40,7 @@ def test_demo_touches_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     done = mergeid("demo", "-o", "mine", cwd=tmp_path)
-    assert done.code == 2 and done.written == [] and "mine holds other files" in done.lines[0]
+    assert done.code == 2 and done.written == [] and "mine holds files that are not from" in done.lines[0]
     done = mergeid("demo", "-o", "mine/thesis.tex", "--force", cwd=tmp_path)
     assert done.code == 2 and done.written == [] and "is a file" in done.lines[0]
 

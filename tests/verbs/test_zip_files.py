@@ -152,7 +152,7 @@ def test_live_modules_and_files_are_zipped_alike(networks: Path, tmp_path: Path)
 
 def test_what_is_no_zip(networks: Path, refuse: Refuse) -> None:
     a_and_c = two(networks, "a", "c")
-    assert "--one-head takes models of the same classes" in refuse("zip", *a_and_c, "--one-head")
+    assert "--one-head needs models with the same classes" in refuse("zip", *a_and_c, "--one-head")
     assert "no module 'layer9'" in refuse("zip", *a_and_c, "--up-to", "layer9")
     first = "resnet.embedder.embedder.convolution"  # writes a residual stream
     assert "also written by later layers" in refuse("zip", *two(networks, "narrow", "narrow"), "--up-to", first)
@@ -161,7 +161,7 @@ def test_what_is_no_zip(networks: Path, refuse: Refuse) -> None:
     assert "--transport" in refuse("zip", *two(networks, "narrow", "wide"))
     assert "mergeid zip" in refuse("merge", *a_and_c, "--method", "zip")
     assert "at least 16" in refuse("zip", *a_and_c, "--limit", "8")
-    with pytest.raises(MergeidError, match="no output of mergeid zip"):
+    with pytest.raises(MergeidError, match="not an output of mergeid zip"):
         mergeid.load_zipped(networks)
 
 

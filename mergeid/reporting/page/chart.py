@@ -157,7 +157,7 @@ def ranges(prediction: PredictResult, curves: Sequence[BarrierResult]) -> tuple[
         said = f"predicted {o.nats.expected:.3f} nats, 90 % interval {o.nats.low:.3f} to {o.nats.high:.3f}"
         said += " or more" if o.nats.open else ""
         if not o.nats.trusted:
-            said += " (unlike anything that the predictor was fitted on)"
+            said += " (unlike anything the predictor was fitted on)"
         if m is not None:
             told = f"{m:.3f} nats" if math.isfinite(m) else "a breakdown"
             said += f"; measured {told}, {'inside' if inside else 'outside'} the interval"

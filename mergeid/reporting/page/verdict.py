@@ -18,12 +18,12 @@ SMALL, LARGE = 0.02, 0.5
 NEAR = 0.1
 """Distance from the models' predictions up to which a merge counts as near, in nats or shares of variance."""
 WAYS = {
-    "direct": "average them as they are",
-    "direct, repaired": "average them as they are and estimate the normalisation statistics again",
+    "direct": "average them as is",
+    "direct, repaired": "average them as is and re-estimate the normalisation statistics",
     "matched": "match their neurons, then average",
-    "matched, repaired": "match their neurons, average, and estimate the normalisation statistics again",
+    "matched, repaired": "match their neurons, average, and re-estimate the normalisation statistics",
     "planned": "match the neurons where the plan says so, then average",
-    "planned, repaired": "match the neurons where the plan says so, average, and estimate the statistics again",
+    "planned, repaired": "match the neurons where the plan says so, average, and re-estimate the statistics",
     "solved": "match their neurons, average, and solve the layers one by one",
 }
 
@@ -100,18 +100,20 @@ def sentence(report: Report) -> tuple[str, str]:
     if found:
         return "no", "Every merge of these two models breaks down: its loss is not finite."
     if report.plan is None:
-        return "care", "Nothing was measured and nothing was planned."
+        return "care", "There is no measurement and no plan."
     return {
-        "direct": ("yes", "Merge these two models as they are: no layer gains from another order of B's neurons."),
+        "direct": ("yes", "Merge these two models as is: no layer gains from permuting B's neurons."),
         "match": ("yes", "Put B's neurons into A's order first, then average the two models."),
-    }.get(report.plan.verdict, ("no", "These two models will not merge: most of their neurons correspond in no order."))
+    }.get(
+        report.plan.verdict, ("no", "These two models will not merge: no order makes most of their neurons correspond.")
+    )
 
 
 def _written(merge: MergeResult) -> tuple[str, str]:
     way = {
         "match": "after putting B's neurons into A's order",
-        "direct": "with the neurons of both as they were",
-        "transported": "after carrying B's neurons onto A's by optimal transport",
+        "direct": "with their neurons as is",
+        "transported": "after mapping B's neurons onto A's by optimal transport",
     }.get(merge.verdict, "although they do not correspond")
     looked = merge.comparison
     if looked is None or looked.get("distance") is None:
