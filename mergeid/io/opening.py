@@ -126,9 +126,7 @@ def _adapter(text: str, allow_pickle: bool) -> Checkpoint | None:
         places = [Path(_home(told.base)), folder / told.base, folder.parent / told.base] if told.base else []
         place = next((p for p in places if p.is_dir() and p.resolve() != folder.resolve()), None)
         if place is None:
-            why = (
-                f"has the base {told.base}, which is not on this machine" if told.base else "does not name its base"
-            )
+            why = f"has the base {told.base}, which is not on this machine" if told.base else "does not name its base"
             raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {why}; name both as BASE+{text}")
         under = str(place)
     file = folder / "adapter_model.safetensors"

@@ -22,7 +22,7 @@ class Distance:
     def __str__(self) -> str:
         if self.unit == NATS:
             return f"{shown(self.value)} nats from the models' own predictions"
-        return f"off the models' outputs by {shown(self.value)} of the outputs' variance"
+        return f"off the models' outputs by {shown(self.value)} of their variance"
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ def test_quantised_and_unknown_dtypes() -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     refuse("B is quantised .quantization_config in its config.json: gptq.", BASE, configs=(None, config))
     refuse(
-        "'norm.count' is I64 in A and F32 in B; expected the same kind of numbers", changed(norm__count=torch.tensor(1.0))
+        "'norm.count' is I64 in A and F32 in B; expected the same kind of numbers",
+        changed(norm__count=torch.tensor(1.0)),
     )
 
 

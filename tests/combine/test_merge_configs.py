@@ -274,7 +274,9 @@ def test_lora_without_a_base_is_refused_by_name(work: Path) -> None:
         lambda: mergeid.plan(one, two),
         lambda: mergeid.graph(one),
     ):
-        with pytest.raises(MergeidError, match=r"l1 is a PEFT adapter \(LoRA\) and does not name its base; name both as BASE\+"):
+        with pytest.raises(
+            MergeidError, match=r"l1 is a PEFT adapter \(LoRA\) and does not name its base; name both as BASE\+"
+        ):
             call()
     state = load_file(work / "a" / "model.safetensors")
     for name in ("m1", "m2"):  # a whole model saved with its factors

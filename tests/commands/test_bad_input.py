@@ -212,7 +212,7 @@ def test_unknown_architecture(networks: Path, tmp_path: Path) -> None:
         (["merge", a, b, "--arch", "timm/test_resnt"], ["'test_resnt'", "test_resnet"]),
         (["merge", a, b, "--arch", "resnet_18"], ["'resnet_18'", "timm/resnet18"]),
         (["merge", a, b, "--arch", "keras/resnet18"], ["'keras/resnet18'", "timm/resnet18"]),
-        (["merge", a, b, "--arch", "timm/resnet18"], ["is not timm/resnet18", "test_resnet"]),
+        (["merge", a, b, "--arch", "timm/resnet18"], ["does not fit timm/resnet18", "test_resnet"]),
     )
 
 

@@ -549,7 +549,7 @@ def test_a_recipe_outlives_the_folder_that_it_lies_in(inside: Inside, pair: Path
     (pair / "out" / "config.json").write_text("{}")
     models = "[{model: a.safetensors}, {model: b.safetensors}]"
     (pair / "out" / "r.yaml").write_text(f"merge_method: linear\nmodels: {models}\n")
-    refused(inside("merge", "out/r.yaml", *PLAIN, "-o", "out", "--force"), "out/r.yaml lies in it")
+    refused(inside("merge", "out/r.yaml", *PLAIN, "-o", "out", "--force"), "out/r.yaml is in it")
 
 
 PLACES = ("/proc/x", "nowhere/x", "a.safetensors/x", "/dev/null/x")

@@ -102,7 +102,7 @@ def test_graph_table(inside: Inside, columns: int) -> None:
     assert "layer1.*.conv1.weight[0]" in done.stdout and "S(512)" in done.stdout
     text = " ".join(done.stdout.split())
     assert "Can be permuted: 99.99 % of 11,699,112 parameters (running statistics included)." in text
-    assert "Verified: 2 random group elements" in done.stdout
+    assert "Verified: 2 random permutations" in done.stdout
 
 
 def test_graph_all_names_every_axis(inside: Inside) -> None:

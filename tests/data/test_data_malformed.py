@@ -115,7 +115,7 @@ def test_tokens_that_the_model_does_not_have(bert, tmp_path):
             "cannot be",
         ),
         ("import torch\ndef f(): return torch.zeros(9, 3, 64, 64), torch.full((9,), 7)", "label 7 .* 4 classes"),
-        ("import torch\ndef f(): return torch.full((9, 3, 64, 64), float('nan'))", "example 0 .* holds NaN"),
+        ("import torch\ndef f(): return torch.full((9, 3, 64, 64), float('nan'))", "example 0 .* contains NaN"),
     ],
 )
 def test_functions_that_fail(tmp_path, monkeypatch, code, message):

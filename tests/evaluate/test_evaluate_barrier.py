@@ -197,7 +197,9 @@ def test_bad_input_is_named():
     wrong = {**state, "head.weight": torch.zeros(3, 7)}
     with pytest.raises(MergeidError, match=r"'head.weight' has shape \[3, 7\] in the second state; .* \[5, 7\]"):
         barrier_curve(state, wrong, Net(), DATA, **TASK)
-    with pytest.raises(MergeidError, match=r"the second state has 'more' \(and 1 more\), which the model does not have"):
+    with pytest.raises(
+        MergeidError, match=r"the second state has 'more' \(and 1 more\), which the model does not have"
+    ):
         barrier_curve(state, {**state, "more": state["head.bias"], "most": state["head.bias"]}, Net(), DATA, **TASK)
 
 

@@ -114,7 +114,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         (raw({"w": entry(), "v": entry(offsets=(4, 12))}, b"\0" * 12), "overlaps its neighbour or leaves a gap"),
         (raw({"w": entry(offsets=(4, 12))}, b"\0" * 12), "overlaps its neighbour or leaves a gap"),
         (raw({"__metadata__": {"a": 1}, "w": entry()}, b"\0" * 8), "__metadata__ is not a table of strings"),
-        (raw({}), "holds no tensors"),
+        (raw({}), "contains no tensors"),
     ],
 )
 def test_damaged_file_is_named(tmp_path: Path, content: bytes, match: str) -> None:
@@ -273,7 +273,7 @@ def test_bad_pickles_even_when_allowed(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "model.pt"
     for content in ({"w": Harmful()}, [1, 2], {"epoch": 3}):
         torch.save(content, path)
-        with pytest.raises(MergeidError, match=r"model.pt (cannot be read|holds)"):
+        with pytest.raises(MergeidError, match=r"model.pt (cannot be read|holds|contains)"):
             open_checkpoint(path, allow_pickle=True)
     path.write_bytes(b"rubbish")
     with pytest.raises(MergeidError, match="cannot be read as a pickled state dict"):

@@ -213,7 +213,7 @@ def test_gated(client: Client) -> None:
 
 
 def test_pickles_and_no_weights(client: Client) -> None:
-    assert "org/pickled holds only pytorch_model.bin, a pickle" in client("org/pickled")["error"]
+    assert "org/pickled contains only pytorch_model.bin, a pickle" in client("org/pickled")["error"]
     assert not any("resolve" in path for path in client.hub.asked), "nothing is fetched in vain"
     assert "org/empty contains no weights" in client("org/empty")["error"]
     assert "cannot be read as a pickled state dict" in client("org/pickled", allow_pickle=True)["error"]

@@ -175,7 +175,7 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
             open_checkpoint(source)
 
     bad = str(tmp_path / "bad")
-    refused("is a PEFT adapter .LoRA. and is on nowhere, which is not on this machine; name both as BASE.", bad,
+    refused("is a PEFT adapter .LoRA. and has the base nowhere, which is not on this machine; name both as BASE.", bad,
             base_model_name_or_path="nowhere")  # fmt: skip
     refused("of type 'IA3'; expected LORA", bad, peft_type="IA3")
     refused("lora_alpha is 'much'", bad, lora_alpha="much")

@@ -70,7 +70,7 @@ def test_wrappers_and_old_names(tmp_path: Path, change: dict[str, str]) -> None:
     x, y = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
     rename(b, change)
     found, notes = merged(a, b, tmp_path / "out")
-    assert set(found) == set(x) and "have other names" in notes
+    assert set(found) == set(x) and "have different names" in notes
     for name, value in found.items():
         torch.testing.assert_close(value, (x[name] + y[name]) / 2)
     assert mergeid.merge(a, b, output=tmp_path / "again", match="auto", force=True).files

@@ -111,7 +111,7 @@ def test_anchored_networks_are_decided_without_data_and_merge(anchored) -> None:
         assert space.certificate is not None and space.certificate.says == IDENTIFIED
         assert max(space.certificate.angle_a, space.certificate.angle_b) < WIDEST
     assert any("no calibration data is needed for the order" in n and "P = I" in n for n in plan.notes)
-    assert not any("no promise" in n for n in plan.notes)
+    assert not any("weaker evidence" in n for n in plan.notes)
     text = shown(plan)
     assert "judged by structure" in text and "Identified by structure: 2 of 2 spaces." in text and "°" in text
     assert json.loads(json.dumps(plan.to_json(), allow_nan=False))["spaces"][0]["certificate"]["says"] == IDENTIFIED
@@ -138,7 +138,7 @@ def test_weak_other_or_missing_fixed_parts_decide_nothing(anchored, changes, why
     assert plan.evidence == "weights" and not plan.structure["decides"]
     first = plan.spaces[0].certificate
     assert first is not None and first.says == NOT and why in first.why
-    assert any("it decides nothing" in n for n in plan.notes) and any("no promise" in n for n in plan.notes)
+    assert any("it decides nothing" in n for n in plan.notes) and any("weaker evidence" in n for n in plan.notes)
     assert "Not identified" in shown(plan) and why in shown(plan)
 
 

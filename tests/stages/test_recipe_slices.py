@@ -153,7 +153,7 @@ def test_lists_with_an_entry_per_layer_follow(tmp_path: Path) -> None:
 
 def test_what_slices_cannot_be(folder: Path) -> None:
     a = open_checkpoint(folder / "a")
-    with pytest.raises(MergeidError, match=r"layer_range \[1, 4\] of .*a is none of its 3 layers"):
+    with pytest.raises(MergeidError, match=r"layer_range \[1, 4\] of .*a is not a range of its 3 layers"):
         stacked([Slice(a, 1, 4)])
     two = Checkpoint.from_tensors({f"{s}.{i}.w": torch.zeros(2) for s in ("enc", "dec") for i in range(2)}, source="t5")
     with pytest.raises(MergeidError, match=r"t5 has several lists of layers \(enc, dec\)"):

@@ -234,7 +234,7 @@ def test_transport_with_data_is_repaired(networks: Path, tmp_path: Path) -> None
 
 def test_what_transport_refuses(networks: Path, refuse: Refuse) -> None:
     pair = two(networks, "narrow", "wide", data=False)
-    assert "--match does not go" in refuse("merge", *pair, "--transport", "--match", "always")
+    assert "--match cannot be combined" in refuse("merge", *pair, "--transport", "--match", "always")
     assert "--matcher does not go" in refuse("merge", *pair, "--transport", "--matcher", "weight")
     assert "--base does not go" in refuse("merge", *pair, "--transport", "--method", "ties", "--base", pair[0])
     assert "merge with --transport" in refuse("merge", *pair)
