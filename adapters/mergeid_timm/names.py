@@ -26,7 +26,7 @@ def installed(name: str) -> bool:
 
 def data_facts(name: str, tag: str, stated: Mapping[str, Any] | None) -> dict[str, Any]:
     """Preprocessing from a config.json where given, else from timm's record of the architecture (and tag)."""
-    if stated is None or "input_size" not in stated:
+    if stated is None or not {"input_size", "mean", "std", "interpolation", "crop_pct"} <= set(stated):
         import timm
 
         config = (timm.get_pretrained_cfg(f"{name}.{tag}", allow_unregistered=True) if tag else None) or (

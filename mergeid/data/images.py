@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergeid.data.batching import Item, ItemDataset, told
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,6 +43,7 @@ def _open_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
     classes = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
     flat = _images(folder)
     if flat:
+        _warn_of_enlarging(flat[0], folder, about)
         return _files(flat, None, about, str(folder))
     classes = [c for c in classes if _images(c)]
     if not classes:
@@ -54,7 +55,27 @@ def _open_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
     number = _class_numbers([c.name for c in classes], about)
     paths = [p for c in classes for p in _images(c)]
     labels = [number[c.name] for c in classes for _ in _images(c)]
+    _warn_of_enlarging(paths[0], folder, about)
     return _files(paths, torch.tensor(labels), about, str(folder))
+
+
+def _warn_of_enlarging(first: Path, folder: Path, about: Mapping[str, Any]) -> None:
+    """Small images mostly mean a model that was trained at another size than its architecture's default."""
+    from PIL import Image
+
+    try:
+        with Image.open(first) as image:
+            width, height = image.size
+    except Exception:  # named when it is read
+        return
+    wanted = about["size"][1:]
+    if 2 * min(width, height) <= min(wanted):
+        warnings.warn(
+            f"the images in {folder} ({width}x{height}) are enlarged to {wanted[1]}x{wanted[0]}, the model's default; "
+            "if the models were trained at another size, put it into a config.json beside them",
+            MergeidWarning,
+            stacklevel=2,
+        )
 
 
 def _images(folder: Path) -> list[Path]:

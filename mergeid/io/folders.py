@@ -85,17 +85,17 @@ def _ambiguous(where: object, names: list[str]) -> str:
             f"{where} holds {len(names)} shards but no model.safetensors.index.json; "
             "expected the index that came with them: copy or download it again"
         )
-    return f"{where} holds several checkpoints ({', '.join(names)}); name the one file that is meant"
+    return f"{where} contains several checkpoints ({', '.join(names)}); name one of the files"
 
 
 def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weights:
     pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_NOT_WEIGHTS)]
     if not pickles:
         raise MergeidError(
-            f"{where} holds no weights; expected model.safetensors, or shards with model.safetensors.index.json"
+            f"{where} contains no weights; expected model.safetensors, or shards with model.safetensors.index.json"
         )
     if not allow_pickle:
-        raise MergeidError(pickle_refused(f"{where} holds only {', '.join(pickles[:3])},"))
+        raise MergeidError(pickle_refused(f"{where} contains only {', '.join(pickles[:3])},"))
     if "pytorch_model.bin" in names:
         return Weights("pytorch_model.bin", None, True)
     if "pytorch_model" + PICKLE_INDEX in names:
@@ -108,7 +108,7 @@ def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weight
 def pickle_refused(subject: str) -> str:
     """The sentence that refuses a pickle."""
     return (
-        f"{subject} a pickle that may run code when it is loaded; expected safetensors: convert it, or pass "
+        f"{subject} a pickle that can run code when it is loaded; expected safetensors: convert it, or pass "
         "--allow-pickle if you trust where it comes from"
     )
 

@@ -162,8 +162,8 @@ TERMS = (
     ),
     Term(
         "CKA",
-        "How similar the activations of two layers are on the same inputs, whatever the order of their neurons: it is "
-        "1 if they agree up to a rotation and a scale, 0 if they are unrelated.",
+        "How similar the activations of two layers are on the same inputs. The order of neurons makes no difference. "
+        "It is 1 if they agree up to a rotation and a scale, and 0 if they are unrelated.",
         ("centred kernel alignment",),
     ),
     Term(

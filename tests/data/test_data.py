@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from mergeid.data import Item, collate, load_data
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.plugins import Architecture
 
 TIMM, HF = TimmAdapter(), TransformersAdapter()
@@ -77,6 +77,17 @@ def test_grey_images(image_folder):
     assert data[0]["x"].shape == (1, 32, 32)
 
 
+def test_small_images_are_enlarged_with_a_warning(image_folder):
+    """80 x 60 pixels, where a ResNet takes 224: the model may have another size, which a config can say."""
+    with pytest.warns(MergeidWarning, match=r"\(80x60\) are enlarged to 224x224"):
+        load_data(image_folder, adapter=TIMM, arch=Architecture("timm", "resnet18", {}))
+    said = {"pretrained_cfg": {"input_size": (3, 64, 64)}}
+    data = load_data(image_folder, adapter=TIMM, arch=Architecture("timm", "resnet18", said))
+    about = TIMM.preprocessing(Architecture("timm", "resnet18", said))
+    assert data[0]["x"].shape == (3, 64, 64) and about["mean"] == TIMM.preprocessing(RESNET)["mean"]
+
+
+@pytest.mark.filterwarnings("ignore:the images in")
 def test_image_folder_by_the_models_label_names(image_folder):
     config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 32, "patch_size": 8,
               "id2label": {"0": "10", "1": "2"}, "label2id": {"10": 0, "2": 1}}  # fmt: skip
@@ -86,6 +97,7 @@ def test_image_folder_by_the_models_label_names(image_folder):
     assert [int(data[i]["labels"]) for i in range(6)] == [1, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:the images in")
 def test_image_folder_misfits(image_folder, tmp_path):
     with pytest.raises(MergeidError, match=r"2 class sub-folders \('2', '10', …\), but the model has 1"):
         load_data(image_folder, adapter=TIMM, arch=Architecture("timm", "resnet18", {"num_classes": 1}))

@@ -21,6 +21,7 @@ from mergeid.errors import MergeidError
 from mergeid.plugins import Architecture
 
 TIMM, HF = TimmAdapter(), TransformersAdapter()
+pytestmark = pytest.mark.filterwarnings("ignore:the images in")
 NET = Architecture("timm", "test_resnet", {"num_classes": 4})
 GREY = Architecture("timm", "test_resnet", {"num_classes": 4, "in_chans": 1})
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]

@@ -180,7 +180,9 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
     refused("of type 'IA3'; expected LORA", bad, peft_type="IA3")
     refused("lora_alpha is 'much'", bad, lora_alpha="much")
     refused("replicates layers", f"{base}+{bad}", layer_replication=[[0, 2]])
-    refused(r"changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has none", f"{bases / 'gpt2'}+{bad}")
+    refused(
+        r"changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has no such tensor", f"{bases / 'gpt2'}+{bad}"
+    )
     refused("is not a PEFT adapter; expected a folder with adapter_config.json", f"{bad}+{base}")
     tensors = load_file(folder / "adapter_model.safetensors")
     first = next(n for n in tensors if n.endswith("lora_A.weight"))

@@ -87,7 +87,7 @@ def test_parts_that_are_not_there_leave_no_trace() -> None:
     for name in nothing:
         parsed(render(replace(given, **{name: nothing[name]})))
     page = render(replace(given, **nothing))  # type: ignore[arg-type]
-    assert "The way from A to B" not in page and "Predicted" not in page and "block by block" not in page
+    assert "From A to B" not in page and "Predicted" not in page and "block by block" not in page
 
 
 def test_page_of_each_kind_of_result() -> None:
@@ -99,7 +99,7 @@ def test_page_of_each_kind_of_result() -> None:
     pages = {
         "Put B": report_of(given.plan, ["a", "b"]),
         given.prediction.advice[:10]: report_of(given.prediction, ["a", "b"]),
-        "The way from A to B": report_of(given.curves[0], ["a", "b"]),
+        "From A to B": report_of(given.curves[0], ["a", "b"]),
         "The models were merged after putting": report_of(merged, ["a", "b"]),
     }
     for said, each in pages.items():
