@@ -85,8 +85,8 @@ def _shown(work: Work, result: PredictResult) -> None:
     work.say(result.advice)
     if result.said_of_worth:
         work.say(result.said_of_worth)
-    if result.bound is not None:
-        work.say(f"Beside it: {result.bound.statement}.")
+    if result.bound is not None and result.bound.layers:
+        work.say(f"Note: {result.bound.statement}.")
     for note in result.notes:
         work.say(f"Note: {note}.")
 

@@ -57,7 +57,7 @@ class Bound:
 def no_bound() -> Bound:
     return Bound(
         [],
-        "the paper's bound does not apply: the models have no known fixed part in common (no --base, no "
+        "the bound of arXiv 2606.04754 does not apply: the models have no known fixed part in common (no --base, no "
         "asymmetric layers)",
     )
 
@@ -88,12 +88,12 @@ def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, 
     worst = max(found, key=lambda x: x.beta)
     if worst.beta <= LARGE:
         said = (
-            f"the paper's bound holds asymptotically: β ≤ {worst.beta:.3g}, so no layer leaves its chord by more "
-            f"than about β^1.5 = {worst.bound:.2g} of its fixed part (not a certificate)"
+            f"the bound of arXiv 2606.04754 holds asymptotically: β ≤ {worst.beta:.3g}, so no layer leaves its chord "
+            f"by more than about β^1.5 = {worst.bound:.2g} of its fixed part (not a certificate)"
         )
     else:
         said = (
-            f"the paper's bound does not hold: β = {worst.beta:.2g} at {worst.layer}, and the bound is for β far "
+            f"the bound of arXiv 2606.04754 does not hold: β = {worst.beta:.2g} at {worst.layer}, and the bound is for β far "
             f"below 1 "
             f"(taken as ≤ {LARGE})"
         )

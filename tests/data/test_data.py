@@ -52,6 +52,7 @@ def test_image_folder(image_folder):
     torch.testing.assert_close(batch["x"][5], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the images in")
 @pytest.mark.parametrize("size", [(500, 375), (301, 333), (90, 64), (224, 224)])
 def test_image_preprocessing_equals_timms(tmp_path, size):
     """Resize, crop and normalise as timm's own evaluation transform does, on a photograph-like image."""

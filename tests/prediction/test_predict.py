@@ -261,7 +261,7 @@ def test_the_commands(work: Path) -> None:
     done = mergeid(*pair, "--data", "data.npz", "-o", "p.json", "--base", "a.safetensors", cwd=work, columns=140)
     assert done.code == 0, done.stderr
     assert done.written == ["p.json"]
-    assert "nats lost" in done.stdout and "Beside it: the paper's bound" in done.stdout
+    assert "nats lost" in done.stdout and "the bound of arXiv 2606.04754" in done.stdout
     found = json.loads((work / "p.json").read_text())
     assert found["format"] == "mergeid.predict/1" and found["mode"] == "inputs"
     assert {o["repaired"] for o in found["outlooks"]} == {False, True}

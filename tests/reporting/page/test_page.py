@@ -106,7 +106,7 @@ def test_page_of_each_kind_of_result() -> None:
         page = render(each)
         parsed(page)
         assert said in page
-    assert "<em>taken</em>" in page and page.count("not finite") == 1
+    assert "<em>chosen</em>" in page and page.count("not finite") == 1
 
 
 def test_curves_are_drawn_where_they_were_measured() -> None:
