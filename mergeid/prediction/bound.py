@@ -93,9 +93,8 @@ def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, 
         )
     else:
         said = (
-            f"the bound of arXiv 2606.04754 does not hold: β = {worst.beta:.2g} at {worst.layer}, and the bound is for β far "
-            f"below 1 "
-            f"(taken as ≤ {LARGE})"
+            f"the bound of arXiv 2606.04754 does not hold: β = {worst.beta:.2g} at {worst.layer}, and "
+            f"the bound is for β far below 1 (taken as ≤ {LARGE})"
         )
     return Bound(found, said)
 
