@@ -56,6 +56,15 @@ class Examples:
         owners = None if self.owners is None else tuple(self.owners[i] for i in indices)
         return Examples(Subset(self.items, list(indices)), self.collate, owners)
 
+    def batched(self, what: str) -> Examples:
+        """Themselves, where they can be put into batches; raises `MergeidError`, which says what needs that."""
+        if self.whole:
+            raise MergeidError(
+                f"{what} puts examples into batches, and each item of the data is a whole input; expected items with one "
+                "dimension fewer than the example inputs"
+            )
+        return self
+
     def batches(self, size: int) -> FixedBatches:
         """About `size` examples each, the same whatever process asks."""
         return FixedBatches(self.items, size, self.collate)

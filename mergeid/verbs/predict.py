@@ -113,7 +113,7 @@ def predict_pair(
     from mergeid.stages.trial import trials_of
 
     mode = "inputs" if calibration.given else "weights"
-    examples = Examples(RandomInputs(pair.a, seed=run.seed)) if given is None else given
+    examples = Examples(RandomInputs(pair.a, seed=run.seed)) if given is None else given.batched("predict")
     elements = {"direct": plan.graph.identity()}
     if plan.moves:
         elements["matched"] = plan.element

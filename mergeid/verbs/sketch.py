@@ -69,7 +69,7 @@ def sketch(
     made = make_sketch(
         loaded,
         bench.graph(loaded),
-        examples.items,
+        examples.batched("sketch").items,
         examples.collate,
         limit=limit,
         progress=lambda done, total: run.tell("sketching", done, total),
