@@ -60,8 +60,8 @@ class Examples:
         """Themselves, where they can be put into batches; raises `MergeidError`, which says what needs that."""
         if self.whole:
             raise MergeidError(
-                f"{what} puts examples into batches, and each item of the data is a whole input; expected items with one "
-                "dimension fewer than the example inputs"
+                f"{what} puts examples into batches, and each item of the data is a whole input; expected items with "
+                "one dimension fewer than the example inputs"
             )
         return self
 

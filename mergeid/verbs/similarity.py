@@ -107,9 +107,7 @@ def similarity(
 
 def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) -> list[str]:
     if not shapes:
-        raise MergeidError(
-            f"no layer of {loaded.source} gives one row per example of the data, so none can be compared"
-        )
+        raise MergeidError(f"no layer of {loaded.source} gives a row per example of the data, so none can be compared")
     for pattern in layers:
         if not any(fnmatchcase(name, pattern) for name in shapes):
             raise MergeidError(
