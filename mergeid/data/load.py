@@ -143,8 +143,8 @@ def _call(spec: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise MergeidError(
-            f"the data {spec}: module {module_name!r} cannot be imported ({error}); it must lie in the working "
-            "directory or be installed"
+            f"the data {spec}: module {module_name!r} cannot be imported ({error}); it must be in the working "
+            f"directory or be installed"
         ) from error
     except (Exception, SystemExit) as error:  # the module is the user's, and may do anything while it is imported
         raise MergeidError(

@@ -92,7 +92,7 @@ class _Chain:
         sources = self.sources(space)
         ready = [w for w in sources if w.unknown is None and w.reads <= reached]
         if ready:
-            return f"{ready[0].tensor} has no fixed part that holds the neurons by itself"
+            return f"{ready[0].tensor} has no fixed part that holds the neurons on its own"
         return next((w.unknown for w in sources if w.unknown is not None), "it is not known what writes them")
 
     def breaks(self, space: Space, reached: set[str]) -> tuple[str, ...]:

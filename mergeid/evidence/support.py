@@ -269,7 +269,7 @@ class TokenCounts:
 
         Raises `MergeidError` without tokens, and when asked to centre."""
         if centred:
-            raise MergeidError("the support of an embedding is not centred, for it has no bias; leave centred off")
+            raise MergeidError("the support of an embedding is not centred, because it has no bias; leave centred off")
         rows = int(self.counts.sum())
         if rows == 0:
             raise MergeidError("no token reached the embedding, so its support is unknown; give calibration data")

@@ -156,7 +156,7 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         if len(told.modules) != 1:
             listed = ", ".join(told.modules)
             raise MergeidError(
-                f"{name}: modules {listed}: parts of a model under recipes of their own are not supported; merge them "
+                f"{name}: modules {listed}: separate recipes for parts of a model are not supported; merge them "
                 "with --weights GLOB=… or conditions (filter) instead"
             )
         (module,) = told.modules.values()

@@ -73,7 +73,7 @@ def _chosen(models: Sequence[Checkpoint], choice: str) -> str | None:
         found = chat_template(models[at]) if 0 <= at < len(models) else None
         if found is None:
             raise MergeidError(
-                f"--chat-template {choice!r} names no model with a chat template; expected auto, chatml or a file"
+                f"--chat-template {choice!r} is not a model with a chat template; expected auto, chatml or a file"
             )
         return found
     if "{" in choice:

@@ -187,8 +187,8 @@ def _untied(adapter: TiesWeights, c: Checkpoint, kind: str, copy: str, source: s
     config = adapter.with_ties(c.config or {}, False)
     if config is None:
         raise MergeidError(
-            f"{c.source} ties {copy} to {source}, which its config cannot undo, and another model has a {copy} of its "
-            "own; expected the same in all models"
+            f"{c.source} ties {copy} to {source}, which its config cannot undo, and another model has a separate "
+            f"{copy}; expected the same in all models"
         )
     c = replace(c, config=config, config_changed=True)
     return c if kind == "copy" else c.with_alias(copy, source)

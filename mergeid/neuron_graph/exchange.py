@@ -174,7 +174,8 @@ def check_graph(graph: Group) -> None:
         for k, p in enumerate(s.parents):
             if s.block_parents[:, k].min() < 0 or s.block_parents[:, k].max() >= seen[p].size:
                 raise MergeidError(
-                    f"space {s.id!r} has {s.blocks} blocks, not all of which lie in one of the {seen[p].size} neurons "
+                    f"space {s.id!r} has {s.blocks} blocks, not all of which are inside one of the {seen[p].size} "
+                    f"neurons "
                     f"of its parent {p!r}; give its block_parents"
                 )
         seen[s.id] = s
@@ -227,7 +228,7 @@ def _validate_group(graph: Group) -> None:
                 if not np.array_equal(np.sort(perm[a.members]), a.members):
                     raise MergeidError(
                         f"only some neurons of a block of space {s.id!r} lie on axis {a.axis} of {a.tensor!r}; "
-                        "expected all that may change places, or none"
+                        "expected all that can be permuted, or none"
                     )
 
 

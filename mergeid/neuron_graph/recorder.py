@@ -377,7 +377,7 @@ def _freeze_unread(recorder: Recorder, model: nn.Module) -> None:
     if several and not any(read[labels].any() for labels in several):
         raise MergeidError(
             f"the forward pass of {type(model).__name__} on the example inputs used none of its {len(recorder.axes)} "
-            "weights; give inputs that drive it, and a model whose own tensors do the work"
+            "weights; give inputs that run through it, and a model that uses its own tensors"
         )
     for labels in several:  # an axis of size 1 has nothing to be told apart from
         recorder.facts.freeze(labels[~read[labels]], "never read by the traced forward pass")

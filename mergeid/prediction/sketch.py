@@ -342,7 +342,7 @@ def _check(sketch: Sketch, path: Path) -> None:
         if not fits or values.dtype != torch.float32 or space not in sizes or not _among(members, sizes[space]):
             wrong.append(f"activations of space {shown(space)}")
     if wrong:
-        raise MergeidError(f"{path} is a damaged sketch ({listed(wrong, 3)} of a wrong kind or shape); make it again")
+        raise MergeidError(f"{path} is a damaged sketch ({listed(wrong, 3)} of the wrong kind or shape); make it again")
     numbers = (sketch.logits, sketch.hashes, sketch.response, *sketch.activations.values())
     if not all(bool((v.abs() < BEYOND).all()) for v in numbers):  # also where one is no number
         raise MergeidError(

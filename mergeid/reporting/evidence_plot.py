@@ -105,7 +105,7 @@ def _gains(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
 
 
 def _correlations(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
-    names = {"as it lies": "j_identity", "match": "j_match", "random": "j_random"}
+    names = {"as is": "j_identity", "match": "j_match", "random": "j_random"}
     series = {label: _values(spaces, name) for label, name in names.items()}
     if axis is not None:
         _lines(axis, series)
@@ -114,7 +114,7 @@ def _correlations(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
 
 
 def _chords(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
-    names = {"as it lies": "chord_identity", "match": "chord_match"}
+    names = {"as is": "chord_identity", "match": "chord_match"}
     series = {label: _values(spaces, name) for label, name in names.items()}
     if axis is not None:
         _lines(axis, series)

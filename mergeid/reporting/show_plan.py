@@ -36,8 +36,8 @@ ASKED = {
     "never": "B's neurons are taken as is, as requested by --match never",
 }
 LEGEND = (
-    "J: mean correlation of paired neurons, as is and matched. ι: 1 where the neurons correspond as they are, 0 "
-    "where they correspond no better than at random. moved: neurons that change position."
+    "J: mean correlation of paired neurons, as is and matched. ι: 1 where the neurons correspond as is, 0 where they "
+    "correspond no better than at random. moved: neurons that change position."
 )
 LEGEND_MORE = (
     " J random: the same correlation for random pairs. chord: how far the next layer's output is from the average of "

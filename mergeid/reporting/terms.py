@@ -76,7 +76,7 @@ TERMS = (
     ),
     Term(
         "ι",
-        "The identifiability index (iota): 1 where the neurons correspond as they are, 0 where they correspond no "
+        "The identifiability index (iota): 1 where the neurons correspond as is, 0 where they correspond no "
         "better than at random. ι = (J as is − J random) / (J match − J random).",
         ("iota", "identifiability index", "index"),
     ),

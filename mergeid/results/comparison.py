@@ -102,7 +102,7 @@ class Comparison:
         if self.error is not None:
             what += f", a difference of {abs(own - other):.2g} with a standard error of {self.error:.2g}"
         if self.chosen == PLAIN:
-            said = f"matching was not used: on {self.examples} calibration examples the matched merge is further from "
+            said = f"matching was not used: on {self.examples} calibration examples the matched merge is farther from "
             return f"{said}the models than the plain one ({shown(own)} to {shown(other)} {what})"
         said = f"every space was matched: on {self.examples} calibration examples that merge is nearer to the models "
         return f"{said}than the planned one ({shown(other)} to {shown(own)} {what})"

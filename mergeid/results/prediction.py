@@ -205,7 +205,7 @@ def advise(outlooks: Sequence[Outlook], tolerated: float) -> str:
         if not any(o.nats.collapsed for o in outlooks):
             why = "the pair is unlike anything that the predictor was fitted on"
         return f"Cannot tell: {why}; measure it with mergeid barrier A B --data DATA."
-    ways = {"direct": "as they are", "matched": "after matching their neurons"}
+    ways = {"direct": "as is", "matched": "after matching their neurons"}
     for o in sorted(known, key=lambda o: o.trouble):
         if (o.nats.within or 0.0) >= SURE:
             more = "and re-estimate the normalisation statistics" if o.repaired else ""

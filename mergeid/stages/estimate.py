@@ -58,7 +58,7 @@ def estimate_merge(met: Met, beside: Path) -> Estimate:
     matched = 15 + stream + rows + products * (len(models) - 1)
     costs = (
         Cost("as they are", PLAIN, out, read, 1 + stream, "--match never, linear; other methods take torch's 300 MiB"),
-        Cost("fine-tunes", PLAIN, out, 2 * read, 1 + stream + rows, "by default, where all rows lie in place"),
+        Cost("fine-tunes", PLAIN, out, 2 * read, 1 + stream + rows, "by default, if all rows are in place"),
         Cost("matched", memory, out, 3 * read, matched, "by default elsewhere, and --match always; without data"),
     )
     return Estimate(parameters, sizes, shutil.disk_usage(beside).free, costs)

@@ -99,6 +99,6 @@ def on_astray(pair: Pair, seen: InPlace) -> tuple[Pair, str | None]:
     rows = sum(len(found) for found in seen.astray.values())
     note = (
         f"{rows:,} of {seen.rows:,} rows are not nearest to the same row of the first model; the {len(wanted)} "
-        f"spaces that they lie on were planned, the {len(left)} others lie in place"
+        f"spaces that they belong to were planned, the {len(left)} others are in place"
     )
-    return replace(pair, graph=graph.without(left, "every row lies in its own place")), note
+    return replace(pair, graph=graph.without(left, "every row is in its own place")), note

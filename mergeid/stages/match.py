@@ -42,7 +42,7 @@ def planned_members(
             raise
         without = " (without --data)" if calibration.given else ""
         raise NoModel(
-            f"{error}; or merge the tensors as they are with --match never{without}, which builds no model"
+            f"{error}; or merge the tensors as is with --match never{without}, which builds no model"
         ) from error
     first = pairs[0].a
     examples = bench.examples(calibration, first)

@@ -38,7 +38,7 @@ class MergeRequest:
         least = method.least if method.most == 1 or self.base is not None else 2
         if len(self.models) < least:
             raise MergeidError(
-                f"merging takes {'two models' if least == 2 else 'a model'} at least, got {len(self.models)}"
+                f"merging takes at least {'two models' if least == 2 else 'one model'}, got {len(self.models)}"
             )
         check_base(method, self.base is not None)
         if self.output.resume and any(map(is_live, self.models)):

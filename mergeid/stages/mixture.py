@@ -45,8 +45,8 @@ def mixture_of(base: TensorSource, experts: int, per_token: int) -> tuple[MakesM
                 return adapter, found
     kind = (base.config or {}).get("model_type", "no config.json")
     raise MergeidError(
-        f"no known mixture of experts has the layers of {base.source} ({kind}); expected decoders whose "
-        "library has a mixture of the same layers"
+        f"no known mixture of experts has the layers of {base.source} ({kind}); expected decoders for which "
+        f"transformers has a mixture of experts"
     )
 
 

@@ -206,7 +206,7 @@ BAD_GRAPHS = {
     "names more": changed(axes=[{"tensor": "inner.weight", "axis": 0, "index": [*SOME[:7], [0, 8]]}]),
     "that tensor has shape": changed(axes=[{"tensor": "inner.weight", "axis": -1, "index": SOME}]),
     "expected equally many": changed(axes=[{"tensor": "inner.weight", "axis": 0, "index": [*SOME[:7], [0, 6]]}]),
-    "expected all that may change places": changed(
+    "expected all that can be permuted": changed(
         axes=[{"tensor": "inner.weight", "axis": 0, "index": [*SOME[:7], None]}]
     ),
     "expected one space": {**WRONG, "spaces": [WRONG["spaces"][0], {**WRONG["spaces"][0], "id": "twice"}]},

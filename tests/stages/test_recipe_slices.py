@@ -184,7 +184,7 @@ def source(model: str, first: int = 0, end: int = 2) -> dict[str, Any]:
         ({"merge_method": "linear", "modules": {"text": {"models": []}, "vision": {}}}, "models is an empty list"),
         (
             {"merge_method": "linear", "modules": {k: {"models": [{"model": "a"}]} for k in ("text", "vision")}},
-            "modules text, vision: parts of a model under recipes of their own are not supported",
+            "modules text, vision: separate recipes for parts of a model are not supported",
         ),
     ],
 )

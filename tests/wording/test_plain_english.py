@@ -35,6 +35,21 @@ ODD = (
     r"\bis had\b|\bto be had\b",
     r"\bmore than one may\b",
     r"\bwithout a word\b",
+    r"\b(?:is|are|holds?|gives?|names?) no (?:path|number|pair|axis|folder|table|sketch|hub|model|logits|list|state)\b",
+    r"\bestimated? [^.;]{0,40}\bagain\b",  # re-estimated
+    r"\bdata set\b",  # dataset
+    r"\bnumber format\b",  # dtype
+    r"\ball the same\b",  # anyway
+    r"\bif not given\b",  # Default: …
+    r"\b(?:models|experts|two) at least\b",  # at least two models
+    r"\bis none of\b|\bnone of whose\b",
+    r"\bgoes? with (?:a|single|--)\b|\bdoes not go with\b",  # cannot be combined with
+    r"\bas asked\b|\basked for by\b",  # as requested by
+    r"\bmay change places\b|\bget another place\b",  # can be permuted; change position
+    r"\bmay be given several times\b",  # repeatable
+    r"\bthan they are themselves\b",
+    r"\bwhich the model has not\b",
+    r"\bsays less\b|\bsays nothing of\b",  # is weaker evidence
 )
 
 
