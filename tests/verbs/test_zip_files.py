@@ -235,8 +235,8 @@ def test_transport_with_data_is_repaired(networks: Path, tmp_path: Path) -> None
 def test_what_transport_refuses(networks: Path, refuse: Refuse) -> None:
     pair = two(networks, "narrow", "wide", data=False)
     assert "--match cannot be combined" in refuse("merge", *pair, "--transport", "--match", "always")
-    assert "--matcher does not go" in refuse("merge", *pair, "--transport", "--matcher", "weight")
-    assert "--base does not go" in refuse("merge", *pair, "--transport", "--method", "ties", "--base", pair[0])
+    assert "--matcher cannot be combined" in refuse("merge", *pair, "--transport", "--matcher", "weight")
+    assert "--base cannot be combined" in refuse("merge", *pair, "--transport", "--method", "ties", "--base", pair[0])
     assert "merge with --transport" in refuse("merge", *pair)
     assert "--skip" in refuse("merge", *two(networks, "a", "c", data=False), "--transport")
     assert "which" in refuse("merge", *two(networks, "a", "narrow", data=False), "--transport")
