@@ -237,7 +237,7 @@ def test_what_transport_refuses(networks: Path, refuse: Refuse) -> None:
     assert "--match cannot be combined" in refuse("merge", *pair, "--transport", "--match", "always")
     assert "--matcher cannot be combined" in refuse("merge", *pair, "--transport", "--matcher", "weight")
     assert "--base cannot be combined" in refuse("merge", *pair, "--transport", "--method", "ties", "--base", pair[0])
-    assert "merge with --transport" in refuse("merge", *pair)
+    assert "merged with --transport" in refuse("merge", *pair)
     assert "--skip" in refuse("merge", *two(networks, "a", "c", data=False), "--transport")
     assert "which" in refuse("merge", *two(networks, "a", "narrow", data=False), "--transport")
 
