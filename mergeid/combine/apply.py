@@ -215,6 +215,7 @@ def _request(inputs: Inputs, settings: MergeSettings, plan: TensorPlan, record: 
         "skipped tensors": plan.skipped,
         "order of neurons": [p.get("permutations", {}) for p in plans],
         "turned heads": [p.get("turns", []) for p in plans],
+        "signs, maps and scales": [p.get("maps", []) for p in plans],
         "repaired tensors": repaired.hexdigest(),
     }
 

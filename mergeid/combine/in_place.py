@@ -47,6 +47,11 @@ ALIKE = 0.5
 """Own squared distance over the row's own: a cosine of 3/4, for rows of equal length."""
 TILE = 1 << 16
 """Elements that are widened at once."""
+MULTIPLE = 0.05
+"""Squared distance of a row to the nearest multiple of that at its own place, over the distance to its own place, up to
+which it is a multiple."""
+LEAST = 8
+"""Elements by which a row can be seen to be one."""
 _GIVE_UP = 0.5
 """Share of rows astray from which on the rest is not read: these are two networks."""
 
@@ -61,6 +66,7 @@ class AxisFit:
         rows: how many there are.
         astray: those that do not fit their own place.
         ratio: the largest ratio of the distance to the own place to that to the nearest other, of the rows that fit.
+        rescaled: whether most rows are multiples of those at their own places, by factors that differ.
     """
 
     tensor: str
@@ -68,6 +74,7 @@ class AxisFit:
     rows: int
     astray: tuple[int, ...] = ()
     ratio: float = 0.0
+    rescaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,11 @@ class InPlace:
     @property
     def rows(self) -> int:
         return sum(a.rows for a in self.axes)
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether B looks like another model with its neurons rescaled, on any axis."""
+        return any(a.rescaled for a in self.axes)
 
     @property
     def astray(self) -> dict[tuple[str, int], tuple[int, ...]]:
@@ -201,8 +213,9 @@ def _tiles(stored: _Stored) -> Iterator[tuple[slice, slice]]:
             yield slice(top, min(top + high, rows)), slice(left, min(left + wide, width))
 
 
-def _window(a: _Stored, b: _Stored, axis: int, draw: np.random.Generator) -> tuple[Array, Array, float]:
-    """(Squared distance of every row to its own place, the least to other rows, their mean), on a part of the row."""
+def _window(a: _Stored, b: _Stored, axis: int, draw: np.random.Generator) -> tuple[Array, Array, float, bool]:
+    """(Squared distance of every row to its own place, the least to other rows, their mean), on a part of the row, and
+    whether B's rows are multiples of A's."""
     count = a.shape[axis]
     sample = np.sort(draw.choice(count, min(OTHERS, count), replace=False))
     if axis == 0:
@@ -219,16 +232,23 @@ def _window(a: _Stored, b: _Stored, axis: int, draw: np.random.Generator) -> tup
         others = whole[0][sample]
         blocks = ((rows, (whole[0][rows], whole[1][rows])) for rows in _rows(count, others.shape[1]))
     own, nearest, total = np.empty(count), np.empty(count), 0.0
+    factors, rest = np.empty(count), np.empty(count)
     lengths = (others * others).sum(1)
     for rows, (ours, theirs) in blocks:
         apart = ours - theirs
         own[rows] = np.einsum("ij,ij->i", apart, apart)
-        far = np.einsum("ij,ij->i", theirs, theirs)[:, None] + lengths - 2 * (theirs @ others.T)
+        squares = np.einsum("ij,ij->i", theirs, theirs)
+        factors[rows] = np.einsum("ij,ij->i", apart, theirs) / squares + 1
+        rest[rows] = own[rows] - (factors[rows] - 1) ** 2 * squares
+        far = squares[:, None] + lengths - 2 * (theirs @ others.T)
         np.maximum(far, 0, out=far)
         itself = np.arange(rows.start, rows.stop)[:, None] == sample
         total += float(far.sum(where=~itself, dtype=np.float64))
         nearest[rows] = np.where(itself, np.inf, far).min(1)
-    return own, nearest, total / (count * len(sample) - len(sample))
+    multiple = (own > 0) & (rest <= MULTIPLE * own)
+    steps = factors[multiple] - 1
+    rescaled = len(steps) > count / 2 and others.shape[1] >= LEAST and bool(steps.std() > abs(steps.mean()) / 10)
+    return own, nearest, total / (count * len(sample) - len(sample)), rescaled
 
 
 def _rows(count: int, width: int) -> Iterator[slice]:
@@ -243,11 +263,11 @@ def _along(stored: _Stored, rows: slice, axis: int) -> Array:
     return np.ascontiguousarray(np.moveaxis(block, axis, 0)).reshape(stored.shape[axis], -1)
 
 
-def _judged(name: str, axis: int, totals: tuple[Array, Array], window: tuple[Array, Array, float]) -> AxisFit:
+def _judged(name: str, axis: int, totals: tuple[Array, Array], window: tuple[Array, Array, float, bool]) -> AxisFit:
     apart, lengths = totals
-    own, nearest, usual = window
+    own, nearest, usual, rescaled = window
     fits = (own <= NEARER * nearest) | (own <= NEXT_TO_NOTHING * usual)
     fits &= (apart <= ALIKE * lengths) | (apart <= NEXT_TO_NOTHING * lengths.mean())
     clear = fits & (nearest > 0) & (own <= NEARER * nearest)
     ratio = float(np.sqrt((own[clear] / nearest[clear]).max())) if clear.any() else 0.0
-    return AxisFit(name, axis, len(own), tuple(np.flatnonzero(~fits).tolist()), ratio)
+    return AxisFit(name, axis, len(own), tuple(np.flatnonzero(~fits).tolist()), ratio, rescaled)

@@ -101,6 +101,15 @@ class PlanTurn(Own):
     turned: Count
 
 
+class PlanMap(Own):
+    """Signs, an orthogonal map or scales of one space of B, before its neurons were compared."""
+
+    space: str
+    kind: str
+    units: Count
+    changed: Count
+
+
 class PlanGraph(Own):
     share: float
     verified: dict[str, Any] | None
@@ -126,6 +135,7 @@ class PlanFile(Own):
     spaces: list[PlanSpace]
     permutations: dict[str, list[Count]]
     turns: list[PlanTurn] = Field(default_factory=list)
+    maps: list[PlanMap] = Field(default_factory=list)
     graph: PlanGraph
 
 

@@ -21,6 +21,7 @@ from mergeid.neuron_graph.space import TapMap as TapMap
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from mergeid.neuron_graph.scaled import Powers
     from mergeid.neuron_graph.turned import Turnable
 
 
@@ -36,6 +37,7 @@ class NeuronGraph:
         verified: ``{"max_relative_error", "error_when_misapplied", "samples", "dtype"}`` once proven; the second is
             the error when every space moves on one axis only, None where none has two.
         turnable: what may be turned inside heads (`mergeid.neuron_graph.turns`); None: not looked for yet.
+        powers: scales and signs (`mergeid.neuron_graph.powers`); None: not looked for yet.
     """
 
     model: str
@@ -47,6 +49,7 @@ class NeuronGraph:
     verified: dict[str, Any] | None = None
     unknown_ops: dict[str, str] = field(default_factory=dict)
     turnable: tuple[Turnable, ...] | None = field(default=None, compare=False)
+    powers: Powers | None = field(default=None, compare=False)
 
     @cached_property
     def by_id(self) -> dict[str, Space]:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from mergeid.basics.on_demand import OnDemand
 
 FULL, HALVES, SIDE_BY_SIDE = "orthogonal", "rotations of halves", "rotations of neighbours"
+SIGNS, SCALES, STREAM = "signs", "positive scales", "orthogonal, gains folded"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,10 @@ class Turn:
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrices."""
         return {"space": self.of.space, "kind": self.of.kind, "heads": self.of.units, "turned": self.turned}
+
+    def as_map(self) -> dict[str, Any]:
+        """The same of a map that does not lie inside heads, with what it changed."""
+        return {"space": self.of.space, "kind": self.of.kind, "units": self.of.units, "changed": self.turned}
 
     def renamed(self, names: Mapping[str, str]) -> Turn:
         """Over other tensor names."""

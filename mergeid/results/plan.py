@@ -28,6 +28,7 @@ class Plan:
         structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
         matched: permutations of B with every space matched, where activations were compared.
         turns: orthogonal maps inside B's heads, after the permutations; matched_turns: after those of `matched`.
+        before: signs, orthogonal maps of residual streams and scales, before the permutations; after: scales, last.
     """
 
     a: str
@@ -47,15 +48,19 @@ class Plan:
     matched: Element | None = None
     turns: Sequence[Turn] = ()
     matched_turns: Sequence[Turn] = ()
+    before: Sequence[Turn] = ()
+    after: Sequence[Turn] = ()
 
     @property
     def moves(self) -> bool:
-        """Whether anything of B is permuted or turned."""
-        return bool(self.turns) or any((p != range(len(p))).any() for p in self.element.values())
+        """Whether anything of B is permuted, turned or scaled."""
+        return bool(self.turns or self.before or self.after) or any(
+            (p != range(len(p))).any() for p in self.element.values()
+        )
 
     def plain(self) -> Plan:
         """The same with B as it lies."""
-        return replace(self, element=self.graph.identity(), turns=())
+        return replace(self, element=self.graph.identity(), turns=(), before=(), after=())
 
     def full(self) -> Plan:
         """The same with every space matched."""
@@ -63,8 +68,10 @@ class Plan:
 
     def carry(self, tensor: str, value: Tensor) -> Tensor:
         """One tensor of B, by its key in the model's state dict, in A's order."""
+        for turn in self.before:
+            value = turn.apply(tensor, value)
         value = self.graph.apply(self.element, tensor, value)
-        for turn in self.turns:
+        for turn in (*self.turns, *self.after):
             value = turn.apply(tensor, value)
         return value
 
@@ -79,8 +86,10 @@ class Plan:
             names: of the tensors in B's files -> keys of the model's state dict.
         """
         known = {key: name for name, key in names.items()}
-        graph, turns = self.graph.renamed(known), [turn.renamed(known) for turn in self.turns]
-        return replace(self, graph=graph, turns=turns).carry
+        before, turns, after = (
+            [turn.renamed(known) for turn in found] for found in (self.before, self.turns, self.after)
+        )
+        return replace(self, graph=self.graph.renamed(known), before=before, turns=turns, after=after).carry
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the activations; permutations as lists."""
@@ -99,6 +108,7 @@ class Plan:
             "structure": self.structure,
             "spaces": [s.to_json() for s in self.spaces],
             "turns": [turn.to_json() for turn in self.turns],
+            "maps": [turn.as_map() for turn in self.before],
             "permutations": {k: p.tolist() for k, p in self.element.items() if (p != range(len(p))).any()},
             "graph": {
                 "share": self.graph.share,

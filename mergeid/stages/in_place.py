@@ -30,8 +30,8 @@ class Places:
 
     @property
     def speaks(self) -> bool:
-        """Whether all tensors of all models were compared, and most rows fit."""
-        return bool(self.found) and all(f.whole for f in self.found.values())
+        """Whether all tensors of all models were compared, and most rows fit, and are no multiples."""
+        return bool(self.found) and all(f.whole and not f.rescaled for f in self.found.values())
 
     @property
     def all_fit(self) -> bool:

@@ -44,6 +44,7 @@ from mergeid.results.plan import Plan
 from mergeid.stages.gather import Hears, evidence_of, passes
 from mergeid.stages.open import Met, Pair, origin_of, pair_of
 from mergeid.stages.structure import certified, contradictions, structure_of, why_not, without_data
+from mergeid.stages.symmetries import Undone, undone
 
 LEAST = 16
 """Calibration examples that evidence needs."""
@@ -102,6 +103,9 @@ def make_plan(
     notes = [*_graph_notes(graph), *compared(pair.a.state(), pair.b.state())]
     if examples is not None and count < LEAST:
         raise MergeidError(f"--data must hold at least {LEAST} examples for the evidence, and it holds {count}")
+    maps = Undone(pair) if matching.mode == "never" or matched is not None else undone(pair, run)
+    pair = maps.pair
+    notes += maps.notes
     why = why_not(pair.a.state(), asked.base, matching.mode)
     if matching.mode == "never":
         found = _Found("weights" if examples is None else "activations", graph.identity())
@@ -151,6 +155,8 @@ def make_plan(
         full,
         turns,
         full_turns,
+        maps.before,
+        maps.after,
     )
 
 
