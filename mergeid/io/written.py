@@ -229,6 +229,7 @@ class ScrambleEntry(Own):
     seed: int
     arch: str
     max_relative_error: float
+    maps: list[PlanMap] = Field(default_factory=list)
 
 
 class ScrambleRecord(Own):

@@ -92,14 +92,14 @@ def carried(graph: NeuronGraph, stream: Stream, states: States) -> Carried:
     otherwise = _cosine(a[judging], (b * torch.from_numpy(signs))[judging][:, torch.from_numpy(order)])
     if reached < REACHED or 1 - reached > CLEAR * (1 - otherwise) or 1 - otherwise < 1e-6:
         return flipped
-    why = _refused(stream, states)
+    why = refused(stream, states)
     if why:
         return Carried(flipped.turn, why)
-    return Carried(_rotation(stream, nearest(FULL, (a.T @ b).numpy()), states))
+    return Carried(rotation(stream, nearest(FULL, (a.T @ b).numpy()), states))
 
 
-def _refused(stream: Stream, states: States) -> str:
-    """Why this stream cannot be rotated, by its graph and these gains."""
+def refused(stream: Stream, states: States) -> str:
+    """Why this stream cannot be rotated, by its graph and these gains; empty where it can."""
     whole = [*stream.flips, *(gain for gain, _ in stream.gains), *stream.fixed]
     if any(len(c.members) != stream.size or c.positions.shape[1] > 1 for c in whole):
         return "parts of it lie alone on some weights"
@@ -121,7 +121,7 @@ def _refused(stream: Stream, states: States) -> str:
     return ""
 
 
-def _rotation(stream: Stream, matrix: np.ndarray, states: States) -> Turn:
+def rotation(stream: Stream, matrix: np.ndarray, states: States) -> Turn:
     """B under the map; its gains become A's."""
     maps, axes = [matrix], []
     through = {id(reader): k for k, (_, readers) in enumerate(stream.gains) for reader in readers}

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,14 @@ from mergeid.basics.memory import give_back
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.matchers.balancing import EQUAL, balanced
-from mergeid.matchers.streams import carried, may_differ
+from mergeid.matchers.streams import carried, may_differ, refused, rotation
 from mergeid.models.loaded import Loaded
+from mergeid.neuron_graph.neuron_graph import NeuronGraph
 from mergeid.neuron_graph.powers import Trial, find_powers
 from mergeid.neuron_graph.scaled import Powers
 from mergeid.neuron_graph.space import Space
-from mergeid.neuron_graph.turned import SIGNS, Turn
+from mergeid.neuron_graph.turned import FULL, SIGNS, Turn, nearest
+from mergeid.neuron_graph.turns import find_turns
 from mergeid.neuron_graph.verify import TOLERANCE
 from mergeid.nn.names import is_asymmetric
 from mergeid.request.request import Run
@@ -48,7 +51,7 @@ class Undone:
 def undone(pair: Pair, run: Run) -> Undone:
     """The pair with B's signs, orthogonal maps and scales brought to A's, where that is clearly nearer."""
     graph, a, b = pair.graph, pair.a.state(), pair.b.state()
-    spaces = [s for s in graph.spaces if not s.parents and len(s.axes) > 1 and s.size > 1]
+    spaces = _free(graph)
     size = sum(p.numel() for p in pair.a.model.parameters())
     if not spaces or size > MOST or is_asymmetric(a) or any(is_on_demand(m.model) for m in (pair.a, pair.b)):
         return Undone(pair)
@@ -66,6 +69,31 @@ def undone(pair: Pair, run: Run) -> Undone:
         )
         give_back()  # a copy of the model, in float64
     return _scaled(_carried(pair, graph.powers), graph.powers)
+
+
+def random_maps(loaded: Loaded, graph: NeuronGraph, run: Run) -> list[Turn]:
+    """Random maps, one after the other, of all that leave a model's function unchanged besides permutations: streams,
+    scales, heads."""
+    generator, state = run.generator(), loaded.state()
+    powers = find_powers(
+        graph, loaded.model, loaded.inputs, loaded.outputs, generator=generator, only=[s.id for s in _free(graph)]
+    )
+    turns: list[Turn] = []
+    for stream in powers.streams:
+        draw = torch.randn(stream.size, stream.size, generator=generator, dtype=torch.float64).numpy()
+        if refused(stream, (state, state)):
+            turns.append(stream.sign(np.where(draw[0] < 0, -1.0, 1.0)))
+        else:
+            turns.append(rotation(stream, nearest(FULL, draw), (state, state)))
+    for one in powers.scaled:
+        turns.append(one.scale(torch.randn(one.size, generator=generator, dtype=torch.float64).exp().numpy()))
+    heads = find_turns(graph, loaded.model, loaded.inputs, loaded.outputs, generator=generator)
+    return [*turns, *(turnable.random(generator) for turnable in heads)]
+
+
+def _free(graph: NeuronGraph) -> list[Space]:
+    """Spaces of neurons that no other space moves."""
+    return [s for s in graph.spaces if not s.parents and len(s.axes) > 1 and s.size > 1]
 
 
 def _carried(pair: Pair, powers: Powers) -> Undone:

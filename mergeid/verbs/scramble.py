@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +15,11 @@ from mergeid.results.merge import ScrambleResult
 from mergeid.stages.open import output_path
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergeid.models.loaded import Loaded
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
+    from mergeid.neuron_graph.turned import Turn
 
 
 @verb
@@ -27,6 +30,13 @@ def scramble(
         str | os.PathLike[str], o.Option("A .safetensors file or a folder.", o.OUTPUT, "OUT", ("-o", "--output"), Path)
     ],
     seed: o.Seed = 0,
+    maps: Annotated[
+        bool,
+        o.switch(
+            "Also draw scales of neurons, orthogonal maps of heads, and signs or orthogonal maps of residual streams.",
+            o.HOW,
+        ),
+    ] = False,
     arch: o.Arch = None,
     force: o.Force = False,
     allow_pickle: o.AllowPickle = False,
@@ -36,6 +46,7 @@ def scramble(
 
     Args:
         seed: of the group element.
+        maps: with random scales, signs and orthogonal maps besides, which leave this model's function unchanged.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
@@ -51,7 +62,13 @@ def scramble(
     loaded = bench.load(a)
     found = graph_of(loaded)
     element = found.random_element(run.generator())
-    files = found.renamed({k: n for n, k in loaded.names.items()})
+    known = {k: n for n, k in loaded.names.items()}
+    files = found.renamed(known)
+    turns = []
+    if maps:
+        from mergeid.stages.symmetries import random_maps
+
+        turns = random_maps(loaded, found, run)
     assert loaded.checkpoint is not None
     count = 0
     table = loaded.checkpoint.table
@@ -59,13 +76,31 @@ def scramble(
     for name, info in table.items():
         if any(files.gather_index(name, d, element) is not None for d in range(len(info.shape))):
             count += prod(info.shape)
-    error = _function_change(loaded, found, element)
-    record = {"scramble": {"source": loaded.source, "seed": seed, "arch": loaded.arch.id, "max_relative_error": error}}
-    paths = rewrite(loaded.checkpoint, target, moved(partial(files.apply, element)), record, run, force)
+    error = _function_change(loaded, partial(_carry, found, element, turns))
+    record: dict[str, Any] = {
+        "scramble": {"source": loaded.source, "seed": seed, "arch": loaded.arch.id, "max_relative_error": error}
+    }
+    if maps:
+        record["scramble"]["maps"] = [turn.as_map() for turn in turns]
+    paths = rewrite(
+        loaded.checkpoint,
+        target,
+        moved(partial(_carry, files, element, [t.renamed(known) for t in turns])),
+        record,
+        run,
+        force,
+    )
     return ScrambleResult(paths, loaded.arch.id, seed, count / max(total, 1), error, len(found.spaces))
 
 
-def _function_change(loaded: Loaded, found: NeuronGraph, element: Mapping[str, Any]) -> float:
+def _carry(graph: NeuronGraph, element: Mapping[str, Any], turns: Sequence[Turn], name: str, value: Tensor) -> Tensor:
+    """One tensor under maps and a permutation."""
+    for turn in turns:
+        value = turn.apply(name, value)
+    return graph.apply(element, name, value)
+
+
+def _function_change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor]) -> float:
     """Relative output change of these very weights under a group element, in float64."""
     import copy
 
@@ -80,6 +115,6 @@ def _function_change(loaded: Loaded, found: NeuronGraph, element: Mapping[str, A
     forget_derived(model)
     with torch.no_grad():
         before = list(loaded.outputs(model, batch).values())
-        load_weights(model, found.apply_state(element, model.state_dict()))
+        load_weights(model, {name: carry(name, value) for name, value in model.state_dict().items()})
         after = list(loaded.outputs(model, batch).values())
     return relative_error(before, after)

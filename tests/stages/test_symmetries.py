@@ -248,6 +248,19 @@ def test_files_are_rescaled_as_modules_are(tmp_path: Any) -> None:
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_scrambled_copy_with_random_maps_is_merged_back(tmp_path: Any, tied: bool) -> None:
+    import transformers
+
+    model, batch = llama(tied)
+    model.save_pretrained(tmp_path / "a")
+    result = mergeid.scramble(tmp_path / "a", output=tmp_path / "b", maps=True, seed=3)
+    assert result.max_relative_error < 1e-6
+    mergeid.merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "m")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(outputs(merged, batch), outputs(model, batch), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [0.02, 0.2])
 def test_small_scales_are_seen_in_files_too(tmp_path: Any, size: float) -> None:
     model = seeded(NETS["relu"][0]).float()
