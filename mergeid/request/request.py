@@ -31,12 +31,26 @@ def _silent(what: str, done: int, total: int) -> None:
     """Nobody is told."""
 
 
+def _device_here(name: str) -> str:
+    """The device that `name` means on this machine; raises `MergeidError` where there is no such device."""
+    import torch
+
+    there = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    there["mps"] = int(torch.backends.mps.is_available())
+    if name == "auto":
+        return next((kind for kind, count in there.items() if count), "cpu")
+    kind, _, index = name.partition(":")
+    if kind in there and int(index if index.isdecimal() else 0) >= there[kind]:
+        raise MergeidError(f"device {name!r} cannot be used here: there is none; use --device auto or --device cpu")
+    return name
+
+
 @dataclass(frozen=True)
 class Run:
     """How the work is done; nothing of it changes a result but the seed.
 
     Attributes:
-        device: where networks run; None: where Accelerate chooses.
+        device: where networks run; "auto": the first there is of cuda, mps and cpu; None: where Accelerate chooses.
         seed: of every draw.
         batch_size: examples in a forward pass.
         tell: is told how far long work is.
@@ -53,6 +67,8 @@ class Run:
         check_seed(self.seed)
         if str(self.device or "").partition(":")[0] == "meta":
             raise MergeidError("device 'meta' has no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
+        if self.device not in (None, "cpu"):
+            object.__setattr__(self, "device", _device_here(self.device))
         check_count("batch_size", self.batch_size)
 
     @classmethod

@@ -47,7 +47,7 @@ def barrier(
     batch_size: o.BatchSize = 64,
     seed: o.Seed = 0,
     device: Annotated[
-        str | None, o.Option("cpu, cuda, cuda:1, mps … Default: chosen by Accelerate.", o.HOW, "DEVICE")
+        str | None, o.Option("auto, cpu, cuda, cuda:1, mps … Default: chosen by Accelerate.", o.HOW, "DEVICE")
     ] = None,
     dtype: Annotated[str | None, o.Option("Evaluate in this dtype.", o.HOW, "DTYPE")] = None,
     mixed_precision: Annotated[

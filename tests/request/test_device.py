@@ -1,0 +1,34 @@
+"""The device that a run is asked for."""
+
+import pytest
+import torch
+
+from mergeid.errors import MergeidError
+from mergeid.request.request import Run
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "expected"), [(0, False, "cpu"), (0, True, "mps"), (2, False, "cuda"), (1, True, "cuda")]
+)
+def test_auto_takes_the_first_device_there_is(monkeypatch, gpus, mps, expected):
+    _machine(monkeypatch, gpus, mps)
+    assert Run.of(None, device="auto").device == expected
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2"), (1, "mps")])
+def test_a_device_that_is_not_there_is_named_with_what_to_do(monkeypatch, gpus, device):
+    _machine(monkeypatch, gpus, mps=False)
+    with pytest.raises(MergeidError, match=f"device '{device}' cannot be used here.*--device auto"):
+        Run.of(None, device=device)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda", "cuda:1"])
+def test_a_device_that_is_there_stays_as_it_was_named(monkeypatch, device):
+    _machine(monkeypatch, gpus=2, mps=False)
+    assert Run.of(None, device=device).device == device
+
+
+def _machine(monkeypatch, gpus, mps):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
