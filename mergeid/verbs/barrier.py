@@ -114,7 +114,7 @@ def barrier(
     return barrier_curve(
         line,
         examples,
-        Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(device)),
+        Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(run.device)),
         repair=Reestimate(used) if repair else None,
         resume=Path(resume) if resume else None,
         progress=lambda *_: run.tell("measuring", next(count), points),
