@@ -229,4 +229,4 @@ RefuseAbove = Annotated[
 ]
 Seed = Annotated[int, Option("Random seed.", HOW, "N", kind=int, least=0, most=LARGEST_SEED)]
 BatchSize = Annotated[int, Option("Examples per forward pass.", HOW, "N", kind=int, least=1)]
-Device = Annotated[str, Option("cpu, cuda, cuda:1, mps …; auto: the first there is of cuda, mps, cpu.", HOW, "DEVICE")]
+Device = Annotated[str, Option("cpu, cuda, cuda:1, mps …; auto: cuda if there is a GPU, else cpu.", HOW, "DEVICE")]

@@ -38,7 +38,7 @@ def _device_here(name: str) -> str:
     there = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
     there["mps"] = int(torch.backends.mps.is_available())
     if name == "auto":
-        return next((kind for kind, count in there.items() if count), "cpu")
+        return "cuda" if there["cuda"] else "cpu"  # mps has no float64
     kind, _, index = name.partition(":")
     if kind in there and int(index if index.isdecimal() else 0) >= there[kind]:
         raise MergeidError(f"device {name!r} cannot be used here: there is none; use --device auto or --device cpu")
@@ -50,7 +50,7 @@ class Run:
     """How the work is done; nothing of it changes a result but the seed.
 
     Attributes:
-        device: where networks run; "auto": the first there is of cuda, mps and cpu; None: where Accelerate chooses.
+        device: where networks run; "auto": a GPU of CUDA if there is one, else the CPU; None: where Accelerate chooses.
         seed: of every draw.
         batch_size: examples in a forward pass.
         tell: is told how far long work is.

@@ -8,9 +8,9 @@ from mergeid.request.request import Run
 
 
 @pytest.mark.parametrize(
-    ("gpus", "mps", "expected"), [(0, False, "cpu"), (0, True, "mps"), (2, False, "cuda"), (1, True, "cuda")]
+    ("gpus", "mps", "expected"), [(0, False, "cpu"), (0, True, "cpu"), (2, False, "cuda"), (1, True, "cuda")]
 )
-def test_auto_takes_the_first_device_there_is(monkeypatch, gpus, mps, expected):
+def test_auto_takes_a_gpu_if_there_is_one(monkeypatch, gpus, mps, expected):
     _machine(monkeypatch, gpus, mps)
     assert Run.of(None, device="auto").device == expected
 
