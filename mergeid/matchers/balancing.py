@@ -22,8 +22,13 @@ STILL = 1e-9
 """Logarithms of factors that count as one."""
 EQUAL = 1e-4
 """Difference of two models' lengths, in logarithms, that needs no change."""
-CLEAR = 0.5
-"""Balanced, lengths must differ by less than that share of what they did."""
+COPY = 0.05
+"""Balanced, lengths must differ by less than that share of what they did: rescaled copies. Of small networks that lie
+near each other, chance alone halves it."""
+CLEAR, FAR = 0.35, 0.3
+"""Or by less than this share, where their logarithms differed by this much: networks trained apart, then rescaled."""
+HOPE = 0.8
+"""The share after a few sweeps from which on the rest is not tried."""
 
 States = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
@@ -83,8 +88,8 @@ class _Lengths:
 
 
 def balanced(scaled: Sequence[Scaled], states: States) -> tuple[list[Turn], list[Turn], list[Turn]] | None:
-    """What balances A, and its inverse, and what balances B; None where that brings the lengths of their weights no
-    nearer (`CLEAR`): as of models that were never rescaled."""
+    """What balances A, and its inverse, and what balances B; None where that does not bring the lengths of their
+    weights clearly nearer (`COPY`, `CLEAR`): as of models that were never rescaled."""
     if not scaled:
         return None
     a, b = (_Lengths.of(scaled, state) for state in states)
@@ -92,10 +97,10 @@ def balanced(scaled: Sequence[Scaled], states: States) -> tuple[list[Turn], list
     if not before > EQUAL:
         return None
     factors: list[list[np.ndarray]] = [[np.ones(one.size) for one in scaled] for _ in range(2)]
-    for sweeps in (4, SWEEPS):
+    for sweeps, share in ((4, HOPE), (SWEEPS, CLEAR if before > FAR else COPY)):
         for lengths, found in zip((a, b), factors, strict=True):
             _sweep(scaled, lengths, found, sweeps)
-        if not _apart(a.profile(scaled), b.profile(scaled)) < CLEAR * before:
+        if not _apart(a.profile(scaled), b.profile(scaled)) < share * before:
             return None
     ours, theirs = ([one.scale(f) for one, f in zip(scaled, found, strict=True)] for found in factors)
     back = [one.scale(1 / f) for one, f in zip(scaled, factors[0], strict=True)]

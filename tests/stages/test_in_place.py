@@ -221,9 +221,10 @@ def test_distances_of_rows_are_those_of_loops_however_large_the_tiles(
         apart, lengths = totals[axis]
         np.testing.assert_allclose(apart, ((one - two) ** 2).sum(1), rtol=1e-5)
         np.testing.assert_allclose(lengths, (two**2).sum(1), rtol=1e-5)
-        own, nearest, usual = _window(*stored, axis, np.random.default_rng(1))
+        own, nearest, usual, rescaled = _window(*stored, axis, np.random.default_rng(1))
         sample = np.sort(np.random.default_rng(1).choice(count, min(OTHERS, count), replace=False))
         far = [[((two[i] - one[j]) ** 2).sum() for j in sample if j != i] for i in range(count)]
         np.testing.assert_allclose(own, ((one - two) ** 2).sum(1), rtol=1e-4)
         np.testing.assert_allclose(nearest, [min(f) for f in far], rtol=1e-4)
+        assert not rescaled
         assert usual == pytest.approx(np.mean([d for f in far for d in f]), rel=1e-4)

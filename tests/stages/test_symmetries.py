@@ -281,7 +281,11 @@ def test_ordinary_pairs_are_left_alone() -> None:
         model, other = (seeded(make, s).float() for s in (0, 1))
         x = torch.randn(shape, generator=generator())
         assert not mergeid.merge(model, other, example_inputs=x, match="always").plan.to_json()["maps"]
-        near = {k: v + 0.02 * torch.randn(v.shape, generator=generator(2)) for k, v in model.state_dict().items()}
+    make, x = lambda: nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3)), torch.randn(16, 6)
+    for seed in range(6):  # few neurons: chance brings lengths nearer
+        model = seeded(make, seed).float()
+        noise = generator(seed)
+        near = {k: v + 0.02 * torch.randn(v.shape, generator=noise) for k, v in model.state_dict().items()}
         assert not mergeid.merge(model, with_state(model, near), example_inputs=x).plan.to_json()["maps"]
     (model, batch), (other, _) = llama(), llama(seed=1)
     assert not mergeid.merge(model, other, example_inputs=batch, match="always").plan.to_json()["maps"]
