@@ -183,7 +183,7 @@ def test_resolve_names_what_does_not_fit(adapter):
     table = fresh_table("resnet34")
     with pytest.raises(
         MergeidError,
-        match=r"is not timm/resnet18: tensor 'layer1\.2\..*not part of it; by its tensors it is timm/resnet34",
+        match=r"does not fit timm/resnet18: tensor 'layer1\.2\..*not part of it; by its tensors it is timm/resnet34",
     ):
         adapter.resolve("resnet18", table, None)
 

@@ -80,9 +80,9 @@ def test_reasons_tell_the_cases_apart() -> None:
         _decision(GRAPH, space(), replace(JUDGED, **changes), moved, lost)[0].why
         for changes, moved, lost in (({}, 0, 0.1), ({"gain_low": -0.1}, 3, 0.1), ({}, 3, 0.9))
     ]
-    assert "identity" in told[0] and "interval" in told[1] and "parts neurons" in told[2]
+    assert "identity" in told[0] and "interval" in told[1] and "separates neurons" in told[2]
     doubtless = _decision(GRAPH, space(), replace(JUDGED, gain_low=-0.1), 4, -0.9)[0].why
-    assert "leave no doubt" in doubtless and "leave no doubt" not in _decision(GRAPH, space(), JUDGED, 4, -0.9)[0].why
+    assert "weights confirm it" in doubtless and "weights confirm it" not in _decision(GRAPH, space(), JUDGED, 4, -0.9)[0].why
 
 
 def test_without_activations_a_space_lies_as_its_parents_say() -> None:
@@ -92,7 +92,7 @@ def test_without_activations_a_space_lies_as_its_parents_say() -> None:
         assert word in record.why and ("follows" in record.why) == bool(parents)
 
 
-@pytest.mark.parametrize(("z", "word"), [(4.0, "do not confirm"), (4.0 + 1e-9, "unseen ones confirm")])
+@pytest.mark.parametrize(("z", "word"), [(4.0, "do not confirm"), (4.0 + 1e-9, "held-out ones confirm")])
 def test_when_unseen_weights_confirm(z: float, word: str) -> None:
     record = _weight_record(GRAPH, space(), True, 3, 0.2, z)
     assert word in record.why and (record.decision, record.moved, record.gain) == (MATCH, 3, 0.2)

@@ -97,5 +97,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MergeidError, match=r"no model has every token: .*b has '<y>'.*--tokenizer a"):
         merged(tmp_path / "out", a, b, tokenizer="union")
     for choice in ("c", "base", "both"):
-        with pytest.raises(MergeidError, match=f"--tokenizer '{choice}' names no model"):
+        with pytest.raises(MergeidError, match=f"--tokenizer '{choice}' is not the letter of a model"):
             merged(tmp_path / "out", a, b, tokenizer=choice)

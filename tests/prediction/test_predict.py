@@ -129,9 +129,7 @@ def test_advice() -> None:
     def way(name: str, expected: float, low: float, within: float, beyond: float = 0.0) -> Outlook:
         return Outlook(name, False, Interval(expected, low, expected * 2, 0.0, within, beyond), None, [])
 
-    assert advise([way("direct", 0.001, 0, 0.97), way("matched", 0.001, 0, 0.98)], 0.01).startswith(
-        "Merge them as they"
-    )
+    assert advise([way("direct", 0.001, 0, 0.97), way("matched", 0.001, 0, 0.98)], 0.01).startswith("Merge them as is")
     assert "after matching" in advise([way("direct", 1.0, 0.3, 0.01), way("matched", 0.001, 0, 0.95)], 0.01)
     assert advise([way("direct", 1.0, 0.3, 0.01)], 0.01).startswith("Do not average")
     assert advise([way("direct", 0.05, 0.0, 0.5)], 0.01).startswith("Measure before")
