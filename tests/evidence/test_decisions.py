@@ -82,7 +82,10 @@ def test_reasons_tell_the_cases_apart() -> None:
     ]
     assert "identity" in told[0] and "interval" in told[1] and "separates neurons" in told[2]
     doubtless = _decision(GRAPH, space(), replace(JUDGED, gain_low=-0.1), 4, -0.9)[0].why
-    assert "weights confirm it" in doubtless and "weights confirm it" not in _decision(GRAPH, space(), JUDGED, 4, -0.9)[0].why
+    assert (
+        "weights confirm it" in doubtless
+        and "weights confirm it" not in _decision(GRAPH, space(), JUDGED, 4, -0.9)[0].why
+    )
 
 
 def test_without_activations_a_space_lies_as_its_parents_say() -> None:
