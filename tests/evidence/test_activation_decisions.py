@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -275,30 +275,48 @@ def test_the_first_guess_is_the_match_where_it_gains_and_the_order_where_not() -
     assert np.array_equal(_first_guess(graph, {}, matched)[one.id], matched[one.id])
 
 
-def test_heads_and_what_lies_in_them_are_brought_back() -> None:
-    """Heads have no activations of their own: they are judged by the neurons inside, which follow them."""
+def llama() -> nn.Module:
+    """Its heads have activations of their own: rotations are alike within a head."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=16, use_cache=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
 
+
+def vit() -> nn.Module:
+    """Its heads have none: they are judged by the neurons inside, which follow them."""
+    timm = pytest.importorskip("timm")
+    kinds = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 4, "num_classes": 3}
+    model: nn.Module = timm.models.vision_transformer.VisionTransformer(**kinds)
+    return model
+
+
+IDS = torch.randint(20, (EXAMPLES, 6), generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(EXAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("made", "inputs", "with_taps"), [(llama, IDS, True), (vit, IMAGES, False)])
+def test_heads_and_what_lies_in_them_are_brought_back(
+    made: Callable[[], nn.Module], inputs: Tensor, with_taps: bool
+) -> None:
     def net() -> nn.Module:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            model: nn.Module = transformers.LlamaForCausalLM(config).eval()
-            return model
+            return made().eval()
 
     a, b = net(), net()
-    graph = mergeid.graph(a)
-    assert any(s.parents for s in graph.spaces)
+    graph = mergeid.graph(a, inputs[:2])
     element = graph.random_element(torch.Generator().manual_seed(6))
     b.load_state_dict(graph.apply_state(element, a.state_dict()))
-    ids = torch.randint(20, (EXAMPLES, 6), generator=torch.Generator().manual_seed(1))
     taps = choose_taps(graph, a)
+    heads = {p for s in graph.spaces for p in s.parents}
+    assert heads and all((h in taps) is with_taps for h in heads)
     flat = [t for found in taps.values() for t in found]
-    readers = [TapReader(m, lambda model, batch: model(input_ids=batch["x"]), flat) for m in (a, b)]
-    evidence = ActivationEvidence(graph, PairStream(*readers, lambda: iter([{"x": ids}])), taps)
+    readers = [TapReader(m, lambda model, batch: model(batch["x"]), flat) for m in (a, b)]
+    evidence = ActivationEvidence(graph, PairStream(*readers, lambda: iter([{"x": inputs}])), taps)
     evidence.collect()
     similarity = WeightSimilarity(graph, a.state_dict(), b.state_dict())
     correlations = evidence.correlations()
