@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergeid.matchers.protocol import Matcher, MatchTask, register_matcher
     from mergeid.methods.registry import MergeMethod, register_method
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
+    from mergeid.request.vocabulary import TokenRow, Vocabulary
     from mergeid.results.barrier import BarrierResult
     from mergeid.results.estimate import Estimate
     from mergeid.results.extract import ExtractResult
@@ -65,6 +66,8 @@ _PLACES = {
     "ScrambleResult": "results.merge",
     "SimilarityResult": "results.similarity",
     "SoupResult": "results.soup",
+    "TokenRow": "request.vocabulary",
+    "Vocabulary": "request.vocabulary",
     "ZipResult": "results.zip",
     "align": "verbs.align",
     "barrier": "verbs.barrier",
@@ -108,6 +111,8 @@ __all__ = [
     "ScrambleResult",
     "SimilarityResult",
     "SoupResult",
+    "TokenRow",
+    "Vocabulary",
     "WillNotMerge",
     "ZipResult",
     "align",

@@ -73,11 +73,13 @@ def label_map(config: dict[str, Any] | None) -> dict[str, str] | None:
 
 def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     """Token -> row of the embedding, from the folder's tokenizer files; None where it has none that can be read."""
-    if not checkpoint.is_folder:
-        return None
-    folder = checkpoint.tokenizer_folder
+    return vocabulary_of(checkpoint.tokenizer_folder) if checkpoint.is_folder else None
+
+
+def vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token -> number, from the tokenizer files of a folder; None where it has none that can be read."""
     if (folder / "tokenizer.json").is_file():
-        found = _tokenizer_vocabulary(folder / "tokenizer.json")
+        found = tokenizer_vocabulary(folder / "tokenizer.json")
         if found is not None:
             return found
     if (folder / "vocab.json").is_file():
@@ -87,7 +89,7 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     return None
 
 
-def _tokenizer_vocabulary(path: Path) -> dict[str, int] | None:
+def tokenizer_vocabulary(path: Path) -> dict[str, int] | None:
     """The vocabulary of a ``tokenizer.json``; None where its model has none."""
     parsed = read_table(path, "a tokenizer")
     model = parsed.get("model")

@@ -43,7 +43,8 @@ def with_chat_template(models: Sequence[Checkpoint], choice: str | None) -> list
     written = {JINJA: text}
     config = first.tokenizer_folder / CONFIG
     if config.is_file():  # older versions of transformers read it there
-        stated = read_table(config, "the tokenizer's config")
+        changed = first.beside.get(CONFIG)
+        stated = read_table(config, "the tokenizer's config") if changed is None else json.loads(changed)
         written[CONFIG] = json.dumps({**stated, "chat_template": text}, indent=2, ensure_ascii=False) + "\n"
     return [replace(first, beside={**first.beside, **written}), *models[1:]]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 from mergeid.request.request import LARGEST_SEED, MATCHES, TARGETS
+from mergeid.request.vocabulary import Vocabulary
 
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
 """Panels of a command's help."""
@@ -84,11 +85,10 @@ Config = Annotated[
     ),
 ]
 Tokenizer = Annotated[
-    Union[str, None],
+    Union[str, Vocabulary, None],
     Option(
-        "Which tokens the result gets if the vocabularies differ: union, a, b, … or base. Embedding rows are matched "
-        "by "
-        "token. Without it, such models are refused.",
+        "Which tokens the result gets if the vocabularies differ: union, a, b, …, base, or those of a tokenizer's "
+        "folder. Embedding rows are matched by token. Without it, such models are refused.",
         INPUT,
         "union|a|b",
         shown=False,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, shown
+from mergeid.request.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ class Reading:
         skip: globs of tensor names that are taken from the first model as they are.
         allow_pickle: whether pickled weights may be read.
         example: of live modules.
-        tokenizer: "union", "a", "b", … or "base": whose tokens the embeddings have; None: all have the same.
+        tokenizer: whose tokens the embeddings have; None: all have the same.
         chat_template: "auto", "a", "b", …, "chatml", a file or a template: what the result's tokenizer gets; None: the
             first model's.
         dequantise: whether quantised weights are read as floating-point ones.
@@ -127,7 +128,7 @@ class Reading:
     skip: tuple[str, ...] = ()
     allow_pickle: bool = False
     example: Example = field(default_factory=Example)
-    tokenizer: str | None = None
+    tokenizer: Vocabulary | None = None
     chat_template: str | None = None
     dequantise: bool = False
 

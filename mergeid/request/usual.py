@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Union
 
 from mergeid.request import options as o
 from mergeid.request.request import LIMIT, Calibration, Example, OwnData, Progress, Reading, Run
+from mergeid.request.vocabulary import Vocabulary
 
 
 class Usual(TypedDict, total=False):
@@ -67,7 +68,7 @@ def parameters() -> list[inspect.Parameter]:
 
 
 def requests_of(
-    given: Usual, batch_size: int, tokenizer: str | None = None, chat_template: str | None = None
+    given: Usual, batch_size: int, tokenizer: str | Vocabulary | None = None, chat_template: str | None = None
 ) -> tuple[Run, Reading]:
     """What was asked for. Raises `MergeidError` as `Run` does."""
     told: Usual = {**DEFAULTS, **given}
@@ -75,7 +76,14 @@ def requests_of(
     example = Example.of(told["example_inputs"], told["outputs"])
     skip, pickle = tuple(told["skip"]), told["allow_pickle"]
     return run, Reading(
-        told["arch"], told["config"], skip, pickle, example, tokenizer, chat_template, told["dequantise"]
+        told["arch"],
+        told["config"],
+        skip,
+        pickle,
+        example,
+        Vocabulary.of(tokenizer),
+        chat_template,
+        told["dequantise"],
     )
 
 

@@ -99,20 +99,20 @@ def open_models(
     for checkpoint in opened:
         refuse_adapter(checkpoint)
     named = same_names(opened, asked.arch)
-    words = one_vocabulary(named.models, asked.tokenizer, base is not None)
+    given = same_heads(named.models, asked.skip) if heads else SameHeads(named.models)
+    words = one_vocabulary(given.models, asked.tokenizer, base is not None)
     everyone = with_chat_template(words.models, asked.chat_template)
-    given = same_heads(everyone, asked.skip) if heads else SameHeads(everyone)
-    left = {name for c in given.models for name in c.table}
+    left = {name for c in everyone for name in c.table}
     skip = tuple(
         p
         for p in asked.skip
         if any(fnmatchcase(n, p) for n in left) or not any(fnmatchcase(n, p) for n in given.dropped | named.dropped)
     )
-    origin = given.models.pop() if base is not None else None
+    origin = everyone.pop() if base is not None else None
     if widths:  # other architectures are called so, and not configs that differ
-        plan_many(given.models, base=origin, skip=skip)
+        plan_many(everyone, base=origin, skip=skip)
     agreed = agree(
-        given.models,
+        everyone,
         origin,
         config=asked.config,
         same_head=heads and not skip,
@@ -120,7 +120,7 @@ def open_models(
         arch=asked.arch,
         layers=not skip,
     )
-    agreed = replace(agreed, notes=[*named.notes, *words.notes, *given.notes, *agreed.notes])
+    agreed = replace(agreed, notes=[*named.notes, *given.notes, *words.notes, *agreed.notes])
     if opened[0].module is None:
         return Met(bench, tuple(agreed.models), agreed.base, agreed, skip)
     return Met(bench, tuple(opened[: len(models)]), opened[-1] if base is not None else None, agreed, skip)

@@ -141,7 +141,8 @@ def merge(
             plot; it is made if there is none.
         as_adapter: rank of the adapter that the result is written as (`mergeid.extract`), on `base` or on what all
             models are adapters on; None: a whole model.
-        tokenizer: "union", "a", "b", … or "base": whose tokens the result has, where vocabularies differ.
+        tokenizer: "union", "a", "b", …, "base" or a folder with a tokenizer: whose tokens the result has, where
+            vocabularies differ; or a `mergeid.Vocabulary`, which also says where single rows come from.
         chat_template: "auto", "a", "b", …, "chatml", a file, or a template: what the result's tokenizer gets; None: the
             first model's.
         force: overwrite, and merge even when the plan, or the last look, says that it will not work.
