@@ -12,13 +12,12 @@ from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
 from mergeid.request.options import HOW
+from mergeid.verbs.merge import merge
 from mergeid.verbs.plan import plan
+from mergeid.verbs.predict import predict
 
 if TYPE_CHECKING:
     from mergeid.results.plan import Plan
-
-AGAIN = ("base", "data", "arch", "config", "matcher", "skip")
-"""Options of a plan that the merge after it takes too."""
 
 
 @command_of(plan)
@@ -66,18 +65,20 @@ def command(
         if as_json:
             work.emit(result)
         else:
-            from mergeid.reporting.show_plan import next_command, print_plan
+            from mergeid.reporting.show_plan import print_plan
 
             work.close()
             print_plan(found, work.console, verbose=verbose)
-            work.say(f"Next: {next_command(found, a, b, call.words(*AGAIN))}")
-            if output is not None:
-                work.say(f"Plan: {output}")
-            if plot is not None:
-                work.say(f"Plot: {plot}")
-            if page is not None:
-                work.say(f"Report: {page}")
+            work.wrote([p for p in (output, plot, page) if p is not None])
+            work.say(f"Next: {_next(found, call, a, b)}")
     return 1 if strict and found.verdict == "will not merge" else 0
+
+
+def _next(plan: Plan, call: Call[Plan], a: str, b: str) -> str:
+    """What to run after this plan: the merge, or what says more where there will be none."""
+    if plan.verdict == "will not merge":
+        return f"{call.next(predict, a, b)}, to see what a merge would lose"
+    return call.next(merge, a, b, also=("-o", o.new_output(a)))
 
 
 def _estimate(a: str, b: str, call: Call[Plan], as_json: bool) -> int:

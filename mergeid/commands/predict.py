@@ -12,6 +12,7 @@ from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import Work, check_outputs, to_text, working, write_report
 from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
+from mergeid.verbs.merge import merge
 from mergeid.verbs.predict import predict
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def command(
         if not work.as_json:
             _shown(work, result)
             work.wrote([p for p in (output, page) if p is not None])
+            work.say(f"Next: {_next(result, call, *models)}")
     return 0
 
 
@@ -89,6 +91,19 @@ def _shown(work: Work, result: PredictResult) -> None:
         work.say(f"Note: {result.bound.statement}.")
     for note in result.notes:
         work.say(f"Note: {note}.")
+
+
+def _next(result: PredictResult, call: Call[PredictResult], a: str, b: str) -> str:
+    """What to run after this prediction: the merge where it is sure or was tried, else what says more."""
+    if not result.trials and (way := result.sure) is not None:
+        return call.next(merge, a, b, also=(*way.options, "-o", o.new_output(a)))
+    if result.mode == "weights":
+        return f"{call.next(predict, a, b)} --data DATA, to run the models on examples of their kind"
+    if not result.trials:
+        return f"{call.next(predict, a, b, also=('--try',))}, to make the merges in memory and measure them"
+    best = result.best_trial
+    how = best.options if best is not None and best.lost <= result.tolerated else ()
+    return call.next(merge, a, b, also=(*how, "-o", o.new_output(a)))
 
 
 def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None, plot: Path | None) -> int:

@@ -12,6 +12,7 @@ from mergeid.commands.predict import matrix_shown, written
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, working
 from mergeid.request.options import OUTPUT
+from mergeid.verbs.merge import merge
 from mergeid.verbs.rank import rank
 
 if TYPE_CHECKING:
@@ -62,4 +63,15 @@ def command(
                 work.say(f"Left out: {name}: {why}.")
         if not work.as_json:
             work.wrote([p for p in (output, plot) if p is not None])
+            if not isinstance(result, PredictionMatrix) and (following := _next(result, call)):
+                work.say(f"Next: {following}")
     return 0
+
+
+def _next(ranking: Ranking, call: Call[Ranking | PredictionMatrix]) -> str | None:
+    """The merge with the best partner; None where no partner can be judged."""
+    best = ranking.partners[0]
+    if best.tried is None and not best.way.nats.trusted:
+        return None
+    a, b = best.result.a, best.result.b
+    return call.next(merge, a, b, also=(*best.options, "-o", o.new_output(a)))

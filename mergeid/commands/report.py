@@ -37,7 +37,7 @@ def command(
         from mergeid.reporting.page.verdict import sentence
 
         work.say(sentence(found)[1])
+        work.wrote([output])
         if found.next_command:
             work.say(f"Next: {found.next_command}")
-        work.wrote([output])
     return 0

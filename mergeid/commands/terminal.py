@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -49,14 +50,20 @@ class Call(Generic[Answer]):
         shared = {k: v for k, v in self.asked.arguments.items() if k in signature.parameters}
         return Call(verb, signature.bind_partial(**shared))
 
-    def words(self, *keywords: str) -> list[str]:
-        """Those of these options that were given, as they are typed."""
-        found: list[str] = []
-        for keyword in keywords:
-            value = self.asked.arguments.get(keyword)
-            several = value if isinstance(value, (list, tuple)) else [value]
-            found += [word for each in several if each is not None for word in (f"--{keyword}", str(each))]
-        return found
+    def next(self, verb: Callable[..., object], *models: str, also: Sequence[str] = ()) -> str:
+        """The command to run after this one, as it is typed.
+
+        Args:
+            verb: of that command, which gets all options of this one that it takes too, except where its result goes.
+            models: its arguments.
+            also: more words.
+        """
+        words, theirs = ["mergeid", verb.__name__, *models], inspect.signature(verb).parameters
+        for p in _parameters(self.verb):
+            option = _option(p)
+            if option is not None and option.panel != OUTPUT and p.name in theirs and self.given(p.name):
+                words += _typed(p.name, option, self._value(p.name))
+        return shlex.join([*words, *also])
 
     def given(self, keyword: str) -> bool:
         """Whether the terminal was given a value of its own for this keyword."""
@@ -130,6 +137,19 @@ def _option(p: inspect.Parameter) -> Option | None:
     return next((x for x in get_args(p.annotation)[1:] if isinstance(x, Option)), None)
 
 
+def _typed(keyword: str, option: Option, value: object) -> list[str]:
+    """An option with its value as words."""
+    flag, _, off = _flags(keyword, option)[0].partition("/")
+    if option.kind is bool:
+        return [flag if value else off]
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return [word for each in several for word in (flag, str(each))]
+
+
+def _flags(keyword: str, option: Option) -> tuple[str, ...]:
+    return option.flags or (f"--{keyword.replace('_', '-')}",)
+
+
 def _place(p: inspect.Parameter) -> tuple[bool, int]:
     """Arguments first, then options panel by panel."""
     info = get_args(p.annotation)[1]
@@ -145,9 +165,8 @@ def _in_terminal(p: inspect.Parameter) -> inspect.Parameter:
     kind: Any = Enum(p.name, {c: c for c in option.choices}, type=str) if option.choices else option.kind
     if option.several:
         kind = list[option.kind]  # type: ignore[name-defined]
-    flags = option.flags or (f"--{p.name.replace('_', '-')}",)
     info = typer.Option(
-        *flags,
+        *_flags(p.name, option),
         metavar=option.metavar or None,
         rich_help_panel=option.panel,
         help=option.help,

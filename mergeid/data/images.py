@@ -72,7 +72,7 @@ def _warn_of_enlarging(first: Path, folder: Path, about: Mapping[str, Any]) -> N
     if 2 * min(width, height) <= min(wanted):
         warnings.warn(
             f"the images in {folder} ({width}x{height}) are enlarged to {wanted[1]}x{wanted[0]}, the model's default; "
-            "if the models were trained at another size, put it into a config.json beside them",
+            "if the models were trained at another size, give it with --image-size",
             MergeidWarning,
             stacklevel=2,
         )

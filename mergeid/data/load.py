@@ -48,7 +48,7 @@ def load_data(
         folder: the checkpoint's folder, whose tokenizer and preprocessor files are used.
         limit: at most so many examples, drawn without replacement.
         seed: of that draw, and of the masks of masked language models.
-        image_size: side of the images instead of the model's own; only for models that take any size.
+        image_size: height and width of images instead of the model's own; only for models that take that size.
         max_length: longest text in tokens instead of the adapter's default.
 
     Raises `MergeidError` where the data is not found, is empty or does not fit the model.
@@ -56,7 +56,9 @@ def load_data(
     if limit is not None and limit < 1:
         raise MergeidError(f"the number of examples must be at least 1, got {limit}")
     about = conform.facts(adapter, arch, folder)
-    if image_size is not None and about.get("kind") == "image":
+    if image_size is not None:
+        if about.get("kind") != "image":
+            raise MergeidError(f"{arch.id} takes no images; leave out --image-size")
         about["size"] = (about["size"][0], image_size, image_size)
     if max_length is not None and about.get("kind") == "text":
         longest = about.get("position_limit")

@@ -75,16 +75,23 @@ class Examples:
             yield loaded.inputs_of(to_model(batch, device, input_dtype(loaded.model)))
 
 
-def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int) -> Examples:
-    """What a user gives as data, as a model takes it; every model's own data in one random order. Raises `MergeidError`
-    for what does not fit it."""
+def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int, image_size: int | None = None) -> Examples:
+    """What a user gives as data, as a model takes it; every model's own data in one random order.
+
+    Args:
+        image_size: height and width of images; None: the model's own.
+
+    Raises `MergeidError` for what does not fit it."""
     if isinstance(data, OwnData):
-        return _together([examples_of(own, loaded, limit, seed) for own in data.data], limit, seed)
+        return _together([examples_of(own, loaded, limit, seed, image_size) for own in data.data], limit, seed)
     if loaded.adapter.name == "torch":
+        if image_size is not None:
+            raise MergeidError("the data of a live module is taken as is; leave out image_size")
         return Examples(_as_given(data, loaded))
     from mergeid.data import collate, load_data
 
-    found = load_data(data, adapter=loaded.adapter, arch=loaded.arch, folder=loaded.folder, limit=limit, seed=seed)
+    adapter, arch, folder = loaded.adapter, loaded.arch, loaded.folder
+    found = load_data(data, adapter=adapter, arch=arch, folder=folder, limit=limit, seed=seed, image_size=image_size)
     return Examples(found, collate)
 
 

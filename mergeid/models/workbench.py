@@ -82,7 +82,8 @@ class Workbench:
 
         key = id(asked.data), asked.limit
         if key not in self._examples:
-            self._examples[key] = asked, examples_of(asked.data, loaded, asked.limit, self.run.seed)
+            found = examples_of(asked.data, loaded, asked.limit, self.run.seed, self.reading.image_size)
+            self._examples[key] = asked, found
         return self._examples[key][1]
 
     def kept(self, what: Hashable, about: object, work: Callable[[], Made]) -> Made:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT
-from mergeid.io.folders import PICKLES, SAFETENSORS
 from mergeid.reporting.tables import Column, make_table, number
 
 if TYPE_CHECKING:
@@ -84,15 +82,6 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         print_radii(plan, console)
     for line in verdict_lines(plan):
         console.print(line, markup=False)
-
-
-def next_command(plan: Plan, a: str, b: str, options: Sequence[str]) -> str:
-    """What to type after this plan: the merge, or what says more where there is none; `options`: as they are typed."""
-    words = [a, b, *options]
-    if plan.verdict == "will not merge":
-        return f"{shlex.join(['mergeid', 'predict', *words])}, to see what a merge would lose"
-    single = a.endswith((SAFETENSORS, *PICKLES))
-    return shlex.join(["mergeid", "merge", *words, "-o", "merged.safetensors" if single else "merged"])
 
 
 def _with_numbers(plan: Plan, verbose: bool) -> tuple[list[Column], list[Sequence[Any]]]:

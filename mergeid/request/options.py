@@ -147,6 +147,17 @@ Limit = Annotated[
     Union[int, None],
     Option("Number of calibration examples to take from DATA.", INPUT, "N", kind=int, least=1),
 ]
+ImageSize = Annotated[
+    Union[int, None],
+    Option(
+        "Height and width in pixels that the images of DATA are brought to. Default: the model's own.",
+        INPUT,
+        "PIXELS",
+        kind=int,
+        least=1,
+        shown=False,
+    ),
+]
 Force = Annotated[bool, switch("Overwrite an existing output.", OUTPUT)]
 ShardSize = Annotated[
     Union[str, int, None],

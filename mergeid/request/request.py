@@ -121,6 +121,9 @@ class Reading:
         chat_template: "auto", "a", "b", …, "chatml", a file or a template: what the result's tokenizer gets; None: the
             first model's.
         dequantise: whether quantised weights are read as floating-point ones.
+        image_size: height and width that the images of the data are brought to; None: the model's own.
+
+    Raises `MergeidError` for a size that is no whole number.
     """
 
     arch: str | None = None
@@ -131,6 +134,11 @@ class Reading:
     tokenizer: Vocabulary | None = None
     chat_template: str | None = None
     dequantise: bool = False
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_count("image_size", self.image_size)
 
 
 @dataclass(frozen=True)

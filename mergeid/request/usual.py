@@ -27,6 +27,7 @@ class Usual(TypedDict, total=False):
         example_inputs: of live modules: a tensor, tuple or dict of keywords.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); none: all.
         limit: most calibration examples; None: all.
+        image_size: height and width in pixels that the images of the data are brought to; None: the model's own.
         seed: random seed.
         device: where networks run.
         progress: is told (what is being done, steps done, steps in all).
@@ -40,6 +41,7 @@ class Usual(TypedDict, total=False):
     example_inputs: Any
     outputs: Sequence[str]
     limit: o.Limit
+    image_size: o.ImageSize
     seed: o.Seed
     device: o.Device
     progress: Union[Progress, None]
@@ -54,6 +56,7 @@ DEFAULTS: Usual = {
     "example_inputs": None,
     "outputs": (),
     "limit": LIMIT,
+    "image_size": None,
     "seed": 0,
     "device": "cpu",
     "progress": None,
@@ -75,16 +78,9 @@ def requests_of(
     run = Run.of(told["progress"], device=told["device"], seed=told["seed"], batch_size=batch_size)
     example = Example.of(told["example_inputs"], told["outputs"])
     skip, pickle = tuple(told["skip"]), told["allow_pickle"]
-    return run, Reading(
-        told["arch"],
-        told["config"],
-        skip,
-        pickle,
-        example,
-        Vocabulary.of(tokenizer),
-        chat_template,
-        told["dequantise"],
-    )
+    words = Vocabulary.of(tokenizer)
+    dequantise, size = told["dequantise"], told["image_size"]
+    return run, Reading(told["arch"], told["config"], skip, pickle, example, words, chat_template, dequantise, size)
 
 
 def calibration_of(data: Any, given: Usual) -> Calibration:

@@ -47,6 +47,14 @@ class Outlook:
         return f"{self.assignment}, repaired" if self.repaired else self.assignment
 
     @property
+    def options(self) -> tuple[str, ...]:
+        """Those of ``mergeid merge`` that merge in this way."""
+        if self.solved:
+            return "--repair", "solve"
+        match = "never" if self.assignment == "direct" else "always"
+        return "--match", match, "--repair", "bn" if self.repaired else "none"
+
+    @property
     def trouble(self) -> tuple[bool, bool, bool]:
         """Sorts ways by what they change, the simplest first."""
         return self.solved, self.assignment != "direct", self.repaired
@@ -97,9 +105,26 @@ class PredictResult:
         return min(self.outlooks, key=lambda o: (o.nats.expected, o.trouble))
 
     @property
+    def best_trial(self) -> Trial | None:
+        """The merge that lost least of those that were made in memory and run; None where none were."""
+        return min(self.trials, key=lambda t: t.lost, default=None)
+
+    @property
+    def sure(self) -> Outlook | None:
+        """The simplest way that loses no more than is tolerated, with a probability of at least `SURE`."""
+        return sure_of(self.outlooks)
+
+    @property
     def advice(self) -> str:
-        """What to do, in a sentence."""
-        return advise(self.outlooks, self.tolerated)
+        """What to do, in a sentence: by the trials, where there are any."""
+        tried = self.best_trial
+        if tried is None:
+            return advise(self.outlooks, self.tolerated, "random input" if self.mode == "weights" else "input")
+        lost = f"{'loses' if tried.lost > 0 else 'gains'} {abs(tried.lost):.2g} nats in a trial"
+        if tried.lost <= self.tolerated:
+            return f"Merge them: the best way ({tried.label}) {lost}."
+        more = f"more than the {self.tolerated:g} tolerated"
+        return f"Merge them with care: even the best way ({tried.label}) {lost}, {more}."
 
     @property
     def said_of_worth(self) -> str:
@@ -113,7 +138,9 @@ class PredictResult:
                 f"can be gained by merging them."
             )
         gains = f"gain about {w.gain:.2g} nats over" if w.gain > 0 else "be no better than"
-        kept = "" if w.kept is None else f", and the best merge tried keeps {w.kept:.0%} of what they gain on average"
+        kept = ""
+        if w.kept is not None and w.gain > 0:
+            kept = f", and the best merge tried keeps {w.kept:.0%} of what they gain on average"
         return (
             f"Both models together would {gains} the better one (90 % interval {w.low:.2g} to {w.high:.2g}, without "
             f"labels){kept}."
@@ -189,41 +216,37 @@ def _outlook(
     )
 
 
-def command(way: Outlook) -> str:
-    """What to type to merge that way."""
-    if way.solved:
-        return "mergeid merge A B --data DATA --repair solve"
-    match = "never" if way.assignment == "direct" else "always"
-    return f"mergeid merge A B --match {match}" + (" --data DATA --repair bn" if way.repaired else " --repair none")
+def sure_of(outlooks: Sequence[Outlook]) -> Outlook | None:
+    """See `PredictResult.sure`."""
+    sure = [o for o in outlooks if o.nats.trusted and (o.nats.within or 0.0) >= SURE]
+    return min(sure, key=lambda o: o.trouble, default=None)
 
 
-def advise(outlooks: Sequence[Outlook], tolerated: float) -> str:
-    """One sentence: what to do, and the command that does it."""
+def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -> str:
+    """One sentence: what to do; `kind`: of inputs that the models ran on."""
     known = [o for o in outlooks if o.nats.trusted]
     if not known:
-        why = "one of the models makes the same prediction for every input"
+        why = f"one of the models makes the same prediction for every {kind}"
         if not any(o.nats.collapsed for o in outlooks):
             why = "the pair is unlike anything that the predictor was fitted on"
-        return f"Cannot tell: {why}; measure it with mergeid barrier A B --data DATA."
-    ways = {"direct": "as is", "matched": "after matching their neurons"}
-    for o in sorted(known, key=lambda o: o.trouble):
-        if (o.nats.within or 0.0) >= SURE:
-            more = "and re-estimate the normalisation statistics" if o.repaired else ""
-            more = ", and solve the layers" if o.solved else more
-            return (
-                f"Merge them {ways[o.assignment]}{more} ({command(o)}): a loss of at most {tolerated:g} nats is "
-                f"expected with probability {o.nats.within:.2f}."
-            )
+        return f"Cannot tell: {why}; measure what a merge loses."
+    if (sure := sure_of(known)) is not None:
+        way = {"direct": "as is", "matched": "after matching their neurons"}[sure.assignment]
+        more = " and re-estimate the normalisation statistics" if sure.repaired else ""
+        more = " and solve the layers" if sure.solved else more
+        return (
+            f"Merge them {way}{more}: a loss of at most {tolerated:g} nats is expected with probability "
+            f"{sure.nats.within:.2f}."
+        )
     best = min(known, key=lambda o: (o.nats.expected, o.trouble))
     if min(o.nats.low for o in known) > tolerated:
         return (
-            f"Do not average these two: even the best way ({best.label}) is expected to lose "
-            f"{best.nats.expected:.2g} nats, more than the {tolerated:g} tolerated; mergeid merge A B --data DATA "
-            f"--repair solve+polish may still work."
+            f"Do not average these two: even the best way ({best.label}) is expected to lose {best.nats.expected:.2g} "
+            f"nats, more than the {tolerated:g} tolerated."
         )
     return (
-        f"Measure before you merge (mergeid barrier A B --data DATA): the best way ({best.label}) is expected to "
-        f"lose {best.nats.expected:.2g} nats (90 % interval {best.nats.low:.2g} to {best.nats.high:.2g})."
+        f"Measure before you merge: the best way ({best.label}) is expected to lose {best.nats.expected:.2g} nats "
+        f"(90 % interval {best.nats.low:.2g} to {best.nats.high:.2g})."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergeid.results.prediction import Outlook, PredictResult, command
+from mergeid.results.prediction import Outlook, PredictResult
 
 FORMAT = "mergeid.ranking/1"
 
@@ -27,11 +27,20 @@ class Partner:
         return min(known, key=lambda o: (o.nats.score, o.trouble))
 
     @property
+    def label(self) -> str:
+        """What the best way is called: of those that were tried, where any were."""
+        return (self.result.best_trial or self.way).label
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Those of ``mergeid merge`` that merge in that way."""
+        return (self.result.best_trial or self.way).options
+
+    @property
     def tried(self) -> float | None:
-        """Nats that the best of its merges lost in a trial (by labels and prediction together, where there are any);
-        None without one."""
-        found = [t.soft if t.labelled is None else t.labelled.corrected for t in self.result.trials]
-        return min(found) if found else None
+        """Nats that the best of its merges lost in a trial; None without one."""
+        best = self.result.best_trial
+        return None if best is None else best.lost
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -66,7 +75,7 @@ class Ranking:
 
     @property
     def advice(self) -> str:
-        """One sentence: whom to merge with, and the command."""
+        """One sentence: whom to merge with."""
         best = self.partners[0]
         if not best.way.nats.trusted and best.tried is None:
             return (
@@ -76,7 +85,7 @@ class Ranking:
         lost = f"{best.way.nats.expected:.2g} nats of expected loss"
         if best.tried is not None:
             lost = f"{abs(best.tried):.2g} nats {'lost' if best.tried > 0 else 'gained'} in a trial"
-        return f"Merge {self.model} (A) with {best.name} (B), {best.way.label}: {lost} ({command(best.way)})."
+        return f"Merge {self.model} (A) with {best.name} (B), {best.label}: {lost}."
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""

@@ -59,6 +59,17 @@ class Trial:
             return "solved"
         return ("direct" if self.merge == PLAIN else "matched") + REPAIRS[self.repair]
 
+    @property
+    def lost(self) -> float:
+        """Nats that it lost: by labels and prediction together, where there are labels."""
+        return self.soft if self.labelled is None else self.labelled.corrected
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Those of ``mergeid merge`` that merge in this way."""
+        matched = () if self.repair == "solve" else ("--match", "never" if self.merge == PLAIN else "always")
+        return *matched, "--repair", self.repair
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return {"way": self.label, **asdict(self)}

@@ -43,6 +43,7 @@ def barrier(
     config: o.Config = None,
     skip: o.Skip = (),
     limit: Annotated[int | None, o.count("Number of examples to take from DATA. Default: all.", o.INPUT, 1)] = None,
+    image_size: o.ImageSize = None,
     calibration_limit: int | None = LIMIT,
     batch_size: o.BatchSize = 64,
     seed: o.Seed = 0,
@@ -73,6 +74,7 @@ def barrier(
         points: grid points λ from 0 to 1, at least 2.
         calibration: data for matching and repair; default: `data`.
         limit: most examples to measure on; None: all.
+        image_size: height and width of the data's images; None: the model's own.
         dtype: "float64" measures in float64.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         resume: JSON file of finished points.
@@ -87,7 +89,8 @@ def barrier(
     if points < 2:
         raise MergeidError(f"--points must be at least 2, got {points}")
     check_matching(matching, True)
-    reading = Reading(arch, config, tuple(skip), allow_pickle, Example.of(example_inputs, outputs))
+    example = Example.of(example_inputs, outputs)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, example, image_size=image_size)
     opening = Run.of(progress, seed=seed)  # networks are compared on the CPU, and measured on the device
     met = open_models(Workbench(reading, opening), [a, b])
     pair = pair_of(met, met.models[1])

@@ -76,6 +76,7 @@ def report(
     config: o.Config = None,
     skip: o.Skip = (),
     limit: Annotated[int | None, o.count("Number of examples to measure on. Default: all.", o.INPUT, 1)] = None,
+    image_size: o.ImageSize = None,
     batch_size: o.BatchSize = BATCH,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
@@ -92,6 +93,7 @@ def report(
         merge: make the merge that `mergeid merge` makes by itself, in a temporary place, and measure it too.
         points: of every curve, at least 3.
         limit: most examples to measure on; None: all.
+        image_size: height and width of the data's images; None: the model's own.
 
     Raises `MergeidError` for anything wrong with the input.
     """
@@ -105,9 +107,8 @@ def report(
     began = time.perf_counter()
     held = Calibration(calibration if calibration is not None else data)
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
-    met = open_models(
-        Workbench(Reading(arch, config, tuple(skip), allow_pickle), Run.of(progress, device=device, seed=seed)), [a, b]
-    )
+    reading = Reading(arch, config, tuple(skip), allow_pickle, image_size=image_size)
+    met = open_models(Workbench(reading, Run.of(progress, device=device, seed=seed)), [a, b])
     from mergeid.stages.plan import plan_pair
 
     pair, plan = plan_pair(met, Matching(), held)
@@ -291,7 +292,9 @@ def _command(verb_name: str, task: _Task, *rest: str) -> str:
     words += ["--data", _said(task.data.data if verb_name == "report" else task.held.data)]
     if verb_name == "report" and task.held.data is not task.data.data:
         words += ["--calibration", _said(task.held.data)]
-    for option, value in (("--arch", task.reading.arch), ("--config", task.reading.config)):
+    reading = task.reading
+    size = None if reading.image_size is None else str(reading.image_size)
+    for option, value in (("--arch", reading.arch), ("--config", reading.config), ("--image-size", size)):
         words += [option, value] if value is not None else []
     for pattern in task.reading.skip:
         words += ["--skip", pattern]

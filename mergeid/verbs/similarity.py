@@ -51,6 +51,7 @@ def similarity(
     ] = ("*",),
     arch: o.Arch = None,
     limit: o.Limit = LIMIT,
+    image_size: o.ImageSize = None,
     per_example: int = 32,
     batch_size: o.BatchSize = 32,
     seed: o.Seed = 0,
@@ -70,12 +71,14 @@ def similarity(
         data: examples, see `mergeid.data.load_data`; labels are not looked at.
         layers: globs of the modules to compare.
         limit: most examples.
+        image_size: height and width of the data's images; None: the model's own.
         per_example: most positions of an example, drawn with `seed`.
 
     Raises `MergeidError` for anything wrong with the input.
     """
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
-    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs)), run)
+    example = Example.of(example_inputs)
+    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=example, image_size=image_size), run)
     one = bench.load(a)
     two = bench.load(b).apart_from(one)
     examples = bench.examples(Calibration(data, limit), one)

@@ -37,6 +37,7 @@ def sketch(
     output: str | os.PathLike[str] | None = None,
     arch: o.Arch = None,
     limit: Annotated[int, o.Option("Number of inputs to take from DATA.", o.INPUT, "N", kind=int, least=2)] = EXAMPLES,
+    image_size: o.ImageSize = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     allow_pickle: o.AllowPickle = False,
@@ -51,6 +52,7 @@ def sketch(
         source: file, folder, hub id, or a live module whose outputs are logits.
         data: inputs; sketches compare only where these are the same.
         output: file to write; None: nothing is written.
+        image_size: height and width of the data's images; None: the model's own.
         limit: most inputs. force: replace an earlier output.
 
     Raises `MergeidError` for anything wrong with the input."""
@@ -61,7 +63,8 @@ def sketch(
     from mergeid.prediction.sketch import make_sketch, save_sketch
 
     run = Run.of(progress, device=device, seed=seed)
-    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs)), run)
+    example = Example.of(example_inputs)
+    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=example, image_size=image_size), run)
     loaded = bench.load(source)
     examples = bench.examples(Calibration(data, limit), loaded)
     if examples is None:

@@ -44,6 +44,7 @@ def zip_models(
         o.examples("Examples of both tasks, to find out which features are alike; same forms as for mergeid merge."),
     ],
     limit: o.Limit = LIMIT,
+    image_size: o.ImageSize = None,
     arch: o.Arch = None,
     config: o.Config = None,
     allow_pickle: o.AllowPickle = False,
@@ -86,6 +87,7 @@ def zip_models(
         one_head: also average the heads, for models of one task: the result is one model of A's architecture whose
             outputs are the mean of both heads'.
         config: "a" or "b": whose config both get where they differ in what the trunk computes.
+        image_size: height and width of the data's images; None: the model's own.
         repair: estimate BatchNorm statistics again on `data`.
 
     Raises:
@@ -103,7 +105,7 @@ def zip_models(
     target = None
     if not (live and output is None):
         target = _target(Output(output, force=force), [a, b, data, arch], one_head)
-    bench = Workbench(Reading(arch, config, (), allow_pickle, Example.of(example_inputs)), run)
+    bench = Workbench(Reading(arch, config, (), allow_pickle, Example.of(example_inputs), image_size=image_size), run)
     met = open_models(bench, [a, b], heads=one_head, widths=False)
     pair = _pair(met, one_head)
     _same_trunk(pair)

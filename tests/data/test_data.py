@@ -73,6 +73,11 @@ def test_image_preprocessing_equals_timms(tmp_path, size):
     torch.testing.assert_close(ours["x"], theirs, rtol=0, atol=1e-5)
 
 
+def test_text_has_no_image_size(tmp_path):
+    with pytest.raises(MergeidError, match="transformers/bert takes no images; leave out --image-size"):
+        load_data({"input_ids": [[1, 2]]}, adapter=HF, arch=MASKED, image_size=32)
+
+
 def test_grey_images(image_folder):
     data = load_data(image_folder, adapter=TIMM, arch=GREY, image_size=32)
     assert data[0]["x"].shape == (1, 32, 32)

@@ -1,0 +1,86 @@
+"""The command that a plan, a prediction or a ranking ends with: it runs as it is printed, and keeps what was asked."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mergeid.commands.cli import run
+from mergeid.errors import MergeidWarning
+
+Said = Callable[..., str]
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """Runs a command line beside a.pth, its near copy b.pth, and images/ of 32 x 32 pixels; what it printed."""
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    state = model.state_dict()
+    torch.save(state, "a.pth")
+    near = {k: v + 0.01 * v.std() if v.is_floating_point() and v.numel() > 1 else v for k, v in state.items()}
+    torch.save(near, "b.pth")
+    save_file(near, "b.safetensors")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        folder = tmp_path / "images" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+    def call(words: str) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MergeidWarning)  # images that are enlarged
+            code = run(shlex.split(words))
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return call
+
+
+def following(printed: str) -> str:
+    """The command of the line ``Next:``, which is the last one."""
+    line = printed.splitlines()[-1]
+    assert line.startswith("Next: mergeid ")
+    return line.removeprefix("Next: mergeid ")
+
+
+KEPT = "--data images --allow-pickle --limit 32 --image-size 32"
+
+
+def test_the_command_after_a_plan(said: Said, tmp_path: Path) -> None:
+    command = following(said(f"plan a.pth b.pth {KEPT} -o plan.json --match never"))
+    assert set(KEPT.split()) <= set(command.split()) and command.endswith("-o merged.safetensors")
+    assert "--match never" in command and "plan.json" not in command
+    said(command)
+    assert (tmp_path / "merged.safetensors").exists()
+    again = following(said(f"plan a.pth b.pth {KEPT}"))
+    assert again.endswith("-o merged-2.safetensors"), "a name that nothing has yet"
+
+
+def test_the_commands_after_a_prediction(said: Said, tmp_path: Path) -> None:
+    first = following(said("predict a.pth b.pth --allow-pickle --tolerate 0.02"))
+    assert first.startswith("predict a.pth b.pth") and "--tolerate 0.02" in first
+    tried = said(f"predict a.pth b.pth {KEPT} --try")
+    assert "in a trial" in tried
+    command = following(tried)
+    assert command.startswith("merge a.pth b.pth ") and set(KEPT.split()) <= set(command.split())
+    said(command)
+    assert (tmp_path / "merged.safetensors").exists()
+
+
+def test_the_command_after_a_ranking(said: Said, tmp_path: Path) -> None:
+    printed = said(f"rank a.pth b.pth b.safetensors {KEPT} --try")
+    said(following(printed))
+    assert (tmp_path / "merged.safetensors").exists()
