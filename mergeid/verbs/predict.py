@@ -145,11 +145,7 @@ def predict_pair(
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
-    if any(o.nats.collapsed for o in outlooks):
-        notes.append(
-            "one of the models makes nearly the same prediction for every input, so its merges cannot be judged"
-        )
-    elif any(not o.nats.trusted for o in outlooks):
+    if any(not o.nats.trusted and not o.nats.collapsed for o in outlooks):
         notes.append("parts of the evidence are far outside what the predictor was fitted on, so it cannot tell there")
     return PredictResult(
         plan.a,
