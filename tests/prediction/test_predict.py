@@ -147,7 +147,7 @@ def test_a_collapsed_model_is_not_trusted(nets: dict[str, nn.Module]) -> None:
             found = predict(nets["a"], dead, data=data)
             assert not any(o.nats.trusted for o in found.outlooks)
             kind = "input" if data is not None else "random input"
-            assert found.advice.startswith(f"Cannot tell: one of the models makes the same prediction for every {kind};")
+            assert found.advice.startswith(f"Cannot tell: one of the models makes the same prediction for every {kind}")
     assert all(o.nats.trusted for o in predict(nets["a"], nets["near"]).outlooks)
 
 
