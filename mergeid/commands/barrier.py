@@ -34,12 +34,13 @@ def command(
         result = call(a, b, progress=work.progress)
         if not first_process():
             return 0
+        curves = [*result.beside, result]
         if output is not None:
             write_whole(output, to_text(result.to_json()) + "\n", "-o")
         if plot is not None:
             from mergeid.reporting.plots import plot_barriers
 
-            plot_barriers([result], plot)
+            plot_barriers(curves, plot)
         if page is not None:
             write_report(page, result, (a, b))
         if as_json:
@@ -49,9 +50,9 @@ def command(
 
             work.close()
             console = work.console
-            console.print(barrier_points([result], width=console.width))
+            console.print(barrier_points(curves, width=console.width))
             console.print()
-            console.print(barrier_summary([result], width=console.width))
+            console.print(barrier_summary(curves, width=console.width))
             work.wrote([p for p in (output, plot, page) if p is not None])
     return 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics.state import forget_derived
-from mergeid.data.batches import dataset_length, input_dtype
+from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evaluate.measure import Loss, Metrics, evaluate
 from mergeid.evaluate.resume import PointFile, digest_of
@@ -20,6 +20,7 @@ from mergeid.models.examples import Examples
 from mergeid.models.running import Forward, default_accelerator
 from mergeid.plugins import Batch
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.repair.solve import solve_network
 from mergeid.results.barrier import BarrierResult
 
 if TYPE_CHECKING:
@@ -86,12 +87,27 @@ class Reestimate:
     batch: int | None = None
 
 
+@dataclass(frozen=True)
+class Solve:
+    """Every network between the ends is solved anew (`mergeid.repair.solve`): the curve leaves the straight line.
+
+    Attributes:
+        examples: to solve on, labels unused.
+        inputs_of: leaves the labels of a batch away.
+        size: examples in a batch.
+    """
+
+    examples: Examples
+    inputs_of: Callable[[Batch], Batch]
+    size: int = 64
+
+
 def barrier_curve(
     line: Line,
     examples: Examples,
     how: Measuring | None = None,
     *,
-    repair: Reestimate | None = None,
+    repair: Reestimate | Solve | None = None,
     resume: Path | None = None,
     inplace: bool = False,
     progress: Callable[[float, Metrics], None] | None = None,
@@ -105,7 +121,7 @@ def barrier_curve(
         line: the two networks.
         examples: to measure on, with labels.
         how: for speed, memory and precision.
-        repair: where given, and where the model has BatchNorm.
+        repair: of the networks on the line; `Reestimate` where the model has BatchNorm.
         resume: JSON file to which each finished point is added, and in which points of the same inputs are looked up.
         inplace: use the line's model itself as the workspace (saves a copy of it).
         progress: called on every process after each point.
@@ -121,8 +137,10 @@ def barrier_curve(
         raise MergeidError(
             f"mixed precision {how.mixed_precision!r} is unknown; expected one of {', '.join(MIXED_PRECISION)}"
         )
-    held = repair.examples if repair is not None and batchnorm_layers(line.model) else None
-    if repair is not None and held is None and batchnorm_layers(line.model):
+    held = None
+    if isinstance(repair, Solve) or (repair is not None and batchnorm_layers(line.model)):
+        held = repair.examples
+    if isinstance(repair, Reestimate) and held is None and batchnorm_layers(line.model):
         raise MergeidError(
             "re-estimating BatchNorm statistics needs calibration data; give some or turn the repair off"
         )
@@ -131,8 +149,10 @@ def barrier_curve(
     forward = _in_precision(line.forward, how.mixed_precision, accelerator)
     work = line.model if inplace else copy.deepcopy(line.model)
     work.eval().to(device=accelerator.device, dtype=how.dtype)
-    batches = None
-    if held is not None and repair is not None:
+    batches, solve = None, None
+    if isinstance(repair, Solve):
+        solve = _solver(line, work, repair, forward, keep_precision=how.dtype is not None)
+    elif held is not None and repair is not None:
         batches = calibration_batches(
             work, held.items, size=repair.batch, forward=forward, collate=held.collate, accelerator=accelerator
         )
@@ -156,6 +176,8 @@ def barrier_curve(
             load_between(work, line.state_a, line.state_b, x, keep_precision=how.dtype is not None)
             if batches is not None:
                 reestimate_batchnorm(work, batches, forward=forward, accelerator=accelerator)
+            if solve is not None and 0 < x < 1:
+                solve(x)
             points[x] = evaluate(
                 work,
                 examples.items,
@@ -179,10 +201,27 @@ def barrier_curve(
         accuracies=tuple(point.accuracy or 0.0 for point in metrics) if has_accuracy else None,
         count=metrics[0].count,
         repair=batches is not None,
-        calibration=dataset_length(batches.dataset) if batches is not None else 0,
+        solved=solve is not None,
+        calibration=0 if held is None else len(held),
         dtype=precision if precision != "no" else _dtype_name(work),
         label=line.label,
     )
+
+
+def _solver(
+    line: Line, work: nn.Module, repair: Solve, forward: Forward, *, keep_precision: bool
+) -> Callable[[float], None]:
+    """Solves the network in the workspace, which lies at a point of the line, towards what both ends say there."""
+    ends = [copy.deepcopy(work) for _ in range(2)]
+    for x, end in enumerate(ends):
+        load_between(end, line.state_a, line.state_b, x, keep_precision=keep_precision)
+    place, kind = next(work.parameters()).device, input_dtype(work)
+    batches = [repair.inputs_of(to_model(b, place, kind)) for b in repair.examples.batches(repair.size)]
+
+    def solve(x: float) -> None:
+        solve_network(work, ends, [1 - x, x], forward, batches)
+
+    return solve
 
 
 def load_between(

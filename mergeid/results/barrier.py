@@ -20,9 +20,11 @@ class BarrierResult:
         accuracies: share of right predictions (0 to 1) at each point; None where the task has no accuracy.
         count: scored predictions at each point.
         repair: whether BatchNorm statistics were re-estimated at each point, the ends included.
-        calibration: number of examples they were re-estimated on.
+        calibration: number of examples that the networks were repaired on.
         dtype: in which the networks were evaluated (``"float32"``), or the mixed precision in its place.
         label: name of the line in tables and plots ("direct", "mergeid").
+        solved: whether every network between the ends was solved anew, off the straight line.
+        beside: curves of the same pair that were measured with this one.
     """
 
     lambdas: tuple[float, ...]
@@ -33,6 +35,8 @@ class BarrierResult:
     calibration: int = 0
     dtype: str = "float32"
     label: str = ""
+    solved: bool = False
+    beside: tuple[BarrierResult, ...] = ()
 
     def chord(self, index: int) -> float:
         """Loss that the ends' straight line has at a point: (1 − λ) L(0) + λ L(1), exactly L where both ends are L."""
@@ -81,6 +85,8 @@ class BarrierResult:
             "repair": self.repair,
             "calibration": self.calibration,
             "dtype": self.dtype,
+            "solved": self.solved,
+            "beside": [other.to_json() for other in self.beside],
         }
 
     @classmethod
@@ -97,6 +103,8 @@ class BarrierResult:
             calibration=data["calibration"],
             dtype=data["dtype"],
             label=data["label"],
+            solved=data.get("solved", False),
+            beside=tuple(map(cls.from_json, data.get("beside", ()))),
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +36,10 @@ def barrier(
     match: o.Match = "never",
     matcher: o.Matcher = None,
     repair: Annotated[bool, o.switch("Re-estimate BatchNorm statistics at every point.")] = False,
+    solve: Annotated[
+        bool,
+        o.switch("Also solve the merge anew at every point, on --calibration. It then lies off the straight line."),
+    ] = False,
     points: Annotated[int, o.count("Points on the line, including both ends.", o.HOW, 2, 10_000)] = 11,
     calibration: Annotated[
         Any,
@@ -71,6 +77,8 @@ def barrier(
         match: "never" measures the pair as it is, "auto" and "always" align B first (evidence from `calibration`).
         matcher, config: as for `plan`.
         repair: estimate the BatchNorm statistics again at every point, on `calibration`.
+        solve: measure also what solving (`merge --repair solve`) makes of every network between the ends. The result is
+            then that curve, and `beside` holds the pair as it is and, unless `match` is "never", as matched.
         points: grid points λ from 0 to 1, at least 2.
         calibration: data for matching and repair; default: `data`.
         limit: most examples to measure on; None: all.
@@ -96,32 +104,35 @@ def barrier(
     pair = pair_of(met, met.models[1])
     import numpy as np
 
-    from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, barrier_curve
+    from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, Solve, barrier_curve
     from mergeid.models.running import make_accelerator
 
     examples = met.bench.examples(measured, pair.a)
     if examples is None:
         raise MergeidError("a barrier is measured on labelled examples; give them with --data")
-    used = met.bench.examples(held, pair.a) if repair or match != "never" else None
-    state_a, state_b, model = _ends(pair, matching, opening, used)
-    count = iter(range(1, points + 1))
-    line = Line(
-        state_a,
-        state_b,
-        model,
-        pair.a.adapter.forward,
-        pair.a.loss,
-        tuple(np.linspace(0, 1, points).tolist()),
-        label or LABELS[match],
-    )
-    return barrier_curve(
-        line,
-        examples,
-        Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(run.device)),
-        repair=Reestimate(used) if repair else None,
-        resume=Path(resume) if resume else None,
-        progress=lambda *_: run.tell("measuring", next(count), points),
-    )
+    used = met.bench.examples(held, pair.a) if repair or solve or match != "never" else None
+    named = label or LABELS[match]
+    fix = Reestimate(used) if repair else None
+    lines: list[tuple[str, Matching, Reestimate | Solve | None]] = [(named, matching, fix)]
+    if solve and match != "never":
+        lines.insert(0, (LABELS["never"], Matching("never"), fix))
+    if solve and used is not None:
+        lines.append((f"{named}, solved", matching, Solve(used, pair.a.inputs_of)))
+    count, every = itertools.count(1), points * len(lines)
+    how = Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(run.device))
+    ends = {order: _ends(pair, order, opening, used) for _, order, _ in lines}
+    curves = [
+        barrier_curve(
+            Line(*ends[order], pair.a.adapter.forward, pair.a.loss, tuple(np.linspace(0, 1, points).tolist()), name),
+            examples,
+            how,
+            repair=fix,
+            resume=Path(resume) if resume else None,
+            progress=lambda *_: run.tell("measuring", next(count), every),
+        )
+        for name, order, fix in lines
+    ]
+    return replace(curves[-1], beside=tuple(curves[:-1]))
 
 
 def _ends(

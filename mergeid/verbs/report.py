@@ -21,6 +21,7 @@ from mergeid.request.request import Calibration, Matching, Output, Progress, Rea
 from mergeid.stages.open import Met, Pair, open_models
 
 if TYPE_CHECKING:
+    from mergeid.evaluate.measure import Metrics
     from mergeid.models.examples import Examples
     from mergeid.reporting.page import FileRecord, Measured, Report
     from mergeid.results.barrier import BarrierResult
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 BATCH = 64
 POINTS = 9
 """Points of a curve, both ends and the midpoint among them."""
+SHARES = (0.0, 0.25, 0.75, 1.0)
+"""Of B, in the networks that are solved beside the default merge: each takes as long as the merge."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def report(
         plan.b,
         plan.arch,
         plan,
-        curves,
+        (*curves, *tried.solved),
         tried.measured,
         prediction,
         tried.merge,
@@ -228,11 +231,13 @@ class _Tried:
     """The merge that `mergeid merge` makes by itself, made beside nothing.
 
     Attributes:
-        measured: where it lies off the lines between the models. refused: why it is none.
+        measured: where it lies off the lines between the models. refused: why it is none. solved: the curve that it
+            lies on.
     """
 
     merge: MergeResult | None = None
     measured: tuple[Measured, ...] = ()
+    solved: tuple[BarrierResult, ...] = ()
     refused: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -268,7 +273,33 @@ def _tried(task: _Task) -> _Tried:
             return _Tried(made)
         loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)
         found = evaluate_loaded(loaded, task.examples, task.run)
-    return _Tried(made, (Measured("solved", found.loss, found.accuracy),))
+    return _Tried(made, (Measured("solved", found.loss, found.accuracy),), (_solved(task, made, found),))
+
+
+def _solved(task: _Task, made: MergeResult, found: Metrics) -> BarrierResult:
+    """Merges of other shares, solved as the default merge was, which is the one in the middle."""
+    from mergeid.evaluate.interpolate import Line, Measuring, Solve, barrier_curve
+    from mergeid.models.running import make_accelerator
+    from mergeid.nn.folding import fold_line
+    from mergeid.results.comparison import MATCHED, PLAIN
+
+    pair, chosen = task.pair, (made.comparison or {}).get("chosen")
+    plan = {PLAIN: task.plan.plain, MATCHED: task.plan.full}.get(str(chosen), lambda: task.plan)()
+    ends = fold_line(pair.a.state(), plan.carry_state(pair.b.state()), pair.a.model)
+    curve = barrier_curve(
+        Line(*ends, pair.a.adapter.forward, pair.a.loss, SHARES, "solved"),
+        task.examples,
+        Measuring(task.run.batch_size, accelerator=make_accelerator(task.run.place)),
+        repair=Solve(_examples(task.met, task.held, pair), pair.a.inputs_of),
+        progress=_counted(task.run.tell, 0, len(SHARES)),
+    )
+    right = curve.accuracies
+    return replace(
+        curve,
+        lambdas=(*SHARES[:2], 0.5, *SHARES[2:]),
+        losses=(*curve.losses[:2], found.loss, *curve.losses[2:]),
+        accuracies=None if right is None else (*right[:2], found.accuracy or 0.0, *right[2:]),
+    )
 
 
 def _files(pair: Pair) -> tuple[FileRecord, ...]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergeid.results.barrier import BarrierResult
     from mergeid.results.prediction import PredictResult
 
-STYLES = ("direct", "direct, repaired", "matched", "matched, repaired", "planned", "planned, repaired")
+STYLES = ("direct", "direct, repaired", "matched", "matched, repaired", "planned", "planned, repaired", "solved")
 
 
 @dataclass(frozen=True)

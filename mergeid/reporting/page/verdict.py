@@ -78,6 +78,7 @@ def merges(report: Report) -> tuple[Figure, ...]:
     found = [
         Figure(c.label, c.label, c.losses[k], None if c.accuracies is None else c.accuracies[k])
         for c in report.curves
+        if not (c.solved and report.solved)
         for k in (midpoint(c),)
     ] + [Figure(m.name, m.name, m.loss, m.accuracy) for m in report.solved]
     best = min((f for f in found if math.isfinite(f.loss)), key=lambda f: f.loss, default=None)

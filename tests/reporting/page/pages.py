@@ -21,6 +21,10 @@ def curve(label: str, *losses: float, repair: bool = False) -> BarrierResult:
     return BarrierResult(LAMBDAS, losses, tuple(max(0.1, 1 - x / 2) for x in losses), 500, repair, label=label)
 
 
+SOLVED = BarrierResult((0.0, 0.3, 0.5, 0.7, 1.0), (0.1, 0.11, 0.115, 0.12, 0.12), (0.95, 0.94, 0.94, 0.94, 0.94), 500,
+                       label="solved", solved=True)  # fmt: skip
+
+
 @cache
 def plan() -> object:
     def network(seed: int) -> nn.Module:
@@ -41,7 +45,7 @@ def report() -> Report:
         b="b.safetensors",
         arch="torch/Sequential",
         plan=plan(),  # type: ignore[arg-type]
-        curves=(curve("direct", 0.1, 0.6, 1.3, 0.6, 0.12), curve("matched", 0.1, 0.11, 0.12, 0.12, 0.12)),
+        curves=(curve("direct", 0.1, 0.6, 1.3, 0.6, 0.12), curve("matched", 0.1, 0.11, 0.12, 0.12, 0.12), SOLVED),
         solved=(Measured("solved", 0.115, 0.94),),
         prediction=PredictResult("a", "b", "x", "inputs", 64, 0.01, outlooks, None, "1"),
         inputs=(FileRecord("model A", "a.safetensors", "0" * 64, 1234),),

@@ -16,7 +16,7 @@ from mergeid.errors import MergeidError
 from mergeid.reporting.page import Measured, render, report_of
 from mergeid.reporting.page.chart import loss_chart, nice
 from mergeid.reporting.page.network import draw, rows_of
-from mergeid.reporting.page.verdict import sentence
+from mergeid.reporting.page.verdict import merges, sentence
 from mergeid.reporting.terms import TERMS, explain
 from mergeid.results.merge import MergeResult
 
@@ -129,7 +129,8 @@ def test_ticks_are_round(low: float, high: float) -> None:
 
 
 def test_verdict_follows_the_measured_loss() -> None:
-    given = replace(report(), solved=())
+    assert "solve the layers" in sentence(report())[1] and len(merges(report())) == 3
+    given = replace(report(), solved=(), curves=report().curves[:2])
     assert sentence(given)[0] == "yes" and "match their neurons" in sentence(given)[1]
     at_a_price = replace(given, curves=(given.curves[0], curve("matched", 0.1, 0.2, 0.3, 0.2, 0.12)))
     assert sentence(at_a_price)[0] == "care"
