@@ -1,5 +1,5 @@
-"""Two test processes on two cores fight over threads otherwise, and small networks lose most. A machine that is busy with
-something else is no failure either."""
+"""Two test processes on two cores fight over threads otherwise, and small networks lose most. A machine that is busy
+with something else is no failure either."""
 
 import torch
 from hypothesis import HealthCheck, settings

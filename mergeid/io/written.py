@@ -110,6 +110,15 @@ class PlanMap(Own):
     changed: Count
 
 
+class PlanSolved(Own):
+    """A layer, and its error on unseen inputs as averaged and solved (shares of the targets' spread)."""
+
+    tensors: list[str]
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
 class PlanGraph(Own):
     share: float
     verified: dict[str, Any] | None
@@ -136,6 +145,7 @@ class PlanFile(Own):
     permutations: dict[str, list[Count]]
     turns: list[PlanTurn] = Field(default_factory=list)
     maps: list[PlanMap] = Field(default_factory=list)
+    solved: list[PlanSolved] = Field(default_factory=list)
     graph: PlanGraph
 
 

@@ -14,7 +14,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class SolvedLayer:
     ridge: float
     before: float
     after: float
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; no ridge where the average stayed."""
+        ridge = self.ridge if isfinite(self.ridge) else None
+        return {"tensors": list(self.weights), "ridge": ridge, "error_before": self.before, "error_after": self.after}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from mergeid.evidence.anchored import IDENTIFIED, IF_INPUTS, NOT
-from mergeid.reporting.tables import Column, make_table, number
+from mergeid.reporting.tables import Column, make_table, number, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,10 @@ LEGEND_RADII = (
     "could fit the fixed part as well; the smaller value of A and B. g: the eigengap after Σ's leading directions. "
     "0: no certificate. A dash: no bound is known, because a BatchNorm leaves the scale free."
 )
+LEGEND_SOLVED = (
+    "averaged, solved: how far the layer's outputs are from the models' own on inputs that it was not solved on, as a "
+    "share of their variance."
+)
 
 
 def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
@@ -80,6 +84,7 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
         for line in structure_lines(plan):
             console.print(line, markup=False)
         print_radii(plan, console)
+        print_solved(plan, console)
     for line in verdict_lines(plan):
         console.print(line, markup=False)
 
@@ -171,6 +176,21 @@ def radii(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
             values = [[getattr(side, name) for side in sides] for name in ("radius", "by_gap", "by_norm")]
             rows.append([layer.layer, space.id, *(number(None) if None in v else short(min(v)) for v in values)])
     return columns, rows
+
+
+def print_solved(plan: Plan, console: Console) -> None:
+    """What solving would change, layer by layer, where that was asked for (--solve)."""
+    if plan.solved:
+        columns = [Column("layer", shrink=True, min_width=12), *(Column(n, "right") for n in ("averaged", "solved"))]
+        rows = [[_layer(s.weights), percent(s.before), percent(s.after)] for s in plan.solved]
+        console.print(make_table(columns, rows, width=console.width, title="What solving would change"))
+        console.print(LEGEND_SOLVED, style="dim")
+
+
+def _layer(names: Sequence[str]) -> str:
+    """The module that they are of, or their names."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    return ", ".join(m or name for m, name in zip(modules, names, strict=False))
 
 
 def _decision(space: SpaceEvidence) -> Text:

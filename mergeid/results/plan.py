@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeid.neuron_graph.turned import Turn
+    from mergeid.repair.solve import SolvedLayer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Plan:
         structure: what was computed of the structural margins (on the spaces' records), or why nothing was.
         matched: permutations of B with every space matched, where activations were compared.
         turns: orthogonal maps inside B's heads, after the permutations; matched_turns: after those of `matched`.
+        solved: what solving would change, layer by layer, where that was asked for.
         before: signs, orthogonal maps of residual streams and scales, before the permutations; after: scales, last.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     matched_turns: Sequence[Turn] = ()
     before: Sequence[Turn] = ()
     after: Sequence[Turn] = ()
+    solved: Sequence[SolvedLayer] = ()
 
     @property
     def moves(self) -> bool:
@@ -109,6 +112,7 @@ class Plan:
             "spaces": [s.to_json() for s in self.spaces],
             "turns": [turn.to_json() for turn in self.turns],
             "maps": [turn.as_map() for turn in self.before],
+            "solved": [layer.to_json() for layer in self.solved],
             "permutations": {k: p.tolist() for k, p in self.element.items() if (p != range(len(p))).any()},
             "graph": {
                 "share": self.graph.share,

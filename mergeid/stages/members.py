@@ -17,6 +17,7 @@ from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_torch import combine, whole
 from mergeid.data.batches import input_dtype, to_model
+from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings
 from mergeid.methods.statistics import Gram, fisher_diagonal, gram_matrices
 from mergeid.models.examples import Examples
@@ -240,3 +241,9 @@ def merged_tensors(
         tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
         origin = None if base is None else base(key).to(ours.dtype)
         yield key, whole(combine(settings, known.get(key, key), tensors, origin, statistics(key)), ours)
+
+
+def averaged_pair(a: Loaded, b: Loaded, plan: Plan, examples: Examples) -> Members:
+    """The plain average of two models, the second one as planned."""
+    names = [n for n, k in a.names.items() if a.state()[k].is_floating_point()]
+    return Members([Member(a), Member(b, plan)], None, MergeSettings.of(get_method("linear"), 2, names), examples)

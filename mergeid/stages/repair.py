@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mergeid.models.examples import Examples
     from mergeid.plugins import Batch
+    from mergeid.repair.solve import SolvedLayer
     from mergeid.request.request import Progress
 
 SOLVE = "solve"
@@ -50,6 +51,7 @@ class Repair:
             share of what it should be (BatchNorm: of what its statistics say; REPAIR: of the models' own average); of a
             solved network the mean error of its layers' answers on unseen examples, as a share of their spread.
         examples: calibration examples that were used.
+        by_layer: of a solved network what was solved, in order of execution.
         polished: distance from what the models say together on examples that judge, before and after the polish.
         notes: what the user should know.
     """
@@ -62,6 +64,7 @@ class Repair:
     examples: int = 0
     notes: list[str] = field(default_factory=list)
     polished: tuple[float, float] | None = None
+    by_layer: tuple[SolvedLayer, ...] = ()
 
     def to_json(self) -> dict[str, Any] | None:
         """Everything but the tensors; None where nothing was repaired."""
@@ -191,6 +194,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
         sum(layer.before for layer in done) / count,
         sum(layer.after for layer in done) / count,
         len(members.given),
+        by_layer=tuple(done),
     )
 
 

@@ -21,8 +21,6 @@ from mergeid.basics.state import load_weights
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
-from mergeid.methods.registry import get_method
-from mergeid.methods.settings import MergeSettings
 from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.plugins import LossParts
 from mergeid.prediction.labels import Measured, corrected
@@ -30,7 +28,7 @@ from mergeid.prediction.trial import TrialSums
 from mergeid.results.comparison import MATCHED, PLAIN
 from mergeid.results.trial import Labelled, Trial
 from mergeid.stages.compare import merges_of
-from mergeid.stages.members import Member, Members
+from mergeid.stages.members import averaged_pair
 from mergeid.stages.repair import SOLVE, repair_network, repairs
 from mergeid.stages.solving import LEAST, can_be_solved
 
@@ -66,12 +64,10 @@ def trials_of(
 
     Raises:
         MergeidError: outputs that are no logits."""
-    names = [n for n, k in pair.a.names.items() if pair.a.state()[k].is_floating_point()]
-    settings = MergeSettings.of(get_method("linear"), 2, names)
     count = len(examples)
     kept = examples.taken([k * count // min(count, EXAMPLES) for k in range(min(count, EXAMPLES))])
     halves = [kept.taken(range(k, len(kept), 2)) for k in range(2)]
-    members = Members([Member(pair.a), Member(pair.b, plan)], None, settings, halves[0])
+    members = averaged_pair(pair.a, pair.b, plan, halves[0])
     merges = {k: m for k, m in merges_of(members)[1].items() if k in (PLAIN, MATCHED)}
     kinds = [k for k in repairs(members, "auto", run.place) if k != "repair"]
     own = [list(_said(pair.a, m.model, halves[1], run)) for m in (pair.a, pair.b)]

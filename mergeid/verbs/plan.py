@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
+from mergeid.errors import MergeidError
 from mergeid.io.opening import Source
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
@@ -28,6 +30,9 @@ def plan(
     matcher: o.Matcher = None,
     base: o.Base = None,
     certify: o.Certify = False,
+    solve: Annotated[
+        bool, o.switch("Also say what solving the planned merge would change, layer by layer. Needs --data.")
+    ] = False,
     batch_size: o.BatchSize = 32,
     **usual: Unpack[Usual],
 ) -> Plan:
@@ -41,6 +46,7 @@ def plan(
         base: what both models were fine-tuned from. With data, and with a base or the fixed parts that asymmetric
             layers store, every space's record gets the structural margins of both models (`structure`).
         certify: compute the layers' radii of stability too.
+        solve: solve the planned merge in memory too (`solved`: every layer's error on unseen inputs, before and after).
         batch_size: examples in a forward pass.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
 
@@ -52,4 +58,15 @@ def plan(
     met = open_models(Workbench(reading, run), [a, b])
     from mergeid.stages.plan import plan_pair  # needs torch, which a pair that does not fit never loads
 
-    return plan_pair(met, matching, calibration, base=base, certify=certify)[1]
+    pair, found = plan_pair(met, matching, calibration, base=base, certify=certify)
+    if not solve:
+        return found
+    from mergeid.stages.members import averaged_pair
+    from mergeid.stages.repair import SOLVE, repair_merged
+
+    examples = met.bench.examples(calibration, pair.a)
+    if examples is None:
+        raise MergeidError("layers are solved on calibration inputs; give some with --data")
+    members = averaged_pair(pair.a, pair.b, found, examples)
+    done = repair_merged(members, mode=SOLVE, skip=met.skip, device=run.place, progress=run.tell)
+    return replace(found, solved=done.by_layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mergeid
 import mergeid.stages.match as matching
 from mergeid.combine.in_place import in_place
-from mergeid.errors import NoModel, WillNotMerge
+from mergeid.errors import MergeidError, NoModel, WillNotMerge
 from mergeid.io.opening import open_checkpoint
+from mergeid.io.schema import validated
+from mergeid.io.written import PlanFile
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MethodRequest
 from mergeid.models.examples import Examples
@@ -171,3 +175,20 @@ def test_rows_that_lie_in_place_leave_nothing_to_match() -> None:
         how, notes, places = seen_in_files(met, Matching("auto"))
         assert how.mode == mode and bool(notes) == (mode == "never") and isinstance(places, Places)
         assert places.all_fit == in_place(models[0], models[1], names, 0).whole == (mode == "never")
+
+
+def test_a_plan_says_what_solving_would_change() -> None:
+    """Layer by layer what the merge itself finds; the decisions are those of a plan that was not asked."""
+    nets = [Net(seed, norm=False) for seed in (0, 1)]
+    how: dict[str, Any] = {"data": [{"arg0": row} for row in X], "example_inputs": X[:2], "match": "always"}
+    plain, asked = mergeid.plan(*nets, **how), mergeid.plan(*nets, **how, solve=True)
+    assert not plain.solved and [s.weights[0].split(".")[0] for s in asked.solved] == ["one", "two", "three"]
+    assert asked.to_json() == plain.to_json() | {"solved": asked.to_json()["solved"]}
+    read = validated(PlanFile, json.loads(json.dumps(asked.to_json())), "plan")
+    assert read.solved[0].error_before == asked.solved[0].before
+    made = mergeid.merge(*nets, **how, repair="solve", force=True)
+    assert made.repair is not None and made.state is not None
+    assert made.repair["error_before"] == pytest.approx(sum(s.before for s in asked.solved) / 3)
+    assert made.repair["error_after"] == pytest.approx(sum(s.after for s in asked.solved) / 3)
+    with pytest.raises(MergeidError, match="give some with --data"):
+        mergeid.plan(*nets, example_inputs=X[:2], solve=True)
