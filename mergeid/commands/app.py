@@ -162,11 +162,13 @@ def _fault(error: Exception) -> str:
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     text = _suggested(plain(error.format_message()).rstrip(".").replace("Value error, ", ""))
-    return f"{text}; see {context.command_path} --help" if context is not None else text
+    see = "" if context is None else f"{' See' if text.endswith('?') else '; see'} {context.command_path} --help"
+    return text + see
 
 
 def _suggested(text: str) -> str:
     """With the names that a mistyped one may have meant, in one form for options and values."""
+    text = re.sub(r"\. Did you mean (.+)\?$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", text)
     text = re.sub(r" \(Possible options: (.+)\)$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", text)
     if found := re.search(r"'([^']*)' is not one of (('[^']*'(, )?)+)", text):
         near = difflib.get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), n=1)

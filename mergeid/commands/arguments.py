@@ -117,17 +117,6 @@ def several(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-def new_output(a: str) -> str:
-    """A name for what is made of model A and others, that nothing has yet."""
-    from itertools import count
-
-    from mergeid.io.folders import PICKLES, SAFETENSORS
-
-    ending = SAFETENSORS if a.endswith((SAFETENSORS, *PICKLES)) else ""
-    names = (f"merged{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
-    return next(name for name in names if not Path(name).exists())
-
-
 def model(what: str = "") -> Any:
     """The one model that a command is about; `what`: which it is."""
     return typer.Argument(metavar="MODEL", help=f"{what}{MODEL}.", show_default=False)

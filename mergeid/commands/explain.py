@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from mergeid.commands import arguments as o
 from mergeid.commands.work import working
 
 
@@ -14,15 +16,16 @@ def command(
         list[str] | None,
         typer.Argument(metavar="TERM", help="A word from a table, such as barrier, J or ι (iota).", show_default=False),
     ] = None,
+    as_json: o.Json = False,
 ) -> int:
     """Explain a term in plain words, or list all terms."""
     from mergeid.reporting.terms import TERMS, explain
 
-    with working() as work:
-        if term:
-            found = explain(" ".join(term))
-            work.say(f"{found.name}: {found.meaning}")
-        else:
-            for each in TERMS:
-                work.console.print(f"{each.name}: {each.meaning}", markup=False)
+    found = [explain(" ".join(term))] if term else TERMS
+    with working(as_json) as work:
+        if as_json:
+            work.emit([asdict(each) for each in found])
+            return 0
+        for each in found:
+            work.console.print(f"{each.name}: {each.meaning}", markup=False)
     return 0

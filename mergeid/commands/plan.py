@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergeid.commands import arguments as o
-from mergeid.commands.terminal import Call, command_of
+from mergeid.commands.terminal import Call, command_of, merge_after
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
 from mergeid.request.options import HOW
-from mergeid.verbs.merge import merge
 from mergeid.verbs.plan import plan
 from mergeid.verbs.predict import predict
 
@@ -78,7 +77,7 @@ def _next(plan: Plan, call: Call[Plan], a: str, b: str) -> str:
     """What to run after this plan: the merge, or what says more where there will be none."""
     if plan.verdict == "will not merge":
         return f"{call.next(predict, a, b)}, to see what a merge would lose"
-    return call.next(merge, a, b, also=("-o", o.new_output(a)))
+    return merge_after(call, a, b)
 
 
 def _estimate(a: str, b: str, call: Call[Plan], as_json: bool) -> int:

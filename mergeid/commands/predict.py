@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergeid.commands import arguments as o
-from mergeid.commands.terminal import Call, command_of
+from mergeid.commands.terminal import Call, command_of, merge_after
 from mergeid.commands.work import Work, check_outputs, to_text, working, write_report
 from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
-from mergeid.verbs.merge import merge
 from mergeid.verbs.predict import predict
 
 if TYPE_CHECKING:
@@ -96,14 +95,14 @@ def _shown(work: Work, result: PredictResult) -> None:
 def _next(result: PredictResult, call: Call[PredictResult], a: str, b: str) -> str:
     """What to run after this prediction: the merge where it is sure or was tried, else what says more."""
     if not result.trials and (way := result.sure) is not None:
-        return call.next(merge, a, b, also=(*way.options, "-o", o.new_output(a)))
+        return merge_after(call, a, b, way.options)
     if result.mode == "weights":
         return f"{call.next(predict, a, b)} --data DATA, to run the models on examples of their kind"
     if not result.trials:
         return f"{call.next(predict, a, b, also=('--try',))}, to make the merges in memory and measure them"
     best = result.best_trial
     how = best.options if best is not None and best.lost <= result.tolerated else ()
-    return call.next(merge, a, b, also=(*how, "-o", o.new_output(a)))
+    return merge_after(call, a, b, how)
 
 
 def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None, plot: Path | None) -> int:

@@ -9,10 +9,9 @@ import typer
 
 from mergeid.commands import arguments as o
 from mergeid.commands.predict import matrix_shown, written
-from mergeid.commands.terminal import Call, command_of
+from mergeid.commands.terminal import Call, command_of, merge_after
 from mergeid.commands.work import check_outputs, working
 from mergeid.request.options import OUTPUT
-from mergeid.verbs.merge import merge
 from mergeid.verbs.rank import rank
 
 if TYPE_CHECKING:
@@ -73,5 +72,4 @@ def _next(ranking: Ranking, call: Call[Ranking | PredictionMatrix]) -> str | Non
     best = ranking.partners[0]
     if best.tried is None and not best.way.nats.trusted:
         return None
-    a, b = best.result.a, best.result.b
-    return call.next(merge, a, b, also=(*best.options, "-o", o.new_output(a)))
+    return merge_after(call, best.result.a, best.result.b, best.options)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
@@ -50,18 +51,21 @@ class Call(Generic[Answer]):
         shared = {k: v for k, v in self.asked.arguments.items() if k in signature.parameters}
         return Call(verb, signature.bind_partial(**shared))
 
-    def next(self, verb: Callable[..., object], *models: str, also: Sequence[str] = ()) -> str:
+    def next(
+        self, verb: Callable[..., object], *models: str, also: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> str:
         """The command to run after this one, as it is typed.
 
         Args:
             verb: of that command, which gets all options of this one that it takes too, except where its result goes.
             models: its arguments.
-            also: more words.
+            also: more words. without: keywords of options that it does not get.
         """
         words, theirs = ["mergeid", verb.__name__, *models], inspect.signature(verb).parameters
         for p in _parameters(self.verb):
             option = _option(p)
-            if option is not None and option.panel != OUTPUT and p.name in theirs and self.given(p.name):
+            wanted = option is not None and option.panel != OUTPUT and p.name in theirs and p.name not in without
+            if option is not None and wanted and self.given(p.name):
                 words += _typed(p.name, option, self._value(p.name))
         return shlex.join([*words, *also])
 
@@ -89,6 +93,18 @@ class Call(Generic[Answer]):
 
     def _value(self, keyword: str) -> object:
         return self.asked.arguments.get(keyword, inspect.signature(self.verb).parameters[keyword].default)
+
+
+def merge_after(call: Call[Any], a: str, b: str, how: Sequence[str] = ()) -> str:
+    """The merge of a pair after another command, into a name that nothing has yet; `how`: more of its options."""
+    from mergeid.io.folders import PICKLES, SAFETENSORS
+    from mergeid.verbs.merge import merge
+
+    ending = SAFETENSORS if a.endswith((SAFETENSORS, *PICKLES)) else ""
+    names = (f"merged{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
+    output = next(name for name in names if not Path(name).exists())
+    # plain averages, which are the default, have no use for a base
+    return call.next(merge, a, b, also=(*how, "-o", output), without=("base",))
 
 
 def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Callable[..., int]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mergeid.prediction.model import Interval
-    from mergeid.results.prediction import PredictionMatrix, PredictResult
+    from mergeid.results.prediction import Outlook, PredictionMatrix, PredictResult
     from mergeid.results.ranking import Ranking
 
 WIDEST = 12
@@ -46,7 +46,8 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
             ]
         )
     run = {"inputs": "inputs", "weights": "random inputs", "sketches": "inputs (sketched)"}[result.mode]
-    return make_table(columns, rows, width=width, title=f"{result.a} and {result.b}, by {result.examples} {run}")
+    title = f"{result.a} and {result.b}, by {result.examples} {run}"
+    return make_table(columns, rows, width=width, title=title, caption=_legend(result.outlooks, result.tolerated))
 
 
 def trials_table(result: PredictResult, *, width: int) -> Table:
@@ -59,7 +60,7 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
             Column("and prediction", "right"),
             Column("90 % interval", "right", optional=1),
         ]
-    columns.append(Column("named otherwise", "right", optional=2))
+    columns.append(Column("missed", "right", optional=2))
     rows: list[Sequence[Any]] = []
     for t in result.trials:
         row, known = [t.label, f"{t.hard:.3f}", f"{t.soft:.3f}"], t.labelled
@@ -69,7 +70,9 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
         rows.append([*row, *([""] * (len(columns) - len(row) - 1)), f"{100 * t.missed:.1f} %"])
     count = result.trials[0].examples
     title = f"trials on {count} inputs: nats lost against the models' mean, by pseudo-labels"
-    return make_table(columns, rows, width=width, title=title)
+    caption = "hard: the class that both models together find most probable counts as the truth. soft: their mean "
+    caption += "prediction does. and prediction: the loss by labels, corrected by what was predicted." * labelled
+    return make_table(columns, rows, width=width, title=title, caption=caption)
 
 
 def interference_table(result: PredictResult, *, width: int, most: int = 5) -> Table:
@@ -81,7 +84,9 @@ def interference_table(result: PredictResult, *, width: int, most: int = 5) -> T
         Column("share of the change", "right", optional=1),
     ]
     rows = [[i.layer, f"{i.cosine:.2f}", f"{i.against:.0%}", f"{i.share:.1%}"] for i in result.interference[:most]]
-    return make_table(columns, rows, width=width, title="interference: where averaging the fine-tunes cancels most")
+    title = "interference: where averaging the fine-tunes cancels most"
+    caption = "cancelled: the share of what both changed that points apart. cosine: 1 where they changed alike."
+    return make_table(columns, rows, width=width, title=title, caption=caption)
 
 
 def ranking_table(ranking: Ranking, *, width: int) -> Table:
@@ -105,7 +110,8 @@ def ranking_table(ranking: Ranking, *, width: int) -> Table:
             f"{way.nats.within:.2f}" if sure and way.nats.within is not None else "",
         ]
         rows.append([*row, *([f"{p.tried:.3f}" if p.tried is not None else ""] if tried else [])])
-    return make_table(columns, rows, width=width, title=f"partners for {ranking.model}, best first")
+    caption = _legend([p.way for p in ranking.partners], ranking.tolerated)
+    return make_table(columns, rows, width=width, title=f"partners for {ranking.model}, best first", caption=caption)
 
 
 def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:
@@ -129,6 +135,16 @@ def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:
     ]
     shown = [[r.a, r.b, _number(r.best.nats.expected), r.best.label] for r in ordered[:20]]
     return make_table(columns, shown, width=width, title=f"the {len(shown)} easiest of {len(ordered)} pairs")
+
+
+def _legend(outlooks: Sequence[Outlook], tolerated: float) -> str:
+    """What the columns mean, as far as they are filled."""
+    known = [o for o in outlooks if o.nats.trusted]
+    if not known:
+        return ""
+    text = f"nats lost: loss above the models' own. ≤ {tolerated:g} nats: probability of losing no more."
+    points = " points: accuracy lost." if any(o.points is not None for o in known) else ""
+    return text + points + (" +: may lose more than a guess." if any(o.nats.open for o in known) else "")
 
 
 def _number(value: float) -> str:

@@ -99,7 +99,8 @@ def _with_numbers(plan: Plan, verbose: bool) -> tuple[list[Column], list[Sequenc
         Column("J as is", "right"),
         Column("J match", "right"),
         Column("J random", "right", optional=4),
-        Column("ι [95 %]", "right"),
+        Column("ι", "right"),
+        Column("95 % interval", "right", optional=1),
         Column("chord as is", "right", optional=5),
         Column("chord match", "right", optional=5),
     ]
@@ -116,7 +117,8 @@ def _with_numbers(plan: Plan, verbose: bool) -> tuple[list[Column], list[Sequenc
             fixed(s.j_identity),
             fixed(s.j_match),
             fixed(s.j_random),
-            interval(s.iota, s.iota_low, s.iota_high),
+            fixed(s.iota),
+            interval(s.iota_low, s.iota_high),
             fixed(s.chord_identity),
             fixed(s.chord_match),
             *([structure_cell(s.structure)] if structural else []),
@@ -245,12 +247,9 @@ def fixed(value: float | None) -> str:
     return number(None) if value is None else f"{round(value, 2) + 0.0:.2f}"
 
 
-def interval(value: float | None, low: float | None, high: float | None) -> str:
-    """``0.31 [0.25, 0.36]``; a dash where nothing was measured."""
-    if value is None:
-        return number(None)
-    ends = f" [{fixed(low)}, {fixed(high)}]" if low is not None and high is not None else ""
-    return fixed(value) + ends
+def interval(low: float | None, high: float | None) -> str:
+    """``0.25 to 0.36``; a dash where nothing was measured."""
+    return number(None) if low is None or high is None else f"{fixed(low)} to {fixed(high)}"
 
 
 def verdict_lines(plan: Plan, notes: Sequence[str] | None = None, what: str = "Verdict") -> list[str]:

@@ -28,7 +28,8 @@ def print_soup(result: SoupResult, console: Console) -> None:
         Column("weight", "right"),
     ]
     rows = [[i.source, _number(i.loss), _share(i.accuracy), f"{i.coefficient:.3f}"] for i in result.ingredients]
-    console.print(make_table(columns, rows, width=console.width))
+    caption = "weight: share of the model in the soup; 0 where it was left out." if result.entropy is None else None
+    console.print(make_table(columns, rows, width=console.width, caption=caption))
     for note in result.notes:
         console.print(f"Note: {note}", markup=False)
     for file in result.files:

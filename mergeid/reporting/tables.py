@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +41,21 @@ class Column:
     shrink: bool = False
     min_width: int = 12
     optional: int = 0
+
+
+class _Described(Table):
+    """A table whose title and caption are as wide as the terminal, not as the table."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        about, self.title, self.caption = (self.title, self.caption), None, None
+        try:
+            if about[0]:
+                yield about[0]
+            yield from super().__rich_console__(console, options)
+            if about[1]:
+                yield about[1]
+        finally:
+            self.title, self.caption = about
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -101,14 +116,11 @@ def make_table(
     ]
     shown, widths = _fit(columns, natural, width)
     hidden = [column.header for i, column in enumerate(columns) if i not in shown and column.header]
-    notes = [caption] if caption else []
-    if hidden:
-        notes.append(f"not shown at this width: {', '.join(hidden)}")
-    table = Table(
+    notes = [f"not shown at this width: {', '.join(hidden)}"] if hidden else []
+    notes += [caption] if caption else []
+    table = _Described(
         title=Text(title, style="bold") if title else None,
-        caption=Text(" · ".join(notes), style="dim") if notes else None,
-        title_justify="left",
-        caption_justify="left",
+        caption=Text("\n".join(notes), style="dim") if notes else None,
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -155,6 +167,7 @@ def barrier_points(results: Sequence[BarrierResult], *, width: int, title: str |
             columns.append(Column(f"{prefix}accuracy", "right", optional=1))
     if len(results) == 1:
         columns.append(Column("", optional=9))
+    caption = "λ: share of B. above chord: the loss above the straight line between both ends, in nats."
     rows = []
     for i, x in enumerate(first.lambdas):
         row: list[Any] = [f"{x:g}"]
@@ -167,7 +180,7 @@ def barrier_points(results: Sequence[BarrierResult], *, width: int, title: str |
         if len(results) == 1:
             row.append(Text(_bar(first.excess[i], first.barrier), style="red"))
         rows.append(row)
-    return make_table(columns, rows, width=width, title=title, caption=_what(results))
+    return make_table(columns, rows, width=width, title=title, caption=caption)
 
 
 def barrier_summary(results: Sequence[BarrierResult], *, width: int, title: str | None = None) -> Table:
@@ -197,7 +210,7 @@ def barrier_summary(results: Sequence[BarrierResult], *, width: int, title: str 
 
 
 def _what(results: Sequence[BarrierResult]) -> str:
-    return f"loss and barrier in nats, {results[0].count:,} predictions"
+    return f"barrier: the loss above chord at its highest, in nats; {results[0].count:,} predictions"
 
 
 def _bar(value: float, largest: float, cells: int = 20) -> str:
@@ -269,4 +282,5 @@ def similarity_table(result: SimilarityResult, *, width: int) -> Table:
         neurons = f"{a:,}" if a == b else f"{a:,} / {b:,}"
         rows.append([layer.layer, neurons, *(f"{v + 0.0:.3f}" for v in indices), layer.rows])
     title = f"{len(rows)} layers of {result.a} and {result.b} on {result.examples:,} examples"
-    return make_table(columns, rows, width=width, title=title)
+    caption = "1: the same features; 0: unrelated ones. Only the unbiased CKA can be compared between layers."
+    return make_table(columns, rows, width=width, title=title, caption=caption)

@@ -26,7 +26,51 @@ TERMS = (
         "barrier",
         "The loss along the straight line from the weights of A to those of B, at its highest above a straight line "
         "between their two losses. A barrier near zero means that averages of the two work as well as they do.",
-        ("loss barrier",),
+        ("loss barrier", "above chord", "at λ"),
+    ),
+    Term(
+        "nats lost",
+        "How far the loss of a merge lies above the mean of the two models' losses, in nats. A + after an interval "
+        "means that a merge which is sure of wrong answers may lose even more.",
+        ("lost", "in a trial"),
+    ),
+    Term(
+        "points",
+        "The accuracy that a merge loses, in percentage points, against the mean of the two models' accuracies.",
+        ("accuracy lost",),
+    ),
+    Term(
+        "probability of losing no more",
+        "The probability that a merge loses at most as many nats as --tolerate says (0.01 by default).",
+        ("≤ nats", "≤ 0.01 nats", "within"),
+    ),
+    Term(
+        "loss",
+        "The mean cross-entropy of the model's predictions on labelled examples, in nats. Lower is better.",
+        ("loss a", "loss b", "loss alone"),
+    ),
+    Term("accuracy", "The share of examples whose most probable class is the right one.", ("accuracy alone",)),
+    Term(
+        "trial",
+        "A merge that --try makes in memory and runs on the data. Its loss is measured, not predicted.",
+        ("trials", "--try"),
+    ),
+    Term(
+        "hard",
+        "Nats that a merge lost in a trial, where the class that both models together find most probable counts as the "
+        "truth.",
+        ("pseudo-labels",),
+    ),
+    Term("soft", "Nats that a merge lost in a trial, where the mean prediction of both models counts as the truth."),
+    Term("by labels", "Nats that a merge lost in a trial, measured with the labels of the data."),
+    Term("and prediction", "The loss of a trial by labels, corrected by what was predicted of this merge before."),
+    Term(
+        "missed",
+        "The share of classes that a merge predicts less often than the models do, counted over the inputs of a trial.",
+    ),
+    Term(
+        "layers responsible",
+        "The layers whose outputs in the merge lie farthest from the average of the two models' outputs.",
     ),
     Term(
         "nat",
@@ -38,12 +82,24 @@ TERMS = (
         "space",
         "A set of neurons that can be permuted among themselves without changing what the network computes. mergeid "
         "finds the spaces by tracing the network, and verifies each of them.",
-        ("spaces", "neuron space"),
+        ("spaces", "neuron space", "id"),
     ),
     Term(
         "neuron graph",
         "All spaces of a network, with the axes of the weight tensors that each space permutes.",
-        ("graph",),
+        ("graph", "acts on (tensor[axis])", "space and its tensor[axis]"),
+    ),
+    Term("size", "The number of neurons of a space, or of a layer.", ("neurons",)),
+    Term(
+        "group",
+        "How the neurons of a space may be permuted. S(64): all 64, in any order. 4 × S(16): inside each of 4 blocks. "
+        "in s3: the blocks follow the neurons of space s3.",
+    ),
+    Term("share", "The share of the model's parameters that lie in tensors which the space permutes."),
+    Term(
+        "decision",
+        "What is done with a space: direct (average as is), match (put B's neurons into A's order first), or will not "
+        "merge.",
     ),
     Term(
         "permutation",
@@ -53,7 +109,7 @@ TERMS = (
     Term(
         "direct",
         "The neurons already correspond, so the weights are averaged as is, without matching.",
-        ("as is", "unaligned"),
+        ("as is", "unaligned", "plain", "averaged"),
     ),
     Term(
         "match",
@@ -101,13 +157,13 @@ TERMS = (
         "solved",
         "After averaging, every layer is refitted in closed form, so that its outputs on the calibration inputs are as "
         "near as possible to the models' mean. The result is no longer on the straight line between the models.",
-        ("solve",),
+        ("solve", "matched+solve", "plain+solve"),
     ),
     Term(
         "repaired",
         "The statistics of the normalisation layers are re-estimated after the merge, because averaging shrinks the "
         "activations.",
-        ("repair", "re-estimated", "batchnorm"),
+        ("repair", "re-estimated", "batchnorm", "plain+bn", "matched+bn"),
     ),
     Term(
         "calibration inputs",
@@ -125,6 +181,12 @@ TERMS = (
         "What both models share by construction: a common base model, or the fixed parts of asymmetric layers. If it "
         "keeps every neuron in its place, no matching is needed.",
         ("identified by structure",),
+    ),
+    Term(
+        "ε*",
+        "How far the covariance Σ of a layer's inputs may shift (spectral norm) before another order of its neurons "
+        "could fit the fixed part as well. ε*/g divides it by Σ's eigengap, ε*/‖Σ‖ by Σ's norm.",
+        ("ε", "ε*/g", "ε*/‖Σ‖", "certificate", "certified"),
     ),
     Term(
         "margin",
@@ -145,7 +207,7 @@ TERMS = (
     Term(
         "interval",
         "A range that should hold the true value in 90 of 100 cases, calibrated on hundreds of measured pairs.",
-        ("90 % interval",),
+        ("90 % interval", "95 % interval"),
     ),
     Term(
         "rank correlation",
@@ -167,9 +229,36 @@ TERMS = (
         ("centred kernel alignment",),
     ),
     Term(
+        "unbiased CKA",
+        "CKA without the bias that few examples cause. Only this index can be compared between layers.",
+        ("unbiased",),
+    ),
+    Term(
+        "SVCCA",
+        "The mean correlation of the directions that hold 99 % of the variance of two layers' activations.",
+        ("svcca",),
+    ),
+    Term(
+        "PWCCA",
+        "As SVCCA, but every direction counts by how much of the activations it explains.",
+        ("pwcca",),
+    ),
+    Term("rows", "How many activations were compared: examples, times positions in an image or text."),
+    Term("weight", "The share of a model in an average, or in a soup; 0 where it was left out."),
+    Term("cosine", "The cosine of the angle between two task vectors: 1 for the same direction, 0 for unrelated ones."),
+    Term(
+        "cancelled",
+        "Of the entries that both fine-tunes changed, the share that points apart and cancels in an average.",
+        ("interference",),
+    ),
+    Term(
+        "share of the change",
+        "How much of all that the fine-tunes changed (in squared weights) lies in this tensor.",
+    ),
+    Term(
         "task vector",
         "What fine-tuning changed: the weights of a fine-tune minus those of its base.",
-        ("τ", "task vectors"),
+        ("τ", "task vectors", "task vectors of"),
     ),
     Term(
         "sketch",

@@ -190,7 +190,7 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
         whole = os.path.join(folder, "merged")
         result = merge_models(replace(request, output=replace(request.output, path=whole)), bench)
         done = extract(whole, base=origin, output=target, rank=rank, force=request.output.force)
-    lost = f"{100 * done.error:.2g} % of the update"
+    lost = f"{100 * done.error:.2g} % of the update" if done.error >= 1e-4 else "less than 0.01 % of the update"
     note = f"written as an adapter of rank {rank} on {origin.source}, which leaves out {lost}"
     return _noted(replace(result, files=done.files), note)
 

@@ -74,6 +74,8 @@ def test_the_commands_after_a_prediction(said: Said, tmp_path: Path) -> None:
     assert first.startswith("predict a.pth b.pth") and "--tolerate 0.02" in first
     tried = said(f"predict a.pth b.pth {KEPT} --try")
     assert "in a trial" in tried
+    based = following(said(f"predict a.pth b.pth {KEPT} --base b.safetensors --try"))
+    assert "--base" not in based, "a plain average refuses it"
     command = following(tried)
     assert command.startswith("merge a.pth b.pth ") and set(KEPT.split()) <= set(command.split())
     said(command)
