@@ -16,6 +16,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from mergeid.basics.processes import is_first, speaks
 from mergeid.commands import (
     adapters,
     align,
@@ -36,6 +37,7 @@ from mergeid.commands import (
     soup,
 )
 from mergeid.commands import zip as zip_verb
+from mergeid.commands.launch import SHARED
 from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason
 
 FAULT = 3
@@ -89,11 +91,14 @@ def _options(
 def answer(args: Sequence[str]) -> int:
     """Run one command line and return its exit code; whatever goes wrong becomes one line on stderr."""
     words, traced = _without_traceback(args)
+    if words and words[0] not in SHARED and not is_first():
+        return 0
     with _plain_warnings():
         try:
             return _call(words or ["--help"])
         except Exception as error:
-            return _failed(error, traced)
+            code = _failed(error, traced)
+            return code if speaks() else 0  # the first process says it, and must not be stopped before
         except KeyboardInterrupt:
             return INTERRUPTED
 
@@ -177,7 +182,7 @@ def _suggested(text: str) -> str:
 
 
 def _say(text: str, code: int) -> int:
-    if sys.stderr is not None:
+    if sys.stderr is not None and speaks():
         with contextlib.suppress(OSError):
             print(f"mergeid: {plain(text)}", file=sys.stderr, flush=True)
     return code

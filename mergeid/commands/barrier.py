@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from mergeid.basics.processes import is_first
 from mergeid.commands import arguments as o
+from mergeid.commands.launch import together
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
@@ -27,12 +29,13 @@ def command(
 ) -> int:
     """Measure the loss barrier between A and B on labelled data, as is or matched.
 
-    It also runs under ``accelerate launch``, where only the first process prints and writes.
+    Under ``accelerate launch`` the processes share out the points and the examples; the first prints and writes.
     """
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page, resume=call.path("resume"))
     with working(as_json) as work:
-        result = call(a, b, progress=work.progress)
-        if not first_process():
+        with together(call):
+            result = call(a, b, progress=work.progress)
+        if not is_first():
             return 0
         curves = [*result.beside, result]
         if output is not None:
@@ -55,11 +58,3 @@ def command(
             console.print(barrier_summary(curves, width=console.width))
             work.wrote([p for p in (output, plot, page) if p is not None])
     return 0
-
-
-def first_process() -> bool:
-    """Whether this is the process that reports (the only one unless launched by Accelerate or torchrun)."""
-    from accelerate import PartialState
-
-    answer: bool = PartialState().is_main_process
-    return answer

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergeid.basics.processes import is_first
 from mergeid.commands import arguments as o
+from mergeid.commands.launch import together
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, working, write_report
 from mergeid.errors import MergeidError
@@ -71,7 +74,7 @@ def command(
     then run on the data, and the one nearest to the models is written. Every further model is brought into A's order.
     The output follows A: tensor order, shards, metadata, config and tokenizer files. mergeid.json beside it records
     what was done. If the models will not merge, nothing is written and the exit code is 1. Recipes have the format of
-    mergekit's.
+    mergekit's. Under ``accelerate launch`` the processes share the work, and the first writes and prints.
     """
     if call.text("method") in ("zip", "zipit"):
         raise MergeidError("zip is a command of its own, because its result may have two heads; see mergeid zip --help")
@@ -84,7 +87,10 @@ def command(
     elif len(models) == 1 and not call.given("base"):
         raise MergeidError("Missing argument 'B'; expected at least two models, or one recipe (a .yaml file)")
     check_outputs((*models, *call.reads), report=page)
-    with working(as_json) as work:
+    in_steps = len(stages) > 1 or call.given("as_adapter")  # a step reads what the one before it wrote
+    if in_steps and not is_first():
+        return 0
+    with working(as_json) as work, nullcontext() if in_steps else together(call):
         if stages:
             from mergeid.stages.recipe import Prepared, merge_stages
 
@@ -99,6 +105,8 @@ def command(
         else:
             shares = o.parse_all_weights(weights or [])
             result = call(models, weights=shares, parameters=told, repair=stage, progress=work.progress)
+        if not is_first():
+            return 0
         if page is not None:
             write_report(page, result, models)
         if as_json:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergeid.basics.processes import is_first
 from mergeid.commands import arguments as o
+from mergeid.commands.launch import together
 from mergeid.commands.terminal import Call, command_of, merge_after
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
@@ -45,13 +47,17 @@ def command(
     """Decide for every space of neurons: merge directly, match first, or will not merge.
 
     Without --data only the weights are compared, which is weaker evidence. With --base, or with asymmetric layers
-    (which store their fixed parts), the plan also says what structure identifies. No weights are written.
+    (which store their fixed parts), the plan also says what structure identifies. No weights are written. Under
+    ``accelerate launch`` the processes share out the examples and the spaces to match.
     """
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page)
     if estimate:
-        return _estimate(a, b, call, as_json)
+        return _estimate(a, b, call, as_json) if is_first() else 0
     with working(as_json) as work:
-        found = call(a, b, progress=work.progress)
+        with together(call):
+            found = call(a, b, progress=work.progress)
+        if not is_first():
+            return 0
         result = found.to_json()
         if output is not None:
             write_whole(output, to_text(result) + "\n", "-o")

@@ -82,6 +82,12 @@ class Call(Generic[Answer]):
         """The keyword's value as a number."""
         return float(self.text(keyword))
 
+    @property
+    def device(self) -> str | None:
+        """Where networks run."""
+        found = self._value("device")
+        return None if found is None else str(found)
+
     def path(self, keyword: str) -> Path | None:
         """The keyword's value as a path."""
         return Path(self.text(keyword)) if self._value(keyword) is not None else None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from mergeid.basics.processes import is_first
 from mergeid.basics.reading import json_text
 from mergeid.errors import plain, visible
 from mergeid.io.output import check_files
@@ -63,6 +64,8 @@ class Work:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Told by long work how far it is: a bar on a terminal, else a line every few seconds."""
+        if not is_first():
+            return
         if sys.stderr.isatty():
             self._advance(stage, done, total)
             return
@@ -165,7 +168,7 @@ def working(as_json: bool = False) -> Iterator[Work]:
     try:
         with aside:
             yield work
-        if (seconds := time.monotonic() - began) >= LONG:
+        if (seconds := time.monotonic() - began) >= LONG and is_first():
             work.note(f"took {seconds:.0f} s{_memory()}")
     finally:
         work.close()

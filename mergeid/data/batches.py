@@ -105,6 +105,25 @@ class FixedBatches(Sequence[Batch]):
             return self.collate([self.dataset[i] for i in self.slices[index]])
 
 
+class MadeBatches(Sequence[Batch]):
+    """A data set's batches, each changed when it is asked for.
+
+    Args:
+        batches: as they are loaded.
+        make: number of a batch, batch -> what is given away.
+    """
+
+    def __init__(self, batches: FixedBatches, make: Callable[[int, Batch], Batch]) -> None:
+        self._batches, self._make = batches, make
+        self.slices = batches.slices
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(index, self._batches[index])
+
+
 def loaded(
     dataset: Any, slices: Sequence[range], *, rank: int, world: int, collate: Collate | None, workers: int = 0
 ) -> Iterator[tuple[int, Batch]]:

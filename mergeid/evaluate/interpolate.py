@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics import processes
 from mergeid.basics.state import forget_derived
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -171,23 +173,30 @@ def barrier_curve(
         data = [examples.items, None if held is None else held.items]
         file = PointFile(resume, digest_of([line.state_a, line.state_b], data, settings), accelerator)
         points = file.load()
-    for x in grid:
+
+    def measured(x: float) -> Metrics:
+        load_between(work, line.state_a, line.state_b, x, keep_precision=how.dtype is not None)
+        if batches is not None:
+            reestimate_batchnorm(work, batches, forward=forward, accelerator=accelerator)
+        if solve is not None and 0 < x < 1:
+            solve(x)
+        return evaluate(
+            work,
+            examples.items,
+            loss=line.loss,
+            batch_size=how.batch_size,
+            workers=how.workers,
+            forward=forward,
+            collate=examples.collate,
+            accelerator=accelerator,
+        )
+
+    left = [x for x in grid if x not in points]
+    apart = len(left) - len(left) % processes.place()[1]  # one for each process; of the rest they share the batches
+    new = chain(processes.in_turn(left[:apart], measured), map(measured, left[apart:]))
+    for x in sorted(grid, key=lambda x: x not in points):
         if x not in points:
-            load_between(work, line.state_a, line.state_b, x, keep_precision=how.dtype is not None)
-            if batches is not None:
-                reestimate_batchnorm(work, batches, forward=forward, accelerator=accelerator)
-            if solve is not None and 0 < x < 1:
-                solve(x)
-            points[x] = evaluate(
-                work,
-                examples.items,
-                loss=line.loss,
-                batch_size=how.batch_size,
-                workers=how.workers,
-                forward=forward,
-                collate=examples.collate,
-                accelerator=accelerator,
-            )
+            points[x] = next(new)
             if file:
                 file.add(x, points[x])
         if progress:

@@ -27,6 +27,7 @@ from mergeid.models.running import (
     make_accelerator,
     reduce_sum,
     run_forward,
+    share_of,
 )
 from mergeid.plugins import Batch, LossParts
 
@@ -90,7 +91,7 @@ def evaluate(
     model.to(accelerator.device)
     dtype = input_dtype(model)
     sums = torch.zeros(len(slices), 3, dtype=torch.float64)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = share_of(accelerator)
     with eval_mode(model), torch.no_grad():
         for index, raw in loaded(dataset, slices, rank=rank, world=world, collate=collate, workers=workers):
             batch = to_model(raw, accelerator.device, dtype)

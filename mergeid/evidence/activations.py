@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any
+from functools import cache, lru_cache, partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mergeid.basics import processes
+from mergeid.data.batches import MadeBatches
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, TapMap
 
 CHUNK, FEW = 512, 32
@@ -23,6 +27,7 @@ HELD = 1 << 28
 """Bytes of both models' sampled activations that are held at once: larger batches run in parts."""
 
 Forward = Callable[[nn.Module, Any], Any]
+Answer = TypeVar("Answer")
 
 
 def choose_taps(graph: NeuronGraph, model: nn.Module, most: int = 3) -> dict[str, list[TapMap]]:
@@ -198,6 +203,12 @@ class Moments:
         self._flush(True)
         return self
 
+    def without_pairs(self) -> Moments:
+        """The same without the cross-covariance."""
+        found = copy.copy(self)
+        found.cross = None
+        return found
+
     @property
     def mean(self) -> tuple[Tensor, Tensor]:
         """Means of A and B, float32 [n] each."""
@@ -233,12 +244,48 @@ def standardised(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return torch.where(std > 0, (values - mean) / torch.where(std > 0, std, torch.ones_like(std)), torch.zeros(()))
 
 
+Read = tuple[str, int, Rows, Rows]
+"""Space, tap number, rows of A, rows of B."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a batch.
+
+    Attributes:
+        batch: makes it.
+        first, size: its examples in the data.
+        ids: those that are of interest.
+        begins: whether no part of the batch came before.
+        is_whole: whether it is one example, and cannot be cut.
+    """
+
+    batch: Callable[[], Mapping[str, Any]]
+    first: int
+    size: int
+    ids: Tensor
+    begins: bool
+    is_whole: bool
+
+
+def _sized(batches: Iterable[Mapping[str, Any]], whole: bool) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+    """Every batch, made when it is asked for, with its number of examples."""
+    if isinstance(batches, MadeBatches):
+        for i, examples in enumerate(batches.slices):
+            yield len(examples), lru_cache(1)(partial(batches.__getitem__, i))
+        return
+    for batch in batches:
+        size = 1 if whole else next(len(x) for x in batch.values() if isinstance(x, Tensor))
+        yield size, partial(dict, batch)
+
+
 @dataclass
 class PairStream:
     """Both models over the calibration batches, tap by tap. B runs as it is; permutations are applied to what is read.
 
     Attributes:
-        batches: starts a new pass; yields batches (first dimension = examples).
+        batches: starts a new pass; yields batches (first dimension = examples). Processes share out those of
+            `MadeBatches`.
         whole: every batch is one example, taken as it is.
         per_example: most positions (tokens, pixels) of an example that count as rows.
         count: examples in one pass.
@@ -248,7 +295,7 @@ class PairStream:
 
     reader_a: TapReader
     reader_b: TapReader
-    batches: Callable[[], Iterator[Mapping[str, Any]]]
+    batches: Callable[[], Iterable[Mapping[str, Any]]]
     whole: bool = False
     per_example: int = 32
     seed: int = 0
@@ -263,45 +310,67 @@ class PairStream:
         Args:
             half: only every other example, 0: from the first on, 1: from the second on.
         """
-        for batch, ids in self._parts(taps, half):
-            take = partial(self._sampled, taps, ids, real_tokens(batch))
-            values = [
-                {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
-                for reader in (self.reader_a, self.reader_b)
-            ]
-            for space, list_of in taps.items():
-                for k in range(len(list_of)):
-                    if (space, k) not in values[0] or (space, k) not in values[1] or (space, k) in self.routed:
-                        continue
-                    a, b = values[0].pop((space, k)), values[1].pop((space, k))
-                    if a.positions != b.positions or a.positions % len(ids):
-                        self.routed.add((space, k))
-                    else:
-                        yield space, k, a, b
+        for found in self.of_batches(taps, list, half=half):
+            while found:
+                space, k, a, b = found.pop(0)
+                if (space, k) not in self.routed:
+                    yield space, k, a, b
 
-    def _parts(
-        self, taps: Mapping[str, Sequence[TapMap]], half: int | None
-    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+    def of_batches(
+        self, taps: Mapping[str, Sequence[TapMap]], take: Callable[[Iterator[Read]], Answer], *, half: int | None = None
+    ) -> Iterator[Answer]:
+        """What `take` makes of the rows of every batch, or part of one, in order: processes share them out.
+
+        Args:
+            take: given (space, tap number, rows of A, rows of B), as `rows` has them.
+        """
+
+        def work(part: _Part) -> tuple[Answer, set[tuple[str, int]]]:
+            return take(self._read(taps, part, half)), self.routed
+
+        world = processes.place()[1]
+        parts = self._parts(taps, half)
+        while some := list(islice(parts, world)):
+            for answer, routed in processes.shared(some, work):
+                self.routed |= routed
+                yield answer
+
+    def _read(self, taps: Mapping[str, Sequence[TapMap]], part: _Part, half: int | None) -> Iterator[Read]:
+        batch, ids = part.batch(), part.ids
+        if not part.is_whole:
+            if not all(isinstance(x, Tensor) and x.dim() and len(x) == part.size for x in batch.values()):
+                if not part.begins:  # all of it was taken
+                    return
+                ids = torch.arange(part.first, part.first + part.size)
+            elif len(ids) < part.size:
+                at = ids - part.first
+                batch = {k: x[at.to(x.device)] for k, x in batch.items()}
+        take = partial(self._sampled, taps, ids, real_tokens(batch))
+        values = [
+            {k: rows for at_tap in reader(batch, take).values() for k, rows in at_tap.items()}
+            for reader in (self.reader_a, self.reader_b)
+        ]
+        for space, list_of in taps.items():
+            for k in range(len(list_of)):
+                if (space, k) not in values[0] or (space, k) not in values[1] or (space, k) in self.routed:
+                    continue
+                a, b = values[0].pop((space, k)), values[1].pop((space, k))
+                if a.positions != b.positions or a.positions % len(ids):
+                    self.routed.add((space, k))
+                else:
+                    yield space, k, a, b
+
+    def _parts(self, taps: Mapping[str, Sequence[TapMap]], half: int | None) -> Iterator[_Part]:
         """Batches that give no more than `HELD` bytes of rows, with the places of their examples in the data."""
         members = sum(int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of)
         most = max(HELD // max(2 * 4 * self.per_example * members, 1), 1)
         first = 0
-        for batch in self.batches():
-            if self.whole:
-                if half is None or first % 2 == half:
-                    yield batch, torch.tensor([first])
-                first += 1
-                continue
-            size = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+        for size, batch in _sized(self.batches(), self.whole):
             ids = torch.arange(first, first + size)
-            first += size
-            if not all(isinstance(x, Tensor) and x.dim() and len(x) == size for x in batch.values()):
-                yield batch, ids
-                continue
             chosen = ids if half is None else ids[ids % 2 == half]
-            for part in chosen.split(most) if len(chosen) else ():
-                at = part - ids[0]
-                yield (batch if len(part) == size else {k: x[at.to(x.device)] for k, x in batch.items()}), part
+            for some in chosen.split(most) if len(chosen) else ():
+                yield _Part(batch, first, size, some, bool(some[0] == chosen[0]), self.whole)
+            first += size
 
     def _sampled(
         self, taps: Mapping[str, Sequence[TapMap]], ids: Tensor, mask: Tensor | None, key: Key, tensor: Tensor

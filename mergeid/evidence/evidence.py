@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergeid.basics import processes
 from mergeid.basics.when_asked import WhenAsked
-from mergeid.evidence.activations import Moments, PairStream, Rows, standardised
+from mergeid.evidence.activations import Answer, Moments, PairStream, Read, Rows, standardised
 from mergeid.evidence.chord import Consumer, chord_deviation, find_consumer
 from mergeid.evidence.spool import Spool
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, TapMap
@@ -143,13 +144,16 @@ class ActivationEvidence:
             s: found for s, list_of in taps.items() if (found := find_consumer(graph, s, list_of)) is not None
         }
         self.spool: Spool | None = None
+        owners = processes.dealt([graph.by_id[s].size ** 2 for s in taps])
+        self._owners = dict(zip(taps, owners, strict=True))
         self._judged: dict[Key, Judgement | None] = {}
         self.members: dict[tuple[str, int], np.ndarray] = {
             (s, k): t.index[t.index >= 0] for s, list_of in taps.items() for k, t in enumerate(list_of)
         }
 
     def collect(self, *, judged: bool = True) -> None:
-        """One pass over the data: moments of both halves, or of the fitting half alone where nothing will be judged."""
+        """One pass over the data: moments of both halves, or of the fitting half alone where nothing will be judged.
+        Processes share out the batches, and of what these say the spaces."""
         sums = sum(8 * len(members) ** 2 for members in self.members.values())
         if sums > SUMS:
             most = self.stream.per_example * self.stream.count
@@ -158,6 +162,8 @@ class ActivationEvidence:
             key = (space, k)
             if self.spool is not None:
                 self.spool.put(key, a, b)
+            if not self._is_mine(space):
+                continue
             if key not in self.fit:
                 n = a.values.shape[1]
                 self.fit[key], self.held[key] = Moments(n, cross=self.spool is None), Moments(n, cross=False)
@@ -169,9 +175,28 @@ class ActivationEvidence:
                 self.consumers[space][1].add(a.values[~half], b.values[~half])
         for key in self.stream.routed & self.fit.keys():  # what was seen before that was known
             del self.fit[key], self.held[key]
-        self.consumers = {s: found for s, found in self.consumers.items() if (s, found[0]) not in self.stream.routed}
         for m in (*self.fit.values(), *self.held.values()):
             m.finish()
+        self._exchange()
+        self.consumers = {s: found for s, found in self.consumers.items() if (s, found[0]) not in self.stream.routed}
+
+    def _is_mine(self, space: str) -> bool:
+        return self._owners[space] == processes.place()[0]
+
+    def _exchange(self) -> None:
+        """All but the sums over pairs of neurons, which stay where their correlations are made."""
+        for other in processes.everyones(
+            (
+                {key: m.without_pairs() for key, m in self.fit.items()},
+                self.held,
+                {s: found for s, found in self.consumers.items() if self._is_mine(s)},
+            )
+        ):
+            self.fit = {**other[0], **self.fit}
+            self.held = {**other[1], **self.held}
+            self.consumers |= {s: found for s, found in other[2].items() if not self._is_mine(s)}
+        order = list(self.members)
+        self.fit, self.held = ({k: of[k] for k in order if k in of} for of in (self.fit, self.held))
 
     def chord(self, space: str, element: Element, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float | None:
         """Relative chord deviation at the first layer that consumes the space; None where there is none.
@@ -193,7 +218,9 @@ class ActivationEvidence:
         counted = [s for s in dict.fromkeys(s for s, _ in self.fit) if self._keys(s)]
         if self.spool is not None:
             return WhenAsked(counted, self._correlation, lambda found: int(found.nbytes))
-        return {space: self._correlation(space) for space in counted}
+        mine = {i: self._correlation(s) for i, s in enumerate(counted) if self._is_mine(s)}
+        found = processes.collected(mine, [self._owners[s] for s in counted])
+        return dict(zip(counted, found, strict=True))
 
     def _keys(self, space: str) -> list[tuple[str, int]]:
         return [key for key, moments in self.fit.items() if key[0] == space and moments.count]
@@ -227,15 +254,15 @@ class ActivationEvidence:
                 moments.add(a.values[half], b.values[half])
         return moments.finish()
 
-    def _held_out(self, taps: Mapping[str, Sequence[TapMap]]) -> Iterator[tuple[str, int, Rows, Rows]]:
-        """Rows of the half that judges."""
-        if self.spool is None:
-            yield from self.stream.rows(taps, half=1)
-            return
-        for key in self.spool.places:
-            if key[0] in taps:
-                for a, b in self.spool.rows(key):
-                    yield *key, a, b
+    def _held_out(
+        self, taps: Mapping[str, Sequence[TapMap]], take: Callable[[Iterator[Read]], Answer]
+    ) -> Iterator[Answer]:
+        """What `take` makes of the rows of the half that judges, shared out among processes."""
+        spool = self.spool
+        if spool is None:
+            return self.stream.of_batches(taps, take, half=1)
+        kept = [key for key in spool.places if key[0] in taps]
+        return processes.in_turn(kept, lambda key: take((*key, a, b) for a, b in spool.rows(key)))
 
     def judge(self, requests: Sequence[Request], *, z: float, seed: int) -> list[Judgement | None]:
         """One pass over the held-out half for all requests that were not judged before; None where there are fewer than
@@ -252,15 +279,23 @@ class ActivationEvidence:
         for r in requests.values():
             of_space.setdefault(r.space, []).append(r)
         taps = {s: self.taps[s] for s in of_space if s in self.taps}
-        for space, k, a, b in self._held_out(taps):
-            held = self.held.get((space, k))
-            chosen = a.example % 2 == 1
-            if held is None or held.count < 2 or not chosen.any():
-                continue
-            pairs, members = (_pick(a, chosen), _pick(b, chosen)), self.members[space, k]
-            for r in of_space[space]:
-                values = _row_values(*pairs, held, members, (identity[space], r.current, r.matched))
-                evidence[r.key].add(a.example[chosen], values)
+
+        def values(reads: Iterator[Read]) -> list[tuple[Key, Tensor, Tensor]]:
+            found = []
+            for space, k, a, b in reads:
+                held = self.held.get((space, k))
+                chosen = a.example % 2 == 1
+                if held is None or held.count < 2 or not chosen.any():
+                    continue
+                pairs, members = (_pick(a, chosen), _pick(b, chosen)), self.members[space, k]
+                for r in of_space[space]:
+                    orders = identity[space], r.current, r.matched
+                    found.append((r.key, a.example[chosen], _row_values(*pairs, held, members, orders)))
+            return found
+
+        for found in self._held_out(taps, values):
+            for key, example, rows in found:
+                evidence[key].add(example, rows)
         at = {s.id: i for i, s in enumerate(self.graph.spaces)}
         return {
             key: judge(e.table(), z=z, seed=seed + at[key[0]]) if len(e.sums) >= 4 else None

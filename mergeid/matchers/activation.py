@@ -12,7 +12,7 @@ from mergeid.errors import MergeidError
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import MatchTask, Needs
-from mergeid.matchers.schedule import in_threads, sharing, waves
+from mergeid.matchers.schedule import owners_of, shared_out, sharing, waves
 from mergeid.matchers.weight import weight_matching
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
@@ -47,8 +47,11 @@ def activation_matching(
         found = solver.solve(tops[k], start)
         return {s.id: found[s.id] for s in trees[k]}
 
-    for wave in waves(range(len(trees)), sharing(trees)):
-        for _, found in list(in_threads(wave, lambda k, now=element: now, solved, workers)):  # type: ignore[misc]
+    planned = waves(range(len(trees)), sharing(trees))
+    owners = owners_of(planned, trees)
+    for wave in planned:
+        now = element
+        for _, found in shared_out(wave, owners, lambda k, now=now: now, solved, workers):  # type: ignore[misc]
             element = {**element, **found}
     return element
 

@@ -12,7 +12,7 @@ import numpy as np
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import MatchTask, Needs
-from mergeid.matchers.schedule import in_threads, neighbours, sharing, waves
+from mergeid.matchers.schedule import neighbours, owners_of, shared_out, sharing, waves
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
 
@@ -36,8 +36,10 @@ def layerwise_matching(similarity: WeightSimilarity, *, workers: int | None = No
         found = TreeAssignment(graph, scores).solve(tops[k], element)
         return {s.id: found[s.id] for s in trees[k]}
 
-    for wave in waves(range(len(trees)), apart):
-        for _, found in list(in_threads(wave, scores_of, solved, workers)):
+    planned = waves(range(len(trees)), apart)
+    owners = owners_of(planned, trees)
+    for wave in planned:
+        for _, found in shared_out(wave, owners, scores_of, solved, workers):
             element = {**element, **found}
     return element
 

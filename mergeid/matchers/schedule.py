@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from mergeid.basics import processes
 from mergeid.neuron_graph.neuron_graph import Space
 
 Item = TypeVar("Item")
@@ -55,6 +56,30 @@ def waves(order: Iterable[int], apart: Sequence[set[int]]) -> list[list[int]]:
         if level[k] == len(found):
             found.append([])
         found[level[k]].append(k)
+    return found
+
+
+def shared_out(
+    items: Sequence[int],
+    owners: Sequence[int],
+    prepare: Callable[[int], Prepared],
+    solve: Callable[[int, Prepared], Solved],
+    workers: int | None = None,
+) -> list[tuple[int, Solved]]:
+    """`in_threads`, each item in the process that owns it; all processes get all answers."""
+    here = processes.place()[0]
+    solved = dict(in_threads([k for k in items if owners[k] == here], prepare, solve, workers))
+    mine = {i: solved[k] for i, k in enumerate(items) if k in solved}
+    return list(zip(items, processes.collected(mine, [owners[k] for k in items]), strict=True))
+
+
+def owners_of(planned: Sequence[Sequence[int]], trees: Sequence[Sequence[Space]]) -> list[int]:
+    """By number of a tree, the process that assigns it: those of one wave are dealt out among all."""
+    found = [0] * len(trees)
+    for wave in planned:
+        costs = [sum(s.size**2 * len(s.axes) for s in trees[k]) for k in wave]
+        for k, owner in zip(wave, processes.dealt(costs), strict=True):
+            found[k] = owner
     return found
 
 

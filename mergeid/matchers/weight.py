@@ -12,7 +12,7 @@ from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import KeptScores, WeightSimilarity
 from mergeid.matchers.layerwise import layerwise_matching
 from mergeid.matchers.protocol import MatchTask, Needs
-from mergeid.matchers.schedule import in_threads, neighbours, sharing, waves
+from mergeid.matchers.schedule import neighbours, owners_of, shared_out, sharing, waves
 from mergeid.neuron_graph.neuron_graph import Element, Space
 
 Extra = Callable[[Space], np.ndarray]
@@ -84,12 +84,12 @@ def weight_matching(
 
     stale = set(range(len(trees)))
     order = list(range(len(trees)))
+    owners = owners_of(waves(order, apart), trees)
     for _ in range(max_passes):
         for wave in waves(order, apart):
             due = [k for k in wave if k in stale]
             stale -= set(due)
-            found = list(in_threads(due, scores_of, better, workers))
-            for k, moved in found:
+            for k, moved in shared_out(due, owners, scores_of, better, workers):
                 if moved:
                     now = {**now, **moved}
                     stale |= beside[k]

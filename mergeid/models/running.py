@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics import processes
 from mergeid.data.batches import describe, first_line
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Forward = Callable[[nn.Module, Batch], Tensor]
+PATIENCE = timedelta(days=7)
 
 
 def default_accelerator() -> Accelerator:
@@ -33,6 +36,7 @@ def make_accelerator(device: str | None = None) -> Accelerator:
     (Accelerate keeps one device per process).
     """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     if device is None:
         return Accelerator()
@@ -45,7 +49,9 @@ def make_accelerator(device: str | None = None) -> Accelerator:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MergeidError(f"device {device!r} cannot be used here: {first_line(error)}") from error
     try:
-        accelerator = Accelerator(cpu=wanted.type == "cpu")
+        # processes wait for the one whose part takes longest
+        patient = [InitProcessGroupKwargs(timeout=PATIENCE)] if processes.launched() > 1 else []
+        accelerator = Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=patient)
     except ValueError as error:
         raise MergeidError(
             f"device {device!r} was asked for, but Accelerate is already set up on another device; "
@@ -94,9 +100,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def share_of(accelerator: Accelerator) -> tuple[int, int]:
+    """The number of this process, and how many share the work that is at hand."""
+    return (0, 1) if processes.is_alone() else (accelerator.process_index, accelerator.num_processes)
+
+
 def reduce_sum(values: Tensor, accelerator: Accelerator) -> Tensor:
     """Σ over processes of a float64 CPU tensor in which every entry is nonzero on one process at most: exact."""
-    if accelerator.num_processes == 1:
+    if share_of(accelerator)[1] == 1:
         return values
     total: Any = accelerator.reduce(values.to(accelerator.device), reduction="sum")
     answer: Tensor = total.cpu()

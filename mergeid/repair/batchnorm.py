@@ -45,7 +45,15 @@ from mergeid.data.batches import (
     to_model,
 )
 from mergeid.errors import MergeidError
-from mergeid.models.running import Forward, default_accelerator, eval_mode, fits_the_model, reduce_sum, run_forward
+from mergeid.models.running import (
+    Forward,
+    default_accelerator,
+    eval_mode,
+    fits_the_model,
+    reduce_sum,
+    run_forward,
+    share_of,
+)
 from mergeid.plugins import Batch
 from mergeid.repair.shrunken import CONSTANT, example_sums, shrunken, width
 
@@ -181,7 +189,7 @@ class _Run:
     own: list[_Own] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rank, world = share_of(self.accelerator)
         self.mine = list(shared_out(self.batches, rank=rank, world=world))
         counts = torch.zeros(world, dtype=torch.float64)
         counts[rank] = len(self.mine)

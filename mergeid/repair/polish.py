@@ -111,7 +111,8 @@ def polish_network(
 
     Args:
         merged: in eval mode, and left so: statistics of norms stay, nothing is dropped.
-        seen: deals the examples for the steps out to batches anew; processes share these out.
+        seen: deals the examples for the steps out to batches anew. Every process takes all of them, since steps of
+            shared batches would be others.
         unseen: batches that judge.
         frozen: names of parameters that stay as they are.
     """
@@ -123,7 +124,7 @@ def polish_network(
     for name, p in merged.named_parameters():
         p.requires_grad_(p.is_floating_point() and name not in frozen)
     trained = [p for p in merged.parameters() if p.requires_grad]
-    batches = _endless(seen, torch.Generator().manual_seed(plan.seed), accelerator)
+    batches = _endless(seen, torch.Generator().manual_seed(plan.seed))
     for rate in plan.rates if trained else ():
         merged.load_state_dict(kept)
         optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=plan.decay)
@@ -134,9 +135,6 @@ def polish_network(
             optimiser.zero_grad()
             with torch.enable_grad(), _can_be_trained():
                 accelerator.backward(aim.loss(merged, batch, said))
-            for p in trained:
-                if p.grad is not None:
-                    p.grad = accelerator.reduce(p.grad, "mean")
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             cosine.step()
@@ -167,15 +165,10 @@ def _can_be_trained() -> Iterator[None]:
         ) from error
 
 
-def _endless(
-    seen: Callable[[Generator], Sequence[Batch]], generator: Generator, accelerator: Accelerator
-) -> Iterator[Batch]:
-    """This process's batches, epoch after epoch; every process sees equally many."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+def _endless(seen: Callable[[Generator], Sequence[Batch]], generator: Generator) -> Iterator[Batch]:
+    """Epoch after epoch."""
     while True:
-        batches = seen(generator)
-        rounds = max(len(batches) // world, 1)
-        yield from (batches[(k * world + rank) % len(batches)] for k in range(rounds))
+        yield from seen(generator)
 
 
 @torch.no_grad()

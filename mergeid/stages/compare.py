@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mergeid.basics import processes
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Far, Panel, joined
@@ -142,14 +143,15 @@ def _tried(
     """How far one merge is from the models, under each repair."""
     state = members.merged_state(skip)
     net = copy.deepcopy(members.first.model).to(device)
+
+    def far(kind: str, part: int) -> dict[str, Far]:
+        load_weights(net, state)
+        if kind != "none":
+            repair_network(replace(members, examples=panel.rest(part)), net, mode=kind, skip=skip, device=device)
+        return panel.far(net, part)
+
     for kind in kinds:
-        parts = []
-        for part in range(len(panel.parts)):
-            load_weights(net, state)
-            if kind != "none":
-                repair_network(replace(members, examples=panel.rest(part)), net, mode=kind, skip=skip, device=device)
-            parts.append(panel.far(net, part))
-        yield kind, joined(parts)
+        yield kind, joined(processes.shared(range(len(panel.parts)), partial(far, kind)))
 
 
 def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, examples: int) -> Comparison:

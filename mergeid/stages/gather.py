@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mergeid.basics.on_demand import is_on_demand
-from mergeid.data.batches import to_model
+from mergeid.data.batches import MadeBatches, to_model
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.models.examples import Examples
@@ -17,7 +17,7 @@ from mergeid.plugins import Batch
 from mergeid.request.request import Run
 from mergeid.stages.open import Pair
 
-Batches = Callable[[], Iterator[Mapping[str, Any]]]
+Batches = Callable[[], MadeBatches]
 """Starts a pass over the calibration examples."""
 Hears = Callable[[Any, Any, Batch], None]
 """Outputs of A and of B, and the batch that they are of."""
@@ -27,13 +27,13 @@ def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
     """Starts passes over the examples, without labels, on the device that A lies on."""
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
-    def batches() -> Iterator[dict[str, Any]]:
-        found = examples.batches(run.batch_size)
-        for i, batch in enumerate(found):
-            run.tell("calibration", i, len(found))
-            yield to_model(a.inputs_of(batch), device, None)
+    found = examples.batches(run.batch_size)
 
-    return batches
+    def made(i: int, batch: Batch) -> Batch:
+        run.tell("calibration", i, len(found))
+        return to_model(a.inputs_of(batch), device, None)
+
+    return lambda: MadeBatches(found, made)
 
 
 def evidence_of(

@@ -145,7 +145,7 @@ def structure_of(
     """
     graph, a = pair.graph, pair.a
     makers = _makers(graph, a)
-    normed = before_batchnorm(a.model, next(batches()), a.forward)
+    normed = before_batchnorm(a.model, batches()[0], a.forward)
     found = supports(
         a.model,
         batches(),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mergeid.basics import processes
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.opening import Source, is_live, state_of
 from mergeid.methods.registry import get_method
@@ -233,6 +234,9 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
         return replace(result, state={**_state(met, members, settings), **repaired})
     from mergeid.stages.write import inputs_of, write
 
+    processes.everyones(None)  # all have looked at what lies there
+    if processes.place()[0]:
+        return result
     result = write(result, met, inputs_of(met, members, repaired), request.asked, output)
     if repo is None:
         return result

@@ -1,0 +1,152 @@
+"""Work that the processes of one launch (``accelerate launch``, ``torchrun``) share out.
+
+Every process runs the same program. What is shared is cut into items that depend on nothing but the input; each is
+worked on by one process, and all processes get all answers in the order of the items. So nothing is added up in another
+order than one process would, and the result is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from mergeid.errors import MergeidError
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+_joined: ContextVar[bool] = ContextVar("joined", default=False)
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+_fell: list[BaseException] = []
+
+
+def launched() -> int:
+    """How many processes the launcher says that there are; 1 without one."""
+    return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return launched() == 1 or _number("RANK", 0) == 0
+
+
+def speaks() -> bool:
+    """Whether this process says what goes wrong: the first does, and one that stops where the others go on."""
+    return is_first() or bool(_fell)
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work inside is shared out among the processes of a group that torch has been told of."""
+    token = _joined.set(True)
+    try:
+        yield
+    finally:
+        _joined.reset(token)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work inside is this process's own, and none of it is shared out again."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def is_alone() -> bool:
+    """Inside of `alone`."""
+    return _alone.get()
+
+
+def place() -> tuple[int, int]:
+    """The number of this process, and how many share the work."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if not _joined.get() or is_alone() or distributed is None or not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def shared(items: Sequence[Item], work: Callable[[Item], Answer]) -> list[Answer]:
+    """What `work` makes of every item, each made by one process, on all processes.
+
+    Raises the `MergeidError` of the first item that has one, on all processes."""
+    rank, world = place()
+    if world == 1:
+        return [work(item) for item in items]
+    mine: dict[int, Answer] = {}
+    wrong: tuple[int, MergeidError] | None = None
+    with alone():
+        for i in range(rank, len(items), world):
+            try:
+                mine[i] = work(items[i])
+            except MergeidError as error:
+                wrong = i, error
+                break
+            except BaseException as error:
+                _fell.append(error)
+                raise
+    errors = [found for found in everyones(wrong) if found is not None]
+    if errors:
+        raise min(errors, key=lambda found: found[0])[1]
+    return collected(mine, [i % world for i in range(len(items))])
+
+
+def in_turn(items: Sequence[Item], work: Callable[[Item], Answer]) -> Iterator[Answer]:
+    """`shared`, one item of every process at a time: no more answers than these are held."""
+    world = place()[1]
+    for begin in range(0, len(items), world):
+        yield from shared(items[begin : begin + world], work)
+
+
+def dealt(costs: Sequence[float]) -> list[int]:
+    """For each item the process that takes it, so that none has much more to do than another: the dearest first, each
+    to the one with least."""
+    load = [0.0] * place()[1]
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def collected(mine: dict[int, Answer], owners: Sequence[int]) -> list[Answer]:
+    """All answers on all processes, in order.
+
+    Args:
+        mine: those of this process, by number.
+        owners: by number, the process that has it.
+    """
+    rank, world = place()
+    if world == 1:
+        return [mine[i] for i in range(len(owners))]
+    from torch import distributed
+
+    found: list[Answer] = []
+    for i, owner in enumerate(owners):
+        carried: list[Any] = [mine[i] if owner == rank else None]
+        distributed.broadcast_object_list(carried, src=owner)
+        found.append(mine[i] if owner == rank else carried[0])
+    return found
+
+
+def everyones(own: Answer) -> list[Answer]:
+    """What every process has, in their order; waits for all of them."""
+    world = place()[1]
+    if world == 1:
+        return [own]
+    from torch import distributed
+
+    found: list[Any] = [None] * world
+    distributed.all_gather_object(found, own)
+    return found
