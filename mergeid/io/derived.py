@@ -93,7 +93,7 @@ def derived(
     parents: Iterable[Checkpoint],
     config: dict[str, Any] | None = None,
 ) -> Derived:
-    """A checkpoint of these tensors, with the folder and the companions of `like`.
+    """A checkpoint of these tensors, with the folder, the tokenizer and the companions of `like`.
 
     Args:
         source: what messages call it.
@@ -112,6 +112,8 @@ def derived(
         config=like.config if config is None else config,
         is_folder=like.is_folder,
         config_changed=config is not None or like.config_changed,
+        beside=dict(like.beside),
+        tokenizer=None if like.tokenizer_folder == like.path else like.tokenizer_folder,
         formed=dict(formed),
         parents=made,
     )

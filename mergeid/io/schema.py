@@ -246,10 +246,50 @@ class SliceEntry(Own):
     parameters: dict[str, Setting] | None = None
 
 
+class ZeroEntry(Own):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class ModelTokenEntry(Own):
+    """The row of another token of a model, or one of its rows by number."""
+
+    kind: Literal["model_token"]
+    model: Annotated[str, _text("a model of the recipe")]
+    token: str | None = None
+    token_id: Count | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelTokenEntry:
+        if (self.token is None) == (self.token_id is None):
+            raise _wanted("either token or token_id")
+        return self
+
+
+def _source_of(value: Any) -> str:
+    if not isinstance(value, (dict, ZeroEntry, ModelTokenEntry)):
+        return "#model"
+    kind = value.get("kind") if isinstance(value, dict) else value.kind
+    return "#zero" if kind == "zero" else "#token"
+
+
+class TokenEntry(Own):
+    """Where the row of a token comes from."""
+
+    source: Annotated[
+        Annotated[str, _text("a model of the recipe, or a table with kind (model_token, zero)"), Tag("#model")]
+        | Annotated[ModelTokenEntry, Tag("#token")]
+        | Annotated[ZeroEntry, Tag("#zero")],
+        Discriminator(_source_of),
+    ]
+    force: bool = False
+
+
 class TokenizerEntry(Own):
     source: Annotated[str, _text("union, base, or a model")] = "union"
-    tokens: Any = None
-    pad_to_multiple_of: Any = None
+    tokens: dict[str, TokenEntry] | None = None
+    pad_to_multiple_of: Positive | None = None
 
 
 class ModuleEntry(Own):

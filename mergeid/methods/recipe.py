@@ -28,8 +28,10 @@ from typing import Any
 from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.schema import ConditionEntry, RecipeFile, SliceEntry, validated
+from mergeid.methods.recipe_tokens import vocabulary_of
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
 from mergeid.methods.settings import Condition, Parameters, Setting
+from mergeid.request.vocabulary import Vocabulary
 
 Table = dict[str, Any]
 """What a recipe says at one place: name of a parameter -> its setting (words among them are refused later)."""
@@ -78,7 +80,8 @@ class Recipe:
         dtype: of the output.
         slices: for recipes with slices, what each is merged of and how, bottom first; `models` is empty then.
         name: under which later documents of the same file name the result.
-        tokenizer: whose tokens the result has: "union", "a", "b", … or "base"; None: all have the same.
+        tokenizer: whose tokens the result has, with slices among the models as they are first named; None: all have the
+            same.
         chat_template: as `mergeid.merge` takes it.
     """
 
@@ -91,7 +94,7 @@ class Recipe:
     dtype: str | None = None
     slices: tuple[Recipe, ...] = ()
     name: str | None = None
-    tokenizer: str | None = None
+    tokenizer: Vocabulary | None = None
     chat_template: str | None = None
 
     def sources(self) -> list[str]:
@@ -168,38 +171,16 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         everywhere = _settings(told.parameters)
         dtype = told.out_dtype or told.dtype
         if slices is not None:
-            if told.tokenizer_source is not None or told.tokenizer is not None:
-                warnings.warn(f"{name}: slices keep the first model's tokenizer", MergeidWarning, stacklevel=3)
-            stacked = _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
-            return replace(stacked, chat_template=told.chat_template)
-        models = [entry.model for entry in entries or ()]
-        own = [_settings(entry.parameters) for entry in entries or ()]
-        found = replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
-        return replace(found, tokenizer=_tokenizer(told, found), chat_template=told.chat_template)
+            found = _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
+        else:
+            models = [entry.model for entry in entries or ()]
+            own = [_settings(entry.parameters) for entry in entries or ()]
+            found = replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
+        names = found.sources() if found.slices else found.models
+        words = vocabulary_of(told, list(dict.fromkeys(map(str, names))), found.base)
+        return replace(found, tokenizer=words, chat_template=told.chat_template)
     except MergeidError as error:
         raise MergeidError(f"{name}: {error}") from None
-
-
-def _tokenizer(told: RecipeFile, recipe: Recipe) -> str | None:
-    """Whose tokens the result has, as `mergeid.merge` takes it. Raises `MergeidError` for what is not supported."""
-    source = told.tokenizer_source
-    if told.tokenizer is not None:
-        for key in ("tokens", "pad_to_multiple_of"):
-            if getattr(told.tokenizer, key) is not None:
-                raise MergeidError(f"tokenizer.{key} is not supported: rows come from the models' own tokens")
-        if source is not None:
-            raise MergeidError("tokenizer and tokenizer_source are the same setting; give only one")
-        source = told.tokenizer.source
-    if source in (None, "union"):
-        return source
-    wanted = told.base_model if source == "base" else source
-    if wanted in recipe.models:
-        return "abcdefghijklmnopqrstuvwxyz"[recipe.models.index(wanted)]
-    if wanted is not None and wanted == recipe.base:
-        return "base"
-    raise MergeidError(
-        f"the tokenizer is that of {source!r}, which is not a model of the recipe; expected one of its models, or union"
-    )
 
 
 def _sliced(

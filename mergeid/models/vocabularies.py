@@ -132,9 +132,14 @@ def _target(models: Sequence[Checkpoint], rows: Sequence[Rows], asked: Vocabular
         like = _index(asked.like, models, has_base)
     extra: dict[str, Any] = {}
     place = Path(asked.source).expanduser()
-    tokens = None if _is_letter(asked.source) or asked.source == "union" else vocabulary_of(place)
+    word = asked.source == "union" or _is_letter(asked.source)
+    tokens = None if word else vocabulary_of(place)
     if tokens is not None:
         own, folder = Rows.among(max(tokens.values(), default=-1) + 1, tokens), place
+    elif not word and place.is_dir():
+        raise MergeidError(
+            f"{place} has no tokenizer that can be read; expected tokenizer.json, vocab.json or vocab.txt"
+        )
     else:
         if asked.source == "union":
             start, whole = _start(rows, like or 0)
@@ -197,7 +202,7 @@ def _with_tokenizer(model: Checkpoint, place: Path, files: Mapping[str, str]) ->
     if model.path != place:
         if not isinstance(model, Derived):
             formed = {name: read_from(model, name) for name in model.table}
-            model = replace(derived(model.source, model, formed, parents=[model]), beside=model.beside)
+            model = derived(model.source, model, formed, parents=[model])
         assert isinstance(model, Derived)
         model = replace(model, tokenizer=place)
     return replace(model, beside={**model.beside, **files})

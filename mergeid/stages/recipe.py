@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived
 from mergeid.io.opening import open_checkpoint
@@ -18,6 +19,7 @@ from mergeid.methods.recipe import Ranged, Recipe
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import ByName, Scalar, Setting, evaluate
 from mergeid.models.slices import Slice, layers_of, stacked
+from mergeid.models.vocabularies import one_vocabulary
 
 Result = TypeVar("Result")
 
@@ -85,15 +87,16 @@ def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = Fal
     if not recipe.slices:
         base = None if recipe.base is None else found(recipe.base)
         return Prepared([found(m) for m in recipe.models], recipe, base)
-    open_models: dict[str, Checkpoint] = {}
+    names = list(dict.fromkeys(found(name) for name in recipe.sources()))
+    same = one_vocabulary([open_checkpoint(n, allow_pickle=allow_pickle) for n in names], recipe.tokenizer, False)
+    for note in same.notes:
+        warnings.warn(note, MergeidWarning, stacklevel=2)
+    open_models = dict(zip(names, same.models, strict=True))
 
     def slice_of(name: str) -> Slice:
-        place = found(name)
-        if place not in open_models:
-            open_models[place] = open_checkpoint(place, allow_pickle=allow_pickle)
         if not isinstance(name, Ranged):
             raise MergeidError(f"{name} is the base of slices but not one of their sources; add it to the sources")
-        return Slice(open_models[place], name.first, name.end)
+        return Slice(open_models[found(name)], name.first, name.end)
 
     parts = recipe.slices
     stacks = [stacked([slice_of(part.models[i]) for part in parts]) for i in range(len(parts[0].models))]
@@ -114,7 +117,8 @@ def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = Fal
             parameters[key] = [told([one[i] for one in several]) for i in range(count)]
         else:
             parameters[key] = told(given)
-    return Prepared(list(stacks), replace(recipe, weights=weights, parameters=parameters), origin)
+    settled = replace(recipe, weights=weights, parameters=parameters, tokenizer=None)
+    return Prepared(list(stacks), settled, origin)
 
 
 def _length(part: Recipe) -> int:

@@ -15,6 +15,8 @@ Both draw their masks from the same uniform numbers, one list per number of elem
   by more than a rounding, mergekit runs again with ``dtype: float64`` and the recipe's dtype for the output;
 - 16-bit task vectors have many equal magnitudes. Of those at the cut mergekit keeps some, by their place; mergeid keeps
   all, so that the order of neurons does not matter (TIES, SCE). mergekit then runs a third time with that rule;
+- with ``tokenizer: {source: base}``, mergekit takes tokens that it adds itself for tokens of the base, and their rows
+  from the base's padding;
 - mergekit's slerp is a straight line above a cosine of 0.9995, off the circle by a share of (1 − cos θ) / 4 at most;
 - mergekit's Karcher mean takes angles as the arc cosine of float32 dot products.
 """
@@ -27,6 +29,7 @@ import copy
 import csv
 import fnmatch
 import io
+import json
 import math
 import os
 import sys
@@ -44,7 +47,10 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TABLE = Path(__file__).parent / "tables" / "mergekit_parity.csv"
 TOLERANCE = 1e-5
@@ -64,6 +70,7 @@ def models(*names: str, **parameters: list[Any]) -> list[dict[str, Any]]:
 
 
 THREE = ("a", "b", "c")
+PLACES = ("base", *THREE, "base-t", "a-t", "b-t")
 WEIGHT = [0.4, 0.9, -0.3]
 DENSITY = [0.5, 0.7, 0.3]
 
@@ -185,6 +192,54 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+WORDS = {
+    "base-t": ([f"w{i}" for i in range(70)], ["<both>"]),
+    "a-t": ([f"w{i}" for i in range(60)] + ["left"], ["<x>", "<both>"]),
+    "b-t": (
+        ["w0", "right"] + [f"w{i}" for i in range(69, 20, -1)] + [f"w{i}" for i in range(70, 90)],
+        ["<both>", "<y>"],
+    ),
+}
+"""Models with tokens of their own: those of the tokenizer, and added ones. Rows beyond them are padding."""
+ROWS = {"base-t": 80, "a-t": 63, "b-t": 73}
+PAIR = {"merge_method": "linear", "base_model": "a-t", "models": models("a-t", "b-t", weight=[0.3, 0.7])}
+TASK = {"merge_method": "task_arithmetic", "base_model": "base-t", "models": models("a-t", "b-t", weight=[0.6, 0.3])}
+SINGLE = {
+    "left": {"source": {"kind": "model_token", "model": "b-t", "token": "right"}},
+    "w30": {"source": "b-t", "force": True},
+    "w31": {"source": {"kind": "model_token", "model": "a-t", "token": "w5"}, "force": True},
+    "w32": {"source": {"kind": "model_token", "model": "b-t", "token_id": 4}, "force": True},
+    "w33": {"source": {"kind": "zero"}, "force": True},
+    "w34": {"source": "a-t"},
+    "<new>": {"source": {"kind": "zero"}},
+    "<copy>": {"source": {"kind": "model_token", "model": "a-t", "token": "<x>"}},
+}
+RECIPES |= {
+    "tokens: union": {**PAIR, "tokenizer_source": "union"},
+    "tokens: union and a base": {**TASK, "tokenizer_source": "union"},
+    "tokens: those of the base": {**TASK, "tokenizer_source": "base"},
+    "tokens: those of a model": {**TASK, "tokenizer": {"source": "b-t"}},
+    "tokens: ties, union": {
+        **TASK, "merge_method": "ties", "models": models("a-t", "b-t", weight=[1.0, 0.5], density=[0.5, 0.7]),
+        "tokenizer_source": "union",
+    },
+    "tokens: slerp, union": {
+        "merge_method": "slerp", "base_model": "a-t", "models": models("a-t", "b-t"), "parameters": {"t": 0.3},
+        "tokenizer_source": "union",
+    },
+    "tokens: rows of single ones": {**PAIR, "tokenizer": {"source": "union", "tokens": SINGLE}},
+    "tokens: rows of single ones and a base": {**TASK, "tokenizer": {"source": "union", "tokens": SINGLE}},
+    "tokens: padded": {**PAIR, "tokenizer": {"source": "union", "pad_to_multiple_of": 64}},
+    "tokens: slices": {
+        "merge_method": "linear", "tokenizer_source": "base", "base_model": "a-t", "parameters": {"weight": 0.5},
+        "slices": [
+            {"sources": [{"model": m, "layer_range": [i, i + 2]} for m in ("a-t", "b-t")]} for i in (0, 1, 2)
+        ],
+    },
+    "chat_template: chatml": {**PAIR, "tokenizer_source": "union", "chat_template": "chatml"},
+}  # fmt: skip
+
+
 STAGES = {
     "stages": [
         {"name": "first", "merge_method": "linear", "models": models("a", "b", weight=[0.5, 0.5])},
@@ -217,6 +272,16 @@ def make_models(folder: Path) -> None:
             parameter.data += 0.02 * seed * torch.randn_like(parameter)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             model.to(dtype).save_pretrained(folder / str(dtype).removeprefix("torch.") / name)
+    for seed, (name, (words, added)) in enumerate(WORDS.items()):
+        torch.manual_seed(10 + seed)
+        config.vocab_size = ROWS[name]
+        place = folder / "float32" / name
+        LlamaForCausalLM(config).save_pretrained(place)
+        core = Tokenizer(WordLevel({t: i for i, t in enumerate(words)}, unk_token="w0"))
+        core.pre_tokenizer = WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0")
+        tokenizer.add_special_tokens({"additional_special_tokens": added})
+        tokenizer.save_pretrained(place)
 
 
 @contextlib.contextmanager
@@ -369,13 +434,32 @@ def placed(value: Any, dtype: str, key: str = "") -> Any:
         return {k: placed(v, dtype, k) for k, v in value.items()}
     if isinstance(value, list):
         return [placed(v, dtype, key) for v in value]
-    if key in ("model", "base_model", "source") and value in ("base", *THREE):
+    if key in ("model", "base_model", "source") and value in PLACES and (key, value) != ("source", "base"):
         return f"{dtype}/{value}"
     return value
 
 
+def by_token(found: dict[str, torch.Tensor], ours: Path, theirs: Path) -> dict[str, torch.Tensor]:
+    """Our rows in the order of their tokenizer: mergekit adds tokens in the order of a hash table."""
+    rows, order = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (ours, theirs))
+    if rows.keys() != order.keys():
+        return {**found, f"tokens {sorted(rows.keys() ^ order.keys())}": torch.zeros(1)}
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    templates = [AutoTokenizer.from_pretrained(p) for p in (ours, theirs)]
+    one, two = (t.chat_template and t.apply_chat_template(said, tokenize=False) for t in templates)
+    if one != two:
+        return {**found, "chat template": torch.zeros(1)}
+    size = json.loads((ours / "config.json").read_text())["vocab_size"]
+    take = torch.arange(size)
+    for token, row in order.items():
+        take[row] = rows[token]
+    return {name: t[take] if t.dim() and len(t) == size else t for name, t in found.items()}
+
+
 def judged(ours: Path, theirs: Path, good: str) -> dict[str, Any]:
     a, b = tensors(ours), tensors(theirs)
+    if (theirs / "tokenizer.json").is_file():
+        a = by_token(a, ours, theirs)
     if {n: (t.shape, t.dtype) for n, t in a.items()} != {n: (t.shape, t.dtype) for n, t in b.items()}:
         odd = [n for n in {*a, *b} if n not in a or n not in b or (a[n].shape, a[n].dtype) != (b[n].shape, b[n].dtype)]
         first = sorted(odd)[0]

@@ -17,6 +17,7 @@ from mergeid.methods.recipe import parse_recipe, read_stages
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import Condition, MergeSettings, depths, evaluate, setting_of_weights
 from mergeid.methods.ties import ties
+from mergeid.request.vocabulary import TokenRow, Vocabulary
 
 NAMES = ["embed.weight", "layers.0.mlp.weight", "layers.1.mlp.weight", "layers.2.attn.weight", "norm.weight"]
 
@@ -203,17 +204,38 @@ def test_linear_is_normalised_unless_it_says_no() -> None:
 def test_whose_tokens_the_result_has() -> None:
     table: dict[str, Any] = {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}
     assert parse_recipe(table).parameters == {"max_iter": 10, "tol": 1e-5} and parse_recipe(table).tokenizer is None
-    for source, found in (("union", "union"), ("a", "a"), ("b", "b")):
-        assert parse_recipe({**table, "tokenizer_source": source}).tokenizer == found
-        assert parse_recipe({**table, "tokenizer": {"source": source}}).tokenizer == found
+    for source, found in (("union", "union"), ("a", "a"), ("b", "b"), ("base", "a")):
+        for told in ({"tokenizer_source": source}, {"tokenizer": {"source": source}}):
+            assert parse_recipe({**table, **told}).tokenizer == Vocabulary(found, multiple=1)
     models = [{"model": "a", "parameters": {"weight": 1}}]
     based = {"merge_method": "task_arithmetic", "base_model": "c", "models": models}
-    assert parse_recipe({**based, "tokenizer_source": "base"}).tokenizer == "base"
+    assert parse_recipe({**based, "tokenizer_source": "base"}).tokenizer == Vocabulary("base", "base", multiple=1)
     slerp = {**table, "merge_method": "slerp", "base_model": "b", "parameters": {"t": 0.5}}
-    assert parse_recipe({**slerp, "tokenizer_source": "base"}).tokenizer == "a"  # the base is the first there
+    first = parse_recipe({**slerp, "tokenizer_source": "base"}).tokenizer
+    assert first == Vocabulary("a", "a", multiple=1)  # the base is the first there
+
+
+def test_rows_of_single_tokens() -> None:
+    tokens = {
+        "<x>": {"source": "b"},
+        "<y>": {"source": {"kind": "model_token", "model": "base", "token": "y"}, "force": True},
+        "<z>": {"source": {"kind": "model_token", "model": "a", "token_id": 7}},
+        "<0>": {"source": {"kind": "zero"}},
+    }
+    models = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 1}}]
+    table = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+    found = parse_recipe({**table, "tokenizer": {"source": "b", "tokens": tokens, "pad_to_multiple_of": 64}}).tokenizer
+    rows = {
+        "<x>": TokenRow("b"),
+        "<y>": TokenRow("base", "y", True),
+        "<z>": TokenRow("a", 7),
+        "<0>": TokenRow(None),
+    }
+    assert found == Vocabulary("b", "base", rows, 64)
 
 
 PAIR = "models: [{model: a}, {model: b}]"
+TOKENIZER = "merge_method: karcher\ntokenizer:"
 
 
 @pytest.mark.parametrize(
@@ -229,9 +251,24 @@ PAIR = "models: [{model: a}, {model: b}]"
         (f"merge_method: linear\ngate_mode: random\n{PAIR}", "'gate_mode', which is not supported: mixtures"),
         ("merge_method: linear", "lacks the key 'models'"),
         (f"merge_method: karcher\ntokenizer_source: x\n{PAIR}", "that of 'x', which is not a model of the recipe"),
+        (f"{TOKENIZER} {{source: union, pad_to_multiple_of: 0}}\n{PAIR}", "pad_to_multiple_of is 0; expected greater"),
+        (f"{TOKENIZER} {{tokens: {{x: {{source: c}}}}}}\n{PAIR}", "row of 'x' is that of 'c', which is not a model"),
+        (f"{TOKENIZER} {{tokens: {{x: {{force: true}}}}}}\n{PAIR}", "tokenizer.tokens.x lacks the key 'source'"),
         (
-            f"merge_method: karcher\ntokenizer: {{source: union, pad_to_multiple_of: 8}}\n{PAIR}",
-            "tokenizer.pad_to_multiple_of is not supported",
+            f"{TOKENIZER} {{tokens: {{x: {{source: 3}}}}}}\n{PAIR}",
+            r"x.source is 3; expected a model .*model_token, zero",
+        ),
+        (
+            f"{TOKENIZER} {{tokens: {{x: {{source: {{kind: token, model: a, token: y}}}}}}}}\n{PAIR}",
+            r"x.source.kind is 'token'; expected 'model_token'",
+        ),
+        (
+            f"{TOKENIZER} {{tokens: {{x: {{source: {{kind: model_token, model: a}}}}}}}}\n{PAIR}",
+            "x.source is .*; expected either token or token_id",
+        ),
+        (
+            f"{TOKENIZER} {{tokens: {{x: {{source: {{kind: model_token, model: a, id: 3}}}}}}}}\n{PAIR}",
+            "has an unknown key 'id'",
         ),
         ("merge_method: linear\nmodels: []", "models is an empty list; expected more entries"),
         ("merge_method: linear\nmodels: [a, b]", r"models\[0\] is 'a'; expected a table with model, parameters"),

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mergeid
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.methods.recipe import parse_recipe
 from mergeid.request.vocabulary import TokenRow, Vocabulary
+from mergeid.stages.recipe import prepared
 
 WEIGHTS = "model.safetensors"
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -238,6 +240,23 @@ def test_rows_of_single_tokens(tmp_path: Path) -> None:
         merged(out, a, b, tokenizer=Vocabulary("union", tokens={"<new>": TokenRow("b", "w99")}))
 
 
+def test_recipes_with_slices(tmp_path: Path) -> None:
+    """Embedding of one model, head of another: both by the same tokens."""
+    a, b = (llama(tmp_path / n, i, 20, *WORDS[n]) for i, n in enumerate("ab"))
+    slices = [{"sources": [{"model": str(m), "layer_range": [0, 1]}]} for m in (a, b)]
+    told = {"merge_method": "passthrough", "slices": slices, "tokenizer_source": "union"}
+    with pytest.warns(MergeidWarning, match="rows of .* belong to tokens of the result"):
+        done = prepared(parse_recipe(told), {})
+    assert done.recipe.tokenizer is None
+    out = tmp_path / "out"
+    mergeid.merge(done.models, output=out, match="never", method="passthrough")
+    found = load_file(out / WEIGHTS)
+    for token, row in rows_of(out).items():
+        for i, name in enumerate(ROWS):
+            torch.testing.assert_close(found[name][row], row_of(token, [a, b], name)[i])
+    transformers.LlamaForCausalLM.from_pretrained(out)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     words = [f"w{i}" for i in range(20)]
     a = llama(tmp_path / "a", 0, 24, words, ("<x>",))
@@ -247,6 +266,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
             merged(tmp_path / "out", a, b, tokenizer=choice)
     with pytest.raises(MergeidError, match=r"model\.safetensors is not a folder; expected one with a tokenizer"):
         merged(tmp_path / "out", a / WEIGHTS, b, tokenizer="union")
+    with pytest.raises(MergeidError, match=r"empty has no tokenizer that can be read; expected tokenizer\.json"):
+        (tmp_path / "empty").mkdir()
+        merged(tmp_path / "out", a, b, tokenizer=str(tmp_path / "empty"))
     (a / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (a / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate([*words, "<z>"])}))
     with pytest.raises(MergeidError, match=r"has no tokenizer\.json, to which tokens can be added"):
