@@ -44,6 +44,11 @@ class MergeResult:
     comparison: Mapping[str, Any] | None = None
     in_place: Mapping[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        where = f"files={[str(f) for f in self.files]}" if self.state is None else f"state={len(self.state)} tensors"
+        chosen = f", chosen={self.comparison['chosen']!r}" if self.comparison else ""
+        return f"MergeResult(verdict={self.verdict!r}, {where}{chosen})"
+
     @property
     def plan(self) -> Plan | None:
         """The decisions for the second model; None for a plain merge."""

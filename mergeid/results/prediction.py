@@ -99,6 +99,10 @@ class PredictResult:
     worth: Worth | None = None
     interference: list[Interference] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        ways = ", ".join(f"{o.label}: {o.nats.expected:.3g} nats" for o in self.outlooks)
+        return f"PredictResult({self.a!r}, {self.b!r}, {ways})"
+
     @property
     def best(self) -> Outlook:
         """The way with the lowest expected barrier; ties go to what changes least."""
