@@ -93,14 +93,14 @@ def _with_numbers(plan: Plan, verbose: bool) -> tuple[list[Column], list[Sequenc
     columns = [
         Column("id", optional=6),
         Column("space", shrink=True, min_width=14),
-        Column("size", "right", optional=5),
+        Column("size", "right", optional=4),
         Column("decision"),
         Column("moved", "right", optional=2),
         Column("J as is", "right", optional=3),
         Column("J match", "right"),
         Column("J random", "right", optional=7),
         Column("ι", "right"),
-        Column("95 % interval", "right", optional=4),
+        Column("95 % interval", "right", optional=5),
         Column("chord as is", "right", optional=8),
         Column("chord match", "right", optional=8),
     ]

@@ -77,6 +77,7 @@ def merge(
             "iso_cts, wudi, emr, knots_ties; B into A: nearswap, arcee_fusion; with --data fisher, regmean.",
             o.HOW,
             "NAME",
+            words=o.METHODS,
         ),
     ] = "linear",
     density: float | Sequence[float] | None = None,
