@@ -90,7 +90,7 @@ def check_sketch_output(output: str | os.PathLike[str], force: bool, reads: Sequ
         raise MergeidError(f"-o {path}: a sketch needs the ending .sketch, such as {path.stem}.sketch")
     check_files({"-o": path}, [x for x in reads if isinstance(x, (str, os.PathLike))])
     if path.exists() and not force:
-        raise MergeidError(f"output {path} exists already; choose another name (option -o) or pass --force")
+        raise MergeidError(f"output {path} exists already; choose another name (option -o) or pass --force to replace it")
     return path
 
 
