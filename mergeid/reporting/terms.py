@@ -37,7 +37,7 @@ TERMS = (
     Term(
         "points",
         "The accuracy that a merge loses, in percentage points, against the mean of the two models' accuracies.",
-        ("accuracy lost",),
+        ("accuracy lost", "points, 90 %"),
     ),
     Term(
         "probability of losing no more",
