@@ -61,7 +61,7 @@ def _part(rests: list[str], several: bool) -> str:
     if has(FUSED):
         return "attention values" if has(OUTPUT) else "attention queries and keys"
     if has(OUTPUT):
-        return "attention values"
+        return "attention outputs"
     if has(ATTENTION):
         return "attention heads"
     return rests[0].rpartition(".")[0] or rests[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
@@ -35,7 +36,10 @@ def command(
             elif found:
                 work.say("\n".join(found))
             else:
-                work.note(f"no architecture name matches {find!r}")
+                near = get_close_matches(find, [i.partition("/")[2] for i in ids], n=3)
+                work.note(
+                    f"no architecture name matches {find!r}" + f"; did you mean {' or '.join(near)}?" * bool(near)
+                )
             return 0 if found else 1
         rows = [_row(name, all_of) for name, all_of in names.items()]
         if as_json:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
@@ -159,6 +159,11 @@ def _option(p: inspect.Parameter) -> Option | None:
     return next((x for x in get_args(p.annotation)[1:] if isinstance(x, Option)), None)
 
 
+def offered(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for the beginning of a word."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 def _typed(keyword: str, option: Option, value: object) -> list[str]:
     """An option with its value as words."""
     flag, _, off = _flags(keyword, option)[0].partition("/")
@@ -195,6 +200,7 @@ def _in_terminal(p: inspect.Parameter) -> inspect.Parameter:
         min=option.least,
         max=option.most,
         show_default=option.shown and not required,
+        autocompletion=offered(option.words) if option.words else None,
     )
     default: Any = None if option.several else p.default
     if option.choices and not required and p.default is not None:

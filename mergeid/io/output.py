@@ -159,7 +159,9 @@ def _check_existing(name: str, final: Path, inputs: list[Path], force: bool) -> 
     if final.is_dir() and not any(final.iterdir()) and not _same(final, Path.cwd()):
         return
     if not force:
-        raise MergeidError(f"output {name} exists already; choose another name (option -o) or pass --force")
+        raise MergeidError(
+            f"output {name} exists already; choose another name (option -o) or pass --force to replace it"
+        )
     if not final.is_dir():
         return
     for given in [*inputs, Path.cwd()]:

@@ -51,6 +51,10 @@ class NeuronGraph:
     turnable: tuple[Turnable, ...] | None = field(default=None, compare=False)
     powers: Powers | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        proven = "verified" if self.verified else "not verified"
+        return f"NeuronGraph({self.model!r}, {len(self.spaces)} spaces on {len(self.tensors)} tensors, {proven})"
+
     @cached_property
     def by_id(self) -> dict[str, Space]:
         """The spaces by their ids."""

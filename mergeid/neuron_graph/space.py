@@ -56,6 +56,9 @@ class Space:
     block_parents: np.ndarray
     axes: tuple[AxisMap, ...]
 
+    def __repr__(self) -> str:
+        return f"Space({self.id!r}, {self.label!r}, size={self.size}, group={self.group!r}, axes={len(self.axes)})"
+
     @property
     def members(self) -> int:
         """Members per block."""

@@ -26,7 +26,7 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
         Column("nats lost", "right"),
         Column("90 % interval", "right"),
         Column("points", "right"),
-        Column("90 % interval", "right", optional=1),
+        Column("points, 90 %", "right", optional=1),
         Column(f"≤ {result.tolerated:g} nats", "right"),
         Column("layers responsible", shrink=True, min_width=12, optional=2),
     ]

@@ -91,18 +91,18 @@ def print_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
 
 def _with_numbers(plan: Plan, verbose: bool) -> tuple[list[Column], list[Sequence[Any]]]:
     columns = [
-        Column("id", optional=3),
-        Column("space", shrink=True, min_width=10),
-        Column("size", "right", optional=2),
+        Column("id", optional=6),
+        Column("space", shrink=True, min_width=14),
+        Column("size", "right", optional=4),
         Column("decision"),
-        Column("moved", "right"),
-        Column("J as is", "right"),
+        Column("moved", "right", optional=2),
+        Column("J as is", "right", optional=3),
         Column("J match", "right"),
-        Column("J random", "right", optional=4),
+        Column("J random", "right", optional=7),
         Column("ι", "right"),
-        Column("95 % interval", "right", optional=1),
-        Column("chord as is", "right", optional=5),
-        Column("chord match", "right", optional=5),
+        Column("95 % interval", "right", optional=5),
+        Column("chord as is", "right", optional=8),
+        Column("chord match", "right", optional=8),
     ]
     structural = any(s.structure is not None for s in plan.spaces)
     if structural:

@@ -187,11 +187,11 @@ def barrier_summary(results: Sequence[BarrierResult], *, width: int, title: str 
     """One row per curve: the losses at the ends, the barrier, where it is, and the accuracy lost."""
     columns = [
         Column("", shrink=True),
-        Column("BatchNorm", optional=3),
-        Column("loss a", "right", optional=2),
-        Column("loss b", "right", optional=2),
+        Column("BatchNorm", optional=1),
+        Column("loss a", "right", optional=3),
+        Column("loss b", "right", optional=3),
         Column("barrier", "right"),
-        Column("at λ", "right", optional=1),
+        Column("at λ", "right", optional=2),
         Column("accuracy lost", "right"),
     ]
     rows = [

@@ -37,7 +37,7 @@ TERMS = (
     Term(
         "points",
         "The accuracy that a merge loses, in percentage points, against the mean of the two models' accuracies.",
-        ("accuracy lost",),
+        ("accuracy lost", "points, 90 %"),
     ),
     Term(
         "probability of losing no more",
@@ -236,12 +236,10 @@ TERMS = (
     Term(
         "SVCCA",
         "The mean correlation of the directions that hold 99 % of the variance of two layers' activations.",
-        ("svcca",),
     ),
     Term(
         "PWCCA",
         "As SVCCA, but every direction counts by how much of the activations it explains.",
-        ("pwcca",),
     ),
     Term("rows", "How many activations were compared: examples, times positions in an image or text."),
     Term("weight", "The share of a model in an average, or in a soup; 0 where it was left out."),

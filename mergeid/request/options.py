@@ -17,6 +17,13 @@ from mergeid.request.vocabulary import Vocabulary
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
 """Panels of a command's help."""
 
+MATCHERS = ("weight", "activation", "combined", "layerwise", "cycle", "sinkhorn", "straight_through", "ot")
+METHODS = (
+    *("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
+    *("della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "ramplus_tl", "model_stock", "tsv"),
+    *("iso_c", "iso_cts", "wudi", "emr", "knots_ties", "nearswap", "arcee_fusion", "fisher", "regmean"),
+)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -29,6 +36,7 @@ class Option:
         flags: its names; none: the keyword, with hyphens.
         kind: what is read: str, int, float, bool, or a list of words.
         choices: the words that are accepted; none: any.
+        words: those that a shell offers, where others may be accepted too.
         least, most: bounds of a number.
         shown: whether the help shows the default.
     """
@@ -39,6 +47,7 @@ class Option:
     flags: tuple[str, ...] = ()
     kind: type = str
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     least: int | None = None
     most: int | None = None
     shown: bool = True
@@ -214,10 +223,10 @@ Target = Annotated[
 Matcher = Annotated[
     Union[str, None],
     Option(
-        "How neurons are matched: weight, activation, combined, layerwise, cycle, sinkhorn, straight_through, ot. "
-        "Default: combined with --data, weight without.",
+        f"How neurons are matched: {', '.join(MATCHERS)}. Default: combined with --data, weight without.",
         HOW,
         "NAME",
+        words=MATCHERS,
     ),
 ]
 Transport = Annotated[

@@ -24,7 +24,7 @@ class BarrierResult:
         dtype: in which the networks were evaluated (``"float32"``), or the mixed precision in its place.
         label: name of the line in tables and plots ("direct", "mergeid").
         solved: whether every network between the ends was solved anew, off the straight line.
-        beside: curves of the same pair that were measured with this one.
+        beside: other curves of the same pair, measured with this one.
     """
 
     lambdas: tuple[float, ...]

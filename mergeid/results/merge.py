@@ -18,7 +18,7 @@ class MergeResult:
     """What a merge (or an alignment) did.
 
     Attributes:
-        verdict: "direct", "match" or "will not merge"; "transported" where neurons were carried by optimal transport.
+        verdict: "direct", "match" or "will not merge"; "transported" after optimal transport.
         files: what was written, weights first.
         plans: the decisions for every further model and, last, the base, each against the first; none for a plain
             merge.
@@ -27,9 +27,9 @@ class MergeResult:
         state: the merged state dict, for live modules.
         report: what happened to the tensors, as JSON.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
-        in_place: per further model, how its rows lie beside the first one's (`mergeid.combine.in_place`), where that
-            decided what was planned; None: it did not.
-        comparison: how far the merges that were at hand are from the models on calibration inputs, and which was chosen
+        in_place: per further model, how many of its rows are nearest to the same row of the first model
+            (`mergeid.combine.in_place`), if that decided what was planned; else None.
+        comparison: how far the candidate merges are from the models on calibration inputs, and which one was chosen
             (`mergeid.stages.compare`); None without data.
     """
 
@@ -43,6 +43,11 @@ class MergeResult:
     repair: Mapping[str, Any] | None = None
     comparison: Mapping[str, Any] | None = None
     in_place: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        where = f"files={[str(f) for f in self.files]}" if self.state is None else f"state={len(self.state)} tensors"
+        chosen = f", chosen={self.comparison['chosen']!r}" if self.comparison else ""
+        return f"MergeResult(verdict={self.verdict!r}, {where}{chosen})"
 
     @property
     def plan(self) -> Plan | None:

@@ -54,6 +54,11 @@ class Plan:
     after: Sequence[Turn] = ()
     solved: Sequence[SolvedLayer] = ()
 
+    def __repr__(self) -> str:
+        moved = sum(s.moved for s in self.spaces)
+        what = f"spaces={len(self.spaces)}, moved={moved}, evidence={self.evidence!r}"
+        return f"Plan({self.a!r}, {self.b!r}, verdict={self.verdict!r}, {what})"
+
     @property
     def moves(self) -> bool:
         """Whether anything of B is permuted, turned or scaled."""

@@ -79,10 +79,10 @@ class PredictResult:
         mode: "inputs" (run on the given data), "weights" (run on random inputs) or "sketches".
         examples: inputs that both were run on.
         tolerated: loss in nats that the probabilities are of.
-        bound: the paper's, with its assumptions; None in the mode "sketches".
+        bound: that of arXiv 2606.04754, with its assumptions; None in the mode "sketches".
         trials: merges that were made and run (--try), beside what was predicted.
         worth: what both models together would gain over the better one; None without inputs of their kind.
-        interference: of fine-tunes of a base, by tensor, the worst first.
+        interference: tensors in which two fine-tunes of a base cancel each other, the worst first.
     """
 
     a: str
@@ -98,6 +98,10 @@ class PredictResult:
     trials: list[Trial] = field(default_factory=list)
     worth: Worth | None = None
     interference: list[Interference] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        ways = ", ".join(f"{o.label}: {o.nats.expected:.3g} nats" for o in self.outlooks)
+        return f"PredictResult({self.a!r}, {self.b!r}, {ways})"
 
     @property
     def best(self) -> Outlook:

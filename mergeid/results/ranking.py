@@ -51,8 +51,7 @@ class Partner:
 class Ranking:
     """Attributes:
     model: whose partners they are.
-    partners: the best first: by what was tried, where anything was, else by what is predicted; what cannot be told is
-        last.
+    partners: the best first, by the trials if there were any, else by prediction; what cannot be judged comes last.
     failed: candidates that cannot be merged with it, and why.
     """
 

@@ -44,7 +44,7 @@ class SimilarityResult:
     layers: list[LayerSimilarity]
     names_a: list[str]
     names_b: list[str]
-    cka_map: np.ndarray
+    cka_map: np.ndarray = field(repr=False)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

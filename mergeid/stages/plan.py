@@ -346,8 +346,8 @@ def _verdict(mode: str, records: list[SpaceEvidence], notes: list[str]) -> str:
     share = sum(r.share for r in lost) / max(sum(r.share for r in records), 1e-12)
     if lost:
         notes.append(
-            f"{len(lost)} of {len(records)} spaces ({share:.0%} of the weights on them) do not correspond under any "
-            f"permutation"
+            f"{len(lost)} of {len(records)} spaces, with {100 * share:.0f} % of the weights, do not correspond in any "
+            "order"
         )
     if share > 0.5:
         return WILL_NOT

@@ -47,15 +47,15 @@ def align(
     batch_size: o.BatchSize = 32,
     **usual: Unpack[Usual],
 ) -> MergeResult:
-    """B with its neurons in A's order: the same function, for any other merging tool.
+    """Put B's neurons into A's order: the same function, ready for any other merging tool.
 
     Args:
         b: the model to permute; to: the model whose order it takes. Others as for `merge`.
         base, certify: as for `plan`.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; `config`: whose config B
-            gets where they differ in what the network computes.
-        transport: carry B's neurons onto A's by optimal transport, as `merge` does with it: A's shapes, and no longer
-            the same function.
+            gets if they differ in what the network computes.
+        transport: map B's neurons onto A's by optimal transport, as in `merge`: the result has A's shapes, and its
+            function is only close to B's.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.

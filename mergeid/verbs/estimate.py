@@ -25,11 +25,11 @@ def estimate(
     skip: Sequence[str] = (),
     config: str | None = None,
 ) -> Estimate:
-    """What a merge of these models would take: nothing but the headers of their files is read.
+    """Memory, disk space and time that a merge of these models would take; only the headers of their files are read.
 
     Args:
         a, b, more: files, folders or hub ids.
-        base: what they were fine-tuned from, for methods that read it.
+        base: the model that they were fine-tuned from, for methods that use it.
         skip: globs of tensor names that are taken from A as they are.
         config: "a" or "b": whose config counts where they differ.
 

@@ -34,7 +34,7 @@ def extract(
     allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
 ) -> ExtractResult:
-    """A full fine-tune minus its base, as a PEFT folder.
+    """Write what a fine-tune adds to its base as a PEFT adapter.
 
     Every weight of a linear layer that changed becomes factors B A, the best of that rank (singular value
     decomposition of the difference in float64; Eckart and Young 1936), α = r. What else changed (norms, embeddings)

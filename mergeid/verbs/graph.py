@@ -47,11 +47,11 @@ def graph(
         tie: pairs of axes (``("a.weight[0]", "b.weight[0]")``) whose neurons move together.
         graph: a graph written or corrected by hand (a path, the exchange format, or a `NeuronGraph`): it is verified
             instead of tracing one, and what does not hold is frozen.
-        arch: the architecture of a file that does not tell.
+        arch: the architecture, if the file does not say.
         seed: of example inputs and of the group elements that verify.
 
-    Raises `MergeidError` when the model is not found or not recognised, does not run on the inputs, or when what is
-    said by hand does not fit it.
+    Raises `MergeidError` when the model is not found or not recognised, does not run on the inputs, or when
+    `freeze`, `tie` or `graph` do not fit it.
     """
     from mergeid.models.graph import graph_of
     from mergeid.models.loaded import further_batches

@@ -29,7 +29,7 @@ def load(
 
     Args:
         source: ``.safetensors`` file, folder, hub id, an open checkpoint, or a live module.
-        arch: its architecture where it cannot be told.
+        arch: its architecture, if the files do not say.
         example_inputs: for a live module of no known library: a tensor, a tuple, or a dict of keywords.
         outputs: names or globs of those outputs of a live module that count (``"logits"``, ``"0"``); default: all.
         revision: branch, tag or commit of a hub id.

@@ -77,6 +77,7 @@ def merge(
             "iso_cts, wudi, emr, knots_ties; B into A: nearswap, arcee_fusion; with --data fisher, regmean.",
             o.HOW,
             "NAME",
+            words=o.METHODS,
         ),
     ] = "linear",
     density: float | Sequence[float] | None = None,
@@ -121,8 +122,8 @@ def merge(
         match: "auto": as decided per space; "never": a plain merge, no model is built; "always": match every space.
         matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, else weight.
             "cycle" brings more than two models into one common order.
-        transport: carry the neurons of every further model onto the first one's by optimal transport plans instead of
-            matching them one to one (OT fusion); plain layers may then have other widths. Needs no `base`.
+        transport: map the neurons of every further model onto the first one's by optimal transport instead of matching
+            them one to one (OT fusion); layers of plain networks may then differ in width. Takes no `base`.
         data: calibration data for the evidence, for the repair, and for methods that measure something; models of
             different tasks each have their own: {"a": …, "b": …} or ``a=…,b=…``.
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its

@@ -61,14 +61,16 @@ def moe(
     force: o.Force = False,
     **usual: Unpack[Usual],
 ) -> MergeResult:
-    """Dense models as the experts of one mixture, aligned with the base first.
+    """Build a mixture of experts from dense models, each aligned with the base first.
 
     Args:
         base: gives attention, embeddings, norms and head; experts: each gives the MLPs of its layers.
-        gate_mode: how routers begin; all but the random ones need prompts for every expert and the base's tokenizer.
-        experts_per_token: how many experts a token takes.
+        gate_mode: how the routers are initialised; all but the random ones need prompts for every expert and the base's
+            tokenizer.
+        experts_per_token: how many experts process a token.
         output: a folder; default ``./moe``.
-        match: "auto": experts whose neurons lie in another order than the base's are aligned by weights; "never".
+        match: "auto": experts whose neurons are in another order than the base's are aligned by their weights;
+            "never": all are taken as they are.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
 
     Raises:

@@ -45,8 +45,9 @@ def plan(
         matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, else weight.
         base: what both models were fine-tuned from. With data, and with a base or the fixed parts that asymmetric
             layers store, every space's record gets the structural margins of both models (`structure`).
-        certify: compute the layers' radii of stability too.
-        solve: solve the planned merge in memory too (`solved`: every layer's error on unseen inputs, before and after).
+        certify: also compute how far the inputs of every layer may shift before its order of neurons could change.
+        solve: also solve the planned merge in memory; `solved` then has every layer's error on unseen inputs, before
+            and after.
         batch_size: examples in a forward pass.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
 

@@ -39,7 +39,7 @@ def rank(
     batch_size: o.BatchSize = 128,
     **usual: Unpack[Usual],
 ) -> Ranking | PredictionMatrix:
-    """The models that merge best with the first one, best first; or how every pair would merge.
+    """Find out which models merge best with the first one, or with `every`, how each pair would merge.
 
     Args:
         models: the model to find partners for, and the candidates: files, folders, hub ids, live modules. A folder that
@@ -53,10 +53,10 @@ def rank(
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
 
     Returns:
-        the ranking of the candidates; of every pair the matrix.
+        the ranking of the candidates, or with `every` the matrix of all pairs.
 
-    Raises `MergeidError` for anything wrong with the input; a single candidate that does not fit is named in the
-    ranking instead, with `every` it ends the work."""
+    Raises `MergeidError` for anything wrong with the input; a candidate that does not fit is only named in the
+    ranking, unless `every` is given."""
     check_tolerated(tolerate)
     run, reading = requests_of(usual, batch_size)
     calibration, matching = calibration_of(data, usual), Matching("always", matcher)

@@ -93,8 +93,8 @@ def report(
         data: labelled examples to measure on.
         calibration: examples to match on, labels unused; default: `data`.
         output: the page; None: only the result is returned (`mergeid.reporting.page.render` makes the page of it).
-        merge: make the merge that `mergeid merge` makes by itself, in a temporary place, and measure it too.
-        points: of every curve, at least 3.
+        merge: also make the merge that `mergeid merge` makes by default, in a temporary folder, and measure it.
+        points: number of points of every curve, at least 3.
         limit: most examples to measure on; None: all.
         image_size: height and width of the data's images; None: the model's own.
 

@@ -42,11 +42,11 @@ def scramble(
     allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
 ) -> ScrambleResult:
-    """A random group element applied to a checkpoint: another checkpoint of the same function.
+    """Write a copy of a checkpoint with its neurons in a random order, which computes the same function.
 
     Args:
-        seed: of the group element.
-        maps: with random scales, signs and orthogonal maps besides, which leave this model's function unchanged.
+        seed: of the random order.
+        maps: also apply random scales, signs and orthogonal maps that leave the function unchanged.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """

@@ -45,12 +45,12 @@ def sketch(
     force: o.Force = False,
     progress: Progress | None = None,
 ) -> Sketch:
-    """What a model does on fixed inputs: activations, outputs, how it answers to averaging
+    """Record what a model does on fixed inputs: activations, outputs, and how sensitive it is to averaging
     (`mergeid.prediction.sketch`).
 
     Args:
         source: file, folder, hub id, or a live module whose outputs are logits.
-        data: inputs; sketches compare only where these are the same.
+        data: inputs; only sketches of the same inputs can be compared.
         output: file to write; None: nothing is written.
         image_size: height and width of the data's images; None: the model's own.
         limit: most inputs. force: replace an earlier output.
@@ -90,7 +90,9 @@ def check_sketch_output(output: str | os.PathLike[str], force: bool, reads: Sequ
         raise MergeidError(f"-o {path}: a sketch needs the ending .sketch, such as {path.stem}.sketch")
     check_files({"-o": path}, [x for x in reads if isinstance(x, (str, os.PathLike))])
     if path.exists() and not force:
-        raise MergeidError(f"output {path} exists already; choose another name (option -o) or pass --force")
+        raise MergeidError(
+            f"output {path} exists already; choose another name (option -o) or pass --force to replace it"
+        )
     return path
 
 

@@ -61,10 +61,11 @@ def soup(
 
     Args:
         models: two or more, aligned with the first where the plan says so.
-        data: validation examples with labels, which "adamerging" does not look at.
-        how: "greedy", "uniform", or "adamerging" (task vectors weighted so that predictions are sure).
-        base: what they were fine-tuned from, for "adamerging".
-        steps: of "adamerging", of one batch each.
+        data: labelled validation examples; "adamerging" does not use the labels.
+        how: "greedy", "uniform", or "adamerging" (coefficients of the task vectors, learned so that predictions are
+            confident).
+        base: the model that they were fine-tuned from, for "adamerging".
+        steps: training steps of "adamerging", one batch each.
         output: default ``./soup.safetensors``, for folders ``./soup``; live modules stay in memory without one.
         match, matcher: as for `merge`, by weights alone.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.

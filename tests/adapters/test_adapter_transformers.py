@@ -331,6 +331,7 @@ def test_preprocessing_from_the_folder(adapter, tmp_path):
          "layers.1 attention queries and keys"),
         ([("model.layers.1.self_attn.v_proj.weight", 0), ("model.layers.1.self_attn.o_proj.weight", 1)],
          "layers.1 attention values"),
+        ([("model.layers.1.self_attn.o_proj.weight", 1)], "layers.1 attention outputs"),
         ([("model.embed_tokens.weight", 1), ("model.layers.0.input_layernorm.weight", 0),
           ("model.layers.1.mlp.down_proj.weight", 0)], "residual stream"),
         ([("transformer.h.0.attn.c_attn.weight", 1), ("transformer.h.0.attn.c_attn.weight", 1),

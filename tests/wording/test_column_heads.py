@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeid.reporting.terms import TERMS, explain
+from mergeid.reporting.terms import explain
 
 ROOT = Path(__file__).parent.parent.parent / "mergeid"
 SAY_THEMSELVES = {
@@ -39,8 +39,3 @@ def test_the_heads_are_found() -> None:
 @pytest.mark.parametrize("head", FOUND)
 def test_a_head_is_explained(head: str) -> None:
     assert explain(head).meaning.endswith(".")
-
-
-def test_no_word_has_two_meanings() -> None:
-    words = [word.casefold() for term in TERMS for word in {term.name.casefold(), *term.also}]
-    assert len(words) == len(set(words))

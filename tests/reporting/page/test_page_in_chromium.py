@@ -62,7 +62,7 @@ def test_filters_and_keys(tmp_path: Path, size: str) -> None:
     assert out["before"] == out["again"] == out["escaped"] == ["direct", "match"]
     assert out["filtered"] == ["direct"] and out["count"] == "1 of 2 shown" and out["searched"] == []
     assert out["detail"] == [f"d-{out['focus']}"]
-    assert str(out["readout"]).startswith("25 % of B: ")
+    assert str(out["readout"]).startswith("30 % of B: solved ")
     assert out["theme"] == "dark" and out["wide"] is True
 
 
