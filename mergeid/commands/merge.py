@@ -14,6 +14,7 @@ from mergeid.commands.launch import together
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, working, write_report
 from mergeid.errors import MergeidError
+from mergeid.io.opening import open_checkpoint
 from mergeid.io.output import check_output
 from mergeid.request.options import HOW
 from mergeid.verbs.merge import merge
@@ -101,7 +102,9 @@ def command(
                 how = partial(how, chat_template=told.chat_template, repair=stage, progress=work.progress)
                 return how(done.models, base=done.base, output=target)
 
-            result = merge_stages(stages, call.path("output"), merged, call.given("allow_pickle"))
+            pickles, floats = call.given("allow_pickle"), call.given("dequantise")
+            opened = partial(open_checkpoint, allow_pickle=pickles, dequantise=floats)
+            result = merge_stages(stages, call.path("output"), merged, opened)
         else:
             shares = o.parse_all_weights(weights or [])
             result = call(models, weights=shares, parameters=told, repair=stage, progress=work.progress)

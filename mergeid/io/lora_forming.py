@@ -30,6 +30,15 @@ _WRAPPERS = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
 """What PEFT puts into the names of modules that it saves whole or wraps."""
 
 
+_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings that change the base too."""
+_NOT_ADDED = (
+    "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens",
+    "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
+)  # fmt: skip
+"""Settings of PEFT under which the weights are not the base's plus a product of factors."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """What ``adapter_config.json`` says that matters for the weights.
@@ -57,8 +66,16 @@ class LoraConfig:
             raise MergeidError(
                 f"{path.parent} is a PEFT adapter of type {shown(kind)}; expected LORA: merge it with PEFT first"
             )
-        if told.get("layer_replication"):
-            raise MergeidError(f"{path} replicates layers (layer_replication); merge the adapter with PEFT first")
+        start = told.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
+            raise MergeidError(
+                f"{path.parent} began with parts taken out of its base (init_lora_weights {shown(start)}), which it "
+                "does not hold; merge the adapter with PEFT first, or convert it there to a plain one"
+            )
+        for key in (k for k in _NOT_ADDED if told.get(k)):
+            raise MergeidError(
+                f"{path.parent} has {key}, which is more than an update of weights; merge the adapter with PEFT first"
+            )
         alpha: Any
         alpha, alphas = told.get("lora_alpha"), told.get("alpha_pattern") or {}
         if not _number(alpha) or not isinstance(alphas, dict) or not all(map(_number, alphas.values())):

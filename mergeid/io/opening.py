@@ -26,7 +26,9 @@ Source = Union[str, "os.PathLike[str]", "nn.Module", Checkpoint]
 _PATH_LIKE = re.compile(r"^(\.|~|/|[A-Za-z]:\\)|\.(safetensors|json|bin|pt|pth|ckpt|pth\.tar)$")
 
 
-def open_checkpoint(source: Source, *, revision: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: Source, *, revision: str | None = None, allow_pickle: bool = False, dequantise: bool = False
+) -> Checkpoint:
     """Open a ``.safetensors`` file, a model folder, a hub id (``org/name``, ``org/name@revision``), a PEFT adapter on
     its base (``BASE+ADAPTER``, or the adapter's folder alone where its config names a base at hand), or a live module
     (its config where it says of itself what a ``config.json`` says).
@@ -38,20 +40,31 @@ def open_checkpoint(source: Source, *, revision: str | None = None, allow_pickle
         revision: branch, tag or commit on the hub (or write ``org/name@revision``).
         allow_pickle: also read ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` and ``.pth.tar``, through torch's
             restricted unpickler.
+        dequantise: read float8 and bitsandbytes weights as floating-point ones (`mergeid.io.dequantise`).
 
     Raises:
         MergeidError: anything that is wrong with it, in one sentence.
     """
     if isinstance(source, Checkpoint):
-        return source
-    if not isinstance(source, (str, os.PathLike)):
-        return _of_module(source)
-    text = os.fspath(source)
-    found = _adapter(text, allow_pickle)
+        found = source
+    elif isinstance(source, (str, os.PathLike)):
+        found = _at(os.fspath(source), isinstance(source, str), revision, allow_pickle, dequantise)
+    else:
+        found = _of_module(source)
+    if dequantise:
+        from mergeid.io.dequantise import dequantised
+
+        return dequantised(found)
+    return found
+
+
+def _at(text: str, named: bool, revision: str | None, allow_pickle: bool, dequantise: bool) -> Checkpoint:
+    """What lies at a path, or (where it is `named`) on the hub."""
+    found = _adapter(text, allow_pickle, dequantise)
     if found is None:
         path = Path(_home(text))
         if not os.path.exists(path):
-            if not isinstance(source, str) or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:
+            if not named or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:
                 raise MergeidError(
                     f"no such file or folder: {text}; expected a .safetensors file, a model folder, or a hub id "
                     "(org/name)"
@@ -106,7 +119,7 @@ def _home(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def _adapter(text: str, allow_pickle: bool) -> Checkpoint | None:
+def _adapter(text: str, allow_pickle: bool, dequantise: bool) -> Checkpoint | None:
     """``BASE+ADAPTER``, or an adapter's folder whose config names a base that is at hand; None for anything else.
 
     Raises:
@@ -130,7 +143,7 @@ def _adapter(text: str, allow_pickle: bool) -> Checkpoint | None:
             raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {why}; name both as BASE+{text}")
         under = str(place)
     file = folder / "adapter_model.safetensors"
-    opened = open_checkpoint(under, allow_pickle=allow_pickle)
+    opened = open_checkpoint(under, allow_pickle=allow_pickle, dequantise=dequantise)
     if not file.is_file():
         hint = "; convert adapter_model.bin to safetensors" if (folder / "adapter_model.bin").is_file() else ""
         raise MergeidError(f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors{hint}")

@@ -40,7 +40,9 @@ def load_model(source: Source, reading: Reading, run: Run, *, revision: str | No
         return _live(module, reading, run)
     if reading.example.outputs:
         raise MergeidError(f"outputs= chooses among what a live module returns, but {source} is a path; leave it out")
-    checkpoint = open_checkpoint(source, revision=revision, allow_pickle=reading.allow_pickle)
+    checkpoint = open_checkpoint(
+        source, revision=revision, allow_pickle=reading.allow_pickle, dequantise=reading.dequantise
+    )
     adapter, found = find_architecture(checkpoint, reading.arch)
     return load_checkpoint(checkpoint, adapter, found, run)
 

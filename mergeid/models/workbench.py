@@ -43,11 +43,8 @@ class Workbench:
         """The weights that `source` means. Raises `MergeidError` for what cannot be read."""
         key = key_of(source)
         if key not in self._opened:
-            found = open_checkpoint(source, allow_pickle=self.reading.allow_pickle)
-            if self.reading.dequantise:
-                from mergeid.io.dequantise import dequantised
-
-                found = dequantised(found)
+            asked = self.reading
+            found = open_checkpoint(source, allow_pickle=asked.allow_pickle, dequantise=asked.dequantise)
             self._opened[key] = source, found
         return self._opened[key][1]
 

@@ -43,7 +43,7 @@ def merge_stages(
     stages: Sequence[Recipe],
     output: str | os.PathLike[str] | None,
     merge: Callable[[Prepared, str | os.PathLike[str] | None], Result],
-    allow_pickle: bool = False,
+    opened: Callable[[str], Checkpoint] = open_checkpoint,
 ) -> Result:
     """Merge stage after stage (`mergeid.methods.recipe.read_stages`). What later ones need lies in a hidden folder
     beside the output until all are done.
@@ -51,6 +51,7 @@ def merge_stages(
     Args:
         output: of the last stage.
         merge: (a stage, output) -> its result.
+        opened: opens the models of slices.
 
     Returns:
         The last stage's result.
@@ -60,22 +61,25 @@ def merge_stages(
     """
     last = stages[-1]
     if not stages[:-1]:
-        return merge(prepared(last, {}, allow_pickle), output)
+        return merge(prepared(last, {}, opened), output)
     beside = Path(output).parent if output is not None else Path()
     with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=beside) as folder:
         places: dict[str, str] = {}
         for i, stage in enumerate(stages[:-1]):
             place = Path(folder) / str(i)
-            merge(prepared(stage, places, allow_pickle), place)
+            merge(prepared(stage, places, opened), place)
             places[str(stage.name)] = str(place)
-        return merge(prepared(last, places, allow_pickle), output)
+        return merge(prepared(last, places, opened), output)
 
 
-def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = False) -> Prepared:
+def prepared(
+    recipe: Recipe, places: Mapping[str, str], opened: Callable[[str], Checkpoint] = open_checkpoint
+) -> Prepared:
     """Names of models as they are, those of earlier stages by their place, and stacks of slices.
 
     Args:
         places: name of an earlier stage -> the folder where its result lies.
+        opened: opens the models of slices.
 
     Raises:
         MergeidError: slices of layers that a model does not have, or of models that do not go together.
@@ -88,7 +92,7 @@ def prepared(recipe: Recipe, places: Mapping[str, str], allow_pickle: bool = Fal
         base = None if recipe.base is None else found(recipe.base)
         return Prepared([found(m) for m in recipe.models], recipe, base)
     names = list(dict.fromkeys(found(name) for name in recipe.sources()))
-    same = one_vocabulary([open_checkpoint(n, allow_pickle=allow_pickle) for n in names], recipe.tokenizer, False)
+    same = one_vocabulary([opened(name) for name in names], recipe.tokenizer, False)
     for note in same.notes:
         warnings.warn(note, MergeidWarning, stacklevel=2)
     open_models = dict(zip(names, same.models, strict=True))

@@ -65,6 +65,7 @@ def barrier(
         o.Option("Keep finished points in this file, and continue from them.", o.HOW, "FILE", kind=Path),
     ] = None,
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     example_inputs: Any = None,
     outputs: Sequence[str] = (),
     label: str = "",
@@ -98,7 +99,7 @@ def barrier(
         raise MergeidError(f"--points must be at least 2, got {points}")
     check_matching(matching, True)
     example = Example.of(example_inputs, outputs)
-    reading = Reading(arch, config, tuple(skip), allow_pickle, example, image_size=image_size)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, example, dequantise=dequantise, image_size=image_size)
     opening = Run.of(progress, seed=seed)  # networks are compared on the CPU, and measured on the device
     met = open_models(Workbench(reading, opening), [a, b])
     pair = pair_of(met, met.models[1])

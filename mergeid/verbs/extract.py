@@ -32,6 +32,7 @@ def extract(
     rank: Annotated[int, o.Option("Rank of the factors.", o.HOW, "R", kind=int)] = 16,
     force: o.Force = False,
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     progress: Progress | None = None,
 ) -> ExtractResult:
     """Write what a fine-tune adds to its base as a PEFT adapter.
@@ -54,8 +55,7 @@ def extract(
 
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise MergeidError(f"--rank is {rank!r}; expected a whole number from 1")
-    tuned = open_checkpoint(model, allow_pickle=allow_pickle)
-    origin = open_checkpoint(base, allow_pickle=allow_pickle)
+    tuned, origin = (open_checkpoint(m, allow_pickle=allow_pickle, dequantise=dequantise) for m in (model, base))
     inputs = [p for c in (tuned, origin) if c.files for p in (c.path, *c.files)]
     target = check_output(output, inputs=inputs, force=force)
     if target.suffix == ".safetensors":

@@ -31,6 +31,7 @@ def graph(
     arch: o.Arch = None,
     seed: o.Seed = 0,
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     revision: str | None = None,
 ) -> NeuronGraph:
     """The verified neuron graph of a model.
@@ -62,7 +63,9 @@ def graph(
             "graph= takes the place of tracing, and freeze= and tie= are for a traced graph; edit the graph"
         )
     given = read_graph(graph) if graph is not None else None
-    reading = Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs, outputs))
+    reading = Reading(
+        arch, allow_pickle=allow_pickle, dequantise=dequantise, example=Example.of(example_inputs, outputs)
+    )
     loaded = _found(source, reading, Run(seed=seed), revision)
     more = further_batches(more_inputs, loaded)
     by_hand = Constraints(freeze, tie) if freeze or tie else None

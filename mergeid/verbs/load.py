@@ -22,6 +22,7 @@ def load(
     outputs: Sequence[str] = (),
     revision: str | None = None,
     allow_pickle: bool = False,
+    dequantise: bool = False,
     device: str = "cpu",
     seed: int = 0,
 ) -> Loaded:
@@ -33,6 +34,7 @@ def load(
         example_inputs: for a live module of no known library: a tensor, a tuple, or a dict of keywords.
         outputs: names or globs of those outputs of a live module that count (``"logits"``, ``"0"``); default: all.
         revision: branch, tag or commit of a hub id.
+        dequantise: whether float8 and bitsandbytes weights are read as floating-point ones.
         seed: of the example inputs.
 
     Raises:
@@ -40,5 +42,7 @@ def load(
     """
     from mergeid.models.load import load_model
 
-    reading = Reading(arch, allow_pickle=allow_pickle, example=Example.of(example_inputs, outputs))
+    reading = Reading(
+        arch, allow_pickle=allow_pickle, dequantise=dequantise, example=Example.of(example_inputs, outputs)
+    )
     return load_model(source, reading, Run(device=device, seed=seed), revision=revision)

@@ -84,6 +84,7 @@ def report(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     progress: Progress | None = None,
 ) -> Report:
     """Plan, predict, merge and measure a pair, and put it on one HTML page. No weights are written.
@@ -110,7 +111,7 @@ def report(
     began = time.perf_counter()
     held = Calibration(calibration if calibration is not None else data)
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
-    reading = Reading(arch, config, tuple(skip), allow_pickle, image_size=image_size)
+    reading = Reading(arch, config, tuple(skip), allow_pickle, dequantise=dequantise, image_size=image_size)
     met = open_models(Workbench(reading, Run.of(progress, device=device, seed=seed)), [a, b])
     from mergeid.stages.plan import plan_pair
 
@@ -332,6 +333,7 @@ def _command(verb_name: str, task: _Task, *rest: str) -> str:
     words += ["--seed", str(task.run.seed)] if task.run.seed else []
     words += ["--device", task.run.place] if task.run.place != "cpu" else []
     words += ["--allow-pickle"] if task.reading.allow_pickle else []
+    words += ["--dequantise"] if task.reading.dequantise else []
     return shlex.join([*words, *rest])
 
 

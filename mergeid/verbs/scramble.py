@@ -40,6 +40,7 @@ def scramble(
     arch: o.Arch = None,
     force: o.Force = False,
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     progress: Progress | None = None,
 ) -> ScrambleResult:
     """Write a copy of a checkpoint with its neurons in a random order, which computes the same function.
@@ -58,7 +59,7 @@ def scramble(
 
     run = Run.of(progress, seed=seed)
     target = output_path(Output(output, force=force), [a, arch])
-    bench = Workbench(Reading(arch, allow_pickle=allow_pickle), Run.of(progress))
+    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, dequantise=dequantise), Run.of(progress))
     loaded = bench.load(a)
     found = graph_of(loaded)
     element = found.random_element(run.generator())

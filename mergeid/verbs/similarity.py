@@ -57,6 +57,7 @@ def similarity(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> SimilarityResult:
@@ -78,7 +79,8 @@ def similarity(
     """
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
     example = Example.of(example_inputs)
-    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=example, image_size=image_size), run)
+    reading = Reading(arch, allow_pickle=allow_pickle, dequantise=dequantise, example=example, image_size=image_size)
+    bench = Workbench(reading, run)
     one = bench.load(a)
     two = bench.load(b).apart_from(one)
     examples = bench.examples(Calibration(data, limit), one)

@@ -41,6 +41,7 @@ def sketch(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     example_inputs: Any = None,
     force: o.Force = False,
     progress: Progress | None = None,
@@ -64,7 +65,8 @@ def sketch(
 
     run = Run.of(progress, device=device, seed=seed)
     example = Example.of(example_inputs)
-    bench = Workbench(Reading(arch, allow_pickle=allow_pickle, example=example, image_size=image_size), run)
+    reading = Reading(arch, allow_pickle=allow_pickle, dequantise=dequantise, example=example, image_size=image_size)
+    bench = Workbench(reading, run)
     loaded = bench.load(source)
     examples = bench.examples(Calibration(data, limit), loaded)
     if examples is None:

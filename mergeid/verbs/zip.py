@@ -48,6 +48,7 @@ def zip_models(
     arch: o.Arch = None,
     config: o.Config = None,
     allow_pickle: o.AllowPickle = False,
+    dequantise: o.Dequantise = False,
     output: Annotated[
         str | os.PathLike[str] | None,
         o.out("A folder. Default: ./zipped. With --one-head as for mergeid merge."),
@@ -105,7 +106,9 @@ def zip_models(
     target = None
     if not (live and output is None):
         target = _target(Output(output, force=force), [a, b, data, arch], one_head)
-    bench = Workbench(Reading(arch, config, (), allow_pickle, Example.of(example_inputs), image_size=image_size), run)
+    example = Example.of(example_inputs)
+    reading = Reading(arch, config, (), allow_pickle, example, dequantise=dequantise, image_size=image_size)
+    bench = Workbench(reading, run)
     met = open_models(bench, [a, b], heads=one_head, widths=False)
     pair = _pair(met, one_head)
     _same_trunk(pair)

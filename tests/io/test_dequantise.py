@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergeid
 from mergeid import MergeidError
@@ -121,6 +124,46 @@ def test_merge_of_a_quantised_and_a_plain_model(tmp_path: Path) -> None:
     merged = load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(merged["l.weight"], (stored.float() + w) / 2)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_every_verb_that_opens_models(tmp_path: Path) -> None:
+    """A float8 model is to all of them what its weights are in float32."""
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    b = tmp_path / "b"
+    LlamaForCausalLM(config).save_pretrained(b)
+    plain = load_file(b / "model.safetensors")
+    stored = {n: w.to(torch.float8_e4m3fn) if "proj" in n else w for n, w in plain.items()}
+    told = json.loads((b / "config.json").read_text())
+    a = _folder(tmp_path / "a", stored, **told, quantization_config={"quant_method": "fp8"})
+    same = _folder(tmp_path / "same", {n: w.float() for n, w in stored.items()}, **told)
+    data = tmp_path / "data.npz"
+    inputs = torch.randint(0, 24, (8, 6), generator=torch.Generator().manual_seed(0))
+    np.savez(data, inputs=inputs, labels=inputs)
+    for verb in (mergeid.plan, mergeid.predict):
+        with pytest.raises(MergeidError, match="--dequantise"):
+            verb(a, b)
+    for verb in (
+        mergeid.plan,
+        mergeid.predict,
+        partial(mergeid.barrier, data=data, points=3),
+        partial(mergeid.similarity, data=data),
+    ):
+        one, two = verb(a, b, dequantise=True), verb(same, b)
+        said = [json.dumps(r.to_json()).replace(str(m), "a") for r, m in ((one, a), (two, same))]
+        assert said[0] == said[1]
+    assert mergeid.graph(a, dequantise=True).to_json()["spaces"] == mergeid.graph(same).to_json()["spaces"]
+    mergeid.scramble(a, output=tmp_path / "moved", dequantise=True)
+    moved, other = (mergeid.load(m, dequantise=True).model(inputs).logits for m in (tmp_path / "moved", a))
+    torch.testing.assert_close(moved, other)
+    mergeid.extract(b, base=a, output=tmp_path / "adapter", rank=16, dequantise=True)
+    mergeid.merge(f"{a}+{tmp_path / 'adapter'}", b, output=tmp_path / "out", match="never", dequantise=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, w in plain.items():  # of full rank, so that the adapter gives b back
+        torch.testing.assert_close(merged[name].float(), w, rtol=0, atol=1e-5)
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ def adapter(base: Path, out: Path, seed: int, **told: Any) -> Path:
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **told}))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        biases = told.get("bias", "none") != "none" and "bias" in name and parameter.requires_grad
+        if "lora_" in name or "modules_to_save" in name or biases:
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(out, save_embedding_layers=bool(told.get("modules_to_save")))  # all of its odd names
     return out
@@ -78,6 +81,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "modules to save": ("llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "norm"]}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+    "some layers": ("llama", {"target_modules": ATTENTION, "layers_to_transform": [1]}),
+    "all at once": (
+        "llama",
+        {
+            "target_modules": [*ATTENTION, "up_proj"],
+            "use_rslora": True,
+            "use_dora": True,
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"q_proj": 5},
+            "modules_to_save": ["norm"],
+        },
+    ),
+    "biases": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    "biases of its modules": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "transposed dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
 }
@@ -98,6 +116,47 @@ def test_an_adapter_on_its_base_is_what_peft_makes_of_it(bases: Path, tmp_path: 
         assert changed >= 2
     assert shared_base([open_checkpoint(str(folder)), open_checkpoint(base)]) is not None
     assert shared_base([open_checkpoint(base), open_checkpoint(base)]) is None
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    """Factors of kernels: one convolution into few channels, and one of 1 x 1 out of them."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    base, folder = tmp_path / "base", tmp_path / "l"
+    transformers.ResNetModel(config).save_pretrained(base)
+    told = LoraConfig(r=3, lora_alpha=5, target_modules=["convolution"], rank_pattern={"layer.1.convolution": 2})
+    model = get_peft_model(transformers.ResNetModel.from_pretrained(base), told)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    plain = transformers.ResNetModel.from_pretrained(base)
+    expected = PeftModel.from_pretrained(copy.deepcopy(plain), folder).merge_and_unload().state_dict()
+    found = open_checkpoint(f"{base}+{folder}")
+    changed = [n for n in found.table if not torch.equal(found.tensor(n), plain.state_dict()[n])]
+    assert len(changed) >= 4 and {len(found.table[n].shape) for n in changed} == {4}
+    for name in found.table:
+        torch.testing.assert_close(found.tensor(name), expected[name], rtol=1e-5, atol=1e-6)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pissa": ({"init_lora_weights": "pissa"}, "began with parts taken out of its base .init_lora_weights 'pissa'"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+    "bias of a factor": ({"lora_bias": True}, "has lora_bias"),
+    "tokens": ({"trainable_token_indices": [3, 5]}, "has trainable_token_indices"),
+    "parameters": ({"target_parameters": ["down_proj.weight"]}, "has target_parameters"),
+    "activated": ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_adapters_that_are_more_than_an_update_are_refused(bases: Path, tmp_path: Path, kind: str) -> None:
+    told, match = REFUSED[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of PEFT, that such an adapter cannot be merged
+        folder = adapter(bases / "llama", tmp_path / "l", 1, target_modules=["q_proj"], **told)
+    with pytest.raises(MergeidError, match=rf"{match}.*; merge the adapter with PEFT first"):
+        open_checkpoint(f"{bases / 'llama'}+{folder}")
 
 
 def test_adapters_are_merged_as_products(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +238,7 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
             base_model_name_or_path="nowhere")  # fmt: skip
     refused("of type 'IA3'; expected LORA", bad, peft_type="IA3")
     refused("lora_alpha is 'much'", bad, lora_alpha="much")
-    refused("replicates layers", f"{base}+{bad}", layer_replication=[[0, 2]])
+    refused("has layer_replication, which is more", f"{base}+{bad}", layer_replication=[[0, 2]])
     refused(
         r"changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has no such tensor", f"{bases / 'gpt2'}+{bad}"
     )
