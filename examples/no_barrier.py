@@ -75,7 +75,7 @@ class Task:
         return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-100)
 
 
-def images(name: str) -> Task:
+def images(name: str, known: int = INPUTS) -> Task:
     import timm
 
     def read(split: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def images(name: str) -> Task:
 
     sizes = {"img_size": 32, "patch_size": 4} if "vit" in name else {}
     (x, y), (u, v) = read("train"), read("t10k")
-    parts = [(x[:12000], y[:12000]), (x[20000 : 20000 + INPUTS], y[20000 : 20000 + INPUTS]), (u[:2000], v[:2000])]
+    parts = [(x[:12000], y[:12000]), (x[20000 : 20000 + known], y[20000 : 20000 + known]), (u[:2000], v[:2000])]
     return Task(lambda: timm.create_model(name, num_classes=10, in_chans=1, **sizes), *parts, "x", 400, 3e-3)
 
 
