@@ -3,9 +3,9 @@
     apt-get install dataset-fashion-mnist
     python examples/no_barrier.py --out no_barrier
 
-trains pairs of small networks (timm's `test_*` models on 12,000 Fashion-MNIST images, a Llama and a BERT on Python's
-standard library), merges them at the midpoint in several ways with 512 unlabelled inputs, and writes a table
-(table.md), the numbers (results.json) and a plot (losses.png): nats lost against the mean of the two networks.
+trains pairs of small networks (timm's `test_*` and other small models on 12,000 Fashion-MNIST images, a Llama and a
+BERT on Python's standard library), merges them at the midpoint in several ways with 512 unlabelled inputs, and writes
+a table (table.md), the numbers (results.json) and a plot (losses.png): nats lost against the mean of the two networks.
 
 - direct: the plain average; matched: after matching; repaired: BatchNorm re-estimated or REPAIR, where nearer;
 - RegMean after the match, the best of three shares of the off-diagonal by the test data, which favours it. RegMean++
@@ -46,7 +46,7 @@ INPUTS, SEEDS = 512, (0, 1)
 WAYS = ("direct", "matched", "repaired", "RegMean", "solved", "polished", "A distilled", "ensemble")
 FAMILIES = (
     "test_resnet", "test_byobnet", "test_efficientnet_gn", "test_nfnet", "test_convnext", "test_mambaout", "test_vit",
-    "llama", "bert",
+    "mobilenetv3_small_050", "regnetx_002", "edgenext_xx_small", "ghostnet_050", "llama", "bert",
 )  # fmt: skip
 LINE, MASK = 64, 256
 """Bytes of a line of text; the token that hides a byte."""
@@ -75,7 +75,7 @@ class Task:
         return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-100)
 
 
-def images(name: str) -> Task:
+def images(name: str, known: int = INPUTS) -> Task:
     import timm
 
     def read(split: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def images(name: str) -> Task:
 
     sizes = {"img_size": 32, "patch_size": 4} if "vit" in name else {}
     (x, y), (u, v) = read("train"), read("t10k")
-    parts = [(x[:12000], y[:12000]), (x[20000 : 20000 + INPUTS], y[20000 : 20000 + INPUTS]), (u[:2000], v[:2000])]
+    parts = [(x[:12000], y[:12000]), (x[20000 : 20000 + known], y[20000 : 20000 + known]), (u[:2000], v[:2000])]
     return Task(lambda: timm.create_model(name, num_classes=10, in_chans=1, **sizes), *parts, "x", 400, 3e-3)
 
 

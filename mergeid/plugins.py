@@ -196,6 +196,15 @@ class KnowsModules(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsHeads(Protocol):
+    """A `KnowsModules` that can tell which output of a live module holds class logits."""
+
+    def logits(self, model: nn.Module) -> str | None:
+        """Name of that output, as `returned_tensors` has it; None: the model has none."""
+        ...
+
+
 def returned_tensors(output: Any) -> dict[str, Tensor]:
     """Every floating-point (or complex) tensor in what a model returned, by where it stands there: ``"logits"``,
     ``"heads.0"``, ``""`` for a bare tensor."""

@@ -3,7 +3,7 @@ takes seconds; recognising needs only the shipped index."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,6 +246,18 @@ class TimmAdapter:
             given = list(x.shape) if isinstance(x, torch.Tensor) else ", ".join(batch) or "nothing"
             raise MergeidError(f"timm models take images 'x' [batch, channels, height, width]; the data has {given}")
         return model(x)
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether it is one of timm's models, which has been imported then."""
+        return type(model).__module__.startswith("timm.models.")
+
+    def interface(self, names: Sequence[str]) -> list[str]:
+        """All: timm's models return no by-products."""
+        return list(names)
+
+    def logits(self, model: nn.Module) -> str | None:
+        """A classifier returns its logits and nothing else."""
+        return "" if int(getattr(model, "num_classes", 0) or 0) > 1 else None
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
         """Cross-entropy per example; None without labels or without a head.

@@ -185,6 +185,17 @@ class TransformersAdapter:
         library = sys.modules.get("transformers")
         return library is not None and isinstance(model, library.PreTrainedModel)
 
+    def logits(self, model: nn.Module) -> str | None:
+        """``"logits"`` of tasks that are judged by cross-entropy."""
+        from mergeid_transformers.tasks import EXAMPLE_TASKS, TOKEN_TASKS, class_count, task_of
+
+        config: Any = model.config
+        task = task_of(type(model).__name__, config.to_dict())
+        if task in EXAMPLE_TASKS:
+            kind = getattr(config, "problem_type", None)
+            return "logits" if kind in (None, "single_label_classification") and class_count(config) > 1 else None
+        return "logits" if task in TOKEN_TASKS else None
+
     def interface(self, names: Sequence[str]) -> list[str]:
         """Without caches, attentions, hidden states beside a task's own outputs, and outputs of sub-models."""
         from mergeid_transformers.outputs import interface

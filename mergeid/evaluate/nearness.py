@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mergeid.basics.memory import few_rows
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
+from mergeid.models.loaded import ModuleAdapter
 from mergeid.models.running import fits_the_model
 from mergeid.plugins import Batch
 from mergeid.results.comparison import NATS, RELATIVE
@@ -280,7 +281,10 @@ def _of_owners(said: Sequence[Mapping[str, Tensor]], owners: Tensor) -> dict[str
 
 
 def classifying(first: Loaded) -> set[str]:
-    """Names of the outputs whose last dimension holds logits: the adapter can score the task output against labels."""
+    """Names of the outputs whose last dimension holds logits: the adapter can score the task output against labels, or
+    a live module's library says so."""
+    if isinstance(first.adapter, ModuleAdapter) and (name := first.adapter.logits(first.model)) is not None:
+        return {name}
     example: Mapping[str, Any] = first.example
     if "labels" not in example or "labels" in first.inputs:
         return set()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
-from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, LossParts, ReturnsSeveral
+from mergeid.plugins import Adapter, Architecture, Batch, KnowsHeads, KnowsModules, LossParts, ReturnsSeveral
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,8 +133,28 @@ class ModuleAdapter:
         kept = self.library.interface(list(found)) if self.library is not None else list(found)
         return {k: found[k] for k in kept or found}
 
-    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> None:
-        return None
+    def logits(self, model: nn.Module) -> str | None:
+        """Name of the output that holds class logits, where the library knows that."""
+        return self.library.logits(model) if isinstance(self.library, KnowsHeads) else None
+
+    def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
+        """Cross-entropy where `labels` are targets and class numbers, one for each row of the output's last dimension
+        (`IGNORED`: none), summed per example; None for any others."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        from mergeid.data.batching import IGNORED
+
+        labels = batch.get("labels")
+        if self.takes_labels or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return None
+        if output.dim() < 2 or labels.shape != output.shape[:-1]:
+            return None
+        rows = cross_entropy(output.flatten(0, -2).float(), labels.flatten().long(), reduction="none")
+        each, right, counted = (
+            t.reshape(len(labels), -1) for t in (rows, output.argmax(-1) == labels, labels != IGNORED)
+        )
+        return LossParts(each.sum(1), (right & counted).sum(1), counted.sum(1))
 
     def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
         return None

@@ -35,7 +35,7 @@ class Schedule:
     seed: of the order of the examples.
     """
 
-    rates: tuple[float, ...] = (1e-3, 2e-4)
+    rates: tuple[float, ...] = (2e-3, 4e-4)
     steps: int = 300
     every: int = 20
     decay: float = 0.01

@@ -158,6 +158,27 @@ def test_a_rotated_llama_is_turned_back(tied: bool) -> None:
     torch.testing.assert_close(result.state["model.layers.0.input_layernorm.weight"], kept.detach())
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_tied_llama_meets_its_rotated_copy(tmp_path: Any, first: str) -> None:
+    """Behind a last gain that differs from neuron to neuron the copy's head cannot be tied, and the result's is not."""
+    import transformers
+
+    model, batch = llama(True)
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    untied = transformers.LlamaForCausalLM(config).eval()
+    untied.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    other = rotated(untied)
+    torch.testing.assert_close(outputs(other, batch), outputs(model, batch), rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path / "a")
+    other.save_pretrained(tmp_path / "b")
+    result = mergeid.merge(tmp_path / first, tmp_path / ("b" if first == "a" else "a"), output=tmp_path / "m")
+    assert said(result) == {"orthogonal, gains folded"}
+    assert any("the result has a separate head" in note for note in result.notes)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(outputs(merged, batch), outputs(model, batch), rtol=0, atol=1e-5)
+
+
 def test_everything_at_once() -> None:
     model, batch = llama()
     other = flipped(model, [1, 2])
