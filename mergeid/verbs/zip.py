@@ -45,13 +45,13 @@ def zip_models(
     ],
     limit: o.Limit = LIMIT,
     image_size: o.ImageSize = None,
-    arch: o.Arch = None,
-    config: o.Config = None,
-    allow_pickle: o.AllowPickle = False,
     output: Annotated[
         str | os.PathLike[str] | None,
         o.out("A folder. Default: ./zipped. With --one-head as for mergeid merge."),
     ] = None,
+    arch: o.Arch = None,
+    config: o.Config = None,
+    allow_pickle: o.AllowPickle = False,
     up_to: Annotated[
         str | None,
         o.Option(
