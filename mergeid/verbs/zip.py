@@ -43,15 +43,14 @@ def zip_models(
         Any,
         o.examples("Examples of both tasks, to find out which features are alike; same forms as for mergeid merge."),
     ],
+    arch: o.Arch = None,
+    config: o.Config = None,
     limit: o.Limit = LIMIT,
     image_size: o.ImageSize = None,
     output: Annotated[
         str | os.PathLike[str] | None,
         o.out("A folder. Default: ./zipped. With --one-head as for mergeid merge."),
     ] = None,
-    arch: o.Arch = None,
-    config: o.Config = None,
-    allow_pickle: o.AllowPickle = False,
     up_to: Annotated[
         str | None,
         o.Option(
@@ -66,6 +65,7 @@ def zip_models(
     ] = False,
     one_head: Annotated[bool, o.switch("For models of one task: also average the heads, and write one model.")] = False,
     repair: bool = True,
+    allow_pickle: o.AllowPickle = False,
     force: o.Force = False,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 32,
