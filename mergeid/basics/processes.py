@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -45,23 +45,22 @@ def _number(name: str, otherwise: int) -> int:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def _inside(state: ContextVar[bool]) -> Iterator[None]:
+    token = state.set(True)
+    try:
+        yield
+    finally:
+        state.reset(token)
+
+
+def together() -> AbstractContextManager[None]:
     """Work inside is shared out among the processes of a group that torch has been told of."""
-    token = _joined.set(True)
-    try:
-        yield
-    finally:
-        _joined.reset(token)
+    return _inside(_joined)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[None]:
     """Work inside is this process's own, and none of it is shared out again."""
-    token = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(token)
+    return _inside(_alone)
 
 
 def is_alone() -> bool:

@@ -26,9 +26,8 @@ AIM = 0.65
 
 
 def write_pair(folder: Path, options: argparse.Namespace) -> None:
+    from shared_worker import write_partner
     from transformers import BertConfig, BertForSequenceClassification
-
-    import mergeid
 
     torch.manual_seed(0)
     width = options.width
@@ -42,12 +41,7 @@ def write_pair(folder: Path, options: argparse.Namespace) -> None:
         num_labels=4,
     )
     BertForSequenceClassification(config).save_pretrained(folder / "a")
-    mergeid.scramble(folder / "a", output=folder / "b", seed=3)
-    other = BertForSequenceClassification.from_pretrained(folder / "b")
-    with torch.no_grad():
-        for p in other.parameters():
-            p += 0.05 * p.std(correction=0) * torch.randn_like(p)
-    other.save_pretrained(folder / "b")
+    write_partner(folder, BertForSequenceClassification)
     generator = np.random.default_rng(1)
     shape = (options.examples, options.tokens)
     np.savez(

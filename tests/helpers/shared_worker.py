@@ -17,6 +17,16 @@ from mergeid.basics import processes
 EXAMPLES = 1003
 
 
+def write_partner(folder: Path, kind: Any) -> None:
+    """`b`: the scrambled copy of `a`, with noise."""
+    mergeid.scramble(folder / "a", output=folder / "b", seed=3)
+    other = kind.from_pretrained(folder / "b")
+    with torch.no_grad():
+        for p in other.parameters():
+            p += 0.05 * p.std(correction=0) * torch.randn_like(p)
+    other.save_pretrained(folder / "b")
+
+
 def write_pair(folder: Path) -> None:
     """A small network with BatchNorm, its scrambled copy with noise, and examples with labels."""
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -27,12 +37,7 @@ def write_pair(folder: Path) -> None:
     )
     model = ResNetForImageClassification(config).eval()
     model.save_pretrained(folder / "a")
-    mergeid.scramble(folder / "a", output=folder / "b", seed=3)
-    other = ResNetForImageClassification.from_pretrained(folder / "b")
-    with torch.no_grad():
-        for p in other.parameters():
-            p += 0.05 * p.std(correction=0) * torch.randn_like(p)
-    other.save_pretrained(folder / "b")
+    write_partner(folder, ResNetForImageClassification)
     generator = np.random.default_rng(1)
     np.savez(
         folder / "data.npz",
