@@ -22,18 +22,17 @@ import argparse
 import copy
 import json
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from no_barrier import Task, images, trained
+from no_barrier import Task, begun, images, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mergeid
-from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.errors import MergeidError
 
 FAMILIES = ("test_resnet", "test_convnext", "test_vit")
 HALVES = ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
@@ -140,11 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("different_tasks"))
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", MergeidWarning)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "results.json"
-    results: dict[str, dict[str, list[float]]] = json.loads(file.read_text()) if file.exists() else {}
+    file, results = begun(options.out)
     for name in FAMILIES:
         task, nets = pair(name, options.out)
         found = results.setdefault(name, {})

@@ -17,19 +17,16 @@ What is measured is kept in the output folder: a second run goes on where the fi
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from no_barrier import SEEDS, Task, images, measured, trained
+from no_barrier import SEEDS, Task, begun, images, measured, merged, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import mergeid
-from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.errors import MergeidError
 
 FAMILIES = ("test_convnext", "test_byobnet", "test_vit")
 COUNTS = (64, 256, 512, 1024, 4096)
@@ -51,16 +48,12 @@ def other_images(kind: str, count: int = 512) -> Tensor:
     return F.pad((F.interpolate(pixels, size=28, mode="bilinear") - 0.286) / 0.353, (2, 2, 2, 2), value=-0.81)
 
 
-def merged(task: Task, a: nn.Module, b: nn.Module, x: Tensor, **how: Any) -> float:
+def loss_of(task: Task, a: nn.Module, b: nn.Module, x: Tensor, **how: Any) -> float:
     """Loss of the merge; NaN where mergeid refuses."""
-    data = [{task.key: row} for row in x]
     try:
-        result = mergeid.merge(a, b, data=data, example_inputs={task.key: x[:2]}, **how)
+        return measured(task, merged(task, a, b, x, **how))
     except MergeidError:
         return float("nan")
-    net = copy.deepcopy(a)
-    net.load_state_dict(result.state)
-    return measured(task, net)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -86,11 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("inputs"))
     parser.add_argument("--networks", type=Path, help="trained networks of no_barrier.py (default: OUT)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", MergeidWarning)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "results.json"
-    results: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    file, results = begun(options.out)
     own = more_images()
     for name in FAMILIES:
         task = images(name)
@@ -108,7 +97,7 @@ def main() -> None:
         found.setdefault("ends", (measured(task, a) + measured(task, b)) / 2)
         for key, x, how in work:
             if key not in found:
-                found[key] = merged(task, a, b, x, **how)
+                found[key] = loss_of(task, a, b, x, **how)
                 print(f"{name} {key}: {found[key] - found['ends']:+.3f}", flush=True)
                 file.write_text(json.dumps(results, indent=1))
                 (options.out / "table.md").write_text(table(results))

@@ -179,14 +179,18 @@ def midpoint(task: Task, way: str, a: nn.Module, b: nn.Module) -> float:
         "polished": {"repair": "solve+polish"},
     }[way]
     tried = [{"parameters": {"alpha": s}} for s in (1.0, 0.9, 0.5)] if way == "RegMean" else [{}]
-    data = [{task.key: row} for row in x]
     losses = []
     for more in tried:
-        result = mergeid.merge(a, b, data=data, example_inputs={task.key: x[:2]}, force=True, **how, **more)
-        net = copy.deepcopy(a)
-        net.load_state_dict(result.state)
-        losses.append(measured(task, net))
+        losses.append(measured(task, merged(task, a, b, x, force=True, **how, **more)))
     return min(losses)
+
+
+def merged(task: Task, a: nn.Module, b: nn.Module, x: Tensor, **how: Any) -> nn.Module:
+    """What mergeid makes of two networks with these inputs. Raises `MergeidError` where it refuses."""
+    data = [{task.key: row} for row in x]
+    net = copy.deepcopy(a)
+    net.load_state_dict(mergeid.merge(a, b, data=data, example_inputs={task.key: x[:2]}, **how).state)
+    return net
 
 
 def _normed(net: nn.Module) -> bool:
@@ -222,16 +226,21 @@ def plot(results: dict[str, dict[str, float]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def begun(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The file of results, and what an earlier run has written to it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", MergeidWarning)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    return file, json.loads(file.read_text()) if file.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("no_barrier"))
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only these")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", MergeidWarning)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "results.json"
-    results: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    file, results = begun(options.out)
     for name in options.family or FAMILIES:
         task = text(name) if name in ("llama", "bert") else images(name)
         a, b = (trained(task, name, seed, options.out) for seed in SEEDS)
