@@ -277,6 +277,17 @@ class MakesMixtures(Protocol):
         ...
 
 
+@runtime_checkable
+class StacksExperts(Protocol):
+    """Optional ability of an adapter: knows tensors that its library puts together of the experts' own on loading."""
+
+    def stacked(self, model: nn.Module, names: Iterable[str]) -> Mapping[str, Sequence[Sequence[str]]]:
+        """Key of the model's state dict -> the tensors of a file that it is made of: one list for each kind of weight,
+        with one name per expert. The experts of a kind are stacked along axis 0, then the kinds are joined along
+        axis 1."""
+        ...
+
+
 class Contents(NamedTuple):
     """What a folder holds whose networks lie in several sub-folders.
 

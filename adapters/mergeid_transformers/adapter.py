@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid import plugins
 from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, Mixture, TensorTable
 from mergeid_transformers import compare, files, labels, mixture
-from mergeid_transformers.names import tensor_names
+from mergeid_transformers.names import stacked, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +146,10 @@ class TransformersAdapter:
     def tensor_names(self, arch: Architecture, model: nn.Module, table: TensorTable) -> dict[str, str]:
         """Checkpoint tensor name -> model tensor name; see `mergeid_transformers.names` for what is left out."""
         return tensor_names(model, table)
+
+    def stacked(self, model: nn.Module, names: Iterable[str]) -> Mapping[str, Sequence[Sequence[str]]]:
+        """See `mergeid.plugins.StacksExperts`."""
+        return stacked(model, names)
 
     def example_inputs(
         self, arch: Architecture, model: nn.Module, generator: torch.Generator, batch_size: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,44 @@ def _library_renaming(model: Any) -> Renaming:
     return rename
 
 
-def _regular_expressions(mapping: dict[str, str]) -> Renaming:
-    import re
+def stacked(model: Any, table: Iterable[str]) -> dict[str, list[list[str]]]:
+    """Key of ``model.state_dict()`` -> the tensors of the experts that the library stacks into it (axis 0) and joins
+    (axis 1), one list for each kind of weight; by its own conversion rules."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4 keeps experts as they lie in files
+        return {}
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter) and _stacks(r)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    order = {pattern: i for rule in converters for i, pattern in enumerate(rule.source_patterns)}
+    kinds = {pattern: len(rule.source_patterns) for rule in converters for pattern in rule.source_patterns}
+    found: dict[str, list[dict[int, str]]] = {}
+    for name in table:
+        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if pattern is None or pattern not in order or key not in state:
+            continue
+        number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if number is not None:
+            parts = found.setdefault(key, [{} for _ in range(kinds[pattern])])
+            parts[order[pattern]][int(number[1])] = name
+    return {
+        key: [[experts[i] for i in range(len(experts))] for experts in parts]
+        for key, parts in found.items()
+        if all(sorted(experts) == list(range(len(parts[0]))) for experts in parts)
+    }
 
+
+def _stacks(rule: Any) -> bool:
+    """Whether a rule stacks experts, and joins their kinds, and does nothing else."""
+    done = [(type(o).__name__, getattr(o, "dim", None)) for o in rule.operations]
+    several = len(rule.source_patterns) > 1
+    return done == [("MergeModulelist", 0), ("Concatenate", 1)][: 2 if several else 1]
+
+
+def _regular_expressions(mapping: dict[str, str]) -> Renaming:
     def rename(name: str) -> str:
         for pattern, new in mapping.items():
             changed, count = re.subn(pattern, new.lstrip("^").replace("(.+)", r"\1"), name)

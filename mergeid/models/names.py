@@ -15,6 +15,7 @@ from mergeid.io.derived import derived, read_from
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import find_architecture
 from mergeid.models.building import Room, build
+from mergeid.models.experts import as_in_first
 from mergeid.nn.names import is_asymmetric, plain_table
 
 
@@ -52,9 +53,10 @@ def same_names(models: Sequence[Checkpoint], arch: str | None = None) -> SameNam
 
 
 def _rename(found: SameNames, at: int, first: Checkpoint, other: Checkpoint, arch: str | None) -> None:
-    known = _keys(first, other, arch)
+    known = _keys(found, at, first, other, arch)
     if known is None:
         return
+    other = found.models[at]
     ours, theirs = known
     name_of = {key: name for name, key in ours.items()}
     renamed = {name: name_of[key] for name, key in theirs.items() if key in name_of}
@@ -94,17 +96,25 @@ def _rename(found: SameNames, at: int, first: Checkpoint, other: Checkpoint, arc
             found.notes.append(f"{names[0]}{more} {what}")
 
 
-def _keys(first: Checkpoint, other: Checkpoint, arch: str | None) -> tuple[dict[str, str], dict[str, str]] | None:
-    """The keys of the first model's network that both files' tensors are; None where no network is known."""
+def _keys(
+    found: SameNames, at: int, first: Checkpoint, other: Checkpoint, arch: str | None
+) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The keys of the first model's network that both files' tensors are; None where no network is known. The other's
+    experts are put together, or taken apart, as the first one's are."""
     try:
         adapter, chosen = find_architecture(first, arch)
         network = build(adapter, chosen, Room.of(first.table), device="meta")
     except MergeidError:
         return _without_prefix(first, other)
-    return (
-        adapter.tensor_names(chosen, network, plain_table(first.table)),
-        adapter.tensor_names(chosen, network, plain_table(other.table)),
-    )
+    other, note = as_in_first(first, other, adapter, chosen, network)
+    if note:
+        found.models[at] = other
+        found.notes.append(note)
+    ours, theirs = (adapter.tensor_names(chosen, network, plain_table(c.table)) for c in (first, other))
+    if note:  # those that the library stacks have no names in the network
+        apart = {n: n for n in first.table.keys() & other.table.keys() if n not in ours}
+        ours, theirs = {**ours, **apart}, {**theirs, **apart}
+    return ours, theirs
 
 
 def _without_prefix(first: TensorSource, other: TensorSource) -> tuple[dict[str, str], dict[str, str]] | None:
