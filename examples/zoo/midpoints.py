@@ -3,9 +3,10 @@ midpoints.csv, which grows and may be stopped at any time.
 
     python examples/zoo/midpoints.py --minutes 9
 
-Ways: direct, match, the same with BatchNorm re-estimated, and solved (from what mergeid plans). Test losses are on
-all examples that no network was trained on; `trial_*` are of the 512 calibration inputs with pseudo-labels
-(`mergeid.prediction.trial`), `few_*` of the first 64 test examples with their labels, `rest_*` of all the others.
+Ways: direct, match, the same with BatchNorm re-estimated, solved (from what mergeid plans), and what `merge --data`
+does by default (`default_is` says what that was). Test losses are on all examples that no network was trained on;
+`trial_*` are of the 512 calibration inputs with pseudo-labels (`mergeid.prediction.trial`), `few_*` of the first 64
+test examples with their labels, `rest_*` of all the others.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.neuron_graph.group import same_element
 from mergeid.prediction.trial import TogetherSums, TrialSums
+from mergeid.request.request import Run
 from mergeid.results.plan import Plan
+from mergeid.stages.compare import label, last_look
 from mergeid.stages.repair import SOLVE, repair_merged
 
 FILE = "midpoints.csv"
@@ -46,7 +49,7 @@ COLUMNS = (
     *("loss_a", "loss_b", "loss_both", "accuracy_a", "accuracy_b", "accuracy_both"),
     *("apart_a", "apart_b", "right_a", "right_b", "right_both", "agreed", "entropy"),
     *(f"{v}_{w}" for w in WAYS for v in OF_WAY),
-    "seconds",
+    *("loss_default", "points_default", "default_is", "seconds"),
 )
 
 
@@ -80,6 +83,14 @@ def merges(nets: PairOfNets, known: Examples, plan: Plan) -> Iterator[tuple[str,
     except MergeidError:
         return
     yield "solved", net
+
+
+def default(nets: PairOfNets, known: Examples, plan: Plan) -> tuple[str, nn.Module]:
+    """What `merge --data` writes, and which merge and repair that is."""
+    written, found = last_look(nets._members(plan, known), "auto", run=Run(batch_size=len(known)))
+    net = copy.deepcopy(nets.a.model)
+    load_weights(net, {**written.merged_state(), **repair_merged(written, mode=found.repair).tensors})
+    return label(found.chosen, found.repair), net
 
 
 def measure(zoo: Zoo, pair: Pair, made: str = "") -> table.Row:
@@ -125,17 +136,26 @@ def measure(zoo: Zoo, pair: Pair, made: str = "") -> table.Row:
             **{f"trial_{k}": v for k, v in trial.features().items()},
         }
         row |= {f"{k}_{way}": v for k, v in cells.items()}
+    row["default_is"], net = default(nets, known, plan)
+    losses, right = scores(outputs(net, test, calibration).test, labels)
+    row["loss_default"] = float((losses - mean[0]).mean())
+    row["points_default"] = 100 * float((mean[1] - right).mean())
     row["seconds"] = round(time.process_time() - began, 1)
     return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
 
 
-def run(out: Path, cache: Path, only: str = "*", minutes: float = 9.0, made: str = "") -> int:
+def run(out: Path, cache: Path, only: str = "*", minutes: float = 9.0, made: str = "", kind: str = "*") -> int:
     """Measure what is not measured yet until time is up; the number of new rows."""
     zoo, rows, began = Zoo(cache), table.read(out / FILE), time.monotonic()
     done, known = ({r["pair"] for r in t} for t in (rows, table.read(out / "pairs.csv")))
     count = 0
     for pair in work():
-        if pair.id in done or (known and pair.id not in known) or not fnmatchcase(pair.id, only):
+        if (
+            pair.id in done
+            or (known and pair.id not in known)
+            or not fnmatchcase(pair.id, only)
+            or not fnmatchcase(pair.kind, kind)
+        ):
             continue
         if time.monotonic() - began > 60 * minutes:
             break
@@ -152,12 +172,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--only", default="*", metavar="GLOB")
+    parser.add_argument("--kind", default="*", metavar="GLOB", help="of pairs, such as independent")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no further pair after so many")
     parser.add_argument("--made", default="", help="when these networks were made, if after the coefficients")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", MergeidWarning)
-    run(options.out, options.cache, options.only, options.minutes, options.made)
+    run(options.out, options.cache, options.only, options.minutes, options.made, options.kind)
 
 
 if __name__ == "__main__":
