@@ -13,11 +13,14 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+TRIES = 200
+"""Times that what is temporary is removed before the process ends."""
 
 _temporary: dict[Path, None] = {}
 _held = 0
@@ -88,8 +91,14 @@ def _end(number: int) -> None:
     _ending = True
     for other in _numbers():
         signal.signal(other, signal.SIG_IGN)
-    for path in list(_temporary):
-        remove(path)
+    left = list(_temporary)
+    for _ in range(TRIES):  # other threads are still writing: a folder that got a file meanwhile is not gone
+        for path in left:
+            remove(path)
+        left = [path for path in left if os.path.lexists(path)]
+        if not left:
+            break
+        time.sleep(0.01)
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, b"\r\x1b[K\x1b[?25h")  # the bar of progress goes, and the cursor that it hid is back

@@ -648,6 +648,27 @@ def test_stopped_while_writing(tmp_path: Path) -> None:
     assert any(not each["left"] for each in rounds)
 
 
+def test_stopped_while_threads_write(tmp_path: Path) -> None:
+    """What other threads still put into a temporary folder goes too."""
+    code = (
+        "import os, pathlib, signal, sys, threading, time\n"
+        "from mergeid.basics import stopping\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL); stopping.install()\n"
+        "folder = stopping.note(pathlib.Path(sys.argv[1])); folder.mkdir()\n"
+        "def write(k):\n"
+        "    n = 0\n"
+        "    while True:\n"
+        "        try: (folder / f'{k}-{(n := n + 1)}').write_text('x')\n"
+        "        except OSError: time.sleep(0.001)\n"
+        "for k in range(3): threading.Thread(target=write, args=(k,), daemon=True).start()\n"
+        "time.sleep(0.3); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    for k in range(5):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / str(k))], check=False)
+        assert done.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_while_importing(tmp_path: Path, number: signal.Signals) -> None:
     """The module that the command imports first is there, the others are on their way."""
