@@ -150,6 +150,8 @@ class ModuleAdapter:
             return None
         if output.dim() < 2 or labels.shape != output.shape[:-1]:
             return None
+        if ((labels != IGNORED) & ((labels < 0) | (labels >= output.shape[-1]))).any():  # numbers of something else
+            return None
         rows = cross_entropy(output.flatten(0, -2).float(), labels.flatten().long(), reduction="none")
         each, right, counted = (
             t.reshape(len(labels), -1) for t in (rows, output.argmax(-1) == labels, labels != IGNORED)

@@ -33,7 +33,8 @@ def test_midpoints_go_on_and_are_what_they_say(mini, tmp_path):
     for _ in range(2):
         assert mini.midpoints.run(tmp_path, tmp_path / "cache", only=first.id) in (0, 1)
     (row,) = mini.pairs_table.read(tmp_path / "midpoints.csv")
-    f = {k: float(v) for k, v in row.items() if v and k not in ("pair", "family", "data", "kind", "verdict", "made")}
+    words = ("pair", "family", "data", "kind", "verdict", "made", "default_is")
+    f = {k: float(v) for k, v in row.items() if v and k not in words}
     # a mixture never loses more than its parts do on average
     assert f["loss_both"] <= (f["loss_a"] + f["loss_b"]) / 2 + 1e-9
     (a, b), (held, _) = (lambda z: (z.nets(first), z.data(first)))(mini.build.Zoo(tmp_path / "cache"))
@@ -45,6 +46,8 @@ def test_midpoints_go_on_and_are_what_they_say(mini, tmp_path):
     assert f["loss_direct"] == pytest.approx(plain - (f["loss_a"] + f["loss_b"]) / 2, abs=1e-4)
     assert f["loss_direct"] == pytest.approx((f["half_direct"] + f["other_direct"]) / 2, abs=1e-4)
     assert f["loss_solved"] < f["loss_direct"]
+    merge, _, repair = row["default_is"].partition("+")
+    assert merge in ("plain", "mixed", "matched") and repair in ("", "bn", "repair", "solve")
 
 
 def test_fine_tunes_of_low_rank(zoo, tmp_path):

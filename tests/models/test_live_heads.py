@@ -35,7 +35,9 @@ def test_the_loss_is_cross_entropy(shape: tuple[int, ...]) -> None:
         assert int(parts.count[k]) == int(kept.sum())
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(5), torch.zeros(5, 3).long(), torch.zeros(4).long(), None])
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(5), torch.zeros(5, 3).long(), torch.zeros(4).long(), torch.full((5,), 3), None]
+)
 def test_other_targets_have_no_loss(labels: Tensor | None) -> None:
     assert ModuleAdapter().loss(None, torch.zeros(5, 3), {"labels": labels}) is None  # type: ignore[arg-type]
 
