@@ -165,7 +165,7 @@ class Journal:
         if best is None:
             if other is not None:
                 raise MergeidError(
-                    f"--resume: the interrupted merge to {self.output} had {_difference(other, self._request)}; "
+                    f"--resume: what was interrupted at {self.output} had {_difference(other, self._request)}; "
                     f"repeat its command, or leave out --resume to start over"
                 )
             return None

@@ -166,7 +166,7 @@ ShardSize = Annotated[
 Resume = Annotated[
     bool,
     switch(
-        "Continue an interrupted merge to OUT, if there is one, and keep what is done if this one is interrupted.",
+        "Continue interrupted work on OUT, if there is any, and keep what is done if this is interrupted too.",
         OUTPUT,
     ),
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mergeid.combine.apply import Inputs, Transform, merge_checkpoints
 from mergeid.combine.asymmetric import note
@@ -80,6 +83,14 @@ def write(result: MergeResult, met: Met, inputs: Inputs, asked: MethodRequest, o
     return replace(result, files=list(report.files), notes=notes, report=report.to_json())
 
 
+def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays by name."""
+    found = hashlib.sha256()
+    for name, array in arrays.items():
+        found.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return found.hexdigest()
+
+
 def moved(carry: Transform) -> Callable[[str, Tensor], Iterator[Tensor]]:
     """What `rewrite` takes: tensors in another order, some rows at a time."""
     from mergeid.basics.on_demand import OnDemand
@@ -97,28 +108,39 @@ def moved(carry: Transform) -> Callable[[str, Tensor], Iterator[Tensor]]:
 
 def rewrite(
     checkpoint: Checkpoint,
-    output: Path,
+    output: Output,
     transform: Callable[[str, Tensor], Iterable[Tensor]],
     record: Mapping[str, Any],
     run: Run,
-    force: bool,
+    request: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """The checkpoint with every tensor transformed (equal shape and dtype), streamed; `transform` gives a tensor's
-    pieces."""
+    """The checkpoint with every tensor transformed (equal shape and dtype), streamed.
+
+    Args:
+        transform: gives a tensor's pieces.
+        request: what they depend on besides the checkpoint, as JSON: work that was stopped goes on only where it is
+            the same.
+    """
     from mergeid.io.companions import default_companions
     from mergeid.io.stream import CheckpointWriter
     from mergeid.models.configs import config_files
 
     writer = CheckpointWriter(
-        Output(output, force=force),
+        output,
         like=checkpoint,
         companions=default_companions(checkpoint),
         replace=config_files(checkpoint),
+        request={
+            "models": [str(path) for path in checkpoint.files],
+            "weight files (they were changed)": [[s.st_size, s.st_mtime_ns] for s in map(Path.stat, checkpoint.files)],
+            **(request or {}),
+        },
     )
     writer.record = {"format": "mergeid.record/1", **record}
     with writer:
         for i, name in enumerate(order := list(writer.order())):
             run.tell("writing", i, len(order))
-            writer.write(name, transform(name, checkpoint.tensor(name)))
-            checkpoint.release(name)
+            if name not in writer:  # else it was written before this was stopped
+                writer.write(name, transform(name, checkpoint.tensor(name)))
+                checkpoint.release(name)
     return list(writer.paths())

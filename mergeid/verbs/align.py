@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.io.opening import Source, is_live
@@ -17,6 +18,7 @@ from mergeid.results.merge import MergeResult
 from mergeid.stages.open import Met, check_matching, open_models, output_path, skipped_keys
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Unpack
 
 
@@ -30,6 +32,7 @@ def align(
         o.out("A .safetensors file or a folder. Default: ./aligned.safetensors, for folders ./aligned."),
     ] = None,
     force: o.Force = False,
+    resume: o.Resume = False,
     data: o.Data = None,
     match: o.Match = "auto",
     matcher: o.Matcher = None,
@@ -57,22 +60,24 @@ def align(
         transport: carry B's neurons onto A's by optimal transport, as `merge` does with it: A's shapes, and no longer
             the same function.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
+        resume: as for `merge`.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
     run, reading = requests_of(usual, batch_size)
-    matching, calibration, asked = Matching(match, matcher), calibration_of(data, usual), Output(output, force=force)
-    target = None
+    matching, calibration = Matching(match, matcher), calibration_of(data, usual)
+    asked, target = Output(output, force=force, resume=resume), None
     if not (is_live(b) and output is None):
-        target = output_path(replace(asked, path=output or _default(b)), [to, b, base, data, reading.arch])
+        asked = replace(asked, path=output or _default(b))
+        target = replace(asked, path=output_path(asked, [to, b, base, data, reading.arch]))
     if transport:
         check_transport(matching, base=base is not None)
         met = open_models(Workbench(reading, run), [to, b], widths=False)
-        return _transported(met, calibration, target, force)
+        return _transported(met, calibration, target)
     check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [to, b])
     from mergeid.stages.plan import plan_pair
-    from mergeid.stages.write import moved, rewrite
+    from mergeid.stages.write import digest_of, moved, rewrite
 
     pair, made = plan_pair(met, matching, calibration, base=base, certify=certify)
     result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
@@ -80,7 +85,9 @@ def align(
         return replace(result, state=made.carry_state(pair.b.state()))
     assert pair.b.checkpoint is not None
     record = {"align": made.to_json(), **met.agreed.record()}
-    files = rewrite(pair.b.checkpoint, target, moved(made.carries_files(pair.b.names)), record, run, force)
+    request = {k: v for k, v in made.to_json().items() if k in ("turns", "maps")}
+    request["order of neurons"] = digest_of(made.element)
+    files = rewrite(pair.b.checkpoint, target, moved(made.carries_files(pair.b.names)), record, run, request)
     return replace(result, files=files)
 
 
@@ -89,13 +96,13 @@ def _default(b: Source) -> str:
     return "aligned" if isinstance(b, (str, os.PathLike)) and os.path.isdir(b) else "aligned.safetensors"
 
 
-def _transported(met: Met, calibration: Calibration, target: Path | None, force: bool) -> MergeResult:
+def _transported(met: Met, calibration: Calibration, target: Output | None) -> MergeResult:
     """B on A's neurons, in the files that A has."""
     from mergeid.combine.tensor_plan import plan_tensors
     from mergeid.methods.registry import get_method
     from mergeid.methods.settings import MergeSettings
     from mergeid.stages.transport import transported_members
-    from mergeid.stages.write import rewrite
+    from mergeid.stages.write import digest_of, rewrite
 
     members = transported_members(met, MergeSettings.of(get_method("linear"), 2, []), calibration)
     one, two = (m.loaded.checkpoint for m in members.models)
@@ -107,5 +114,11 @@ def _transported(met: Met, calibration: Calibration, target: Path | None, force:
     record = {"align": {"transport": True, "a": one.source, "b": two.source}}
     skipped = {n for n, k in members.first.names.items() if k in skipped_keys(members.first, met.skip)}
     moved = {n: two.tensor(n) for n in one.table if n in two.table and n not in skipped}
-    files = rewrite(one, target, lambda n, t: [moved.get(n, t).to(t.dtype).contiguous()], record, met.bench.run, force)
+    request = {"transported tensors": digest_of({n: t.double().numpy() for n, t in moved.items()})}
+    pieces = partial(_pieces, moved)
+    files = rewrite(one, target, pieces, record, met.bench.run, request)
     return replace(result, files=files)
+
+
+def _pieces(moved: Mapping[str, Tensor], name: str, tensor: Tensor) -> list[Tensor]:
+    return [moved.get(name, tensor).to(tensor.dtype).contiguous()]

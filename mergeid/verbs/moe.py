@@ -129,6 +129,6 @@ def moe(
         "plans": [p.to_json() for p in plans],
         "seed": run.seed,
     }
-    files = rewrite(whole, target, lambda name, tensor: tensor, record, run, force)
+    files = rewrite(whole, Output(target, force=force), lambda name, tensor: tensor, record, run)
     verdict = "match" if any(p.verdict == "match" for p in plans) else "direct"
     return MergeResult(verdict, files=files, plans=plans, notes=list(met.agreed.notes))

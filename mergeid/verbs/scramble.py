@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ def scramble(
     ] = False,
     arch: o.Arch = None,
     force: o.Force = False,
+    resume: o.Resume = False,
     allow_pickle: o.AllowPickle = False,
     progress: Progress | None = None,
 ) -> ScrambleResult:
@@ -47,6 +49,7 @@ def scramble(
     Args:
         seed: of the group element.
         maps: with random scales, signs and orthogonal maps besides, which leave this model's function unchanged.
+        resume: as for `merge`.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
@@ -54,10 +57,11 @@ def scramble(
     from math import prod
 
     from mergeid.models.graph import graph_of
-    from mergeid.stages.write import moved, rewrite
+    from mergeid.stages.write import digest_of, moved, rewrite
 
     run = Run.of(progress, seed=seed)
-    target = output_path(Output(output, force=force), [a, arch])
+    asked = Output(output, force=force, resume=resume)
+    asked = replace(asked, path=output_path(asked, [a, arch]))
     bench = Workbench(Reading(arch, allow_pickle=allow_pickle), Run.of(progress))
     loaded = bench.load(a)
     found = graph_of(loaded)
@@ -84,11 +88,11 @@ def scramble(
         record["scramble"]["maps"] = [turn.as_map() for turn in turns]
     paths = rewrite(
         loaded.checkpoint,
-        target,
+        asked,
         moved(partial(_carry, files, element, [t.renamed(known) for t in turns])),
         record,
         run,
-        force,
+        {"seed": seed, "maps": maps, "architecture": loaded.arch.id, "order of neurons": digest_of(element)},
     )
     return ScrambleResult(paths, loaded.arch.id, seed, count / max(total, 1), error, len(found.spaces))
 

@@ -71,7 +71,7 @@ def test_what_was_committed_is_known_again(
 
 def test_other_work_is_refused_and_says_what_differs(tmp_path: Path) -> None:
     begun(tmp_path / "out", ["one"])
-    with pytest.raises(MergeidError, match=r"--resume: the interrupted merge to .*out had other models; repeat"):
+    with pytest.raises(MergeidError, match=r"--resume: what was interrupted at .*out had other models; repeat"):
         Journal(tmp_path / "out", {"models": ["b"]}, resume=True)
     elsewhere = Journal(tmp_path / "another", {"models": ["a"]}, resume=True)
     assert not elsewhere.resumed
