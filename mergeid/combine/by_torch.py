@@ -19,6 +19,7 @@ from mergeid.io.tensors import TensorSource
 from mergeid.methods.pieces import CHUNK, Pieces, places
 from mergeid.methods.pieces import whole as pieced
 from mergeid.methods.settings import MergeSettings
+from mergeid.methods.statistics import Gram
 
 Transform = Callable[[str, Tensor], Tensor]
 
@@ -113,9 +114,16 @@ class TorchMerge:
         return overflows(name, dtype_name(out), self.settings.weights_of(name))
 
 
+def _beside(statistic: Any, tensor: Tensor) -> Any:
+    """What was measured of a model, where its tensor lies."""
+    if isinstance(statistic, Gram):
+        return statistic._replace(matrix=statistic.matrix.to(tensor.device))
+    return statistic.to(tensor.device)
+
+
 def whole(pieces: Iterable[Tensor], like: Tensor) -> Tensor:
-    """The pieces of a merged tensor as one, in the shape and dtype of the first model's."""
-    return torch.cat([piece.reshape(-1) for piece in pieces]).reshape(like.shape).to(like.dtype)
+    """The pieces of a merged tensor as one, in the shape and dtype and on the device of the first model's."""
+    return torch.cat([piece.reshape(-1) for piece in pieces]).reshape(like.shape).to(like)
 
 
 def combine(
@@ -138,6 +146,10 @@ def combine(
     if method.seeded:
         needs["generator"] = settings.generator(name)
     known = statistics is not None and all(s is not None for s in statistics)
+    if method.seeded or method.statistics:  # numbers are drawn on the CPU, the same for every device
+        tensors, base = [t.cpu() for t in tensors], None if base is None else base.cpu()
+    if known and statistics is not None:
+        statistics = [_beside(s, tensors[0]) for s in statistics]
     if not method.elementwise:
         if method.base:
             needs["base"] = base

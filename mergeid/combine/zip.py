@@ -225,8 +225,8 @@ def _moved(value: Tensor, on: list[Any], maps: Mapping[str, tuple[Tensor, Tensor
 def _along(value: Tensor, axis: AxisMap, matrix: Tensor) -> Tensor:
     """[size, size] acting on the members of an axis; positions that stand still are kept."""
     members = torch.from_numpy(axis.members)
-    where = torch.from_numpy(axis.positions)
+    where = torch.from_numpy(axis.positions).to(value.device)
     front = value.movedim(axis.axis, 0)
-    moved = matrix[members][:, members] @ front[where].reshape(len(members), -1)
+    moved = matrix[members][:, members].to(value.device) @ front[where].reshape(len(members), -1)
     new = front.index_copy(0, where.reshape(-1), moved.reshape(-1, *front.shape[1:]))
     return new.movedim(0, axis.axis)

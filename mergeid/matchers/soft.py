@@ -24,8 +24,8 @@ def apply_soft(graph: NeuronGraph, soft: Soft, tensor: str, value: Tensor) -> Te
     """One tensor under a soft element; for permutation matrices the same as `NeuronGraph.apply`."""
     for space, axis in graph.on_tensor.get(tensor, []):
         members = torch.from_numpy(axis.members)
-        where = torch.from_numpy(axis.positions)
-        matrix = soft[space.id].to(value.dtype)
+        where = torch.from_numpy(axis.positions).to(value.device)
+        matrix = soft[space.id].to(value)
         if len(members) < space.size:
             matrix = matrix[members][:, members]
         front = value.movedim(axis.axis, 0)

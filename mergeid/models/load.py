@@ -17,7 +17,7 @@ from mergeid.models.building import BARE, Room, build, skeleton
 from mergeid.models.loaded import Loaded, ModuleAdapter, takes_labels
 from mergeid.models.mapped import LARGEST_HELD, put_mapped
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
-from mergeid.plugins import Adapter, Architecture, KnowsModules, adapter_names, get_adapter
+from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, adapter_names, get_adapter
 from mergeid.request.request import Reading, Run
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def load_checkpoint(
         )
     (put_mapped if mapped else _put)(model, checkpoint, names)
     model = model.to(run.place).eval()
-    example = adapter.example_inputs(arch, model, run.generator())
+    example = _there(adapter.example_inputs(arch, model, run.generator()), run.place)
     return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
 
 
@@ -132,14 +132,15 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
     arch, given = reading.arch, reading.example
     source = type(module).__name__
     try:
-        module = in_memory(module).eval()
+        module = _on(in_memory(module).eval(), run.place)
     except NotImplementedError as error:
         raise MergeidError(
             f"{source} cannot be put into evaluation mode ({error}); give the module that it was exported from"
         ) from error
     names = {k: k for k in module.state_dict()}
+    has_values = not any(p.is_meta for p in module.parameters())
     if given.inputs is not None and arch is None:
-        example = as_batch(given.inputs)
+        example = _there(as_batch(given.inputs), run.place) if has_values else as_batch(given.inputs)
         library = _library(module)
         # the models of a library take their targets under this name
         adapter: Any = ModuleAdapter(library, takes_labels=library is None and takes_labels(module, example))
@@ -150,7 +151,25 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
         raise MergeidError(f"{error}; for a live module also: pass example_inputs") from None
     inputs = given.inputs
     example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, run.generator())
+    example = _there(example, run.place) if has_values else example
     return Loaded(source, module, adapter, found, None, names, example, given.outputs)
+
+
+def _on(module: nn.Module, place: str) -> nn.Module:
+    """The module itself where all of it lies there, or has no values; else a copy."""
+    import torch
+
+    here = torch.empty(0, device=place).device
+    elsewhere = any(not t.is_meta and t.device != here for t in (*module.parameters(), *module.buffers()))
+    return copy.deepcopy(module).to(place) if elsewhere else module
+
+
+def _there(batch: Batch, place: str) -> Batch:
+    import torch
+
+    from mergeid.data.batches import to_model
+
+    return to_model(batch, torch.device(place), None)
 
 
 def _library(module: nn.Module) -> KnowsModules | None:

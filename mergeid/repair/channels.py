@@ -16,6 +16,9 @@ def _zeros(m: int) -> Tensor:
     return torch.zeros(m, dtype=torch.float64)
 
 
+NAMES = ("x", "y", "xx", "xy", "yy")
+
+
 @dataclass
 class ChannelMoments:
     """Sums over rows, float64 [m], of inputs x and targets y that belong to them channel by channel."""
@@ -34,6 +37,8 @@ class ChannelMoments:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Rows [n, m]."""
         u, v = x.double(), y.double()
+        for name in NAMES if not self.count else ():
+            setattr(self, name, getattr(self, name).to(x.device))
         self.count += len(u)
         self.x += u.sum(0)
         self.y += v.sum(0)
@@ -43,7 +48,7 @@ class ChannelMoments:
 
     def __add__(self, other: ChannelMoments) -> ChannelMoments:
         total = ChannelMoments(self.m, self.count + other.count)
-        for name in ("x", "y", "xx", "xy", "yy"):
+        for name in NAMES:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 

@@ -63,6 +63,7 @@ class Moments:
         if not len(x):
             return
         if self.shift is None:
+            self.xx, self.xy, self.x, self.y = (t.to(x.device) for t in (self.xx, self.xy, self.x, self.y))
             self.shift = (x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64))
         wide = x.dtype == torch.float64
         for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -91,7 +92,8 @@ class Moments:
     def centred(self) -> Moments:
         """Of the rows about their means."""
         second, total = self.about(True), Moments(self.d, self.m, self.count)
-        total.shift = (torch.zeros_like(self.x), torch.zeros_like(self.y))
+        total.x, total.y = torch.zeros_like(self.x), torch.zeros_like(self.y)
+        total.shift = (total.x.clone(), total.y.clone())
         total.xx, total.xy, total.yy = self.count * second.xx, self.count * second.xy, self.count * second.yy
         return total
 
