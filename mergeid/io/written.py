@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter
 
-from mergeid.io.schema import Count, GraphFile, Own, PointsFile, RecipeFile, SketchAbout, ZipRecord
+from mergeid.io.recipe_schema import RecipeFile
+from mergeid.io.schema import Count, GraphFile, Own, PointsFile, SketchAbout, ZipRecord
 
 Decision = Literal["direct", "match", "will not merge"]
 

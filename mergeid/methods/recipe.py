@@ -27,7 +27,8 @@ from typing import Any
 
 from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.schema import ConditionEntry, RecipeFile, SliceEntry, validated
+from mergeid.io.recipe_schema import ConditionEntry, RecipeFile, SliceEntry
+from mergeid.io.schema import validated
 from mergeid.methods.recipe_tokens import vocabulary_of
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
 from mergeid.methods.settings import Condition, Parameters, Setting

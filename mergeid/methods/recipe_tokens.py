@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from string import ascii_lowercase
 
 from mergeid.errors import MergeidError
-from mergeid.io.schema import ModelTokenEntry, RecipeFile, TokenEntry, ZeroEntry
+from mergeid.io.recipe_schema import ModelTokenEntry, RecipeFile, TokenEntry, ZeroEntry
 from mergeid.request.vocabulary import TokenRow, Vocabulary
 
 
