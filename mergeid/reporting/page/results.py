@@ -36,7 +36,7 @@ def report_of(result: Plan | PredictResult | BarrierResult | MergeResult, models
             notes=tuple(result.notes),
         )
     if isinstance(result, BarrierResult):
-        return replace(about, curves=(result,))
+        return replace(about, curves=(*result.beside, result))
     if isinstance(result, PredictResult):
         return replace(about, arch=result.arch, prediction=result, notes=tuple(result.notes))
     return replace(about, arch=result.arch, plan=result, seed=result.seed, notes=tuple(result.notes))

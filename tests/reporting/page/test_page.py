@@ -100,6 +100,7 @@ def test_page_of_each_kind_of_result() -> None:
         "Put B": report_of(given.plan, ["a", "b"]),
         given.prediction.advice[:10]: report_of(given.prediction, ["a", "b"]),
         "From A to B": report_of(given.curves[0], ["a", "b"]),
+        "solved, loss": report_of(replace(given.curves[2], beside=given.curves[:2]), ["a", "b"]),
         "The models were merged after putting": report_of(merged, ["a", "b"]),
     }
     for said, each in pages.items():
