@@ -74,9 +74,9 @@ class Work:
             self._pace = stage, done, now
         if now - self._last >= PLAIN_EVERY:
             self._last = now
-            share, left = (f": {100 * done // total} %", self._left(done, total, now)) if done and total else ("", None)
-            time_left = "" if left is None else f", {duration(left)} left"
-            print(f"mergeid: {stage}{share}{time_left}", file=sys.stderr, flush=True)
+            share, left = (f": {100 * done // total} %", self._left(done, total, now)) if total else ("", None)
+            time_left = "" if left is None else f" ({duration(left)} left)"
+            print(f"mergeid: {stage}{time_left}{share}", file=sys.stderr, flush=True)
 
     def _left(self, done: int, total: int, now: float) -> float | None:
         """Seconds until this stage ends, at the pace since it began; None before there is one."""

@@ -130,7 +130,7 @@ def test_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "mergeid: writing: 50 %",
-        "mergeid: writing: 60 %, 40 s left",
-        "mergeid: writing: 75 %, 2 min left",
-        "mergeid: looking: 10 %, 9 h 14 min left",
+        "mergeid: writing (40 s left): 60 %",
+        "mergeid: writing (2 min left): 75 %",
+        "mergeid: looking (9 h 14 min left): 10 %",
     ]

@@ -15,7 +15,7 @@ from .files import read
 
 LONGEST = 620
 """Characters of a message, its line's beginning included."""
-PROGRESS = re.compile(r"^mergeid: [\w .()-]+(, [\d hmins]+ left)?(: \d+ %)?$")
+PROGRESS = re.compile(r"^mergeid: [\w .()-]+( \([\d hmins]+ left\))?(: \d+ %)?$")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRESS = re.compile(r"^mergeid: [\w .()-]+(: \d+ %)?(, [\d hmins]+ left)?$")
+PROGRESS = re.compile(r"^mergeid: [\w .()-]+( \([\d hmins]+ left\))?(: \d+ %)?$")
 """Plain progress, which a slow machine adds to stderr."""
 
 
