@@ -68,4 +68,5 @@ if __name__ == "__main__":
         found = results(folder, output)
     if accelerator.is_main_process:
         output.with_suffix(".json").write_text(json.dumps(found))
+    accelerator.wait_for_everyone()  # a process that ends while another still talks to it aborts
     accelerator.end_training()
