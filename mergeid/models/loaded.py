@@ -138,31 +138,33 @@ class ModuleAdapter:
         return self.library.logits(model) if isinstance(self.library, KnowsHeads) else None
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
-        """Cross-entropy where `labels` are targets and class numbers, one for each row of the output's last dimension
-        (`IGNORED`: none), summed per example; None for any others."""
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        from mergeid.data.batching import IGNORED
-
-        labels = batch.get("labels")
-        if self.takes_labels or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-            return None
-        if output.dim() < 2 or labels.shape != output.shape[:-1]:
-            return None
-        if ((labels != IGNORED) & ((labels < 0) | (labels >= output.shape[-1]))).any():  # numbers of something else
-            return None
-        rows = cross_entropy(output.flatten(0, -2).float(), labels.flatten().long(), reduction="none")
-        each, right, counted = (
-            t.reshape(len(labels), -1) for t in (rows, output.argmax(-1) == labels, labels != IGNORED)
-        )
-        return LossParts(each.sum(1), (right & counted).sum(1), counted.sum(1))
+        """`class_loss` of `labels` that are targets."""
+        return None if self.takes_labels else class_loss(output, batch.get("labels"))
 
     def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
         return None
 
     def preprocessing(self, arch: Architecture) -> Mapping[str, Any]:
         return {}
+
+
+def class_loss(output: Tensor, labels: Any) -> LossParts | None:
+    """Cross-entropy where `labels` are class numbers, one for each row of the output's last dimension (`IGNORED`:
+    none), summed per example; None for any others."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from mergeid.data.batching import IGNORED
+
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return None
+    if output.dim() < 2 or labels.shape != output.shape[:-1]:
+        return None
+    if ((labels != IGNORED) & ((labels < 0) | (labels >= output.shape[-1]))).any():  # numbers of something else
+        return None
+    rows = cross_entropy(output.flatten(0, -2).float(), labels.flatten().long(), reduction="none")
+    each, right, counted = (t.reshape(len(labels), -1) for t in (rows, output.argmax(-1) == labels, labels != IGNORED))
+    return LossParts(each.sum(1), (right & counted).sum(1), counted.sum(1))
 
 
 def _position(name: str) -> int:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
+from mergeid.models.loaded import class_loss
 from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.plugins import LossParts
 from mergeid.prediction.labels import Measured, corrected
@@ -111,11 +111,7 @@ def _lost(first: Loaded, out: Tensor, batch: Batch) -> LossParts | None:
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return None
     parts = first.loss(out, batch)
-    if parts is None and labels.shape == out.shape[:-1]:
-        rows = F.cross_entropy(out.flatten(0, -2).float(), labels.flatten(), reduction="none").view(len(out), -1)
-        right, scored = (out.argmax(-1) == labels).view(len(out), -1), (labels != -100).view(len(out), -1)
-        parts = LossParts(rows.sum(1), right.sum(1), scored.sum(1))
-    return parts
+    return class_loss(out, labels) if parts is None else parts
 
 
 @dataclass
