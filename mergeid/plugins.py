@@ -14,6 +14,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from mergeid.basics.mixtures import MakesMixtures as MakesMixtures
+from mergeid.basics.mixtures import Mixture as Mixture
+from mergeid.basics.mixtures import MixtureRequest as MixtureRequest
+from mergeid.basics.mixtures import MixtureTensor as MixtureTensor
 from mergeid.basics.reading import read_json as read_json
 from mergeid.errors import MergeidError as MergeidError
 from mergeid.errors import reason as reason
@@ -229,51 +233,6 @@ class TiesWeights(Protocol):
 
     def with_ties(self, config: Mapping[str, Any], tied: bool) -> dict[str, Any] | None:
         """The config with that setting; None where it cannot be had without changing something else."""
-        ...
-
-
-class MixtureTensor(NamedTuple):
-    """Where a tensor of a mixture of experts comes from.
-
-    Attributes:
-        expert: number of the model; None: the base.
-        name: of the tensor there.
-        ends: whether its output is added to the residual stream.
-    """
-
-    expert: int | None
-    name: str
-    ends: bool = False
-
-
-class Mixture(NamedTuple):
-    """A mixture of experts made of dense models.
-
-    Attributes:
-        config: its config.json.
-        tensors: name -> where it comes from.
-        gates: names of the routers' weights [experts, width], bottom layer first; they come from nowhere.
-        embedding: name of the base's table of tokens [tokens, width].
-        width: of the residual stream.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, MixtureTensor]
-    gates: tuple[str, ...]
-    embedding: str
-    width: int
-
-
-@runtime_checkable
-class MakesMixtures(Protocol):
-    """Optional ability of an adapter: knows which mixture of experts has the layers of its dense models."""
-
-    def mixture(self, config: Mapping[str, Any], names: Sequence[str], experts: int, per_token: int) -> Mixture | None:
-        """The mixture of so many models of this config and these tensors; None: there is none."""
-        ...
-
-    def layer_inputs(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        """What enters each layer of a dense model, [batch, tokens, width], bottom first."""
         ...
 
 

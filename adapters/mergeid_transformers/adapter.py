@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid import plugins
-from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, Mixture, TensorTable
+from mergeid.plugins import (
+    Architecture,
+    Batch,
+    ConfigDifference,
+    LossParts,
+    MergeidError,
+    Mixture,
+    MixtureRequest,
+    TensorTable,
+)
 from mergeid_transformers import compare, files, labels, mixture
 from mergeid_transformers.names import stacked, tensor_names
 
@@ -279,9 +288,9 @@ class TransformersAdapter:
         """The config with ``tie_word_embeddings`` set; None where more than that would change."""
         return compare.with_ties(config, tied)
 
-    def mixture(self, config: Mapping[str, Any], names: Sequence[str], experts: int, per_token: int) -> Mixture | None:
-        """Llama's and Mistral's decoders make a Mixtral; see `mergeid_transformers.mixture`."""
-        return mixture.mixture(config, names, experts, per_token)
+    def mixture(self, config: Mapping[str, Any], names: Sequence[str], asked: MixtureRequest) -> Mixture | None:
+        """What decoders make; see `mergeid_transformers.mixture`."""
+        return mixture.mixture(config, names, asked)
 
     def layer_inputs(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """What enters each layer."""

@@ -22,7 +22,7 @@ def command(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A recipe of mergekit-moe: base_model, experts (source_model, positive_prompts), gate_mode.",
+            help="A recipe of mergekit-moe: base_model, experts (source_model, positive_prompts), gate_mode …",
             show_default=False,
         ),
     ],
@@ -33,18 +33,21 @@ def command(
     Attention, embeddings and norms come from the base, and the MLPs from the experts. Routers are initialised from
     each expert's prompts. The result usually needs some training.
     """
-    from mergeid.methods.mixture_recipe import read_mixture
+    from mergeid.methods.mixture_recipe import ExpertEntry, read_mixture
     from mergeid.verbs.moe import Expert
 
+    def expert(e: ExpertEntry) -> Expert:
+        scale = 1.0 if e.residual_scale is None else e.residual_scale
+        prompts = tuple(e.positive_prompts or ()), tuple(e.negative_prompts or ())
+        return Expert(e.source_model, *prompts, scale, e.noise_scale or 0.0)
+
     told = read_mixture(recipe)
-    experts = [
-        Expert(e.source_model, tuple(e.positive_prompts), tuple(e.negative_prompts), e.residual_scale)
-        for e in told.experts
-    ]
-    said = {"gate_mode": told.gate_mode, "experts_per_token": told.experts_per_token}
+    names = ("gate_mode", "experts_per_token", "dtype", "architecture")
+    said = {name: getattr(told, name) for name in names}
     with working(as_json) as work:
         own = {k: v for k, v in said.items() if v is not None and not call.given(k)}
-        result = call(told.base_model, experts, **own, progress=work.progress)
+        experts, shared = map(expert, told.experts), map(expert, told.shared_experts or ())
+        result = call(told.base_model, [*experts], shared=[*shared], **own, progress=work.progress)
         if as_json:
             work.emit(result.to_json())
         else:

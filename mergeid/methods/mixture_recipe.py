@@ -9,25 +9,30 @@ from pydantic import Field
 
 from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError
+from mergeid.io.model_names import ModelName
 from mergeid.io.schema import Own, validated
 
 
 class ExpertEntry(Own):
     """A model, and the prompts that it is for, or not for."""
 
-    source_model: str
-    positive_prompts: list[str] = Field(default_factory=list)
-    negative_prompts: list[str] = Field(default_factory=list)
-    residual_scale: float = 1.0
+    source_model: ModelName
+    positive_prompts: list[str] | None = None
+    negative_prompts: list[str] | None = None
+    residual_scale: float | None = None
+    noise_scale: Annotated[float, Field(ge=0)] | None = None
 
 
 class MixtureFile(Own):
     """A mixture of experts."""
 
-    base_model: str
+    base_model: ModelName
     experts: Annotated[list[ExpertEntry], Field(min_length=1)]
+    shared_experts: list[ExpertEntry] | None = None
     gate_mode: str | None = None
     experts_per_token: Annotated[int, Field(ge=1, lt=1025)] | None = None
+    dtype: str | None = None
+    architecture: str | None = None
 
 
 def read_mixture(path: str | os.PathLike[str]) -> MixtureFile:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from mergeid.combine.apply import Inputs
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived
+from mergeid.io.dtypes import FLOATS, torch_dtype
 from mergeid.io.tensors import TensorSource
-from mergeid.plugins import MakesMixtures, Mixture, TensorInfo, adapter_names, get_adapter
+from mergeid.plugins import MakesMixtures, Mixture, MixtureRequest, TensorInfo, adapter_names, get_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -28,19 +30,29 @@ SMALLEST = 1e-8
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """What belongs to an expert, and what does not."""
+class Expert:
+    """One model of a mixture.
 
+    Attributes:
+        source: file, folder or hub id.
+        positive, negative: prompts that it is for, and that it is not for.
+        residual_scale: factor of what it adds to the residual stream.
+        noise_scale: standard deviation of normal noise that is added to its weights.
+    """
+
+    source: str | os.PathLike[str]
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
+    residual_scale: float = 1.0
+    noise_scale: float = 0.0
 
 
-def mixture_of(base: TensorSource, experts: int, per_token: int) -> tuple[MakesMixtures, Mixture]:
-    """What a mixture of so many models like the base is. Raises `MergeidError` where none is known."""
+def mixture_of(base: TensorSource, asked: MixtureRequest) -> tuple[MakesMixtures, Mixture]:
+    """What the mixture of models like the base is. Raises `MergeidError` where none can be made."""
     for name in adapter_names():
         adapter = get_adapter(name)
         if isinstance(adapter, MakesMixtures) and base.config is not None:
-            found = adapter.mixture(base.config, list(base.table), experts, per_token)
+            found = adapter.mixture(base.config, list(base.table), asked)
             if found is not None:
                 return adapter, found
     kind = (base.config or {}).get("model_type", "no config.json")
@@ -50,34 +62,68 @@ def mixture_of(base: TensorSource, experts: int, per_token: int) -> tuple[MakesM
     )
 
 
-def mixed(made: Mixture, inputs: Inputs, gates: Sequence[Tensor], scales: Sequence[float]) -> Derived:
+def mixed(
+    made: Mixture,
+    inputs: Inputs,
+    gates: Mapping[str, Tensor],
+    experts: Sequence[Expert],
+    draws: Callable[[str], torch.Generator],
+    dtype: str | None = None,
+) -> Derived:
     """The mixture as a checkpoint that is formed when it is written.
 
     Args:
         inputs: the base, then the experts, and how each is brought into the base's order.
-        gates: one per layer, [experts, width].
-        scales: one per expert, of what it adds to the residual stream.
+        gates: the routers' weights by name, see `routers`.
+        experts: in the order of their models; the shared ones last.
+        draws: a generator for each tensor by its name, for noise.
+        dtype: of the result (``"F32"``); None: as in the base.
     """
+    import torch
+
     base, moved = inputs.models[0], inputs.moved
 
-    def form(at: int, name: str, scale: float) -> Tensor:
+    def form(place: str, which: int | None, name: str, ends: bool, to: torch.dtype) -> Tensor:
+        at = 0 if which is None else which + 1
         value, move = inputs.models[at].tensor(name), moved[at]
         value = value if move is None else move(name, value)
-        return value if scale == 1 else (value.double() * scale).to(value.dtype)
+        if which is not None:
+            scale, noise = experts[which].residual_scale if ends else 1.0, experts[which].noise_scale
+            if noise:
+                drawn = torch.randn(value.shape, generator=draws(place), dtype=torch.float32)
+                value = value.double().add_(drawn, alpha=noise)
+            value = value if scale == 1 else value.double() * scale
+        return value.to(to)
 
     formed: dict[str, Formed] = {}
-    for place, (expert, name, ends) in made.tensors.items():
-        at = 0 if expert is None else expert + 1
-        scale = scales[expert] if expert is not None and ends else 1.0
-        formed[place] = Formed(base.table[name], partial(form, at, name, scale), ((inputs.models[at], name),))
-    kind = base.table[made.embedding].dtype
-    for place, gate in zip(made.gates, gates, strict=True):
-        formed[place] = Formed(TensorInfo(kind, tuple(gate.shape)), partial(_as, gate, base, made.embedding), ())
-    return derived(base.source, base, formed, parents=inputs.models, config=made.config)
+    for place, (which, name, ends) in made.tensors.items():
+        info = base.table[name]
+        info = TensorInfo(dtype or info.dtype, info.shape) if info.dtype in FLOATS else info
+        model = inputs.models[0 if which is None else which + 1]
+        make = partial(form, place, which, name, ends, torch_dtype(info.dtype))
+        formed[place] = Formed(info, make, ((model, name),))
+    kind = dtype or base.table[made.embedding].dtype
+    zeros = {place: torch.zeros(shape) for place, shape in made.zeros.items()}
+    for place, value in {**gates, **zeros}.items():
+        make = partial(value.contiguous().to, torch_dtype(kind))
+        formed[place] = Formed(TensorInfo(kind, tuple(value.shape)), make, ())
+    told = made.config
+    if dtype is not None:
+        told = {**told, "dtype" if "dtype" in told else "torch_dtype": str(torch_dtype(dtype)).removeprefix("torch.")}
+    return derived(base.source, base, formed, parents=inputs.models, config=told)
 
 
-def _as(gate: Tensor, base: TensorSource, name: str) -> Tensor:
-    return gate.to(base.tensor(name).dtype)
+def routers(made: Mixture, rows: Sequence[Tensor], experts: int) -> dict[str, Tensor]:
+    """The routers' weights by name.
+
+    Args:
+        rows: one per layer, [experts, and then the shared ones that have a router, width].
+        experts: how many are not shared.
+    """
+    found = {name: row[:experts] for name, row in zip(made.gates, rows, strict=True)}
+    if made.shared_gates:
+        found |= {name: row[experts:] for name, row in zip(made.shared_gates, rows, strict=True)}
+    return found
 
 
 def random_gates(made: Mixture, mode: str, experts: int, generator: torch.Generator) -> list[Tensor]:
@@ -92,7 +138,7 @@ def random_gates(made: Mixture, mode: str, experts: int, generator: torch.Genera
 
 
 def prompted_gates(
-    made: Mixture, mode: str, prompts: Sequence[Prompts], base: Checkpoint, running: Callable[[], tuple[Any, Loaded]]
+    made: Mixture, mode: str, experts: Sequence[Expert], base: Checkpoint, running: Callable[[], tuple[Any, Loaded]]
 ) -> list[Tensor]:
     """Directions of the prompts in the base's residual stream, of length 1: of what enters each layer at the last token
     ("hidden", "hidden_last") or on average over the tokens ("hidden_avg"), or of the tokens' embeddings, for all layers
@@ -124,7 +170,7 @@ def prompted_gates(
         return found[:, :, -1].mean(1)  # padding stands in front
 
     found = []
-    for one in prompts:
+    for one in experts:
         vector = pointed(one.positive)
         if one.negative:
             vector = vector - pointed(one.negative)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return found
 
 
-def _logits(folder: Path, kind: str) -> Tensor:
+def _logits(folder: Path, kind: str = "AutoModelForCausalLM") -> Tensor:
     import transformers
 
     model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
@@ -132,3 +133,122 @@ def test_what_cannot_be_a_mixture_is_refused(models: list[Path], tmp_path: Path)
         mergeid.moe(models[0], models[1:], output=tmp_path / "out")
     with pytest.raises(MergeidError, match="needs at least"):
         mergeid.moe(models[0], models[1:2], output=tmp_path / "out", gate_mode="random")
+    with pytest.raises(MergeidError, match="DeepSeek MoE is made of llama, mistral"):
+        mergeid.moe(_saved("qwen2", tmp_path), [tmp_path / "qwen2"] * 2, gate_mode="random", architecture="deepseek")
+    with pytest.raises(MergeidError, match="Qwen MoE needs one shared expert"):
+        mergeid.moe(tmp_path / "qwen2", [tmp_path / "qwen2"] * 2, gate_mode="random")
+    with pytest.raises(MergeidError, match="is not known; expected Mixtral, DeepSeek MoE"):
+        mergeid.moe(models[0], models[1:], gate_mode="random", architecture="switch")
+
+
+def _saved(kind: str, work: Path, **more: Any) -> Path:
+    """A model of random weights, those of biases too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **{**SIZES, **({"head_dim": 8} if kind == "qwen3" else {}), **more})
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(work / kind)
+    return work / kind
+
+
+LLAMA3 = {
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 4,
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dense", "architecture", "made", "more"),
+    [
+        ("llama", None, "mixtral", LLAMA3),
+        ("mistral", "mixtral", "mixtral", {}),
+        ("llama", "qwen", "qwen2_moe", LLAMA3),
+        ("qwen2", None, "qwen2_moe", {"tie_word_embeddings": True}),
+        ("qwen2", "Qwen MoE", "qwen2_moe", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+        ("qwen3", "qwen3", "qwen3_moe", {}),
+    ],
+)
+def test_every_architecture_of_the_base_alone_is_the_base(
+    tmp_path: Path, dense: str, architecture: str | None, made: str, more: dict[str, Any]
+) -> None:
+    """The router's weights sum to 1; a shared expert of scale 0 adds nothing."""
+    base = _saved(dense, tmp_path, **more)
+    shared = [Expert(base, residual_scale=0.0)] if made == "qwen2_moe" else []
+    out = tmp_path / "out"
+    mergeid.moe(base, [base] * 3, gate_mode="random", shared=shared, architecture=architecture, output=out)
+    assert json.loads((out / "config.json").read_text())["model_type"] == made
+    torch.testing.assert_close(_logits(out), _logits(base), rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_base_that_a_config_leaves_to_its_class_is_kept(models: list[Path], tmp_path: Path) -> None:
+    """Llama's is 10 000, Mixtral's 1 000 000."""
+    base = _saved("llama", tmp_path)
+    told = json.loads((base / "config.json").read_text())
+    told = {k: v for k, v in told.items() if k not in ("rope_theta", "rope_parameters")}
+    (base / "config.json").write_text(json.dumps(told))
+    mergeid.moe(base, [base, base], gate_mode="random", output=tmp_path / "out")
+    torch.testing.assert_close(_logits(tmp_path / "out"), _logits(base), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_expert_of_deepseek_lies_beside_the_others(models: list[Path], tmp_path: Path) -> None:
+    experts = [Expert(models[1]), Expert(models[2], residual_scale=0.5)]
+    found = mergeid.moe(
+        models[0], experts, shared=[models[1]], gate_mode="random", dtype="bfloat16", match="never",
+        output=tmp_path / "out",
+    )  # fmt: skip
+    assert any("trust_remote_code" in note for note in found.notes)
+    out, two = load_file(tmp_path / "out" / "model.safetensors"), load_file(models[2] / "model.safetensors")
+    one = load_file(models[1] / "model.safetensors")
+    name = "model.layers.1.mlp.{}down_proj.weight"
+    assert torch.equal(out[name.format("shared_experts.")], one[name.format("")].bfloat16())
+    assert torch.equal(out[name.format("experts.1.")], (two[name.format("")] * 0.5).bfloat16())
+    assert {t.dtype for t in out.values()} == {torch.bfloat16}
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["n_routed_experts"], told["n_shared_experts"]) == (2, 1)
+    assert told.get("dtype", told.get("torch_dtype")) == "bfloat16"
+
+
+def test_noise_has_its_scale_and_its_seed(models: list[Path], tmp_path: Path) -> None:
+    def made(seed: int) -> dict[str, Tensor]:
+        experts = [Expert(models[0], noise_scale=0.1), Expert(models[0])]
+        mergeid.moe(models[0], experts, gate_mode="random", seed=seed, output=tmp_path / "out", force=True)
+        return load_file(tmp_path / "out" / "model.safetensors")
+
+    base, first, again, other = load_file(models[0] / "model.safetensors"), made(1), made(1), made(2)
+    block = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+    noise = first[block.format(0)] - base["model.layers.0.mlp.gate_proj.weight"]
+    assert 0.08 < noise.std() < 0.12 and abs(noise.mean()) < 0.02
+    assert torch.equal(first[block.format(0)], again[block.format(0)])
+    assert not torch.equal(first[block.format(0)], other[block.format(0)])
+    assert torch.equal(first[block.format(1)], base["model.layers.0.mlp.gate_proj.weight"])
+
+
+def test_command_takes_what_mergekit_moe_takes(models: list[Path], tmp_path: Path) -> None:
+    from mergeid.commands.cli import run
+
+    def entry(model: Path, prompts: list[str]) -> dict[str, Any]:
+        return {"source_model": {"model": {"path": str(model)}}, "positive_prompts": prompts, "negative_prompts": None}
+
+    told = {
+        "base_model": str(models[0]),
+        "gate_mode": "cheap_embed",
+        "dtype": "float16",
+        "architecture": "qwen",
+        "experts": [entry(m, p) for m, p in zip(models[1:], PROMPTS, strict=True)],
+        "shared_experts": [{**entry(models[0], ["all that is said"]), "residual_scale": 0.1}],
+    }
+    path, out = tmp_path / "moe.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(told))
+    assert run(["moe", str(path), "-o", str(out), "--shard-size", "400KB"]) == 0
+    tensors = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert len(list(out.glob("*.safetensors"))) > 1
+    gate = tensors["model.layers.0.mlp.shared_expert_gate.weight"]
+    assert gate.shape == (1, 16) and gate.dtype == torch.float16
+    told["shared_experts"][0].pop("positive_prompts")
+    path.write_text(yaml.safe_dump({**told}))
+    assert run(["moe", str(path), "-o", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
