@@ -30,6 +30,10 @@ LIBRARIES = (
 )
 OTHERS = {
     "matching": ("Matchers", "Seconds of CPU, and the share of a planted permutation that was found."),
+    "mergekit_moe_parity": (
+        "Mixtures of experts beside mergekit-moe 0.1.5",
+        "Largest difference between the two tools' tensors, as transformers loads them.",
+    ),
     "mergekit_parity": ("Recipes beside mergekit 0.1.5", "Largest difference between the two tools' tensors."),
     "peft_parity": (
         "Adapters beside PEFT 0.21",

@@ -117,7 +117,7 @@ def routers(made: Mixture, rows: Sequence[Tensor], experts: int) -> dict[str, Te
     """The routers' weights by name.
 
     Args:
-        rows: one per layer, [experts, and then the shared ones that have a router, width].
+        rows: one per layer, [experts, and then the shared ones, width].
         experts: how many are not shared.
     """
     found = {name: row[:experts] for name, row in zip(made.gates, rows, strict=True)}
@@ -156,7 +156,11 @@ def prompted_gates(
     def pointed(texts: Sequence[str]) -> Tensor:
         begin = tokenizer.bos_token or ""
         batch = tokenizer([begin + t for t in texts], return_tensors="pt", padding=True, add_special_tokens=False)
-        mask = batch["attention_mask"]
+        mask, rows = batch["attention_mask"], base.table[made.embedding].shape[0]
+        if int(batch["input_ids"].max()) >= rows:
+            raise MergeidError(
+                f"the tokenizer of {base.source} has tokens beyond the {rows} rows of its embedding; a prompt has one"
+            )
         if network is None:
             table = base.tensor(made.embedding).float()
             total = (table[batch["input_ids"]] * mask[..., None]).sum((0, 1))
@@ -183,6 +187,6 @@ def _tokenizer(folder: Path) -> Any:
 
     tokenizer = load_tokenizer(folder)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 0
+    own = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    tokenizer.pad_token_id = next((i for i in own if i is not None), 0)  # an added one may have no row
     return tokenizer

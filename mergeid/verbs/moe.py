@@ -95,7 +95,7 @@ def moe(
     everyone = [*routed, *always]
     gated = None if gate_mode in RANDOM else bool(always) and all(e.positive for e in always)
     _check(routed, always, gate_mode, experts_per_token)
-    run, reading = requests_of(usual, 32)
+    run, reading = requests_of(usual, 32, "a")  # whatever tokens the experts have
     matching, asked = Matching(match), Output(output, dtype, force, bytes_of(shard_size))
     check_matching(matching, False)
     target = output_path(replace(asked, path=output or "moe"), [base, *(e.source for e in everyone)])
@@ -117,11 +117,10 @@ def moe(
     def running() -> tuple[Any, Loaded]:
         return adapter, bench.load(met.models[0])
 
-    with_router = everyone if made.shared_gates else routed
     if gate_mode in RANDOM:
-        rows = random_gates(made, gate_mode, len(with_router), run.generator())
+        rows = random_gates(made, gate_mode, len(everyone), run.generator())
     else:
-        rows = prompted_gates(made, gate_mode, with_router, origin, running)
+        rows = prompted_gates(made, gate_mode, everyone if made.shared_gates else routed, origin, running)
     from mergeid.stages.write import rewrite
 
     gates = routers(made, rows, len(routed))

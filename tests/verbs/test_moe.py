@@ -99,6 +99,24 @@ def test_routers_point_along_the_prompts(models: list[Path], tmp_path: Path, mod
             torch.testing.assert_close(row, expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
 
+def test_padding_token_that_has_no_row_of_its_own_is_not_looked_up(models: list[Path], tmp_path: Path) -> None:
+    """Many fine-tunes add one and keep their embedding."""
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(models[0], base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert tokenizer.pad_token_id >= SIZES["vocab_size"]  # and the experts know no such token
+    tokenizer.save_pretrained(base)
+    gates = []
+    for place in (base, models[0]):
+        experts = [Expert(m, tuple(p)) for m, p in zip(models[1:], PROMPTS, strict=True)]
+        mergeid.moe(place, experts, output=tmp_path / "out", match="never", force=True)
+        gates.append(load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.block_sparse_moe.gate.weight"])
+    torch.testing.assert_close(*gates)
+
+
 def test_scrambled_expert_is_aligned(models: list[Path], tmp_path: Path) -> None:
     """With its residual stream in another order it would be noise."""
     mergeid.scramble(models[2], output=tmp_path / "moved", seed=3)
