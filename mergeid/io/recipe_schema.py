@@ -184,7 +184,7 @@ class RecipeFile(Own):
     out_dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None
     tokenizer_source: Annotated[str, _text("union, base, or a model")] | None = None
     tokenizer: TokenizerEntry | None = None
-    chat_template: Annotated[str, _text("auto, chatml, or a template")] | None = None
+    chat_template: Annotated[str, _text("auto, alpaca, chatml, exaone, llama3, mistral, or a template")] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -47,7 +47,7 @@ def vocabulary_of(told: RecipeFile, models: Sequence[str], base: str | None) -> 
     if told.base_model is not None and told.base_model in (*models, base):
         like = letter(told.base_model, "base_model")
     if source == "base":
-        source = like or "a"
+        source = like or told.base_model or "a"  # a base that is not merged lends its tokens all the same
     elif source != "union" and (source in (*models, base) or not os.path.isdir(source)):
         source = letter(source, "the tokenizer")
     tokens = entry.tokens or {} if entry is not None else {}

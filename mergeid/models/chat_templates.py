@@ -14,20 +14,66 @@ from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 
 JINJA, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""OpenAI's, which many models were trained with."""
+TEMPLATES = {
+    "alpaca": r"""
+{%- set heads = {'user': 'Instruction', 'assistant': 'Response', 'user_context': 'Input'} -%}
+{%- set told = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list -%}
+{{- (told | last | trim if told else '') ~ '\n\n' -}}
+{%- for turn in messages -%}
+  {%- if turn.role in heads -%}
+    {{- '### ' ~ heads[turn.role] ~ ':\n' ~ turn.content | trim ~ ('' if loop.last else '\n\n') -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- '### Response:\n' if add_generation_prompt and messages[-1].role != 'assistant' -}}
+""",
+    "chatml": r"""
+{%- for turn in messages -%}
+  {{- '<|im_start|>' ~ turn.role ~ '\n' ~ turn.content ~ '<|im_end|>\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt -}}
+""",
+    "exaone": r"""
+{%- for turn in messages -%}
+  {{- '        [|system|][|endofturn|]\n\n' if loop.first and turn.role != 'system' -}}
+  {{- '    [|' ~ turn.role ~ '|]' ~ turn.content ~ '\n        ' -}}
+  {{- ('' if turn.role == 'user' else '[|endofturn|]') ~ '\n\n' -}}
+{%- endfor -%}
+{{- '    [|assistant|]\n' if add_generation_prompt -}}
+""",
+    "llama3": r"""
+{%- set head = '<|start_header_id|>%s<|end_header_id|>\n\n' -%}
+{%- for turn in messages -%}
+  {{- bos_token if loop.first -}}
+  {{- head | format(turn.role) ~ turn.content | trim ~ '<|eot_id|>\n' -}}
+{%- endfor -%}
+{{- head | format('assistant') if add_generation_prompt -}}
+""",
+    "mistral": r"""
+{{- bos_token -}}
+{%- set system = messages[0].role == 'system' -%}
+{%- for turn in (messages[1:] if system else messages) -%}
+  {%- if turn.role != ('assistant' if loop.index0 % 2 else 'user') -%}
+    {{- raise_exception('expected user and assistant in turn, after a system message or none') -}}
+  {%- elif turn.role == 'assistant' -%}
+    {{- ' ' ~ turn.content ~ eos_token -}}
+  {%- else -%}
+    {{- ' [INST] ' ~ (messages[0].content ~ '\n\n' if system and loop.first else '') ~ turn.content ~ ' [/INST]' -}}
+  {%- endif -%}
+{%- endfor -%}
+""",
+}
+"""By mergekit's names; what they give is the same, white space too."""
+_NAMES = ", ".join(TEMPLATES)
 
 
-def with_chat_template(models: Sequence[Checkpoint], choice: str | None) -> list[Checkpoint]:
+def with_chat_template(models: Sequence[Checkpoint], choice: str | None, own: Sequence[Checkpoint]) -> list[Checkpoint]:
     """The models, the first with the chat template that its output gets.
 
     Args:
         models: all that meet, the base last.
-        choice: "auto": what most of them have, the first one's among equals; "a", "b", …: that model's; "chatml"; the
-            path of a file; or the template itself. None: the first one's, as it lies there.
+        own: the same with the tokenizers that they came with.
+        choice: "auto": what most of them have, the first one's among equals; "a", "b", …: that model's; a name
+            of `TEMPLATES`; the path of a file; or the template itself. None: the first one's, as it lies there.
 
     Raises:
         MergeidError: no such template, or the first model is no folder.
@@ -37,7 +83,7 @@ def with_chat_template(models: Sequence[Checkpoint], choice: str | None) -> list
     first = models[0]
     if not first.is_folder:
         raise MergeidError(f"{first.source} is not a folder; expected one with a tokenizer for --chat-template")
-    text = _chosen(models, choice)
+    text = _chosen(own, choice)
     if text is None:
         return list(models)
     written = {JINJA: text}
@@ -63,18 +109,23 @@ def chat_template(model: Checkpoint) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def commonest(models: Sequence[Checkpoint]) -> str | None:
+    """The template that most models have, the first one's among equals; None: they have none."""
+    known = [t.strip() for m in models if (t := chat_template(m)) is not None]
+    return Counter(known).most_common(1)[0][0] if known else None
+
+
 def _chosen(models: Sequence[Checkpoint], choice: str) -> str | None:
     if choice == "auto":
-        known = [t.strip() for m in models if (t := chat_template(m)) is not None]
-        return Counter(known).most_common(1)[0][0] if known else None
-    if choice == "chatml":
-        return CHATML
+        return commonest(models)
+    if choice in TEMPLATES:
+        return TEMPLATES[choice].strip()
     if len(choice) == 1:
         at = ascii_lowercase.find(choice)
         found = chat_template(models[at]) if 0 <= at < len(models) else None
         if found is None:
             raise MergeidError(
-                f"--chat-template {choice!r} is not a model with a chat template; expected auto, chatml or a file"
+                f"--chat-template {choice!r} is not a model with a chat template; expected auto, {_NAMES} or a file"
             )
         return found
     if "{" in choice:
@@ -82,5 +133,5 @@ def _chosen(models: Sequence[Checkpoint], choice: str) -> str | None:
     if Path(choice).expanduser().is_file():
         return read_text(Path(choice).expanduser(), "a chat template")
     raise MergeidError(
-        f"chat template {shown(choice)} is not known; expected auto, a, b, …, chatml, a file, or a Jinja template"
+        f"chat template {shown(choice)} is not known; expected auto, a, b, …, {_NAMES}, a file, or a Jinja template"
     )

@@ -106,8 +106,8 @@ Tokenizer = Annotated[
 ChatTemplate = Annotated[
     Union[str, None],
     Option(
-        "Chat template of the result: auto (the commonest), a, b, …, chatml, a file, or a Jinja template. Default: "
-        "A's.",
+        "Chat template of the result: auto (the commonest), a, b, …, alpaca, chatml, exaone, llama3, mistral, a file, "
+        "or a Jinja template. Default: A's.",
         OUTPUT,
         "TEMPLATE",
         shown=False,

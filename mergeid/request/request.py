@@ -118,7 +118,7 @@ class Reading:
         allow_pickle: whether pickled weights may be read.
         example: of live modules.
         tokenizer: whose tokens the embeddings have; None: all have the same.
-        chat_template: "auto", "a", "b", …, "chatml", a file or a template: what the result's tokenizer gets; None: the
+        chat_template: what the result's tokenizer gets (`mergeid.models.chat_templates.with_chat_template`); None: the
             first model's.
         dequantise: whether quantised weights are read as floating-point ones.
         image_size: height and width that the images of the data are brought to; None: the model's own.

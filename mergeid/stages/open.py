@@ -101,7 +101,7 @@ def open_models(
     named = same_names(opened, asked.arch)
     given = same_heads(named.models, asked.skip) if heads else SameHeads(named.models)
     words = one_vocabulary(given.models, asked.tokenizer, base is not None)
-    everyone = with_chat_template(words.models, asked.chat_template)
+    everyone = with_chat_template(words.models, asked.chat_template, opened)
     left = {name for c in everyone for name in c.table}
     skip = tuple(
         p

@@ -18,6 +18,7 @@ from mergeid.io.opening import open_checkpoint
 from mergeid.methods.recipe import Ranged, Recipe
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import ByName, Scalar, Setting, evaluate
+from mergeid.models.chat_templates import commonest
 from mergeid.models.slices import Slice, layers_of, stacked
 from mergeid.models.vocabularies import one_vocabulary
 
@@ -92,7 +93,9 @@ def prepared(
         base = None if recipe.base is None else found(recipe.base)
         return Prepared([found(m) for m in recipe.models], recipe, base)
     names = list(dict.fromkeys(found(name) for name in recipe.sources()))
-    same = one_vocabulary([opened(name) for name in names], recipe.tokenizer, False)
+    sources = [opened(name) for name in names]
+    template = commonest(sources) if recipe.chat_template == "auto" else recipe.chat_template
+    same = one_vocabulary(sources, recipe.tokenizer, False)
     for note in same.notes:
         warnings.warn(note, MergeidWarning, stacklevel=2)
     open_models = dict(zip(names, same.models, strict=True))
@@ -121,7 +124,7 @@ def prepared(
             parameters[key] = [told([one[i] for one in several]) for i in range(count)]
         else:
             parameters[key] = told(given)
-    settled = replace(recipe, weights=weights, parameters=parameters, tokenizer=None)
+    settled = replace(recipe, weights=weights, parameters=parameters, tokenizer=None, chat_template=template)
     return Prepared(list(stacks), settled, origin)
 
 

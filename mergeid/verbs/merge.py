@@ -145,8 +145,8 @@ def merge(
             models are adapters on; None: a whole model.
         tokenizer: "union", "a", "b", …, "base" or a folder with a tokenizer: whose tokens the result has, where
             vocabularies differ; or a `mergeid.Vocabulary`, which also says where single rows come from.
-        chat_template: "auto", "a", "b", …, "chatml", a file, or a template: what the result's tokenizer gets; None: the
-            first model's.
+        chat_template: "auto", "a", "b", …, "alpaca", "chatml", "exaone", "llama3", "mistral", a file, or a template:
+            what the result's tokenizer gets; None: the first model's.
         force: overwrite, and merge even when the plan, or the last look, says that it will not work.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`; `config`: whose config the
             result gets.

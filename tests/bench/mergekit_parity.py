@@ -201,6 +201,22 @@ WORDS = {
     ),
 }
 """Models with tokens of their own: those of the tokenizer, and added ones. Rows beyond them are padding."""
+OWN_TEMPLATES = {"a-t": "{{ messages[0].content }} a", "b-t": "{{ messages[0].content }} a\n"}
+CONVERSATIONS = [
+    [{"role": role, "content": content} for role, content in turns]
+    for turns in (
+        [("user", "Hello")],
+        [("system", "Be brief."), ("user", " Hello \n")],
+        [("system", " Be brief.\n"), ("user", "Hello"), ("assistant", "  Good day."), ("user", "How are\nyou? ")],
+        [("user", "One"), ("assistant", "two "), ("user", "three"), ("assistant", "four\n")],
+        [("system", "First"), ("user", "x"), ("assistant", "y"), ("system", "Second"), ("user", "")],
+        [("user_context", "A text"), ("user", "Shorten it")],
+        [("assistant", "I begin"), ("user", "Then I go on")],
+        [("user", "two"), ("user", "in a row")],
+        [("tool", "{}"), ("user", "Now?")],
+    )
+]
+"""What both tools' templates are asked to render, with the answer to come and without."""
 ROWS = {"base-t": 80, "a-t": 63, "b-t": 73}
 PAIR = {"merge_method": "linear", "base_model": "a-t", "models": models("a-t", "b-t", weight=[0.3, 0.7])}
 TASK = {"merge_method": "task_arithmetic", "base_model": "base-t", "models": models("a-t", "b-t", weight=[0.6, 0.3])}
@@ -236,10 +252,20 @@ RECIPES |= {
             {"sources": [{"model": m, "layer_range": [i, i + 2]} for m in ("a-t", "b-t")]} for i in (0, 1, 2)
         ],
     },
-    "chat_template: chatml": {**PAIR, "tokenizer_source": "union", "chat_template": "chatml"},
+    **{
+        f"chat_template: {name}": {**PAIR, "tokenizer_source": "union", "chat_template": name}
+        for name in ("alpaca", "chatml", "exaone", "llama3", "mistral", "{{ messages[0].content }}, {{ bos_token }}")
+    },
+    "chat_template: auto": {**TASK, "tokenizer_source": "base", "chat_template": "auto"},
+    "chat_template: auto, none there": {**TASK, "models": models("a-t", weight=[0.5]), "chat_template": "auto"},
+    "chat_template: unknown": {**PAIR, "tokenizer_source": "union", "chat_template": "vicuna"},
+    "chat_template and no tokenizer_source": {
+        "merge_method": "passthrough", "models": models("a-t"), "chat_template": "llama3",
+    },
 }  # fmt: skip
 
 
+RECIPES["chat_template: auto, slices"] = {**RECIPES["tokens: slices"], "chat_template": "auto"}
 STAGES = {
     "stages": [
         {"name": "first", "merge_method": "linear", "models": models("a", "b", weight=[0.5, 0.5])},
@@ -279,8 +305,9 @@ def make_models(folder: Path) -> None:
         LlamaForCausalLM(config).save_pretrained(place)
         core = Tokenizer(WordLevel({t: i for i, t in enumerate(words)}, unk_token="w0"))
         core.pre_tokenizer = WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0", bos_token="w30", eos_token="w31")
         tokenizer.add_special_tokens({"additional_special_tokens": added})
+        tokenizer.chat_template = OWN_TEMPLATES.get(name)
         tokenizer.save_pretrained(place)
 
 
@@ -439,16 +466,31 @@ def placed(value: Any, dtype: str, key: str = "") -> Any:
     return value
 
 
+def rendered(folder: Path) -> list[str]:
+    """Every conversation in the chat template of a folder's tokenizer; "refused" where it is refused."""
+    from jinja2 import TemplateError
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for conversation in CONVERSATIONS if tokenizer.chat_template else ():
+        for begun in (False, True):
+            try:
+                text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=begun)
+            except TemplateError:
+                text = "refused"
+            found.append(text)
+    return found
+
+
 def by_token(found: dict[str, torch.Tensor], ours: Path, theirs: Path) -> dict[str, torch.Tensor]:
     """Our rows in the order of their tokenizer: mergekit adds tokens in the order of a hash table."""
     rows, order = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (ours, theirs))
     if rows.keys() != order.keys():
         return {**found, f"tokens {sorted(rows.keys() ^ order.keys())}": torch.zeros(1)}
-    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    templates = [AutoTokenizer.from_pretrained(p) for p in (ours, theirs)]
-    one, two = (t.chat_template and t.apply_chat_template(said, tokenize=False) for t in templates)
+    one, two = (rendered(p) for p in (ours, theirs))
     if one != two:
-        return {**found, "chat template": torch.zeros(1)}
+        pair = next((pair for pair in zip(one, two, strict=False) if pair[0] != pair[1]), ("none", "none"))
+        return {**found, f" chat template: {pair[0]!r} and {pair[1]!r}": torch.zeros(1)}
     size = json.loads((ours / "config.json").read_text())["vocab_size"]
     take = torch.arange(size)
     for token, row in order.items():
