@@ -237,6 +237,15 @@ class TiesWeights(Protocol):
 
 
 @runtime_checkable
+class HasModules(Protocol):
+    """Optional ability of an adapter: knows the parts of its models that are merged by recipes of their own."""
+
+    def modules(self, config: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, str] | None:
+        """Tensor -> the part that it belongs to (``"encoder"``); None: the model has one part alone."""
+        ...
+
+
+@runtime_checkable
 class StacksExperts(Protocol):
     """Optional ability of an adapter: knows tensors that its library puts together of the experts' own on loading."""
 

@@ -19,7 +19,7 @@ from mergeid.plugins import (
     MixtureRequest,
     TensorTable,
 )
-from mergeid_transformers import compare, files, labels, mixture
+from mergeid_transformers import compare, files, labels, mixture, modules
 from mergeid_transformers.names import stacked, tensor_names
 
 if TYPE_CHECKING:
@@ -291,6 +291,10 @@ class TransformersAdapter:
     def mixture(self, config: Mapping[str, Any], names: Sequence[str], asked: MixtureRequest) -> Mixture | None:
         """What decoders make; see `mergeid_transformers.mixture`."""
         return mixture.mixture(config, names, asked)
+
+    def modules(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str] | None:
+        """Encoder, decoder, vision tower, …"""
+        return modules.modules(config, names)
 
     def layer_inputs(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """What enters each layer."""

@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mergeid.io.model_names import ModelName
 from mergeid.io.schema import Count, Own, Positive
 
 _REFUSED = {
@@ -103,7 +104,7 @@ Setting = Annotated[
 
 
 class ModelEntry(Own):
-    model: Annotated[str, _text("a path or hub id")]
+    model: ModelName
     parameters: dict[str, Setting] | None = None
 
 
@@ -115,7 +116,7 @@ class SliceEntry(Own):
     """Layers of the output, and those that they are merged of."""
 
     sources: Annotated[list[SourceEntry], Field(min_length=1)]
-    base_model: Annotated[str, _text("a path or hub id")] | None = None
+    base_model: ModelName | None = None
     parameters: dict[str, Setting] | None = None
 
 
@@ -129,7 +130,7 @@ class ModelTokenEntry(Own):
     """The row of another token of a model, or one of its rows by number."""
 
     kind: Literal["model_token"]
-    model: Annotated[str, _text("a model of the recipe")]
+    model: ModelName
     token: str | None = None
     token_id: Count | None = None
 
@@ -141,7 +142,7 @@ class ModelTokenEntry(Own):
 
 
 def _source_of(value: Any) -> str:
-    if not isinstance(value, (dict, ZeroEntry, ModelTokenEntry)):
+    if not isinstance(value, (dict, ZeroEntry, ModelTokenEntry)) or (isinstance(value, dict) and "kind" not in value):
         return "#model"
     kind = value.get("kind") if isinstance(value, dict) else value.kind
     return "#zero" if kind == "zero" else "#token"
@@ -151,7 +152,7 @@ class TokenEntry(Own):
     """Where the row of a token comes from."""
 
     source: Annotated[
-        Annotated[str, _text("a model of the recipe, or a table with kind (model_token, zero)"), Tag("#model")]
+        Annotated[ModelName, Tag("#model")]
         | Annotated[ModelTokenEntry, Tag("#token")]
         | Annotated[ZeroEntry, Tag("#zero")],
         Discriminator(_source_of),
@@ -160,7 +161,7 @@ class TokenEntry(Own):
 
 
 class TokenizerEntry(Own):
-    source: Annotated[str, _text("union, base, or a model")] = "union"
+    source: ModelName = "union"
     tokens: dict[str, TokenEntry] | None = None
     pad_to_multiple_of: Positive | None = None
 
@@ -168,6 +169,7 @@ class TokenizerEntry(Own):
 class ModuleEntry(Own):
     models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
+    parameters: dict[str, Setting] | None = None
 
 
 class RecipeFile(Own):
@@ -178,11 +180,11 @@ class RecipeFile(Own):
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
     modules: dict[str, ModuleEntry] | None = None
     name: Annotated[str, _text("a name for later documents of the file")] | None = None
-    base_model: Annotated[str, _text("a path or hub id")] | None = None
+    base_model: ModelName | None = None
     parameters: dict[str, Setting] | None = None
     dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None
     out_dtype: Annotated[str, _text("float32, float16, bfloat16 or float64")] | None = None
-    tokenizer_source: Annotated[str, _text("union, base, or a model")] | None = None
+    tokenizer_source: ModelName | None = None
     tokenizer: TokenizerEntry | None = None
     chat_template: Annotated[str, _text("auto, alpaca, chatml, exaone, llama3, mistral, or a template")] | None = None
 

@@ -27,15 +27,13 @@ from typing import Any
 
 from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.recipe_schema import ConditionEntry, RecipeFile, SliceEntry
+from mergeid.io.recipe_schema import ModuleEntry, RecipeFile, SliceEntry
 from mergeid.io.schema import validated
+from mergeid.methods.recipe_settings import Table, complement, joined, settings_of, shared, words_in
 from mergeid.methods.recipe_tokens import vocabulary_of
 from mergeid.methods.registry import MergeMethod, Parameter, get_method
-from mergeid.methods.settings import Condition, Parameters, Setting
+from mergeid.methods.settings import Parameters, Setting
 from mergeid.request.vocabulary import Vocabulary
-
-Table = dict[str, Any]
-"""What a recipe says at one place: name of a parameter -> its setting (words among them are refused later)."""
 
 _DEFAULTS: dict[str, Table] = {
     "dare_linear": {"rescale_norm": "l1"},
@@ -79,7 +77,9 @@ class Recipe:
         parameters: of the method.
         normalize: True: scale the weights to sum 1; False: take them as they are; None: as the method does.
         dtype: of the output.
-        slices: for recipes with slices, what each is merged of and how, bottom first; `models` is empty then.
+        slices: for recipes with slices or several modules, what each is merged of and how, bottom first; `models` is
+            empty then.
+        module: the part of the models that this is about; None: it is about all of them, or about a slice.
         name: under which later documents of the same file name the result.
         tokenizer: whose tokens the result has, with slices among the models as they are first named; None: all have the
             same.
@@ -94,6 +94,7 @@ class Recipe:
     normalize: bool | None = None
     dtype: str | None = None
     slices: tuple[Recipe, ...] = ()
+    module: str | None = None
     name: str | None = None
     tokenizer: Vocabulary | None = None
     chat_template: str | None = None
@@ -156,26 +157,25 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
     """A recipe from parsed YAML; `name` is what messages call it. Raises `MergeidError` as `read_stages` does."""
     told = validated(RecipeFile, parsed, name)
     entries, slices = told.models, told.slices
-    if told.modules is not None:
-        if len(told.modules) != 1:
-            listed = ", ".join(told.modules)
-            raise MergeidError(
-                f"{name}: modules {listed}: separate recipes for parts of a model are not supported; merge them "
-                "with --weights GLOB=… or conditions (filter) instead"
-            )
-        (module,) = told.modules.values()
-        entries, slices = module.models, module.slices
-    if (entries is None) == (slices is None):
+    modules = told.modules or {}
+    if len(modules) == 1:
+        (only,) = modules.values()
+        entries, slices = only.models, only.slices
+    if len(modules) < 2 and (entries is None) == (slices is None):
         raise MergeidError(f"{name} lacks the key 'models'; expected either models or slices")
     try:
         method = get_method(told.merge_method)
-        everywhere = _settings(told.parameters)
+        everywhere = settings_of(told.parameters)
+        for module in modules.values() if len(modules) == 1 else ():
+            everywhere = shared([settings_of(module.parameters), everywhere])
         dtype = told.out_dtype or told.dtype
-        if slices is not None:
+        if len(modules) > 1:
+            found = _of_modules(method, modules, told, everywhere, dtype)
+        elif slices is not None:
             found = _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
         else:
             models = [entry.model for entry in entries or ()]
-            own = [_settings(entry.parameters) for entry in entries or ()]
+            own = [settings_of(entry.parameters) for entry in entries or ()]
             found = replace(_assembled(method, models, own, told.base_model, everywhere, dtype), name=told.name)
         names = found.sources() if found.slices else found.models
         words = vocabulary_of(told, list(dict.fromkeys(map(str, names))), found.base)
@@ -203,19 +203,38 @@ def _sliced(
             raise MergeidError(
                 f"slices[{i}] takes different numbers of layers from its sources; expected the same from each"
             )
-        own = [_settings(source.parameters) for source in one.sources]
-        levels = [level for level in (_settings(one.parameters), everywhere) if level]
-        keys = {key for level in levels for key in level}
-        shared = {key: _joined([level[key] for level in levels if key in level]) for key in keys}
+        own = [settings_of(source.parameters) for source in one.sources]
+        said = shared([settings_of(one.parameters), everywhere])
         origin = None if method.name == "passthrough" else one.base_model or base
         if method.most is not None and len(models) > method.most + (method.base is True):
             raise MergeidError(f"slices[{i}] has {len(models)} sources; method {method.name!r} takes {method.most}")
-        parts.append(_assembled(method, models, own, origin, shared, dtype))
+        parts.append(_assembled(method, models, own, origin, said, dtype))
+    return _whole(parts, "slices", name)
+
+
+def _of_modules(
+    method: MergeMethod, modules: Mapping[str, ModuleEntry], told: RecipeFile, everywhere: Table, dtype: str | None
+) -> Recipe:
+    """Every module as a recipe of its own; they must merge the same number of models."""
+    parts = []
+    for name, module in modules.items():
+        if module.models is None:
+            raise MergeidError(
+                f"modules.{name} has no models; expected whole models where there are several modules, and slices only "
+                "in a model's only module"
+            )
+        own = [settings_of(entry.parameters) for entry in module.models]
+        said = shared([settings_of(module.parameters), everywhere])
+        part = _assembled(method, [e.model for e in module.models], own, told.base_model, said, dtype)
+        parts.append(replace(part, module=name))
+    return _whole(parts, "modules", told.name)
+
+
+def _whole(parts: Sequence[Recipe], what: str, name: str | None) -> Recipe:
     if len({len(part.models) for part in parts}) > 1:
         counts = ", ".join(str(len(part.models)) for part in parts)
-        raise MergeidError(f"the slices merge {counts} models; expected the same number in each")
-    first_part = parts[0]
-    return replace(first_part, models=[], base=None, slices=tuple(parts), name=name)
+        raise MergeidError(f"the {what} merge {counts} models; expected the same number in each")
+    return replace(parts[0], models=[], base=None, module=None, slices=tuple(parts), name=name)
 
 
 def _assembled(
@@ -256,7 +275,7 @@ def _assembled(
 def _told(method: MergeMethod, own: list[Table], everywhere: Table) -> Recipe:
     """The weights and parameters of a recipe, whose models are said elsewhere."""
     weights = _per_model("weight", own, everywhere)
-    if words := _words(weights):
+    if words := words_in(weights):
         raise MergeidError(f"parameter 'weight' is {words[0]!r}; expected a number")
     if weights is not None and method.weights == "ignored":
         raise MergeidError(f"method {method.name!r} uses no weights; leave out 'weight'")
@@ -286,9 +305,9 @@ def _slerp(models: list[str], own: list[Table], base: str | None, everywhere: Ta
     if "t" not in given:
         raise MergeidError("slerp needs a parameter t, from 0 (the base) to 1 (the other model)")
     t = given["t"]
-    if words := _words(t):
+    if words := words_in(t):
         raise MergeidError(f"parameter 't' is {words[0]!r}; expected a number")
-    return Recipe(models, "slerp", None, [_complement(t), t], dtype=dtype)
+    return Recipe(models, "slerp", None, [complement(t), t], dtype=dtype)
 
 
 def _from_base(name: str, models: list[str], own: list[Table], base: str | None) -> tuple[list[str], list[Table]]:
@@ -302,25 +321,8 @@ def _from_base(name: str, models: list[str], own: list[Table], base: str | None)
     return [models[first], models[1 - first]], [own[first], own[1 - first]]
 
 
-def _complement(setting: Any) -> Any:
-    if isinstance(setting, tuple):
-        return tuple(_complement(s) for s in setting)
-    if isinstance(setting, Condition):
-        return Condition(_complement(setting.value), setting.pattern, setting.required)
-    return 1 - setting
-
-
-def _words(setting: Any) -> list[str]:
-    """The words among the values of a setting, where nearly always numbers stand."""
-    if isinstance(setting, Condition):
-        return _words(setting.value)
-    if isinstance(setting, (tuple, list)):
-        return [word for part in setting for word in _words(part)]
-    return [setting] if isinstance(setting, str) else []
-
-
 def _check_words(parameter: Parameter, setting: Any) -> None:
-    for word in _words(setting):
+    for word in words_in(setting):
         parameter.checked(word)
 
 
@@ -341,40 +343,5 @@ def _per_model(key: str, own: Sequence[Table], everywhere: Table, default: Any =
             levels.append(default)
         if not levels:
             raise MergeidError(f"parameter {key!r} is given for only some of the models; expected it for each")
-        found.append(_joined(levels))
+        found.append(joined(levels))
     return found
-
-
-def _joined(levels: Sequence[Any]) -> Any:
-    """Settings of falling precedence as one."""
-    conditions: list[Condition] = []
-    for level in levels:
-        if not (isinstance(level, tuple) and level and isinstance(level[0], Condition)):
-            if not conditions:
-                return level
-            return (*conditions, Condition(level, "*", False))
-        conditions += level
-    return tuple(conditions)
-
-
-def _settings(given: Mapping[str, Any] | None) -> Table:
-    """Settings as the methods take them: scalars, tuples of numbers (gradients), tuples of `Condition`."""
-    return {key: _setting(value) for key, value in (given or {}).items()}
-
-
-def _setting(value: Any) -> Any:
-    entries = value if isinstance(value, list) else [value]
-    if isinstance(entries[0], ConditionEntry):
-        return tuple(_condition(entry) for entry in entries)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _condition(entry: ConditionEntry) -> Condition:
-    everywhere = entry.filter is None or entry.filter == "*"
-    pattern = "*" if everywhere else f"*{_literally(str(entry.filter))}*"
-    return Condition(_setting(entry.value), pattern, False)
-
-
-def _literally(text: str) -> str:
-    """A glob that matches this text and nothing else."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

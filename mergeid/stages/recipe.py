@@ -1,5 +1,5 @@
-"""From a recipe to open models and settings: slices become stacks of layers, what is said of each becomes a value per
-tensor."""
+"""From a recipe to open models and settings: slices become stacks of layers, modules become models of several models'
+parts, and what is said of each becomes a value per tensor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from mergeid.io.derived import Derived
 from mergeid.io.opening import open_checkpoint
 from mergeid.methods.recipe import Ranged, Recipe
 from mergeid.methods.registry import get_method
-from mergeid.methods.settings import ByName, Scalar, Setting, evaluate
+from mergeid.methods.settings import ByName, Scalar, Setting, depths, evaluate
 from mergeid.models.chat_templates import commonest
+from mergeid.models.modules import modules_of, patched
 from mergeid.models.slices import Slice, layers_of, stacked
 from mergeid.models.vocabularies import one_vocabulary
 
@@ -99,18 +101,29 @@ def prepared(
     for note in same.notes:
         warnings.warn(note, MergeidWarning, stacklevel=2)
     open_models = dict(zip(names, same.models, strict=True))
-
-    def slice_of(name: str) -> Slice:
-        if not isinstance(name, Ranged):
-            raise MergeidError(f"{name} is the base of slices but not one of their sources; add it to the sources")
-        return Slice(open_models[found(name)], name.first, name.end)
-
     parts = recipe.slices
-    stacks = [stacked([slice_of(part.models[i]) for part in parts]) for i in range(len(parts[0].models))]
-    origin: str | Checkpoint | None = None
-    if parts[0].base is not None:
-        origin = stacked([slice_of(part.base) for part in parts if part.base is not None])
-    told = _by_name(stacks[0], [_length(part) for part in parts])
+    bases = [part.base for part in parts if part.base is not None]
+    which = [[part.models[i] for part in parts] for i in range(len(parts[0].models))] + ([bases] if bases else [])
+    if parts[0].module is not None:
+        modules = [str(part.module) for part in parts]
+        part_of = modules_of(open_models[found(which[0][0])], modules)
+        stacks = [
+            patched(part_of, {m: open_models[found(n)] for m, n in zip(modules, of, strict=True)}) for of in which
+        ]
+        depth = depths(part_of)
+        where = {name: (modules.index(part), depth[name]) for name, part in part_of.items()}
+    else:
+
+        def slice_of(name: str) -> Slice:
+            if not isinstance(name, Ranged):
+                raise MergeidError(f"{name} is the base of slices but not one of their sources; add it to the sources")
+            return Slice(open_models[found(name)], name.first, name.end)
+
+        made = [stacked([slice_of(name) for name in of]) for of in which]
+        where = _places(made[0], [_length(part) for part in parts])
+        stacks = [*made]
+    origin = stacks.pop() if bases else None
+    told = partial(_by_name, where)
     count = len(stacks)
     weights: list[Setting] | None = None
     if parts[0].weights is not None:
@@ -140,9 +153,8 @@ def _weights(part: Recipe) -> list[Setting]:
     return part.weights
 
 
-def _by_name(stack: Derived, lengths: Sequence[int]) -> Callable[[Sequence[Setting]], ByName]:
-    """A function that evaluates what is said of each slice, tensor by tensor: gradients go over the layers of a
-    slice."""
+def _places(stack: Derived, lengths: Sequence[int]) -> dict[str, tuple[int, float]]:
+    """Tensor -> the slice that it belongs to, and its depth there: gradients go over the layers of a slice."""
     layers = layers_of(stack)
     slice_of: list[tuple[int, float]] = []
     for i, length in enumerate(lengths):
@@ -156,13 +168,14 @@ def _by_name(stack: Derived, lengths: Sequence[int]) -> Callable[[Sequence[Setti
         else:
             below = any(checkpoint is bottom for checkpoint, _ in stack.formed[name].reads)
             places[name] = (0 if below else len(lengths) - 1, 0.0)
+    return places
 
-    def told(settings: Sequence[Setting]) -> ByName:
-        values: dict[str, Scalar] = {}
-        for name, (part, depth) in places.items():
-            value = evaluate(settings[part], name, depth)
-            if value is not None:
-                values[name] = value
-        return ByName(values)
 
-    return told
+def _by_name(places: Mapping[str, tuple[int, float]], settings: Sequence[Setting]) -> ByName:
+    """What is said of each part, tensor by tensor."""
+    values: dict[str, Scalar] = {}
+    for name, (part, depth) in places.items():
+        value = evaluate(settings[part], name, depth)
+        if value is not None:
+            values[name] = value
+    return ByName(values)

@@ -71,6 +71,7 @@ def models(*names: str, **parameters: list[Any]) -> list[dict[str, Any]]:
 
 THREE = ("a", "b", "c")
 PLACES = ("base", *THREE, "base-t", "a-t", "b-t")
+FOLDERS = ("t5/", "whisper/", "qwen2_vl/", "mistral3/")
 WEIGHT = [0.4, 0.9, -0.3]
 DENSITY = [0.5, 0.7, 0.3]
 
@@ -266,6 +267,48 @@ RECIPES |= {
 
 
 RECIPES["chat_template: auto, slices"] = {**RECIPES["tokens: slices"], "chat_template": "auto"}
+SEVERAL = ("t5", "whisper", "qwen2_vl", "mistral3")
+"""Kinds of models with several parts: base, a, b."""
+PARTS = {
+    "t5": ("encoder", "decoder", "shared"), "whisper": ("encoder", "decoder"),
+    "qwen2_vl": ("text_decoder", "multi_modal_projector", "vision_tower"),
+    "mistral3": ("text_decoder", "multi_modal_projector", "vision_tower"),
+}  # fmt: skip
+
+
+def modules(kind: str, method: str, weights: list[Any], **told: Any) -> dict[str, Any]:
+    """A recipe with other weights for every part of a model."""
+    of = [
+        models(f"{kind}/a", f"{kind}/b", weight=[weights[i % len(weights)], weights[-1 - i % len(weights)]])
+        for i in range(len(PARTS[kind]))
+    ]
+    return {"merge_method": method, "modules": {m: {"models": o} for m, o in zip(PARTS[kind], of, strict=True)}, **told}
+
+
+BOTH = models("t5/a", "t5/b")
+RECIPES |= {
+    **{f"modules: {kind}": modules(kind, "linear", [0.2, 0.9, [0.1, 0.6, 0.3]]) for kind in SEVERAL},
+    "modules: task_arithmetic": modules("t5", "task_arithmetic", [0.3, [0.5, 1.0]], base_model="t5/base"),
+    "modules: other models": {
+        "merge_method": "passthrough",
+        "modules": {m: {"models": models(f"t5/{x}")} for m, x in zip(PARTS["t5"], ("a", "b", "base"), strict=True)},
+    },
+    "modules: parameters of their own": {
+        "merge_method": "slerp", "base_model": "t5/a", "parameters": {"t": 0.5},
+        "modules": {
+            "encoder": {"models": BOTH, "parameters": {"t": [0.0, 1.0]}},
+            "decoder": {"models": BOTH, "parameters": {"t": [{"filter": "SelfAttention", "value": 0.9}]}},
+            "shared": {"models": BOTH},
+        },
+    },
+    "modules: some left out": {
+        "merge_method": "linear", "parameters": {"weight": 1}, "modules": {"encoder": {"models": BOTH}},
+    },
+    "models with several parts": {
+        "merge_method": "ties", "base_model": "t5/base",
+        "models": models("t5/a", "t5/b", weight=[[0.2, 0.8], 0.5], density=[0.5, [0.3, 0.9]]),
+    },
+}  # fmt: skip
 STAGES = {
     "stages": [
         {"name": "first", "merge_method": "linear", "models": models("a", "b", weight=[0.5, 0.5])},
@@ -309,6 +352,58 @@ def make_models(folder: Path) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": added})
         tokenizer.chat_template = OWN_TEMPLATES.get(name)
         tokenizer.save_pretrained(place)
+
+
+def make_models_of_parts(folder: Path) -> None:
+    """base, a, b of kinds with encoder and decoder, or with eyes."""
+    import transformers as tr
+
+    text: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 32,
+    }  # fmt: skip
+    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    seeing = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    pixels = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 4, "head_dim": 8,
+    }  # fmt: skip
+    made: dict[str, tuple[Any, Any]] = {
+        "t5": (
+            tr.T5ForConditionalGeneration,
+            tr.T5Config(
+                vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2,
+                tie_word_embeddings=False, feed_forward_proj="gated-gelu",
+            ),
+        ),
+        "whisper": (
+            tr.WhisperForConditionalGeneration,
+            tr.WhisperConfig(
+                vocab_size=40, d_model=16, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=8, pad_token_id=0,
+                bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            ),
+        ),
+        "qwen2_vl": (
+            tr.Qwen2VLForConditionalGeneration,
+            tr.Qwen2VLConfig(text_config={**text, **rope}, vision_config=seeing),
+        ),
+        "mistral3": (
+            tr.Mistral3ForConditionalGeneration,
+            tr.Mistral3Config(
+                text_config={**text, "head_dim": 8, "model_type": "mistral"},
+                vision_config={**pixels, "model_type": "pixtral"},
+            ),
+        ),
+    }  # fmt: skip
+    for kind, (network, config) in made.items():
+        torch.manual_seed(0)
+        model = network(config)
+        for name in ("base", "a", "b"):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            model.save_pretrained(folder / "float32" / kind / name)
 
 
 @contextlib.contextmanager
@@ -461,7 +556,8 @@ def placed(value: Any, dtype: str, key: str = "") -> Any:
         return {k: placed(v, dtype, k) for k, v in value.items()}
     if isinstance(value, list):
         return [placed(v, dtype, key) for v in value]
-    if key in ("model", "base_model", "source") and value in PLACES and (key, value) != ("source", "base"):
+    ours = value in PLACES or str(value).startswith(FOLDERS)
+    if key in ("model", "base_model", "source") and ours and (key, value) != ("source", "base"):
         return f"{dtype}/{value}"
     return value
 
@@ -551,6 +647,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_models(work)
+        make_models_of_parts(work)
         os.chdir(work)
         for name, text in every.items():
             if not fnmatch.fnmatch(name, chosen.pattern):

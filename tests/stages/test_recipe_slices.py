@@ -183,8 +183,19 @@ def source(model: str, first: int = 0, end: int = 2) -> dict[str, Any]:
         ({**slices([source("a")]), "models": [{"model": "a"}]}, "expected either models or slices"),
         ({"merge_method": "linear", "modules": {"text": {"models": []}, "vision": {}}}, "models is an empty list"),
         (
-            {"merge_method": "linear", "modules": {k: {"models": [{"model": "a"}]} for k in ("text", "vision")}},
-            "modules text, vision: separate recipes for parts of a model are not supported",
+            {"merge_method": "linear", "modules": {"text": {"models": [{"model": "a"}]}, "vision": {"slices": []}}},
+            "modules.vision.slices is an empty list",
+        ),
+        (
+            {
+                "merge_method": "passthrough",
+                "modules": {"x": {"models": [{"model": "a"}]}, "y": {"slices": [{"sources": [source("a")]}]}},
+            },
+            "modules.y has no models; expected whole models where there are several modules",
+        ),
+        (
+            {"merge_method": "linear", "modules": {k: {"models": [{"model": m} for m in k]} for k in ("ab", "abc")}},
+            "the modules merge 2, 3 models; expected the same number in each",
         ),
     ],
 )
@@ -217,3 +228,60 @@ def test_the_order_of_stages() -> None:
         in_order([one, stage("one", "b", "c"), last])
     with pytest.raises(MergeidError, match="2 documents have no name"):
         in_order([last, stage(None, "a", "b")])
+
+
+@pytest.fixture(scope="module")
+def two_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small T5s a, b and c."""
+    work = tmp_path_factory.mktemp("t5")
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        model = transformers.T5ForConditionalGeneration(config)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(work / name)
+    return work
+
+
+def of_models(weight: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"models": [{"model": m, "parameters": {"weight": w}} for m, w in weight.items()], **more}
+
+
+def test_every_module_has_models_and_weights_of_its_own(
+    two_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient goes over the layers of its module; a module's parameters come before those of the recipe."""
+    recipe = {
+        "merge_method": "linear",
+        "parameters": {"normalize": False},
+        "modules": {
+            "encoder": of_models({"a": 0.3, "b": 0.7}),
+            "decoder": of_models({"c": [0.0, 0.5], "a": [1.0, 0.5]}),
+            "shared": {"models": [{"model": "b"}, {"model": "c"}], "parameters": {"weight": 0.25}},
+        },
+    }
+    found = write(recipe, tmp_path / "out", two_parts, monkeypatch)
+    a, b, c = (weights(two_parts, name) for name in "abc")
+    for name, tensor in found.items():
+        share = [0.0, 0.25, 0.5][int(name.split(".")[2])] if name.startswith("decoder.block") else 0.0
+        if name.startswith("encoder"):
+            expected = 0.3 * a[name] + 0.7 * b[name]
+        elif name.startswith("decoder"):
+            expected = share * c[name] + (1 - share) * a[name]
+        else:
+            expected = 0.25 * b[name] + 0.25 * c[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+
+
+def test_modules_that_a_model_has_not(folder: Path, two_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"merge_method": "linear", "modules": {k: of_models({"a": 1, "b": 1}) for k in ("encoder", "decoder")}}
+    monkeypatch.chdir(two_parts)
+    with pytest.raises(MergeidError, match="a has the parts decoder, encoder, shared, and the recipe has modules"):
+        prepared(parse_recipe(recipe), {})
+    monkeypatch.chdir(folder)
+    with pytest.raises(MergeidError, match="a has one part alone, and the recipe has modules encoder, decoder"):
+        prepared(parse_recipe(recipe), {})
