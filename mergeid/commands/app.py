@@ -38,6 +38,7 @@ from mergeid.commands import (
 )
 from mergeid.commands import zip as zip_verb
 from mergeid.commands.launch import SHARED
+from mergeid.commands.of_mergekit import advised
 from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason
 
 FAULT = 3
@@ -166,7 +167,7 @@ def _fault(error: Exception) -> str:
 
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    text = _suggested(plain(error.format_message()).rstrip(".").replace("Value error, ", ""))
+    text = advised(_suggested(plain(error.format_message()).rstrip(".").replace("Value error, ", "")))
     see = "" if context is None else f"{' See' if text.endswith('?') else '; see'} {context.command_path} --help"
     return text + see
 

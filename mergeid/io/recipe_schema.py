@@ -117,6 +117,7 @@ class SliceEntry(Own):
 
     sources: Annotated[list[SourceEntry], Field(min_length=1)]
     base_model: ModelName | None = None
+    residual_weight: float | None = None
     parameters: dict[str, Setting] | None = None
 
 

@@ -43,6 +43,8 @@ _DEFAULTS: dict[str, Table] = {
     "karcher": {"max_iter": 10, "tol": 1e-5},
 }
 """mergekit's, where they are not ours."""
+_WHOLE = "default"
+"""mergekit's name for the module that a model consists of, where it has no others."""
 _WITHOUT_EFFECT = {"task_arithmetic": ("density", "rescale", "rescale_norm")}
 """Parameters that mergekit takes for a method and does nothing with, besides int8_mask."""
 
@@ -158,18 +160,18 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
     told = validated(RecipeFile, parsed, name)
     entries, slices = told.models, told.slices
     modules = told.modules or {}
-    if len(modules) == 1:
-        (only,) = modules.values()
+    only = modules.get(_WHOLE) if len(modules) == 1 else None
+    if only is not None:
         entries, slices = only.models, only.slices
-    if len(modules) < 2 and (entries is None) == (slices is None):
+    if (only is not None or not modules) and (entries is None) == (slices is None):
         raise MergeidError(f"{name} lacks the key 'models'; expected either models or slices")
     try:
         method = get_method(told.merge_method)
         everywhere = settings_of(told.parameters)
-        for module in modules.values() if len(modules) == 1 else ():
-            everywhere = shared([settings_of(module.parameters), everywhere])
+        if only is not None:
+            everywhere = shared([settings_of(only.parameters), everywhere])
         dtype = told.out_dtype or told.dtype
-        if len(modules) > 1:
+        if modules and only is None:
             found = _of_modules(method, modules, told, everywhere, dtype)
         elif slices is not None:
             found = _sliced(method, slices, told.base_model, everywhere, dtype, told.name)
@@ -203,6 +205,8 @@ def _sliced(
             raise MergeidError(
                 f"slices[{i}] takes different numbers of layers from its sources; expected the same from each"
             )
+        if one.residual_weight is not None:
+            warnings.warn("residual_weight has no effect, nor has it in mergekit", MergeidWarning, stacklevel=4)
         own = [settings_of(source.parameters) for source in one.sources]
         said = shared([settings_of(one.parameters), everywhere])
         origin = None if method.name == "passthrough" else one.base_model or base
@@ -267,7 +271,7 @@ def _assembled(
             warnings.warn("int8_mask only saves memory in mergekit and is ignored", MergeidWarning, stacklevel=4)
         for key in _WITHOUT_EFFECT.get(method.name, ()):
             if given.pop(key, None) is not None:
-                text = f"{key} has no effect on {method.name}(nor in mergekit) and is ignored"
+                text = f"{key} has no effect on {method.name} (nor in mergekit) and is ignored"
                 warnings.warn(text, MergeidWarning, stacklevel=4)
     return replace(_told(method, own, everywhere), models=models, base=base, dtype=dtype)
 

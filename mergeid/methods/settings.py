@@ -94,7 +94,7 @@ def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
     place = depth * (len(values) - 1)
     low = min(int(place), len(values) - 1)
     high = min(low + 1, len(values) - 1)
-    if any(isinstance(v, bool) for v in values):
+    if any(isinstance(v, (bool, str)) for v in values):  # steps
         return values[low]
     try:
         return (1 - (place - low)) * values[low] + (place - low) * values[high]

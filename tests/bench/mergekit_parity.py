@@ -596,7 +596,7 @@ def by_token(found: dict[str, torch.Tensor], ours: Path, theirs: Path) -> dict[s
 
 def judged(ours: Path, theirs: Path, good: str) -> dict[str, Any]:
     a, b = tensors(ours), tensors(theirs)
-    if (theirs / "tokenizer.json").is_file():
+    if (theirs / "tokenizer.json").is_file() and (ours / "tokenizer.json").is_file():
         a = by_token(a, ours, theirs)
     if {n: (t.shape, t.dtype) for n, t in a.items()} != {n: (t.shape, t.dtype) for n, t in b.items()}:
         odd = [n for n in {*a, *b} if n not in a or n not in b or (a[n].shape, a[n].dtype) != (b[n].shape, b[n].dtype)]
