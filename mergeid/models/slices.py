@@ -94,10 +94,10 @@ def stacked(slices: Sequence[Slice], name: str = "") -> Derived:
                 f"layer_range [{one.first}, {one.end}] of {one.model.source} is not a range of its {has.count} "
                 f"layers; expected the first layer and the one after the last"
             )
-    behind = _behind(bottom, layers) if top is not bottom else set()
+    later = behind(bottom, layers) if top is not bottom else set()
     formed: dict[str, Formed] = {}
     for key in bottom.table:
-        if layers.split(key) is None and key not in behind:
+        if layers.split(key) is None and key not in later:
             formed[key] = read_from(bottom, key)
     at = 0
     for one in slices:
@@ -107,14 +107,14 @@ def stacked(slices: Sequence[Slice], name: str = "") -> Derived:
                 formed[f"{layers.prefix}.{at + place[0] - one.first}.{place[1]}"] = read_from(one.model, key)
         at += len(one)
     for key in top.table:
-        if key in behind or (top is not bottom and key not in bottom.table and where[id(top)].split(key) is None):
+        if key in later or (top is not bottom and key not in bottom.table and where[id(top)].split(key) is None):
             formed[key] = read_from(top, key)
     config = _resized(slices, layers, at)
     source = name or " + ".join(f"{s.model.source}[{s.first}:{s.end}]" for s in slices)
     return derived(source, bottom, formed, parents=[s.model for s in slices], config=config)
 
 
-def _behind(model: Checkpoint, layers: Layers) -> set[str]:
+def behind(model: Checkpoint, layers: Layers) -> set[str]:
     """Tensors that the network uses behind its layers: those that come after them where the network is built."""
     from mergeid.models.architecture import find_architecture
     from mergeid.models.building import Room, build

@@ -21,7 +21,7 @@ from mergeid.methods.registry import get_method
 from mergeid.methods.settings import ByName, Scalar, Setting, depths, evaluate
 from mergeid.models.chat_templates import commonest
 from mergeid.models.modules import modules_of, patched
-from mergeid.models.slices import Slice, layers_of, stacked
+from mergeid.models.slices import Slice, behind, layers_of, stacked
 from mergeid.models.vocabularies import one_vocabulary
 
 Result = TypeVar("Result")
@@ -120,7 +120,7 @@ def prepared(
             return Slice(open_models[found(name)], name.first, name.end)
 
         made = [stacked([slice_of(name) for name in of]) for of in which]
-        where = _places(made[0], [_length(part) for part in parts])
+        where = _places(made[0], parts)
         stacks = [*made]
     origin = stacks.pop() if bases else None
     told = partial(_by_name, where)
@@ -153,21 +153,22 @@ def _weights(part: Recipe) -> list[Setting]:
     return part.weights
 
 
-def _places(stack: Derived, lengths: Sequence[int]) -> dict[str, tuple[int, float]]:
+def _places(stack: Derived, parts: Sequence[Recipe]) -> dict[str, tuple[int, float]]:
     """Tensor -> the slice that it belongs to, and its depth there: gradients go over the layers of a slice."""
-    layers = layers_of(stack)
+    layers, bottom = layers_of(stack), stack.parents[0]
     slice_of: list[tuple[int, float]] = []
-    for i, length in enumerate(lengths):
+    for i, length in enumerate(map(_length, parts)):
         slice_of += [(i, at / (length - 1) if length > 1 else 1.0) for at in range(length)]
-    bottom = stack.parents[0]
+    told = [(part.weights, part.parameters) for part in parts]
+    later = behind(bottom, layers_of(bottom)) if any(one != told[0] for one in told) else set()
     places: dict[str, tuple[int, float]] = {}
     for name in stack.table:
         split = layers.split(name)
         if split is not None:
             places[name] = slice_of[split[0]]
         else:
-            below = any(checkpoint is bottom for checkpoint, _ in stack.formed[name].reads)
-            places[name] = (0 if below else len(lengths) - 1, 0.0)
+            below = name not in later and any(checkpoint is bottom for checkpoint, _ in stack.formed[name].reads)
+            places[name] = (0 if below else len(parts) - 1, 0.0)
     return places
 
 

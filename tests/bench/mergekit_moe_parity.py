@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import fnmatch
 import io
 import json
@@ -33,7 +32,7 @@ from unittest import mock
 
 import torch
 import yaml
-from mergekit_parity import EXACT, TOLERANCE, difference, tensors
+from mergekit_parity import EXACT, TOLERANCE, difference, is_decided, tensors, written
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -157,24 +156,24 @@ def alone() -> Iterator[None]:
         yield
 
 
-def by_mergekit(recipe: Path, out: Path) -> str:
+def by_mergekit(recipe: Path, out: Path, *more: str) -> str:
     """What mergekit-moe says where it fails; empty: it wrote `out`."""
     from click.testing import CliRunner
     from mergekit.scripts.moe import main
 
     words = [str(recipe), str(out), "--quiet", "--no-write-model-card", "--random-seed", str(SEED), "--device", "cpu"]
-    done = CliRunner().invoke(main, words)
+    done = CliRunner().invoke(main, [*words, *more])
     return "" if done.exit_code == 0 else repr(done.exception or done.output[-200:])
 
 
-def by_mergeid(recipe: Path, out: Path) -> str:
+def by_mergeid(recipe: Path, out: Path, *more: str) -> str:
     """The sentence with which mergeid refuses; empty: it wrote `out`."""
     from mergeid.commands.cli import run
 
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        code = run(["moe", str(recipe), "-o", str(out), "--match", "never", "--seed", str(SEED)])
+        code = run(["moe", str(recipe), "-o", str(out), "--match", "never", "--seed", str(SEED), *more])
     return "" if not code else " ".join(told.getvalue().split()).removeprefix("mergeid: error: ")
 
 
@@ -220,25 +219,27 @@ def compare(name: str, recipe: dict[str, Any], work: Path) -> dict[str, Any]:
     return row
 
 
+def rows_of(recipes: dict[str, dict[str, Any]], work: Path) -> list[dict[str, Any]]:
+    """All of them compared, in that folder."""
+    make_models(work)
+    rows = []
+    for name, recipe in recipes.items():
+        rows.append(compare(name, recipe, work))
+        print(*rows[-1].values(), sep="  ", flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("pattern", nargs="?", default="*")
     chosen = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        make_models(Path(folder))
-        for name, recipe in RECIPES.items():
-            if fnmatch.fnmatch(name, chosen.pattern):
-                rows.append(compare(name, recipe, Path(folder)))
-                print(*rows[-1].values(), sep="  ", flush=True)
-    decided = [r for r in rows if r["outcome"] not in ("DIFFERENT", "other tensors")]
+        rows = rows_of({n: r for n, r in RECIPES.items() if fnmatch.fnmatch(n, chosen.pattern)}, Path(folder))
+    decided = [r for r in rows if is_decided(r)]
     same = [r for r in rows if r["outcome"].startswith("same")]
     print(f"{len(rows)} mixtures: {len(decided)} decided, {len(same)} the same")
     if chosen.pattern == "*":
-        with TABLE.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        written(rows, TABLE)
     return 0 if len(decided) == len(rows) else 1
 
 

@@ -24,6 +24,7 @@ Both draw their masks from the same uniform numbers, one list per number of elem
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import csv
@@ -32,6 +33,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -41,7 +43,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.update(OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")
+os.environ.update(
+    OMP_NUM_THREADS="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", HF_HUB_CACHE=tempfile.mkdtemp()
+)
 
 import numpy as np
 import torch
@@ -70,7 +74,7 @@ def models(*names: str, **parameters: list[Any]) -> list[dict[str, Any]]:
 
 
 THREE = ("a", "b", "c")
-PLACES = ("base", *THREE, "base-t", "a-t", "b-t")
+PLACES = ("base", *THREE, "base-t", "a-t", "b-t", "a-lora")
 FOLDERS = ("t5/", "whisper/", "qwen2_vl/", "mistral3/")
 WEIGHT = [0.4, 0.9, -0.3]
 DENSITY = [0.5, 0.7, 0.3]
@@ -285,6 +289,74 @@ def modules(kind: str, method: str, weights: list[Any], **told: Any) -> dict[str
     return {"merge_method": method, "modules": {m: {"models": o} for m, o in zip(PARTS[kind], of, strict=True)}, **told}
 
 
+TABLE_OF = {"model": {"path": "a"}, "lora": {"path": "a-lora"}}
+RECIPES |= {
+    "dtype and out_dtype": {**task("ties", weight=WEIGHT, density=DENSITY), "dtype": "float64", "out_dtype": "float16"},
+    "dtype narrower than the models": {**RECIPES["linear"], "dtype": "float16", "out_dtype": "float32"},
+    "dtype of each model another": {
+        "merge_method": "linear", "models": models("float16/a", "bfloat16/b", weight=[0.5, 0.5]),
+    },
+    "dtype int64": {**RECIPES["linear"], "dtype": "int64"},
+    "models by tables": {
+        "merge_method": "slerp", "base_model": {"model": {"path": "a"}}, "parameters": {"t": {"value": "3e-1"}},
+        "models": [{"model": {"model": "b"}}, {"model": {"model": {"path": "a", "revision": None}, "lora": None}}],
+    },
+    "model with lora": {"merge_method": "linear", "models": models("a+a-lora", "b", weight=[0.6, 0.4])},
+    "model with lora, base_model": {**task("ties"), "models": [
+        {"model": TABLE_OF, "parameters": {"weight": 0.5}}, {"model": "b", "parameters": {"weight": 0.4}},
+    ], "parameters": {"density": 0.5}},
+    "model with revision": {"merge_method": "linear", "models": models("tiny/hub@v1", "b", weight=[0.6, 0.4])},
+    "model with revision, table": {
+        "merge_method": "linear", "parameters": {"weight": 0.5},
+        "models": [{"model": {"model": {"path": "tiny/hub", "revision": "v1"}}}, {"model": "b"}],
+    },
+    "override_architecture": {
+        "merge_method": "linear", "parameters": {"weight": 0.5},
+        "models": [{"model": {"model": "a", "override_architecture": "MistralForCausalLM"}}, {"model": "b"}],
+    },
+    "slices: residual_weight": {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": "a", "layer_range": [0, 3]}], "residual_weight": 0.5}],
+    },
+    "gradient of switches": task("ties", {"rescale": [True, False]}, weight=WEIGHT, density=DENSITY),
+    "conditions with *": task(
+        "ties", {"density": [{"filter": "mlp", "value": [0.3, 0.9]}, {"filter": "*", "value": 0.6}]}, weight=WEIGHT
+    ),
+    "parameters at all places": {
+        "merge_method": "ties", "base_model": "base", "parameters": {"weight": 0.3, "density": 0.9, "lambda": 0.5},
+        "slices": [
+            {
+                "sources": [
+                    {"model": "base", "layer_range": [0, 2]},
+                    {"model": "a", "layer_range": [0, 2], "parameters": {"weight": {"filter": "attn", "value": 1.0}}},
+                    {"model": "b", "layer_range": [2, 4], "parameters": {"density": 0.4}},
+                ],
+                "parameters": {"weight": [{"filter": "mlp", "value": 0.8}], "lambda": [0.7, 0.9]},
+            },
+            {"sources": [{"model": m, "layer_range": [2, 4]} for m in ("base", "a", "b")], "base_model": "base"},
+        ],
+    },
+    "parameter unknown": task("ties", {"wight": 1.0}, weight=WEIGHT, density=DENSITY),
+    "parameter missing": task("ties", density=DENSITY),
+    "merge_method unknown": {"merge_method": "tis", "models": models("a", "b", weight=[1, 1])},
+    "models and slices": {**RECIPES["linear"], "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]},
+    "tokenizer twice": {**PAIR, "tokenizer_source": "union", "tokenizer": {"source": "union"}},
+    "tokens: source left out": {**PAIR, "tokenizer": {"source": "union", "tokens": {"w5": {"force": True}}}},
+    **{
+        f"{method}: {key} {value}": task(method, {key: value}, weight=WEIGHT, density=DENSITY)
+        for method in (
+            "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
+            "task_arithmetic",
+        )
+        for key, value in (
+            ("lambda", 0.7), ("normalize", True), ("rescale", True), ("rescale", False), ("int8_mask", True),
+        )
+    },
+    "della_linear: epsilon": task("della_linear", weight=WEIGHT, density=DENSITY, epsilon=[0.1, 0.2, 0.15]),
+    "karcher: max_iter, tol": {**RECIPES["karcher"], "parameters": {"max_iter": 3, "tol": 1e-3}},
+    "multislerp: eps": {**RECIPES["multislerp"], "parameters": {"eps": 1e-3}},
+    "model_stock: base among the models": {**task("model_stock"), "models": models("base", "a", "b")},
+}  # fmt: skip
 BOTH = models("t5/a", "t5/b")
 RECIPES |= {
     **{f"modules: {kind}": modules(kind, "linear", [0.2, 0.9, [0.1, 0.6, 0.3]]) for kind in SEVERAL},
@@ -341,6 +413,8 @@ def make_models(folder: Path) -> None:
             parameter.data += 0.02 * seed * torch.randn_like(parameter)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             model.to(dtype).save_pretrained(folder / str(dtype).removeprefix("torch.") / name)
+    make_adapter(folder / "float32")
+    place_in_cache(folder / "float32" / "c")
     for seed, (name, (words, added)) in enumerate(WORDS.items()):
         torch.manual_seed(10 + seed)
         config.vocab_size = ROWS[name]
@@ -352,6 +426,32 @@ def make_models(folder: Path) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": added})
         tokenizer.chat_template = OWN_TEMPLATES.get(name)
         tokenizer.save_pretrained(place)
+
+
+def make_adapter(folder: Path) -> None:
+    """A LoRA of rank 2 on a, with noise in both factors."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(20)
+    targets = ["q_proj", "down_proj"]
+    told = LoraConfig(r=2, lora_alpha=6, target_modules=targets, base_model_name_or_path=str(folder / "a"))
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "a"), told)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder / "a-lora")
+
+
+def place_in_cache(model: Path) -> None:
+    """As if ``tiny/hub@v1`` had been downloaded."""
+    from huggingface_hub import constants
+
+    repo = Path(constants.HF_HUB_CACHE) / "models--tiny--hub"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    atexit.register(shutil.rmtree, constants.HF_HUB_CACHE, ignore_errors=True)
+    shutil.copytree(model, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "v1").write_text(commit)
 
 
 def make_models_of_parts(folder: Path) -> None:
@@ -456,29 +556,38 @@ def same_masks() -> Iterator[None]:
         yield
 
 
-def by_mergekit(recipe: Path, out: Path) -> str:
+def by_mergekit(recipe: Path, out: Path, *more: str) -> str:
     """What mergekit says where it fails; empty: it wrote `out`."""
     from click.testing import CliRunner
     from mergekit.scripts.multimerge import main as multimerge
     from mergekit.scripts.run_yaml import main as run_yaml
 
     several = len(list(yaml.safe_load_all(recipe.read_text()))) > 1
-    words = [str(recipe), str(out)]
+    words = [str(recipe), str(out), "--lora-merge-cache", str(out.parent / "lora-cache"), *more]
     if several:
-        words = [str(recipe), "--out-path", str(out), "-I", str(out.with_suffix(".between"))]
-    done = CliRunner().invoke(multimerge if several else run_yaml, [*words, "--quiet", "--no-write-model-card"])
+        words = [str(recipe), "--out-path", str(out), "-I", str(out.with_suffix(".between")), *more]
+    if not more:
+        words += ["--quiet", "--no-write-model-card"]
+
+    def listed(path: str, **told: Any) -> list[str]:  # it asks the hub, also where all is in the cache
+        from huggingface_hub import snapshot_download
+
+        return [f.name for f in Path(snapshot_download(path, revision=told.get("revision"))).iterdir()]
+
+    with mock.patch("huggingface_hub.list_repo_files", listed):
+        done = CliRunner().invoke(multimerge if several else run_yaml, words)
     return "" if done.exit_code == 0 else repr(done.exception or done.output[-200:])
 
 
-def by_mergeid(recipe: Path, out: Path) -> str:
+def by_mergeid(recipe: Path, out: Path, *more: str) -> str:
     """The sentence with which mergeid refuses; empty: it wrote `out`."""
     from mergeid.commands.cli import run
 
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        code = run(["merge", str(recipe), "-o", str(out), "--match", "never"])
-    return "" if not code else told.getvalue().strip()
+        code = run(["merge", str(recipe), "-o", str(out), "--match", "never", *more])
+    return "" if not code else told.getvalue().strip().removeprefix("mergeid: error: ")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -556,9 +665,11 @@ def placed(value: Any, dtype: str, key: str = "") -> Any:
         return {k: placed(v, dtype, k) for k, v in value.items()}
     if isinstance(value, list):
         return [placed(v, dtype, key) for v in value]
-    ours = value in PLACES or str(value).startswith(FOLDERS)
-    if key in ("model", "base_model", "source") and ours and (key, value) != ("source", "base"):
-        return f"{dtype}/{value}"
+    if key in ("model", "base_model", "source", "path", "lora") and (key, value) != ("source", "base"):
+        parts = str(value).split("+")
+        return (
+            "+".join(f"{dtype}/{p}" if p in PLACES or p.startswith(FOLDERS) else p for p in parts) if value else value
+        )
     return value
 
 
@@ -629,40 +740,55 @@ def examples(folder: Path) -> dict[str, str]:
     return found
 
 
+def every_recipe(folder: Path | None) -> dict[str, str]:
+    """Name -> YAML; `folder`: mergekit's examples."""
+    found = {name: yaml.safe_dump(recipe) for name, recipe in RECIPES.items()}
+    found |= {name: yaml.safe_dump_all(stages) for name, stages in STAGES.items()}
+    for dtype in ("float16", "bfloat16"):
+        found |= {
+            f"{name} {dtype}": yaml.safe_dump({**RECIPES[name], "dtype": dtype})
+            for name in ("linear", "ties", "della", "nuslerp base", "sce", "ram")
+        }
+    return found | (examples(folder) if folder else {})
+
+
+def rows_of(recipes: dict[str, str], work: Path) -> list[dict[str, Any]]:
+    """All of them compared, in a folder where nothing else lies."""
+    make_models(work)
+    make_models_of_parts(work)
+    rows = []
+    for name, text in recipes.items():
+        began = time.perf_counter()
+        rows.append(compare(name, text, work))
+        print(*rows[-1].values(), f"{time.perf_counter() - began:.1f} s", sep="  ", flush=True)
+    return rows
+
+
+def written(rows: list[dict[str, Any]], table: Path) -> None:
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def is_decided(row: dict[str, Any]) -> bool:
+    """Whether both give the same, or one of them refuses by name."""
+    return row["outcome"] not in ("DIFFERENT", "other tensors")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("pattern", nargs="?", default="*")
     parser.add_argument("--examples", type=Path, help="mergekit's examples folder")
     chosen = parser.parse_args()
-    every = {name: yaml.safe_dump(recipe) for name, recipe in RECIPES.items()}
-    every |= {name: yaml.safe_dump_all(stages) for name, stages in STAGES.items()}
-    for dtype in ("float16", "bfloat16"):
-        every |= {
-            f"{name} {dtype}": yaml.safe_dump({**RECIPES[name], "dtype": dtype})
-            for name in ("linear", "ties", "della", "nuslerp base", "sce", "ram")
-        }
-    if chosen.examples:
-        every |= examples(chosen.examples)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        make_models(work)
-        make_models_of_parts(work)
-        os.chdir(work)
-        for name, text in every.items():
-            if not fnmatch.fnmatch(name, chosen.pattern):
-                continue
-            began = time.perf_counter()
-            rows.append(compare(name, text, work))
-            print(*rows[-1].values(), f"{time.perf_counter() - began:.1f} s", sep="  ", flush=True)
-    decided = [r for r in rows if r["outcome"] not in ("DIFFERENT", "other tensors")]
+    every = {n: text for n, text in every_recipe(chosen.examples).items() if fnmatch.fnmatch(n, chosen.pattern)}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        rows = rows_of(every, Path(folder))
+    decided = [r for r in rows if is_decided(r)]
     same = [r for r in rows if r["outcome"].startswith("same")]
     print(f"{len(rows)} recipes: {len(decided)} decided, {len(same)} the same")
     if chosen.pattern == "*":
-        with TABLE.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        written(rows, TABLE)
     return 0 if len(decided) == len(rows) else 1
 
 

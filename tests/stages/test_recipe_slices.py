@@ -285,3 +285,21 @@ def test_modules_that_a_model_has_not(folder: Path, two_parts: Path, monkeypatch
     monkeypatch.chdir(folder)
     with pytest.raises(MergeidError, match="a has one part alone, and the recipe has modules encoder, decoder"):
         prepared(parse_recipe(recipe), {})
+
+
+def test_what_lies_behind_the_layers_belongs_to_the_last_slice(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is of the same model as what lies below them."""
+    pair = [{"model": m, "layer_range": [0, 2]} for m in "ab"]
+    recipe = {
+        "merge_method": "linear",
+        "slices": [
+            {"sources": pair, "parameters": {"weight": {"value": 1.0}}},
+            {"sources": [pair[0], {**pair[1], "parameters": {"weight": 3.0}}], "parameters": {"weight": 1.0}},
+        ],
+    }
+    found = write(recipe, tmp_path / "out", folder, monkeypatch)
+    a, b = weights(folder, "a"), weights(folder, "b")
+    for name, share in {"model.embed_tokens.weight": 0.5, "model.norm.weight": 0.75, "lm_head.weight": 0.75}.items():
+        torch.testing.assert_close(found[name], (1 - share) * a[name] + share * b[name])
