@@ -30,6 +30,11 @@ LIBRARIES = (
 )
 OTHERS = {
     "matching": ("Matchers", "Seconds of CPU, and the share of a planted permutation that was found."),
+    "mergekit_coverage": (
+        "All that mergekit documents",
+        "Every field, method, parameter and option of mergekit 0.1.5, as its own code lists them. How many recipes "
+        "with it give the same in both tools, how many one of them refuses, and the largest difference.",
+    ),
     "mergekit_moe_parity": (
         "Mixtures of experts beside mergekit-moe 0.1.5",
         "Largest difference between the two tools' tensors, as transformers loads them.",

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import json
 import re
 import sys
 import tempfile
@@ -27,14 +29,18 @@ from typing import Any, get_args
 import mergekit_moe_parity as mixtures
 import mergekit_parity as parity
 import yaml
+from click.testing import CliRunner
 from mergekit._data import chat_templates
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.moe.config import MoEMergeConfig
+from mergekit.scripts.extract_lora import main as lora_command
+from mergekit.scripts.merge_raw_pytorch import main as raw_command
 from mergekit.scripts.moe import main as moe_command
 from mergekit.scripts.multimerge import main as multi_command
 from mergekit.scripts.run_yaml import main as yaml_command
 from pydantic import BaseModel
+from safetensors.torch import load_file
 
 TABLE = Path(__file__).parent / "tables" / "mergekit_coverage.csv"
 Entry = tuple[str, str]
@@ -218,8 +224,6 @@ def of_command(command: str, work: Path) -> list[dict[str, Any]]:
 
 def refusal(option: str, work: Path, command: str) -> str:
     """What mergeid says of an option of mergekit that it does not have; empty: it has it."""
-    import io
-
     from mergeid.commands.cli import run
 
     told = io.StringIO()
@@ -251,6 +255,57 @@ def compared(command: str, option: str, theirs: list[str], words: list[str], wor
     if any(failed):
         return {"outcome": "refused", "largest": "", "units": "", "said": " | ".join(failed)[:300]}
     return {"largest": "", "units": "", "said": "", **judge(ours, other, "same")}
+
+
+def of_files(work: Path) -> list[dict[str, Any]]:
+    """Rows of ``mergekit-pytorch``: state dicts in files, with the same recipes."""
+    base, *fine = (f"float32/{name}/model.safetensors" for name in ("base", "a", "b"))
+    recipes = {
+        "linear": {"merge_method": "linear", "models": parity.models(*fine, weight=[0.3, 0.7])},
+        "ties": {
+            "merge_method": "ties", "base_model": base,
+            "models": [{"model": base}, *parity.models(*fine, weight=[0.3, 0.7], density=[0.5, 0.4])],
+        },
+    }  # fmt: skip
+    rows = []
+    for name, recipe in recipes.items():
+        place = work / f"pytorch-{name}.yaml"
+        place.write_text(yaml.safe_dump(recipe))
+        ours, theirs = place.with_suffix(".ours"), place.with_suffix(".theirs")
+        done = CliRunner().invoke(raw_command, [str(place), str(theirs)])
+        failed = parity.by_mergeid(place, ours) or done.exception
+        row = {"outcome": "refused", "said": repr(failed)} if failed else parity.judged(ours, theirs, "same")
+        rows.append(row_of(("mergekit-pytorch", name), [{"largest": "", "units": "", "said": "", **row}]))
+    return rows
+
+
+def of_extract(work: Path) -> dict[str, Any]:
+    """The row of ``mergekit-extract-lora``: the products of both tools' factors, of rank 4, for every linear layer."""
+    from mergeid.commands.cli import run
+
+    words = ["--model", "float32/a", "--base-model", "float32/base", "--out-path", "lora.theirs", "--max-rank", "4"]
+    done = CliRunner().invoke(lora_command, words)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        code = run(["extract", "float32/a", "--base", "float32/base", "--rank", "4", "-o", "lora.ours"])
+    if code or done.exception:
+        raise SystemExit(f"no adapters: {code}, {done.exception!r}")
+    ours, theirs = (products(work / f"lora.{whose}") for whose in ("ours", "theirs"))
+    both = ours.keys() & theirs.keys()
+    far, units = parity.difference({n: ours[n] for n in both}, {n: theirs[n] for n in both})
+    same = far <= parity.TOLERANCE and len(both) == len(theirs)
+    return {
+        "kind": "mergekit-extract-lora", "entry": f"{len(both)} products", "recipes": 1, "same": int(same),
+        "refused": 0, "largest": f"{far:.1e}", "units": f"{units:.3g}", "said": "" if same else "other layers",
+    }  # fmt: skip
+
+
+def products(folder: Path) -> dict[str, Any]:
+    """Scaled update of every layer that an adapter has factors for."""
+    told = json.loads((folder / "adapter_config.json").read_text())
+    factors = load_file(folder / "adapter_model.safetensors")
+    ends = ".lora_A.weight"
+    pairs = {n.removesuffix(ends): (factors[n], factors[n.replace("lora_A", "lora_B")]) for n in factors if ends in n}
+    return {name: told["lora_alpha"] / len(a) * (b.double() @ a.double()).float() for name, (a, b) in pairs.items()}
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -285,6 +340,7 @@ def main() -> int:
         rows = parity.rows_of(recipes, work)
         made = mixtures.rows_of(mixtures.RECIPES, work)
         commands = [row for command in COMMANDS for row in of_command(command, work)]
+        commands += [*of_files(work), of_extract(work)]
     parity.written(rows, parity.TABLE)
     parity.written(made, mixtures.TABLE)
     uses = [(of_recipe(recipes[row["recipe"]]), row) for row in rows]
