@@ -14,6 +14,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from mergeid.basics.abilities import Contents as Contents
+from mergeid.basics.abilities import KnowsFolders as KnowsFolders
+from mergeid.basics.abilities import KnowsHeads as KnowsHeads
+from mergeid.basics.abilities import KnowsModules as KnowsModules
+from mergeid.basics.abilities import TiesWeights as TiesWeights
 from mergeid.basics.mixtures import MakesMixtures as MakesMixtures
 from mergeid.basics.mixtures import Mixture as Mixture
 from mergeid.basics.mixtures import MixtureRequest as MixtureRequest
@@ -186,26 +191,51 @@ class ComparesConfigs(Protocol):
         ...
 
 
-@runtime_checkable
-class KnowsModules(Protocol):
-    """An adapter that knows live modules of its library, however they are called."""
+Size = tuple[int, int]
+"""Height and width of images in pixels."""
 
-    def owns(self, model: nn.Module) -> bool:
-        """Whether the module is one of the library's models, without importing the library."""
+
+class Resized(NamedTuple):
+    """The tables of a model that was made for images of one size, as they are for another.
+
+    Attributes:
+        size, to: both sizes.
+        tensors: name in the file -> how its values are resampled; None: the library computes them.
+        fixed: names of tensors that depend on the size, and that the library does not resample.
+    """
+
+    size: Size
+    to: Size
+    tensors: Mapping[str, Callable[[Tensor], Tensor] | None]
+    fixed: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class ResizesTables(Protocol):
+    """Optional ability of an adapter: knows tables that follow the size of the images, such as learned positions, and
+    resamples them as its library does."""
+
+    name: str
+
+    def input_size(self, arch: Architecture) -> Size:
+        """Of the images that it is built for."""
         ...
 
-    def interface(self, names: Sequence[str]) -> list[str]:
-        """Of the names of all tensors that a model returned (``"logits"``, ``"past_key_values.layers.0.keys"``) those
-        that are no by-products."""
+    def resized(
+        self, arch: Architecture, table: TensorTable, to: Architecture, to_table: TensorTable
+    ) -> Resized | None:
+        """The tables of one model at the image size of another, whose tensors have the same names; None: they are not
+        one architecture at two sizes."""
         ...
 
+    def config_at(
+        self, config: Mapping[str, Any], to: Architecture, size: Size, like: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """A config.json that describes the network of `to`, with `config`'s own classes.
 
-@runtime_checkable
-class KnowsHeads(Protocol):
-    """A `KnowsModules` that can tell which output of a live module holds class logits."""
-
-    def logits(self, model: nn.Module) -> str | None:
-        """Name of that output, as `returned_tensors` has it; None: the model has none."""
+        Args:
+            like: the other model's config.json; None: it has none.
+        """
         ...
 
 
@@ -221,19 +251,6 @@ def task_first(task: Tensor, returned: Mapping[str, Tensor]) -> dict[str, Tensor
     """All outputs by name, the task output first: one of them, or what was made of several (then called ``"task"``)."""
     own = {k: t for k, t in returned.items() if t is task} or {"task": task}
     return {**own, **returned}
-
-
-@runtime_checkable
-class TiesWeights(Protocol):
-    """Optional ability of an adapter: knows configs under which an output head is the embedding itself."""
-
-    def ties(self, config: Mapping[str, Any]) -> bool | None:
-        """Whether the config says so; None: not this library's, or its networks have no such head."""
-        ...
-
-    def with_ties(self, config: Mapping[str, Any], tied: bool) -> dict[str, Any] | None:
-        """The config with that setting; None where it cannot be had without changing something else."""
-        ...
 
 
 @runtime_checkable
@@ -253,34 +270,6 @@ class StacksExperts(Protocol):
         """Key of the model's state dict -> the tensors of a file that it is made of: one list for each kind of weight,
         with one name per expert. The experts of a kind are stacked along axis 0, then the kinds are joined along
         axis 1."""
-        ...
-
-
-class Contents(NamedTuple):
-    """What a folder holds whose networks lie in several sub-folders.
-
-    Attributes:
-        folders: those with weights, in the order in which they are used; ``""`` is the folder itself. The tensors of
-            ``2_Dense`` are called ``2_Dense.linear.weight``, those of ``""`` as they are.
-        config: what `Adapter.recognise` gets as the config. ``"parts"`` maps every sub-folder to what its
-            ``config.json`` says.
-    """
-
-    folders: tuple[str, ...]
-    config: dict[str, Any]
-
-
-@runtime_checkable
-class KnowsFolders(Protocol):
-    """Optional ability of an adapter: knows folders of several networks, or configs that are no ``config.json``."""
-
-    def contents(self, names: Sequence[str], read: Callable[[str], Any]) -> Contents | None:
-        """Which sub-folders hold the weights of a folder; None: not one of this library's, or nothing special.
-
-        Args:
-            names: its files, ``"modules.json"``, ``"2_Dense/model.safetensors"``, two levels deep.
-            read: name of a JSON file there -> its content.
-        """
         ...
 
 

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid import plugins
-from mergeid.plugins import Architecture, Batch, ConfigDifference, LossParts, MergeidError, TensorTable
-from mergeid_timm import compare, names
+from mergeid.plugins import (
+    Architecture,
+    Batch,
+    ConfigDifference,
+    LossParts,
+    MergeidError,
+    Resized,
+    Size,
+    TensorTable,
+)
+from mergeid_timm import compare, names, sizes
 from mergeid_timm.index import bare_names, first_difference, load_index, nearest
 from mergeid_timm.labels import space_label
+from mergeid_timm.scores import check_labels, task
 from mergeid_timm.shapes import Shape
 
 if TYPE_CHECKING:
@@ -230,12 +240,12 @@ class TimmAdapter:
 
         Raises `MergeidError` where the batch has no image ``"x"`` of four dimensions.
         """
-        return _task(self._run(model, batch))
+        return task(self._run(model, batch))
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """All that the model returns, the logits first; errors as in `forward`."""
         output = self._run(model, batch)
-        return plugins.task_first(_task(output), plugins.returned_tensors(output))
+        return plugins.task_first(task(output), plugins.returned_tensors(output))
 
     @staticmethod
     def _run(model: nn.Module, batch: Batch) -> Any:
@@ -328,11 +338,30 @@ class TimmAdapter:
 
     def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:
         """Architectures and options that change what the network computes; see `mergeid_timm.compare`."""
-        return compare.differences(a, b, lambda name, o: self.build(Architecture(self.name, name, o), device="meta"))
+        return compare.differences(a, b, lambda name, o: self._unfilled(Architecture(self.name, name, o)))
 
     def adopted(self, config: Mapping[str, Any], other: Mapping[str, Any], *, head: bool) -> dict[str, Any]:
         """`other`'s architecture and options with `config`'s own classes and preprocessing."""
         return compare.adopted(config, other)
+
+    def input_size(self, arch: Architecture) -> Size:
+        """Of the images that it is built for."""
+        return sizes.input_size(arch, self._unfilled(arch))
+
+    def resized(
+        self, arch: Architecture, table: TensorTable, to: Architecture, to_table: TensorTable
+    ) -> Resized | None:
+        """Tables of positions, resampled by timm; see `mergeid_timm.sizes`."""
+        return sizes.resized(arch, table, to, to_table, self._unfilled)
+
+    def config_at(
+        self, config: Mapping[str, Any], to: Architecture, size: Size, like: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """`like`, or what describes `to`, with `config`'s own classes and preprocessing."""
+        return sizes.config_at(config, to, size, like)
+
+    def _unfilled(self, arch: Architecture) -> nn.Module:
+        return self.build(arch, device="meta")
 
     def space_label(self, arch: Architecture, axes: Iterable[tuple[str, int]]) -> str | None:
         """``"stage 2 block 1 conv1"``, ``"blocks.3 MLP hidden"``, ``"residual stream"``, …"""
@@ -351,25 +380,3 @@ class TimmAdapter:
             and p.name not in NOT_COMPANIONS
             and not p.name.endswith(".index.json")
         ]
-
-
-def _task(output: Any) -> Tensor:
-    import torch
-
-    several = isinstance(output, (tuple, list))
-    return torch.cat([o.flatten(1) for o in output], dim=1) if several else output
-
-
-def check_labels(model: str, labels: Tensor, examples: int, classes: int) -> None:
-    """Raises `MergeidError` unless labels are one class number per example."""
-    if labels.dim() != 1 or labels.shape[0] != examples or labels.is_floating_point():
-        raise MergeidError(
-            f"{model} needs one class number per image, but the labels are {labels.dtype} {list(labels.shape)} for "
-            f"{examples} images"
-        )
-    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-    if low < 0 or high >= classes:
-        raise MergeidError(
-            f"label {low if low < 0 else high} in the data is out of range: {model} has {classes} classes, so labels "
-            f"go from 0 to {classes - 1}"
-        )

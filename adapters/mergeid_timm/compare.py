@@ -19,6 +19,8 @@ HARMLESS = frozenset({"num_classes", "num_features", "in_chans", "checkpoint_pat
 """What the shapes of the tensors say too, and how a network was made."""
 TRAINING = re.compile(r"drop(_|out|$)|_drop$|^init_|^weight_init$|^zero_init_last$|^grad_checkpointing$")
 """Dropout and initial values."""
+NO_TRAITS = frozenset({"training", "p", "pretrained_cfg", "pretrained_model_args", "default_cfg"})
+"""Attributes of modules that say nothing of their function."""
 INPUTS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """How an image becomes an input."""
 
@@ -82,17 +84,17 @@ def _facts(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _same(names: list[str], options: list[dict[str, Any]], build: Build, *, widths: bool) -> bool:
     """Whether both give the same network, but perhaps for its widths; not so where one cannot be built."""
     try:
-        one, two = (list(_traits(build(n, o), widths)) for n, o in zip(names, options, strict=True))
+        one, two = (list(traits(build(n, o), widths)) for n, o in zip(names, options, strict=True))
     except MergeidError:
         return False
     return one == two
 
 
-def _traits(model: nn.Module, widths: bool) -> Iterator[Any]:
+def traits(model: nn.Module, widths: bool = True) -> Iterator[Any]:
     """Every module's place, class and plain attributes, and every tensor's name and shape. Without widths whole
     numbers do not count, nor do shapes."""
     for name, module in model.named_modules():
-        kept = {k: _plain(v) for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "p")}
+        kept = {k: _plain(v) for k, v in vars(module).items() if not k.startswith("_") and k not in NO_TRAITS}
         kept = {k: v for k, v in kept.items() if v is not None and not _harmless(k)}
         if not widths:
             kept = {k: v for k, v in kept.items() if isinstance(v, (bool, float, str))}

@@ -43,7 +43,7 @@ def push(repo: str, files: Mapping[str, Path | bytes], message: str) -> str:
         files: name in the repository -> a file here, or its content.
 
     Raises:
-        MergeidError: what the hub says against it; then nothing was changed there, and the files lie here as before.
+        MergeidError: what the hub says against it; then no file was added there, and the files lie here as before.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -51,14 +51,25 @@ def push(repo: str, files: Mapping[str, Path | bytes], message: str) -> str:
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
     ]
-    api = HfApi()
+    api, sent = HfApi(), False
     try:
         with Patience().applied():
             address = api.create_repo(repo, repo_type="model", exist_ok=True)
+            api.preupload_lfs_files(repo, additions=operations)  # what lies there without a commit is in no repository
+            sent = True
             api.create_commit(repo, operations=operations, commit_message=message)
-    except Exception as error:
-        raise MergeidError(f"--push {repo}: {_said(error)}; the output is still on this machine") from None
+    except Exception as failure:
+        error = _cause(failure)
+        arrived = sent and status_of(error) is None  # the answer is lost, and perhaps not the commit
+        there = "the commit may have arrived" if arrived else "no file was added there"
+        raise MergeidError(f"--push {repo}: {_said(error)}; {there}, and the output is still on this machine") from None
     return str(address)
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong with a large file: huggingface_hub puts "Error while uploading …" around it."""
+    cause = error.__cause__
+    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
 
 
 def _said(error: Exception) -> str:
@@ -69,4 +80,6 @@ def _said(error: Exception) -> str:
         return f"{constants.ENDPOINT} refuses the upload (status {status}); check the name and your token"
     if status is not None:
         return f"{constants.ENDPOINT} answered with status {status}; try again"
+    if isinstance(error, ValueError):  # what huggingface_hub says of an answer: a quota, a file too large
+        return f"{constants.ENDPOINT} does not take the files ({reason(error)})"
     return f"{constants.ENDPOINT} could not be used ({reason(error)}); check the network"

@@ -109,6 +109,22 @@ class PointsFile(Own):
     curves: dict[str, dict[Annotated[float, Field(strict=False)], PointEntry]]
 
 
+class RecordConfigs(Own):
+    """Whose config counts where several differed, and what was overruled."""
+
+    from_: Annotated[str, Field(alias="from")]
+    overruled: list[dict[str, Any]]
+
+
+class RecordResized(Own):
+    """A model that was made for images of another size, heights and widths, and its tensors that were resampled."""
+
+    source: str
+    size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    to: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    tensors: list[str]
+
+
 class ZipEntry(Own):
     """What ``mergeid zip`` records of itself."""
 
@@ -122,6 +138,8 @@ class ZipEntry(Own):
     up_to: str | None
     across: bool
     seed: Count
+    config: RecordConfigs | None = None
+    resized: list[RecordResized] = []
 
 
 class ZipRecord(Own):

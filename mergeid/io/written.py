@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter
 
 from mergeid.io.recipe_schema import RecipeFile
-from mergeid.io.schema import Count, GraphFile, Own, PointsFile, SketchAbout, ZipRecord
+from mergeid.io.schema import (
+    Count,
+    GraphFile,
+    Own,
+    PointsFile,
+    RecordConfigs,
+    RecordResized,
+    SketchAbout,
+    ZipRecord,
+)
 
 Decision = Literal["direct", "match", "will not merge"]
 
@@ -159,13 +168,6 @@ class RecordInput(Own):
     weight: float | None = None
 
 
-class RecordConfigs(Own):
-    """Whose config counts where several differed, and what was overruled."""
-
-    from_: Annotated[str, Field(alias="from")]
-    overruled: list[dict[str, Any]]
-
-
 class RecordOutput(Own):
     distance: float | None
     unit: Literal["nats", "relative"]
@@ -212,6 +214,7 @@ class MergeRecord(Own):
     versions: dict[str, str]
     verdict: str | None = None
     config: RecordConfigs | None = None
+    resized: list[RecordResized] = Field(default_factory=list)
     plan: PlanFile | None = None
     further_plans: list[PlanFile] = Field(default_factory=list)
     repaired: list[str] = Field(default_factory=list)
@@ -233,6 +236,7 @@ class AlignRecord(Own):
     output: str
     align: PlanFile | TransportEntry
     config: RecordConfigs | None = None
+    resized: list[RecordResized] = Field(default_factory=list)
 
 
 class ScrambleEntry(Own):

@@ -56,6 +56,7 @@ class Agreed:
         notes: what the user should know.
         chosen: source of the model whose config was chosen by name; None where nothing differed.
         overruled: what differed.
+        resized: models that were made for images of another size, see `mergeid.models.sizes`.
     """
 
     models: list[Checkpoint]
@@ -63,12 +64,14 @@ class Agreed:
     notes: list[str] = field(default_factory=list)
     chosen: str | None = None
     overruled: list[Disagreement] = field(default_factory=list)
+    resized: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """For ``mergeid.json``; empty where nothing differed."""
-        if self.chosen is None:
-            return {}
-        return {"config": {"from": self.chosen, "overruled": [d.to_json() for d in self.overruled]}}
+        found: dict[str, Any] = {"resized": self.resized} if self.resized else {}
+        if self.chosen is not None:
+            found["config"] = {"from": self.chosen, "overruled": [d.to_json() for d in self.overruled]}
+        return found
 
 
 def agree(

@@ -159,7 +159,8 @@ Limit = Annotated[
 ImageSize = Annotated[
     Union[int, None],
     Option(
-        "Height and width in pixels that the images of DATA are brought to. Default: the model's own.",
+        "Height and width in pixels that the images of DATA are brought to, and that counts where models were made for "
+        "several sizes. Default: the model's own.",
         INPUT,
         "PIXELS",
         kind=int,

@@ -20,6 +20,7 @@ from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import Agreed, agree
 from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
+from mergeid.models.sizes import same_sizes
 from mergeid.models.vocabularies import one_vocabulary
 from mergeid.request.request import Matching, Output
 
@@ -99,7 +100,8 @@ def open_models(
     for checkpoint in opened:
         refuse_adapter(checkpoint)
     named = same_names(opened, asked.arch)
-    given = same_heads(named.models, asked.skip) if heads else SameHeads(named.models)
+    sized = same_sizes(named.models, asked, len(models))
+    given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
     words = one_vocabulary(given.models, asked.tokenizer, base is not None)
     everyone = with_chat_template(words.models, asked.chat_template, opened)
     left = {name for c in everyone for name in c.table}
@@ -120,7 +122,9 @@ def open_models(
         arch=asked.arch,
         layers=not skip,
     )
-    agreed = replace(agreed, notes=[*named.notes, *given.notes, *words.notes, *agreed.notes])
+    agreed = replace(
+        agreed, resized=sized.resized, notes=[*named.notes, *sized.notes, *given.notes, *words.notes, *agreed.notes]
+    )
     if opened[0].module is None:
         return Met(bench, tuple(agreed.models), agreed.base, agreed, skip)
     return Met(bench, tuple(opened[: len(models)]), opened[-1] if base is not None else None, agreed, skip)

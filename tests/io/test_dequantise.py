@@ -170,25 +170,3 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "m", {"l.qweight": torch.ones(4, dtype=torch.int32)}, quantization_config={"bits": 4})
     with pytest.raises(MergeidError, match="does not know"):
         dequantised(open_checkpoint(folder))
-
-
-def test_training_checkpoint_in_a_tar_named_pickle(tmp_path: Path) -> None:
-    """``.pth.tar`` is what many training scripts call torch.save's files."""
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        torch.save({"state_dict": {"w": torch.full((2,), value)}, "epoch": 3}, tmp_path / f"{name}.pth.tar")
-    paths = [tmp_path / f"{n}.pth.tar" for n in "ab"]
-    with pytest.raises(MergeidError, match="--allow-pickle"):
-        mergeid.merge(*paths, output=tmp_path / "out.safetensors", match="never")
-    mergeid.merge(*paths, output=tmp_path / "out.safetensors", match="never", allow_pickle=True)
-    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [1.5, 1.5]
-
-
-def test_averaged_weights_of_a_training_checkpoint_are_read_and_that_is_said(tmp_path: Path) -> None:
-    """As timm's own loader does by default."""
-    from timm.models import load_state_dict
-
-    state = {"state_dict": {"w": torch.ones(2)}, "state_dict_ema": {"w": torch.full((2,), 3.0)}}
-    torch.save(state, tmp_path / "last.pth.tar")
-    with pytest.warns(mergeid.MergeidWarning, match="state_dict_ema"):
-        found = open_checkpoint(tmp_path / "last.pth.tar", allow_pickle=True)
-    assert torch.equal(found.tensor("w"), load_state_dict(str(tmp_path / "last.pth.tar"))["w"])

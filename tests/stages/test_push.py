@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from serving import served
 
 import mergeid
@@ -22,9 +25,25 @@ from mergeid.io.push import check_push
 
 @dataclass
 class Hub:
-    """What was committed, and how the server behaves."""
+    """What was committed, and how the server behaves.
+
+    Attributes:
+        files: by name, of commits alone.
+        stored: large files by their SHA-256, as they were put.
+        large: bytes from which a file is a large one.
+        part: bytes of a part of a large file; 0: it is put as a whole.
+        fails: the request that fails ("batch", "object", "put", "complete", "verify", "commit", "lost commit").
+        status: with which it does; 0: the connection breaks.
+        puts: how often something was put.
+    """
 
     files: dict[str, bytes] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    large: int = 1 << 40
+    part: int = 0
+    fails: str = ""
+    status: int = 500
+    puts: int = 0
     refuses: int | None = None
     known: bool = True
 
@@ -48,6 +67,36 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "Invalid token"})
         self.answer(200, {"name": "me", "type": "user", "auth": {}, "sha": "a" * 40, "id": "org/name", "siblings": []})
 
+    def failed(self, request: str) -> bool:
+        """Whether this request was to fail, and did."""
+        if self.hub.fails != request:
+            return False
+        if self.hub.status:
+            self.answer(self.hub.status, {"error": "no"})
+        else:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        return True
+
+    def do_PUT(self) -> None:
+        """A large file, or a part of one."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.puts += 1
+        if self.failed("put"):
+            return
+        _, _, oid, part = self.path.split("/")
+        if part == "whole":
+            assert hashlib.sha256(body).hexdigest() == oid
+            self.hub.stored[oid] = body
+        else:
+            self.hub.stored[f"{oid}/{part}"] = body
+        self.answer(200, {})
+
+    def end_headers(self) -> None:
+        if self.command == "PUT":
+            self.send_header("ETag", self.path.rsplit("/", 1)[1])
+        super().end_headers()
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         origin = f"http://{self.headers['Host']}"
@@ -55,17 +104,69 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"url": f"{origin}/org/name", "name": "org/name"})
         if "/preupload/" in self.path:
             asked = json.loads(body)["files"]
-            return self.answer(
-                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
-            )
+            modes = {f["path"]: "lfs" if f["size"] >= self.hub.large else "regular" for f in asked}
+            found = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]
+            return self.answer(200, {"files": found})
+        if self.path.endswith("/objects/batch"):
+            if not self.failed("batch"):
+                objects = [self.instructions(o, origin) for o in json.loads(body)["objects"]]
+                self.answer(200, {"transfer": "multipart" if self.hub.part else "basic", "objects": objects})
+            return
+        if self.path == "/complete":
+            if not self.failed("complete"):
+                told = json.loads(body)
+                assert [p["partNumber"] for p in told["parts"]] == [int(p["etag"]) for p in told["parts"]]
+                whole = b"".join(self.hub.stored.pop(f"{told['oid']}/{p['etag']}") for p in told["parts"])
+                assert hashlib.sha256(whole).hexdigest() == told["oid"]
+                self.hub.stored[told["oid"]] = whole
+                self.answer(200, {})
+            return
+        if self.path == "/verify":
+            if not self.failed("verify"):
+                told = json.loads(body)
+                right = len(self.hub.stored.get(told["oid"], b"")) == told["size"]
+                self.answer(200 if right else 422, {})
+            return
         if "/commit/" in self.path:
-            if self.hub.refuses:
-                return self.answer(self.hub.refuses, {"error": "no"})
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer(200, {"commitUrl": f"{origin}/org/name/commit/{'b' * 40}", "commitOid": "b" * 40})
+            if not self.failed("commit"):
+                self.commit(body, origin)
+            return
         self.answer(200, {"errors": [], "warnings": []})
+
+    def instructions(self, asked: dict[str, Any], origin: str) -> dict[str, Any]:
+        """What the batch endpoint says of one object."""
+        oid, size = asked["oid"], asked["size"]
+        if self.hub.fails == "object":
+            return {"oid": oid, "size": size, "error": {"code": 413, "message": "over the quota"}}
+        verify = {"href": f"{origin}/verify"}
+        if oid in self.hub.stored:
+            return {"oid": oid, "size": size}
+        if not self.hub.part:
+            return {
+                "oid": oid,
+                "size": size,
+                "actions": {"upload": {"href": f"{origin}/put/{oid}/whole"}, "verify": verify},
+            }
+        parts = {str(i + 1): f"{origin}/put/{oid}/{i + 1}" for i in range(-(-size // self.hub.part))}
+        upload = {"href": f"{origin}/complete", "header": {"chunk_size": str(self.hub.part), **parts}}
+        return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
+
+    def commit(self, body: bytes, origin: str) -> None:
+        """All files of a commit at once, or none."""
+        if self.hub.refuses:
+            return self.answer(self.hub.refuses, {"error": "no"})
+        found: dict[str, bytes] = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                found[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in self.hub.stored:
+                    return self.answer(400, {"error": "no such object"})
+                found[value["path"]] = self.hub.stored[value["oid"]]
+        self.hub.files |= found
+        if not self.failed("lost commit"):
+            self.answer(200, {"commitUrl": f"{origin}/org/name/commit/{'b' * 40}", "commitOid": "b" * 40})
 
 
 @pytest.fixture
@@ -77,6 +178,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
         monkeypatch.setattr("huggingface_hub.HfApi.__init__.__defaults__", (address, "token", None, None, None, None))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its servers speak a protocol of their own
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         yield found
 
 
@@ -113,6 +216,62 @@ def test_a_refusal_is_one_sentence_and_the_output_stays(hub: Hub, tmp_path: Path
     with pytest.raises(MergeidError, match=r"status 403.*still on this machine"):
         mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("part", [0, 64], ids=["whole", "in parts"])
+def test_large_files_go_the_way_of_large_files(part: int, hub: Hub, tmp_path: Path) -> None:
+    """The server asks for it, the bytes are put where it says, checked by their hash, and named by it in the commit."""
+    a, b = _model(tmp_path / "a", 1.0), _model(tmp_path / "b", 2.0)
+    hub.large, hub.part = 90, part
+    mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name")
+    for name in ("model.safetensors", "config.json", "mergeid.json"):
+        assert hub.files[name] == (tmp_path / "out" / name).read_bytes(), name
+    assert {hashlib.sha256(v).hexdigest() for v in hub.files.values() if len(v) >= 90} == hub.stored.keys()
+    assert hub.files["model.safetensors"] in hub.stored.values() and hub.files["config.json"] not in hub.stored.values()
+    puts = hub.puts
+    mergeid.merge(a, b, output=tmp_path / "again", match="never", push="org/name")
+    large = sum(-(-len(hub.files[n]) // (part or 1 << 40)) for n in ("model.safetensors",))
+    assert puts > large and hub.puts - puts < puts  # what the hub has already is not put again
+
+
+@pytest.mark.parametrize(
+    ("fails", "status", "part", "said"),
+    [
+        ("batch", 500, 0, "status 500"),
+        ("object", 200, 0, "does not take the files .*over the quota"),
+        ("put", 500, 0, "status 500"),
+        ("put", 403, 0, "status 403"),
+        ("put", 0, 0, "could not be used"),
+        ("put", 500, 64, "status 500"),
+        ("complete", 400, 64, "status 400"),
+        ("verify", 422, 0, "status 422"),
+        ("commit", 500, 0, "status 500"),
+        ("commit", 412, 64, "status 412"),
+    ],
+)
+def test_an_upload_that_fails_adds_nothing(
+    fails: str, status: int, part: int, said: str, hub: Hub, tmp_path: Path
+) -> None:
+    a, b = _model(tmp_path / "a", 1.0), _model(tmp_path / "b", 2.0)
+    hub.large, hub.part, hub.fails, hub.status = 90, part, fails, status
+    with pytest.raises(MergeidError, match=said) as error:
+        mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name")
+    text = str(error.value)
+    assert text.startswith("--push org/name: ") and "\n" not in text
+    assert text.endswith("no file was added there, and the output is still on this machine")
+    assert not hub.files and torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["w"], torch.full((2, 3), 1.5)
+    )
+    hub.fails = ""
+    merged = mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name", force=True)
+    assert merged.notes[-1].endswith("/org/name") and "model.safetensors" in hub.files
+
+
+def test_an_answer_that_is_lost_is_said_to_be(hub: Hub, tmp_path: Path) -> None:
+    a, b = _model(tmp_path / "a", 1.0), _model(tmp_path / "b", 2.0)
+    hub.large, hub.fails, hub.status = 90, "lost commit", 0
+    with pytest.raises(MergeidError, match="the commit may have arrived, and the output is still on this machine"):
+        mergeid.merge(a, b, output=tmp_path / "out", match="never", push="org/name")
 
 
 def test_who_may_write_is_asked_before_the_work(hub: Hub, tmp_path: Path) -> None:
