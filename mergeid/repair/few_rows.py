@@ -9,13 +9,16 @@ so that one eigendecomposition of X Xᵀ [n, n] serves every ridge, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 
 import torch
 from torch import Tensor
 
 from mergeid.repair.closed_form import NOTHING, RIDGES, Fit, Moments, fit
+
+COLUMNS = 1024
+"""Inputs that are brought into float64 at a time."""
 
 
 class Gathered:
@@ -38,11 +41,11 @@ class Gathered:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor] | None:
-        """[n, d] and [n, m], float64; None where they were added up."""
+        """Inputs [n, d] as they came, and answers [n, m], float64; None where they were added up."""
         if self.blocks is None:
             return None
         x, y = zip(*self.blocks, strict=True) if self.blocks else ((torch.zeros(0, self.d),), (torch.zeros(0, self.m),))
-        return torch.cat(x).double(), torch.cat(y).double()
+        return torch.cat(x), torch.cat(y).double()
 
     @property
     def moments(self) -> Moments:
@@ -75,28 +78,54 @@ def fit_gathered(
 
 
 def _about_means(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return rows[0] - rows[0].mean(0), rows[1] - rows[1].mean(0)
+    x, y = (each.double() for each in rows)
+    return x - x.mean(0), y - y.mean(0)
+
+
+def _pieces(x: Tensor, at: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of x - at [n, ·], float64, some at a time."""
+    for begin in range(0, x.shape[1], COLUMNS):
+        which = slice(begin, begin + COLUMNS)
+        yield which, x[:, which].double() - at[which]
+
+
+def _kernel(x: Tensor, other: Tensor, at: Tensor) -> Tensor:
+    """Inner products of the rows about a point [n, n']."""
+    found = torch.zeros(len(x), len(other), dtype=torch.float64, device=x.device)
+    for which, piece in _pieces(x, at):
+        found.addmm_(piece, (other[:, which].double() - at[which]).T)
+    return found
+
+
+def _residuals(x: Tensor, y: Tensor, at: Tensor, to: Tensor, weight: Tensor) -> Tensor:
+    """What the matrix leaves of the answers about two points [n, m]."""
+    found = y - to
+    for which, piece in _pieces(x, at):
+        found.addmm_(piece, weight[:, which].T, alpha=-1)
+    return found
 
 
 class _Small:
-    """The n x n problem on rows x [n, d] and y [n, m], float64."""
+    """The n x n problem on rows x [n, d], of any float type, and y [n, m], float64."""
 
     def __init__(self, x: Tensor, y: Tensor, mean: Tensor, bias: bool) -> None:
-        self.mean, self.bias = mean, bias
-        self.at, self.to = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
-        self.x = x - self.at
-        self.kernel = self.x @ self.x.T
+        self.x, self.mean, self.bias = x, mean, bias
+        self.at = x.mean(0, dtype=torch.float64) if bias else torch.zeros_like(x[0], dtype=torch.float64)
+        self.to = y.mean(0) if bias else torch.zeros_like(y[0])
+        self.kernel = _kernel(x, x, self.at)
         self.strength = float(self.kernel.trace()) / x.shape[1]
-        self.left = y - self.to - self.x @ mean.T
+        self.left = _residuals(x, y, self.at, self.to, mean)
 
-    def solution(self, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """W and b."""
-        system = self.kernel.clone()
-        system.diagonal().add_(ridge * self.strength)
-        weight = self.mean
-        if self.strength > 0:  # constant inputs move the bias alone
-            weight = weight + torch.cholesky_solve(self.left, torch.linalg.cholesky(system)).T @ self.x
-        return weight, self.to - weight @ self.at if self.bias else None
+
+def _solution(x: Tensor, y: Tensor, mean: Tensor, bias: bool, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """W and b."""
+    small, weight = _Small(x, y, mean, bias), mean.clone()
+    if small.strength > 0:  # constant inputs move the bias alone
+        small.kernel.diagonal().add_(ridge * small.strength)
+        coefficients = torch.cholesky_solve(small.left, torch.linalg.cholesky(small.kernel))
+        for which, piece in _pieces(x, small.at):
+            weight[:, which].addmm_(coefficients.T, piece)
+    return weight, small.to - weight @ small.at if bias else None
 
 
 class _Dual(_Small):
@@ -106,6 +135,7 @@ class _Dual(_Small):
         super().__init__(x, y, mean, bias)
         values, self.vectors = torch.linalg.eigh(self.kernel)
         self.values, self.within = values.clamp(min=0), self.vectors.T @ self.left
+        del self.kernel
 
     def _shrunk(self, ridge: float) -> Tensor:
         """(K + λ n)⁻¹ of the residuals, in the eigenbasis [n, m]; constant inputs move the bias alone."""
@@ -116,8 +146,7 @@ class _Dual(_Small):
 
     def missed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Residuals of the average with the mean answer set right [·, m], and rows in the eigenbasis [·, n]."""
-        h = x - self.at
-        return y - self.to - h @ self.mean.T, h @ self.x.T @ self.vectors
+        return _residuals(x, y, self.at, self.to, self.mean), _kernel(x, self.x, self.at) @ self.vectors
 
     def still_missed(self, missed: tuple[Tensor, Tensor], ridge: float) -> float:
         """Mean squared error per row."""
@@ -131,8 +160,9 @@ def _fit_rows(
     x, y = unseen
     spread = float((y - y.mean(0) if bias else y).square().sum(1).mean())
     scale = max(spread, 1e-300)
-    average = x @ mean.T if mean_bias is None else x @ mean.T + mean_bias
-    before = lowest = float((y - average).square().sum(1).mean()) / scale
+    nowhere = torch.zeros_like(x[0], dtype=torch.float64)
+    average = _residuals(x, y, nowhere, torch.zeros_like(y[0]) if mean_bias is None else mean_bias, mean)
+    before = lowest = float(average.square().sum(1).mean()) / scale
     dual = _Dual(*seen, mean, bias)
     best, missed = inf, dual.missed(x, y)
     for ridge in RIDGES:
@@ -141,6 +171,7 @@ def _fit_rows(
             best, lowest = ridge, found
     if best == inf:
         return Fit(mean, mean_bias, inf, before, before)
+    del dual, missed, average
     every = [torch.cat(pair) for pair in zip(seen, unseen, strict=True)]
-    weight, b = _Small(every[0], every[1], mean, bias).solution(best)
+    weight, b = _solution(every[0], every[1], mean, bias, best)
     return Fit(weight, b, best, before, lowest)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mergeid.basics.on_demand import OnDemand, formed, memory_of
+from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
 from mergeid.plugins import Batch
@@ -29,7 +31,7 @@ from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
-from mergeid.repair.layers import KINDS, Layer, Part, layer_of
+from mergeid.repair.layers import KINDS, Layer, Part, answer_of, block_of, layer_of
 from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
 UNSEEN = 4
@@ -93,11 +95,19 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            wanted = _wanted(merged, forward, batches[0], frozen)
+            wanted, blocks = _wanted(merged, forward, batches[0], frozen)
             maps = _maps(merged, forward, batches, wanted)
             nets = [
                 [
-                    Paced(_twin(net) if b else net, forward, batch, wanted, after=k > 0, keep=_needed(behind))
+                    Paced(
+                        _twin(net) if b else net,
+                        forward,
+                        batch,
+                        wanted,
+                        after=k > 0,
+                        keep=_needed(behind),
+                        blocks=blocks,
+                    )
                     for k, net in enumerate([merged, *models])
                 ]
                 for b, (batch, behind) in enumerate(zip(batches, maps, strict=True))
@@ -113,8 +123,6 @@ def solve_network(
                     needed = _needed(behind)
                     for net in side:
                         net.forget(needed)
-            for side in nets:
-                side[0].advance()
             return done
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -152,23 +160,24 @@ def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
     return frozenset(value for each in behind.values() for value in each.needs)
 
 
-def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> frozenset[int]:
+def _wanted(
+    model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]
+) -> tuple[frozenset[int], dict[int, int]]:
     """Numbers of the operations whose weights take part in no other one: a weight that is used twice cannot suit both
-    places."""
+    places. And blocks of those whose answers are too wide to be held."""
     seen = operations(model, forward, batch)
-    state = model.state_dict()
-    still = {state[k].untyped_storage().data_ptr() for k in frozen}
+    state = model.state_dict(keep_vars=True)
+    still = {memory_of(state[k]) for k in frozen}
     uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
-    return frozenset(
-        stop.index
+    found = [
+        stop
         for stop in seen
-        if stop.name.removeprefix("aten.") in KINDS
+        if stop.name in KINDS
         and all(
-            uses[key] == 1 and state[key[0]].untyped_storage().data_ptr() not in still
-            for keys in stop.places.values()
-            for key in keys
+            uses[key] == 1 and memory_of(state[key[0]]) not in still for keys in stop.places.values() for key in keys
         )
-    )
+    ]
+    return frozenset(stop.index for stop in found), {s.index: block for s in found if (block := block_of(s))}
 
 
 def _solve_at(
@@ -185,10 +194,15 @@ def _solve_at(
             "be solved layer by layer; leave out --repair solve"
         )
     assert first is not None
-    layers = [layer_of(side[0], len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None]
+    values = _Values()
+    layers = [
+        layer_of(values.of(side[0]), len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None
+    ]
     found = [layer for layer in layers if layer is not None]
     if len(found) < len(stops):
         return []
+    if first.block:
+        maps = [None] * len(maps)
     sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
     if any(side.gain is None or not torch.equal(side.gain, sides[0].gain) for side in sides):  # type: ignore[arg-type]
         sides = [_answers(a, b, c, None, w) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
@@ -204,6 +218,8 @@ def _solve_at(
             for side in sides if part.derived is not None else sides[:1]:  # every batch has computed its own
                 side.part(p).write(made)
         out.append(SolvedLayer(names, made.ridge, made.before, made.after))
+    if any(layer.ridge < inf for layer in out):
+        values.keep()
     return out
 
 
@@ -217,6 +233,30 @@ def _fitted(part: Part, seen: Gathered | ChannelMoments, unseen: Gathered | Chan
         sums = [g.moments.centred() if part.free else g.moments for g in (seen, unseen)]
         return fit_derived(sums[0], sums[1], part)
     return fit_gathered(seen, unseen, part.matrix, part.offset, free=part.free)
+
+
+class _Values:
+    """Values of the weights at one operation that are formed on demand: held while the layer is solved, and put on disk
+    then."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[OnDemand, Tensor]] = {}
+
+    def of(self, stop: Stop) -> Stop:
+        """The same call with plain tensors."""
+        return replace(stop, args=[self._value(x) for x in stop.args])
+
+    def _value(self, x: Any) -> Any:
+        if not isinstance(x, OnDemand):
+            return x
+        if memory_of(x) not in self._held:
+            self._held[memory_of(x)] = (x, formed(x).clone())
+        return self._held[memory_of(x)][1]
+
+    def keep(self) -> None:
+        """They are what the weights give from now on."""
+        for weight, value in self._held.values():
+            weight.becomes(on_disk(value.t() if weight.turned else value))
 
 
 @dataclass(frozen=True)
@@ -250,7 +290,7 @@ class _Side:
 def _answers(
     layer: Layer, stops: Sequence[Stop | None], nets: Sequence[Paced], behind: Beyond | None, shares: Tensor
 ) -> _Side:
-    outs = [_first_out(stop) for stop in stops[1:]]
+    outs = [answer_of(stop) for stop in stops[1:] if stop is not None]
     steps = {stop.step for stop in stops if stop is not None}
     known = behind is not None and len(steps) == 1 and all(behind.needs <= net.kept.keys() for net in nets)
     if behind is None or not known:
@@ -290,7 +330,7 @@ def _moments(
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
         rows = [layer.rows(p, layer.source, y, at) for y in side.answers]
         x = rows[0][0]
-        answers = torch.stack([y for _, y in rows], -1) @ side.shares.to(x)[:, None, :, None]
+        answers = sum(y * side.shares[:, i, None, None].to(y) for i, (_, y) in enumerate(rows))
         mask = real_tokens(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
@@ -298,12 +338,6 @@ def _moments(
         for k, moments in enumerate(sums):
             chosen = (torch.arange(start, start + len(x)) % UNSEEN == UNSEEN - 1) == bool(k)
             taken = keep & chosen[:, None]
-            moments.add(x[taken], answers[..., 0][taken])
+            moments.add(x[taken], answers[taken])
         start += len(x)
     return sums[0], sums[1]
-
-
-def _first_out(stop: Stop | None) -> Tensor:
-    assert stop is not None
-    answer: Tensor = stop.out[0] if isinstance(stop.out, (tuple, list)) else stop.out
-    return answer
