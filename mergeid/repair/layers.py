@@ -15,7 +15,7 @@ from mergeid.basics.on_demand import OnDemand
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.paced import Derived, Stop
 
-WIDE, BLOCK = 1 << 27, 1 << 25
+WIDE, BLOCK = 1 << 25, 1 << 24
 """Numbers beyond which an answer is not held; numbers of it that are formed at a time then."""
 DEAD = 1e-6
 """A channel that counts less than that share of the largest is not fitted."""

@@ -95,8 +95,11 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            wanted, blocks = _wanted(merged, forward, batches[0], frozen)
+            found = _wanted(merged, forward, batches[0], frozen)
+            wanted = frozenset(stop.index for stop in found)
             maps = _maps(merged, forward, batches, wanted)
+            alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
+            blocks = {stop.index: block for stop in alone if (block := block_of(stop))}
             nets = [
                 [
                     Paced(
@@ -160,16 +163,13 @@ def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
     return frozenset(value for each in behind.values() for value in each.needs)
 
 
-def _wanted(
-    model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]
-) -> tuple[frozenset[int], dict[int, int]]:
-    """Numbers of the operations whose weights take part in no other one: a weight that is used twice cannot suit both
-    places. And blocks of those whose answers are too wide to be held."""
+def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> list[Stop]:
+    """The operations whose weights take part in no other one: a weight that is used twice cannot suit both places."""
     seen = operations(model, forward, batch)
     state = model.state_dict(keep_vars=True)
     still = {memory_of(state[k]) for k in frozen}
     uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
-    found = [
+    return [
         stop
         for stop in seen
         if stop.name in KINDS
@@ -177,7 +177,6 @@ def _wanted(
             uses[key] == 1 and memory_of(state[key[0]]) not in still for keys in stop.places.values() for key in keys
         )
     ]
-    return frozenset(stop.index for stop in found), {s.index: block for s in found if (block := block_of(s))}
 
 
 def _solve_at(
@@ -201,8 +200,6 @@ def _solve_at(
     found = [layer for layer in layers if layer is not None]
     if len(found) < len(stops):
         return []
-    if first.block:
-        maps = [None] * len(maps)
     sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
     if any(side.gain is None or not torch.equal(side.gain, sides[0].gain) for side in sides):  # type: ignore[arg-type]
         sides = [_answers(a, b, c, None, w) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
