@@ -4,8 +4,8 @@ With n rows and d > n inputs, the solution of `mergeid.repair.closed_form` lies 
 
     W = W̄ + Rᵀ (X Xᵀ + λ n)⁻¹ X,        R = Y - X W̄ᵀ  (centred with a bias),
 
-so that one eigendecomposition of X Xᵀ [n, n] serves every ridge, and nothing of size d x d is held. Where n is large, the
-ridge is chosen on a sample of the outputs instead, by a Cholesky factor for each: that takes less time and memory.
+so that one eigendecomposition of X Xᵀ [n, n] serves every ridge, and nothing of size d x d is held. Where n is large,
+the ridge is chosen on a sample of the outputs instead, by a Cholesky factor for each: that takes less time and memory.
 """
 
 from __future__ import annotations
@@ -119,7 +119,6 @@ class _Small:
         self.kernel = _kernel(x, x, self.at) if kernel is None else kernel
         self.strength = float(self.kernel.trace()) / x.shape[1]
         self.left = _residuals(x, y, self.at, self.to, mean)
-
 
     def solution(self, ridge: float) -> tuple[Tensor, Tensor | None]:
         """W and b."""

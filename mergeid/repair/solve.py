@@ -327,7 +327,9 @@ def _moments(
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
         rows = [layer.rows(p, layer.source, y, at) for y in side.answers]
         x = rows[0][0]
-        answers = sum(y * side.shares[:, i, None, None].to(y) for i, (_, y) in enumerate(rows))
+        answers = torch.zeros_like(rows[0][1])
+        for i, (_, y) in enumerate(rows):
+            answers += y * side.shares[:, i, None, None].to(y)
         mask = real_tokens(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
