@@ -49,7 +49,7 @@ class Gathered:
         if self.blocks is None:
             return None
         x, y = zip(*self.blocks, strict=True) if self.blocks else ((torch.zeros(0, self.d),), (torch.zeros(0, self.m),))
-        return torch.cat(x), torch.cat(y).double()
+        return x[0] if len(x) == 1 else torch.cat(x), torch.cat(y).double()
 
     @property
     def moments(self) -> Moments:
@@ -76,9 +76,12 @@ def fit_gathered(
     if few is None or others is None:
         sums = [g.moments.centred() if free else g.moments for g in (seen, unseen)]
         return fit(sums[0], sums[1], mean, mean_bias)
+    rows = [few, others]
+    del few, others
+    seen.blocks = unseen.blocks = None  # no more of them than once
     if free:
-        few, others = _about_means(few), _about_means(others)
-    return _fit_rows(few, others, mean.double(), None if mean_bias is None else mean_bias.double())
+        rows = [_about_means(each) for each in rows]
+    return _fit_rows(rows, mean.double(), None if mean_bias is None else mean_bias.double())
 
 
 def _about_means(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -120,23 +123,21 @@ class _Small:
         self.strength = float(self.kernel.trace()) / x.shape[1]
         self.left = _residuals(x, y, self.at, self.to, mean)
 
-    def solution(self, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """W and b."""
+    def solution(self, ridge: float, *, last: bool = False) -> tuple[Tensor, Tensor | None]:
+        """W and b.
+
+        Args:
+            last: the kernel is needed no more.
+        """
         weight = self.mean.clone()
         if self.strength > 0:  # constant inputs move the bias alone
-            coefficients = self.coefficients(ridge)
+            system = self.kernel if last else self.kernel.clone()
+            system.diagonal().add_(ridge * self.strength)
+            torch.linalg.cholesky_ex(system, out=(system, torch.empty((), dtype=torch.int32, device=system.device)))
+            coefficients = torch.cholesky_solve(self.left, system)
             for which, piece in _pieces(self.x, self.at):
                 weight[:, which].addmm_(coefficients.T, piece)
         return weight, self.to - weight @ self.at if self.bias else None
-
-    def coefficients(self, ridge: float) -> Tensor:
-        """(K + λ n)⁻¹ of the residuals [n, m]."""
-        diagonal = self.kernel.diagonal()
-        kept = diagonal.clone()
-        diagonal.add_(ridge * self.strength)
-        found = torch.cholesky_solve(self.left, torch.linalg.cholesky(self.kernel))
-        diagonal.copy_(kept)
-        return found
 
 
 class _Dual(_Small):
@@ -182,18 +183,22 @@ class _Judged:
         return float(missed.square().sum(1).mean()) / self.spread
 
 
-def _fit_rows(
-    seen: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor], mean: Tensor, mean_bias: Tensor | None
-) -> Fit:
-    bias, y = mean_bias is not None, unseen[1]
+def _fit_rows(rows: list[tuple[Tensor, Tensor]], mean: Tensor, mean_bias: Tensor | None) -> Fit:
+    """`rows`: to fit on, and unseen ones; they are used up."""
+    bias, (seen, unseen) = mean_bias is not None, rows
+    y = unseen[1]
     judged = _Judged(*unseen, max(float((y - y.mean(0) if bias else y).square().sum(1).mean()), 1e-300))
     before = judged.error(mean, mean_bias)
-    many = len(seen[0]) > MANY
-    best, after = (_one_by_one if many else _all_at_once)(seen, judged, mean, mean_bias, before)
+    chosen = _one_by_one if len(seen[0]) > MANY else _all_at_once
+    best, after = chosen(seen, judged, mean, mean_bias, before)
     if best == inf:
         return Fit(mean, mean_bias, inf, before, before)
-    every = [torch.cat(pair) for pair in zip(seen, unseen, strict=True)]
-    weight, b = _Small(every[0], every[1], mean, bias).solution(best)
+    x, y = (torch.cat(pair) for pair in zip(seen, unseen, strict=True))
+    del seen, unseen, judged
+    rows.clear()
+    every = _Small(x, y, mean, bias)
+    del y
+    weight, b = every.solution(best, last=True)
     return Fit(weight, b, best, before, after)
 
 
@@ -228,5 +233,5 @@ def _one_by_one(
             break
     if best == inf:
         return inf, before
-    after = judged.error(*_Small(seen[0], seen[1], mean, mean_bias is not None, small.kernel).solution(best))
+    after = judged.error(*_Small(seen[0], seen[1], mean, mean_bias is not None, small.kernel).solution(best, last=True))
     return (best, after) if after < before - NOTHING else (inf, before)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mergeid.basics.on_demand import OnDemand, formed, memory_of
+from mergeid.basics.memory import give_back
+from mergeid.basics.on_demand import OnDemand, formed, is_on_demand, memory_of
 from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
@@ -116,16 +117,21 @@ def solve_network(
                 for b, (batch, behind) in enumerate(zip(batches, maps, strict=True))
             ]
             done: list[SolvedLayer] = []
+            large = is_on_demand(merged)
             for k, index in enumerate(sorted(wanted)):
                 if progress is not None:
                     progress(k, len(wanted))
                 stops = [[net.advance() for net in side] for side in nets]
+                if large:
+                    give_back()
                 at = [behind.pop(index, None) for behind in maps]
                 done += _solve_at(stops, nets, at, each, seed + 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
                         net.forget(needed)
+                if large:
+                    give_back()
             return done
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
