@@ -69,6 +69,7 @@ def fit_gathered(
     """As `mergeid.repair.closed_form.fit`, by whichever form is the smaller one.
 
     Args:
+        seen, unseen: rows to fit on, and others; used up.
         mean, mean_bias: W̄ [m, d] and b̄ [m]; a layer without a bias has none.
         free: the rows count about their own means, those fitted on and the unseen ones each.
     """

@@ -99,14 +99,17 @@ def test_values_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_ridge_at_a_time_has_the_solution_of_all_at_once(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, mean = seeded(60, 90), seeded(20, 90, seed=1)
     y = x @ (mean + 0.3 * seeded(20, 90, seed=2)).T + 0.1 * seeded(60, 20, seed=3)
-    seen, unseen = few_rows.Gathered(90, 20), few_rows.Gathered(90, 20)
-    seen.add(x[:45], y[:45])
-    unseen.add(x[45:], y[45:])
-    offset = seeded(20, seed=4) if bias else None
-    one = few_rows.fit_gathered(seen, unseen, mean, offset)
+
+    def fitted() -> closed_form.Fit:
+        seen, unseen = few_rows.Gathered(90, 20), few_rows.Gathered(90, 20)
+        seen.add(x[:45], y[:45])
+        unseen.add(x[45:], y[45:])
+        return few_rows.fit_gathered(seen, unseen, mean, seeded(20, seed=4) if bias else None)
+
+    one = fitted()
     monkeypatch.setattr(few_rows, "MANY", 0)
     monkeypatch.setattr(few_rows, "COLUMNS", 7)
-    two = few_rows.fit_gathered(seen, unseen, mean, offset)
+    two = fitted()
     assert one.ridge == two.ridge < inf and one.after < one.before
     assert two.after == pytest.approx(one.after, rel=1e-9)
     torch.testing.assert_close(two.weight, one.weight, rtol=1e-9, atol=1e-9)
