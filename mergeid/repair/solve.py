@@ -39,6 +39,8 @@ UNSEEN = 4
 """Every fourth example judges, the others fit."""
 ROWS_PER_INPUT, LEAST_ROWS = 32, 16384
 """Rows that a layer is fitted on at most: so many per input, and no fewer than that."""
+FEWER_THAN_INPUTS = 4096
+"""Rows that are taken at most where there are fewer than inputs: matrices over pairs of rows are held then."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,10 @@ def _moments(
     d = len(part.weight) if part.alone else part.matrix.shape[1]
     m = len(part.weight)
     total = sum(len(side.shares) for side in sides)
-    most = max(-(-max(ROWS_PER_INPUT * (1 if part.alone else d), LEAST_ROWS) // total), 1)
+    limit = max(ROWS_PER_INPUT * (1 if part.alone else d), LEAST_ROWS)
+    if sum(side.layer.positions * len(side.shares) for side in sides) <= d and not part.alone:
+        limit = FEWER_THAN_INPUTS
+    most = max(-(-limit // total), 1)
     sums: list[Gathered | ChannelMoments] = [ChannelMoments(m) if part.alone else Gathered(d, m) for _ in range(2)]
     start = 0
     for side, batch in zip(sides, batches, strict=True):
