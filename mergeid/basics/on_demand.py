@@ -60,7 +60,11 @@ class OnDemand(Tensor):
         shape, dtype, device: as what uses it sees it; rows are brought there when they are formed.
         """
         made: OnDemand = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, tuple(shape), dtype=dtype, device=torch.device(device)
+            cls,
+            tuple(shape),
+            strides=(1, shape[0]) if turned else None,
+            dtype=dtype,
+            device=torch.device(device),
         )
         made.cell = form if isinstance(form, _Cell) else _Cell(form)
         made.turned = turned
@@ -84,6 +88,14 @@ class OnDemand(Tensor):
     def whole(self) -> Tensor:
         """All values."""
         return self.rows().t() if self.turned else self.rows()
+
+    def becomes(self, value: Tensor) -> None:
+        """Other values from now on, for all views of this weight.
+
+        Args:
+            value: of what is formed, not of its transpose.
+        """
+        self.cell.form = lambda which: value[which]
 
     def then(self, change: Callable[[Tensor], Tensor]) -> OnDemand:
         """The weight with every entry changed by itself."""
@@ -177,11 +189,11 @@ def _selected(tensor: Any, dim: int, index: Any) -> Any:
 
 
 def _sliced(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    at = slice(start, end, step)
+    if dim % tensor.dim() == (1 if tensor.turned else 0):
+        return tensor.rows(at).t() if tensor.turned else tensor.rows(at)
     if tensor.turned:
         return NotImplemented
-    at = slice(start, end, step)
-    if dim % tensor.dim() == 0:
-        return tensor.rows(at)
     found = tensor.cell.form(EVERYTHING)
     return found[(EVERYTHING,) * (dim % tensor.dim()) + (at,)].to(tensor.device, tensor.dtype)
 
@@ -214,8 +226,7 @@ def _written(target: Any, value: Any, *_: Any) -> Any:
         form, dtype = value.cell.form, value.dtype
         target.cell.form = form if dtype == target.dtype else lambda which: form(which).to(dtype)
     else:
-        held = _plain(value).expand(target.shape).clone()
-        target.cell.form = lambda which: held[which]
+        target.becomes(_plain(value).expand(target.shape).to(target.dtype, copy=True))
     return target
 
 
@@ -232,6 +243,16 @@ _SPECIAL: Mapping[Any, Callable[..., Any]] = {
     aten.addmm.default: _product_and_bias,
     aten.copy_.default: _written,
 }
+
+
+def formed(tensor: Tensor) -> Tensor:
+    """The values of any tensor."""
+    return tensor.whole() if isinstance(tensor, OnDemand) else tensor
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What a tensor shares with all views of it, and with no other."""
+    return -id(tensor.cell) if isinstance(tensor, OnDemand) else tensor.untyped_storage().data_ptr()
 
 
 def rows_of(tensor: Tensor, which: Rows) -> Tensor:

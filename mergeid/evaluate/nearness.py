@@ -86,7 +86,8 @@ class Panel:
         either: a network may keep to any of the models; else it is compared with their mean alone.
         examples: of which up to `EXAMPLES`, evenly spaced, are looked at, without labels. Where each belongs to a
             model, that model alone counts on it.
-        parts: how many parts these examples are dealt out to: networks can be asked about one part at a time.
+        parts: how many parts these examples are dealt out to: networks can be asked about one part at a time. Or how
+            many, and how many of them are looked at.
         batch_size: for speed and memory only.
     """
 
@@ -100,7 +101,7 @@ class Panel:
         batch_size: int,
         device: str,
         either: bool = True,
-        parts: int = 1,
+        parts: int | tuple[int, int] = 1,
     ) -> None:
         self.first, self.either, self.owners = first, either, examples.owners
         shares = shares if self.owners is None else [1.0]
@@ -109,7 +110,11 @@ class Panel:
         weights = torch.tensor(shares, dtype=torch.float64)
         self.shares = weights.clamp(min=0) / weights.clamp(min=0).sum() if either else weights
         count = len(examples)
-        self.parts = [_spaced(range(k, count, parts), max(EXAMPLES // parts, 1)) for k in range(min(parts, count))]
+        dealt, looked_at = parts if isinstance(parts, tuple) else (parts, parts)
+        self._dealt = min(dealt, count)
+        self.parts = [
+            _spaced(range(k, count, dealt), max(EXAMPLES // dealt, 1)) for k in range(min(looked_at, self._dealt))
+        ]
         self._kept: list[list[tuple[Batch, list[dict[str, Tensor]]]]] | None = [[] for _ in self.parts]
         self._heads = classifying(first)
         self._least: list[dict[str, Tensor]] = []
@@ -134,10 +139,9 @@ class Panel:
     def rest(self, part: int) -> Examples:
         """The calibration data that this part says nothing about: all but every so manieth example. Where there is one
         part only, all of it."""
-        parts = len(self.parts)
-        if parts == 1:
+        if self._dealt == 1:
             return self._data
-        return self._data.taken([i for i in range(len(self._data)) if i % parts != part])
+        return self._data.taken([i for i in range(len(self._data)) if i % self._dealt != part])
 
     def far(self, net: nn.Module, part: int) -> dict[str, Far]:
         """How far a network on the device is from the models on the examples of one part, by the outputs' names."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergeid.basics.on_demand import OnDemand
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.paced import Derived, Stop
 
+WIDE, BLOCK = 1 << 25, 1 << 24
+"""Numbers beyond which an answer is not held; numbers of it that are formed at a time then."""
 DEAD = 1e-6
 """A channel that counts less than that share of the largest is not fitted."""
 Rows = tuple[Tensor, Tensor]
@@ -104,7 +108,7 @@ def layer_of(stop: Stop, examples: int) -> Layer | None:
 
     Args:
         examples: in the batch; they lie in the first dimension of what the operation takes, flattened with others."""
-    make = KINDS.get(stop.name.removeprefix("aten."))
+    make = KINDS.get(stop.name)
     layer = make(stop, examples) if make is not None else None
     if layer is None or not stop.derived:
         return layer
@@ -140,6 +144,8 @@ def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | Non
         return None
 
     def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+        if stop.block:
+            answer, part = answer[:, part * stop.block : (part + 1) * stop.block], 0
         out = answer.mT if turned else answer
         x = (source.mT if turned else source).reshape(stacked, -1, source.shape[-2 if turned else -1])[part]
         y = out.reshape(stacked, -1, out.shape[-1])[part]
@@ -147,7 +153,39 @@ def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | Non
         assert u is not None and v is not None
         return _picked(u, at), _picked(v, at)
 
-    return Layer([Part(m, bias, turned=not turned) for m in w], x.shape[1] // examples, rows, b if turned else a)
+    parts = [Part(m, bias, turned=not turned) for m in w]
+    if stop.block:
+        pieces = parts[0].weight.split(stop.block)
+        offsets = [None] * len(pieces) if bias is None else bias.split(stop.block)
+        parts = [Part(piece, offset, turned=True) for piece, offset in zip(pieces, offsets, strict=True)]
+    return Layer(parts, x.shape[1] // examples, rows, b if turned else a)
+
+
+def block_of(stop: Stop) -> int:
+    """Columns of an operation's answer that are to be looked at together; 0: all of it is held.
+
+    Args:
+        stop: with the answer's shape.
+    """
+    size = prod(stop.shape)
+    right = {"mm": {1}, "addmm": {0, 2}}.get(stop.name)
+    return max(BLOCK // stop.shape[0], 1) if size > WIDE and set(stop.weights) == right else 0
+
+
+def answer_of(stop: Stop) -> Tensor:
+    """What an operation answers; formed a block at a time where the network rests before it."""
+    if not stop.block:
+        answer: Tensor = stop.out[0] if isinstance(stop.out, (tuple, list)) else stop.out
+        return answer
+    *bias, x, weight = stop.args
+
+    def columns(which: Any) -> Tensor:
+        begin, end, _ = which.indices(weight.shape[1])
+        part = weight.narrow(1, begin, end - begin)
+        out = x @ part if not bias else torch.addmm(bias[0][begin:end], x, part)
+        return out.t()
+
+    return OnDemand(columns, (len(x), weight.shape[1]), x.dtype, x.device, turned=True)
 
 
 def _mm(stop: Stop, examples: int) -> Layer | None:

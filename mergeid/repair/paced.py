@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mergeid.basics.nested import named_tensors
+from mergeid.basics.on_demand import memory_of
 from mergeid.plugins import Batch
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -98,6 +99,8 @@ class Stop:
         derived: of arguments that are computed from weights: how.
         out: what it answered; None where the network rests before it.
         step: its number among all operations on activations.
+        block: columns of the answer that are looked at together, where it is too wide to be held; else 0.
+        shape: of the (first) answer, of `operations`.
     """
 
     index: int
@@ -109,10 +112,12 @@ class Stop:
     derived: dict[int, Derived]
     out: Any = None
     step: int = 0
+    block: int = 0
+    shape: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        return str(self.func.overloadpacket)
+        return str(self.func.overloadpacket).removeprefix("aten.")
 
     @property
     def signature(self) -> Any:
@@ -140,7 +145,7 @@ class _Watch(TorchDispatchMode):
         self.state = model.state_dict(keep_vars=True)
         for name, value in self.state.items():
             if value.is_floating_point() and value.numel():
-                self.names.setdefault(value.untyped_storage().data_ptr(), name)
+                self.names.setdefault(memory_of(value), name)
         self.made: Any = WeakIdKeyDictionary()
         self.live: Any = WeakIdKeyDictionary()
         for k, tensor in enumerate(named_tensors(batch).values()):
@@ -189,7 +194,7 @@ class _Watch(TorchDispatchMode):
         """The weight that a tensor is, or is a view of."""
         if not isinstance(x, Tensor) or x in self.live or not x.is_floating_point() or x.layout != torch.strided:
             return None
-        return self.names.get(x.untyped_storage().data_ptr())
+        return self.names.get(memory_of(x))
 
     def _places(self, x: Any) -> list[Any]:
         name = self._weight(x)
@@ -263,7 +268,9 @@ def operations(model: nn.Module, forward: Forward, batch: Batch) -> list[Stop]:
 
     def meet(stop: Stop) -> Any:
         out = stop.func(*stop.args, **stop.kwargs)
-        seen.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places, {}))
+        first = next((x for x in _flat((out,)) if isinstance(x, Tensor)), None)
+        shape = tuple(first.shape) if first is not None else ()
+        seen.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places, {}, shape=shape))
         return out
 
     with torch.no_grad(), _Watch(model, batch, meet):
@@ -299,6 +306,7 @@ class Paced:
         after: rest when the operation has answered (its `out` is known), else before it runs: then it runs with the
             weights as they are when the network goes on.
         keep: values that are held when they are made, until they are let go (`kept`).
+        blocks: number of an operation before which it rests in any case -> `Stop.block`.
     """
 
     def __init__(
@@ -310,11 +318,12 @@ class Paced:
         *,
         after: bool,
         keep: frozenset[Value] = frozenset(),
+        blocks: Mapping[int, int] | None = None,
     ) -> None:
         self.model, self.forward, self.batch, self.wanted, self.after = model, forward, batch, wanted, after
+        self.blocks = blocks or {}
         self.keep, self.kept = keep, dict[Value, Tensor]()
         self.state: Mapping[str, Tensor] = model.state_dict()
-        self.result: Any = None
         self._stop: Stop | None = None
         self._error: BaseException | None = None
         self._done = self._ending = False
@@ -323,8 +332,7 @@ class Paced:
         self._thread.start()
 
     def advance(self) -> Stop | None:
-        """Run to the next operation of interest; None at the end, when `result` is known. Raises what the network
-        raised."""
+        """Run to the next operation of interest; None at the end. Raises what the network raised."""
         if not self._done:
             self._stop = None
             self._go.release()
@@ -351,7 +359,7 @@ class Paced:
         try:
             if not self._ending:
                 with torch.no_grad(), _Watch(self.model, self.batch, self._meet, self._met):
-                    self.result = self.forward(self.model, self.batch)
+                    self.forward(self.model, self.batch)
         except _Stopped:
             pass
         except BaseException as error:
@@ -368,11 +376,13 @@ class Paced:
     def _meet(self, stop: Stop) -> Any:
         if stop.index not in self.wanted:
             return stop.func(*stop.args, **stop.kwargs)
-        if self.after:
+        stop.block = self.blocks.get(stop.index, 0)
+        after = self.after and not stop.block
+        if after:
             stop.out = stop.func(*stop.args, **stop.kwargs)
         self._stop = stop
         self._rests.release()
         self._go.acquire()
         if self._ending:
             raise _Stopped
-        return stop.out if self.after else stop.func(*stop.args, **stop.kwargs)
+        return stop.out if after else stop.func(*stop.args, **stop.kwargs)

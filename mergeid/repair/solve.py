@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mergeid.basics.memory import give_back
+from mergeid.basics.on_demand import OnDemand, formed, is_on_demand, memory_of
+from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
 from mergeid.plugins import Batch
@@ -29,13 +32,15 @@ from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
-from mergeid.repair.layers import KINDS, Layer, Part, layer_of
+from mergeid.repair.layers import KINDS, Layer, Part, answer_of, block_of, layer_of
 from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
 ROWS_PER_INPUT, LEAST_ROWS = 32, 16384
 """Rows that a layer is fitted on at most: so many per input, and no fewer than that."""
+FEWER_THAN_INPUTS = 4096
+"""Rows that are taken at most where there are fewer than inputs: matrices over pairs of rows are held then."""
 
 
 @dataclass(frozen=True)
@@ -93,28 +98,42 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            wanted = _wanted(merged, forward, batches[0], frozen)
+            found = _wanted(merged, forward, batches[0], frozen)
+            wanted = frozenset(stop.index for stop in found)
             maps = _maps(merged, forward, batches, wanted)
+            alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
+            blocks = {stop.index: block for stop in alone if (block := block_of(stop))}
             nets = [
                 [
-                    Paced(_twin(net) if b else net, forward, batch, wanted, after=k > 0, keep=_needed(behind))
+                    Paced(
+                        _twin(net) if b else net,
+                        forward,
+                        batch,
+                        wanted,
+                        after=k > 0,
+                        keep=_needed(behind),
+                        blocks=blocks,
+                    )
                     for k, net in enumerate([merged, *models])
                 ]
                 for b, (batch, behind) in enumerate(zip(batches, maps, strict=True))
             ]
             done: list[SolvedLayer] = []
+            large = is_on_demand(merged)
             for k, index in enumerate(sorted(wanted)):
                 if progress is not None:
                     progress(k, len(wanted))
                 stops = [[net.advance() for net in side] for side in nets]
+                if large:
+                    give_back()
                 at = [behind.pop(index, None) for behind in maps]
                 done += _solve_at(stops, nets, at, each, seed + 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
                         net.forget(needed)
-            for side in nets:
-                side[0].advance()
+                if large:
+                    give_back()
             return done
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -152,23 +171,20 @@ def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
     return frozenset(value for each in behind.values() for value in each.needs)
 
 
-def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> frozenset[int]:
-    """Numbers of the operations whose weights take part in no other one: a weight that is used twice cannot suit both
-    places."""
+def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> list[Stop]:
+    """The operations whose weights take part in no other one: a weight that is used twice cannot suit both places."""
     seen = operations(model, forward, batch)
-    state = model.state_dict()
-    still = {state[k].untyped_storage().data_ptr() for k in frozen}
+    state = model.state_dict(keep_vars=True)
+    still = {memory_of(state[k]) for k in frozen}
     uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
-    return frozenset(
-        stop.index
+    return [
+        stop
         for stop in seen
-        if stop.name.removeprefix("aten.") in KINDS
+        if stop.name in KINDS
         and all(
-            uses[key] == 1 and state[key[0]].untyped_storage().data_ptr() not in still
-            for keys in stop.places.values()
-            for key in keys
+            uses[key] == 1 and memory_of(state[key[0]]) not in still for keys in stop.places.values() for key in keys
         )
-    )
+    ]
 
 
 def _solve_at(
@@ -185,7 +201,10 @@ def _solve_at(
             "be solved layer by layer; leave out --repair solve"
         )
     assert first is not None
-    layers = [layer_of(side[0], len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None]
+    values = _Values()
+    layers = [
+        layer_of(values.of(side[0]), len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None
+    ]
     found = [layer for layer in layers if layer is not None]
     if len(found) < len(stops):
         return []
@@ -204,6 +223,8 @@ def _solve_at(
             for side in sides if part.derived is not None else sides[:1]:  # every batch has computed its own
                 side.part(p).write(made)
         out.append(SolvedLayer(names, made.ridge, made.before, made.after))
+    if any(layer.ridge < inf for layer in out):
+        values.keep()
     return out
 
 
@@ -217,6 +238,30 @@ def _fitted(part: Part, seen: Gathered | ChannelMoments, unseen: Gathered | Chan
         sums = [g.moments.centred() if part.free else g.moments for g in (seen, unseen)]
         return fit_derived(sums[0], sums[1], part)
     return fit_gathered(seen, unseen, part.matrix, part.offset, free=part.free)
+
+
+class _Values:
+    """Values of the weights at one operation that are formed on demand: held while the layer is solved, and put on disk
+    then."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[OnDemand, Tensor]] = {}
+
+    def of(self, stop: Stop) -> Stop:
+        """The same call with plain tensors."""
+        return replace(stop, args=[self._value(x) for x in stop.args])
+
+    def _value(self, x: Any) -> Any:
+        if not isinstance(x, OnDemand):
+            return x
+        if memory_of(x) not in self._held:
+            self._held[memory_of(x)] = (x, formed(x).clone())
+        return self._held[memory_of(x)][1]
+
+    def keep(self) -> None:
+        """They are what the weights give from now on."""
+        for weight, value in self._held.values():
+            weight.becomes(on_disk(value.t() if weight.turned else value))
 
 
 @dataclass(frozen=True)
@@ -250,7 +295,7 @@ class _Side:
 def _answers(
     layer: Layer, stops: Sequence[Stop | None], nets: Sequence[Paced], behind: Beyond | None, shares: Tensor
 ) -> _Side:
-    outs = [_first_out(stop) for stop in stops[1:]]
+    outs = [answer_of(stop) for stop in stops[1:] if stop is not None]
     steps = {stop.step for stop in stops if stop is not None}
     known = behind is not None and len(steps) == 1 and all(behind.needs <= net.kept.keys() for net in nets)
     if behind is None or not known:
@@ -280,7 +325,10 @@ def _moments(
     d = len(part.weight) if part.alone else part.matrix.shape[1]
     m = len(part.weight)
     total = sum(len(side.shares) for side in sides)
-    most = max(-(-max(ROWS_PER_INPUT * (1 if part.alone else d), LEAST_ROWS) // total), 1)
+    limit = max(ROWS_PER_INPUT * (1 if part.alone else d), LEAST_ROWS)
+    if sum(side.layer.positions * len(side.shares) for side in sides) <= d and not part.alone:
+        limit = FEWER_THAN_INPUTS
+    most = max(-(-limit // total), 1)
     sums: list[Gathered | ChannelMoments] = [ChannelMoments(m) if part.alone else Gathered(d, m) for _ in range(2)]
     start = 0
     for side, batch in zip(sides, batches, strict=True):
@@ -290,7 +338,9 @@ def _moments(
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
         rows = [layer.rows(p, layer.source, y, at) for y in side.answers]
         x = rows[0][0]
-        answers = torch.stack([y for _, y in rows], -1) @ side.shares.to(x)[:, None, :, None]
+        answers = torch.zeros_like(rows[0][1])
+        for i, (_, y) in enumerate(rows):
+            answers += y * side.shares[:, i, None, None].to(y)
         mask = real_tokens(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
@@ -298,12 +348,6 @@ def _moments(
         for k, moments in enumerate(sums):
             chosen = (torch.arange(start, start + len(x)) % UNSEEN == UNSEEN - 1) == bool(k)
             taken = keep & chosen[:, None]
-            moments.add(x[taken], answers[..., 0][taken])
+            moments.add(x[taken], answers[taken])
         start += len(x)
     return sums[0], sums[1]
-
-
-def _first_out(stop: Stop | None) -> Tensor:
-    assert stop is not None
-    answer: Tensor = stop.out[0] if isinstance(stop.out, (tuple, list)) else stop.out
-    return answer

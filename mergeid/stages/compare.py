@@ -99,7 +99,9 @@ def last_look(
         batch_size=min(run.batch_size, FEW) if is_on_demand(members.first.model) else run.batch_size,
         device=run.place,
     )
-    panel = panel_of(parts=1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS)
+    parts = 1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS
+    dearest = SOLVE in kinds and is_on_demand(members.first.model)
+    panel = panel_of(parts=(parts, 1) if dearest else parts)
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():
         run.tell("comparing the merges", len(found), len(merges) * len(kinds))

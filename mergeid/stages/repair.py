@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import inf
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergeid.basics.on_demand import held, is_on_demand
+from mergeid.basics.on_demand import OnDemand, held, is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -133,7 +133,7 @@ def repair_network(
     """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
     tell = progress or (lambda *_: None)
     accelerator = make_accelerator(device)
-    if mode != "bn":  # which writes into no weight
+    if mode not in ("bn", SOLVE):  # which write into no weight, or into one at a time
         held(merged)
     if mode == SOLVE:
         return _solve(members, merged.to(accelerator.device), skip, progress)
@@ -165,16 +165,17 @@ def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[
     return [k for k in keys if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)]
 
 
-def _in_memory(members: Members, device: torch.device) -> list[nn.Module]:
-    """Every model in the first one's order of neurons, with all its values."""
-    return [held(copy.deepcopy(work)).to(device).eval() for work in members.workspaces()]
+def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
+    """Every model in the first one's order of neurons."""
+    for work in members.workspaces():
+        yield copy.deepcopy(work).to(device).eval()
 
 
 def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None) -> Repair:
     from mergeid.repair.solve import solve_network
 
     device = next(merged.parameters()).device
-    models = _in_memory(members, device)
+    models = list(_aligned(members, device))
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     owners = members.given.owners
     done = solve_network(
@@ -199,7 +200,13 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
 
 
 def _changed(merged: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu() for k, v in merged.state_dict().items() if not torch.equal(v, before[k])}
+    return {k: v.detach().cpu() for k, v in merged.state_dict().items() if not _equal(v, before[k])}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if isinstance(one, OnDemand) and isinstance(other, OnDemand):
+        return one.cell.form is other.cell.form
+    return torch.equal(one, other)
 
 
 def _polish(
@@ -227,7 +234,7 @@ def _polish(
         return batches(fit.given.taken(torch.randperm(len(fit.given), generator=generator).tolist()))
 
     aim = Aim(
-        _in_memory(members, device),
+        [held(net) for net in _aligned(members, device)],
         members.shares(),
         members.first.outputs,
         frozenset(classifying(members.first)),
