@@ -172,6 +172,11 @@ def _transposed(tensor: Any) -> Any:
     return OnDemand(tensor.cell, tensor.shape[::-1], tensor.dtype, tensor.device, not tensor.turned)
 
 
+def _viewed(tensor: Any, shape: Any) -> Any:
+    """What is formed of a transposed weight does not lie as the weight says."""
+    return tensor.whole().reshape(shape)
+
+
 def _looked_up(weight: Any, index: Any, *_: Any) -> Any:
     if not isinstance(weight, OnDemand) or weight.turned or isinstance(index, OnDemand):
         return NotImplemented
@@ -236,6 +241,8 @@ _SPECIAL: Mapping[Any, Callable[..., Any]] = {
     aten.clone.default: _cloned,
     aten._to_copy.default: _cast,
     aten.t.default: _transposed,
+    aten.view.default: _viewed,
+    aten._unsafe_view.default: _viewed,
     aten.embedding.default: _looked_up,
     aten.index_select.default: _selected,
     aten.slice.Tensor: _sliced,
@@ -258,6 +265,19 @@ def memory_of(tensor: Tensor) -> int:
 def rows_of(tensor: Tensor, which: Rows) -> Tensor:
     """Rows of any tensor."""
     return tensor.rows(which) if isinstance(tensor, OnDemand) and not tensor.turned else tensor[which]
+
+
+def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors of one shape, together: all of them at once, unless a tensor is formed on demand and large."""
+    formed = [isinstance(t, OnDemand) for t in tensors]
+    turned = {t.turned for t in tensors if isinstance(t, OnDemand)}
+    if not any(formed) or tensors[0].numel() <= PIECE or len(turned) > 1 or (True in turned and not all(formed)):
+        yield tuple(t.whole() if isinstance(t, OnDemand) else t for t in tensors)
+        return
+    rows = [t.t() if turned == {True} else t for t in tensors]
+    step = max(PIECE * len(rows[0]) // rows[0].numel(), 1)
+    for begin in range(0, len(rows[0]), step):
+        yield tuple(rows_of(t, slice(begin, begin + step)) for t in rows)
 
 
 def places_of(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:

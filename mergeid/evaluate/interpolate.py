@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics import processes
+from mergeid.basics.on_demand import OnDemand, Rows, rows_of
+from mergeid.basics.on_demand import held as in_memory
 from mergeid.basics.state import forget_derived
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -150,6 +152,8 @@ def barrier_curve(
     precision = how.mixed_precision or accelerator.mixed_precision
     forward = _in_precision(line.forward, how.mixed_precision, accelerator)
     work = line.model if inplace else copy.deepcopy(line.model)
+    if isinstance(repair, Solve):  # which writes into weights
+        in_memory(work)
     work.eval().to(device=accelerator.device, dtype=how.dtype)
     batches, solve = None, None
     if isinstance(repair, Solve):
@@ -241,15 +245,29 @@ def load_between(
     *,
     keep_precision: bool = False,
 ) -> None:
-    """Loads (1 − x) a + x b into the model, tensor by tensor, each at the model's device and dtype.
+    """Loads (1 − x) a + x b into the model, tensor by tensor, each at the model's device and dtype; weights that the
+    model forms on demand are formed of both when they are used.
 
     Rounds to the wider of the two stored dtypes first, as a merged file would, unless `keep_precision`.
     """
     target = model.state_dict()
     with torch.no_grad():
         for name, a in state_a.items():
-            target[name].copy_(between(a, state_b[name], x, target[name].device, keep_precision))
+            place, b = target[name], state_b[name]
+            if isinstance(place, OnDemand):
+                place.copy_(_when_used(a, b, x, place, keep_precision))
+            else:
+                place.copy_(between(a, b, x, place.device, keep_precision))
     forget_derived(model)
+
+
+def _when_used(a: Tensor, b: Tensor, x: float, place: OnDemand, keep_precision: bool) -> OnDemand:
+    """Rows of (1 − x) a + x b, formed whenever they are used."""
+
+    def rows(which: Rows) -> Tensor:
+        return between(rows_of(a, which), rows_of(b, which), x, place.device, keep_precision)
+
+    return OnDemand(rows, place.shape, place.dtype, place.device)
 
 
 def between(a: Tensor, b: Tensor, x: float, device: torch.device, keep_precision: bool = False) -> Tensor:

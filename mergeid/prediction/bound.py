@@ -8,13 +8,16 @@ constant (taken as 1 here), presumes matched inputs and is no certificate.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergeid.prediction.lockstep import Forward, watch
+from mergeid.basics.on_demand import in_pieces
+from mergeid.basics.squares import sum_of_squares
+from mergeid.prediction.lockstep import Forward, Operation, visit
 
 LARGE = 0.5
 """β above which β^{3/2} says nothing: the trainable part decides the signs."""
@@ -69,20 +72,33 @@ def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, 
     Args:
         a, b: in one order of neurons. fixed: the same network with F for weights.
         batch: inputs; every layer is judged on what A and B themselves feed it."""
-    seen = [watch(m, forward, batch)[1] for m in (a, b, fixed)]
+    still: dict[int, Operation] = {}
+
+    def keep(index: int, op: Operation) -> None:
+        matrix = op.matrix()
+        if matrix is not None and any(bool(p.any()) for (p,) in in_pieces(matrix)):
+            for i in op.active:  # only its weights are needed
+                op.leaves[i] = None
+            op.out = op.out.new_empty(0)
+            still[index] = op
+
+    visit(fixed, forward, batch, keep)
+    ratios: dict[int, list[float]] = {k: [] for k in still}
+
+    def compare(index: int, op: Operation) -> None:
+        if index in still and op.out.is_floating_point():
+            own = still[index].at([op.leaves[i] for i in op.active], False)
+            below = _rms(own - own.mean(0))
+            ratios[index].append(_rms(op.out - own) / below if below > 0 else float("inf"))
+
+    for net in (a, b):
+        visit(net, forward, batch, compare)
     found = []
-    for one, two, base in zip(*seen, strict=True):
-        matrix = base.matrix()
-        if matrix is None or not bool(matrix.any()) or not one.out.is_floating_point():
-            continue
-        ratios = []
-        for op in (one, two):
-            still = base.at([op.leaves[i] for i in op.active], False)
-            below = _rms(still - still.mean(0))
-            ratios.append(_rms(op.out - still) / below if below > 0 else float("inf"))
-        beta = sum(ratios) / 2
-        name = next((w for w in base.weights if w.endswith("weight")), base.weights[0])
-        found.append(LayerBound(name, beta, beta**1.5))
+    for index, both in ratios.items():
+        names = still[index].weights
+        name = next((w for w in names if w.endswith("weight")), names[0])
+        beta = sum(both) / 2
+        found += [LayerBound(name, beta, beta**1.5)] if both else []
     if not found:
         return no_bound()
     worst = max(found, key=lambda x: x.beta)
@@ -100,5 +116,4 @@ def chord_bound(a: nn.Module, b: nn.Module, fixed: nn.Module, forward: Forward, 
 
 
 def _rms(x: Tensor) -> float:
-    answer: float = float(x.double().square().mean()) ** 0.5
-    return answer
+    return math.sqrt(sum_of_squares(x) / max(x.numel(), 1))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mergeid.basics.memory import few_rows
-from mergeid.prediction.lockstep import Deviation, sum_of_squares
+from mergeid.basics.squares import squares_of
+from mergeid.prediction.lockstep import Deviation
 
 Features = dict[str, float]
 SHARE = 0.7
@@ -173,8 +174,7 @@ def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
         y = b.get(name)
         if y is None or not x.is_floating_point() or x.dim() < 2:
             continue
-        x, y = (t.float() if t.element_size() < 4 else t for t in (x, y))
-        aa, bb, dd = sum_of_squares(x), sum_of_squares(y), sum_of_squares(x - y)
+        aa, bb, dd = squares_of(x, y)
         ab = (aa + bb - dd) / 2
         if aa > 0 and bb > 0:
             worst = max(worst, math.sqrt(dd / ((aa + bb) / 2)))

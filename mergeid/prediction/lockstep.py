@@ -28,15 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mergeid.basics.shelf import Shelf
+from mergeid.basics.squares import squares_of, sum_of_squares
 from mergeid.errors import MergeidError
 
 Forward = Callable[[nn.Module, Any], Tensor]
 NORMALISERS = ("aten.native_batch_norm", "aten._native_batch_norm_legit_no_training", "aten.cudnn_batch_norm")
 """Operations with stored statistics that a repair estimates again; all take (x, weight, bias, mean, variance, …)."""
-
-
-BLOCK = 4096
-"""Numbers whose squares are added up before float64 takes over."""
 
 
 class PathsDiffer(MergeidError):
@@ -49,7 +47,7 @@ class Operation:
 
     Attributes:
         weights: names of the tensors of the state dict that it takes.
-        leaves: its arguments, flattened; activations are copies.
+        leaves: its arguments, flattened; activations as they were before it.
         active: which leaves are activations.
         out: its first output.
     """
@@ -153,31 +151,60 @@ def _run(model: nn.Module, forward: Forward, batch: Any, step: Callable[..., Any
     return out, mode.count
 
 
+Look = Callable[[int, Operation], None]
+"""Sees an operation that has just run, and its number. Its activations are written over later."""
+
+
+def visit(model: nn.Module, forward: Forward, batch: Any, look: Look) -> tuple[Tensor, int]:
+    """The output of a model as it is, and how many operations on weights and activations were looked at."""
+
+    def step(mode: _Seen, index: int, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        active = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x in mode.of_data]
+        for i in active if func._schema.is_mutable else ():
+            leaves[i] = leaves[i].clone()
+        out = func(*args, **kwargs)
+        look(index, Operation(func, spec, leaves, active, names, first(out)))
+        return out
+
+    return _run(model, forward, batch, step)
+
+
 def watch(model: nn.Module, forward: Forward, batch: Any) -> tuple[Tensor, list[Operation]]:
     """The output of a model as it is, and its operations on weights and activations in order."""
     seen: list[Operation] = []
     kept: Any = WeakIdKeyDictionary()
+    shelf = Shelf()
 
     def keep(x: Tensor) -> Tensor:
         """A copy, one for as long as nothing is written into it: what leaves one operation mostly enters the next."""
         version, copied = kept.get(x, (-1, x))
         if version != x._version:
-            version, copied = kept[x] = (x._version, x.clone())
+            version, copied = kept[x] = (x._version, shelf.keep(x))
         answer: Tensor = copied
         return answer
 
-    def step(mode: _Seen, index: int, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        active = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x in mode.of_data]
-        for i in active:
-            leaves[i] = keep(leaves[i])
-        out = func(*args, **kwargs)
+    def look(index: int, op: Operation) -> None:
+        for i in op.active:
+            op.leaves[i] = keep(op.leaves[i])
         # a write into its argument is counted after this
-        result = first(out).clone() if func._schema.is_mutable else keep(first(out))
-        seen.append(Operation(func, spec, leaves, active, names, result))
-        return out
+        op.out = shelf.keep(op.out) if op.func._schema.is_mutable else keep(op.out)
+        seen.append(op)
 
-    return _run(model, forward, batch, step)[0], seen
+    return visit(model, forward, batch, look)[0], seen
+
+
+def activation_bytes(model: nn.Module, forward: Forward, batch: Any) -> int:
+    """Bytes of all that operations on weights and activations take and return."""
+    total = 0
+
+    def look(index: int, op: Operation) -> None:
+        nonlocal total
+        total += sum(t.numel() * t.element_size() for t in (*(op.leaves[i] for i in op.active), op.out))
+
+    with torch.no_grad():
+        visit(model, forward, batch, look)
+    return total
 
 
 @dataclass(frozen=True)
@@ -195,10 +222,10 @@ class Shift:
     damping: float
 
     @classmethod
-    def of(cls, at_a: Tensor, at_b: Tensor, damping: float) -> Shift:
+    def of(cls, at_a: Tensor, at_b: Tensor, damping: float, shelf: Shelf) -> Shift:
         if not at_a.is_floating_point():
             return cls(None, None, 1.0)
-        return cls((at_a + at_b).div_(2), (at_b - at_a).div_(2), damping)
+        return cls(shelf.take((at_a + at_b).div_(2)), shelf.take((at_b - at_a).div_(2)), damping)
 
     def apply(self, out: Tensor, sign: int) -> None:
         """In place; sign: 1 for A, -1 for B."""
@@ -291,18 +318,22 @@ def lockstep(
 
     Raises `PathsDiffer` where they do not execute the same operations."""
     out_a, ops_a = seen_a or watch(a, forward, batch)
-    out_b, ops_b = watch(b, forward, batch)
-    if [_signature(o) for o in ops_a] != [_signature(o) for o in ops_b]:
-        raise PathsDiffer("the two models do not execute the same operations on the same inputs (routed experts?)")
     has_statistics = any(normalises(o.func) for o in ops_a)
-    damping = damping or [damp(one, two) for one, two in zip(ops_a, ops_b, strict=True)]
+    known, damping = damping, []
     plain: list[Shift] = []
     fresh: list[Shift] = []
     deviations: list[Deviation] = []
-    for k, one in enumerate(ops_a):
-        two = ops_b[k]
+    shelf, apart = Shelf(), False
+
+    def look(k: int, two: Operation) -> None:
+        nonlocal apart
+        apart = apart or k >= len(ops_a) or _signature(ops_a[k]) != _signature(two)
+        if apart:
+            return
+        one = ops_a[k]
+        damping.append(known[k] if known else damp(one, two))
         middle = [_average(one.leaves[i], two.leaves[i]) for i in one.active]
-        shift = Shift.of(one.at(middle, False), two.at(middle, False), damping[k])
+        shift = Shift.of(one.at(middle, False), two.at(middle, False), damping[k], shelf)
         deviation = Deviation(one.weights)
         if shift.middle is not None:
             deviation.add(shift.middle, one.out, two.out)
@@ -310,9 +341,12 @@ def lockstep(
         plain.append(shift)
         if has_statistics:
             if normalises(one.func):
-                shift = Shift.of(one.at(middle, True), two.at(middle, True), damping[k])
+                shift = Shift.of(one.at(middle, True), two.at(middle, True), damping[k], shelf)
             fresh.append(shift)
-        two.leaves, two.out = [], out_b  # activations are large
+
+    out_b, count = visit(b, forward, batch, look)
+    if apart or count != len(ops_a):
+        raise PathsDiffer("the two models do not execute the same operations on the same inputs (routed experts?)")
 
     def pair(shifts: list[Shift], statistics: bool) -> tuple[Tensor, Tensor]:
         return (
@@ -321,7 +355,7 @@ def lockstep(
         )
 
     both = pair(fresh, True) if has_statistics else None
-    return Lockstep(out_a, out_b, pair(plain, False), both, deviations, list(damping))
+    return Lockstep(out_a, out_b, pair(plain, False), both, deviations, damping)
 
 
 def damp(one: Operation, two: Operation) -> float:
@@ -332,9 +366,10 @@ def damp(one: Operation, two: Operation) -> float:
     wa, wb = one.matrix(), two.matrix()
     if wa is None or wb is None:
         return 1.0
-    own = (sum_of_squares(wa) + sum_of_squares(wb)) / 2
+    aa, bb, apart = squares_of(wa, wb)
+    own = (aa + bb) / 2
     # |(W_a + W_b) / 2|² by the difference: no averaged weights are made
-    return max(1 - sum_of_squares((wa - wb) / 2) / own, 0.0) ** 0.25 if own > 0 else 1.0
+    return max(1 - apart / 4 / own, 0.0) ** 0.25 if own > 0 else 1.0
 
 
 def _signature(op: Operation) -> Any:
@@ -343,11 +378,3 @@ def _signature(op: Operation) -> Any:
 
 def _average(x: Any, y: Any) -> Any:
     return (x + y) / 2 if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def sum_of_squares(x: Tensor) -> float:
-    """Σ x²: blocks in the tensor's own precision, their sum in float64."""
-    flat = x.reshape(-1)
-    whole = len(flat) // BLOCK * BLOCK
-    parts = (flat[:whole].view(-1, BLOCK), flat[whole:].view(1, -1))
-    return sum(float(torch.linalg.vector_norm(p, dim=1).double().square().sum()) for p in parts if p.numel())

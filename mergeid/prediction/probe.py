@@ -26,7 +26,7 @@ from mergeid.prediction.features import (
     output_features,
     weight_features,
 )
-from mergeid.prediction.lockstep import Deviation, Forward, Operation, lockstep, watch
+from mergeid.prediction.lockstep import Deviation, Forward, activation_bytes, lockstep, watch
 from mergeid.prediction.trial import TogetherSums
 
 EXAMPLES, SHARE, LEAST = 128, 4, 32
@@ -107,7 +107,7 @@ def probe(
     join = collate or torch.utils.data.default_collate
     first = place(join([chosen[0]]))
     with eval_mode(a), fits_the_model(first):
-        size = max(1, BUDGET // max(COPIES * _bytes(watch(a, forward, first)[1]), 1))
+        size = together(a, forward, first)
     slices = balanced(len(chosen), size)  # a small rest would have statistics of its own
     sums = {name: _Sums() for name in partners}
     known = ends is not None and ends.count > 0
@@ -161,9 +161,12 @@ def _evidence(a: nn.Module, b: nn.Module, ends: Features, sums: _Sums) -> Eviden
     return Evidence(plain, fresh, layers, sums.plain.count)
 
 
-def _bytes(operations: Sequence[Operation]) -> int:
-    tensors = (t for o in operations for t in (*(o.leaves[i] for i in o.active), o.out))
-    return sum(t.numel() * t.element_size() for t in tensors)
+def together(model: nn.Module, forward: Forward, example: Batch) -> int:
+    """How many examples are run at once.
+
+    Args:
+        example: a batch of one."""
+    return max(1, BUDGET // max(COPIES * activation_bytes(model, forward, example), 1))
 
 
 class RandomInputs(Sequence[Batch]):

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from mergeid.basics.on_demand import PIECE, in_pieces
 from mergeid.basics.reading import check_regular, parse_json
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError, listed, shown
-from mergeid.evidence.activations import TapReader, choose_taps, real_tokens, sample_rows
+from mergeid.evidence.activations import Key, TapReader, choose_taps, real_tokens, sample_rows
 from mergeid.io.publish import whole_file, write_text
 from mergeid.models.loaded import Loaded
 from mergeid.models.running import eval_mode, fits_the_model
@@ -117,21 +119,19 @@ def make_sketch(
         for batch, mask in batches:
             if progress:
                 progress(done, len(chosen))
-            with fits_the_model(batch):
-                read = reader(batch)
             n = batches.size(batch)
+            with fits_the_model(batch):
+                read = reader(batch, partial(_taken, taps, torch.arange(done, done + n), mask))
             for key in sorted(batch):
                 if isinstance(batch[key], Tensor):
                     digest.update(key.encode())
                     digest.update(batch[key].detach().cpu().contiguous().numpy().tobytes())
-            for space, tap in taps.items():
-                value = read.get((tap.module, tap.kind, tap.call))
-                if value is not None and value.dim() == tap.ndim:
-                    ids = torch.arange(done, done + n)
-                    rows[space].append(sample_rows(value, tap, ids, mask, PER_EXAMPLE, 0).values)
+            for space, values in (pair for found in read.values() for pair in found.items()):
+                rows[space].append(values)
             logits.append(_sampled(outputs.pop(), mask, done))
             done += n
-        response = torch.stack([_response(loaded, batches, list(taps.values()), level) for level in LEVELS])
+        own = _predictions(loaded, batches)
+        response = torch.stack([_response(loaded, batches, own, list(taps.values()), level) for level in LEVELS])
     kept = {s: torch.cat(found) for s, found in rows.items() if found}
     out = torch.cat(logits).float().cpu()
     state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and v.dim() >= 2}
@@ -148,6 +148,15 @@ def make_sketch(
         response,
         repairable(model),
     )
+
+
+def _taken(taps: Mapping[str, TapMap], ids: Tensor, mask: Tensor | None, key: Key, value: Tensor) -> dict[str, Tensor]:
+    """Space -> sampled rows of what was seen at a tap."""
+    return {
+        space: sample_rows(value, tap, ids, mask, PER_EXAMPLE, 0).values
+        for space, tap in taps.items()
+        if (tap.module, tap.kind, tap.call) == key and value.dim() == tap.ndim
+    }
 
 
 def repairable(model: nn.Module) -> bool:
@@ -193,18 +202,31 @@ def _sampled(out: Tensor, mask: Tensor | None, first: int) -> Tensor:
 def _hash(name: str, value: Tensor) -> Tensor:
     """Signed sums of the entries over buckets that depend on the name and the place alone, float32 [buckets]."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    codes = torch.randint(2 * BUCKETS, (value.numel(),), generator=generator, dtype=torch.int32)
-    signed = value.detach().cpu().double().reshape(-1) * (1 - 2 * (codes % 2)).double()
-    return torch.zeros(BUCKETS, dtype=torch.float64).index_add_(0, (codes // 2).long(), signed).float()
+    total = torch.zeros(BUCKETS, dtype=torch.float64)
+    for (rows,) in in_pieces(value.detach()):
+        for part in rows.reshape(-1).split(PIECE):
+            codes = torch.randint(2 * BUCKETS, part.shape, generator=generator, dtype=torch.int32)
+            total.index_add_(0, (codes // 2).long(), part.cpu().double() * (1 - 2 * (codes % 2)))
+    return total.float()
 
 
-def _response(loaded: Loaded, batches: _Batches, taps: Sequence[TapMap], level: float) -> Tensor:
+def _predictions(loaded: Loaded, batches: _Batches) -> list[Tensor]:
+    """Log-probabilities float64 [rows, classes] of the undisturbed network on those batches that the response is of."""
+    found, count = [], 0
+    for batch, mask in batches.upto(RESPONDING):
+        with torch.no_grad():
+            found.append(_sampled(loaded.forward(loaded.model, batch), mask, count).double().log_softmax(-1))
+        count += batches.size(batch)
+    return found
+
+
+def _response(
+    loaded: Loaded, batches: _Batches, undisturbed: Sequence[Tensor], taps: Sequence[TapMap], level: float
+) -> Tensor:
     """[2, 2] float64: mean cross-entropy above its own entropy against the undisturbed prediction, and the share of its
     probability that the disturbed prediction no longer finds; as averaged, and with the variance repaired."""
     total, count = torch.zeros(2, 2, dtype=torch.float64), 0
-    for batch, mask in batches.upto(RESPONDING):
-        with torch.no_grad():
-            own = _sampled(loaded.forward(loaded.model, batch), mask, count).double().log_softmax(-1)
+    for (batch, mask), own in zip(batches.upto(RESPONDING), undisturbed, strict=True):
         target = own.exp()
         for k, repaired in enumerate((False, True)):
             generator = torch.Generator().manual_seed(count)

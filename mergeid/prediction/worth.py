@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from mergeid.basics.on_demand import in_pieces
 from mergeid.prediction.features import Features
 
 
@@ -89,14 +92,17 @@ def interference_of(a: Mapping[str, Any], b: Mapping[str, Any], base: Mapping[st
         y, origin = b.get(name), base.get(name)
         if y is None or origin is None or not x.is_floating_point() or not x.shape == y.shape == origin.shape:
             continue
-        one, two = (t.double() - origin.double() for t in (x, y))
-        squares = [float(t.square().sum()) for t in (one, two)]
-        total += sum(squares)
-        if min(squares) == 0:
+        sums = torch.zeros(5, dtype=torch.float64)
+        for part in in_pieces(x, y, origin):
+            one, two = (t.double() - part[2].double() for t in part[:2])
+            smaller, product = one.abs().minimum(two.abs()), one * two
+            new = (one.square(), two.square(), product, smaller[product < 0], smaller)
+            sums += torch.stack([t.sum().cpu() for t in new])
+        one_squared, two_squared, dot, apart, least = sums.tolist()
+        total += one_squared + two_squared
+        if min(one_squared, two_squared) == 0:
             continue
-        smaller = one.abs().minimum(two.abs())
-        apart = float(smaller[(one * two) < 0].sum()) / max(float(smaller.sum()), 1e-300)
-        cosine = float((one * two).sum()) / (squares[0] * squares[1]) ** 0.5
-        found.append(Interference(name, cosine, apart, sum(squares)))
+        cosine = dot / (one_squared * two_squared) ** 0.5
+        found.append(Interference(name, cosine, apart / max(least, 1e-300), one_squared + two_squared))
     scaled = [Interference(f.layer, f.cosine, f.against, f.share / total) for f in found]
     return sorted(scaled, key=lambda f: -f.against * f.share)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.shelf import Shelf
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -70,7 +71,11 @@ def trials_of(
     members = averaged_pair(pair.a, pair.b, plan, halves[0])
     merges = {k: m for k, m in merges_of(members)[1].items() if k in (PLAIN, MATCHED)}
     kinds = [k for k in repairs(members, "auto", run.place) if k != "repair"]
-    own = [list(_said(pair.a, m.model, halves[1], run)) for m in (pair.a, pair.b)]
+    shelf = Shelf()
+    own = [
+        [replace(said, logits=shelf.take(said.logits)) for said in _said(pair.a, m.model, halves[1], run)]
+        for m in (pair.a, pair.b)
+    ]
     net, found = copy.deepcopy(pair.a.model).to(run.place), []
     known = {o.label: o for o in outlooks}
     work = [(name, kind) for kind in kinds for name in merges]
@@ -79,14 +84,14 @@ def trials_of(
         load_weights(net, merges[name].merged_state(skip))
         if kind != "none":
             repair_network(merges[name], net, mode=kind, skip=skip, device=run.place)
-        found.append(_trial(name, kind, own, list(_said(pair.a, net, halves[1], run)), known))
+        found.append(_trial(name, kind, own, _said(pair.a, net, halves[1], run), known))
     if can_be_solved(members) and len(halves[0]) >= LEAST:
         run.tell("trying a solved merge", len(work), len(work) + 1)
         best = min(found, key=lambda t: t.soft).merge
         load_weights(net, merges[best].merged_state(skip))
         try:
             repair_network(merges[best], net, mode=SOLVE, skip=skip, device=run.place)
-            found.append(_trial(best, SOLVE, own, list(_said(pair.a, net, halves[1], run)), known))
+            found.append(_trial(best, SOLVE, own, _said(pair.a, net, halves[1], run), known))
         except MergeidError:  # what cannot be solved has no trial
             pass
     return found
@@ -141,7 +146,7 @@ class _Labels:
 
 
 def _trial(
-    name: str, kind: str, own: Sequence[Sequence[Said]], said: Sequence[Said], known: Mapping[str, Outlook]
+    name: str, kind: str, own: Sequence[Sequence[Said]], said: Iterable[Said], known: Mapping[str, Outlook]
 ) -> Trial:
     sums, labels = TrialSums(), _Labels()
     for a, b, merged in zip(*own, said, strict=True):

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
     from mergeid.models.examples import Examples
     from mergeid.neuron_graph.neuron_graph import Element
+    from mergeid.plugins import Batch
     from mergeid.prediction.bound import Bound
     from mergeid.prediction.worth import Interference
     from mergeid.results.prediction import PredictResult
 
 TOLERATED = 0.01
+BOUNDED = 32
+"""Examples that the paper's bound is computed on."""
 Tolerate = Annotated[float, o.Option("Loss to give the probability of.", o.HOW, "NATS", kind=float)]
 Trial = Annotated[
     bool,
@@ -216,6 +219,7 @@ def _bound(
     from mergeid.data.batches import input_dtype, to_model
     from mergeid.nn.names import FIXED, asymmetric_parameters
     from mergeid.prediction.bound import chord_bound, no_bound
+    from mergeid.prediction.probe import together
 
     state = pair.a.state()
     if origin is None:
@@ -225,7 +229,11 @@ def _bound(
         origin = {**state, **{n: torch.zeros_like(state[n]) for n in names}}
     fixed = _plain(pair.a.model, origin)
     join, items = examples.collate or torch.utils.data.default_collate, examples.items
-    raw = join([items[i] for i in range(min(32, len(items)))])
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
-    batch = pair.a.inputs_of(to_model(raw, device, input_dtype(first)))
+
+    def batch_of(count: int) -> Batch:
+        raw = join([items[i] for i in range(count)])
+        return pair.a.inputs_of(to_model(raw, device, input_dtype(first)))
+
+    batch = batch_of(min(BOUNDED, len(items), together(first, pair.a.forward, batch_of(1))))
     return chord_bound(first, partners["direct"], fixed, pair.a.forward, batch)
