@@ -23,7 +23,7 @@ def on_disk(value: Tensor) -> Tensor:
                 file.write(flat.view(torch.uint8).numpy().data)
         except OSError as error:
             raise MergeidError(
-                f"{folder} has no room for {flat.nbytes / 2**20:.0f} MiB of a solved layer "
+                f"{folder} has no room for {flat.nbytes / 2**20:.0f} MiB of tensors "
                 f"({error.strerror or error}); set TMPDIR to a folder on a larger disk"
             ) from error
         found = torch.from_file(str(path), shared=True, size=flat.numel(), dtype=flat.dtype)

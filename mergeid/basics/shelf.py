@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from pathlib import Path
-
-import torch
 from torch import Tensor
+
+from mergeid.basics.on_disk import on_disk
 
 ROOM = 1 << 28
 """Bytes of copies that are kept in memory."""
@@ -19,8 +16,7 @@ class Shelf:
     """Keeps copies. A file is gone with the tensor that it was made for."""
 
     def __init__(self) -> None:
-        self._held = self._count = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._held = 0
 
     def keep(self, value: Tensor) -> Tensor:
         """A copy of a tensor. On the CPU it lies in a file once `ROOM` bytes are held."""
@@ -33,9 +29,4 @@ class Shelf:
         if value.device.type != "cpu" or size <= SMALL or self._held + size <= ROOM:
             self._held += size
             return value
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="mergeid-", ignore_cleanup_errors=True)
-        path, self._count = Path(self._folder.name) / str(self._count), self._count + 1
-        kept = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
-        with contextlib.suppress(OSError):  # Windows keeps what is mapped
-            path.unlink()
-        return kept.copy_(value)
+        return on_disk(value)
