@@ -154,7 +154,8 @@ whole = time.monotonic() - begun
 print(json.dumps(digest(place / "whole")), flush=True)
 generator = random.Random(rounds)
 for k in range(rounds):
-    output, kills, kept = place / f"o{k}", 0, []
+    output, kills, kept = place / f"round{k}" / "out", 0, []
+    output.parent.mkdir()
     for wait in [generator.uniform(0.05, 1.0) * whole, *[generator.uniform(0.3, 1.2) * whole] * (k % 3)]:
         pid = merge(output, kills > 0)
         time.sleep(wait)
@@ -162,11 +163,12 @@ for k in range(rounds):
         kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         if output.exists():
             break
-        kept.append(max([len(p.read_bytes().splitlines()) for p in place.glob(".*.mergeid-tmp/journal.jsonl")] or [0]))
-    if not output.exists():
+        kept.append(max([len(p.read_bytes().splitlines()) for p in output.parent.glob(".*/journal.jsonl")] or [0]))
+    ended = not output.exists()  # else it was killed after it had published its output
+    if ended:
         os.waitpid(merge(output, True), 0)
-    print(json.dumps({"digest": digest(output), "kills": kills, "kept": kept,
-                      "left": len(list(place.glob(".*")))}), flush=True)
+    left = len(list(output.parent.glob(".*"))) if ended else 0
+    print(json.dumps({"digest": digest(output), "kills": kills, "kept": kept, "left": left}), flush=True)
 """
 
 
