@@ -193,6 +193,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "modules: default": {
         "merge_method": "linear", "modules": {"default": {"models": models("a", "b", weight=[1.0, 2.0])}},
     },
+    "modules: default, slices": {
+        "merge_method": "passthrough",
+        "modules": {"default": {"slices": [{"sources": [{"model": m, "layer_range": [1, 3]}]} for m in "ab"]}},
+    },
     "passthrough scale": {"merge_method": "passthrough", "models": models("a", scale=[0.5])},
 }  # fmt: skip
 
@@ -563,18 +567,21 @@ def by_mergekit(recipe: Path, out: Path, *more: str) -> str:
     from mergekit.scripts.run_yaml import main as run_yaml
 
     several = len(list(yaml.safe_load_all(recipe.read_text()))) > 1
-    words = [str(recipe), str(out), "--lora-merge-cache", str(out.parent / "lora-cache"), *more]
+    words = [str(recipe), str(out)]
     if several:
-        words = [str(recipe), "--out-path", str(out), "-I", str(out.with_suffix(".between")), *more]
-    if not more:
-        words += ["--quiet", "--no-write-model-card"]
+        words = [str(recipe), "--out-path", str(out), "-I", str(out.with_suffix(".between"))]
+    words += ["--lora-merge-cache", str(out.parent / "lora-cache"), *more]
+    words += ["--quiet"] * ("-v" not in more) + ["--no-write-model-card"] * ("--write-model-card" not in more)
 
     def listed(path: str, **told: Any) -> list[str]:  # it asks the hub, also where all is in the cache
         from huggingface_hub import snapshot_download
 
         return [f.name for f in Path(snapshot_download(path, revision=told.get("revision"))).iterdir()]
 
-    with mock.patch("huggingface_hub.list_repo_files", listed):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("huggingface_hub.list_repo_files", listed))
+        stack.enter_context(mock.patch("huggingface_hub.repo_exists", lambda *_, **__: False))
+        stack.enter_context(mock.patch("torch.set_num_interop_threads", lambda _: None))  # works once per process
         done = CliRunner().invoke(multimerge if several else run_yaml, words)
     return "" if done.exit_code == 0 else repr(done.exception or done.output[-200:])
 
