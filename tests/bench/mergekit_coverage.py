@@ -42,6 +42,7 @@ from mergekit.scripts.merge_raw_pytorch import main as raw_command
 from mergekit.scripts.moe import main as moe_command
 from mergekit.scripts.multimerge import main as multi_command
 from mergekit.scripts.run_yaml import main as yaml_command
+from mergekit_recipes import RECIPES, models
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
@@ -70,12 +71,12 @@ WORDS: dict[str, tuple[list[str], list[str]]] = {
 }  # fmt: skip
 """Option of mergekit -> its value there, and mergeid's words for the same. Of the others mergeid must say why not."""
 EXERCISED = {
-    "--random-seed": parity.RECIPES["dare_ties"],
-    "--lazy-unpickle": {"merge_method": "linear", "models": parity.models("pickled/a", "pickled/b", weight=[0.3, 0.7])},
-    "--lora-merge-cache": parity.RECIPES["model with lora"],
-    "--lora-merge-dtype": parity.RECIPES["model with lora"],
-    "--clone-tensors": parity.RECIPES["slices: scaled copies"],
-    "--allow-crimes": {"merge_method": "linear", "models": parity.models("llama/a", "mistral/b", weight=[0.3, 0.7])},
+    "--random-seed": RECIPES["dare_ties"],
+    "--lazy-unpickle": {"merge_method": "linear", "models": models("pickled/a", "pickled/b", weight=[0.3, 0.7])},
+    "--lora-merge-cache": RECIPES["model with lora"],
+    "--lora-merge-dtype": RECIPES["model with lora"],
+    "--clone-tensors": RECIPES["slices: scaled copies"],
+    "--allow-crimes": {"merge_method": "linear", "models": models("llama/a", "mistral/b", weight=[0.3, 0.7])},
 }
 """Recipes in which an option has something to do; the others are tried on a plain average."""
 
@@ -272,9 +273,9 @@ def compared(command: str, option: str, theirs: list[str], words: list[str], wor
         failed = mixtures.by_mergeid(place, ours, *words), mixtures.by_mergekit(place, other, option, *theirs)
         judge = mixtures.judged
     else:
-        told = [EXERCISED.get(option, parity.RECIPES["linear"])]
+        told = [EXERCISED.get(option, RECIPES["linear"])]
         if command == "mergekit-multi":
-            told = [{**told[0], "name": "first"}, {"merge_method": "passthrough", "models": parity.models("first")}]
+            told = [{**told[0], "name": "first"}, {"merge_method": "passthrough", "models": models("first")}]
         place, ours, other = work / f"{name}.yaml", work / f"{name}.ours", work / f"{name}.theirs"
         place.write_text(yaml.safe_dump_all(parity.placed(one, "float32") for one in told))
         given = [] if option in ("--out-path", "--intermediate-dir") else [option, *theirs]
@@ -290,10 +291,10 @@ def of_files(work: Path) -> list[dict[str, Any]]:
     """Rows of ``mergekit-pytorch``: state dicts in files, with the same recipes."""
     base, *fine = (f"float32/{name}/model.safetensors" for name in ("base", "a", "b"))
     recipes = {
-        "linear": {"merge_method": "linear", "models": parity.models(*fine, weight=[0.3, 0.7])},
+        "linear": {"merge_method": "linear", "models": models(*fine, weight=[0.3, 0.7])},
         "ties": {
             "merge_method": "ties", "base_model": base,
-            "models": [{"model": base}, *parity.models(*fine, weight=[0.3, 0.7], density=[0.5, 0.4])],
+            "models": [{"model": base}, *models(*fine, weight=[0.3, 0.7], density=[0.5, 0.4])],
         },
     }  # fmt: skip
     shared = options(yaml_command)
