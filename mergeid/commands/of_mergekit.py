@@ -5,6 +5,7 @@ from __future__ import annotations
 _STREAMED = "weights are read, merged and written piece by piece"
 _ON_CPU = "weights are merged on the CPU; --device cuda is for networks that are run"
 _ADAPTERS = "adapters are added to their base as they are read, in float32 or wider, and no copy is kept"
+_ALIKE = "all models must have the same tensors, but for names that the library knows to be the same"
 ADVICE = {
     "--allow-crimes": "models whose configs differ are merged with --config a, other architectures are not",
     "--unsafe-truncate-embeddings": "rows are matched by token instead; use --tokenizer a or union",
@@ -36,6 +37,10 @@ ADVICE = {
     "--load-in-4bit": "hidden states are computed with the base's own weights, read one at a time where they are large",
     "--load-in-8bit": "hidden states are computed with the base's own weights, read one at a time where they are large",
     "--i-understand-this-is-not-useful-without-training": "experts that are all the same are never refused",
+    "--tensor-union": _ALIKE,
+    "-u": _ALIKE,
+    "--tensor-intersection": _ALIKE,
+    "-i": _ALIKE,
     "--out-path": "use -o",
     "--intermediate-dir": "what lies between stages is kept in a hidden folder beside the result until it is whole",
     "-I": "what lies between stages is kept in a hidden folder beside the result until it is whole",

@@ -30,8 +30,8 @@ def open_checkpoint(
     source: Source, *, revision: str | None = None, allow_pickle: bool = False, dequantise: bool = False
 ) -> Checkpoint:
     """Open a ``.safetensors`` file, a model folder, a hub id (``org/name``, ``org/name@revision``), a PEFT adapter on
-    its base (``BASE+ADAPTER``, or the adapter's folder alone where its config names a base at hand), or a live module
-    (its config where it says of itself what a ``config.json`` says).
+    its base (``BASE+ADAPTER``, each of them named so, or the adapter's folder alone where its config names a base at
+    hand), or a live module (its config where it says of itself what a ``config.json`` says).
 
     A path that exists wins over a hub id. Headers are read and checked, tensors are not.
 
@@ -64,7 +64,7 @@ def _at(text: str, named: bool, revision: str | None, allow_pickle: bool, dequan
     if found is None:
         path = Path(_home(text))
         if not os.path.exists(path):
-            if not named or _PATH_LIKE.search(text) or text.split("@")[0].count("/") != 1:
+            if not named or not _is_hub_id(text):
                 raise MergeidError(
                     f"no such file or folder: {text}; expected a .safetensors file, a model folder, or a hub id "
                     "(org/name)"
@@ -79,6 +79,11 @@ def _at(text: str, named: bool, revision: str | None, allow_pickle: bool, dequan
         except OSError as error:
             raise MergeidError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
     return replace(found, source=text)
+
+
+def _is_hub_id(text: str) -> bool:
+    """Whether it looks like ``org/name`` or ``org/name@revision``."""
+    return not _PATH_LIKE.search(text) and text.split("@")[0].count("/") == 1
 
 
 def module_of(source: Source) -> nn.Module | None:
@@ -126,6 +131,10 @@ def _adapter(text: str, allow_pickle: bool, dequantise: bool) -> Checkpoint | No
         MergeidError: the base is not at hand, or the adapter does not fit it.
     """
     under, plus, adapter = text.rpartition("+")
+    if plus and under and _is_hub_id(adapter) and not (os.path.exists(_home(adapter)) or os.path.exists(_home(text))):
+        from mergeid.io.hub import download
+
+        adapter = str(download(adapter))
     apart = bool(plus and under) and os.path.isdir(_home(adapter)) and not os.path.exists(_home(text))
     folder = Path(_home(adapter if apart else text))
     if not os.path.isfile(folder / ADAPTER_CONFIG) or os.path.isfile(folder / "config.json"):

@@ -20,14 +20,17 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import mergekit_moe_parity as mixtures
 import mergekit_parity as parity
+import torch
 import yaml
 from click.testing import CliRunner
 from mergekit._data import chat_templates
@@ -39,6 +42,7 @@ from mergekit.scripts.merge_raw_pytorch import main as raw_command
 from mergekit.scripts.moe import main as moe_command
 from mergekit.scripts.multimerge import main as multi_command
 from mergekit.scripts.run_yaml import main as yaml_command
+from mergekit_recipes import RECIPES, models
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
@@ -51,30 +55,39 @@ WORDS: dict[str, tuple[list[str], list[str]]] = {
     "--random-seed": (["3"], ["--seed", "3"]),
     "--lazy-unpickle": ([], ["--allow-pickle"]),
     "--device": (["cpu"], ["--device", "cpu"]),
-    "--copy-tokenizer": ([], []),
-    "--clone-tensors": ([], []),
-    "--safe-serialization": ([], []),
-    "--async-write": ([], []),
+    "--allow-crimes": ([], ["--config", "a"]),
     "--write-threads": (["2"], []),
     "--num-threads": (["1"], []),
-    "--quiet": ([], []),
-    "-v": ([], []),
-    "--write-model-card": ([], []),
-    "--low-cpu-memory": ([], []),
     "--lora-merge-cache": (["cache"], []),
     "--lora-merge-dtype": (["float32"], []),
-    "--transformers-cache": (["cache"], []),
-    "--unsafe-truncate-embeddings": ([], []),
-    "--allow-crimes": ([], []),
-    "--trust-remote-code": ([], []),
-    "--i-understand-this-is-not-useful-without-training": ([], []),
-    "--lazy": ([], []),
-    "--out-path": ([], []),
-    "--intermediate-dir": ([], []),
+    **{
+        option: ([], [])
+        for option in (
+            "--copy-tokenizer", "--clone-tensors", "--safe-serialization", "--async-write", "--quiet", "-v",
+            "--write-model-card", "--low-cpu-memory", "--i-understand-this-is-not-useful-without-training", "--lazy",
+            "--out-path", "--intermediate-dir",
+        )
+    },
+}  # fmt: skip
+"""Option of mergekit -> its value there, and mergeid's words for the same. Of the others mergeid must say why not."""
+EXERCISED = {
+    "--random-seed": RECIPES["dare_ties"],
+    "--lazy-unpickle": {"merge_method": "linear", "models": models("pickled/a", "pickled/b", weight=[0.3, 0.7])},
+    "--lora-merge-cache": RECIPES["model with lora"],
+    "--lora-merge-dtype": RECIPES["model with lora"],
+    "--clone-tensors": RECIPES["slices: scaled copies"],
+    "--allow-crimes": {"merge_method": "linear", "models": models("llama/a", "mistral/b", weight=[0.3, 0.7])},
 }
-"""Option of mergekit -> its value there, and mergeid's words for the same."""
-NO_DEVICE = ("--cuda", "--read-to-gpu", "--multi-gpu", "--gpu-rich", "--load-in-4bit", "--load-in-8bit")
-"""Options that need a GPU in mergekit: mergeid's answer alone is looked at."""
+"""Recipes in which an option has something to do; the others are tried on a plain average."""
+
+
+def make_pickles(work: Path) -> None:
+    """a and b again, as pickles."""
+    for name in ("a", "b"):
+        place = work / "pickled" / name
+        place.mkdir(parents=True)
+        shutil.copy(work / "float32" / name / "config.json", place)
+        torch.save(load_file(work / "float32" / name / "model.safetensors"), place / "pytorch_model.bin")
 
 
 # --- the list ------------------------------------------------------------------------------------------------------
@@ -210,16 +223,30 @@ def of_command(command: str, work: Path) -> list[dict[str, Any]]:
     for option in options(COMMANDS[command]):
         entry = {"kind": command, "entry": option, "recipes": 1, "same": 0, "refused": 0, "largest": "", "units": ""}
         ours = refusal(option, work, command)
-        theirs, words = WORDS.get(option, ([], None))
-        if option in NO_DEVICE or words is None:
+        if option not in WORDS:
             rows.append({**entry, "refused": 1, "said": ours})
             continue
+        theirs, words = WORDS[option]
         row = compared(command, option, theirs, words, work)
-        how = " ".join(words) or "as it is"
+        how = " ".join(words) or ("as it is" + f": {ours}" * bool(ours))
         same = row["outcome"].startswith("same")
         entry |= {"same": int(same), "refused": 0 if same else 1, "largest": row["largest"], "units": row["units"]}
-        rows.append({**entry, "said": f"{how} ({ours})" if same else row["said"] or row["outcome"]})
+        rows.append({**entry, "said": how if same else row["said"] or row["outcome"]})
     return rows
+
+
+def once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Options that all commands share in one row each: they are the same for mergekit, and tried in every command."""
+    found = []
+    for row in rows:
+        several = [r for r in rows if r["entry"] == row["entry"]]
+        if len(several) < len(COMMANDS):
+            found.append(row)
+        elif row is several[0]:
+            total = {key: sum(r[key] for r in several) for key in ("recipes", "same", "refused")}
+            worst = {k: max((r[k] for r in several if r[k]), key=float, default="") for k in ("largest", "units")}
+            found.append({**row, "kind": "option", **total, **worst})
+    return found
 
 
 def refusal(option: str, work: Path, command: str) -> str:
@@ -235,22 +262,25 @@ def refusal(option: str, work: Path, command: str) -> str:
 
 
 def compared(command: str, option: str, theirs: list[str], words: list[str], work: Path) -> dict[str, Any]:
-    """One option, in a recipe that draws nothing (with a seed: one that draws)."""
+    """One option given to both tools, with the same random masks."""
     name = f"{command}{option}"
     if command == "mergekit-moe":
         recipe = mixtures.RECIPES["llama random" if option == "--random-seed" else "llama cheap_embed"]
+        if option.startswith("--i-understand"):
+            recipe = {**recipe, "experts": [{**one, "source_model": "llama/a"} for one in recipe["experts"]]}
         place, ours, other = work / f"{name}.yaml", work / f"{name}.ours", work / f"{name}.theirs"
         place.write_text(yaml.safe_dump(recipe))
         failed = mixtures.by_mergeid(place, ours, *words), mixtures.by_mergekit(place, other, option, *theirs)
         judge = mixtures.judged
     else:
-        told = [parity.RECIPES["linear"]] if command == "mergekit-yaml" else parity.STAGES["stages"][:2]
+        told = [EXERCISED.get(option, RECIPES["linear"])]
         if command == "mergekit-multi":
-            told = [told[0], {k: v for k, v in told[1].items() if k != "name"}]
+            told = [{**told[0], "name": "first"}, {"merge_method": "passthrough", "models": models("first")}]
         place, ours, other = work / f"{name}.yaml", work / f"{name}.ours", work / f"{name}.theirs"
         place.write_text(yaml.safe_dump_all(parity.placed(one, "float32") for one in told))
         given = [] if option in ("--out-path", "--intermediate-dir") else [option, *theirs]
-        failed = parity.by_mergeid(place, ours, *words), parity.by_mergekit(place, other, *given)
+        with parity.same_masks():
+            failed = parity.by_mergeid(place, ours, *words), parity.by_mergekit(place, other, *given)
         judge = parity.judged
     if any(failed):
         return {"outcome": "refused", "largest": "", "units": "", "said": " | ".join(failed)[:300]}
@@ -261,13 +291,18 @@ def of_files(work: Path) -> list[dict[str, Any]]:
     """Rows of ``mergekit-pytorch``: state dicts in files, with the same recipes."""
     base, *fine = (f"float32/{name}/model.safetensors" for name in ("base", "a", "b"))
     recipes = {
-        "linear": {"merge_method": "linear", "models": parity.models(*fine, weight=[0.3, 0.7])},
+        "linear": {"merge_method": "linear", "models": models(*fine, weight=[0.3, 0.7])},
         "ties": {
             "merge_method": "ties", "base_model": base,
-            "models": [{"model": base}, *parity.models(*fine, weight=[0.3, 0.7], density=[0.5, 0.4])],
+            "models": [{"model": base}, *models(*fine, weight=[0.3, 0.7], density=[0.5, 0.4])],
         },
     }  # fmt: skip
-    rows = []
+    shared = options(yaml_command)
+    rows = [
+        {**row_of(("mergekit-pytorch", option), []), "recipes": 1, "refused": 1, "said": refusal(option, work, "")}
+        for option in options(raw_command)
+        if option not in shared
+    ]
     for name, recipe in recipes.items():
         place = work / f"pytorch-{name}.yaml"
         place.write_text(yaml.safe_dump(recipe))
@@ -284,7 +319,8 @@ def of_extract(work: Path) -> dict[str, Any]:
     from mergeid.commands.cli import run
 
     words = ["--model", "float32/a", "--base-model", "float32/base", "--out-path", "lora.theirs", "--max-rank", "4"]
-    done = CliRunner().invoke(lora_command, words)
+    with mock.patch("huggingface_hub.repo_exists", lambda *_, **__: False):  # asked for the model card
+        done = CliRunner().invoke(lora_command, words)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         code = run(["extract", "float32/a", "--base", "float32/base", "--rank", "4", "-o", "lora.ours"])
     if code or done.exception:
@@ -332,15 +368,21 @@ def row_of(entry: Entry, uses: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--commands", action="store_true", help="only the options of commands")
     parser.add_argument("--examples", type=Path, help="mergekit's examples folder")
     chosen = parser.parse_args()
     recipes = parity.every_recipe(chosen.examples)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         work = Path(folder)
-        rows = parity.rows_of(recipes, work)
-        made = mixtures.rows_of(mixtures.RECIPES, work)
-        commands = [row for command in COMMANDS for row in of_command(command, work)]
+        rows = parity.rows_of({} if chosen.commands else recipes, work)
+        made = mixtures.rows_of({} if chosen.commands else mixtures.RECIPES, work)
+        make_pickles(work)
+        commands = once([row for command in COMMANDS for row in of_command(command, work)])
         commands += [*of_files(work), of_extract(work)]
+    if chosen.commands:
+        for row in commands:
+            print(*row.values(), sep="  ")
+        return 0
     parity.written(rows, parity.TABLE)
     parity.written(made, mixtures.TABLE)
     uses = [(of_recipe(recipes[row["recipe"]]), row) for row in rows]

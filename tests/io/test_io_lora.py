@@ -272,3 +272,25 @@ def test_merge_of_adapters_is_written_as_an_adapter(bases: Path, tmp_path: Path)
     assert "leaves out 0 %" not in low.notes[-1]
     with pytest.raises(MergeidError, match="give --base"):
         mergeid.merge(tmp_path / "whole", base, output=tmp_path / "x", as_adapter=2)
+
+
+def test_an_adapter_is_fetched_from_the_hub(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that exists wins, and what looks like no hub id is not asked for."""
+    place, asked = adapter(bases / "llama", tmp_path / "cached", 1, target_modules=ATTENTION), []
+
+    def download(source: str, **told: Any) -> Path:
+        asked.append(source)
+        return place
+
+    monkeypatch.setattr("mergeid.io.hub.download", download)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bases / "llama", tmp_path / "base")
+    found, expected = open_checkpoint("base+org/adapter@v2"), by_peft(bases / "llama", place)
+    assert asked == ["org/adapter@v2"] and found.source == "base+org/adapter@v2"
+    name = "model.layers.1.self_attn.v_proj.weight"
+    torch.testing.assert_close(found.tensor(name), expected[name])
+    shutil.copytree(place, tmp_path / "org" / "adapter")
+    open_checkpoint("base+org/adapter")
+    with pytest.raises(MergeidError, match="no such file or folder"):
+        open_checkpoint("base+none")
+    assert len(asked) == 1
