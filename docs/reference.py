@@ -31,6 +31,10 @@ LIBRARIES = (
 OTHERS = {
     "matching": ("Matchers", "Seconds of CPU, and the share of a planted permutation that was found."),
     "mergekit_parity": ("Recipes beside mergekit 0.1.5", "Largest difference between the two tools' tensors."),
+    "naive_parity": (
+        "Methods beside their formulas",
+        "Largest difference from naive implementations in float64, relative to the largest number of the result.",
+    ),
     "peft_parity": (
         "Adapters beside PEFT 0.21",
         "`add_weighted_adapter`: largest difference of the updates. Its `linear` adds the factors apart.",
