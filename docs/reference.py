@@ -47,6 +47,10 @@ OTHERS = {
         "What pays when",
         "Fine-tunes of a small ViT on handwritten digits: accuracy on images that nothing was chosen on.",
     ),
+    "adamerging": (
+        "AdaMerging beside task arithmetic",
+        "Eight tasks, each with its own inputs and head: accuracy on test images, the mean first.",
+    ),
     "predict_cost": ("What a prediction costs", "Seconds, beside those of measuring the curve."),
 }
 WORDS = {

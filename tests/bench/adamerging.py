@@ -45,19 +45,21 @@ def network(classes: int = 5) -> Any:
     return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **OPTIONS)
 
 
+def fashion() -> tuple[Tensor, Tensor]:
+    """12,000 images of Fashion-MNIST, 32 pixels wide, from -1 to 1, and their classes."""
+
+    def raw(name: str, skip: int) -> Tensor:
+        content = gzip.decompress((FASHION / f"{name}-ubyte.gz").read_bytes())
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=skip).copy())
+
+    images = raw("train-images-idx3", 16).reshape(-1, 1, 28, 28)[:12000]
+    return pad(images.float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0), raw("train-labels-idx1", 8)[:12000].long()
+
+
 def tasks(seed: int) -> list[Data]:
     """Each task's images and labels from 0 to 4: "base", "own", "validation", "test"."""
-
-    def raw(name: str, skip: int) -> np.ndarray:
-        return np.frombuffer(gzip.open(FASHION / f"{name}-ubyte.gz").read(), np.uint8, offset=skip)
-
-    fashion = torch.from_numpy(raw("train-images-idx3", 16).reshape(-1, 1, 28, 28)[:12000].copy())
-    kinds = torch.from_numpy(raw("train-labels-idx1", 8)[:12000].copy())
     digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None]
-    sets = [
-        (pad(fashion.float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0), kinds),
-        (interpolate(digits / 8 - 1, 32, mode="bilinear"), torch.tensor(load_digits().target)),
-    ]
+    sets = [fashion(), (interpolate(digits / 8 - 1, 32, mode="bilinear"), torch.tensor(load_digits().target))]
     found = []
     generator = torch.Generator().manual_seed(seed)
     for x, y in sets:
