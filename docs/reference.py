@@ -40,6 +40,10 @@ OTHERS = {
         "Largest difference between the two tools' tensors, as transformers loads them.",
     ),
     "mergekit_parity": ("Recipes beside mergekit 0.1.5", "Largest difference between the two tools' tensors."),
+    "naive_parity": (
+        "Methods beside their formulas",
+        "Largest difference from naive implementations in float64, relative to the largest number of the result.",
+    ),
     "peft_parity": (
         "Adapters beside PEFT 0.21",
         "`add_weighted_adapter`: largest difference of the updates. Its `linear` adds the factors apart.",
@@ -51,6 +55,10 @@ OTHERS = {
     "what_pays": (
         "What pays when",
         "Fine-tunes of a small ViT on handwritten digits: accuracy on images that nothing was chosen on.",
+    ),
+    "adamerging": (
+        "AdaMerging beside task arithmetic",
+        "Eight tasks, each with its own inputs and head: accuracy on test images, the mean first.",
     ),
     "predict_cost": ("What a prediction costs", "Seconds, beside those of measuring the curve."),
 }

@@ -44,10 +44,10 @@ def resized(
         build: gives the network of an architecture, on the meta device.
     """
     target = build(to)
-    own = _at_size_of(arch, to, target, build)
+    size = input_size(arch, build(arch))
+    own = None if size == input_size(to, target) else _at_size_of(arch, to, target, build)
     if own is None:
         return None
-    size = input_size(arch, own)
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (own, target)]
     key_of = names.tensor_names(to.name, target, to_table)
     tensors: dict[str, Callable[[Tensor], Tensor] | None] = {}

@@ -10,11 +10,10 @@ from typing import Any
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import label_map, same_tokenizer_files, vocabulary
-from mergeid.io.dtypes import FLOATS, INTEGERS, parse_dtype, wider
+from mergeid.io.dequantise import refuse_quantised
+from mergeid.io.dtypes import INTEGERS, MERGEABLE, parse_dtype, wider
 from mergeid.io.tensors import TensorSource
 from mergeid.nn.names import is_asymmetric
-
-MERGEABLE = (*FLOATS, "C64")
 
 
 def mergeable(checkpoint: TensorSource) -> list[str]:
@@ -165,23 +164,6 @@ def _pattern(names: Sequence[str], all_names: Sequence[str]) -> str:
             return f"--skip '{glob}'"
     shown = " ".join(f"--skip '{n}'" for n in names[:3])
     return shown if len(names) <= 3 else f"--skip '{names[0]}' and so on"
-
-
-def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
-    settings = (checkpoint.config or {}).get("quantization_config")
-    if settings:
-        kind = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
-        raise MergeidError(
-            f"{checkpoint.source} is quantised (quantization_config in its config.json: {kind}); expected float "
-            "weights: give --dequantise, or dequantise it first"
-        )
-    odd = [n for n in names if checkpoint.table[n].dtype not in (*MERGEABLE, *INTEGERS)]
-    odd += [n for n in names if checkpoint.table[n].dtype in INTEGERS and n.endswith("weight")]
-    if odd:
-        raise MergeidError(
-            f"tensor {_and_more(odd)} of {checkpoint.source} is {checkpoint.table[odd[0]].dtype}, a quantised or "
-            "unknown dtype; expected F64, F32, F16 or BF16 weights: give --dequantise, or dequantise it first"
-        )
 
 
 def _refuse_other_names(a: TensorSource, b: TensorSource, names: Sequence[str], common: Sequence[str]) -> None:

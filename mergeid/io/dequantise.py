@@ -7,14 +7,14 @@ compressed-tensors' ``weight_scale``, ComfyUI's ``scale_weight``, or none), and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Formed, derived, read_from
-from mergeid.io.dtypes import parse_dtype, torch_dtype
+from mergeid.io.dtypes import INTEGERS, MERGEABLE, parse_dtype, torch_dtype
 from mergeid.io.tensors import TensorSource
 from mergeid.plugins import TensorInfo
 
@@ -28,6 +28,25 @@ IGNORED = (".weight_format", ".input_scale", ".input_scale_ub", ".output_scale",
 STATE = ".quant_state.bitsandbytes__"
 _4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 QUANTISED = "quantization_config"
+
+
+def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
+    """Raises `MergeidError` for a checkpoint whose tensors of these names are not the weights themselves."""
+    settings = (checkpoint.config or {}).get("quantization_config")
+    if settings:
+        kind = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
+        raise MergeidError(
+            f"{checkpoint.source} is quantised (quantization_config in its config.json: {kind}); expected float "
+            "weights: give --dequantise, or dequantise it first"
+        )
+    odd = [n for n in names if checkpoint.table[n].dtype not in (*MERGEABLE, *INTEGERS)]
+    odd += [n for n in names if checkpoint.table[n].dtype in INTEGERS and n.endswith("weight")]
+    if odd:
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise MergeidError(
+            f"tensor {odd[0]!r}{more} of {checkpoint.source} is {checkpoint.table[odd[0]].dtype}, a quantised or "
+            "unknown dtype; expected F64, F32, F16 or BF16 weights: give --dequantise, or dequantise it first"
+        )
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:

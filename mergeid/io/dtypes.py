@@ -35,6 +35,8 @@ _TORCH_NAMES: dict[str, str] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that weights are merged in."""
 
+MERGEABLE = (*FLOATS, "C64")
+"""What is weighted and added up."""
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 """Dtypes of buffers that are compared, never averaged."""
 

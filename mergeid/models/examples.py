@@ -56,6 +56,13 @@ class Examples:
         owners = None if self.owners is None else tuple(self.owners[i] for i in indices)
         return Examples(Subset(self.items, list(indices)), self.collate, owners)
 
+    def by_owner(self) -> list[Examples]:
+        """Those of every model, in the models' order; one, themselves, where they belong to no one."""
+        if self.owners is None:
+            return [self]
+        owners = self.owners
+        return [self.taken([i for i, o in enumerate(owners) if o == k]) for k in range(max(owners) + 1)]
+
     def batched(self, what: str) -> Examples:
         """Themselves, where they can be put into batches; raises `MergeidError`, which says what needs that."""
         if self.whole:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
@@ -72,6 +73,7 @@ def load_checkpoint(
         names = stored_keys(checkpoint.table, names)
         restore(model, {key: checkpoint.tensor(name) for name, key in names.items()})
     own = model.state_dict()
+    refuse_quantised(checkpoint, list(names))
     for name, key in names.items():
         shape = tuple(checkpoint.table[name].shape)
         if key in own and shape != tuple(own[key].shape):

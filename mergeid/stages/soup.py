@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -94,18 +94,20 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
 
     Args:
         members: with a base; what is learned is for task arithmetic.
+        examples: of all tasks, or every model's own. Then a step takes a batch of each, as in the paper, and runs it
+            with what `skip` names, the task's head, as it is in that model.
 
     Raises:
-        MergeidError: outputs that are no logits.
+        MergeidError: outputs that are no logits, or heads of models whose neurons were moved.
     """
     assert members.base is not None
     model, names, device = copy.deepcopy(members.first.model).to(run.place), members.names(), torch.device(run.place)
     trained = {k for k, _ in model.named_parameters()}
-    keys = [
-        k
-        for k, t in members.models[0].state.items()
-        if t.is_floating_point() and not any(fnmatchcase(names.get(k, k), p) for p in skip)
-    ]
+    floats = [k for k, t in members.models[0].state.items() if t.is_floating_point()]
+    skipped = {k for k in floats if any(fnmatchcase(names.get(k, k), p) for p in skip)}
+    keys = [k for k in floats if k not in skipped]
+    tasks = examples.by_owner()
+    heads = _heads(members, skipped, run.place) if len(tasks) > 1 else [{}]
     origin = {k: members.base.tensor(k).to(device) for k in keys}
     vectors = {k: torch.stack([m.tensor(k).to(device) for m in members.models]) - origin[k] for k in keys}
     count = len(members.models)
@@ -115,31 +117,43 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
     }
     optimiser = torch.optim.Adam([v for k, v in learned.items() if k in trained], lr=RATE)
 
-    def entropy(batch: object) -> Tensor:
+    def entropy(batches: Sequence[object]) -> Tensor:
+        """Of one batch of each task, the mean over tasks."""
         state = {k: origin[k] + torch.tensordot(learned[k].to(v.dtype), v, 1) for k, v in vectors.items()}
-        wrapped = _Forward(model, members)
-        logits: Tensor = functional_call(wrapped, {f"model.{k}": t for k, t in state.items()}, (batch,))
-        if logits.dim() < 2 or logits.shape[-1] < 2:
-            raise MergeidError(
-                f"{members.first.source} does not return logits; expected a classifier for --how adamerging"
-            )
-        chances = logits.float().log_softmax(-1)
-        sure: Tensor = -(chances.exp() * chances).sum(-1).mean()
-        return sure
+        found = []
+        for batch, head in zip(batches, heads, strict=True):
+            values = {f"model.{k}": t for k, t in {**state, **head}.items()}
+            logits: Tensor = functional_call(_Forward(model, members), values, (batch,))
+            if logits.dim() < 2 or logits.shape[-1] < 2:
+                raise MergeidError(
+                    f"{members.first.source} does not return logits; expected a classifier for --how adamerging"
+                )
+            chances = logits.float().log_softmax(-1)
+            found.append(-(chances.exp() * chances).sum(-1).mean())
+        return torch.stack(found).mean()
+
+    def batches() -> Iterator[tuple[object, ...]]:
+        """One pass over the largest task; smaller ones begin again."""
+        longest = max(map(len, tasks))
+        return zip(*(again(task, -(-longest // len(task))) for task in tasks), strict=False)
+
+    def again(task: Examples, passes: int) -> Iterator[object]:
+        for _ in range(passes):
+            yield from task.unlabelled(run.batch_size, members.first, device)
 
     def mean() -> float:
         with torch.no_grad():
-            found = [entropy(b).item() for b in examples.unlabelled(run.batch_size, members.first, device)]
-        return math.fsum(found) / len(found)
+            each = [entropy(b).item() for b in batches()]
+        return math.fsum(each) / len(each)
 
     before, done = mean(), 0
     while done < steps:
-        for batch in examples.unlabelled(run.batch_size, members.first, device):
+        for given in batches():
             if done == steps:
                 break
             run.tell("learning coefficients", done, steps)
             optimiser.zero_grad()
-            entropy(batch).backward()  # type: ignore[no-untyped-call]
+            entropy(given).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             with torch.no_grad():
                 for value in learned.values():
@@ -147,6 +161,16 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
             done += 1
     found = [ByName({names[k]: float(v.detach()[i]) for k, v in learned.items() if k in names}) for i in range(count)]
     return Learned(found, (before, mean()))
+
+
+def _heads(members: Members, skipped: Collection[str], device: str) -> list[dict[str, Tensor]]:
+    """Every model's own tensors, which are not merged."""
+    moved = next((m.loaded.source for m in members.models if m.plan is not None and m.plan.moves), None)
+    if skipped and moved is not None:
+        raise MergeidError(
+            f"the neurons of {moved} were matched, and its own head (--skip) would not fit; give --match never"
+        )
+    return [{k: m.state[k].to(device) for k in skipped} for m in members.models]
 
 
 class _Forward(torch.nn.Module):

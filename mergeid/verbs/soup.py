@@ -14,7 +14,7 @@ from mergeid.methods.settings import ByName, MethodRequest, Setting, evaluate
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Calibration, Matching, Output, check_count
+from mergeid.request.request import Calibration, Matching, Output, OwnData, check_count
 from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.soup import Ingredient, SoupResult
 from mergeid.stages.open import check_matching, open_models, output_path
@@ -61,7 +61,8 @@ def soup(
 
     Args:
         models: two or more, aligned with the first where the plan says so.
-        data: labelled validation examples; "adamerging" does not use the labels.
+        data: labelled validation examples; "adamerging" does not use the labels. For it, models of different tasks each
+            have their own ({"a": …, "b": …}), on which they are run with their own heads (`skip`).
         how: "greedy", "uniform", or "adamerging" (coefficients of the task vectors, learned so that predictions are
             confident).
         base: the model that they were fine-tuned from, for "adamerging".
@@ -84,6 +85,11 @@ def soup(
     run, reading = requests_of(usual, batch_size)
     matching, asked = Matching(match, matcher), Output(output, dtype, force)
     check_matching(matching, False)
+    calibration = calibration_of(data, usual)
+    if isinstance(calibration.data, OwnData) and len(calibration.data.data) != len(models):
+        raise MergeidError(
+            f"--data names {len(calibration.data.data)} models, and the soup has {len(models)}; give data for each"
+        )
     target = None
     if not (is_live(models[0]) and output is None):
         reads = [*models, base, data, reading.arch]
@@ -96,7 +102,7 @@ def soup(
 
     settings = request.over(len(models), met.float_names)
     members = planned_members(met, settings, matching, Calibration(None), asked)
-    examples = met.bench.examples(calibration_of(data, usual), members.first)
+    examples = met.bench.examples(calibration, members.first)
     if examples is None:
         raise MergeidError("a soup is chosen on examples; give them with --data")
     chosen = list(range(len(models)))

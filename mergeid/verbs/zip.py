@@ -175,9 +175,12 @@ def _pair(met: Met, one_head: bool) -> Pair:
     """Both models with A's graph; what is wrong with files is said from their headers where it can be."""
     if not met.live:
         from mergeid.combine.by_torch import check_finite
-        from mergeid.combine.tensor_plan import mergeable, plan_tensors, refuse_quantised
+        from mergeid.combine.tensor_plan import mergeable, plan_tensors
+        from mergeid.io.dequantise import refuse_quantised
 
         opened = met.models
+        for checkpoint in opened:
+            refuse_quantised(checkpoint, list(checkpoint.table))
         if one_head:
             for name in (n for n in opened[0].table if n in opened[1].table):
                 ours, theirs = (c.table[name].shape for c in opened)
@@ -188,7 +191,6 @@ def _pair(met: Met, one_head: bool) -> Pair:
                     )
             plan_tensors(*opened)
         for checkpoint in opened:
-            refuse_quantised(checkpoint, list(checkpoint.table))
             check_finite(checkpoint, mergeable(checkpoint))
     from mergeid.models.graph import graph_of
 

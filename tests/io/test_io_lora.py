@@ -270,6 +270,11 @@ def test_merge_of_adapters_is_written_as_an_adapter(bases: Path, tmp_path: Path)
         torch.testing.assert_close(again[key], whole.tensor(key), rtol=1e-5, atol=1e-6)
     low = mergeid.merge(str(one), str(two), output=tmp_path / "low", as_adapter=2)
     assert "leaves out 0 %" not in low.notes[-1]
+    cut, origin = by_peft(base, tmp_path / "low"), open_checkpoint(base)
+    for key in origin.table:
+        delta, left = whole.tensor(key).double() - origin.tensor(key), whole.tensor(key).double() - cut[key]
+        least = torch.linalg.svdvals(delta)[2:] if delta.dim() == 2 else torch.zeros(1)
+        assert left.norm().item() == pytest.approx(least.norm().item(), abs=1e-5), key
     with pytest.raises(MergeidError, match="give --base"):
         mergeid.merge(tmp_path / "whole", base, output=tmp_path / "x", as_adapter=2)
 

@@ -29,6 +29,25 @@ def test_training_checkpoint_in_a_tar_named_pickle(tmp_path: Path) -> None:
     assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [1.5, 1.5]
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
+def test_every_usual_ending_with_the_wrapper_of_a_training_script(suffix: str, tmp_path: Path) -> None:
+    """As Lightning writes them: the network is an attribute of the module that trains, with its settings beside."""
+    networks = []
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+        networks.append(model.state_dict())
+        state = {f"model.{k}": v for k, v in networks[-1].items()}
+        more = {"epoch": 2, "hyper_parameters": {"lr": 0.1, "name": "x"}, "optimizer_states": [{"step": torch.ones(1)}]}
+        torch.save({"state_dict": state, **more}, tmp_path / f"{name}{suffix}")
+    paths = [tmp_path / f"{n}{suffix}" for n in "ab"]
+    mergeid.merge(*paths, output=tmp_path / "out.safetensors", match="never", allow_pickle=True)
+    merged = load_file(tmp_path / "out.safetensors")
+    a, b = networks
+    assert all(torch.equal(merged[f"model.{k}"], (a[k] + b[k]) / 2) for k in a if a[k].is_floating_point())
+    assert mergeid.graph(paths[0], allow_pickle=True).spaces
+
+
 def test_averaged_weights_of_a_training_checkpoint_are_read_and_that_is_said(tmp_path: Path) -> None:
     """As timm's own loader does by default."""
     state = {"state_dict": {"w": torch.ones(2)}, "state_dict_ema": {"w": torch.full((2,), 3.0)}}

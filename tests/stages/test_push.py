@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import load, load_file, save_file
@@ -199,6 +200,22 @@ def test_all_of_the_output_is_committed_with_a_card(hub: Hub, tmp_path: Path) ->
     _, front, text = hub.files["README.md"].decode().split("---", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "mergeid"]}
     assert "linear" in text and str(a) in text
+
+
+def test_the_plan_and_its_plot_go_along(hub: Hub, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    mergeid.scramble(tmp_path / "a.safetensors", output=tmp_path / "b.safetensors", seed=1)
+    mergeid.merge(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", output=tmp_path / "out.safetensors", push="org/name"
+    )
+    assert hub.files.keys() == {"out.safetensors", "mergeid.json", "README.md", "evidence.svg"}
+    assert json.loads(hub.files["mergeid.json"])["plan"]["verdict"] == "match"
+    assert b"<svg" in hub.files["evidence.svg"] and b"](evidence.svg)" in hub.files["README.md"]
+    assert all(
+        torch.allclose(v, model.state_dict()[k], atol=1e-6) for k, v in load(hub.files["out.safetensors"]).items()
+    )
 
 
 def test_card_names_models_of_the_hub_in_its_own_vocabulary() -> None:

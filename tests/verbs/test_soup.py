@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -130,3 +131,52 @@ def test_soup_of_one_and_adamerging_without_base_are_refused(case: dict[str, Any
         mergeid.soup(case["paths"][:1], data=case["data"])
     with pytest.raises(MergeidError, match="needs --base"):
         mergeid.soup(case["paths"], data=case["data"], how="adamerging")
+
+
+def test_adamerging_runs_each_task_with_its_own_head(case: dict[str, Any], tmp_path: Path) -> None:
+    """Adam's first step is the rate times the sign of the gradient, here of the mean of both tasks' entropies, each on
+    its own inputs through its own head, which plain autograd gives."""
+    base, states = case["base"], [dict(load_file(p)) for p in case["paths"][:2]]
+    paths, data, inputs = [], {}, []
+    for i, state in enumerate(states):
+        g = torch.Generator().manual_seed(10 + i)
+        state |= {k: torch.randn(t.shape, generator=g) for k, t in state.items() if k.startswith("head.")}
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(state, paths[-1])
+        inputs.append(torch.randn(20 + 10 * i, 3, 32, 32, generator=g))
+        data["ab"[i]] = str(tmp_path / f"{i}.npz")
+        np.savez(data["ab"[i]], x=inputs[-1].numpy())
+    keys = [k for k in base if not k.startswith("head.")]
+    learned = {k: torch.full((2,), 0.3, requires_grad=True) for k in keys}
+
+    def entropy() -> Tensor:
+        trunk = {k: base[k] + sum(learned[k][i] * (states[i][k] - base[k]) for i in range(2)) for k in keys}
+        found = []
+        for state, x in zip(states, inputs, strict=True):
+            own = {k: t for k, t in state.items() if k not in keys}
+            chances = torch.func.functional_call(_model(), {**trunk, **own}, (x,)).log_softmax(1)
+            found.append(-(chances.exp() * chances).sum(1).mean())
+        return sum(found) / 2  # type: ignore[return-value]
+
+    before = entropy()
+    before.backward()
+    result = mergeid.soup(
+        paths, data=data, how="adamerging", base=case["folder"] / "base.safetensors", steps=1, batch_size=40,
+        skip=["head.*"], output=tmp_path / "out.safetensors", match="never",
+    )  # fmt: skip
+    assert result.entropy is not None and result.entropy[0] == pytest.approx(before.item(), abs=1e-5)
+    merged = load_file(tmp_path / "out.safetensors")
+    for k in keys:
+        step = [0.3 - 1e-3 * float(learned[k].grad[i].sign()) for i in range(2)]  # type: ignore[index]
+        expected = base[k] + sum(step[i] * (states[i][k] - base[k]) for i in range(2))
+        torch.testing.assert_close(merged[k], expected, rtol=1e-5, atol=2e-6)
+    assert all(torch.equal(merged[k], t) for k, t in states[0].items() if k not in keys)
+    with torch.no_grad():
+        for k in keys:
+            learned[k] -= 1e-3 * learned[k].grad.sign()  # type: ignore[union-attr]
+    assert result.entropy[1] == pytest.approx(entropy().item(), abs=1e-5)
+
+
+def test_own_data_is_for_every_model(case: dict[str, Any]) -> None:
+    with pytest.raises(MergeidError, match="names 2 models, and the soup has 3"):
+        mergeid.soup(case["paths"][:3], data={"a": case["x"], "b": case["x"]})
