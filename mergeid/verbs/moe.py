@@ -14,7 +14,7 @@ from mergeid.methods.settings import MethodRequest
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Calibration, Matching, Output
+from mergeid.request.request import Calibration, Matching, Output, bytes_of
 from mergeid.request.usual import Usual, requests_of
 from mergeid.results.merge import MergeResult
 from mergeid.stages.mixture import GATES, RANDOM, Prompts, mixed, mixture_of, prompted_gates, random_gates
@@ -59,6 +59,7 @@ def moe(
     output: Annotated[str | os.PathLike[str] | None, o.out("A folder. Default: ./moe.")] = None,
     match: o.Match = "auto",
     force: o.Force = False,
+    shard_size: o.ShardSize = None,
     **usual: Unpack[Usual],
 ) -> MergeResult:
     """Build a mixture of experts from dense models, each aligned with the base first.
@@ -69,6 +70,7 @@ def moe(
             tokenizer.
         experts_per_token: how many experts process a token.
         output: a folder; default ``./moe``.
+        shard_size: as for `merge`.
         match: "auto": experts whose neurons are in another order than the base's are aligned by their weights;
             "never": all are taken as they are.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
@@ -95,7 +97,7 @@ def moe(
         if len({(e.positive, e.negative) for e in listed}) == 1:
             raise MergeidError("all experts have the same prompts, so they cannot be told apart; give each its own")
     run, reading = requests_of(usual, 32)
-    matching, asked = Matching(match), Output(output, force=force)
+    matching, asked = Matching(match), Output(output, force=force, shard_size=bytes_of(shard_size))
     check_matching(matching, False)
     target = output_path(replace(asked, path=output or "moe"), [base, *(e.source for e in listed)])
     bench = Workbench(reading, run)
@@ -131,6 +133,6 @@ def moe(
         "plans": [p.to_json() for p in plans],
         "seed": run.seed,
     }
-    files = rewrite(whole, Output(target, force=force), lambda name, tensor: tensor, record, run)
+    files = rewrite(whole, replace(asked, path=target), lambda name, tensor: tensor, record, run)
     verdict = "match" if any(p.verdict == "match" for p in plans) else "direct"
     return MergeResult(verdict, files=files, plans=plans, notes=list(met.agreed.notes))
