@@ -21,7 +21,8 @@ Answer = TypeVar("Answer")
 
 _joined: ContextVar[bool] = ContextVar("joined", default=False)
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
-_fell: list[BaseException] = []
+_voice: list[bool] = []
+"""Whether this process is the one that says what went wrong while they worked together; nothing where nothing did."""
 
 
 def launched() -> int:
@@ -35,8 +36,8 @@ def is_first() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process says what goes wrong: the first does, and one that stops where the others go on."""
-    return is_first() or bool(_fell)
+    """Whether this process says what goes wrong: the first does, and while they work together the first to fall."""
+    return _voice[-1] if _voice else is_first()
 
 
 def _number(name: str, otherwise: int) -> int:
@@ -58,6 +59,20 @@ def together() -> AbstractContextManager[None]:
     return _inside(_joined)
 
 
+def fell() -> bool:
+    """To be called where work that is shared out goes wrong here. What goes wrong in other processes afterwards is only
+    that this one has left, so the one that fell first speaks. Returns whether it is this one."""
+    from torch import distributed
+
+    try:
+        store: Any = distributed.distributed_c10d._get_default_store()
+        first = bool(store.add("mergeid/fell", 1) == 1)
+    except (AttributeError, RuntimeError, ValueError):  # no group, or the store has gone with a process
+        first = is_first()
+    _voice.append(first)
+    return first
+
+
 def alone() -> AbstractContextManager[None]:
     """Work inside is this process's own, and none of it is shared out again."""
     return _inside(_alone)
@@ -76,8 +91,13 @@ def place() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def shared(items: Sequence[Item], work: Callable[[Item], Answer]) -> list[Answer]:
+def shared(
+    items: Sequence[Item], work: Callable[[Item], Answer], parts: Callable[[Answer], Sequence[Answer]] | None = None
+) -> list[Answer]:
     """What `work` makes of every item, each made by one process, on all processes.
+
+    Args:
+        parts: what each process is to have of an answer, in their order; default: each has all of it.
 
     Raises the `MergeidError` of the first item that has one, on all processes."""
     rank, world = place()
@@ -92,13 +112,31 @@ def shared(items: Sequence[Item], work: Callable[[Item], Answer]) -> list[Answer
             except MergeidError as error:
                 wrong = i, error
                 break
-            except BaseException as error:
-                _fell.append(error)
-                raise
     errors = [found for found in everyones(wrong) if found is not None]
     if errors:
         raise min(errors, key=lambda found: found[0])[1]
-    return collected(mine, [i % world for i in range(len(items))])
+    owners = [i % world for i in range(len(items))]
+    return collected(mine, owners) if parts is None else _sent(mine, owners, parts)
+
+
+def _sent(mine: dict[int, Answer], owners: Sequence[int], parts: Callable[[Answer], Sequence[Answer]]) -> list[Answer]:
+    """This process's part of every answer. The others' parts go to them alone."""
+    from torch import distributed
+
+    rank, world = place()
+    found: list[Answer] = []
+    for i, owner in enumerate(owners):
+        if owner == rank:
+            own = parts(mine[i])
+            for other in range(world):
+                if other != rank:
+                    distributed.send_object_list([own[other]], dst=other)
+            found.append(own[rank])
+        else:
+            carried: list[Any] = [None]
+            distributed.recv_object_list(carried, src=owner)
+            found.append(carried[0])
+    return found
 
 
 def in_turn(items: Sequence[Item], work: Callable[[Item], Answer]) -> Iterator[Answer]:

@@ -303,35 +303,51 @@ class PairStream:
     routed: set[tuple[str, int]] = field(default_factory=set)
 
     def rows(
-        self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None
+        self, taps: Mapping[str, Sequence[TapMap]], *, half: int | None = None, owners: Mapping[str, int] | None = None
     ) -> Iterator[tuple[str, int, Rows, Rows]]:
         """(space, tap number, rows of A, rows of B) for every batch (or part of one), space and tap.
 
         Args:
             half: only every other example, 0: from the first on, 1: from the second on.
+            owners: space -> the only process that needs its rows; None: all do.
         """
-        for found in self.of_batches(taps, list, half=half):
+
+        def parts(found: list[Read]) -> list[list[Read]]:
+            assert owners is not None
+            return [[read for read in found if owners[read[0]] == i] for i in range(processes.place()[1])]
+
+        for found in self.of_batches(taps, list, half=half, parts=None if owners is None else parts):
             while found:
                 space, k, a, b = found.pop(0)
                 if (space, k) not in self.routed:
                     yield space, k, a, b
 
     def of_batches(
-        self, taps: Mapping[str, Sequence[TapMap]], take: Callable[[Iterator[Read]], Answer], *, half: int | None = None
+        self,
+        taps: Mapping[str, Sequence[TapMap]],
+        take: Callable[[Iterator[Read]], Answer],
+        *,
+        half: int | None = None,
+        parts: Callable[[Answer], Sequence[Answer]] | None = None,
     ) -> Iterator[Answer]:
         """What `take` makes of the rows of every batch, or part of one, in order: processes share them out.
 
         Args:
             take: given (space, tap number, rows of A, rows of B), as `rows` has them.
+            parts: what each process is to have of an answer; None: each has all of it.
         """
 
         def work(part: _Part) -> tuple[Answer, set[tuple[str, int]]]:
             return take(self._read(taps, part, half)), self.routed
 
+        def split(done: tuple[Answer, set[tuple[str, int]]]) -> list[tuple[Answer, set[tuple[str, int]]]]:
+            assert parts is not None
+            return [(part, done[1]) for part in parts(done[0])]
+
         world = processes.place()[1]
-        parts = self._parts(taps, half)
-        while some := list(islice(parts, world)):
-            for answer, routed in processes.shared(some, work):
+        left = self._parts(taps, half)
+        while some := list(islice(left, world)):
+            for answer, routed in processes.shared(some, work, None if parts is None else split):
                 self.routed |= routed
                 yield answer
 

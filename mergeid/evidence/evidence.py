@@ -158,7 +158,8 @@ class ActivationEvidence:
         if sums > SUMS:
             most = self.stream.per_example * self.stream.count
             self.spool = Spool(2 * most * sum(len(members) for members in self.members.values()))
-        for space, k, a, b in self.stream.rows(self.taps, half=None if judged else 0):
+        owners = self._owners if self.spool is None else None  # what lies on disk is read by all
+        for space, k, a, b in self.stream.rows(self.taps, half=None if judged else 0, owners=owners):
             key = (space, k)
             if self.spool is not None:
                 self.spool.put(key, a, b)

@@ -12,7 +12,7 @@ from mergeid.io.opening import Source, is_live
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Calibration, Matching, Output, check_transport
+from mergeid.request.request import Calibration, Matching, Output, bytes_of, check_transport
 from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.merge import MergeResult
 from mergeid.stages.open import Met, check_matching, open_models, output_path, skipped_keys
@@ -32,6 +32,7 @@ def align(
         o.out("A .safetensors file or a folder. Default: ./aligned.safetensors, for folders ./aligned."),
     ] = None,
     force: o.Force = False,
+    shard_size: o.ShardSize = None,
     resume: o.Resume = False,
     data: o.Data = None,
     match: o.Match = "auto",
@@ -60,13 +61,13 @@ def align(
         transport: map B's neurons onto A's by optimal transport, as in `merge`: the result has A's shapes, and its
             function is only close to B's.
         output: default ``./aligned.safetensors``, for folders ``./aligned``.
-        resume: as for `merge`.
+        resume, shard_size: as for `merge`.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
     run, reading = requests_of(usual, batch_size)
     matching, calibration = Matching(match, matcher), calibration_of(data, usual)
-    asked, target = Output(output, force=force, resume=resume), None
+    asked, target = Output(output, force=force, shard_size=bytes_of(shard_size), resume=resume), None
     if not (is_live(b) and output is None):
         asked = replace(asked, path=output or _default(b))
         target = replace(asked, path=output_path(asked, [to, b, base, data, reading.arch]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Output, Progress, Reading, Run
+from mergeid.request.request import Output, Progress, Reading, Run, bytes_of
 from mergeid.results.merge import ScrambleResult
 from mergeid.stages.open import output_path
 
@@ -40,6 +40,7 @@ def scramble(
     ] = False,
     arch: o.Arch = None,
     force: o.Force = False,
+    shard_size: o.ShardSize = None,
     resume: o.Resume = False,
     allow_pickle: o.AllowPickle = False,
     dequantise: o.Dequantise = False,
@@ -50,7 +51,7 @@ def scramble(
     Args:
         seed: of the random order.
         maps: also apply random scales, signs and orthogonal maps that leave the function unchanged.
-        resume: as for `merge`.
+        resume, shard_size: as for `merge`.
 
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
@@ -61,7 +62,7 @@ def scramble(
     from mergeid.stages.write import digest_of, moved, rewrite
 
     run = Run.of(progress, seed=seed)
-    asked = Output(output, force=force, resume=resume)
+    asked = Output(output, force=force, shard_size=bytes_of(shard_size), resume=resume)
     asked = replace(asked, path=output_path(asked, [a, arch]))
     bench = Workbench(Reading(arch, allow_pickle=allow_pickle, dequantise=dequantise), Run.of(progress))
     loaded = bench.load(a)

@@ -14,7 +14,7 @@ from mergeid.methods.settings import ByName, MethodRequest, Setting, evaluate
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Calibration, Matching, Output, OwnData, check_count
+from mergeid.request.request import Calibration, Matching, Output, OwnData, bytes_of, check_count
 from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.soup import Ingredient, SoupResult
 from mergeid.stages.open import check_matching, open_models, output_path
@@ -45,6 +45,7 @@ def soup(
     ] = "greedy",
     dtype: o.Dtype = None,
     force: o.Force = False,
+    shard_size: o.ShardSize = None,
     base: Annotated[
         Source | None,
         o.Option("Model that the others were fine-tuned from, for adamerging.", o.INPUT, "MODEL", shown=False),
@@ -68,6 +69,7 @@ def soup(
         base: the model that they were fine-tuned from, for "adamerging".
         steps: training steps of "adamerging", one batch each.
         output: default ``./soup.safetensors``, for folders ``./soup``; live modules stay in memory without one.
+        shard_size: as for `merge`.
         match, matcher: as for `merge`, by weights alone.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
 
@@ -83,7 +85,7 @@ def soup(
         raise MergeidError("--how adamerging needs --base, and the other ways do not take it")
     check_count("steps", steps)
     run, reading = requests_of(usual, batch_size)
-    matching, asked = Matching(match, matcher), Output(output, dtype, force)
+    matching, asked = Matching(match, matcher), Output(output, dtype, force, bytes_of(shard_size))
     check_matching(matching, False)
     calibration = calibration_of(data, usual)
     if isinstance(calibration.data, OwnData) and len(calibration.data.data) != len(models):

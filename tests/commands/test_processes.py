@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from shared_worker import EXAMPLES, results, write_pair
 from mergeid.basics import processes
 from mergeid.errors import MergeidError
 
-WORKER = Path(__file__).parents[1] / "helpers" / "shared_worker.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
+WORKER = HELPERS / "shared_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,28 @@ def test_one_process_alone_writes_and_prints(pair: Path, tmp_path: Path) -> None
     assert again.returncode and again.stderr.count("mergeid: error:") == 1 and "exists" in again.stderr
     other = launched(2, ["-m", "mergeid", "graph", a, "--json"])  # nothing of it is shared out
     assert other.returncode == 0 and json.loads(other.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "which", "said"),
+    [
+        ("refuses", 0, "error: the disk of this process is full"),
+        ("refuses", 1, "error: the disk of this process is full"),
+        ("errs", 1, "error: internal error"),
+        ("dies", 1, "error: another process has ended"),
+    ],
+)
+def test_a_process_that_fails_ends_all(how: str, which: int, said: str, pair: Path) -> None:
+    """In time, with one sentence and the exit code that belongs to it."""
+    words = ["plan", str(pair / "a"), str(pair / "b"), "--data", str(pair / "data.npz"), "--limit", "64"]
+    done = launched(2, [str(HELPERS / "failing_worker.py"), how, str(which), *words], timeout=300)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mergeid: error:")]
+    assert done.returncode and not done.stdout
+    if how != "dies" or lines:  # the launcher may end the other one before it has seen that it is alone
+        assert len(lines) == 1 and said in lines[0], done.stderr[-3000:]
+    code = {"refuses": 2, "errs": 3, "dies": 9}[how]
+    assert re.search(rf"exitcode\s*: {code}\b", done.stderr), done.stderr[-3000:]
 
 
 def test_one_process_does_all() -> None:
