@@ -2,7 +2,8 @@
 
 No labels: of a classifying head the Kullback-Leibler divergence from the mixture of the models' predictions, of any
 other output the squared distance from their mean, over its variance. Examples that take no part in the steps judge: the
-weights that were nearest on them are kept, and if none were nearer than the first, these.
+weights that were nearest on them are kept, and if none were nearer than the first, these. The same steps can be taken
+again on all examples (`polished_again`), when it is known how many are good.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class Schedule:
 @dataclass(frozen=True)
 class Polished:
     """Attributes:
-    before, after: distance on the examples that judge. steps: after which the weights were kept.
+    before, after: distance on the examples that judge. steps: of every round, after which the weights were kept.
     """
 
     before: float
     after: float
-    steps: int
+    steps: tuple[int, ...]
 
 
 class Aim:
@@ -119,37 +120,78 @@ def polish_network(
     plan = schedule or Schedule()
     targets = [aim.said(batch) for batch in unseen]
     first = best = _mean(aim, merged, unseen, targets)
-    kept, at, done = _copied(merged), 0, 0
-    asked = {name: p.requires_grad for name, p in merged.named_parameters()}
-    for name, p in merged.named_parameters():
-        p.requires_grad_(p.is_floating_point() and name not in frozen)
-    trained = [p for p in merged.parameters() if p.requires_grad]
-    batches = _endless(seen, torch.Generator().manual_seed(plan.seed))
-    for rate in plan.rates if trained else ():
+    kept, taken = _copied(merged), []
+    with _trained(merged, frozen) as trained:
+        batches = _endless(seen, torch.Generator().manual_seed(plan.seed))
+        for k, rate in enumerate(plan.rates if trained else ()):
+            merged.load_state_dict(kept)
+            at = 0
+            for step in _steps(merged, aim, batches, trained, plan, rate, accelerator):
+                if step % plan.every == 0 or step == plan.steps:
+                    now = _mean(aim, merged, unseen, targets)
+                    if now < best:
+                        best, kept, at = now, _copied(merged), step
+                    if progress is not None:
+                        progress(k * plan.steps + step, plan.steps * len(plan.rates))
+            taken.append(at)
         merged.load_state_dict(kept)
-        optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=plan.decay)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, plan.steps)
-        for step in range(1, plan.steps + 1):
-            batch = next(batches)
-            said = aim.said(batch)
-            optimiser.zero_grad()
-            with torch.enable_grad(), _can_be_trained():
-                accelerator.backward(aim.loss(merged, batch, said))
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
-            cosine.step()
-            done += 1
-            if step % plan.every == 0 or step == plan.steps:
-                now = _mean(aim, merged, unseen, targets)
-                if now < best:
-                    best, kept, at = now, _copied(merged), done
-                if progress is not None:
-                    progress(done, plan.steps * len(plan.rates))
-    merged.load_state_dict(kept)
-    for name, p in merged.named_parameters():
+    return Polished(first, best, tuple(taken))
+
+
+def polished_again(
+    merged: nn.Module,
+    aim: Aim,
+    examples: Callable[[Generator], Sequence[Batch]],
+    done: Polished,
+    *,
+    accelerator: Accelerator,
+    schedule: Schedule | None = None,
+    frozen: Collection[str] = (),
+) -> None:
+    """Take the steps that were kept, on all examples: none judges."""
+    plan = schedule or Schedule()
+    with _trained(merged, frozen) as trained:
+        batches = _endless(examples, torch.Generator().manual_seed(plan.seed))
+        for rate, until in zip(plan.rates, done.steps, strict=False):
+            steps = _steps(merged, aim, batches, trained, plan, rate, accelerator)
+            for _ in range(until):
+                next(steps)
+
+
+@contextmanager
+def _trained(net: nn.Module, frozen: Collection[str]) -> Iterator[list[nn.Parameter]]:
+    """The parameters that take steps; none is asked for gradients afterwards that was not before."""
+    asked = {name: p.requires_grad for name, p in net.named_parameters()}
+    for name, p in net.named_parameters():
+        p.requires_grad_(p.is_floating_point() and name not in frozen)
+    yield [p for p in net.parameters() if p.requires_grad]
+    for name, p in net.named_parameters():
         p.requires_grad_(asked[name])
         p.grad = None
-    return Polished(first, best, at)
+
+
+def _steps(
+    net: nn.Module,
+    aim: Aim,
+    batches: Iterator[Batch],
+    trained: Sequence[nn.Parameter],
+    plan: Schedule,
+    rate: float,
+    accelerator: Accelerator,
+) -> Iterator[int]:
+    """A round: the number of every step that was taken."""
+    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=plan.decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, plan.steps)
+    for step in range(1, plan.steps + 1):
+        batch = next(batches)
+        said = aim.said(batch)
+        optimiser.zero_grad()
+        with torch.enable_grad(), _can_be_trained():
+            accelerator.backward(aim.loss(net, batch, said))
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        cosine.step()
+        yield step
 
 
 @contextmanager

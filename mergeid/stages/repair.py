@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -212,9 +213,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _polish(
     members: Members, merged: nn.Module, skip: Sequence[str], accelerator: Accelerator, progress: Progress | None
 ) -> Repair:
-    """Solve, then distil; every fourth example takes part in neither, and judges."""
+    """Solve, then distil. At first every fourth example takes part in neither, and judges; then both are done again
+    on all examples, with as many steps."""
     from mergeid.evaluate.nearness import classifying
-    from mergeid.repair.polish import Aim, polish_network
+    from mergeid.repair.polish import Aim, polish_network, polished_again
 
     device = next(merged.parameters()).device
     count = len(members.given)
@@ -224,14 +226,15 @@ def _polish(
             f"a polished merge is judged on every {UNSEEN}th example, and there are {count}; give more with --data"
         )
     before = {k: v.clone() for k, v in merged.state_dict().items()}
+    frozen = _frozen(members, before, skip)
     fit = replace(members, examples=members.given.taken([i for i in range(count) if i % UNSEEN != UNSEEN - 1]))
-    found = _solve(fit, merged, skip, progress)
+    _solve(fit, merged, skip, progress)
 
     def batches(part: Examples) -> list[Batch]:
         return list(part.unlabelled(POLISHED_AT_ONCE, members.first, device))
 
-    def dealt(generator: torch.Generator) -> list[Batch]:
-        return batches(fit.given.taken(torch.randperm(len(fit.given), generator=generator).tolist()))
+    def dealt(examples: Examples, generator: torch.Generator) -> list[Batch]:
+        return batches(examples.taken(torch.randperm(len(examples), generator=generator).tolist()))
 
     aim = Aim(
         [held(net) for net in _aligned(members, device)],
@@ -242,12 +245,15 @@ def _polish(
     done = polish_network(
         merged,
         aim,
-        dealt,
+        partial(dealt, fit.given),
         batches(members.given.taken(kept)),
         accelerator=accelerator,
-        frozen=_frozen(members, before, skip),
+        frozen=frozen,
         progress=(lambda k, n: progress("polishing", k, n)) if progress else None,
     )
+    merged.load_state_dict(before)
+    found = _solve(members, merged, skip, progress)
+    polished_again(merged, aim, partial(dealt, members.given), done, accelerator=accelerator, frozen=frozen)
     return replace(
         found, kind=POLISHED, tensors=_changed(merged, before), examples=count, polished=(done.before, done.after)
     )
