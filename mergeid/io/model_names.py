@@ -8,6 +8,7 @@ from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 _EXPECTED = "a path or hub id, or a table with model (path, revision) and lora"
+_WANTED = PydanticCustomError("wanted", "{expected}", {"expected": _EXPECTED})
 
 
 def model_name(value: Any) -> str:
@@ -17,8 +18,10 @@ def model_name(value: Any) -> str:
             "refused",
             "'override_architecture', which is not supported: the architecture is read off the config; see --arch",
         )
-    if not isinstance(value, dict) or not {"model"} <= value.keys() <= {"model", "lora", "override_architecture"}:
+    if not isinstance(value, dict):
         return _path(value)
+    if not {"model"} <= value.keys() <= {"model", "lora", "override_architecture"}:
+        raise _WANTED
     lora = value.get("lora")
     return _path(value["model"]) + ("" if lora is None else f"+{_path(lora)}")
 
@@ -29,7 +32,7 @@ def _path(value: Any) -> str:
         if isinstance(path, str) and isinstance(revision, (str, type(None))):
             return path if revision is None else f"{path}@{revision}"
     if not isinstance(value, str) or not value:
-        raise PydanticCustomError("wanted", "{expected}", {"expected": _EXPECTED})
+        raise _WANTED
     return value
 
 

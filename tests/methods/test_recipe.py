@@ -63,6 +63,11 @@ def test_gradients_and_conditions() -> None:
     assert evaluate(setting, "layers.1.mlp.weight", 0.5) == 0.2
     assert evaluate(setting, "layers.1.attn.weight", 0.25) == 0.25
     assert evaluate((Condition(0.2, "*mlp*"),), "norm.weight", 1.0) is None
+    assert [evaluate((True, False), "x", d) for d in (0, 0.9, 1)] == [True, True, False]
+    pair = {"merge_method": "ties", "base_model": "c", "models": [{"model": "a"}, {"model": "b"}]}
+    told = parse_recipe({**pair, "parameters": {"rescale_norm": ["l1", "l2"]}})
+    settings = MergeSettings.of(get_method("ties"), 2, ["h.0.w", "h.1.w"], parameters=told.parameters)
+    assert [settings.keywords(name)["rescale_norm"] for name in ("h.0.w", "h.1.w")] == ["l1", "l2"]
 
 
 def test_weights_by_glob() -> None:
