@@ -60,6 +60,10 @@ OTHERS = {
         "AdaMerging beside task arithmetic",
         "Eight tasks, each with its own inputs and head: accuracy on test images, the mean first.",
     ),
+    "soups": (
+        "Soups",
+        "Eight fine-tunes of a trained ViT on Fashion-MNIST: accuracy on 5,000 images that nothing was chosen on.",
+    ),
     "predict_cost": ("What a prediction costs", "Seconds, beside those of measuring the curve."),
 }
 WORDS = {
