@@ -22,7 +22,7 @@ def together(call: Call[Any]) -> Iterator[None]:
     """What is called inside is shared out among the processes that were launched, if there are several. They end
     together; where one of them fails, it says why, and all end.
 
-    Raises `MergeidError` for a device that is not there, and where another process has ended without a word."""
+    Raises `MergeidError` for a device that is not there, and where another process has ended without saying why."""
     if processes.launched() == 1:
         yield
         return
@@ -39,7 +39,7 @@ def together(call: Call[Any]) -> Iterator[None]:
     except BaseException as error:
         if processes.fell() and any(sign in str(error) for sign in LEFT):
             raise MergeidError(
-                "another process has ended without a word, perhaps because memory ran out; start again with fewer "
+                "another process has ended without saying why, perhaps because memory ran out; start again with fewer "
                 "processes, or look at the system's log"
             ) from error
         raise

@@ -1,16 +1,21 @@
 """How alike two layers are: CKA, SVCCA and PWCCA from sums over rows, and CKA between all layers.
 
-Rows are examples (or positions of examples), columns are neurons. Nothing that grows with the data is kept: every
-index is computed from sums in float64, added up in chunks of a fixed size, so that the batch size does not matter.
+Rows are examples (or positions of examples), columns are neurons. Nothing that grows with the data is kept, unless
+there are fewer rows than neurons: every index is computed from sums in float64, added up in chunks of a fixed size, so
+that the batch size does not matter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mergeid.basics.memory import NUMBERS
 
 CHUNK = 1024
 """Rows added at once."""
@@ -43,8 +48,31 @@ class _Chunks:
         return [tuple(torch.cat(parts) for parts in zip(*found, strict=True))] if found else []
 
 
+class _Canonical:
+    """Indices that follow from canonical correlations."""
+
+    def svcca(self, variance: float = VARIANCE) -> float:
+        """Mean canonical correlation of the directions that hold `variance` of each layer's variance (Raghu et al.
+        2017, arXiv:1706.05806)."""
+        found = self._canonical(variance)
+        return 0.0 if found is None else float(found[0].mean())
+
+    def pwcca(self) -> float:
+        """Canonical correlations weighted by how much of X each variate accounts for, α_i = Σ_j |⟨h_i, x_j⟩| (Morcos et
+        al. 2018, arXiv:1806.05759). Not symmetric; too high where there are few rows per neuron."""
+        found = self._canonical(1.0)
+        if found is None:
+            return 0.0
+        correlations, shares = found
+        return float((correlations * shares).sum() / shares.sum())
+
+    def _canonical(self, variance: float) -> tuple[Tensor, Tensor] | None:
+        """Canonical correlations and Σ_j |⟨h_i, x_j⟩| of X's variates; None where a layer is constant."""
+        raise NotImplementedError
+
+
 @dataclass
-class PairSums:
+class PairSums(_Canonical):
     """Sums over the rows of X [n, p] and Y [n, q], from which all indices of one pair of layers follow.
 
     Add rows with `add`, then call `finish`.
@@ -129,28 +157,12 @@ class PairSums:
         rows = float(x @ cross @ y) - float(x @ left) - float(y @ right) + products
         return (trace + whole / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
 
-    def svcca(self, variance: float = VARIANCE) -> float:
-        """Mean canonical correlation of the directions that hold `variance` of each layer's variance (Raghu et al.
-        2017, arXiv:1706.05806)."""
-        found = self._canonical(variance)
-        return 0.0 if found is None else float(found[0].mean())
-
-    def pwcca(self) -> float:
-        """Canonical correlations weighted by how much of X each variate accounts for, α_i = Σ_j |⟨h_i, x_j⟩| (Morcos et
-        al. 2018, arXiv:1806.05759). Not symmetric; too high where there are few rows per neuron."""
-        found = self._canonical(1.0)
-        if found is None:
-            return 0.0
-        correlations, shares = found
-        return float((correlations * shares).sum() / shares.sum())
-
     def _covariances(self) -> tuple[Tensor, Tensor, Tensor]:
         n = max(self.count, 1)
         x, y = (s / n for s in self._sum)
         return self._xx / n - torch.outer(x, x), self._yy / n - torch.outer(y, y), self._xy / n - torch.outer(x, y)
 
     def _canonical(self, variance: float) -> tuple[Tensor, Tensor] | None:
-        """Canonical correlations and Σ_j |⟨h_i, x_j⟩| of X's variates; None where a layer is constant."""
         xx, yy, xy = self._covariances()
         bases = [_principal(c, variance) for c in (xx, yy)]
         if any(len(values) == 0 for values, _ in bases):
@@ -162,15 +174,88 @@ class PairSums:
         return correlations.clamp(0, 1), shares
 
 
+class PairRows(_Canonical):
+    """The same indices from the rows themselves: smaller where a layer has more neurons than there are rows.
+
+    Attributes:
+        count: rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows of both layers on the same inputs, [n, p] and [n, q]. They are kept."""
+        self.count += len(x)
+        for kept, rows in zip(self._rows, (x, y), strict=True):
+            kept.append(rows)
+
+    def finish(self) -> PairRows:
+        """To be called after the last row."""
+        return self
+
+    def cka(self) -> float:
+        """As `PairSums.cka`."""
+        one, two = self._grams
+        below = torch.linalg.norm(one) * torch.linalg.norm(two)
+        return float((one * two).sum() / below) if below > 0 else 0.0
+
+    def cka_unbiased(self) -> float:
+        """As `PairSums.cka_unbiased`."""
+        if self.count < 4:
+            return 0.0
+        one, two = map(_u_centred, self._grams)
+        xy, xx, yy = (float((x * y).sum()) for x, y in ((one, two), (one, one), (two, two)))
+        return xy / (xx * yy) ** 0.5 if xx > 0 and yy > 0 else 0.0
+
+    def _columns(self, which: int) -> Iterator[Tensor]:
+        """Some neurons of a layer at a time, centred, float64 [n, neurons]."""
+        rows = self._rows[which]
+        step = max(NUMBERS // self.count, 1)
+        for begin in range(0, rows[0].shape[1], step):
+            part = torch.cat([r[:, begin : begin + step] for r in rows]).double()
+            yield part - part.mean(0)
+
+    @cached_property
+    def _grams(self) -> tuple[Tensor, Tensor]:
+        """XXᵀ and YYᵀ of centred X and Y."""
+        found = [torch.zeros(self.count, self.count, dtype=torch.float64) for _ in range(2)]
+        for which, gram in enumerate(found):
+            for part in self._columns(which):
+                gram.addmm_(part, part.T)
+        return found[0], found[1]
+
+    @cached_property
+    def _spectra(self) -> list[tuple[Tensor, Tensor]]:
+        return [_principal(gram / self.count, 1.0) for gram in self._grams]
+
+    def _canonical(self, variance: float) -> tuple[Tensor, Tensor] | None:
+        ux, uy = (vectors[:, : _holding(values, variance)] for values, vectors in self._spectra)
+        if not ux.shape[1] or not uy.shape[1]:
+            return None
+        left, correlations, _ = torch.linalg.svd(ux.T @ uy, full_matrices=False)
+        variates = (ux @ left).T / self.count**0.5
+        shares = torch.zeros(len(variates), dtype=torch.float64)
+        for part in self._columns(0):
+            shares += (variates @ part).abs().sum(1)
+        return correlations.clamp(0, 1), shares
+
+
 def _principal(covariance: Tensor, variance: float) -> tuple[Tensor, Tensor]:
     """Largest eigenvalues [k] and eigenvectors [p, k] that hold a share of the variance."""
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     present = int((values > RANK * values[0]).sum()) if len(values) and values[0] > 0 else 0
-    if present and variance < 1:
-        reached = values[:present].cumsum(0) / values[:present].sum()
-        present = int((reached < variance).sum()) + 1
-    return values[:present], vectors[:, :present]
+    kept = _holding(values[:present], variance)
+    return values[:kept], vectors[:, :kept]
+
+
+def _holding(values: Tensor, variance: float) -> int:
+    """How many of the largest eigenvalues hold a share of the variance."""
+    if not len(values) or variance >= 1:
+        return len(values)
+    return int((values.cumsum(0) / values.sum() < variance).sum()) + 1
 
 
 class CkaMap:

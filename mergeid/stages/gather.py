@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ Batches = Callable[[], MadeBatches]
 """Starts a pass over the calibration examples."""
 Hears = Callable[[Any, Any, Batch], None]
 """Outputs of A and of B, and the batch that they are of."""
+
+HEARD = 16
+"""Examples in a batch of large models whose outputs are listened to: these are large as well."""
 
 
 def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
@@ -46,6 +50,8 @@ def evidence_of(
         hears: takes both models' outputs on every batch that is run.
     """
     a, b = pair.a, pair.b
+    if hears is not None and is_on_demand(a.model):
+        run = replace(run, batch_size=min(run.batch_size, HEARD))
     taps = choose_taps(pair.graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
     forward_a, forward_b = a.forward, b.forward

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from mergeid.errors import MergeidError
 from mergeid.io.opening import Source
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from mergeid.evidence.similarity import PairSums
+    from mergeid.evidence.similarity import PairRows, PairSums
     from mergeid.models.examples import Examples
     from mergeid.models.loaded import Loaded
 
+Kept = TypeVar("Kept")
+
 BUDGET = 1 << 30
-"""Bytes of sums that are kept at once; more layers take more passes over the data."""
+"""Bytes of sums that are kept at once; more layers take more passes over the data. Of a layer whose sums are larger by
+themselves, and that has more rows than fit, fewer positions are looked at."""
 
 
 @verb
@@ -142,35 +145,52 @@ class _Runs:
             self.run.tell(stage, i, len(batches))
             yield to_model(batch, torch.device(self.run.place), input_dtype(self.models[0].model))
 
-    def outputs(self, which: int, names: Sequence[str], batch: Any) -> dict[str, Tensor]:
-        """Outputs [examples, positions, neurons] of the layers that this batch calls, in forward order."""
+    def outputs(
+        self, which: int, names: Sequence[str], batch: Any, take: Callable[[str, Tensor], Kept]
+    ) -> dict[str, Kept]:
+        """What `take` makes of the outputs [examples, positions, neurons] of the layers that this batch calls, in
+        forward order. It must keep no view of them."""
         import torch
 
         from mergeid.models.running import eval_mode, fits_the_model
 
         loaded = self.models[which]
         size = next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
-        found: dict[str, Tensor] = {}
-        with _hooks(loaded.model, names, found), eval_mode(loaded.model), torch.no_grad(), fits_the_model(batch):
+        found: dict[str, Kept] = {}
+
+        def see(name: str, x: Tensor) -> None:
+            if name not in found and x.numel() and x.shape[0] % size == 0:
+                found[name] = take(name, x.reshape(size, -1, x.shape[-1]))
+
+        with _hooks(loaded.model, names, see), eval_mode(loaded.model), torch.no_grad(), fits_the_model(batch):
             loaded.forward(loaded.model, batch)
-        return {n: x.reshape(size, -1, x.shape[-1]) for n, x in found.items() if x.numel() and x.shape[0] % size == 0}
+        return found
 
     def shapes(self, which: int) -> dict[str, int]:
         """Layer -> its number of neurons, in forward order."""
         if which not in self._shapes:
             first = next(self.batches("reading the layers"))
             names = [n for n, m in self.models[which].model.named_modules() if _has_matrix(m)]
-            found = self.outputs(which, names, first)
-            self._shapes[which] = {name: x.shape[-1] for name, x in found.items()}
+            self._shapes[which] = self.outputs(which, names, first, lambda _, x: x.shape[-1])
         return self._shapes[which]
+
+    def needed(self, name: str) -> tuple[int, int]:
+        """Bytes of the sums over the rows of a layer, and of the products of its rows."""
+        p, q, n = self.shapes(0)[name], self.shapes(1)[name], len(self.examples) * self.per_example
+        return 8 * (p * p + q * q + p * q), 24 * n * n
+
+    def positions(self, name: str) -> int:
+        """Most positions of an example that are looked at."""
+        fewest = max(int((BUDGET / 24) ** 0.5) // len(self.examples), 1)
+        return min(self.per_example, fewest) if min(self.needed(name)) > BUDGET else self.per_example
 
     def groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Layers whose sums fit the budget, one pass each."""
         group: list[str] = []
         size = 0
         for name in names:
-            p, q = self.shapes(0)[name], self.shapes(1)[name]
-            needed = 8 * (p * p + q * q + p * q)
+            sums, products = self.needed(name)
+            needed = sums if sums <= min(products, BUDGET) else 0  # rows lie on disk
             if group and size + needed > BUDGET:
                 yield group
                 group, size = [], 0
@@ -179,33 +199,43 @@ class _Runs:
         if group:
             yield group
 
-    def sums(self, names: Sequence[str]) -> dict[str, PairSums | None]:
-        """Sums over rows of each layer; None where the positions of the two models do not correspond."""
-        from mergeid.evidence.similarity import PairSums
+    def sums(self, names: Sequence[str]) -> dict[str, PairSums | PairRows | None]:
+        """Sums over rows of each layer, or its rows where these are fewer than its neurons; None where the positions of
+        the two models do not correspond."""
+        from mergeid.basics.shelf import Shelf
+        from mergeid.evidence.similarity import PairRows, PairSums
 
-        found: dict[str, PairSums | None] = {name: PairSums() for name in names}
+        few = {name for name in names if self.needed(name)[0] > min(self.needed(name)[1], BUDGET)}
+        found: dict[str, PairSums | PairRows | None] = {n: PairRows() if n in few else PairSums() for n in names}
+        shelf = Shelf()
         for batch in self.batches("comparing layers"):
-            outputs = [self.outputs(i, names, batch) for i in range(2)]
+
+            def take(name: str, x: Tensor, batch: Any = batch) -> tuple[Any, Tensor]:
+                rows = self._rows(x, batch, self.positions(name))
+                return x.shape[:2], shelf.take(rows) if name in few else rows
+
+            outputs = [self.outputs(i, names, batch, take) for i in range(2)]
             for name in names:
                 x, y = (o.get(name) for o in outputs)
                 sums = found[name]
-                if sums is None or x is None or y is None or x.shape[:2] != y.shape[:2]:
+                if sums is None or x is None or y is None or x[0] != y[0]:
                     found[name] = None
                     continue
-                for rows in zip(*(self._rows(t, batch) for t in (x, y)), strict=True):
-                    sums.add(*rows)
+                sums.add(x[1], y[1])
         return {name: None if sums is None else sums.finish() for name, sums in found.items()}
 
-    def _rows(self, x: Tensor, batch: Any) -> Iterator[Tensor]:
-        """At most `per_example` positions of every example, the same in both models, [rows, neurons]."""
+    def _rows(self, x: Tensor, batch: Any, most: int) -> Tensor:
+        """At most so many positions of every example, the same in both models, [rows, neurons]."""
         import torch
 
         from mergeid.evidence.activations import _positions
 
         mask = _mask(x, batch)
+        rows = []
         for i, example in enumerate(x):
             present = torch.arange(len(example)) if mask is None else torch.nonzero(mask[i].cpu()).reshape(-1)
-            yield example[present[_positions(len(present), self.per_example, self.run.seed)].to(x.device)].cpu()
+            rows.append(example[present[_positions(len(present), most, self.run.seed)].to(x.device)].cpu())
+        return torch.cat(rows)
 
     def map(self, names_a: Sequence[str], names_b: Sequence[str]) -> np.ndarray:
         """Unbiased CKA of all layers of A with all layers of B, on activations averaged over positions."""
@@ -213,10 +243,12 @@ class _Runs:
 
         found = CkaMap()
         for batch in self.batches("comparing all layers"):
-            averaged = [
-                [_averaged(o[n], batch) for n in names if n in o]
-                for names, o in ((names, self.outputs(i, names, batch)) for i, names in enumerate((names_a, names_b)))
-            ]
+
+            def take(_: str, x: Tensor, batch: Any = batch) -> Tensor:
+                return _averaged(x, batch)
+
+            seen = [(names, self.outputs(i, names, batch, take)) for i, names in enumerate((names_a, names_b))]
+            averaged = [[outputs[n] for n in names if n in outputs] for names, outputs in seen]
             if (len(averaged[0]), len(averaged[1])) != (len(names_a), len(names_b)):
                 raise MergeidError("the models call other layers from batch to batch; choose some with --layers")
             found.add(*averaged)
@@ -244,20 +276,15 @@ def _averaged(x: Tensor, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _hooks(model: nn.Module, names: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
-    """While open, the first output of each layer is kept, its neurons in the last dimension."""
+def _hooks(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, the outputs of the layers are shown, their neurons in the last dimension."""
     import torch
     from torch.nn.modules.conv import _ConvNd
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if (
-                name not in found
-                and isinstance(output, torch.Tensor)
-                and output.is_floating_point()
-                and output.dim() > 1
-            ):
-                found[name] = (output.movedim(1, -1) if isinstance(module, _ConvNd) else output).detach().clone()
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 1:
+                see(name, (output.movedim(1, -1) if isinstance(module, _ConvNd) else output).detach())
 
         return hook
 

@@ -32,6 +32,9 @@ SHAPES = {
 TABLE = Path(__file__).parent / "tables" / "any_size.csv"
 STEPS = ("scramble", "loop", "align", "merge", "plan", "plan with data", "merge with data")
 NOISE = 0.1
+MOST = {"0.3B": 900, "1.2B": 1800, "8B": 6144}
+WITH_DATA, TIMES = 3072, 4
+"""What is asked: MiB of anonymous memory from weights and with data, and CPU time over the bare loop's."""
 
 
 def tensors(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -208,8 +211,25 @@ def main() -> None:
             )
             writer.writeheader()
             writer.writerows(rows)
+    judge([r for r in rows if r["model"] == given.size])
     if not given.keep:
         shutil.rmtree(work)
+
+
+def judge(rows: list[dict[str, str]]) -> None:
+    """Print every step beside what is asked of it."""
+    loop = next((float(r["cpu_seconds"]) for r in rows if r["step"] == "loop"), 0.0)
+    for r in rows:
+        if r["step"] == "loop":
+            continue
+        most = WITH_DATA if "data" in r["step"] else MOST.get(r["model"])
+        asked = "" if most is None else f" (asked: {most})"
+        times = (
+            f", {float(r['cpu_seconds']) / loop:.1f} of one product per axis (asked of weights: {TIMES})"
+            if loop
+            else ""
+        )
+        print(f"{r['model']:5} {r['step']:16} {r['anonymous_MiB']:>6} MiB{asked}, {r['cpu_seconds']} s{times}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plain merges of Llama-type bf16 models of 0.3, 1.2 and 3 billion parameters: CPU seconds and anonymous memory,
+"""Plain merges of Llama-type bf16 models of 0.1 to 3 billion parameters: CPU seconds and anonymous memory,
 beside mergekit 0.1.5 in the same run.
 
     python tests/bench/merge_sizes.py --work FOLDER --mergekit-venv VENV [--size 1.2B] [--method ties …] [--csv FILE]
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import Usage, run
 
 SIZES = {
+    "0.1B": (32_000, 768, 2048, 12, 12, 4),
     "0.3B": (32_000, 1024, 4096, 16, 16, 4),
     "1.2B": (128_256, 2048, 8192, 16, 32, 8),
     "3B": (128_256, 3072, 8192, 28, 24, 8),

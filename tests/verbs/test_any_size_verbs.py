@@ -107,6 +107,22 @@ def formed_not_held(load_between: Callable[..., None], solves: bool) -> Callable
     return checked
 
 
+@pytest.mark.parametrize("budget", [1 << 30, 400_000, 0])
+def test_similarity_in_little_room(budget: int, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take turns; of those that have no room at all, fewer positions count."""
+    from mergeid.verbs import similarity
+
+    whole = mergeid.similarity(*pair[:2], data=pair[2])
+    monkeypatch.setattr(similarity, "BUDGET", budget)
+    found = mergeid.similarity(*pair[:2], data=pair[2])
+    assert [x.layer for x in found.layers] == [x.layer for x in whole.layers]
+    for x, y in zip(found.layers, whole.layers, strict=True):
+        if budget:
+            assert (x.rows, x.cka, x.svcca, x.pwcca) == (y.rows, *map(pytest.approx, (y.cka, y.svcca, y.pwcca)))
+        else:
+            assert 4 <= x.rows <= y.rows
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks at what Linux says of mapped files")
 def test_a_shelf_is_on_disk_beyond_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf, "ROOM", 3000)
@@ -136,3 +152,15 @@ def test_pieces_are_all_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), wanted, strict=True))
     assert len(list(on_demand.in_pieces(formed, other))) == 4
     assert torch.equal(formed.t().reshape(-1), value.t().reshape(-1))
+
+
+def test_files_are_no_larger_than_they_may_be(pair: Pair, tmp_path: Path) -> None:
+    a, b, _ = pair
+    mergeid.scramble(a, output=tmp_path / "moved", seed=2, shard_size="20KB")
+    mergeid.align(b, to=a, output=tmp_path / "aligned", shard_size="20KB")
+    for folder in ("moved", "aligned"):
+        files = list((tmp_path / folder).glob("*.safetensors"))
+        sizes = [sum(v.numel() * v.element_size() for v in load_file(f).values()) for f in files]
+        largest = max(v.numel() * v.element_size() for v in load_file(a / "model.safetensors").values())
+        assert len(files) > 1 and max(sizes) <= max(20_000, largest)
+        assert {k for f in files for k in load_file(f)} == load_file(a / "model.safetensors").keys()

@@ -19,7 +19,7 @@ from torch import nn
 import mergeid as m
 from mergeid.errors import MergeidError
 from mergeid.evidence import similarity as s
-from mergeid.evidence.similarity import CkaMap, PairSums
+from mergeid.evidence.similarity import CkaMap, PairRows, PairSums
 
 seeds = st.integers(0, 2**31)
 
@@ -30,8 +30,10 @@ def pair(seed: int, rows: int = 60, p: int = 7, q: int = 5, noise: float = 1.0) 
     return x, x @ rng.standard_normal((p, q)) + noise * rng.standard_normal((rows, q))
 
 
-def sums(x: np.ndarray, y: np.ndarray, pieces: int = 17) -> PairSums:
-    found = PairSums()
+def sums(
+    x: np.ndarray, y: np.ndarray, pieces: int = 17, kind: type[PairSums] | type[PairRows] = PairSums
+) -> PairSums | PairRows:
+    found = kind()
     for a, b in zip(*(torch.from_numpy(v).split(pieces) for v in (x, y)), strict=True):
         found.add(a, b)
     return found.finish()
@@ -75,10 +77,10 @@ def naive(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seeds, st.sampled_from([(60, 7, 5), (40, 3, 9), (200, 12, 12)]), st.floats(0.01, 10))
-def test_against_the_definitions(seed: int, shape: tuple[int, int, int], noise: float) -> None:
+@given(seeds, st.sampled_from([(60, 7, 5), (40, 3, 9), (200, 12, 12)]), st.floats(0.01, 10), st.booleans())
+def test_against_the_definitions(seed: int, shape: tuple[int, int, int], noise: float, rows: bool) -> None:
     x, y = pair(seed, *shape, noise=noise)
-    found, expected = sums(x, y), naive(x, y)
+    found, expected = sums(x, y, kind=PairRows if rows else PairSums), naive(x, y)
     assert found.cka() == pytest.approx(expected["cka"], rel=1e-8)
     assert found.cka_unbiased() == pytest.approx(expected["cka_unbiased"], rel=1e-7, abs=1e-9)
     assert found.svcca() == pytest.approx(expected["svcca"], rel=1e-6, abs=1e-7)
@@ -116,6 +118,17 @@ def test_the_unbiased_index_is_zero_for_unrelated_layers() -> None:
     found = [sums(rng.standard_normal((30, 100)), rng.standard_normal((30, 100))) for _ in range(40)]
     assert np.mean([f.cka() for f in found]) > 0.6
     assert abs(np.mean([f.cka_unbiased() for f in found])) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(12, 40, 30), (12, 40, 5), (50, 20, 20), (3, 5, 5)])
+def test_the_rows_say_what_their_sums_say(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are fewer than the neurons, and where a layer is constant."""
+    monkeypatch.setattr(s, "NUMBERS", 60)
+    x, y = pair(3, *shape)
+    for one, two in ((x, y), (1e3 + x, y), (np.ones_like(x), y)):
+        both = [sums(one, two, 5, kind) for kind in (PairSums, PairRows)]
+        values = [[f.cka(), f.cka_unbiased(), f.svcca(), f.pwcca(), f.count] for f in both]
+        assert values[0] == pytest.approx(values[1], rel=1e-6, abs=1e-9)
 
 
 def test_batches_do_not_matter_and_large_means_do_not_cancel() -> None:
