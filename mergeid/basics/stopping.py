@@ -86,13 +86,23 @@ def _stop(number: int, frame: FrameType | None) -> None:
         _end(number)
 
 
+def _out_of_reach(path: Path) -> Path:
+    """Under another name no thread finds it, however fast it writes."""
+    away = path.with_name(f"{path.name}-{os.getpid()}")
+    try:
+        path.rename(away)
+    except OSError:
+        return path
+    return away
+
+
 def _end(number: int) -> None:
     global _ending
     _ending = True
     for other in _numbers():
         signal.signal(other, signal.SIG_IGN)
-    left = list(_temporary)
-    for _ in range(TRIES):  # other threads are still writing: a folder that got a file meanwhile is not gone
+    left = [_out_of_reach(path) for path in _temporary]
+    for _ in range(TRIES):  # a folder into which another thread has put a file meanwhile is not gone
         for path in left:
             remove(path)
         left = [path for path in left if os.path.lexists(path)]
