@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 
-from mergeid.basics.reading import read_table, read_text
+from mergeid.basics.reading import json_text, read_table, read_text
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 
@@ -91,7 +91,7 @@ def with_chat_template(models: Sequence[Checkpoint], choice: str | None, own: Se
     if config.is_file():  # older versions of transformers read it there
         changed = first.beside.get(CONFIG)
         stated = read_table(config, "the tokenizer's config") if changed is None else json.loads(changed)
-        written[CONFIG] = json.dumps({**stated, "chat_template": text}, indent=2, ensure_ascii=False) + "\n"
+        written[CONFIG] = json_text({**stated, "chat_template": text}) + "\n"
     return [replace(first, beside={**first.beside, **written}), *models[1:]]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from string import ascii_lowercase
 from typing import Any
 
+from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.folders import PARTS
@@ -183,7 +184,7 @@ def config_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _text(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return json_text(config) + "\n"
 
 
 def _description(checkpoint: TensorSource) -> tuple[ComparesConfigs | None, Mapping[str, Any] | None]:

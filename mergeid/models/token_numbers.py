@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergeid.basics.reading import read_table
+from mergeid.basics.reading import json_text, read_table
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.models.token_rows import Rows
 
@@ -47,7 +46,7 @@ def renumbered(
     said = read_table(place, "settings of generation")
     beside = donor.path / GENERATION
     text = told(said, read_table(beside, "settings of generation") if beside.is_file() else None)
-    return changed, {GENERATION: json.dumps(text, indent=2, ensure_ascii=False) + "\n"}
+    return changed, {GENERATION: json_text(text) + "\n"}
 
 
 def _moved(value: Any, old: Rows, new: Rows) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergeid.basics.reading import read_table
+from mergeid.basics.reading import json_text, read_table
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import tokenizer_vocabulary
@@ -82,4 +81,4 @@ def extended(folder: Path, tokens: Mapping[str, Mapping[str, Any]]) -> tuple[dic
 
 
 def _text(parsed: Mapping[str, Any]) -> str:
-    return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+    return json_text(parsed) + "\n"

@@ -13,10 +13,12 @@ import torch
 from mergeid_timm import TimmAdapter
 from mergeid_transformers import TransformersAdapter
 from mergeid_transformers.configs import library_config
+from safetensors.torch import save_file
 from tiny_transformers import configs
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import mergeid
 from mergeid.basics.nested import returned_tensors
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
@@ -338,3 +340,14 @@ def test_no_field_is_silent(name: str) -> None:
 def test_no_field_of_any_family_is_silent(name: str) -> None:
     count, missed = silent(name, configs()[name])
     assert missed == [] and count > 15
+
+
+def test_texts_that_no_encoding_has_are_written_as_escapes(tmp_path: Path) -> None:
+    """Half a character in a config of the one model, which the other lacks."""
+    for name in "ab":
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": torch.randn(4, 3, generator=torch.Generator().manual_seed(0))}, folder / "model.safetensors")
+    (tmp_path / "b" / "config.json").write_text('{"note": "half \\udcff"}')
+    mergeid.merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "o", match="never", config="b")
+    assert json.loads((tmp_path / "o" / "config.json").read_text()) == {"note": "half \udcff"}
