@@ -31,6 +31,7 @@ def scramble(
         str | os.PathLike[str], o.Option("A .safetensors file or a folder.", o.OUTPUT, "OUT", ("-o", "--output"), Path)
     ],
     seed: o.Seed = 0,
+    arch: o.Arch = None,
     maps: Annotated[
         bool,
         o.switch(
@@ -38,12 +39,11 @@ def scramble(
             o.HOW,
         ),
     ] = False,
-    arch: o.Arch = None,
-    force: o.Force = False,
-    shard_size: o.ShardSize = None,
-    resume: o.Resume = False,
     allow_pickle: o.AllowPickle = False,
     dequantise: o.Dequantise = False,
+    shard_size: o.ShardSize = None,
+    resume: o.Resume = False,
+    force: o.Force = False,
     progress: Progress | None = None,
 ) -> ScrambleResult:
     """Write a copy of a checkpoint with its neurons in a random order, which computes the same function.

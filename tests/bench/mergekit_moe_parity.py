@@ -32,7 +32,7 @@ from unittest import mock
 
 import torch
 import yaml
-from mergekit_parity import EXACT, TOLERANCE, difference, is_decided, tensors, written
+from mergekit_parity import EXACT, TOLERANCE, concluded, difference, tensors
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -236,12 +236,7 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         rows = rows_of({n: r for n, r in RECIPES.items() if fnmatch.fnmatch(n, chosen.pattern)}, Path(folder))
-    decided = [r for r in rows if is_decided(r)]
-    same = [r for r in rows if r["outcome"].startswith("same")]
-    print(f"{len(rows)} mixtures: {len(decided)} decided, {len(same)} the same")
-    if chosen.pattern == "*":
-        written(rows, TABLE)
-    return 0 if len(decided) == len(rows) else 1
+    return concluded(rows, "mixtures", TABLE if chosen.pattern == "*" else None)
 
 
 if __name__ == "__main__":

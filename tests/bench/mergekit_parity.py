@@ -333,6 +333,16 @@ def is_decided(row: dict[str, Any]) -> bool:
     return row["outcome"] not in ("DIFFERENT", "other tensors")
 
 
+def concluded(rows: list[dict[str, Any]], kind: str, table: Path | None) -> int:
+    """Say what came of it, and keep it; the exit code."""
+    decided = [r for r in rows if is_decided(r)]
+    same = [r for r in rows if r["outcome"].startswith("same")]
+    print(f"{len(rows)} {kind}: {len(decided)} decided, {len(same)} the same")
+    if table is not None:
+        written(rows, table)
+    return 0 if len(decided) == len(rows) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("pattern", nargs="?", default="*")
@@ -341,12 +351,7 @@ def main() -> int:
     every = {n: text for n, text in every_recipe(chosen.examples).items() if fnmatch.fnmatch(n, chosen.pattern)}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         rows = rows_of(every, Path(folder))
-    decided = [r for r in rows if is_decided(r)]
-    same = [r for r in rows if r["outcome"].startswith("same")]
-    print(f"{len(rows)} recipes: {len(decided)} decided, {len(same)} the same")
-    if chosen.pattern == "*":
-        written(rows, TABLE)
-    return 0 if len(decided) == len(rows) else 1
+    return concluded(rows, "recipes", TABLE if chosen.pattern == "*" else None)
 
 
 if __name__ == "__main__":

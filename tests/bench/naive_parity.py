@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-METHODS = Path(__file__).parents[1] / "methods"
-TABLE = Path(__file__).parent / "tables" / "naive_parity.csv"
 ORACLES = {
     "test_task_arithmetic": "task_arithmetic: weights, lambda, normalize",
     "test_ties": "ties: density, weights, lambda, mean or sum",
@@ -39,6 +37,8 @@ ORACLES = {
     "test_emr": "emr: unified and per task",
     "test_knots_ties": "knots_ties: density, weights",
 }
+METHODS = Path(__file__).parents[1] / "methods"
+TABLE = Path(__file__).parent / "tables" / "naive_parity.csv"
 """Test -> method and options."""
 
 

@@ -25,6 +25,17 @@ LAYERS = 3
 SIZES = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
 
 
+def three(work: Path, kind: Any, config: Any) -> Path:
+    """a, b and c."""
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        model = kind(config)
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(work / name)
+    return work
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small Llamas a, b and c with three layers."""
@@ -32,13 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.LlamaConfig(
         **SIZES, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2
     )
-    for seed, name in enumerate("abc"):
-        torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(work / name)
-    return work
+    return three(work, transformers.LlamaForCausalLM, config)
 
 
 def write(recipe: Any, out: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
@@ -238,13 +243,7 @@ def two_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=2,
         tie_word_embeddings=False,
     )  # fmt: skip
-    for seed, name in enumerate("abc"):
-        torch.manual_seed(seed)
-        model = transformers.T5ForConditionalGeneration(config)
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        model.save_pretrained(work / name)
-    return work
+    return three(work, transformers.T5ForConditionalGeneration, config)
 
 
 def of_models(weight: dict[str, Any], **more: Any) -> dict[str, Any]:
