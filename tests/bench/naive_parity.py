@@ -37,9 +37,9 @@ ORACLES = {
     "test_emr": "emr: unified and per task",
     "test_knots_ties": "knots_ties: density, weights",
 }
+"""Test -> method and options."""
 METHODS = Path(__file__).parents[1] / "methods"
 TABLE = Path(__file__).parent / "tables" / "naive_parity.csv"
-"""Test -> method and options."""
 
 
 class Watch:
