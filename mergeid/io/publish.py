@@ -79,9 +79,18 @@ def cannot_write(error: OSError, path: os.PathLike[str] | str, option: str) -> s
 
 
 def write_text(path: Path, text: str | bytes) -> None:
-    """Write a whole file, durably, under its final name (inside a folder that is not published yet)."""
+    """Write a whole file, durably, under its final name (inside a folder that is not published yet).
+
+    Raises `MergeidError` for text that UTF-8 cannot hold."""
+    try:
+        data = text.encode("utf-8") if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise MergeidError(
+            f"{path.name} would hold half a character ({error.object[error.start]!a}), which no text file can; remove "
+            "it from the model's file that it comes from"
+        ) from None
     with open(path, "wb") as file:
-        file.write(text.encode("utf-8") if isinstance(text, str) else text)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -351,3 +351,15 @@ def test_texts_that_no_encoding_has_are_written_as_escapes(tmp_path: Path) -> No
     (tmp_path / "b" / "config.json").write_text('{"note": "half \\udcff"}')
     mergeid.merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "o", match="never", config="b")
     assert json.loads((tmp_path / "o" / "config.json").read_text()) == {"note": "half \udcff"}
+
+
+def test_a_template_that_no_encoding_has_is_refused(tmp_path: Path) -> None:
+    """A template is a text file of its own, which has no escapes."""
+    for name in "ab":
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        (folder / "tokenizer_config.json").write_text('{"chat_template": "half \\udcff"}')
+    with pytest.raises(MergeidError, match=r"chat_template.jinja would hold half a character \('.udcff'\)"):
+        mergeid.merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "o", match="never", chat_template="b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
