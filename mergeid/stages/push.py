@@ -43,7 +43,7 @@ def push_merge(result: MergeResult, met: Met, method: str, repo: str) -> MergeRe
     if picture is not None:
         files["evidence.svg"] = picture
     card = model_card(repo, result, origin, "evidence.svg" if picture is not None else None)
-    address = push(repo, {**files, "README.md": card.encode()}, "Merge made with mergeid")
+    address = push(repo, {**files, "README.md": card.encode(errors="replace")}, "Merge made with mergeid")
     return replace(result, notes=[*result.notes, f"pushed to {address}"])
 
 
