@@ -269,10 +269,10 @@ def rows_of(tensor: Tensor, which: Rows) -> Tensor:
 
 def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of tensors of one shape, together: all of them at once, unless a tensor is formed on demand and large."""
-    formed = [isinstance(t, OnDemand) for t in tensors]
+    demanded = [isinstance(t, OnDemand) for t in tensors]
     turned = {t.turned for t in tensors if isinstance(t, OnDemand)}
-    if not any(formed) or tensors[0].numel() <= PIECE or len(turned) > 1 or (True in turned and not all(formed)):
-        yield tuple(t.whole() if isinstance(t, OnDemand) else t for t in tensors)
+    if not any(demanded) or tensors[0].numel() <= PIECE or len(turned) > 1 or (True in turned and not all(demanded)):
+        yield tuple(map(formed, tensors))
         return
     rows = [t.t() if turned == {True} else t for t in tensors]
     step = max(PIECE * len(rows[0]) // rows[0].numel(), 1)
