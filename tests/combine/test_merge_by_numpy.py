@@ -65,7 +65,7 @@ def test_bit_for_bit_as_torch(first: str, second: str, out: str, bits, weight: f
 def test_bfloat16_models_as_torch(bits, weights: list[float]) -> None:  # type: ignore[no-untyped-def]
     """Three of them, of even and odd lengths."""
     models = [from_bits("BF16", [x + k * y for x, y in bits]) for k in range(3)]
-    shares = check_weights(weights, 3)
+    shares = check_weights([w / sum(weights) for w in weights], 3)
     oracle = linear(models, shares).to(torch.bfloat16)
     with np.errstate(all="ignore"):
         found, finite = weighted_sum([stored(m, "BF16") for m in models], ["BF16"] * 3, shares, "BF16")
