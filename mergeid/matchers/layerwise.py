@@ -11,7 +11,7 @@ import numpy as np
 
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import WeightSimilarity
-from mergeid.matchers.plain import PlainMatch, plain_match, worth_looking
+from mergeid.matchers.plain import PlainMatch, seen_plainly
 from mergeid.matchers.protocol import MatchTask, Needs
 from mergeid.matchers.schedule import neighbours, owners_of, shared_out, sharing, waves
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
@@ -31,10 +31,8 @@ def layerwise_matching(similarity: WeightSimilarity, *, workers: int | None = No
     apart = [near | shared for near, shared in zip(neighbours(trees), sharing(trees), strict=True)]
 
     def scores_of(k: int) -> dict[str, np.ndarray] | PlainMatch:
-        if len(trees[k]) == 1 and worth_looking(similarity, tops[k], decided[k]):
-            plain = plain_match(similarity, tops[k], element, decided[k])
-            if plain is not None:
-                return plain
+        if (plain := seen_plainly(similarity, trees[k], element, decided[k])) is not None:
+            return plain
         return {s.id: similarity.scores(s, element, known=decided[k] | (inside[k] - {s.id})) for s in trees[k]}
 
     def solved(k: int, scores: dict[str, np.ndarray] | PlainMatch) -> Element:

@@ -13,7 +13,7 @@ with `SIGMAS` standard deviations added. What is not proven is matched in full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -44,6 +44,18 @@ class PlainMatch:
     perm: np.ndarray
     gain: float
     size: float
+
+
+def seen_plainly(
+    similarity: WeightSimilarity,
+    tree: Sequence[Space],
+    element: Mapping[str, np.ndarray],
+    known: Collection[str] | None = None,
+) -> PlainMatch | None:
+    """`plain_match` of a space in which no others lie; None where it is not worth looking."""
+    if len(tree) > 1 or not worth_looking(similarity, tree[0], known):
+        return None
+    return plain_match(similarity, tree[0], element, known)
 
 
 def worth_looking(similarity: WeightSimilarity, space: Space, known: Collection[str] | None = None) -> bool:

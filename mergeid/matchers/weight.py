@@ -11,7 +11,7 @@ from torch import Generator
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import KeptScores, WeightSimilarity
 from mergeid.matchers.layerwise import layerwise_matching
-from mergeid.matchers.plain import PlainMatch, plain_match, worth_looking
+from mergeid.matchers.plain import PlainMatch, seen_plainly
 from mergeid.matchers.protocol import MatchTask, Needs
 from mergeid.matchers.schedule import neighbours, owners_of, shared_out, sharing, waves
 from mergeid.neuron_graph.neuron_graph import Element, Space
@@ -63,21 +63,9 @@ def weight_matching(
     plain = extra is None and cosines is None
 
     def scores_of(k: int) -> dict[str, np.ndarray] | PlainMatch:
-        if plain and len(trees[k]) == 1 and k not in beside[k] and worth_looking(similarity, tops[k]):
-            found = plain_match(similarity, tops[k], now)
-            if found is not None:
-                return found
-        scores = {}
-        for s in trees[k]:
-            base = kept.scores(s, now)
-            if cosines is not None:
-                base = similarity.normalised(s, base, cosines)
-            if extra is not None and cosines is not None:
-                base += extra(s)  # a matrix of its own
-            elif extra is not None:
-                base = base + extra(s)
-            scores[s.id] = base
-        return scores
+        if plain and k not in beside[k] and (found := seen_plainly(similarity, trees[k], now)) is not None:
+            return found
+        return {s.id: _with_extra(similarity, s, kept.scores(s, now), extra, cosines) for s in trees[k]}
 
     def better(k: int, scores: dict[str, np.ndarray] | PlainMatch) -> Element:
         """What moves to gain; nothing where nothing does."""
@@ -108,6 +96,17 @@ def weight_matching(
             break
         order = torch.randperm(len(trees), generator=generator).tolist()
     return now
+
+
+def _with_extra(
+    similarity: WeightSimilarity, space: Space, base: np.ndarray, extra: Extra | None, cosines: float | None
+) -> np.ndarray:
+    if cosines is not None:
+        base = similarity.normalised(space, base, cosines)  # a matrix of its own
+        if extra is not None:
+            base += extra(space)
+        return base
+    return base if extra is None else base + extra(space)
 
 
 def _gains(scores: Mapping[str, np.ndarray], found: Element, element: Element) -> bool:

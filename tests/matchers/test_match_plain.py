@@ -76,7 +76,7 @@ def test_twins_are_not_plain(network) -> None:  # type: ignore[no-untyped-def]
     """Two neurons that are alike may both go to either place: the solver leaves them where they are."""
     graph, a = network
     twins = {k: v.clone() for k, v in a.items()}
-    for k, v in twins.items():
+    for v in twins.values():
         if v.shape == (WIDTH, 4400) or v.shape == (WIDTH,):
             v[7] = v[400]
         elif v.shape == (40, WIDTH):
