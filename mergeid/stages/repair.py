@@ -186,6 +186,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
         members.first.forward,
         list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)),
         frozen=_frozen(members, before, skip),
+        heads=members.first.head,
         progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
     )
     count = max(len(done), 1)
