@@ -180,12 +180,12 @@ def _labels(models: Sequence[Checkpoint], classes: Sequence[int], notes: list[st
     Raises `MergeidError` where two models name the same classes."""
     named = [_named(model, n) for model, n in zip(models, classes, strict=True)]
     for at, labels in enumerate(named):
-        same = named.index(labels) if labels is not None else at
-        if same < at:
-            raise MergeidError(
-                f"{models[same].source} and {models[at].source} have the same {classes[at]} classes ({labels[0]}, …), "  # type: ignore[index]
-                "so their heads can be averaged; leave out --heads"
-            )
+        for other in range(at):
+            if labels == named[other] is not None or models[at].files == models[other].files:
+                raise MergeidError(
+                    f"{models[other].source} and {models[at].source} have the same {classes[at]} classes, so their "
+                    "heads can be merged like all else; leave out --heads"
+                )
     if not any(named):
         return None
     starts = [sum(classes[:at]) for at in range(len(classes))]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -23,10 +23,17 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
 )
 
 import mergeid
 from mergeid.errors import MergeidError
+from mergeid.evaluate.nearness import Panel
+from mergeid.models.both_heads import JoinedHead
+from mergeid.models.examples import Examples
+from mergeid.models.loaded import Loaded, ModuleAdapter
+from mergeid.plugins import Architecture
 
 BERT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -136,6 +143,112 @@ def test_a_permuted_classifier_of_sentences_or_words(tmp_path: Path, kind: Any, 
     assert net.config.label2id == {v: k for k, v in net.config.id2label.items()}
 
 
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[nn.Module], dict[str, Tensor]]:
+    """a, b, c of one trunk with heads for 3, 2 and 4 classes, b and c in other orders of neurons; a base."""
+    folder = tmp_path_factory.mktemp("sentences")
+    a = bert(folder / "a", BertForSequenceClassification, 0, num_labels=3)
+    nets = [a]
+    for seed, (name, classes) in enumerate({"b": 2, "c": 4}.items(), 1):
+        nets.append(bert(folder / f"{name}0", BertForSequenceClassification, seed, a, num_labels=classes))
+        mergeid.scramble(folder / f"{name}0", output=folder / name, seed=seed)
+    bert(folder / "base", BertForSequenceClassification, 9, num_labels=6)
+    return folder, nets, words(folder)
+
+
+Sentences = tuple[Path, list[nn.Module], dict[str, Tensor]]
+
+
+def test_more_than_two(sentences: Sentences, tmp_path: Path) -> None:
+    folder, nets, batch = sentences
+    with torch.no_grad():
+        wanted = torch.cat([net(**batch).logits for net in nets], -1)
+    x = folder / "x.npz"
+    for how in ({}, {"data": f"a={x},b={x},c={x}"}):
+        mergeid.merge([folder / n for n in "abc"], heads="both", output=tmp_path / "m", force=True, **how)
+        with torch.no_grad():
+            found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")(**batch).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"weights": [0.2, 0.8]},
+        {"method": "slerp"},
+        {"method": "task_arithmetic", "parameters": {"lambda": 0.3}},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_heads_are_no_part_of_an_average(sentences: Sentences, tmp_path: Path, how: dict[str, Any]) -> None:
+    """Their rows are copied whatever the weights and the method, and the trunk is what it is without them."""
+    folder, _, _ = sentences
+    given = {"base": folder / "base"} if how.get("method") == "task_arithmetic" else {}
+    models = [folder / "a", folder / "b0"]
+    mergeid.merge(models, heads="both", match="never", output=tmp_path / "m", **how, **given)
+    mergeid.merge(models, skip=["classifier.*"], match="never", output=tmp_path / "trunk", **how, **given)
+    found, trunk, a, b = (
+        load_file(p / "model.safetensors") for p in (tmp_path / "m", tmp_path / "trunk", folder / "a", folder / "b0")
+    )
+    for name, value in found.items():
+        if name.startswith("classifier."):
+            torch.testing.assert_close(value, torch.cat([a[name], b[name]]).to(value), rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(value, trunk[name], rtol=0, atol=0)
+
+
+def test_fine_tunes_of_one_base_need_no_match(sentences: Sentences, tmp_path: Path) -> None:
+    """Rows of heads that only one model has are not taken for rows that moved."""
+    folder, _, _ = sentences
+    done = mergeid.merge(folder / "a", folder / "b0", heads="both", output=tmp_path / "m")
+    assert done.verdict == "direct"
+    assert any("no model was built" in note for note in done.notes)
+
+
+def changed(folder: Path, to: Path, **fields: Any) -> Path:
+    shutil.copytree(folder, to)
+    edit(to, **fields)
+    return to
+
+
+def test_what_cannot_be_joined_is_said_in_a_sentence(sentences: Sentences, tmp_path: Path) -> None:
+    folder, nets, _ = sentences
+    a, b = folder / "a", folder / "b"
+    names = {"id2label": {"0": "x", "1": "y", "2": "z"}, "label2id": {"x": 0, "y": 1, "z": 2}}
+    named, again = changed(a, tmp_path / "named", **names), changed(a, tmp_path / "again", **names)
+    torch.manual_seed(0)
+    one = bert(tmp_path / "one", BertForSequenceClassification, 0, num_labels=1)
+    assert one.classifier.out_features == 1
+    BertForMaskedLM(BertConfig(**BERT)).save_pretrained(tmp_path / "words")
+    several = changed(a, tmp_path / "several", problem_type="multi_label_classification")
+    sizes = {k: v for k, v in BERT.items() if k != "vocab_size"}
+    DeiTForImageClassificationWithTeacher(
+        DeiTConfig(**sizes, num_labels=3, image_size=16, patch_size=8)
+    ).save_pretrained(tmp_path / "teacher")
+    x = str(folder / "x.npz")
+    output = tmp_path / "m"
+    for models, how, message in (
+        ((named, again), {}, "the same 3 classes.*leave out --heads"),
+        ((a, a), {}, "the same 3 classes"),
+        ((tmp_path / "one", b), {}, "one .* is none"),
+        ((several, b), {}, "several .* is none"),
+        ((tmp_path / "words", tmp_path / "words"), {}, "words .* is none"),
+        ((tmp_path / "teacher",) * 2, {}, "'cls_classifier' and 'distillation_classifier'; expected a single linear"),
+        ((nets[0], nets[1]), {}, "works on files"),
+        ((a, b), {"heads": "all"}, "--heads 'all' is not one of both"),
+        ((a, b), {"skip": ["class*"]}, "--skip 'class\\*' takes A's head"),
+        ((a, b), {"arch": str(a / "config.json")}, "leave out --arch"),
+        ((a, b), {"data": x, "method": "fisher"}, "'fisher' weighs"),
+        ((a, b), {"data": x, "repair": "solve+polish"}, "give --repair solve"),
+        ((a, b), {"base": folder / "base", "method": "task_arithmetic", "as_adapter": 2}, "leave out --heads"),
+        ((changed(a, tmp_path / "wrong", id2label={"0": "x", "1": "y"}), b), {}, "has 3 rows, and its config says 2"),
+        ((a, b), {"heads": None}, "--heads both"),
+    ):
+        with pytest.raises(MergeidError, match=message):
+            mergeid.merge(*models, output=output, **{"heads": "both", **how})
+        assert not output.exists()
+
+
 HALVES = ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
 
 
@@ -204,3 +317,42 @@ def test_trained_apart_on_different_classes(trained: Path, tmp_path: Path) -> No
         assert all(ours > theirs for ours, theirs in zip(found[way], found["matched"], strict=True))
     assert found["own"][2] > 0.93
     assert found["own"][2] > found["mean"][2]
+
+
+@pytest.mark.parametrize("owners", [None, (0, 1, 1, 0, 1, 0)])
+def test_each_model_is_right_about_its_own_classes(owners: tuple[int, ...] | None) -> None:
+    """How far a network is: the Kullback-Leibler divergence from the softmax over one model's own columns, of every
+    example's own model, or of each model as an output of its own."""
+    classes = (2, 3)
+    torch.manual_seed(0)
+    a, b, net = (nn.Linear(4, 5) for _ in range(3))
+    x = torch.randn(6, 4)
+    names = {"weight": "weight"}
+    arch, adapter = Architecture("torch", "Linear"), ModuleAdapter()
+    example = {"arg0": x[:2], "labels": torch.zeros(2, dtype=torch.long)}
+    first = Loaded("a", a, adapter, arch, None, names, example, joined=JoinedHead(("weight",), classes))
+    panel = Panel(
+        first,
+        [a, b],
+        shares=[0.5, 0.5],
+        examples=Examples([{"arg0": row} for row in x], None, owners),
+        batch_size=4,
+        device="cpu",
+    )
+    found = panel.far(net, 0)
+    apart = torch.zeros(6, 2)
+    with torch.no_grad():
+        for i, row in enumerate(x):
+            for k, (model, columns) in enumerate(zip((a, b), (slice(0, 2), slice(2, 5)), strict=True)):
+                said, other = (m(row)[columns].softmax(-1) for m in (model, net))
+                apart[i, k] = (said * (said / other).log()).sum()
+    if owners is None:
+        assert len(found) == 2
+        for far, wanted in zip(found.values(), apart.T, strict=True):
+            torch.testing.assert_close(far.rows[0].float(), wanted, rtol=1e-4, atol=1e-6)
+    else:
+        (far,) = found.values()
+        torch.testing.assert_close(
+            far.rows[0].float(), apart[torch.arange(6), torch.tensor(owners)], rtol=1e-4, atol=1e-6
+        )
+    assert all(far.unit == "nats" for far in found.values())
