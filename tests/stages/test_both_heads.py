@@ -165,7 +165,7 @@ def test_more_than_two(sentences: Sentences, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = torch.cat([net(**batch).logits for net in nets], -1)
     x = folder / "x.npz"
-    for how in ({}, {"data": f"a={x},b={x},c={x}"}):
+    for how in ({}, {"data": f"a={x},b={x},c={x}"}, {"data": str(x), "weights": [1, 0, 0]}):
         mergeid.merge([folder / n for n in "abc"], heads="both", output=tmp_path / "m", force=True, **how)
         with torch.no_grad():
             found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")(**batch).logits
