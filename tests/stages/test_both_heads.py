@@ -166,7 +166,9 @@ def test_more_than_two(sentences: Sentences, tmp_path: Path) -> None:
         wanted = torch.cat([net(**batch).logits for net in nets], -1)
     x = folder / "x.npz"
     for how in ({}, {"data": f"a={x},b={x},c={x}"}, {"data": str(x), "weights": [1, 0, 0]}):
-        mergeid.merge([folder / n for n in "abc"], heads="both", output=tmp_path / "m", force=True, **how)
+        done = mergeid.merge([folder / n for n in "abc"], heads="both", output=tmp_path / "m", force=True, **how)
+        outputs = (done.comparison or {"outputs": {}})["outputs"].values()
+        assert all(abs(far["distance"]) < 1e-9 for far in outputs)
         with torch.no_grad():
             found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")(**batch).logits
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
