@@ -35,6 +35,11 @@ TERMS = (
         ("lost", "in a trial"),
     ),
     Term(
+        "beyond A",
+        "How far the loss of a merge is expected to lie above that of the first model alone, in nats; below it where "
+        "there is a minus. The first model's own predictions take the place of labels, unless a trial has labels.",
+    ),
+    Term(
         "points",
         "The accuracy that a merge loses, in percentage points, against the mean of the two models' accuracies.",
         ("accuracy lost", "points, 90 %"),

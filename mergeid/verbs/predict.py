@@ -164,6 +164,7 @@ def predict_pair(
         trials,
         worth,
         [] if origin is None else _interference(pair, origin),
+        next(iter(found.values())).plain["behind"],
     )
 
 
