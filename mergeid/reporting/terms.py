@@ -37,7 +37,7 @@ TERMS = (
     Term(
         "beyond A",
         "How far the loss of a merge is expected to lie above that of the first model alone, in nats; below it where "
-        "there is a minus. The first model's own predictions take the place of labels, unless a trial has labels.",
+        "there is a minus. Predictions of this model and of those near it take the place of labels that are not there.",
     ),
     Term(
         "points",

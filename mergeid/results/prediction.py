@@ -10,6 +10,7 @@ from typing import Any
 from mergeid.prediction.bound import Bound
 from mergeid.prediction.features import Features, LayerDeviation
 from mergeid.prediction.model import Interval, Predictor
+from mergeid.prediction.opinions import Opinions
 from mergeid.prediction.worth import Interference, Worth
 from mergeid.results.trial import Trial
 
@@ -93,6 +94,7 @@ class PredictResult:
         interference: tensors in which two fine-tunes of a base cancel each other, the worst first.
         behind: nats of loss that B itself has beyond A, where A's predictions, made surer, take the place of labels
             (`mergeid.prediction.features.EndSums`); None where that was not looked at.
+        opinions: what both say of the inputs; None under --skip, where B is not run as it is.
     """
 
     a: str
@@ -109,6 +111,7 @@ class PredictResult:
     worth: Worth | None = None
     interference: list[Interference] = field(default_factory=list)
     behind: float | None = None
+    opinions: Opinions | None = None
 
     def __repr__(self) -> str:
         ways = ", ".join(f"{o.label}: {o.nats.expected:.3g} nats" for o in self.outlooks)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergeid.prediction.opinions import behind
 from mergeid.results.prediction import Outlook, PredictResult
 from mergeid.results.trial import Trial
 
@@ -16,10 +17,13 @@ FORMAT = "mergeid.ranking/1"
 class Partner:
     """Attributes:
     name: of the candidate. result: what is predicted of its merge with the model.
+    behind: nats of loss that it has itself beyond the model, on the model's own inputs, by what the model and its
+        candidates say of them; None where nothing is known of it.
     """
 
     name: str
     result: PredictResult
+    behind: float | None = None
 
     @property
     def way(self) -> Outlook:
@@ -35,13 +39,11 @@ class Partner:
     @property
     def beyond(self) -> float | None:
         """Nats of loss that the merge has beyond the model alone, on the model's own inputs; negative where it has
-        less. Expected: the mean of both models' losses lies half of `PredictResult.behind` above the model's, and the
-        merge's lies `Outlook.change` above the mean. Measured, where there was a trial. None where nothing is known of
-        the candidate itself."""
+        less. Expected: the mean of both models' losses lies half of `behind` above the model's, and the merge's lies
+        `Outlook.change` above the mean. Measured, where there was a trial. None where `behind` is."""
         if self.trial is not None:
             return self.trial.against_a
-        behind = self.result.behind
-        return None if behind is None else behind / 2 + self.way.change
+        return None if self.behind is None else self.behind / 2 + self.way.change
 
     @property
     def label(self) -> str:
@@ -64,6 +66,7 @@ class Partner:
             "name": self.name,
             "way": self.way.label,
             "tried": self.tried,
+            "behind": self.behind,
             "beyond": self.beyond,
             "prediction": self.result.to_json(),
         }
@@ -92,7 +95,10 @@ class Ranking:
         failed: Sequence[tuple[str, str]] = (),
     ) -> Ranking:
         """The partners, best first."""
-        found = [Partner(name, result) for name, result in results]
+        heard = [r.opinions for _, r in results if r.opinions is not None]
+        known = behind(heard) if len(heard) == len(results) else None
+        each = known or [r.behind for _, r in results]
+        found = [Partner(name, result, own) for (name, result), own in zip(results, each, strict=True)]
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
     @property
