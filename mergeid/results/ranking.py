@@ -97,7 +97,7 @@ class Ranking:
         """The partners, best first."""
         heard = [r.opinions for _, r in results if r.opinions is not None]
         known = behind(heard) if len(heard) == len(results) else None
-        each = known or [r.behind for _, r in results]
+        each = [r.behind for _, r in results] if known is None else [*known]
         found = [Partner(name, result, own) for (name, result), own in zip(results, each, strict=True)]
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
