@@ -17,8 +17,9 @@ from mergeid.prediction.features import SHARP, rows_of
 
 POSITIONS, CLASSES = 16, 16
 """Most positions of an example, evenly spaced, and most classes of a position, the model's likeliest, that are kept."""
-NEAR, SURER = 0.5, 2.0
-"""Share of all models whose mean is taken, the nearest ones, and the power that it is raised to."""
+NEAR, APART, SURER = 0.5, 0.1, 2.0
+"""Most of all models whose mean is taken (a share, the nearest ones), how far their predictions may lie from the
+model's (nats), and the power that the mean is raised to. Candidates for another task are not asked."""
 SAME = 0.01
 """Up to which log-probabilities are taken to be those of one model."""
 
@@ -84,8 +85,9 @@ def labels(own: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
     Returns:
         probabilities, float64 [rows, classes]."""
     p = own.exp()
-    apart = [float(((p * (own - b)).sum(-1) * weights).sum()) for b in others]
+    apart = [float(((p * (own - b)).sum(-1) * weights).sum() / weights.sum()) for b in others]
     nearest = sorted(range(len(others)), key=lambda i: apart[i])[: max(int(NEAR * (len(others) + 1)) - 1, 0)]
+    nearest = [i for i in nearest if apart[i] <= APART]
     mean = (p + sum((others[i].exp() for i in nearest), torch.zeros_like(p))) / (1 + len(nearest))
     power = SURER if nearest else SHARP  # the model alone
     return ((SHARP * own).softmax(-1) + (power * mean.clamp(min=1e-30).log()).softmax(-1)) / 2

@@ -38,15 +38,15 @@ def test_many_know_better_than_the_model() -> None:
     """Of networks that err independently the one with fewer errors is found, and its loss comes nearer to the true one
     than by the model's own predictions."""
     truth = torch.randint(6, (3000,), generator=torch.Generator().manual_seed(3))
-    right = 3.0 * F.one_hot(truth, 6).double()
+    right = 1.5 * F.one_hot(truth, 6).double()
 
     def net(noise: float, seed: int) -> Tensor:
         return right + noise * logits(3000, 6, seed=seed) / 2
 
-    a, better = net(2.0, 1), net(1.2, 2)
-    others = [net(2.0, seed) for seed in range(10, 19)]
+    a, better = net(0.3, 1), net(0.1, 2)
+    others = [net(0.3, seed) for seed in range(10, 19)]
     loss = [float(F.cross_entropy(x, truth)) for x in (a, better, *others)]
-    assert loss[1] == min(loss) < loss[0] - 0.2
+    assert loss[1] == min(loss)
     found = behind([heard(a, x) for x in (better, *others)])
     alone = behind([heard(a, better)])
     assert found is not None and alone is not None
@@ -54,14 +54,14 @@ def test_many_know_better_than_the_model() -> None:
 
 
 def test_a_crowd_elsewhere_is_not_asked() -> None:
-    """Candidates far from the model do not change what stands for labels, as long as half of all are near."""
+    """Candidates far from the model do not change what stands for labels, however many they are."""
     a = logits(40, 4).log_softmax(-1)
-    near = [(a + 0.3 * logits(40, 4, seed=s)).log_softmax(-1) for s in (1, 2, 3)]
+    near = [(a + 0.1 * logits(40, 4, seed=s)).log_softmax(-1) for s in (1, 2, 3)]
     weights = torch.ones(40, dtype=torch.float64)
-    far = [[logits(40, 4, seed=s).log_softmax(-1) for s in seeds] for seeds in ((11, 12, 13, 14), (21, 22, 23, 24))]
+    far = [[logits(40, 4, seed=s).log_softmax(-1) for s in seeds] for seeds in ((11, 12, 13, 14, 15, 16), (21, 22, 23, 24, 25, 26))]
     one, two = (labels(a, [*near, *each], weights) for each in far)
     torch.testing.assert_close(one, two)
-    assert not torch.allclose(one, labels(a, [], weights), atol=1e-2)
+    assert not torch.allclose(one, labels(a, [], weights), atol=1e-3)
 
 
 def test_few_numbers_are_kept_of_many() -> None:
