@@ -58,7 +58,10 @@ def test_a_crowd_elsewhere_is_not_asked() -> None:
     a = logits(40, 4).log_softmax(-1)
     near = [(a + 0.1 * logits(40, 4, seed=s)).log_softmax(-1) for s in (1, 2, 3)]
     weights = torch.ones(40, dtype=torch.float64)
-    far = [[logits(40, 4, seed=s).log_softmax(-1) for s in seeds] for seeds in ((11, 12, 13, 14, 15, 16), (21, 22, 23, 24, 25, 26))]
+    far = [
+        [logits(40, 4, seed=s).log_softmax(-1) for s in seeds]
+        for seeds in ((11, 12, 13, 14, 15, 16), (21, 22, 23, 24, 25, 26))
+    ]
     one, two = (labels(a, [*near, *each], weights) for each in far)
     torch.testing.assert_close(one, two)
     assert not torch.allclose(one, labels(a, [], weights), atol=1e-3)
