@@ -34,9 +34,10 @@ from tasks import Examples
 from mergeid.errors import MergeidWarning
 
 FILE = "looks.csv"
+REPAIRED = ("", "+bn", "+solve", "+solve+lean")
 COLUMNS = (
     *("pair", "kind", "family", "data", "inputs", "test", "loss_a", "loss_b"),
-    *(f"{merge}{repair}" for merge in ("plain", "mixed", "matched") for repair in ("", "+bn", "+solve")),
+    *(f"{merge}{repair}" for merge in ("plain", "mixed", "matched") for repair in REPAIRED),
     *("chosen", "distance", "lost", "error", "seconds"),
 )
 TABLES = (
@@ -135,9 +136,7 @@ def _kind(row: table.Row) -> tuple[bool, bool]:
 
 
 def _losses(row: table.Row, ending: str | None = None) -> list[float]:
-    names = [
-        f"{m}{e}" for m in ("plain", "mixed", "matched") for e in ("", "+bn", "+solve") if ending is None or e == ending
-    ]
+    names = [f"{m}{e}" for m in ("plain", "mixed", "matched") for e in REPAIRED if ending is None or e == ending]
     return [float(row[n]) for n in names if row.get(n)]
 
 

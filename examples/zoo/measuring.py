@@ -32,7 +32,7 @@ from mergeid.stages.compare import Comparison, label, last_look, merges_of
 from mergeid.stages.members import Member, Members
 from mergeid.stages.open import Pair
 from mergeid.stages.plan import Structural, make_plan
-from mergeid.stages.repair import SOLVE, repair_merged, repairs
+from mergeid.stages.repair import LEANING, SOLVE, repair_merged, repairs
 
 LAMBDAS = tuple(k / 10 for k in range(11))
 WEAK = 64
@@ -235,7 +235,7 @@ class PairOfNets:
         _, found = last_look(members, "auto", run=Run(batch_size=len(calibration)))
         losses = {}
         for name, merge in merges_of(members)[1].items():
-            solved = [SOLVE] if label(name, SOLVE) in found.distances else []
+            solved = [kind for kind in (SOLVE, LEANING) if label(name, kind) in found.distances]
             for kind in [*repairs(members, "auto"), *solved]:
                 net = copy.deepcopy(self.a.model)
                 repaired = repair_merged(merge, mode=kind).tensors
