@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Elements merged at once: all temporaries stay in the cache."""
+_HALF, _UPPER, _LAST, _LESS = (np.uint32(n) for n in (16, 0xFFFF0000, 1, 0x7FFF))
 
 
 def widen(numbers: Array, dtype: str, wide: str) -> Array:
@@ -70,6 +71,12 @@ def weighted_sum(
     weights = [w + 0.0 for w in weights]  # -0.0 would turn the sign of zeros
     convex = all(0 <= w <= 1 for w in weights)
     wide = "F32" if convex and BITS[promoted] == 16 else "F64"
+    if wide == "F32" and {*dtypes, out} == {"BF16"} and (even := numbers[0].size // 2 * 2):
+        merged, finite = _halves([array[:even] for array in numbers], weights)
+        if even == numbers[0].size:
+            return merged, finite
+        last, fine = weighted_sum([array[even:] for array in numbers], dtypes, weights, out)
+        return np.concatenate([merged, last]), finite and fine
     total = widen(numbers[0], dtypes[0], wide)
     total *= weights[0]
     for array, dtype, weight in zip(numbers[1:], dtypes[1:], weights[1:], strict=True):
@@ -94,6 +101,32 @@ def weighted_sum(
     if promoted != out:
         total = widen(narrow(total, promoted), promoted, "F64" if BITS[out] > 16 else "F32")
     return narrow(total, out), finite
+
+
+def _halves(numbers: Sequence[Array], weights: Sequence[float]) -> tuple[Array, bool]:
+    """`weighted_sum` of an even number of bfloat16 in a third of the passes: every 32 bits hold two numbers, and each
+    is a float32 when the other is shifted or masked out."""
+    pairs = [n.view("<u4") for n in numbers]
+    low, high = pairs[0] << _HALF, pairs[0] & _UPPER
+    part = np.empty_like(low)
+    sums, added = (low.view("<f4"), high.view("<f4")), part.view("<f4")
+    for total in sums:
+        total *= weights[0]
+    for pair, weight in zip(pairs[1:], weights[1:], strict=True):
+        for total, cut, by in ((sums[0], np.left_shift, _HALF), (sums[1], np.bitwise_and, _UPPER)):
+            cut(pair, by, out=part)
+            added *= weight
+            total += added
+    extremes = np.stack([edge for total in sums for edge in (total.min(), total.max())])
+    for bits in (low, high):  # to nearest, ties to even
+        np.right_shift(bits, _HALF, out=part)
+        part &= _LAST
+        part += _LESS
+        bits += part
+    low >>= _HALF
+    high &= _UPPER
+    low |= high
+    return low.view("<u2"), bool(np.isfinite(widen(narrow(extremes, "BF16"), "BF16", "F32")).all())
 
 
 class NumpyMerge:

@@ -23,6 +23,7 @@ class Repair(str, Enum):
     bn = "bn"
     repair = "repair"
     solve = "solve"
+    lean = "solve+lean"
     polish = "solve+polish"
     none = "none"
 

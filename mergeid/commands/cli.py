@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 done but the answer is "no", 2 bad input, 3 a fault of mer
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -16,6 +17,7 @@ from mergeid.basics import stopping
 def main() -> NoReturn:
     """Entry point of the installed command."""
     stopping.install()
+    gc.set_threshold(50_000)  # what is imported stays, and to look through it again and again takes a quarter second
     from mergeid.commands.app import finish
 
     sys.exit(finish(run(sys.argv[1:])))

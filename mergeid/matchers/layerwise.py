@@ -11,6 +11,7 @@ import numpy as np
 
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import WeightSimilarity
+from mergeid.matchers.plain import PlainMatch, seen_plainly
 from mergeid.matchers.protocol import MatchTask, Needs
 from mergeid.matchers.schedule import neighbours, owners_of, shared_out, sharing, waves
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
@@ -29,10 +30,14 @@ def layerwise_matching(similarity: WeightSimilarity, *, workers: int | None = No
     decided = [set().union(*inside[:k]) for k in range(len(trees))]
     apart = [near | shared for near, shared in zip(neighbours(trees), sharing(trees), strict=True)]
 
-    def scores_of(k: int) -> dict[str, np.ndarray]:
+    def scores_of(k: int) -> dict[str, np.ndarray] | PlainMatch:
+        if (plain := seen_plainly(similarity, trees[k], element, decided[k])) is not None:
+            return plain
         return {s.id: similarity.scores(s, element, known=decided[k] | (inside[k] - {s.id})) for s in trees[k]}
 
-    def solved(k: int, scores: dict[str, np.ndarray]) -> Element:
+    def solved(k: int, scores: dict[str, np.ndarray] | PlainMatch) -> Element:
+        if isinstance(scores, PlainMatch):
+            return {tops[k].id: scores.perm}
         found = TreeAssignment(graph, scores).solve(tops[k], element)
         return {s.id: found[s.id] for s in trees[k]}
 

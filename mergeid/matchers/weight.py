@@ -11,11 +11,14 @@ from torch import Generator
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
 from mergeid.matchers.inner_products import KeptScores, WeightSimilarity
 from mergeid.matchers.layerwise import layerwise_matching
+from mergeid.matchers.plain import PlainMatch, seen_plainly
 from mergeid.matchers.protocol import MatchTask, Needs
 from mergeid.matchers.schedule import neighbours, owners_of, shared_out, sharing, waves
 from mergeid.neuron_graph.neuron_graph import Element, Space
 
 Extra = Callable[[Space], np.ndarray]
+LEAST_GAIN = 1e-6
+"""Share of the largest inner product that an assignment must gain: less is rounding."""
 
 
 def weight_matching(
@@ -57,21 +60,17 @@ def weight_matching(
     tensors = [{a.tensor for s in tree for a in s.axes} for tree in trees]
     kept = KeptScores(similarity)
 
-    def scores_of(k: int) -> dict[str, np.ndarray]:
-        scores = {}
-        for s in trees[k]:
-            base = kept.scores(s, now)
-            if cosines is not None:
-                base = similarity.normalised(s, base, cosines)
-            if extra is not None and cosines is not None:
-                base += extra(s)  # a matrix of its own
-            elif extra is not None:
-                base = base + extra(s)
-            scores[s.id] = base
-        return scores
+    plain = extra is None and cosines is None
 
-    def better(k: int, scores: dict[str, np.ndarray]) -> Element:
+    def scores_of(k: int) -> dict[str, np.ndarray] | PlainMatch:
+        if plain and k not in beside[k] and (found := seen_plainly(similarity, trees[k], now)) is not None:
+            return found
+        return {s.id: _with_extra(similarity, s, kept.scores(s, now), extra, cosines) for s in trees[k]}
+
+    def better(k: int, scores: dict[str, np.ndarray] | PlainMatch) -> Element:
         """What moves to gain; nothing where nothing does."""
+        if isinstance(scores, PlainMatch):
+            return {tops[k].id: scores.perm} if scores.gain > LEAST_GAIN * scores.size else {}
         found = TreeAssignment(graph, scores).solve(tops[k], now)
         moved = {s.id: found[s.id] for s in trees[k] if not np.array_equal(found[s.id], now[s.id])}
         if not moved or not _gains(scores, found, now):
@@ -99,6 +98,17 @@ def weight_matching(
     return now
 
 
+def _with_extra(
+    similarity: WeightSimilarity, space: Space, base: np.ndarray, extra: Extra | None, cosines: float | None
+) -> np.ndarray:
+    if cosines is not None:
+        base = similarity.normalised(space, base, cosines)  # a matrix of its own
+        if extra is not None:
+            base += extra(space)
+        return base
+    return base if extra is None else base + extra(space)
+
+
 def _gains(scores: Mapping[str, np.ndarray], found: Element, element: Element) -> bool:
     """Whether the found assignment is better by more than rounding."""
     gain, size = 0.0, 0.0
@@ -107,7 +117,7 @@ def _gains(scores: Mapping[str, np.ndarray], found: Element, element: Element) -
         new, old = score[i, found[k]].astype(np.float64), score[i, element[k]].astype(np.float64)
         gain += float((new - old).sum())
         size = max(size, float(np.abs(new).max()), float(np.abs(old).max()))
-    return gain > 1e-6 * size
+    return gain > LEAST_GAIN * size
 
 
 def good_start(similarity: WeightSimilarity) -> Element:

@@ -61,11 +61,24 @@ class SolvedLayer:
         return {"tensors": list(self.weights), "ridge": ridge, "error_before": self.before, "error_after": self.after}
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Weights of the models in what is imitated, with sum 1.
+
+    Attributes:
+        last: in the network's last layer; one per model, or a row of them for every example.
+        hidden: in all layers before.
+    """
+
+    last: Sequence[float] | Tensor
+    hidden: Sequence[float]
+
+
 @torch.no_grad()
 def solve_network(
     merged: nn.Module,
     models: Sequence[nn.Module],
-    shares: Sequence[float] | Tensor,
+    shares: Sequence[float] | Tensor | Shares,
     forward: Forward,
     batches: Sequence[Batch],
     *,
@@ -78,7 +91,8 @@ def solve_network(
     Args:
         merged: the averaged network, in eval mode.
         models: in the first one's order of neurons, in eval mode, on the same device; not changed.
-        shares: weights of the models in what is imitated, with sum 1; or a row of them for every example.
+        shares: weights of the models in what is imitated, with sum 1; or a row of them for every example; or others in
+            the last layer than before.
         forward: runs a network on a batch.
         batches: calibration examples, without labels, in the first dimension of every tensor.
         frozen: keys of the state dict that stay as they are.
@@ -91,8 +105,8 @@ def solve_network(
         MergeidError: the networks do not execute the same operations.
     """
     counts = [_examples(b) for b in batches]
-    weights = torch.as_tensor(shares, dtype=torch.float64)
-    each = list((weights if weights.dim() == 2 else weights.expand(sum(counts), -1)).split(counts))
+    both = (shares.last, shares.hidden) if isinstance(shares, Shares) else (shares, shares)
+    each, before = (_by_batch(w, counts) for w in both)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     nets: list[list[Paced]] = []
@@ -127,7 +141,7 @@ def solve_network(
                 if large:
                     give_back()
                 at = [behind.pop(index, None) for behind in maps]
-                done += _solve_at(stops, nets, at, each, seed + 7919 * k)
+                done += _solve_at(stops, nets, at, each if k == len(wanted) - 1 else before, seed + 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
@@ -140,6 +154,12 @@ def solve_network(
         for side in nets:
             for net in side:
                 net.close()
+
+
+def _by_batch(shares: Sequence[float] | Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Per batch [examples, models]."""
+    weights = torch.as_tensor(shares, dtype=torch.float64)
+    return list((weights if weights.dim() == 2 else weights.expand(sum(counts), -1)).split(list(counts)))
 
 
 def _twin(net: nn.Module) -> nn.Module:

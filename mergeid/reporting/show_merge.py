@@ -90,9 +90,13 @@ def repair_line(repair: Mapping[str, Any]) -> str:
             if "distance_after" in repair
             else ""
         )
+        lean = repair["kind"] == "solve+lean"
+        target = "a mean that leans to the first model" if lean else "the models' mean"
+        why = " Only the last layer answers as the mean of all, since the neurons hardly correspond." if lean else ""
         return (
             f"Solved layer by layer: {repair['layers']} layers were refitted on {repair['examples']} examples. On "
-            f"held-out examples their outputs are off the models' mean by {after} of its spread ({before} before)."
+            f"held-out examples their outputs are off {target} by {after} of its spread ({before} before)."
+            + why
             + polished
         )
     before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))

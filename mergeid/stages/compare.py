@@ -43,8 +43,8 @@ from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
 from mergeid.results.plan import Plan
 from mergeid.stages.members import Member, Members
-from mergeid.stages.repair import SOLVE, refreshed, repair_network, repairs
-from mergeid.stages.solving import NEAR, OFF, can_be_solved, solved_if_nearer
+from mergeid.stages.repair import LEANING, SOLVE, refreshed, repair_network, repairs
+from mergeid.stages.solving import LEFT, NEAR, OFF, Tried, can_be_solved, nearer, solved_if_nearer
 
 if TYPE_CHECKING:
     from mergeid.request.request import Run
@@ -99,30 +99,43 @@ def last_look(
         batch_size=min(run.batch_size, FEW) if is_on_demand(members.first.model) else run.batch_size,
         device=run.place,
     )
-    parts = 1 if kinds == ["none"] else PARTS_OF_DEAR if SOLVE in kinds else PARTS
-    dearest = SOLVE in kinds and is_on_demand(members.first.model)
+    dear = not {SOLVE, LEANING}.isdisjoint(kinds)
+    parts = 1 if kinds == ["none"] else PARTS_OF_DEAR if dear else PARTS
+    dearest = dear and is_on_demand(members.first.model)
     panel = panel_of(parts=(parts, 1) if dearest else parts)
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():
         run.tell("comparing the merges", len(found), len(merges) * len(kinds))
-        for kind, far in _tried(panel, merge, kinds, skip, run.place):
+        for kind, (far,) in _tried((panel,), merge, kinds, skip=skip, device=run.place):
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
         run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
-        solved = solved_if_nearer(
-            panel_of(parts=PARTS_OF_DEAR),
-            {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also},
-            (chosen.chosen, chosen.repair),
-            lambda panel, merge, kinds: _tried(panel, merge, kinds, skip, run.place),
-            TIE,
-        )
-        if solved is not None:
-            distances = chosen.distances | {label(name, SOLVE): value for name, value in solved.distances.items()}
-            outputs = {name: Distance(far.distance, far.unit) for name, far in solved.far.items()}
-            chosen = replace(chosen, distances=distances, chosen=solved.merge, repair=SOLVE, outputs=outputs)
+        some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}
+        # from the models, and from their mean alone
+        panels = (panel_of(parts=PARTS_OF_DEAR), panel_of(parts=PARTS_OF_DEAR, either=False))
+        chosen = _solved(chosen, some, panels, partial(_tried, panels, skip=skip, device=run.place), run)
     return merges[chosen.chosen], chosen
+
+
+def _solved(
+    chosen: Comparison, merges: Mapping[str, Members], panels: tuple[Panel, Panel], tried: Tried, run: Run
+) -> Comparison:
+    """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin."""
+    apart = panels[0].disagreement
+    solved = solved_if_nearer(merges, (chosen.chosen, chosen.repair), tried, disagreement=apart, tie=TIE)
+    if solved is None:
+        return chosen
+    repair, far, distances = SOLVE, solved.far, {label(n, SOLVE): v for n, v in solved.distances.items()}
+    if solved.distances[solved.merge] > LEFT and panels[0].owners is None:
+        run.tell("trying a solved merge that leans to the first model", 0, 1)
+        ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
+        distances[label(solved.merge, LEANING)] = _mean(lean)
+        if nearer(solved.mean, mean, disagreement=apart, tie=TIE):
+            repair, far = LEANING, lean
+    outputs = {name: Distance(f.distance, f.unit) for name, f in far.items()}
+    return replace(chosen, distances=chosen.distances | distances, chosen=solved.merge, repair=repair, outputs=outputs)
 
 
 def _is_the_first(members: Members, skip: Sequence[str]) -> bool:
@@ -140,20 +153,22 @@ def _same(ours: Tensor, merged: Tensor) -> bool:
 
 
 def _tried(
-    panel: Panel, members: Members, kinds: Sequence[str], skip: Sequence[str], device: str
-) -> Iterator[tuple[str, dict[str, Far]]]:
-    """How far one merge is from the models, under each repair."""
+    panels: Sequence[Panel], members: Members, kinds: Sequence[str], *, skip: Sequence[str], device: str
+) -> Iterator[tuple[str, list[dict[str, Far]]]]:
+    """How far one merge is from the models, under each repair, as each of the panels sees it; they have the same
+    parts."""
     state = members.merged_state(skip)
     net = copy.deepcopy(members.first.model).to(device)
 
-    def far(kind: str, part: int) -> dict[str, Far]:
+    def far(kind: str, part: int) -> list[dict[str, Far]]:
         load_weights(net, state)
         if kind != "none":
-            repair_network(replace(members, examples=panel.rest(part)), net, mode=kind, skip=skip, device=device)
-        return panel.far(net, part)
+            repair_network(replace(members, examples=panels[0].rest(part)), net, mode=kind, skip=skip, device=device)
+        return [panel.far(net, part) for panel in panels]
 
     for kind in kinds:
-        yield kind, joined(processes.shared(range(len(panel.parts)), partial(far, kind)))
+        parts = processes.shared(range(len(panels[0].parts)), partial(far, kind))
+        yield kind, [joined(each) for each in zip(*parts, strict=True)]
 
 
 def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, examples: int) -> Comparison:

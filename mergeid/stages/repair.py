@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 SOLVE = "solve"
 POLISHED = "solve+polish"
+LEANING = "solve+lean"
+LEAN = 0.1
+"""Share of all models but the first in the hidden layers of a merge that leans."""
 SOLVED_AT_ONCE, POLISHED_AT_ONCE = 64, 32
 """Examples in a batch."""
 UNSEEN = 4
@@ -45,7 +48,7 @@ class Repair:
     """What the stage did.
 
     Attributes:
-        kind: "bn", "repair", "repair+bn", "solve", "solve+polish", or "" where there was nothing to do.
+        kind: "bn", "repair", "repair+bn", "solve", "solve+lean", "solve+polish", or "" where there was nothing to do.
         tensors: state-dict key -> repaired tensor.
         layers: how many layers were repaired.
         before, after: median over all channels of the standard deviation of the merged network's activations, as a
@@ -71,7 +74,7 @@ class Repair:
         """Everything but the tensors; None where nothing was repaired."""
         if not self.kind:
             return None
-        what = "error" if self.kind in (SOLVE, POLISHED) else "spread"
+        what = "error" if self.kind in (SOLVE, LEANING, POLISHED) else "spread"
         distances = {} if self.polished is None else dict(zip(("before", "after"), self.polished, strict=True))
         return {
             "kind": self.kind,
@@ -111,8 +114,8 @@ def repair_merged(
     Args:
         members: the models with settings and calibration data.
         mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
-            layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`); "none":
-            nothing.
+            layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`);
+            "solve+lean": the same, but hidden layers answer as the first model does, but for `LEAN`; "none": nothing.
         skip: globs of tensor names that are not merged.
     """
     if mode == "none" or (mode == "bn" and not batchnorm_layers(members.first.model)):
@@ -134,10 +137,10 @@ def repair_network(
     """Repair a merged network of these models in place (and move it to the device), as `repair_merged`."""
     tell = progress or (lambda *_: None)
     accelerator = make_accelerator(device)
-    if mode not in ("bn", SOLVE):  # which write into no weight, or into one at a time
+    if mode not in ("bn", SOLVE, LEANING):  # which write into no weight, or into one at a time
         held(merged)
-    if mode == SOLVE:
-        return _solve(members, merged.to(accelerator.device), skip, progress)
+    if mode in (SOLVE, LEANING):
+        return _solve(members, merged.to(accelerator.device), skip, progress, lean=mode == LEANING)
     if mode == POLISHED:
         return _polish(members, merged.to(accelerator.device), skip, accelerator, progress)
     found = Repair()
@@ -172,17 +175,33 @@ def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
         yield copy.deepcopy(work).to(device).eval()
 
 
-def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None) -> Repair:
-    from mergeid.repair.solve import solve_network
+def leaning(members: Members) -> Members:
+    """The same models with weights that lean to the first one: it counts 1 − `LEAN`, the others `LEAN` in all."""
+    own, *others = members.shares()
+    rest = sum(others)
+    if not rest > 0:
+        return members
+    weights = (max(own, 1 - LEAN), *(min(rest, LEAN) * w / rest for w in others))
+    return replace(members, settings=replace(members.settings, weights=weights))
+
+
+def _solve(
+    members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None, lean: bool = False
+) -> Repair:
+    from mergeid.repair.solve import Shares, solve_network
 
     device = next(merged.parameters()).device
     models = list(_aligned(members, device))
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     owners = members.given.owners
+    shares: Any = members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)]
+    if lean:
+        load_weights(merged, leaning(members).merged_state(skip))
+        shares = Shares(shares, leaning(members).shares())
     done = solve_network(
         merged.eval(),
         models,
-        members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)],
+        shares,
         members.first.forward,
         list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)),
         frozen=_frozen(members, before, skip),
@@ -190,7 +209,7 @@ def _solve(members: Members, merged: nn.Module, skip: Sequence[str], progress: P
     )
     count = max(len(done), 1)
     return Repair(
-        SOLVE,
+        LEANING if lean else SOLVE,
         _changed(merged, before),
         sum(layer.ridge < inf for layer in done),
         sum(layer.before for layer in done) / count,

@@ -5,6 +5,12 @@ sure of something else (fine-tunes on different tasks, each asked about the othe
 than any of them, and to come nearer to it is no gain. So a solved merge has to be nearer by more than a share of what
 the models differ by (`DOUBT`), and by more than chance makes (one standard error of the paired difference).
 
+Where the networks' neurons hardly correspond, no layer can answer as their mean does, and what is off adds up from
+layer to layer. A merge whose hidden layers lean to the first model (`mergeid.stages.repair.LEAN`) loses less: only its
+last layer imitates the mean in full. It is taken where the solved merge is left too far from the models (`LEFT`), and
+where it is nearer to their mean, by as much more. That is asked of the mean alone: what leans to one model is near to
+that one whatever it says.
+
 It is judged on inputs that it was not solved on: the calibration inputs are dealt out to two halves, and the merge that
 is looked at on one is solved on the other. What is written is solved on all of them.
 """
@@ -22,13 +28,15 @@ from mergeid.errors import MergeidError
 from mergeid.stages.repair import SOLVE
 
 if TYPE_CHECKING:
-    from mergeid.evaluate.nearness import Far, Panel
+    from mergeid.evaluate.nearness import Far
     from mergeid.stages.members import Members
 
 NEAR = 0.005
 """Distance of a merge that is near enough as it is."""
 OFF = 0.05
 """Distance beyond which the merge with every space matched is solved as well, where another is the nearest."""
+LEFT = 0.02
+"""Distance of a solved merge that is near enough for no model to be leaned to."""
 DOUBT = 0.15
 """Share of the models' disagreement (nats) that a solved merge must be nearer by."""
 LEAST = 64
@@ -36,19 +44,21 @@ LEAST = 64
 LARGE = 300_000_000
 """Parameters from which on a merge is solved only where that is asked for."""
 
-Tried = Callable[["Panel", "Members", Sequence[str]], Iterator[tuple[str, dict[str, "Far"]]]]
+Tried = Callable[["Members", Sequence[str]], Iterator[tuple[str, Sequence[Mapping[str, "Far"]]]]]
+"""(merge, repairs) -> repair, and how far the merge is with it from the models and, last, from their mean alone."""
 
 
 @dataclass(frozen=True)
 class Solved:
     """Attributes:
     merge: the one to solve.
-    far: how far it is then, by the outputs' names.
+    far: how far it is then, by the outputs' names. mean: how far from the mean alone.
     distances: of all that were solved, by merge.
     """
 
     merge: str
     far: Mapping[str, Far]
+    mean: Mapping[str, Far]
     distances: dict[str, float]
 
 
@@ -60,22 +70,22 @@ def can_be_solved(members: Members) -> bool:
 
 
 def solved_if_nearer(
-    panel: Panel, merges: Mapping[str, Members], nearest: tuple[str, str], tried: Tried, tie: float
+    merges: Mapping[str, Members], nearest: tuple[str, str], tried: Tried, *, disagreement: float, tie: float
 ) -> Solved | None:
     """The merge to solve; None where none is worth it.
 
     Args:
-        panel: with two parts.
         merges: that may be solved.
         nearest: merge and repair that are to be beaten.
-        tried: (panel, merge, repairs) -> repair and how far the merge is with it.
+        tried: makes and looks at a merge.
+        disagreement: of the models, as `Panel.disagreement`.
         tie: what is no difference.
     """
-    rows: dict[tuple[str, str], dict[str, Far]] = {}
+    rows: dict[tuple[str, str], Sequence[Mapping[str, Far]]] = {}
     for name, merge in merges.items():
         kinds = [nearest[1], SOLVE] if name == nearest[0] else [SOLVE]
         try:
-            for kind, far in tried(panel, merge, kinds):
+            for kind, far in tried(merge, kinds):
                 rows[name, kind] = far
         except MergeidError:  # what cannot be solved stays as it is
             continue
@@ -83,9 +93,15 @@ def solved_if_nearer(
     solved = {name: far for (name, kind), far in rows.items() if kind == SOLVE}
     if own is None or not solved:
         return None
-    means = {name: sum(f.distance for f in far.values()) / len(far) for name, far in solved.items()}
+    means = {name: sum(f.distance for f in far.values()) / len(far) for name, (far, _) in solved.items()}
     best = min(means, key=lambda name: (means[name], name != nearest[0]))
-    gap = torch.stack([own[n].nearest - solved[best][n].nearest for n in own]).mean(0)
+    from_models, from_mean = solved[best]
+    found = Solved(best, from_models, from_mean, means)
+    return found if nearer(own[0], found.far, disagreement=disagreement, tie=tie) else None
+
+
+def nearer(one: Mapping[str, Far], other: Mapping[str, Far], *, disagreement: float, tie: float) -> bool:
+    """Whether the other is nearer by more than chance and the models' doubts make."""
+    gap = torch.stack([one[n].nearest - other[n].nearest for n in one]).mean(0)
     error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else 0.0
-    enough = max(tie, error, DOUBT * panel.disagreement)
-    return Solved(best, solved[best], means) if float(gap.mean()) > enough else None
+    return float(gap.mean()) > max(tie, error, DOUBT * disagreement)

@@ -48,7 +48,12 @@ MERGES: tuple[tuple[str, str, Literal["auto", "always", "never"], str], ...] = (
     ("mergeid", "merged", "auto", "auto"),
 )
 """Name, file, `--match` and `--repair` of each merge; the last one is what `mergeid merge` does by itself."""
-AFTER = {"none": "nothing", "bn": "BatchNorm re-estimated", "solve": "solved layer by layer"}
+AFTER = {
+    "none": "nothing",
+    "bn": "BatchNorm re-estimated",
+    "solve": "solved layer by layer",
+    "solve+lean": "solved, leaning to A",
+}
 CURVES: tuple[tuple[str, Literal["always", "never"], bool], ...] = (
     ("plain average", "never", False),
     ("plain average", "never", True),

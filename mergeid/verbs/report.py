@@ -249,6 +249,7 @@ def _tried(task: _Task) -> _Tried:
     from mergeid.models.load import load_model
     from mergeid.reporting.page import Measured
     from mergeid.stages.merge_request import MergeRequest
+    from mergeid.stages.repair import SOLVE
     from mergeid.verbs.merge import merge_models
 
     with tempfile.TemporaryDirectory(prefix="mergeid-report-") as folder:
@@ -270,11 +271,13 @@ def _tried(task: _Task) -> _Tried:
             return _Tried(refused=str(error))
         except MergeidError as error:
             return _Tried(notes=(f"no merge was made: {error}",))
-        if made.repair is None or made.repair.get("kind") != "solve":
+        kind = "" if made.repair is None else str(made.repair["kind"])
+        if not kind.startswith(SOLVE):
             return _Tried(made)
         loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)
         found = evaluate_loaded(loaded, task.examples, task.run)
-    return _Tried(made, (Measured("solved", found.loss, found.accuracy),), (_solved(task, made, found),))
+    curves = (_solved(task, made, found),) if kind == SOLVE else ()  # one that leans has no twin at other shares
+    return _Tried(made, (Measured("solved", found.loss, found.accuracy),), curves)
 
 
 def _solved(task: _Task, made: MergeResult, found: Metrics) -> BarrierResult:

@@ -60,6 +60,19 @@ def test_bit_for_bit_as_torch(first: str, second: str, out: str, bits, weight: f
         assert same_bits(found, oracle)
 
 
+@settings(max_examples=200, deadline=None)
+@given(pairs, st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda w: sum(w) > 0))
+def test_bfloat16_models_as_torch(bits, weights: list[float]) -> None:  # type: ignore[no-untyped-def]
+    """Three of them, of even and odd lengths."""
+    models = [from_bits("BF16", [x + k * y for x, y in bits]) for k in range(3)]
+    shares = check_weights([w / sum(weights) for w in weights], 3)
+    oracle = linear(models, shares).to(torch.bfloat16)
+    with np.errstate(all="ignore"):
+        found, finite = weighted_sum([stored(m, "BF16") for m in models], ["BF16"] * 3, shares, "BF16")
+    assert finite == bool(torch.isfinite(oracle).all())
+    assert not finite or same_bits(found, oracle)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FLOATS), pairs, weight, st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.data())
 def test_what_is_not_finite_is_never_missed(dtype: str, bits, weight: float, value: float, data: st.DataObject) -> None:  # type: ignore[no-untyped-def]

@@ -167,3 +167,21 @@ def test_angles_of_tiny_and_huge_weights(dtype: torch.dtype, scale: float) -> No
     assert angle(x, 4 * x) == pytest.approx(0, abs=1e-3)
     merged = get_method("slerp")([x, -4 * x], [0.3, 0.7])
     torch.testing.assert_close(merged, (-2.5 * x.double()).to(dtype))
+
+
+def test_threads_are_given_back() -> None:
+    """Pieces are made in one thread: afterwards there are as many as before, in whatever order the loops end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        one, two = (pieces.places(10, 2) for _ in range(2))
+        assert (next(one), next(two)) == (slice(0, 2), slice(0, 2))
+        assert torch.get_num_threads() == 1
+        assert [s.start for s in one] == [2, 4, 6, 8]
+        assert torch.get_num_threads() == 1
+        del two  # left half way
+        assert torch.get_num_threads() == 3
+        assert next(pieces.places(3, 2)) == slice(0, 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

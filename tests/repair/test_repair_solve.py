@@ -20,7 +20,7 @@ from mergeid.repair.beyond import beyond
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.layers import layer_of
 from mergeid.repair.paced import Paced, Stop, operations
-from mergeid.repair.solve import solve_network
+from mergeid.repair.solve import Shares, solve_network
 
 
 def forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -91,6 +91,27 @@ class Standardised(nn.Module):
         weight = self.gain * (self.kernel - mean) * torch.rsqrt(variance + 1e-5)
         h = self.normed(F.conv2d(x, weight).relu().mean((2, 3))).tanh()
         return self.head(h * (1 + self.around_one))
+
+
+def test_hidden_layers_that_imitate_one_model_leave_the_last_to_the_mean() -> None:
+    """From A on, with A's answers in all layers but the head: A's body, and the head that least squares gives."""
+    torch.manual_seed(0)
+    a = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    b = copy.deepcopy(a)
+    for p in b.parameters():
+        p.data = torch.randn_like(p)
+    x = seeded(400, 6).double()
+    net = copy.deepcopy(a)
+    batches = [{"x": part} for part in x.split(100)]
+    solve_network(net, [a, b], Shares([0.5, 0.5], [1.0, 0.0]), forward, batches)
+    for name, value in net[:4].state_dict().items():
+        assert torch.allclose(value, a[:4].state_dict()[name], atol=1e-9)
+    with torch.no_grad():
+        inside, mean = a[:4](x), (a(x) + b(x)) / 2
+        plain = torch.cat([inside, torch.ones(400, 1).double()], 1)
+        best = (plain @ torch.linalg.lstsq(plain, mean).solution - mean).square().mean()
+        reached, before = (net(x) - mean).square().mean(), (a(x) - mean).square().mean()
+    assert best <= reached * (1 + 1e-9) and reached < best + 0.05 * (before - best)
 
 
 def test_weights_that_are_computed_from_parameters() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel, _Spread
 from mergeid.models.examples import Examples
-from mergeid.stages.solving import LARGE, LEAST, can_be_solved, solved_if_nearer
+from mergeid.stages.solving import LARGE, LEAST, can_be_solved, nearer, solved_if_nearer
 
 
 class Says(nn.Module):
@@ -69,7 +69,7 @@ def test_the_spread_of_values_leaves_padding_out_where_there_are_tokens(tokens: 
 
 
 def look(rows: dict[tuple[str, str], float], spread: float = 0.0) -> Any:
-    def tried(_: Any, merge: Any, kinds: Any) -> Iterator[tuple[str, dict[str, Far]]]:
+    def tried(merge: Any, kinds: Any) -> Iterator[tuple[str, list[dict[str, Far]]]]:
         for kind in kinds:
             value = rows[merge, kind]
             if value < 0:
@@ -77,7 +77,7 @@ def look(rows: dict[tuple[str, str], float], spread: float = 0.0) -> Any:
             noise = spread * torch.randn(
                 1, 100, generator=torch.Generator().manual_seed(len(kind)), dtype=torch.float64
             )
-            yield kind, {"out": Far("nats", value + noise - noise.mean())}
+            yield kind, [{"out": Far("nats", value + noise - noise.mean())}] * 2
 
     return tried
 
@@ -96,9 +96,8 @@ def look(rows: dict[tuple[str, str], float], spread: float = 0.0) -> Any:
 def test_a_solved_merge_must_be_clearly_nearer(
     rows: dict[tuple[str, str], float], apart: float, spread: float, merge: str | None
 ) -> None:
-    names = dict.fromkeys(name for name, _ in rows)
-    asked = cast(Any, SimpleNamespace(disagreement=apart))
-    found = solved_if_nearer(asked, cast(Any, {n: n for n in names}), ("plain", "bn"), look(rows, spread), 1e-3)
+    merges = cast(Any, {name: name for name, _ in rows})
+    found = solved_if_nearer(merges, ("plain", "bn"), look(rows, spread), disagreement=apart, tie=1e-3)
     assert (None if found is None else found.merge) == merge
 
 
@@ -113,11 +112,24 @@ def test_a_solved_merge_must_be_clearly_nearer(
 )
 def test_how_much_nearer_at_the_boundary(gap: float, apart: float, tie: float, solved: bool) -> None:
     rows = {("plain", "bn"): gap, ("plain", "solve"): 0.0}
-    asked = cast(Any, SimpleNamespace(disagreement=apart))
-    found = solved_if_nearer(asked, cast(Any, {"plain": "plain"}), ("plain", "bn"), look(rows, 0.0), tie)
+    merges = cast(Any, {"plain": "plain"})
+    found = solved_if_nearer(merges, ("plain", "bn"), look(rows, 0.0), disagreement=apart, tie=tie)
     assert (found is not None) is solved
     if found is not None:
         assert found.distances == {"plain": 0.0} and found.far["out"].distance == 0.0
+
+
+@pytest.mark.parametrize(
+    ("solved", "lean", "apart", "expected"),
+    [
+        (0.3, 0.1, 0.2, True),
+        (0.3, 0.28, 0.2, False),  # less than their disagreement leaves in doubt
+        (0.1, 0.3, 0.0, False),
+    ],
+)
+def test_a_merge_leans_where_that_is_clearly_nearer(solved: float, lean: float, apart: float, expected: bool) -> None:
+    one, other = ({"out": Far("nats", torch.full((1, 9), v, dtype=torch.float64))} for v in (solved, lean))
+    assert nearer(one, other, disagreement=apart, tie=1e-3) is expected
 
 
 def test_chance_is_one_standard_error() -> None:
@@ -127,9 +139,9 @@ def test_chance_is_one_standard_error() -> None:
 
     def look_at(gap: float) -> bool:
         rows = {"bn": gap + wave, "solve": 0 * wave}
-        tried = cast(Any, lambda panel, merge, kinds: ((k, {"out": Far("nats", rows[k])}) for k in kinds))
-        asked = cast(Any, SimpleNamespace(disagreement=0.0))
-        return solved_if_nearer(asked, cast(Any, {"plain": "plain"}), ("plain", "bn"), tried, 1e-3) is not None
+        tried = cast(Any, lambda merge, kinds: ((k, [{"out": Far("nats", rows[k])}] * 2) for k in kinds))
+        merges = cast(Any, {"plain": "plain"})
+        return solved_if_nearer(merges, ("plain", "bn"), tried, disagreement=0.0, tie=1e-3) is not None
 
     assert look_at(error * (1 + 1e-6)) and not look_at(error * (1 - 1e-6))
 
@@ -137,9 +149,8 @@ def test_chance_is_one_standard_error() -> None:
 def test_ties_among_solved_merges_stay_with_the_nearest() -> None:
     rows = {("plain", "none"): 0.3, ("plain", "solve"): 0.1, ("matched", "solve"): 0.1}
     for order in (("plain", "matched"), ("matched", "plain")):
-        asked = cast(Any, SimpleNamespace(disagreement=0.0))
         merges = cast(Any, {name: name for name in order})
-        found = solved_if_nearer(asked, merges, ("plain", "none"), look(rows, 0.0), 1e-3)
+        found = solved_if_nearer(merges, ("plain", "none"), look(rows, 0.0), disagreement=0.0, tie=1e-3)
         assert found is not None and found.merge == "plain" and set(found.distances) == {"plain", "matched"}
 
 
