@@ -187,14 +187,14 @@ class Panel:
                 for name in own[0]:
                     outs = [o[name] for o in own]
                     if name in self._heads and outs[0].shape[-1] > 1:
-                        least.setdefault(name, []).append(_per_example(self._best(outs), batch, count)[None].cpu())
+                        least.setdefault(name, []).append(per_example(self._best(outs), batch, count)[None].cpu())
                         apart = self._divergence(outs)
                     else:
                         spreads = self._spreads.setdefault(name, [_Spread() for _ in self._references(outs)])
                         for spread, reference in zip(spreads, self._references(outs), strict=True):
                             spread.add(reference, batch)
                         apart = self._deviation(outs)
-                    self._apart.setdefault(name, []).append(_per_example(apart, batch, count).cpu())
+                    self._apart.setdefault(name, []).append(per_example(apart, batch, count).cpu())
                 tensors = [*(v for v in batch.values() if isinstance(v, Tensor)), *(t for o in own for t in o.values())]
                 size += sum(t.numel() * t.element_size() for t in tensors)
                 if self._kept is not None and size <= KEPT:
@@ -254,13 +254,13 @@ class Panel:
                 self._worth(torch.stack([p.softmax(-1) for p in parts]), logits.log_softmax(-1))
                 for logits, *parts in few_rows(out, *outs)
             ]
-            return _per_example(torch.cat(found).reshape(out.shape[:-1]), batch, count)[None]
+            return per_example(torch.cat(found).reshape(out.shape[:-1]), batch, count)[None]
         rows = []
         for spread, reference in zip(self._spreads[name], self._references(outs), strict=True):
             # what is infinite in both, such as a mask, is no difference
             gap = torch.where(out == reference, 0.0, out.double() - reference.double()).square()
             gap = gap.mean(-1) if gap.dim() > 1 else gap
-            rows.append(_per_example(gap, batch, count) / spread.variance(outs[0].dtype))
+            rows.append(per_example(gap, batch, count) / spread.variance(outs[0].dtype))
         if not self._agree(name, outs[0].dtype):
             rows[0] = torch.full_like(rows[0], inf)
         return torch.stack(rows)
@@ -300,7 +300,7 @@ def classifying(first: Loaded) -> set[str]:
         return {name} if first.loss(out, moved) is not None else set()
 
 
-def _per_example(scores: Tensor, batch: Batch, count: int) -> Tensor:
+def per_example(scores: Tensor, batch: Batch, count: int) -> Tensor:
     """Means over what belongs to an example, padding left out, float64 [count]; where the first dimension is not that
     of the examples, the mean over all of them for each."""
     mask = batch.get("attention_mask")

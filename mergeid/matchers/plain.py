@@ -13,7 +13,7 @@ with `SIGMAS` standard deviations added. What is not proven is matched in full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -59,11 +59,13 @@ def seen_plainly(
 
 
 def worth_looking(similarity: WeightSimilarity, space: Space, known: Collection[str] | None = None) -> bool:
-    """Whether a space is one block with no other around it, and so large that products of all pairs are dear."""
+    """Whether a space is one block with no other around it, whole on every axis, and so large that products of all
+    pairs are dear."""
     if space.parents or space.blocks != 1 or space.size < LEAST_SIZE:
         return False
-    entries = sum(prod(similarity.graph.tensors[a.tensor]) // space.size for a in _axes(similarity, space, known))
-    return entries >= LEAST_ENTRIES
+    axes = _axes(similarity, space, known)
+    entries = sum(prod(similarity.graph.tensors[a.tensor]) // space.size for a in axes)
+    return entries >= LEAST_ENTRIES and all(len(a.members) == space.size for a in axes)
 
 
 def plain_match(
@@ -75,21 +77,20 @@ def plain_match(
     """The best permutation of one space, all others as in `element`; None where it is not plain to see.
 
     Args:
-        space: without others in it or around it, on no two axes of one tensor.
+        space: one that is `worth_looking` at; no others lie in it, and no tensor has it on two axes.
         known: as in `WeightSimilarity.products`."""
-    axes = _axes(similarity, space, known)
-    sketches, squares = _sketched(similarity, space, axes, element)
-    half = squares[1] / 2
-    found = _best_columns(sketches, half)
+    axes, now = _axes(similarity, space, known), element[space.id]
+    seen = _sketched(similarity, space, axes, element)
+    found = _best_columns(seen)
     if len(torch.unique(found)) < space.size:
         return None
-    pairs = _paired(similarity, space, axes, element, found)
-    if not _proven(sketches, squares, found, pairs):
+    perm = now[found.cpu().numpy()]
+    stays = np.array_equal(perm, now)
+    pairs = seen.pairs if stays else _paired(similarity, space, axes, {**element, space.id: perm})
+    if not _proven(seen, found, pairs):
         return None
-    before = torch.from_numpy(np.ascontiguousarray(element[space.id])).to(found.device)
-    own = pairs if torch.equal(before, found) else _paired(similarity, space, axes, element, before)
-    size = float(torch.maximum(pairs.abs().max(), own.abs().max()))
-    return PlainMatch(found.cpu().numpy(), float((pairs - own).sum()), size)
+    size = float(torch.maximum(pairs.abs().max(), seen.pairs.abs().max()))
+    return PlainMatch(perm, float((pairs - seen.pairs).sum()), size)
 
 
 def _axes(similarity: WeightSimilarity, space: Space, known: Collection[str] | None) -> list[AxisMap]:
@@ -99,68 +100,79 @@ def _axes(similarity: WeightSimilarity, space: Space, known: Collection[str] | N
     return [a for a in space.axes if all(s.id in known for s, o in graph.on_tensor[a.tensor] if o.axis != a.axis)]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Attributes:
+    sketches: A's and B's members, float32 [2, size, buckets], B's in the order that was asked about.
+    squares: their squared norms, float64 [2, size].
+    pairs: exact inner products of A's members with B's in that order, float64 [size].
+    """
+
+    sketches: Tensor
+    squares: Tensor
+    pairs: Tensor
+
+
+def _members(
+    similarity: WeightSimilarity, axis: AxisMap, element: Mapping[str, np.ndarray], space: Space
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(A's members, B's that the element puts in their places, which entries), float32 [size, entries]."""
+    place = np.argsort(axis.members)
+    mine, theirs = torch.from_numpy(place), torch.from_numpy(place[element[space.id]])
+    for x, y, places in similarity.pairs(axis, element):
+        yield _taken(x, mine), _taken(y, theirs), places
+
+
+def _taken(value: Tensor, order: Tensor) -> Tensor:
+    """Rows in another order; no copy where it is the same."""
+    return value if bool((order == torch.arange(len(order))).all()) else value[order.to(value.device)]
+
+
 def _sketched(
     similarity: WeightSimilarity, space: Space, axes: list[AxisMap], element: Mapping[str, np.ndarray]
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Sketches of A's and B's members, float32 [size, buckets]; and their squared norms, float64 [2, size]."""
+) -> _Seen:
     device = similarity.device
-    sums = torch.zeros(2, space.size, BUCKETS, device=device)
-    squares = torch.zeros(2, space.size, dtype=torch.float64, device=device)
+    sketches = torch.zeros(2, space.size, BUCKETS, device=device)
+    squares, pairs = (torch.zeros(*n, space.size, dtype=torch.float64, device=device) for n in ((2,), ()))
     generator = Generator().manual_seed(space.size)
     for axis in axes:
-        members = torch.from_numpy(axis.members).to(device)
         factor = similarity.factor[axis.tensor]
-        for x, y, places in similarity.pairs(axis, element):
+        for x, y, places in _members(similarity, axis, element, space):
             bucket = torch.randint(BUCKETS, (len(places),), generator=generator).to(device)
             sign = ((torch.randint(2, (len(places),), generator=generator) * 2 - 1) * factor).to(device, torch.float32)
             for k, part in enumerate((x, y)):
-                squares[k].index_add_(0, members, part.square().sum(1, dtype=torch.float64) * factor**2)
-                if len(members) == space.size and torch.equal(members, torch.arange(space.size, device=device)):
-                    sums[k].index_add_(1, bucket, part * sign)
-                else:
-                    added = torch.zeros(len(part), BUCKETS, device=device).index_add_(1, bucket, part * sign)
-                    sums[k].index_add_(0, members, added)
-    return (sums[0], sums[1]), squares
+                squares[k] += part.square().sum(1, dtype=torch.float64) * factor**2
+                sketches[k].index_add_(1, bucket, part * sign)
+            pairs += (x * y).sum(1, dtype=torch.float64) * factor**2
+    return _Seen(sketches, squares, pairs)
 
 
-def _best_columns(sketches: tuple[Tensor, Tensor], half: Tensor) -> Tensor:
+def _best_columns(seen: _Seen) -> Tensor:
     """For every member of A the one of B that is nearest."""
-    a, b = sketches
-    return torch.cat([(a[i : i + ROWS] @ b.T - half.float()).argmax(1) for i in range(0, len(a), ROWS)])
+    (a, b), half = seen.sketches, (seen.squares[1] / 2).float()
+    return torch.cat([(a[i : i + ROWS] @ b.T - half).argmax(1) for i in range(0, len(a), ROWS)])
 
 
 def _paired(
-    similarity: WeightSimilarity,
-    space: Space,
-    axes: list[AxisMap],
-    element: Mapping[str, np.ndarray],
-    perm: Tensor,
+    similarity: WeightSimilarity, space: Space, axes: list[AxisMap], element: Mapping[str, np.ndarray]
 ) -> Tensor:
-    """Exact inner products of A's members with B's that a permutation puts in their places, float64 [size]."""
+    """Exact inner products of A's members with B's that the element puts in their places, float64 [size]."""
     total = torch.zeros(space.size, dtype=torch.float64, device=similarity.device)
     for axis in axes:
-        place = np.full(space.size, -1)
-        place[axis.members] = np.arange(len(axis.members))
-        theirs = torch.from_numpy(place[perm.cpu().numpy()[axis.members]])
-        here = torch.nonzero(theirs >= 0).flatten()  # members that B's partner has no weights beside: nothing to add
-        members = torch.from_numpy(axis.members)[here].to(total.device)
-        for x, y, _ in similarity.pairs(axis, element):
-            found = (x[here.to(x.device)] * y[theirs[here].to(y.device)]).sum(1, dtype=torch.float64)
-            total.index_add_(0, members, found * similarity.factor[axis.tensor] ** 2)
+        for x, y, _ in _members(similarity, axis, element, space):
+            total += (x * y).sum(1, dtype=torch.float64) * similarity.factor[axis.tensor] ** 2
     return total
 
 
-def _proven(sketches: tuple[Tensor, Tensor], squares: Tensor, perm: Tensor, pairs: Tensor) -> bool:
-    """Whether no assignment is better than this one."""
-    a, b = sketches
-    norms = squares.sqrt().float()
+def _proven(seen: _Seen, found: Tensor, pairs: Tensor) -> bool:
+    """Whether no assignment is better than this one, with these exact inner products."""
+    (a, b), norms, half = seen.sketches, seen.squares.sqrt().float(), seen.squares[1] / 2
     reach = SIGMAS * sqrt(2 / BUCKETS)
-    half = squares[1] / 2
-    most = pairs - half[perm]
+    most = pairs - half[found]
     for i in range(0, len(a), ROWS):
         part = slice(i, min(i + ROWS, len(a)))
         above = (a[part] @ b.T) + reach * norms[0, part, None] * norms[1][None] - half.float()
-        above.scatter_(1, perm[part, None], -torch.inf)
+        above.scatter_(1, found[part, None], -torch.inf)
         if bool((above.amax(1) > most[part]).any()):
             return False
     return True

@@ -90,9 +90,9 @@ def repair_line(repair: Mapping[str, Any]) -> str:
             if "distance_after" in repair
             else ""
         )
-        lean = repair["kind"] == "solve+lean"
-        target = "a mean that leans to the first model" if lean else "the models' mean"
-        why = " Only the last layer answers as the mean of all, since the neurons hardly correspond." if lean else ""
+        lean = repair.get("leans_to")
+        target = "a mean that leans to one model" if lean else "the models' mean"
+        why = f" The neurons hardly correspond, so all layers but the last lean to {lean}." if lean else ""
         return (
             f"Solved layer by layer: {repair['layers']} layers were refitted on {repair['examples']} examples. On "
             f"held-out examples their outputs are off {target} by {after} of its spread ({before} before)."

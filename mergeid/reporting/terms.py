@@ -157,7 +157,7 @@ TERMS = (
         "solved",
         "After averaging, every layer is refitted in closed form, so that its outputs on the calibration inputs are as "
         "near as possible to the models' mean. The result is no longer on the straight line between the models. Where "
-        "neurons hardly correspond, hidden layers lean to the first model (solve+lean).",
+        "neurons hardly correspond, hidden layers lean to one model (solve+lean).",
         ("solve", "matched+solve", "plain+solve", "solve+lean", "matched+solve+lean", "plain+solve+lean"),
     ),
     Term(

@@ -129,7 +129,7 @@ def _solved(
         return chosen
     repair, far, distances = SOLVE, solved.far, {label(n, SOLVE): v for n, v in solved.distances.items()}
     if solved.distances[solved.merge] > LEFT and panels[0].owners is None:
-        run.tell("trying a solved merge that leans to the first model", 0, 1)
+        run.tell("trying a solved merge that leans to one model", 0, 1)
         ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
         distances[label(solved.merge, LEANING)] = _mean(lean)
         if nearer(solved.mean, mean, disagreement=apart, tie=TIE):

@@ -36,7 +36,7 @@ SOLVE = "solve"
 POLISHED = "solve+polish"
 LEANING = "solve+lean"
 LEAN = 0.1
-"""Share of all models but the first in the hidden layers of a merge that leans."""
+"""Share of all models but one in the hidden layers of a merge that leans."""
 SOLVED_AT_ONCE, POLISHED_AT_ONCE = 64, 32
 """Examples in a batch."""
 UNSEEN = 4
@@ -56,6 +56,7 @@ class Repair:
             solved network the mean error of its layers' answers on unseen examples, as a share of their spread.
         examples: calibration examples that were used.
         by_layer: of a solved network what was solved, in order of execution.
+        leans_to: the model that the hidden layers imitate.
         polished: distance from what the models say together on examples that judge, before and after the polish.
         notes: what the user should know.
     """
@@ -69,6 +70,7 @@ class Repair:
     notes: list[str] = field(default_factory=list)
     polished: tuple[float, float] | None = None
     by_layer: tuple[SolvedLayer, ...] = ()
+    leans_to: str | None = None
 
     def to_json(self) -> dict[str, Any] | None:
         """Everything but the tensors; None where nothing was repaired."""
@@ -82,6 +84,7 @@ class Repair:
             f"{what}_before": self.before,
             f"{what}_after": self.after,
             "examples": self.examples,
+            **({} if self.leans_to is None else {"leans_to": self.leans_to}),
             **{f"distance_{when}": value for when, value in distances.items()},
         }
 
@@ -115,7 +118,8 @@ def repair_merged(
         members: the models with settings and calibration data.
         mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
             layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`);
-            "solve+lean": the same, but hidden layers answer as the first model does, but for `LEAN`; "none": nothing.
+            "solve+lean": the same, but hidden layers answer as one model does, but for `LEAN` (the one of
+            `mergeid.evaluate.trusted`); "none": nothing.
         skip: globs of tensor names that are not merged.
     """
     if mode == "none" or (mode == "bn" and not batchnorm_layers(members.first.model)):
@@ -175,19 +179,21 @@ def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
         yield copy.deepcopy(work).to(device).eval()
 
 
-def leaning(members: Members) -> Members:
-    """The same models with weights that lean to the first one: it counts 1 − `LEAN`, the others `LEAN` in all."""
-    own, *others = members.shares()
-    rest = sum(others)
+def leaning(members: Members, to: int) -> Members:
+    """The same models with weights that lean to one of them: it counts 1 − `LEAN`, the others `LEAN` in all."""
+    shares = members.shares()
+    rest = sum(shares) - shares[to]
     if not rest > 0:
         return members
-    weights = (max(own, 1 - LEAN), *(min(rest, LEAN) * w / rest for w in others))
+    others = min(rest, LEAN) / rest
+    weights = tuple(max(w, 1 - LEAN) if k == to else others * w for k, w in enumerate(shares))
     return replace(members, settings=replace(members.settings, weights=weights))
 
 
 def _solve(
     members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None, lean: bool = False
 ) -> Repair:
+    from mergeid.evaluate.trusted import most_trusted
     from mergeid.repair.solve import Shares, solve_network
 
     device = next(merged.parameters()).device
@@ -195,15 +201,18 @@ def _solve(
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     owners = members.given.owners
     shares: Any = members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)]
+    batches, leans_to = list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)), None
     if lean:
-        load_weights(merged, leaning(members).merged_state(skip))
-        shares = Shares(shares, leaning(members).shares())
+        to = most_trusted(members.first, models, members.shares(), batches)
+        leans_to = members.models[to].loaded.source
+        load_weights(merged, leaning(members, to).merged_state(skip))
+        shares = Shares(shares, leaning(members, to).shares())
     done = solve_network(
         merged.eval(),
         models,
         shares,
         members.first.forward,
-        list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)),
+        batches,
         frozen=_frozen(members, before, skip),
         progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
     )
@@ -216,6 +225,7 @@ def _solve(
         sum(layer.after for layer in done) / count,
         len(members.given),
         by_layer=tuple(done),
+        leans_to=leans_to,
     )
 
 

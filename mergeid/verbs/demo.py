@@ -52,7 +52,7 @@ AFTER = {
     "none": "nothing",
     "bn": "BatchNorm re-estimated",
     "solve": "solved layer by layer",
-    "solve+lean": "solved, leaning to A",
+    "solve+lean": "solved, leaning to one",
 }
 CURVES: tuple[tuple[str, Literal["always", "never"], bool], ...] = (
     ("plain average", "never", False),

@@ -128,10 +128,9 @@ def merge(
             different tasks each have their own: {"a": …, "b": …} or ``a=…,b=…``.
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
             pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
-            (`mergeid.repair.solve`); "solve+lean": the same, with hidden layers that answer almost as the first model's
-            do; "solve+polish": then distilled (`mergeid.repair.polish`);
-            True or "auto": "solve", "bn" or "repair", where the merge is
-            nearer to the models with it; False or "none": nothing.
+            (`mergeid.repair.solve`); "solve+lean": the same, with hidden layers that answer almost as one model's do;
+            "solve+polish": solved, then distilled (`mergeid.repair.polish`); True or "auto": "solve", "solve+lean",
+            "bn" or "repair", where the merge is nearer to the models with it; False or "none": nothing.
         target: where each model has its own data: "own", on its examples a model is imitated alone (default); "mean",
             all are, by their weights.
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is
