@@ -239,6 +239,21 @@ class ResizesTables(Protocol):
         ...
 
 
+@runtime_checkable
+class SetsClasses(Protocol):
+    """Optional ability of an adapter: knows where a classifier's number of classes and their names are written."""
+
+    def with_classes(self, arch: Architecture, classes: int) -> Architecture:
+        """The architecture with a head for so many classes."""
+        ...
+
+    def config_with_classes(
+        self, config: Mapping[str, Any], classes: int, labels: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """A config.json that says so; labels: their names, None where nobody has named them."""
+        ...
+
+
 def returned_tensors(output: Any) -> dict[str, Tensor]:
     """Every floating-point (or complex) tensor in what a model returned, by where it stands there: ``"logits"``,
     ``"heads.0"``, ``""`` for a bare tensor."""

@@ -360,6 +360,16 @@ class TimmAdapter:
         """`like`, or what describes `to`, with `config`'s own classes and preprocessing."""
         return sizes.config_at(config, to, size, like)
 
+    def with_classes(self, arch: Architecture, classes: int) -> Architecture:
+        """The architecture with a head for so many classes."""
+        return replace(arch, options={**arch.options, "num_classes": classes})
+
+    def config_with_classes(
+        self, config: Mapping[str, Any], classes: int, labels: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """A hub config.json that says so."""
+        return names.config_with_classes(config, classes, labels)
+
     def _unfilled(self, arch: Architecture) -> nn.Module:
         return self.build(arch, device="meta")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeid.plugins import TensorTable
@@ -103,3 +103,19 @@ def class_count(model: Any, mapped: Mapping[str, str], table: TensorTable) -> in
         if shape != other and len(shape) == len(other) == 1 and shape[0] == classes:
             return other[0]
     return None
+
+
+def config_with_classes(config: Mapping[str, Any], classes: int, labels: Sequence[str] | None) -> dict[str, Any]:
+    """A hub config.json of a network with so many classes; descriptions of labels that it no longer has are left
+    out."""
+    found = {**config, "num_classes": classes}
+    for part in ("pretrained_cfg", "model_args"):
+        if isinstance(config.get(part), Mapping) and "num_classes" in config[part]:
+            found[part] = {**config[part], "num_classes": classes}
+    found.pop("label_names", None)
+    described = found.pop("label_descriptions", None)
+    if labels is not None:
+        found["label_names"] = list(labels)
+        if isinstance(described, Mapping):
+            found["label_descriptions"] = {k: v for k, v in described.items() if k in labels}
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from mergeid.plugins import (
     MixtureRequest,
     TensorTable,
 )
-from mergeid_transformers import compare, files, labels, mixture, modules
+from mergeid_transformers import compare, configs, files, labels, mixture, modules
 from mergeid_transformers.names import stacked, tensor_names
 
 if TYPE_CHECKING:
@@ -110,8 +111,6 @@ class TransformersAdapter:
 
     def shrink(self, arch: Architecture) -> Architecture:
         """The same code with a few narrow layers: what verifies the graph of a model too large to run."""
-        from dataclasses import replace
-
         from mergeid_transformers.configs import library_config
         from mergeid_transformers.shrink import shrunken
 
@@ -287,6 +286,17 @@ class TransformersAdapter:
     def with_ties(self, config: Mapping[str, Any], tied: bool) -> dict[str, Any] | None:
         """The config with ``tie_word_embeddings`` set; None where more than that would change."""
         return compare.with_ties(config, tied)
+
+    def with_classes(self, arch: Architecture, classes: int) -> Architecture:
+        """The architecture with a head for so many classes."""
+        config = configs.config_with_classes(arch.options.get("config") or {}, classes, None)
+        return replace(arch, options={**arch.options, "config": config})
+
+    def config_with_classes(
+        self, config: Mapping[str, Any], classes: int, labels: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """A config.json that says so."""
+        return configs.config_with_classes(config, classes, labels)
 
     def mixture(self, config: Mapping[str, Any], names: Sequence[str], asked: MixtureRequest) -> Mixture | None:
         """What decoders make; see `mergeid_transformers.mixture`."""

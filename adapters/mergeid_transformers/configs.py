@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -261,3 +261,14 @@ def _coverage(model_type: str, name: str, config: Mapping[str, Any] | None, name
     keys = set(model.state_dict())
     both = keys & (names | {prefix + n for n in names} | {n.removeprefix(prefix) for n in names})
     return len(both), -len(keys)
+
+
+def config_with_classes(config: Mapping[str, Any], classes: int, labels: Sequence[str] | None) -> dict[str, Any]:
+    """A config.json of a network with so many classes."""
+    named = [f"LABEL_{i}" for i in range(classes)] if labels is None else labels
+    found = {
+        **config,
+        "id2label": {str(i): label for i, label in enumerate(named)},
+        "label2id": {label: i for i, label in enumerate(named)},
+    }
+    return {**found, "num_labels": classes} if "num_labels" in config else found

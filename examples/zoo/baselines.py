@@ -40,8 +40,8 @@ def rival_features(a: nn.Module, b: nn.Module, forward: Callable[..., Tensor], d
     ]
     overlaps = [_overlap(x, b.state_dict()[n]) for n, x in a.state_dict().items() if x.dim() >= 2]
     return {
-        "rival_cka": _mean([_cka(one.out, two.out) for one, two in layers if one.out.is_floating_point()]),
-        "rival_cka_last": _cka(outs[0], outs[1]),
+        "rival_cka": _mean([cka(one.out, two.out) for one, two in layers if one.out.is_floating_point()]),
+        "rival_cka_last": cka(outs[0], outs[1]),
         "rival_l2": float((weights[0] - weights[1]).norm()),
         "rival_dot": float(weights[0] @ weights[1]),
         "rival_angle": math.acos(max(-1.0, min(1.0, _cosine(*weights)))),
@@ -76,7 +76,7 @@ def _cosine(x: Tensor, y: Tensor) -> float:
     return float(x @ y) / below if below > 0 else 0.0
 
 
-def _cka(x: Tensor, y: Tensor) -> float:
+def cka(x: Tensor, y: Tensor) -> float:
     """Linear CKA over examples (Kornblith et al. 2019), on `COLUMNS` evenly spaced columns where there are more."""
     centred = []
     for t in (x, y):

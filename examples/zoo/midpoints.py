@@ -133,7 +133,7 @@ def measure(zoo: Zoo, pair: Pair, made: str = "") -> table.Row:
             "few": excess[:FEW].mean(),
             "few_error": excess[:FEW].std(ddof=1) / np.sqrt(min(FEW, len(excess))),
             "rest": excess[FEW:].mean() if len(excess) > FEW else np.nan,
-            **{f"trial_{k}": v for k, v in trial.features().items()},
+            **{f"trial_{k}": v for k, v in trial.features().items() if f"trial_{k}" in OF_WAY},
         }
         row |= {f"{k}_{way}": v for k, v in cells.items()}
     row["default_is"], net = default(nets, known, plan)

@@ -142,6 +142,10 @@ def combine(
         base: the base model's.
         statistics: one per model; any None among them means that there are none for this tensor.
     """
+    if name in settings.added:
+        for place in places(tensors[0].numel()):
+            yield torch.stack([t.reshape(-1)[place] for t in tensors]).sum(0)
+        return
     method, weights, needs = settings.method, settings.weights_of(name), settings.keywords(name)
     if method.seeded:
         needs["generator"] = settings.generator(name)

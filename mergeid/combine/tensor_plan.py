@@ -15,6 +15,9 @@ from mergeid.io.dtypes import INTEGERS, MERGEABLE, parse_dtype, wider
 from mergeid.io.tensors import TensorSource
 from mergeid.nn.names import is_asymmetric
 
+HEADS_DIFFER = "the task heads differ"
+EITHER_DIFFERS = "task heads and token embeddings often differ like this"
+
 
 def mergeable(checkpoint: TensorSource) -> list[str]:
     """Names of the tensors that are weighted and added up."""
@@ -229,15 +232,19 @@ def _refuse_other_shapes(a: TensorSource, b: TensorSource, common: Sequence[str]
     hint = "the models differ in size or architecture (layers of different widths can be merged with --transport)"
     if 2 * len(other) < len(common):
         words = {
-            "the task heads differ": (_classes(a), _classes(b)),
+            HEADS_DIFFER: (_classes(a), _classes(b)),
             "the vocabularies differ": (_vocab_size(a), _vocab_size(b)),
         }
-        hint = "task heads and token embeddings often differ like this"
+        hint = EITHER_DIFFERS
         for text, sizes in words.items():
             if first[:1] == sizes[:1] and second[:1] == sizes[1:]:
                 hint = f"{text} ({sizes[0]} and {sizes[1]} rows)"
         if first[:1] == (_vocab_size(a),) and second[:1] == (_vocab_size(b),):
             hint += ": match the rows by token with --tokenizer union (or a, b), or"
+        elif hint.startswith(HEADS_DIFFER):
+            hint += ": keep both with mergeid merge --heads both, or"
+        elif hint == EITHER_DIFFERS:
+            hint += ": keep both heads with mergeid merge --heads both, match tokens with --tokenizer, or"
         else:
             hint += ":"
         hint += f" take the first model's with {_pattern(other, common)}"
@@ -258,7 +265,8 @@ def _refuse_other_labels(a: Checkpoint, b: Checkpoint, skipped: Sequence[str]) -
             k = differ[0]
             raise MergeidError(
                 f"label maps differ: class {k} is {labels[k]!r} in {a.source} and {others.get(k)!r} in {b.source}; "
-                f"expected the same classes: take the first model's head with {_pattern(head[-2:], list(a.table))}"
+                f"expected the same classes: keep both heads with mergeid merge --heads both, or take the first "
+                f"model's with {_pattern(head[-2:], list(a.table))}"
             )
     if not (a.is_folder and b.is_folder) or same_tokenizer_files(a, b):
         return

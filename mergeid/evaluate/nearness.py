@@ -17,6 +17,9 @@ Any other output: the squared distance over the variance of what it should be, a
 unexplained share of the variance: a network that always says the same is at 1 or beyond); of the models and their mean
 the one that is nearest, where the mean counts only if their outputs vary together: that of two networks which
 contradict each other says nothing. Several outputs: each by itself.
+
+A head with the classes of several models: each model speaks about its own classes alone, on its own examples or on all
+(`mergeid.evaluate.own_columns`).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 
 from mergeid.basics.memory import few_rows
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
+from mergeid.evaluate.own_columns import OwnColumns
 from mergeid.models.loaded import ModuleAdapter
 from mergeid.models.running import fits_the_model
 from mergeid.plugins import Batch
@@ -104,7 +108,13 @@ class Panel:
         parts: int | tuple[int, int] = 1,
     ) -> None:
         self.first, self.either, self.owners = first, either, examples.owners
-        shares = shares if self.owners is None else [1.0]
+        self._heads = classifying(first)
+        self._columns = None
+        if first.joined is not None:
+            self._columns = columns = OwnColumns(frozenset(self._heads), first.joined.classes)
+            if self.owners is None:
+                self._heads = {columns.called(n, k) for n in self._heads for k in range(len(columns.classes))}
+        shares = shares if self.owners is None and self._columns is None else [1.0]
         self.models = [m.to(device).eval() for m in models]
         self._data, self.batch_size, self.device = examples, batch_size, device
         weights = torch.tensor(shares, dtype=torch.float64)
@@ -116,7 +126,6 @@ class Panel:
             _spaced(range(k, count, dealt), max(EXAMPLES // dealt, 1)) for k in range(min(looked_at, self._dealt))
         ]
         self._kept: list[list[tuple[Batch, list[dict[str, Tensor]]]]] | None = [[] for _ in self.parts]
-        self._heads = classifying(first)
         self._least: list[dict[str, Tensor]] = []
         self._spreads: dict[str, list[_Spread]] = {}
         self._apart: dict[str, list[Tensor]] = {}
@@ -146,9 +155,12 @@ class Panel:
     def far(self, net: nn.Module, part: int) -> dict[str, Far]:
         """How far a network on the device is from the models on the examples of one part, by the outputs' names."""
         found: dict[str, list[Tensor]] = {}
-        for (batch, own), count in zip(self._said(part), self._sizes(part), strict=True):
+        sizes, owned = self._sizes(part), self._owned(part)
+        for (batch, own), count, owners in zip(self._said(part), sizes, owned, strict=True):
             with torch.no_grad(), fits_the_model(batch):
                 said = self._outputs(net, batch)
+            if self._columns is not None:
+                said = self._columns.of([said], owners)
             for name, out in said.items():
                 rows = self._rows(name, out, [o[name] for o in own], batch, count)
                 found.setdefault(name, []).append(rows.cpu())
@@ -170,12 +182,21 @@ class Panel:
         if self._kept is not None and self._kept[part]:
             yield from self._kept[part]
             return
-        owners = torch.tensor([self.owners[i] for i in self.parts[part]]) if self.owners is not None else torch.zeros(0)
-        for raw, at in zip(batches := self._batches(part), batches.slices, strict=True):
+        for raw, owners in zip(self._batches(part), self._owned(part), strict=True):
             batch = to_model(raw, torch.device(self.device), input_dtype(self.first.model))
             with torch.no_grad(), fits_the_model(batch):
                 own = [self._outputs(m, batch) for m in self.models]
-            yield batch, own if self.owners is None else [_of_owners(own, owners[at.start : at.stop])]
+            if self._columns is not None:
+                yield batch, [self._columns.of(own, owners)]
+            else:
+                yield batch, own if owners is None else [_of_owners(own, owners)]
+
+    def _owned(self, part: int) -> list[Tensor | None]:
+        """Numbers of the models that the examples of every batch belong to; None: they belong to no one."""
+        if self.owners is None:
+            return [None] * len(self._sizes(part))
+        owners = torch.tensor([self.owners[i] for i in self.parts[part]])
+        return [owners[at.start : at.stop] for at in self._batches(part).slices]
 
     def _listen(self) -> None:
         """Run the models once: what they reach themselves, and how much their outputs vary."""

@@ -1,8 +1,8 @@
 """Which of several models to trust where they differ, as far as their predictions tell without labels.
 
-A model's choices are worth what all models together think of them: the mean probability that the mixture gives to the
-class that it would name. In the zoo (`examples/zoo`), of 65 independent pairs whose losses differ by more than 0.02 nats,
-the better model is the one with more of that in 52.
+A model's choices are worth what all models together think of them: the mean probability that the mixture gives to
+the class that it would name. In the zoo (`examples/zoo`), of 65 independent pairs whose losses differ by more than 0.02
+nats, the better model is the one with more of that in 52.
 """
 
 from __future__ import annotations

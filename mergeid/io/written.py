@@ -197,6 +197,13 @@ class RecordPlaces(Own):
     largest_ratio: float
 
 
+class RecordHeads(Own):
+    """A head with the classes of several models: its tensors, and how many classes each model has, in their order."""
+
+    tensors: list[str]
+    classes: list[Count]
+
+
 class MergeRecord(Own):
     """``mergeid.record/1`` of a merge."""
 
@@ -215,6 +222,7 @@ class MergeRecord(Own):
     verdict: str | None = None
     config: RecordConfigs | None = None
     resized: list[RecordResized] = Field(default_factory=list)
+    heads: RecordHeads | None = None
     plan: PlanFile | None = None
     further_plans: list[PlanFile] = Field(default_factory=list)
     repaired: list[str] = Field(default_factory=list)

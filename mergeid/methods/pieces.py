@@ -16,7 +16,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Elements of a piece: few enough for the cache, so many that calling torch costs less than what it does."""
 _alone = threading.local()
 

@@ -13,7 +13,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Union
 
@@ -115,6 +115,7 @@ class MergeSettings:
         normalize: True: scale the weights to sum 1, tensor by tensor; False: take them as they are; None: expect sum 1
             where the method's weights are shares.
         seed: of the methods that draw.
+        added: names of tensors that are added up, whatever the method (`mergeid.models.both_heads`).
     """
 
     method: MergeMethod
@@ -123,6 +124,7 @@ class MergeSettings:
     normalize: bool | None = None
     seed: int = 0
     depth: dict[str, float] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -196,6 +198,8 @@ class MergeSettings:
 
     def weights_of(self, name: str) -> list[float]:
         """One weight per model for this tensor."""
+        if name in self.added:
+            return [1.0] * len(self.weights)
         values = []
         for setting in self.weights:
             value = evaluate(setting, name, self.depth.get(name, 0.0))
@@ -252,6 +256,7 @@ class MethodRequest:
         parameters: of the method, by name.
         normalize: True: scale the weights to sum 1; False: take them as they are; None: refuse shares of another sum.
         seed: of methods that draw.
+        added: names of tensors that are added up, whatever the method.
     """
 
     method: MergeMethod
@@ -259,18 +264,20 @@ class MethodRequest:
     parameters: Parameters = field(default_factory=dict)
     normalize: bool | None = None
     seed: int = 0
+    added: frozenset[str] = frozenset()
 
     def over(self, models: int, names: Iterable[str]) -> MergeSettings:
         """The settings for so many models and these tensors. Raises `MergeidError` as `MergeSettings.of` does."""
-        return MergeSettings.of(
+        found = MergeSettings.of(
             self.method,
             models,
-            names,
+            [n for n in names if n not in self.added],
             weights=self.weights,
             parameters=self.parameters,
             normalize=self.normalize,
             seed=self.seed,
         )
+        return replace(found, added=self.added)
 
 
 def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | None) -> list[Any] | None:

@@ -58,6 +58,7 @@ class Agreed:
         chosen: source of the model whose config was chosen by name; None where nothing differed.
         overruled: what differed.
         resized: models that were made for images of another size, see `mergeid.models.sizes`.
+        heads: the head with the classes of all, see `mergeid.models.both_heads`; None: there is none.
     """
 
     models: list[Checkpoint]
@@ -66,10 +67,13 @@ class Agreed:
     chosen: str | None = None
     overruled: list[Disagreement] = field(default_factory=list)
     resized: list[dict[str, Any]] = field(default_factory=list)
+    heads: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
         """For ``mergeid.json``; empty where nothing differed."""
         found: dict[str, Any] = {"resized": self.resized} if self.resized else {}
+        if self.heads is not None:
+            found["heads"] = self.heads
         if self.chosen is not None:
             found["config"] = {"from": self.chosen, "overruled": [d.to_json() for d in self.overruled]}
         return found

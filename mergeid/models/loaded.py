@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergeid.io.checkpoint import Checkpoint
+    from mergeid.models.both_heads import JoinedHead
 
 POSITION = re.compile(r"arg(\d{1,9})")
 
@@ -35,6 +36,7 @@ class Loaded:
         names: checkpoint tensor name -> key of the model's state dict.
         example: the batch that traces the model.
         wanted: names (or globs) of the outputs that count; none: all of them.
+        joined: its head, where that has the classes of several models.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Loaded:
     names: dict[str, str]
     example: Batch
     wanted: tuple[str, ...] = ()
+    joined: JoinedHead | None = None
 
     def apart_from(self, other: Loaded) -> Loaded:
         """Itself, with a network of its own where both share one: a model that meets itself."""
@@ -79,6 +82,12 @@ class Loaded:
         """A batch without its targets: what the model itself takes."""
         takes = isinstance(self.adapter, ModuleAdapter) and self.adapter.takes_labels
         return dict(batch) if takes else {k: v for k, v in batch.items() if k != "labels"}
+
+    @property
+    def head(self) -> dict[str, tuple[int, ...]]:
+        """Key of a joined head's tensor -> how many of its rows are each model's."""
+        found = self.joined
+        return {} if found is None else {self.names[n]: found.classes for n in found.tensors}
 
     def state(self) -> dict[str, Tensor]:
         """The weights under the model's keys."""

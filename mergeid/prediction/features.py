@@ -60,7 +60,9 @@ class EndSums(Sums):
             apart = [torch.special.entr(z.exp()).sum(-1) for z in (lx, ly)]
             own = (apart[0] + apart[1]) / 2
             parts = (x.logsumexp(-1) + y.logsumexp(-1)) / 2
+            labels = (SHARP * x).softmax(-1)
             found = {
+                "behind": (labels * (lx - ly)).sum(-1),
                 "excess_averaged": ((x + y) / 2).logsumexp(-1) - parts,
                 "own_entropy": own,
                 "divergence": entropy - own,
@@ -73,9 +75,10 @@ class EndSums(Sums):
             self.means_of = sums if known is None else (known[0] + sums[0], known[1] + sums[1])
 
     def features(self) -> Features:
-        """Nats; `divergence`: of Jensen and Shannon; `uniform`: what a uniform guess loses; `told`: the least that one
-        of the networks tells of its input (mutual information), over that, ≥ 0: 0 where its predictions are the same
-        for every input."""
+        """Nats; `behind`: what B loses beyond A, where A's predictions to the power `SHARP` take the place of labels;
+        `divergence`: of Jensen and Shannon; `uniform`: what a uniform guess loses; `told`: the least that one of the
+        networks tells of its input (mutual information), over that, ≥ 0: 0 where its predictions are the same for
+        every input."""
         found = self.means()
         if self.means_of is None:
             return found

@@ -27,6 +27,7 @@ from mergeid.prediction.features import (
     weight_features,
 )
 from mergeid.prediction.lockstep import Deviation, Forward, activation_bytes, lockstep, watch
+from mergeid.prediction.opinions import Opinions
 from mergeid.prediction.trial import TogetherSums
 
 EXAMPLES, SHARE, LEAST = 128, 4, 32
@@ -138,7 +139,7 @@ def probe(
     return {name: _evidence(a, partners[name], own.features(), s) for name, s in sums.items()}
 
 
-def hears(*sums: EndSums | TogetherSums) -> Callable[[Any, Any, Batch], None]:
+def hears(*sums: EndSums | TogetherSums | Opinions) -> Callable[[Any, Any, Batch], None]:
     """Adds both models' outputs on a batch, where they are logits."""
 
     def add(a: Any, b: Any, batch: Batch) -> None:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from mergeid.prediction.features import Features, Sums, rows_of
+from mergeid.prediction.features import SHARP, Features, Sums, rows_of
 
 
 class TrialSums(Sums):
@@ -31,13 +31,15 @@ class TrialSums(Sums):
                 {
                     "hard": gap.gather(-1, best)[..., 0],
                     "soft": (mixed.exp() * gap).sum(-1),
+                    "beyond": ((SHARP * rows[0]).softmax(-1) * (logs[0] - logs[2])).sum(-1),
                     "missed": (right[0] + right[1]) / 2 - right[2],
                 },
                 weight,
             )
 
     def features(self) -> Features:
-        """`hard`, `soft`: nats; `missed`: share of the hard labels."""
+        """`hard`, `soft`: nats; `beyond`: nats lost beyond A alone, by A's predictions to the power `SHARP`; `missed`:
+        share of the hard labels."""
         return self.means()
 
 

@@ -95,12 +95,27 @@ class Layer:
         parts: its linear maps (one per group or expert).
         positions: how many rows an example has.
         rows: (part, input tensors of the call, answer, chosen positions or None) -> rows of that part.
+        by_model: whether each part belongs to the model of that number.
     """
 
     parts: list[Part]
     positions: int
     rows: Callable[[int, Tensor, Tensor, Tensor | None], Rows]
     source: Tensor
+    by_model: bool = False
+
+
+def by_model(layer: Layer, sizes: Sequence[int]) -> Layer:
+    """A layer of one part as one part per model: so many of its outputs are each model's."""
+    (whole,) = layer.parts
+    offsets = [None] * len(sizes) if whole.bias is None else whole.bias.split(list(sizes))
+    parts = [Part(w, b, turned=whole.turned) for w, b in zip(whole.weight.split(list(sizes)), offsets, strict=True)]
+
+    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+        x, y = layer.rows(0, source, answer, at)
+        return x, y.split(list(sizes), -1)[part]
+
+    return replace(layer, parts=parts, rows=rows, by_model=True)
 
 
 def layer_of(stop: Stop, examples: int) -> Layer | None:

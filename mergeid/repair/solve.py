@@ -32,7 +32,7 @@ from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
-from mergeid.repair.layers import KINDS, Layer, Part, answer_of, block_of, layer_of
+from mergeid.repair.layers import KINDS, Layer, Part, answer_of, block_of, by_model, layer_of
 from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
 
 UNSEEN = 4
@@ -83,7 +83,7 @@ def solve_network(
     batches: Sequence[Batch],
     *,
     frozen: Collection[str] = (),
-    seed: int = 0,
+    heads: Mapping[str, Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SolvedLayer]:
     """Change the weights of `merged` in place.
@@ -96,7 +96,8 @@ def solve_network(
         forward: runs a network on a batch.
         batches: calibration examples, without labels, in the first dimension of every tensor.
         frozen: keys of the state dict that stay as they are.
-        seed: of the positions (pixels, tokens) that are looked at in every example.
+        heads: key of a weight with the outputs of one model after the other's -> how many are each model's. They are
+            fitted to that model's answers alone, on the examples on which it has a share.
 
     Returns:
         one record per layer that could be solved, in order of execution.
@@ -141,7 +142,8 @@ def solve_network(
                 if large:
                     give_back()
                 at = [behind.pop(index, None) for behind in maps]
-                done += _solve_at(stops, nets, at, each if k == len(wanted) - 1 else before, seed + 7919 * k)
+                imitated = each if k == len(wanted) - 1 else before
+                done += _solve_at(stops, nets, at, imitated, heads or {}, 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
@@ -212,6 +214,7 @@ def _solve_at(
     nets: Sequence[Sequence[Paced]],
     maps: Sequence[Beyond | None],
     shares: Sequence[Tensor],
+    heads: Mapping[str, Sequence[int]],
     seed: int,
 ) -> list[SolvedLayer]:
     first = stops[0][0]
@@ -226,12 +229,15 @@ def _solve_at(
         layer_of(values.of(side[0]), len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None
     ]
     found = [layer for layer in layers if layer is not None]
+    names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
+    own = next((heads[name] for name in names if name in heads), None)
+    if own is not None:
+        found = [by_model(layer, own) for layer in found if len(layer.parts) == 1 and layer.parts[0].derived is None]
     if len(found) < len(stops):
         return []
     sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
     if any(side.gain is None or not torch.equal(side.gain, sides[0].gain) for side in sides):  # type: ignore[arg-type]
         sides = [_answers(a, b, c, None, w) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
-    names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
     out: list[SolvedLayer] = []
     for p in range(len(found[0].parts)):
         part = sides[0].part(p)
@@ -307,9 +313,16 @@ class _Side:
         if self.gain is None or not self.gain.dim():
             return part
         free = self.shifts and part.bias is None and not part.alone
-        width = len(part.weight)
-        gain = self.gain if len(self.gain) == width else self.gain[p * width : (p + 1) * width]
-        return replace(part, gain=gain, free=free)
+        begin = sum(len(other.weight) for other in self.layer.parts[:p])
+        return replace(part, gain=self.gain[begin : begin + len(part.weight)], free=free)
+
+    def weights(self, p: int) -> Tensor:
+        """What each model counts on every example in what a part is fitted to, [examples, models]."""
+        if not self.layer.by_model:
+            return self.shares
+        alone = torch.zeros_like(self.shares)
+        alone[:, p] = (self.shares[:, p] > 0).to(alone)
+        return alone
 
 
 def _answers(
@@ -359,15 +372,16 @@ def _moments(
         rows = [layer.rows(p, layer.source, y, at) for y in side.answers]
         x = rows[0][0]
         answers = torch.zeros_like(rows[0][1])
+        weights = side.weights(p)
         for i, (_, y) in enumerate(rows):
-            answers += y * side.shares[:, i, None, None].to(y)
+            answers += y * weights[:, i, None, None].to(y)
         mask = real_tokens(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
             keep = (mask if at is None else mask[:, at]).cpu()
         for k, moments in enumerate(sums):
             chosen = (torch.arange(start, start + len(x)) % UNSEEN == UNSEEN - 1) == bool(k)
-            taken = keep & chosen[:, None]
+            taken = keep & (chosen & weights.any(1).cpu())[:, None]
             moments.add(x[taken], answers[taken])
         start += len(x)
     return sums[0], sums[1]

@@ -92,10 +92,12 @@ def interference_table(result: PredictResult, *, width: int, most: int = 5) -> T
 def ranking_table(ranking: Ranking, *, width: int) -> Table:
     """One row per candidate, best first."""
     tried = any(p.tried is not None for p in ranking.partners)
+    told = any(p.beyond is not None for p in ranking.partners)
     columns = [
         Column("", "right"),
         Column("candidate", shrink=True, min_width=8),
         Column("merge"),
+        *([Column("beyond A", "right")] if told else []),
         Column("nats lost", "right"),
         Column("90 % interval", "right", optional=1),
         Column(f"≤ {ranking.tolerated:g} nats", "right"),
@@ -104,13 +106,16 @@ def ranking_table(ranking: Ranking, *, width: int) -> Table:
     rows: list[Sequence[Any]] = []
     for place, p in enumerate(ranking.partners, 1):
         way, sure = p.way, p.way.nats.trusted
-        row = [str(place), p.name, way.label, _number(way.nats.expected) if sure else "cannot tell"]
+        row = [str(place), p.name, p.label if tried else way.label]
+        row += ["" if p.beyond is None else f"{p.beyond:+.3f}"] if told else []
         row += [
+            _number(way.nats.expected) if sure else "cannot tell",
             _span(way.nats) if sure else "",
             f"{way.nats.within:.2f}" if sure and way.nats.within is not None else "",
         ]
         rows.append([*row, *([f"{p.tried:.3f}" if p.tried is not None else ""] if tried else [])])
-    caption = _legend([p.way for p in ranking.partners], ranking.tolerated)
+    caption = "beyond A: expected loss above that of A alone. " * told
+    caption += _legend([p.way for p in ranking.partners], ranking.tolerated)
     return make_table(columns, rows, width=width, title=f"partners for {ranking.model}, best first", caption=caption)
 
 

@@ -35,6 +35,11 @@ TERMS = (
         ("lost", "in a trial"),
     ),
     Term(
+        "beyond A",
+        "How far the loss of a merge is expected to lie above that of the first model alone, in nats; below it where "
+        "there is a minus. Predictions of this model and of those near it take the place of labels that are not there.",
+    ),
+    Term(
         "points",
         "The accuracy that a merge loses, in percentage points, against the mean of the two models' accuracies.",
         ("accuracy lost", "points, 90 %"),

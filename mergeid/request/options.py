@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from mergeid.request.request import LARGEST_SEED, MATCHES, TARGETS
+from mergeid.request.request import HEADS, LARGEST_SEED, MATCHES, TARGETS
 from mergeid.request.vocabulary import Vocabulary
 
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
@@ -147,6 +147,15 @@ Certify = Annotated[
 Skip = Annotated[
     Sequence[str],
     Option("Tensors to take from A as is (repeatable).", INPUT, "GLOB", several=True),
+]
+Heads = Annotated[
+    Union[str, None],
+    Option(
+        "both: for classifiers with different classes, write one head with A's classes, then B's.",
+        HOW,
+        choices=HEADS,
+        shown=False,
+    ),
 ]
 AllowPickle = Annotated[bool, switch("Also read .bin and .pt files.", INPUT)]
 Dequantise = Annotated[

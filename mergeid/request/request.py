@@ -23,6 +23,7 @@ LIMIT = 512
 LARGEST_SEED = 2**63 - 1
 MATCHES = ("auto", "never", "always")
 TARGETS = ("own", "mean")
+HEADS = ("both",)
 REPAIRS = ("auto", "bn", "repair", "solve", "solve+lean", "solve+polish", "none")
 REFUSE_ABOVE = 0.5
 """Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
@@ -122,8 +123,9 @@ class Reading:
             first model's.
         dequantise: whether quantised weights are read as floating-point ones.
         image_size: height and width that the images of the data are brought to; None: the model's own.
+        heads: "both": classifiers get one head with the classes of all; None: their heads are merged.
 
-    Raises `MergeidError` for a size that is no whole number.
+    Raises `MergeidError` for a size that is no whole number, and for an unknown choice of heads.
     """
 
     arch: str | None = None
@@ -135,8 +137,11 @@ class Reading:
     chat_template: str | None = None
     dequantise: bool = False
     image_size: int | None = None
+    heads: str | None = None
 
     def __post_init__(self) -> None:
+        if self.heads not in (None, *HEADS):
+            raise MergeidError(f"--heads {shown(self.heads)} is not one of {', '.join(HEADS)}")
         if self.image_size is not None:
             check_count("image_size", self.image_size)
 

@@ -71,7 +71,11 @@ def parameters() -> list[inspect.Parameter]:
 
 
 def requests_of(
-    given: Usual, batch_size: int, tokenizer: str | Vocabulary | None = None, chat_template: str | None = None
+    given: Usual,
+    batch_size: int,
+    tokenizer: str | Vocabulary | None = None,
+    chat_template: str | None = None,
+    heads: str | None = None,
 ) -> tuple[Run, Reading]:
     """What was asked for. Raises `MergeidError` as `Run` does."""
     told: Usual = {**DEFAULTS, **given}
@@ -80,7 +84,8 @@ def requests_of(
     skip, pickle = tuple(told["skip"]), told["allow_pickle"]
     words = Vocabulary.of(tokenizer)
     dequantise, size = told["dequantise"], told["image_size"]
-    return run, Reading(told["arch"], told["config"], skip, pickle, example, words, chat_template, dequantise, size)
+    arch, config = told["arch"], told["config"]
+    return run, Reading(arch, config, skip, pickle, example, words, chat_template, dequantise, size, heads)
 
 
 def calibration_of(data: Any, given: Usual) -> Calibration:

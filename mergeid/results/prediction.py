@@ -10,6 +10,7 @@ from typing import Any
 from mergeid.prediction.bound import Bound
 from mergeid.prediction.features import Features, LayerDeviation
 from mergeid.prediction.model import Interval, Predictor
+from mergeid.prediction.opinions import Opinions
 from mergeid.prediction.worth import Interference, Worth
 from mergeid.results.trial import Trial
 
@@ -30,6 +31,7 @@ class Outlook:
         points: of the accuracy barrier; None where no model predicts it.
         layers: those whose outputs leave the chord most, relative to it, worst first.
         solved: every layer solved after the merge, from this assignment.
+        excess: nats that the networks' own runs say are lost; negative where averaging gains.
     """
 
     assignment: str
@@ -38,6 +40,13 @@ class Outlook:
     points: Interval | None
     layers: list[LayerDeviation]
     solved: bool = False
+    excess: float = 0.0
+
+    @property
+    def change(self) -> float:
+        """Nats of loss that the merge is expected to have above the mean of the two models', negative where it has
+        less: the interval ends at 0, where what averaging gains goes on."""
+        return self.nats.expected if self.nats.expected > 0 else min(self.excess, 0.0)
 
     @property
     def label(self) -> str:
@@ -83,6 +92,9 @@ class PredictResult:
         trials: merges that were made and run (--try), beside what was predicted.
         worth: what both models together would gain over the better one; None without inputs of their kind.
         interference: tensors in which two fine-tunes of a base cancel each other, the worst first.
+        behind: nats of loss that B itself has beyond A, where A's predictions, made surer, take the place of labels
+            (`mergeid.prediction.features.EndSums`); None where that was not looked at.
+        opinions: what both say of the inputs; None under --skip, where B is not run as it is.
     """
 
     a: str
@@ -98,6 +110,8 @@ class PredictResult:
     trials: list[Trial] = field(default_factory=list)
     worth: Worth | None = None
     interference: list[Interference] = field(default_factory=list)
+    behind: float | None = None
+    opinions: Opinions | None = None
 
     def __repr__(self) -> str:
         ways = ", ".join(f"{o.label}: {o.nats.expected:.3g} nats" for o in self.outlooks)
@@ -217,6 +231,7 @@ def _outlook(
         None if points is None else points.predict(features),
         [x for x in worst if x.deviation > 0],
         way == "solved",
+        features["excess"],
     )
 
 

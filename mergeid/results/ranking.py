@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergeid.prediction.opinions import behind
 from mergeid.results.prediction import Outlook, PredictResult
+from mergeid.results.trial import Trial
 
 FORMAT = "mergeid.ranking/1"
 
@@ -15,43 +17,67 @@ FORMAT = "mergeid.ranking/1"
 class Partner:
     """Attributes:
     name: of the candidate. result: what is predicted of its merge with the model.
+    behind: nats of loss that it has itself beyond the model, on the model's own inputs, by what the model and its
+        candidates say of them; None where nothing is known of it.
     """
 
     name: str
     result: PredictResult
+    behind: float | None = None
 
     @property
     def way(self) -> Outlook:
         """The way that loses least, among those that can be told."""
         known = [o for o in self.result.outlooks if o.nats.trusted] or self.result.outlooks
-        return min(known, key=lambda o: (o.nats.score, o.trouble))
+        return min(known, key=lambda o: (o.change, o.trouble, o.nats.score))
+
+    @property
+    def trial(self) -> Trial | None:
+        """The merge that did best of those that were made in memory and run; None where none were."""
+        return min(self.result.trials, key=lambda t: t.against_a, default=None)
+
+    @property
+    def beyond(self) -> float | None:
+        """Nats of loss that the merge has beyond the model alone, on the model's own inputs; negative where it has
+        less. Expected: the mean of both models' losses lies half of `behind` above the model's, and the merge's lies
+        `Outlook.change` above the mean. Measured, where there was a trial. None where `behind` is."""
+        if self.trial is not None:
+            return self.trial.against_a
+        return None if self.behind is None else self.behind / 2 + self.way.change
 
     @property
     def label(self) -> str:
         """What the best way is called: of those that were tried, where any were."""
-        return (self.result.best_trial or self.way).label
+        return (self.trial or self.way).label
 
     @property
     def options(self) -> tuple[str, ...]:
         """Those of ``mergeid merge`` that merge in that way."""
-        return (self.result.best_trial or self.way).options
+        return (self.trial or self.way).options
 
     @property
     def tried(self) -> float | None:
-        """Nats that the best of its merges lost in a trial; None without one."""
-        best = self.result.best_trial
-        return None if best is None else best.lost
+        """Nats that the best of its merges lost in a trial against the mean of both models; None without one."""
+        return None if self.trial is None else self.trial.lost
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        return {"name": self.name, "way": self.way.label, "tried": self.tried, "prediction": self.result.to_json()}
+        return {
+            "name": self.name,
+            "way": self.way.label,
+            "tried": self.tried,
+            "behind": self.behind,
+            "beyond": self.beyond,
+            "prediction": self.result.to_json(),
+        }
 
 
 @dataclass(frozen=True)
 class Ranking:
     """Attributes:
     model: whose partners they are.
-    partners: the best first, by the trials if there were any, else by prediction; what cannot be judged comes last.
+    partners: the best first, by the loss that the merged network is expected to have (`Partner.beyond`): a merge that
+        loses little against the mean of two models is bad where one of them is. What cannot be judged comes last.
     failed: candidates that cannot be merged with it, and why.
     """
 
@@ -69,7 +95,10 @@ class Ranking:
         failed: Sequence[tuple[str, str]] = (),
     ) -> Ranking:
         """The partners, best first."""
-        found = [Partner(name, result) for name, result in results]
+        heard = [r.opinions for _, r in results if r.opinions is not None]
+        known = behind(heard) if len(heard) == len(results) else None
+        each = [r.behind for _, r in results] if known is None else [*known]
+        found = [Partner(name, result, own) for (name, result), own in zip(results, each, strict=True)]
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
     @property
@@ -81,10 +110,13 @@ class Ranking:
                 "Cannot tell: every candidate is unlike anything that the predictor was fitted on; measure them with "
                 "mergeid barrier, or use --try."
             )
-        lost = f"{best.way.nats.expected:.2g} nats of expected loss"
-        if best.tried is not None:
-            lost = f"{abs(best.tried):.2g} nats {'lost' if best.tried > 0 else 'gained'} in a trial"
-        return f"Merge {self.model} (A) with {best.name} (B), {best.label}: {lost}."
+        lost, how = best.beyond, "expected" if best.tried is None else "in a trial"
+        pair = f"{self.model} (A) with {best.name} (B), {best.label}"
+        if lost is None:
+            return f"Merge {pair}: {best.way.nats.expected:.2g} nats lost (expected)."
+        if lost > self.tolerated:
+            return f"Nothing is gained: even the best merge, {pair}, loses {lost:.2g} nats against A alone ({how})."
+        return f"Merge {pair}: {abs(lost):.2g} nats {'lost' if lost > 0 else 'gained'} against A alone ({how})."
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -99,6 +131,6 @@ class Ranking:
 
 
 def _place(partner: Partner) -> tuple[bool, float, float, str]:
-    tried = partner.tried
-    nats = partner.way.nats
-    return tried is None and not nats.trusted, 0.0 if tried is None else tried, nats.score, partner.name
+    nats, beyond = partner.way.nats, partner.beyond
+    unknown = partner.trial is None and not nats.trusted
+    return unknown, 0.0 if beyond is None else beyond, nats.score, partner.name

@@ -19,6 +19,7 @@ class Labelled:
         corrected, corrected_low, corrected_high: the same with what was predicted taken into account.
         points: accuracy lost; None where the task has none.
         examples: how many had labels.
+        behind: nats of loss that B itself has beyond A.
     """
 
     nats: float
@@ -29,6 +30,7 @@ class Labelled:
     corrected_high: float
     points: float | None
     examples: int
+    behind: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Trial:
         missed: share of these classes that the merge names less often than the models do.
         examples: inputs that it was run on.
         labelled: the same by true labels; None without.
+        beyond: nats lost beyond A alone, where A's predictions, made surer, take the place of labels.
     """
 
     merge: str
@@ -51,6 +54,7 @@ class Trial:
     missed: float
     examples: int
     labelled: Labelled | None = None
+    beyond: float = 0.0
 
     @property
     def label(self) -> str:
@@ -63,6 +67,12 @@ class Trial:
     def lost(self) -> float:
         """Nats that it lost: by labels and prediction together, where there are labels."""
         return self.soft if self.labelled is None else self.labelled.corrected
+
+    @property
+    def against_a(self) -> float:
+        """Nats that it lost beyond A alone: by labels and prediction together, where there are labels."""
+        known = self.labelled
+        return self.beyond if known is None else known.corrected + known.behind / 2
 
     @property
     def options(self) -> tuple[str, ...]:

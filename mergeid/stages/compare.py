@@ -87,7 +87,8 @@ def last_look(
     if not among:
         merges = {planned: members}
     kinds = repairs(members, stage, run.place)
-    if kinds[0] == "none" and len(kinds) > 1 and any(_is_the_first(merge, skip) for merge in merges.values()):
+    fixed = (*skip, *(members.first.joined.tensors if members.first.joined is not None else ()))
+    if kinds[0] == "none" and len(kinds) > 1 and any(_is_the_first(merge, fixed) for merge in merges.values()):
         kinds = ["none"]
     voices = _voices(members)
     panel_of = partial(
@@ -128,7 +129,8 @@ def _solved(
     if solved is None:
         return chosen
     repair, far, distances = SOLVE, solved.far, {label(n, SOLVE): v for n, v in solved.distances.items()}
-    if solved.distances[solved.merge] > LEFT and panels[0].owners is None:
+    one_task = panels[0].owners is None and merges[solved.merge].first.joined is None
+    if solved.distances[solved.merge] > LEFT and one_task:
         run.tell("trying a solved merge that leans to one model", 0, 1)
         ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
         distances[label(solved.merge, LEANING)] = _mean(lean)
@@ -245,7 +247,10 @@ def _under(members: Members, planned: Callable[[Plan], Plan]) -> Members:
 
 def _voices(members: Members) -> list[tuple[Member, float]]:
     """Whom a merge should be near to, with their shares: those of the merge where its weights are shares, else equal
-    ones. Who is subtracted is not among them; where all are (task vectors taken away), the base is."""
+    ones. Who is subtracted is not among them; where all are (task vectors taken away), the base is. All of a
+    joined head."""
+    if members.first.joined is not None:  # each is right about its own classes
+        return [(m, 1 / len(members.models)) for m in members.models]
     weights = members.weights()
     kept = [(m, w) for m, w in zip(members.models, weights, strict=True) if w > 0 or not any(weights)]
     if not kept:

@@ -20,6 +20,7 @@ class MergeRequest:
         models: two or more; the others are brought into the first one's order.
         base: what they were fine-tuned from, for methods that need it.
         transport: whether neurons are carried by optimal transport instead of being matched.
+        heads: "both": one head with the classes of all.
 
     Raises `MergeidError` for what does not go together.
     """
@@ -32,6 +33,7 @@ class MergeRequest:
     repairing: Repairing
     output: Output
     transport: bool
+    heads: str | None = None
 
     def __post_init__(self) -> None:
         method, stage, data = self.asked.method, self.repairing.stage, self.calibration.given
@@ -44,6 +46,8 @@ class MergeRequest:
         if self.output.resume and any(map(is_live, self.models)):
             raise MergeidError("only merges of files can be resumed, not those of live modules; leave resume out")
         self._check_target()
+        if self.heads is not None:
+            self._check_heads()
         if not data and stage not in ("auto", "none"):
             raise MergeidError(f"--repair {stage} measures activations; give examples with --data")
         if not data and method.statistics:
@@ -57,6 +61,18 @@ class MergeRequest:
                 )
         else:
             check_matching(self.matching, data)
+
+    def _check_heads(self) -> None:
+        if self.asked.method.statistics == "fisher":
+            raise MergeidError(
+                f"method {self.asked.method.name!r} weighs tensors by predictions over all classes, and with --heads "
+                "both no model knows all of them; choose another method"
+            )
+        if self.repairing.stage == "solve+polish":
+            raise MergeidError(
+                "--repair solve+polish imitates predictions over all classes, and with --heads both no model knows all "
+                "of them; give --repair solve"
+            )
 
     def _check_target(self) -> None:
         own, target = self.calibration.data, self.repairing.target

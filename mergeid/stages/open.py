@@ -16,6 +16,7 @@ from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.opening import Source, is_live, state_of
+from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import Agreed, agree
 from mergeid.models.heads import SameHeads, same_heads
@@ -41,6 +42,7 @@ class Met:
         models, base: what is loaded: live modules as they are, else with the same heads and configs.
         agreed: all of them with the same heads and configs, and what was overruled.
         skip: the globs that still say something.
+        joined: the head with the classes of all, where that is asked for.
     """
 
     bench: Workbench
@@ -48,6 +50,7 @@ class Met:
     base: Checkpoint | None
     agreed: Agreed
     skip: tuple[str, ...]
+    joined: JoinedHead | None = None
 
     @property
     def live(self) -> bool:
@@ -61,7 +64,8 @@ class Met:
     @property
     def float_names(self) -> list[str]:
         """Names of the tensors that settings speak of: the first model's, those that are merged."""
-        names = mergeable(self.agreed.models[0])
+        added = self.joined.tensors if self.joined is not None else ()
+        names = [n for n in mergeable(self.agreed.models[0]) if n not in added]
         return [n for n in names if not any(fnmatchcase(n, p) for p in self.skip)]
 
 
@@ -102,7 +106,8 @@ def open_models(
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
-    words = one_vocabulary(given.models, asked.tokenizer, base is not None)
+    both = both_heads(given.models, asked, base is not None)
+    words = one_vocabulary(both.models, asked.tokenizer, base is not None)
     everyone = with_chat_template(words.models, asked.chat_template, opened)
     left = {name for c in everyone for name in c.table}
     skip = tuple(
@@ -122,11 +127,10 @@ def open_models(
         arch=asked.arch,
         layers=not skip,
     )
-    agreed = replace(
-        agreed, resized=sized.resized, notes=[*named.notes, *sized.notes, *given.notes, *words.notes, *agreed.notes]
-    )
+    said = [*named.notes, *sized.notes, *given.notes, *both.notes, *words.notes, *agreed.notes]
+    agreed = replace(agreed, resized=sized.resized, heads=both.to_json(), notes=said)
     if opened[0].module is None:
-        return Met(bench, tuple(agreed.models), agreed.base, agreed, skip)
+        return Met(bench, tuple(agreed.models), agreed.base, agreed, skip, both.joined)
     return Met(bench, tuple(opened[: len(models)]), opened[-1] if base is not None else None, agreed, skip)
 
 

@@ -214,6 +214,7 @@ def _solve(
         members.first.forward,
         batches,
         frozen=_frozen(members, before, skip),
+        heads=members.first.head,
         progress=(lambda k, n: progress("solving layer by layer", k, n)) if progress else None,
     )
     count = max(len(done), 1)

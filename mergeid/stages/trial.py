@@ -121,10 +121,12 @@ def _lost(first: Loaded, out: Tensor, batch: Batch) -> LossParts | None:
 
 @dataclass
 class _Labels:
-    """Per example: excess of the loss and shortfall of right predictions, each over the scored predictions."""
+    """Per example: excess of the loss and shortfall of right predictions, each over the scored predictions, and what B
+    loses beyond A."""
 
     excess: list[Tensor] = field(default_factory=list)
     missed: list[Tensor] = field(default_factory=list)
+    behind: list[Tensor] = field(default_factory=list)
 
     def add(self, a: LossParts, b: LossParts, merged: LossParts) -> None:
         scored = a.count > 0
@@ -132,6 +134,7 @@ class _Labels:
                 for m, x, y in ((merged.loss, a.loss, b.loss), (merged.correct, a.correct, b.correct))]  # fmt: skip
         self.excess.append(mean[0].cpu())
         self.missed.append(-mean[1].cpu())
+        self.behind.append(((b.loss - a.loss)[scored].double() / a.count[scored]).cpu())
 
     def found(self, outlook: Outlook | None, most: float) -> Labelled | None:
         rows = torch.cat(self.excess) if self.excess else torch.zeros(0)
@@ -141,8 +144,9 @@ class _Labels:
         nats = None if outlook is None or not outlook.nats.trusted else outlook.nats
         ends = (0.0, float("-inf"), float("inf")) if nats is None else (nats.expected, nats.low, nats.high)
         both = corrected(seen, *ends, most=most)
-        points = 100 * float(torch.cat(self.missed).mean())
-        return Labelled(seen.mean, *seen.interval(), both.expected, both.low, both.high, points or None, len(rows))
+        points, behind = 100 * float(torch.cat(self.missed).mean()), float(torch.cat(self.behind).mean())
+        own = seen.mean, *seen.interval()
+        return Labelled(*own, both.expected, both.low, both.high, points or None, len(rows), behind)
 
 
 def _trial(
@@ -154,5 +158,5 @@ def _trial(
         if a.lost is not None and b.lost is not None and merged.lost is not None:
             labels.add(a.lost, b.lost, merged.lost)
     found, most = sums.features(), math.log(own[0][0].logits.shape[-1])
-    trial = Trial(name, kind, found["hard"], found["soft"], found["missed"], sums.count)
-    return Trial(**{**trial.__dict__, "labelled": labels.found(known.get(trial.label), most)})
+    trial = Trial(name, kind, found["hard"], found["soft"], found["missed"], sums.count, beyond=found["beyond"])
+    return replace(trial, labelled=labels.found(known.get(trial.label), most))

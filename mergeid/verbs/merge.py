@@ -86,6 +86,7 @@ def merge(
     matcher: o.Matcher = None,
     transport: o.Transport = False,
     data: o.Data = None,
+    heads: o.Heads = None,
     repair: bool | str = True,
     target: o.Target = None,
     refuse_above: o.RefuseAbove = REFUSE_ABOVE,
@@ -126,6 +127,8 @@ def merge(
             them one to one (OT fusion); layers of plain networks may then differ in width. Takes no `base`.
         data: calibration data for the evidence, for the repair, and for methods that measure something; models of
             different tasks each have their own: {"a": …, "b": …} or ``a=…,b=…``.
+        heads: "both": for classifiers with different classes; the result is a model like the first one with a head for
+            the classes of all, the first one's before the second one's (`mergeid.models.both_heads`).
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
             pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
             (`mergeid.repair.solve`); "solve+lean": the same, with hidden layers that answer almost as one model's do;
@@ -156,7 +159,7 @@ def merge(
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
-    run, reading = requests_of(usual, batch_size, tokenizer, chat_template)
+    run, reading = requests_of(usual, batch_size, tokenizer, chat_template, heads)
     listed: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
     request = MergeRequest(
         tuple(m for m in listed if m is not None),
@@ -169,6 +172,7 @@ def merge(
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above, target),
         Output(output, dtype, force, bytes_of(shard_size), resume, push),
         transport,
+        heads,
     )
     if as_adapter is not None:
         return _adapter(request, Workbench(reading, run), as_adapter)
@@ -182,6 +186,8 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
 
     if request.output.push is not None or is_live(request.models[0]):
         raise MergeidError("--as-adapter writes a folder of files; it does not work with live modules or --push")
+    if request.heads is not None:
+        raise MergeidError("--as-adapter writes an update of the base, which has another head; leave out --heads")
     named = [*request.models, *([request.base] if request.base is not None else [])]
     on = shared_base([bench.open(m) for m in named])
     origin = on if on is not None else None if request.base is None else bench.open(request.base)
@@ -212,7 +218,8 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
         check_push(repo)
     met = open_models(bench, request.models, request.base, widths=not request.transport)
     matching, notes, places = _shared(request, met)
-    request = replace(request, matching=matching)
+    added = frozenset(met.joined.tensors if met.joined is not None else ())
+    request = replace(request, matching=matching, asked=replace(request.asked, added=added))
     settings = request.asked.over(len(met.models), met.float_names)
     members = _members(request, met, settings, places)
     if members is not None and members.examples is not None and request.repairing.target == "mean":

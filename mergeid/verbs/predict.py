@@ -100,13 +100,14 @@ def predict_pair(
         raise MergeidError("--try runs the merges on inputs of the models' kind; name some with --data")
     pair, run = pair_of(met, met.models[1]), met.bench.run
     from mergeid.prediction.features import EndSums
+    from mergeid.prediction.opinions import Opinions
     from mergeid.prediction.probe import hears
     from mergeid.prediction.trial import TogetherSums
     from mergeid.stages.plan import make_plan
 
-    ends, together = EndSums(), TogetherSums()
+    ends, together, opinions = EndSums(), TogetherSums(), Opinions()
     given = met.bench.examples(calibration, pair.a)
-    plan = make_plan(pair, matching, run, examples=given, hears=hears(ends, together))
+    plan = make_plan(pair, matching, run, examples=given, hears=hears(ends, together, opinions))
     from mergeid.models.examples import Examples
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
@@ -164,6 +165,8 @@ def predict_pair(
         trials,
         worth,
         [] if origin is None else _interference(pair, origin),
+        next(iter(found.values())).plain["behind"],
+        None if met.skip else opinions,
     )
 
 

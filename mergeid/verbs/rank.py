@@ -44,13 +44,15 @@ def rank(
     Args:
         models: the model to find partners for, and the candidates: files, folders, hub ids, live modules. A folder that
             holds several models or adapters stands for all of them.
-        data: inputs of the kind that the models were trained on; without them they run on random inputs, which says
-            less.
+        data: inputs of the kind that the merged model is meant for, which the first model knows; without them all run
+            on random inputs, which says less.
         every: predict every pair.
         tolerate: loss in nats whose probability is asked for.
         trial: also make the merges in memory and run them on the data; candidates are then ranked by that.
         batch_size: of matching; for speed and memory only.
         usual: how models are read and the work is done, see `mergeid.request.usual.Usual`.
+
+    Candidates are ranked by the loss that the merged network is expected to have (`Partner.beyond`).
 
     Returns:
         the ranking of the candidates, or with `every` the matrix of all pairs.
@@ -71,8 +73,10 @@ def rank(
     from mergeid.results.prediction import PredictionMatrix
     from mergeid.results.ranking import Ranking
 
-    # what all comparisons share is loaded and traced once
-    bench.graph(bench.load(bench.open(found[0])))
+    # what all comparisons share is loaded, traced and read once
+    first = bench.load(bench.open(found[0]))
+    bench.graph(first)
+    bench.examples(calibration, first)
 
     def predicted(i: int, j: int, done: int, total: int) -> PredictResult:
         run.tell(f"comparing {names[i]} and {names[j]}", done, total)

@@ -93,6 +93,7 @@ def loss(output: Tensor, batch: Batch) -> LossParts:
 def runs(model: nn.Module, data: Tensor, classes: bool, outputs: Callable[[nn.Module, Batch], Any]) -> SimpleNamespace:
     """What a panel asks of the first model that was loaded. `classes`: the first output holds logits."""
     return SimpleNamespace(
+        joined=None,
         adapter=None,
         example={"x": data[:2], "labels": torch.zeros(2)},
         inputs={"x": data[:2]},

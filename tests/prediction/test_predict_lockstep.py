@@ -148,6 +148,24 @@ def test_averaged_logits_lose_the_same_under_any_labels(seed: int, monkeypatch: 
     assert found["own_entropy"] == pytest.approx((entropy(p, axis=1).mean() + entropy(q, axis=1).mean()) / 2)
 
 
+def test_what_b_loses_beyond_a() -> None:
+    """Cross-entropies against A's predictions to the power 1.5; nothing of a model that differs by a constant."""
+    a, b = drawn(12, 3, 5)
+    mask = torch.ones(12, 3, dtype=torch.bool)
+    mask[4, 2:] = False
+    sums = EndSums()
+    for part in (slice(7), slice(7, None)):
+        sums.add(a[part], b[part], mask[part])
+    q = a.softmax(-1) ** 1.5
+    q = q / q.sum(-1, keepdim=True)
+    each = [F.cross_entropy(x.flatten(0, 1), q.flatten(0, 1), reduction="none").view(12, 3) for x in (a, b)]
+    gap = ((each[1] - each[0]) * mask).sum(1) / mask.sum(1)
+    assert sums.features()["behind"] == pytest.approx(float(gap.mean()))
+    same = EndSums()
+    same.add(a, a + 2, None)
+    assert same.features()["behind"] == pytest.approx(0, abs=1e-12)
+
+
 def test_shifts_against_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergeid.basics.memory.NUMBERS", 20)
     a, b, m1, m2 = drawn(7, 3, 4, count=4)

@@ -118,6 +118,17 @@ def test_an_ensemble_gains_at_most_what_two_can(rng: np.random.Generator, size: 
     assert worth.kept is not None and 0 <= worth.kept <= 1
 
 
+def test_what_a_merge_loses_beyond_a() -> None:
+    rng = np.random.default_rng(3)
+    a, b, merged = (torch.from_numpy(rng.standard_normal((20, 4))) for _ in range(3))
+    sums = TrialSums()
+    sums.add(a, b, merged, None)
+    q = a.softmax(-1) ** 1.5
+    q = q / q.sum(-1, keepdim=True)
+    expected = F.cross_entropy(merged, q) - F.cross_entropy(a, q)
+    assert sums.features()["beyond"] == pytest.approx(float(expected))
+
+
 def test_masked_positions_do_not_count() -> None:
     rng = np.random.default_rng(0)
     outs = [torch.from_numpy(rng.standard_normal((4, 6, 3))) for _ in range(3)]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_predict import DATA, X, trained
+from test_predict import DATA, X, labels, trained
 from torch import nn
 
 import mergeid as m
+import mergeid.models.examples as examples
 from mergeid.errors import MergeidError
 from mergeid.results.ranking import Ranking
 from mergeid.verbs.rank import models_in, names_of
@@ -38,18 +39,91 @@ def test_the_nearest_comes_first(nets: dict[str, nn.Module]) -> None:
         alone = m.predict(nets["a"], nets[name], **HOW)
         for one, two in zip(p.result.outlooks, alone.outlooks, strict=True):
             assert one.nats.expected == pytest.approx(two.nats.expected, rel=1e-5, abs=1e-8)
-    scores = [p.way.nats.score for p in found.partners]
-    assert scores == sorted(scores) and found.advice.startswith("Merge model 1 (A) with model 4 (B), direct")
+    scores = [p.beyond for p in found.partners]
+    assert None not in scores and scores == sorted(scores, key=float)
+    assert {p.name: p.beyond for p in found.partners}["model 4"] == pytest.approx(0, abs=1e-9)  # its own copy
+    assert found.advice.startswith(f"Merge model 1 (A) with {found.partners[0].name} (B), direct")
     json.dumps(found.to_json())
+
+
+@pytest.fixture(scope="module")
+def elsewhere(nets: dict[str, nn.Module]) -> nn.Module:
+    """Of the same start, sure of wrong classes: a merge with it loses less than the mean of the two."""
+    net = copy.deepcopy(trained(0))
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(40):
+        x = torch.randn(64, 6, generator=generator)
+        loss = nn.functional.cross_entropy(net(x), (labels(x) + 1) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize("given", [{"data": DATA}, {"data": DATA, "trial": True}, {}])
+def test_the_merged_network_counts_not_the_line(
+    nets: dict[str, nn.Module], elsewhere: nn.Module, given: dict[str, object]
+) -> None:
+    """A bad partner comes last, however little its merge loses against the mean of both."""
+    x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(6))
+
+    @torch.no_grad()
+    def loss(net: nn.Module) -> float:
+        return float(nn.functional.cross_entropy(net(x), labels(x)))
+
+    merged = [copy.deepcopy(nets["a"]) for _ in range(2)]
+    for net, b in zip(merged, (nets["near"], elsewhere), strict=True):
+        with torch.no_grad():
+            for p, q in zip(net.parameters(), b.parameters(), strict=True):
+                p.copy_((p + q) / 2)
+    pairs = zip(merged, (nets["near"], elsewhere), strict=True)
+    line = [loss(n) - (loss(nets["a"]) + loss(b)) / 2 for n, b in pairs]
+    assert line[1] < line[0] < 0.01 and loss(merged[1]) > loss(merged[0]) + 0.2
+    found = m.rank([nets["a"], elsewhere, nets["near"]], example_inputs=X[:2], **given)
+    assert isinstance(found, Ranking) and [p.name for p in found.partners] == ["model 3", "model 2"]
+    near, far = (p.beyond for p in found.partners)
+    assert near is not None and far is not None and near < 0.02 < 0.1 < far
+    alone = m.rank([nets["a"], elsewhere], example_inputs=X[:2], **given)
+    assert isinstance(alone, Ranking)
+    told = alone.partners[0].trial is not None or alone.partners[0].way.nats.trusted
+    assert alone.advice.startswith("Nothing is gained" if told else "Cannot tell")
+
+
+def test_labels_say_what_a_candidate_is_worth(nets: dict[str, nn.Module], elsewhere: nn.Module) -> None:
+    """What B loses beyond A is measured on the examples of the trial, where they have labels."""
+    given = [{"arg0": x, "labels": y} for x, y in zip(X, labels(X), strict=True)]
+    found = m.rank([nets["a"], elsewhere, nets["near"]], data=given, trial=True, example_inputs=X[:2])
+    assert isinstance(found, Ranking) and [p.name for p in found.partners] == ["model 3", "model 2"]
+    half = slice(1, None, 2)
+    for p, b in zip(found.partners, (nets["near"], elsewhere), strict=True):
+        assert p.trial is not None and (known := p.trial.labelled) is not None and known.examples == 100
+        with torch.no_grad():
+            both = [nn.functional.cross_entropy(n(X[half]), labels(X)[half]) for n in (nets["a"], b)]
+        assert known.behind == pytest.approx(float(both[1] - both[0]), abs=1e-5)
+        assert p.beyond == pytest.approx(known.corrected + known.behind / 2)
+
+
+def test_the_data_is_read_once(monkeypatch: pytest.MonkeyPatch, nets: dict[str, nn.Module]) -> None:
+    count, made = [0], examples.examples_of
+
+    def counted(*given: object, **more: object) -> object:
+        count[0] += 1
+        return made(*given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(examples, "examples_of", counted)
+    m.rank(list(nets.values()), **HOW)
+    assert count[0] == 1
 
 
 def test_trials_decide_where_there_are_any(nets: dict[str, nn.Module]) -> None:
     found = m.rank(list(nets.values()), trial=True, **HOW)
     assert isinstance(found, Ranking)
-    tried = [p.tried for p in found.partners]
-    assert None not in tried and tried == sorted(tried, key=float)
+    beyond = [p.beyond for p in found.partners]
+    assert None not in beyond and beyond == sorted(beyond, key=float)
     for p in found.partners:
-        assert p.tried == min(t.soft for t in p.result.trials)
+        assert p.beyond == min(t.beyond for t in p.result.trials)
+        assert p.trial is not None and p.tried == p.trial.soft and p.label == p.trial.label
 
 
 def test_every_pair(nets: dict[str, nn.Module]) -> None:

@@ -121,6 +121,7 @@ class Says(nn.Module):
 def panel_of(models, shares, count=3, **how):
     """A panel of modules that are called as they are, and whose last dimension holds logits."""
     first = SimpleNamespace(
+        joined=None,
         adapter=None,
         example={"x": torch.zeros(2, 1), "labels": torch.zeros(2)},
         inputs={"x": torch.zeros(2, 1)},

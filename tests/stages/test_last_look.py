@@ -122,7 +122,9 @@ def test_sequences_of_unequal_length_and_their_padding():
         return {"x": x, "attention_mask": mask}
 
     model, net = Calls(lambda x: x), Calls(lambda x: torch.where(x == 0, 1e6, 0.5 * x))
-    first = SimpleNamespace(adapter=None, example=rows[0], model=model, outputs=lambda m, b: {"output": m(b["x"])})
+    first = SimpleNamespace(
+        adapter=None, joined=None, example=rows[0], model=model, outputs=lambda m, b: {"output": m(b["x"])}
+    )
     how = {"shares": [1.0], "examples": Examples(rows, collate), "device": "cpu"}
     values = torch.cat([r["x"] for r in rows])
     expected = [float(0.25 * r["x"].square().mean()) for r in rows]

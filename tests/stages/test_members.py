@@ -18,7 +18,7 @@ from mergeid.stages.members import Member, Members, merged_tensors
 
 
 def members(weights: tuple[Any, ...], method: str = "linear", base: bool = False) -> Members:
-    models = [Member(cast(Any, SimpleNamespace(names={"w": "w"}))) for _ in weights]
+    models = [Member(cast(Any, SimpleNamespace(names={"w": "w"}, joined=None))) for _ in weights]
     settings = MergeSettings(get_method(method), weights, depth={"w": 0.0})
     return Members(models, models[0] if base else None, settings)
 

@@ -140,7 +140,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, mode: str, force: bool = False, **h
     monkeypatch.setattr(matching, "pair_of", pair_of)
     monkeypatch.setattr(matching, "plan_of", lambda *_: plan)
     bench = SimpleNamespace(examples=lambda *_: None, run=Run())
-    met = cast(Any, SimpleNamespace(bench=bench, everyone=["a", "b"], base=None))
+    met = cast(Any, SimpleNamespace(bench=bench, everyone=["a", "b"], base=None, joined=None))
     settings = MethodRequest(get_method("linear")).over(2, ["w"])
     return matching.planned_members(met, settings, Matching(mode), Calibration(), Output(None, force=force))
 
