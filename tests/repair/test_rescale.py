@@ -262,7 +262,7 @@ def test_the_stage_is_reported() -> None:
     for name, value in done.state.items():
         assert torch.equal(value, again.state[name])
     with pytest.raises(
-        MergeidError, match=r"--repair 'fix' is not one of auto, bn, repair, solve, solve\+polish, none"
+        MergeidError, match=r"--repair 'fix' is not one of auto, bn, repair, solve, solve\+lean, solve\+polish, none"
     ):
         mergeid.merge(a, b, repair="fix", **how)
 
