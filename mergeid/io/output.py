@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mergeid.basics import stopping
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, reason
 from mergeid.io.folders import INDEX, PICKLES, SAFETENSORS
@@ -132,14 +133,15 @@ def _check_folder(parent: Path, what: str) -> None:
     if not parent.is_dir():
         raise MergeidError(f"{whose} does not exist; create it, or {again}")
     probe = parent / f".{secrets.token_hex(6)}.mergeid-tmp"
-    try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    except OSError as error:
-        if error.errno not in FULL:  # how much room there is, is asked later
-            raise MergeidError(f"{whose} is not writable; {again}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(probe)
+    with stopping.uninterrupted():  # a process that is stopped leaves nothing
+        try:
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except OSError as error:
+            if error.errno not in FULL:  # how much room there is, is asked later
+                raise MergeidError(f"{whose} is not writable; {again}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(probe)
 
 
 def _same(final: Path, given: Path) -> bool:
