@@ -88,6 +88,15 @@ class WeightSimilarity:
             here = places if along is None else places.narrow(rest.index(along), at.start, len(at))
             yield rows(x, axis), rows(y, axis), here.reshape(-1).repeat(axis.positions.shape[1])
 
+    def axes(self, space: Space, known: Collection[str] | None = None) -> list[AxisMap]:
+        """The space's axes; with `known` only those of tensors that no other spaces than these lie on."""
+        on = self.graph.on_tensor
+        return [
+            axis
+            for axis in space.axes
+            if known is None or all(s.id in known for s, a in on[axis.tensor] if a.axis != axis.axis)
+        ]
+
     def scores(
         self, space: Space, element: Mapping[str, np.ndarray], known: Collection[str] | None = None
     ) -> np.ndarray:
@@ -99,10 +108,7 @@ class WeightSimilarity:
         """`scores`, where the weights are."""
         total = torch.zeros(space.size, space.size, device=self.device)
         thin: list[tuple[Tensor, Tensor]] = []
-        for axis in space.axes:
-            others = [s.id for s, a in self.graph.on_tensor[axis.tensor] if a.axis != axis.axis]
-            if known is not None and any(s not in known for s in others):
-                continue
+        for axis in self.axes(space, known):
             factor, whole = self.factor[axis.tensor], prod(self.graph.tensors[axis.tensor])
             few = len(axis.members) == space.size and whole <= THIN * space.size
             for x, y, _ in self.pairs(axis, element):

@@ -63,7 +63,7 @@ def worth_looking(similarity: WeightSimilarity, space: Space, known: Collection[
     pairs are dear."""
     if space.parents or space.blocks != 1 or space.size < LEAST_SIZE:
         return False
-    axes = _axes(similarity, space, known)
+    axes = similarity.axes(space, known)
     entries = sum(prod(similarity.graph.tensors[a.tensor]) // space.size for a in axes)
     return entries >= LEAST_ENTRIES and all(len(a.members) == space.size for a in axes)
 
@@ -79,7 +79,7 @@ def plain_match(
     Args:
         space: one that is `worth_looking` at; no others lie in it, and no tensor has it on two axes.
         known: as in `WeightSimilarity.products`."""
-    axes, now = _axes(similarity, space, known), element[space.id]
+    axes, now = similarity.axes(space, known), element[space.id]
     seen = _sketched(similarity, space, axes, element)
     found = _best_columns(seen)
     if len(torch.unique(found)) < space.size:
@@ -91,13 +91,6 @@ def plain_match(
         return None
     size = float(torch.maximum(pairs.abs().max(), seen.pairs.abs().max()))
     return PlainMatch(perm, float((pairs - seen.pairs).sum()), size)
-
-
-def _axes(similarity: WeightSimilarity, space: Space, known: Collection[str] | None) -> list[AxisMap]:
-    if known is None:
-        return list(space.axes)
-    graph = similarity.graph
-    return [a for a in space.axes if all(s.id in known for s, o in graph.on_tensor[a.tensor] if o.axis != a.axis)]
 
 
 @dataclass(frozen=True)

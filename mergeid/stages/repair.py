@@ -205,8 +205,9 @@ def _solve(
     if lean:
         to = most_trusted(members.first, models, members.shares(), batches)
         leans_to = members.models[to].loaded.source
-        load_weights(merged, leaning(members, to).merged_state(skip))
-        shares = Shares(shares, leaning(members, to).shares())
+        leant = leaning(members, to)
+        load_weights(merged, leant.merged_state(skip))
+        shares = Shares(shares, leant.shares())
     done = solve_network(
         merged.eval(),
         models,
