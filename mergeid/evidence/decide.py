@@ -13,17 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import ndtri
-from torch import Generator
 
-from mergeid.basics.when_asked import WhenAsked
 from mergeid.evidence.anchored import IDENTIFIED, Certificate
 from mergeid.evidence.evidence import ActivationEvidence, Judgement, Request
 from mergeid.evidence.layers import SpaceRecord
-from mergeid.matchers.assignment import ROWS, TreeAssignment, descendants
-from mergeid.matchers.inner_products import WeightSimilarity
-from mergeid.matchers.weight import good_start, weight_matching
+from mergeid.matchers.assignment import TreeAssignment, descendants
 from mergeid.neuron_graph.group import same_element
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
@@ -37,12 +32,6 @@ CLEAR_COSINE = 0.5
 """Moved neurons whose weights fit their new places better by this much, in cosine, on average, need no interval of the
 activations above 0: two swapped neurons among many with heavy tails leave a wide one. Independent networks stay below:
 the best of n random directions in d dimensions has a cosine of about sqrt(2 ln n / d)."""
-
-NULL_SIGMAS = 4.0
-"""Standard deviations of a random permutation's score above which unseen weights confirm a match."""
-
-TIE = 1e-3
-"""Share of the moved neurons' similarity that a match of weights must gain: neurons that are alike stay."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,9 @@ class Decisions:
     element: Element
 
 
-def _record(graph: NeuronGraph, space: Space, decision: str, why: str, evidence: str, moved: int = 0) -> SpaceEvidence:
+def record_of(
+    graph: NeuronGraph, space: Space, decision: str, why: str, evidence: str, moved: int = 0
+) -> SpaceEvidence:
     share = graph.share_of(space)
     return SpaceEvidence(
         space.id, space.label, space.size, space.blocks, space.parents, share, decision, why, evidence, moved
@@ -145,7 +136,7 @@ def decide_from_activations(
         # a space without activations of its own (heads) is judged by what lies in it
         for s in graph.spaces:
             if s.id not in evidence.taps and below[s.id]:
-                without, with_ = _tree_candidates(graph, solver, s, current)
+                without, with_ = tree_candidates(graph, solver, s, current)
                 requests += [Request(c.id, without[c.id], with_[c.id]) for c in below[s.id]]
                 askers += [s.id] * len(below[s.id])
         judged: dict[str, Judgement] = {}
@@ -204,7 +195,7 @@ def _candidates(graph: NeuronGraph, solver: TreeAssignment, current: Element) ->
     return direct, best
 
 
-def _tree_candidates(
+def tree_candidates(
     graph: NeuronGraph, solver: TreeAssignment, space: Space, current: Element
 ) -> tuple[Element, Element]:
     """The tree under a space at its best, with the space itself in order or at its best."""
@@ -219,12 +210,12 @@ def _decision(
 ) -> tuple[SpaceEvidence, bool]:
     if judged is None:
         why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
-        return _record(graph, space, DIRECT, why, "none"), False
+        return record_of(graph, space, DIRECT, why, "none"), False
     clear = moved > 0 and judged.gain > 0 and -lost * space.size > CLEAR_COSINE * moved
     matches = moved > 0 and (judged.gain_low > 0 or clear) and judged.gain > lost
     chosen = judged.j_match if matches else judged.j_current
     record = replace(
-        _record(graph, space, DIRECT, "", "activations", moved if matches else 0),
+        record_of(graph, space, DIRECT, "", "activations", moved if matches else 0),
         j_identity=judged.j_identity,
         j_match=judged.j_match,
         j_random=judged.j_random,
@@ -255,134 +246,15 @@ def _decision(
     return replace(record, why=why), False
 
 
-def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -> Decisions:
-    """Weight evidence alone: the better order of the weights counts, and ties go to the identity.
-
-    Where nothing corresponds, a match costs nothing, since the identity is no better than it; where something does,
-    networks of one origin keep their order, as their weights are nearest to themselves. Whether weights that the match
-    has not seen confirm it is reported, and decides nothing.
-    """
-    graph = similarity.graph
-    accepted: set[str] = {s.id for s in graph.spaces}
-    element = graph.identity()
-    records: dict[str, SpaceEvidence] = {}
-    matched = weight_matching(similarity, generator=generator, element=good_start(similarity))
-    for _ in range(3):
-        scores, halves = _scores(similarity, matched), _halves(similarity, matched, generator)
-        fit, full = TreeAssignment(graph, halves), TreeAssignment(graph, scores)
-        element = {}
-        before = set(accepted)
-        for s in graph.spaces:
-            follow = graph.follow(s, element)
-            start = _completed(graph, {**element, s.id: follow}, matched)
-            tree = [c for c in descendants(graph, s) if scores[c.id].any()]
-            judged = [s] if s in tree else tree
-            still, best = _tree_candidates(graph, full, s, start) if s.id in accepted else (start, start)
-            fitted = _tree_candidates(graph, fit, s, start)[1]
-            gain, size, moved, z = 0.0, 0.0, 0, 0.0
-            mean = var = unseen = 0.0
-            for c in judged:
-                now = follow if c is s else still[c.id]
-                to = np.flatnonzero(best[c.id] != now)
-                gain += float((scores[c.id][to, best[c.id][to]] - scores[c.id][to, now[to]]).sum())
-                size += float(np.abs(scores[c.id][to, best[c.id][to]]).sum())
-                moved += len(to)
-                found = _held_out(scores[c.id], halves[c.id], c, fitted[c.id])
-                unseen, mean, var = unseen + found[0], mean + found[1], var + found[2]
-            if var > 0:
-                z = (unseen - mean) / float(np.sqrt(var))
-            matches = s.id in accepted and moved > 0 and gain > TIE * size
-            choice = full.choose(s, start) if matches else follow
-            element[s.id] = choice
-            records[s.id] = _weight_record(
-                graph, s, matches, int((choice != follow).sum()), gain / size if size else None, z if judged else None
-            )
-            if moved and not matches:
-                accepted.discard(s.id)
-        if accepted == before:
-            break
-        matched = weight_matching(similarity, generator=generator, only=accepted)
-    return Decisions([records[s.id] for s in graph.spaces], element)
-
-
 def decide_from_structure(graph: NeuronGraph, certificates: Mapping[str, Certificate]) -> Decisions | None:
     """Every space direct where the structure identifies every one; None where it does not."""
     if any(certificates[s.id].says != IDENTIFIED for s in graph.spaces):
         return None
     records = [
         replace(
-            _record(graph, s, DIRECT, f"identified by structure: {certificates[s.id].why}", "structure"),
+            record_of(graph, s, DIRECT, f"identified by structure: {certificates[s.id].why}", "structure"),
             certificate=certificates[s.id],
         )
         for s in graph.spaces
     ]
     return Decisions(records, graph.identity())
-
-
-def _completed(graph: NeuronGraph, decided: Element, matched: Element) -> Element:
-    """An element of the group: `decided`, and the other spaces as matched where their parents are, else in order."""
-    out: Element = {}
-    for s in graph.spaces:
-        if s.id in decided:
-            out[s.id] = decided[s.id]
-        else:
-            kept = all(np.array_equal(out[p], matched[p]) for p in s.parents)
-            out[s.id] = matched[s.id] if kept else graph.follow(s, out)
-    return out
-
-
-def _scores(similarity: WeightSimilarity, element: Element) -> WhenAsked[np.ndarray]:
-    graph = similarity.graph
-    return WhenAsked([s.id for s in graph.spaces], lambda k: similarity.scores(graph.by_id[k], element), _bytes)
-
-
-def _halves(similarity: WeightSimilarity, element: Element, generator: Generator) -> WhenAsked[np.ndarray]:
-    """Scores from a random half of the weights, the same whenever they are asked for."""
-    graph = similarity.graph
-    ids = [s.id for s in graph.spaces]
-    seeds = dict(zip(ids, torch.randint(2**62, (len(ids),), generator=generator).tolist(), strict=True))
-
-    def half(k: str) -> np.ndarray:
-        return similarity.half(graph.by_id[k], element, torch.Generator().manual_seed(seeds[k]))
-
-    return WhenAsked(ids, half, _bytes)
-
-
-def _bytes(value: np.ndarray) -> int:
-    return int(value.nbytes)
-
-
-def _held_out(score: np.ndarray, half: np.ndarray, space: Space, perm: np.ndarray) -> tuple[float, float, float]:
-    """Σ held[i, perm[i]] where held = score − half, and mean and variance of that for permutations that are uniform
-    inside every block (Hoeffding 1951). A few rows at a time, in float64."""
-    at = np.arange(space.size)
-    unseen = float((score[at, perm].astype(np.float64) - half[at, perm]).sum())
-    mean = var = 0.0
-    m = space.members
-    for b in range(space.blocks):
-        block = slice(b * m, (b + 1) * m)
-        rows, columns, squares = np.zeros(m), np.zeros(m), 0.0
-        for begin in range(0, m, ROWS):
-            some = slice(begin, begin + ROWS)
-            held = score[block, block][some].astype(np.float64) - half[block, block][some]
-            rows[some] = held.sum(1)
-            columns += held.sum(0)
-            squares += float((held**2).sum())
-        mean += float(rows.sum()) / m
-        if m > 1:
-            centred = squares - float((rows**2).sum() + (columns**2).sum()) / m + (float(rows.sum()) / m) ** 2
-            var += max(centred, 0.0) / (m - 1)
-    return unseen, mean, var
-
-
-def _weight_record(
-    graph: NeuronGraph, space: Space, matches: bool, moved: int, gain: float | None, z: float | None
-) -> SpaceEvidence:
-    if z is None:
-        why = "no weights to judge by"
-    elif matches:
-        confirmed = "confirm" if z > NULL_SIGMAS else "do not confirm"
-        why = f"the weights fit better in another order; held-out ones {confirmed} it ({z:.0f} standard deviations)"
-    else:
-        why = "the weights fit best as they are"
-    return replace(_record(graph, space, MATCH if matches else DIRECT, why, "weights", moved), gain=gain)

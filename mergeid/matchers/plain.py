@@ -37,13 +37,22 @@ ROWS = 512
 class PlainMatch:
     """Attributes:
     perm: B's member for every one of A's.
-    gain: by how much its inner products exceed those of the order that was asked about.
-    size: the largest inner product that took part.
+    pairs: their inner products, float64 [size].
+    before: those of the order that was asked about.
     """
 
     perm: np.ndarray
-    gain: float
-    size: float
+    pairs: np.ndarray
+    before: np.ndarray
+
+    @property
+    def gain(self) -> float:
+        return float((self.pairs - self.before).sum())
+
+    @property
+    def size(self) -> float:
+        """The largest inner product that took part."""
+        return float(max(np.abs(self.pairs).max(), np.abs(self.before).max()))
 
 
 def seen_plainly(
@@ -59,13 +68,14 @@ def seen_plainly(
 
 
 def worth_looking(similarity: WeightSimilarity, space: Space, known: Collection[str] | None = None) -> bool:
-    """Whether a space is one block with no other around it, whole on every axis, and so large that products of all
-    pairs are dear."""
+    """Whether a space is one block with no other around it, whole on every axis, on no tensor twice, and so large that
+    products of all pairs are dear."""
     if space.parents or space.blocks != 1 or space.size < LEAST_SIZE:
         return False
     axes = similarity.axes(space, known)
+    once = len({a.tensor for a in axes}) == len(axes)
     entries = sum(prod(similarity.graph.tensors[a.tensor]) // space.size for a in axes)
-    return entries >= LEAST_ENTRIES and all(len(a.members) == space.size for a in axes)
+    return once and entries >= LEAST_ENTRIES and all(len(a.members) == space.size for a in axes)
 
 
 def plain_match(
@@ -77,7 +87,7 @@ def plain_match(
     """The best permutation of one space, all others as in `element`; None where it is not plain to see.
 
     Args:
-        space: one that is `worth_looking` at; no others lie in it, and no tensor has it on two axes.
+        space: one that is `worth_looking` at; no others lie in it.
         known: as in `WeightSimilarity.products`."""
     axes, now = similarity.axes(space, known), element[space.id]
     seen = _sketched(similarity, space, axes, element)
@@ -89,8 +99,7 @@ def plain_match(
     pairs = seen.pairs if stays else _paired(similarity, space, axes, {**element, space.id: perm})
     if not _proven(seen, found, pairs):
         return None
-    size = float(torch.maximum(pairs.abs().max(), seen.pairs.abs().max()))
-    return PlainMatch(perm, float((pairs - seen.pairs).sum()), size)
+    return PlainMatch(perm, pairs.cpu().numpy(), seen.pairs.cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def weight_matching(
     plain = extra is None and cosines is None
 
     def scores_of(k: int) -> dict[str, np.ndarray] | PlainMatch:
-        if plain and k not in beside[k] and (found := seen_plainly(similarity, trees[k], now)) is not None:
+        if plain and (found := seen_plainly(similarity, trees[k], now)) is not None:
             return found
         return {s.id: _with_extra(similarity, s, kept.scores(s, now), extra, cosines) for s in trees[k]}
 

@@ -22,8 +22,8 @@ from mergeid.evidence.decide import (
     SpaceEvidence,
     decide_from_activations,
     decide_from_structure,
-    decide_from_weights,
 )
+from mergeid.evidence.decide_weights import decide_from_weights
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.io.opening import Source
 from mergeid.matchers.activation import WEIGHT_SHARE, combined_matching

@@ -22,8 +22,8 @@ from mergeid.evidence.decide import (
     Decisions,
     _first_guess,
     decide_from_activations,
-    decide_from_weights,
 )
+from mergeid.evidence.decide_weights import decide_from_weights
 from mergeid.evidence.evidence import ActivationEvidence, Request
 from mergeid.matchers.activation import combined_matching
 from mergeid.matchers.inner_products import WeightSimilarity

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mergeid.evidence import decide
+from mergeid.evidence import decide, decide_weights
 from mergeid.evidence.anchored import IDENTIFIED, NOT, Certificate
-from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, _decision, _held_out, _weight_record, decide_from_structure
+from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, _decision, decide_from_structure
+from mergeid.evidence.decide_weights import _held_out, _weight_record
 from mergeid.evidence.evidence import Judgement, _positions, _row_values, _same_copy, judge
 from mergeid.neuron_graph.neuron_graph import Space
 
@@ -124,7 +125,7 @@ def test_structure_decides_only_where_it_identifies_every_space() -> None:
 def test_the_score_of_a_random_permutation_by_brute_force(
     blocks: int, members: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decide, "ROWS", rows)
+    monkeypatch.setattr(decide_weights, "ROWS", rows)
     generator = np.random.default_rng(blocks)
     score, half = (generator.normal(size=(blocks * members, blocks * members)) for _ in range(2))
     every = list(permutations(range(members)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mergeid
-from mergeid.evidence.decide import decide_from_weights
+from mergeid.evidence.decide_weights import decide_from_weights
 from mergeid.matchers.weight import WeightSimilarity
 
 

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+import mergeid.matchers.plain as plain_module
+from mergeid.evidence.decide_weights import decide_from_weights
 from mergeid.matchers import WeightSimilarity, weight_matching
 from mergeid.matchers.layerwise import layerwise_matching
 from mergeid.matchers.plain import plain_match, worth_looking
+from mergeid.neuron_graph.group import same_element
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space
 
 WIDTH = 1100
@@ -106,3 +109,28 @@ def test_matchers_take_it(network, monkeypatch) -> None:  # type: ignore[no-unty
         assert np.array_equal(found[space.id], planted.perm)
         back = graph.apply_state(found, b)
         assert all(torch.nn.functional.cosine_similarity(back[k].flatten(), a[k].flatten(), 0) > 0.98 for k in a)
+
+
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.integers(0, 10_000), st.floats(0, 0.25), st.sampled_from(["scrambled", "same", "some"]))
+def test_decisions_that_are_plain_are_those_of_all_products(network, seed: int, noise: float, kind: str) -> None:  # type: ignore[no-untyped-def]
+    graph, known = network
+    a, b = partner(graph, known, seed, noise, 0.1)
+    if kind != "scrambled":
+        swap = graph.identity()
+        if kind == "some":
+            swap[the_space(graph).id] = np.r_[1, 0, np.arange(2, WIDTH)]
+        generator = torch.Generator().manual_seed(seed)
+        noisy = {k: v + noise * v.std() * torch.randn(v.shape, generator=generator) for k, v in a.items()}
+        b = graph.apply_state(swap, noisy)
+    similarity = WeightSimilarity(graph, a, b)
+    plain = decide_from_weights(similarity, generator=torch.Generator().manual_seed(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain_module, "LEAST_SIZE", WIDTH + 1)
+        full = decide_from_weights(similarity, generator=torch.Generator().manual_seed(1))
+    assert same_element(plain.element, full.element)
+    for one, two in zip(plain.spaces, full.spaces, strict=True):
+        assert (one.decision, one.moved) == (two.decision, two.moved)
+        assert one.gain == (None if two.gain is None else pytest.approx(two.gain, rel=1e-4))
+    assert [s.moved > 0 for s in plain.spaces] == [kind != "same"]
+    assert "plainly" in plain.spaces[0].why and "plainly" not in full.spaces[0].why
