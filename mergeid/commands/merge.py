@@ -128,6 +128,8 @@ def _stages(path: str, call: Call[MergeResult], beside: list[str]) -> list[Recip
     """What a recipe says. Raises `MergeidError` for options that it says itself."""
     from mergeid.methods.recipe import read_stages  # pydantic takes its time
 
+    if call.given("plan"):
+        raise MergeidError(f"--plan is for two models given by name, not for a recipe ({path}); leave it out")
     own = [f"--{k}" for k in ("normalize", "method", "base", "dtype") if call.given(k)]
     for option in (*beside, *own):
         raise MergeidError(f"{option} cannot be combined with a recipe; set it in {path}")

@@ -156,6 +156,7 @@ class PlanFile(Own):
     turns: list[PlanTurn] = Field(default_factory=list)
     maps: list[PlanMap] = Field(default_factory=list)
     solved: list[PlanSolved] = Field(default_factory=list)
+    fingerprints: list[str] = Field(default_factory=list)
     graph: PlanGraph
 
 

@@ -15,7 +15,7 @@ KEPT_BYTES = 1 << 28
 """Most memory for score matrices that are kept from one pass to the next."""
 THIN = 64
 """Up to this many elements per member, the tensors of a space are multiplied together (biases, norms)."""
-PIECE = 1 << 23
+PIECE = 1 << 22
 """Numbers of a tensor that are brought into float32, and into B's order, at once."""
 
 

@@ -6,6 +6,7 @@ A verb's signature uses them as annotations (``seed: o.Seed = 0``); its keyword 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,6 +238,15 @@ Matcher = Annotated[
         HOW,
         "NAME",
         words=MATCHERS,
+    ),
+]
+SavedPlan = Annotated[
+    Union[str, os.PathLike[str], None],
+    Option(
+        "Take this plan, written by mergeid plan --output, instead of deciding again how B's neurons are matched.",
+        HOW,
+        "FILE",
+        shown=False,
     ),
 ]
 Transport = Annotated[

@@ -203,14 +203,18 @@ class Matching:
     Attributes:
         mode: "auto" as decided per space, "always", "never".
         matcher: name in the registry; None: the usual one.
+        plan: file with what was decided (`mergeid.plan`); None: it is still to be decided.
 
-    Raises `MergeidError` for an unknown mode.
+    Raises `MergeidError` for an unknown mode, and where a plan leaves nothing to ask for.
     """
 
     mode: str = "auto"
     matcher: str | None = None
+    plan: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.plan is not None and (self.mode != "auto" or self.matcher is not None):
+            raise MergeidError("--plan says how neurons are matched; leave out --match and --matcher, or --plan")
         if self.mode not in MATCHES:
             raise MergeidError(f"--match {self.mode!r} is not one of {', '.join(MATCHES)}")
 
@@ -284,6 +288,7 @@ def check_transport(matching: Matching, *, base: bool) -> None:
     for option, given in (
         ("--match", matching.mode != "auto"),
         ("--matcher", matching.matcher is not None),
+        ("--plan", matching.plan is not None),
         ("--base", base),
     ):
         if given:

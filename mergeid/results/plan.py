@@ -30,6 +30,7 @@ class Plan:
         matched: permutations of B with every space matched, where activations were compared.
         turns: orthogonal maps inside B's heads, after the permutations; matched_turns: after those of `matched`.
         solved: what solving would change, layer by layer, where that was asked for.
+        fingerprints: of both models' weights (`mergeid.stages.saved_plan.fingerprint`).
         before: signs, orthogonal maps of residual streams and scales, before the permutations; after: scales, last.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     before: Sequence[Turn] = ()
     after: Sequence[Turn] = ()
     solved: Sequence[SolvedLayer] = ()
+    fingerprints: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         moved = sum(s.moved for s in self.spaces)
@@ -117,6 +119,7 @@ class Plan:
             "spaces": [s.to_json() for s in self.spaces],
             "turns": [turn.to_json() for turn in self.turns],
             "maps": [turn.as_map() for turn in self.before],
+            "fingerprints": list(self.fingerprints),
             "solved": [layer.to_json() for layer in self.solved],
             "permutations": {k: p.tolist() for k, p in self.element.items() if (p != range(len(p))).any()},
             "graph": {

@@ -53,6 +53,11 @@ class MergeRequest:
         if not data and method.statistics:
             what = "Gram matrices of the layers' inputs" if method.statistics == "gram" else "the Fisher information"
             raise MergeidError(f"method {method.name!r} measures {what}; give examples with --data")
+        if self.matching.plan is not None and (len(self.models) != 2 or self.base is not None):
+            raise MergeidError(
+                f"--plan is for two models, got {len(self.models)}{' and a base' if self.base is not None else ''}; "
+                "leave it out, and all are matched anew"
+            )
         if self.transport:
             check_transport(self.matching, base=self.base is not None)
             if self.output.resume:

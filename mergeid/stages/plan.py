@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +44,7 @@ from mergeid.request.request import Calibration, Matching, Run
 from mergeid.results.plan import Plan
 from mergeid.stages.gather import Hears, evidence_of, passes
 from mergeid.stages.open import Met, Pair, origin_of, pair_of
+from mergeid.stages.saved_plan import fingerprint, saved_plan
 from mergeid.stages.structure import certified, contradictions, structure_of, why_not, without_data
 from mergeid.stages.symmetries import Undone, undone
 
@@ -99,15 +101,20 @@ def make_plan(
     Raises `MergeidError` for too few calibration examples, an unknown matcher, and where it cannot do without data.
     """
     named = check_matcher(matching.matcher, matching.mode, examples is not None)
+    prints = (fingerprint(pair.a.state()), fingerprint(pair.b.state()))
+    saved = None if matching.plan is None else saved_plan(pair, matching.plan, prints)
+    mode = matching.mode if saved is None else saved.match
     asked, graph, count = structural or Structural(), pair.graph, 0 if examples is None else len(examples)
     notes = [*_graph_notes(graph), *compared(pair.a.state(), pair.b.state())]
     if examples is not None and count < LEAST:
         raise MergeidError(f"--data must hold at least {LEAST} examples for the evidence, and it holds {count}")
-    maps = Undone(pair) if matching.mode == "never" or matched is not None else undone(pair, run)
+    maps = Undone(pair) if mode == "never" or matched is not None else undone(pair, run)
     pair = maps.pair
     notes += maps.notes
-    why = why_not(pair.a.state(), asked.base, matching.mode)
-    if matching.mode == "never":
+    why = why_not(pair.a.state(), asked.base, mode)
+    if saved is not None:
+        found, count = _Found(saved.evidence, saved.element, saved.records), saved.examples
+    elif mode == "never":
         found = _Found("weights" if examples is None else "activations", graph.identity())
     elif examples is None:
         found = _without_examples(pair, matching, run, named, matched, asked if why is None else None)
@@ -116,7 +123,7 @@ def make_plan(
     notes += found.notes
     said = found.said or {"computed": False, "why": why}
     records = found.records
-    if asked.beside and examples is not None and why is None:
+    if asked.beside and saved is None and examples is not None and why is None:
         run.tell("structure", 0, 1)
         margins = structure_of(pair, found.element, passes(pair.a, examples, run), asked.base, asked.certify, run.seed)
         records = [
@@ -126,14 +133,16 @@ def make_plan(
         notes += margins.notes + contradictions(records, said["orders"])
     elif asked.base is not None and not said["computed"]:
         notes.append(f"the base was not used: {said['why']}")
-    if found.speaks == "weights":
+    if saved is not None:
+        notes.append(f"decided before, as {os.fspath(matching.plan or '')} says")
+    elif found.speaks == "weights":
         notes.append(
             "no calibration data: only the weights are compared, which is weaker evidence; give --data to compare "
             "activations"
         )
-    element, turns = (found.element, ()) if matching.mode == "never" else _turned(pair, found.element, run)
+    element, turns = (found.element, ()) if mode == "never" else _turned(pair, found.element, run)
     full, full_turns = (None, ()) if found.matched is None else _turned(pair, found.matched, run)
-    verdict = _verdict(matching.mode, records, notes)
+    verdict = _verdict(mode, records, notes)
     settings: dict[str, Any] = {"batch_size": run.batch_size, "weight_share": WEIGHT_SHARE}
     if matching.matcher is not None:
         settings["matcher"] = matching.matcher
@@ -141,7 +150,7 @@ def make_plan(
         pair.a.source,
         pair.b.source,
         pair.a.arch.id,
-        matching.mode,
+        mode,
         verdict,
         records,
         notes,
@@ -157,6 +166,7 @@ def make_plan(
         full_turns,
         maps.before,
         maps.after,
+        fingerprints=prints,
     )
 
 

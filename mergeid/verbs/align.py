@@ -37,6 +37,7 @@ def align(
     data: o.Data = None,
     match: o.Match = "auto",
     matcher: o.Matcher = None,
+    plan: o.SavedPlan = None,
     transport: o.Transport = False,
     base: Annotated[
         Any,
@@ -66,11 +67,11 @@ def align(
     Raises `MergeidError` for anything wrong with the input; nothing was written.
     """
     run, reading = requests_of(usual, batch_size)
-    matching, calibration = Matching(match, matcher), calibration_of(data, usual)
+    matching, calibration = Matching(match, matcher, plan), calibration_of(data, usual)
     asked, target = Output(output, force=force, shard_size=bytes_of(shard_size), resume=resume), None
     if not (is_live(b) and output is None):
         asked = replace(asked, path=output or _default(b))
-        target = replace(asked, path=output_path(asked, [to, b, base, data, reading.arch]))
+        target = replace(asked, path=output_path(asked, [to, b, base, data, plan, reading.arch]))
     if transport:
         check_transport(matching, base=base is not None)
         met = open_models(Workbench(reading, run), [to, b], widths=False)

@@ -84,6 +84,7 @@ def merge(
     parameters: Mapping[str, Any] | None = None,
     match: o.Match = "auto",
     matcher: o.Matcher = None,
+    plan: o.SavedPlan = None,
     transport: o.Transport = False,
     data: o.Data = None,
     heads: o.Heads = None,
@@ -123,6 +124,8 @@ def merge(
         match: "auto": as decided per space; "never": a plain merge, no model is built; "always": match every space.
         matcher: how neurons are matched (`mergeid.matchers.matcher_names`); default: combined with data, else weight.
             "cycle" brings more than two models into one common order.
+        plan: file that `mergeid plan --output` wrote for these two models: its decisions and permutations are taken,
+            and no neurons are compared again.
         transport: map the neurons of every further model onto the first one's by optimal transport instead of matching
             them one to one (OT fusion); layers of plain networks may then differ in width. Takes no `base`.
         data: calibration data for the evidence, for the repair, and for methods that measure something; models of
@@ -168,7 +171,7 @@ def merge(
             get_method(method), setting_of_weights(weights), _with_density(parameters, density), normalize, run.seed
         ),
         calibration_of(data, usual),
-        Matching(match, matcher),
+        Matching(match, matcher, plan),
         Repairing(repair if isinstance(repair, str) else "auto" if repair else "none", refuse_above, target),
         Output(output, dtype, force, bytes_of(shard_size), resume, push),
         transport,
@@ -258,14 +261,15 @@ def _target(request: MergeRequest, arch: str | None) -> Output | None:
     if is_live(request.models[0]) and request.output.path is None:
         return None
     data = request.calibration.data
-    reads = [*request.models, request.base, *(data.data if isinstance(data, OwnData) else [data]), arch]
+    given = data.data if isinstance(data, OwnData) else [data]
+    reads = [*request.models, request.base, request.matching.plan, *given, arch]
     return replace(request.output, path=output_path(request.output, reads))
 
 
 def _shared(request: MergeRequest, met: Met) -> tuple[Matching, list[str], Places | None]:
     """How neurons are still to be matched, and what was seen, where the models may share theirs."""
     matching = request.matching
-    asked = request.calibration.given or request.transport
+    asked = request.calibration.given or request.transport or matching.plan is not None
     if matching.mode != "auto" or asked or met.live or len(met.everyone) < 2:
         return matching, [], None
     from mergeid.stages.in_place import seen_in_files
