@@ -30,7 +30,17 @@ SHAPES = {
 }
 """Hidden size, inner size, layers, heads, key-value heads, vocabulary."""
 TABLE = Path(__file__).parent / "tables" / "any_size.csv"
-STEPS = ("scramble", "loop", "align", "merge", "plan", "plan with data", "merge with data")
+STEPS = (
+    "scramble",
+    "loop",
+    "align",
+    "merge",
+    "plan",
+    "merge as planned",
+    "plan with data",
+    "merge with data",
+    "predict",
+)
 NOISE = 0.1
 MOST = {"0.3B": 900, "1.2B": 1800, "8B": 6144}
 WITH_DATA, TIMES = 3072, 4
@@ -170,7 +180,7 @@ def main() -> None:
     done = {(r["model"], r["step"]) for r in rows}
     a, b, out = work / "a", work / "b", work / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    data = work / "texts.safetensors"
+    data, saved = work / "texts.safetensors", work / "plan.json"
     if not a.exists():
         write_model(a, given.size)
     write_texts(data, SHAPES[given.size][-1])
@@ -190,8 +200,10 @@ def main() -> None:
                 "scramble": ["scramble", a, "-o", b, "--seed", "7"],
                 "align": ["align", b, "--to", a, "-o", out, "--match", "always"],
                 "merge": ["merge", a, b, "-o", out, "--match", "always"],
-                "plan": ["plan", a, b],
+                "plan": ["plan", a, b, "-o", saved],
+                "merge as planned": ["merge", a, b, "-o", out, "--plan", saved],
                 "plan with data": ["plan", a, b, "--data", data],
+                "predict": ["predict", a, b, "--data", data],
                 "merge with data": ["merge", a, b, "-o", out, "--data", data, "--force"],
             }[step]
             if step == "scramble":
@@ -201,7 +213,7 @@ def main() -> None:
             row |= {"cpu_seconds": f"{used.cpu:.1f}", "anonymous_MiB": f"{used.anonymous / 2**20:.0f}"}
             if step == "scramble":
                 add_noise(b)
-            if step in ("align", "merge", "merge with data"):
+            if out.exists():
                 row["recovered"] = f"{recovered(a, out):.6f}"
         print(row, flush=True)
         rows = [r for r in rows if (r["model"], r["step"]) != (given.size, step)] + [row]
@@ -222,10 +234,10 @@ def judge(rows: list[dict[str, str]]) -> None:
     for r in rows:
         if r["step"] == "loop":
             continue
-        most = WITH_DATA if "data" in r["step"] else MOST.get(r["model"])
+        most = WITH_DATA if "data" in r["step"] or r["step"] == "predict" else MOST.get(r["model"])
         asked = "" if most is None else f" (asked: {most})"
         times = (
-            f", {float(r['cpu_seconds']) / loop:.1f} of one product per axis (asked of weights: {TIMES})"
+            f", {float(r['cpu_seconds']) / loop:.1f} of one product per axis (asked of align and merge: {TIMES})"
             if loop
             else ""
         )
