@@ -31,6 +31,8 @@ SHAPES = {
 """Hidden size, inner size, layers, heads, key-value heads, vocabulary."""
 TABLE = Path(__file__).parent / "tables" / "any_size.csv"
 STEPS = (
+    "scramble", "loop", "align", "merge", "plan", "merge as planned", "plan with data", "merge with data", "predict",
+)  # fmt: skip
     "scramble",
     "loop",
     "align",
