@@ -33,16 +33,6 @@ TABLE = Path(__file__).parent / "tables" / "any_size.csv"
 STEPS = (
     "scramble", "loop", "align", "merge", "plan", "merge as planned", "plan with data", "merge with data", "predict",
 )  # fmt: skip
-    "scramble",
-    "loop",
-    "align",
-    "merge",
-    "plan",
-    "merge as planned",
-    "plan with data",
-    "merge with data",
-    "predict",
-)
 NOISE = 0.1
 MOST = {"0.3B": 900, "1.2B": 1800, "8B": 6144}
 WITH_DATA, TIMES = 3072, 4
