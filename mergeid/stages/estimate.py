@@ -24,7 +24,10 @@ HELD = 24
 KEPT = 256 * MIB
 """Weights that are kept after they were read."""
 SQUARES = 4
-"""float32 matrices over pairs of neurons that matching holds at once."""
+"""float32 matrices over pairs of neurons that matching holds at once where it multiplies all of them."""
+PLAINLY, PIECES = 0.25e-6, 24
+"""Seconds per parameter, and bytes per number of the largest matrix, where every neuron's partner is plain to see
+(`mergeid.matchers.plain`)."""
 HASHED, SUMMED, LOOKED, WRITTEN = 0.85, 1.0, 0.9, 0.6
 """Seconds per GB: of hashing what is read, of adding it up, of comparing rows in place, and of writing."""
 PRODUCTS = 60e9
@@ -50,16 +53,19 @@ def estimate_merge(met: Met, beside: Path) -> Estimate:
     widest = _widest(first, shapes)
     square = 4 * widest * widest
     if parameters <= LARGEST_HELD:
-        memory = WITH_MODEL + HELD * parameters
+        memory = seen = WITH_MODEL + HELD * parameters
     else:
         largest = max((prod(s) for s in shapes if max(s, default=0) <= widest), default=0)
         memory = WITH_MODEL + KEPT + SQUARES * square + 8 * largest
+        seen = min(memory, WITH_MODEL + KEPT + PIECES * largest)
     products = 2 * PASSES * sum(prod(s) * d for s in shapes if len(s) > 1 for d in s if d <= widest) / PRODUCTS
-    matched = 15 + stream + rows + products * (len(models) - 1)
+    opened, others = 15 + stream + rows, len(models) - 1
+    plainly = min(PLAINLY * parameters, products)
     costs = (
         Cost("as they are", PLAIN, out, read, 1 + stream, "--match never, linear; other methods take torch's 300 MiB"),
         Cost("fine-tunes", PLAIN, out, 2 * read, 1 + stream + rows, "by default, if all rows are in place"),
-        Cost("matched", memory, out, 3 * read, matched, "by default elsewhere, and --match always; without data"),
+        Cost("permuted copies", seen, out, 3 * read, opened + plainly * others, "where every partner is plain to see"),
+        Cost("independent", memory, out, 3 * read, opened + products * others, "by default elsewhere; without data"),
     )
     return Estimate(parameters, sizes, shutil.disk_usage(beside).free, costs)
 

@@ -48,10 +48,11 @@ def test_large_models_from_headers_alone(tmp_path: Path, sizes: dict[str, int], 
     a, b = llama(tmp_path / "a", **sizes), llama(tmp_path / "b", **sizes)
     found = mergeid.estimate(a, b)
     assert isinstance(found, Estimate) and found.parameters / 1e9 == pytest.approx(billions, abs=0.01)
-    plain, tuned, matched = found.costs
+    plain, tuned, copies, matched = found.costs
     assert plain.memory == tuned.memory < 300 << 20, "whatever their size"
-    assert plain.disk == tuned.disk == matched.disk == found.bytes[0] == found.parameters * 2
-    assert plain.seconds < tuned.seconds < matched.seconds
+    assert plain.disk == tuned.disk == copies.disk == matched.disk == found.bytes[0] == found.parameters * 2
+    assert plain.seconds < tuned.seconds < copies.seconds < matched.seconds
+    assert tuned.memory < copies.memory < matched.memory
     inner = sizes["inner"]
     assert 4 * inner * inner < matched.memory < 6 * 4 * inner * inner + (2 << 30), (
         "a few matrices over pairs of neurons"
@@ -66,7 +67,7 @@ def test_small_models_and_the_table(tmp_path: Path) -> None:
     found = mergeid.estimate(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     told = found.to_json()
     assert told["parameters"] == 600 and told["bytes"] == [2400, 2400] and told["fits"]
-    assert [w["way"] for w in told["ways"]] == ["as they are", "fine-tunes", "matched"]
+    assert [w["way"] for w in told["ways"]] == ["as they are", "fine-tunes", "permuted copies", "independent"]
     out = io.StringIO()
     print_estimate(found, Console(file=out, width=200))
     said = out.getvalue()
