@@ -2,9 +2,8 @@
 
     python tests/bench/gpu.py [--device cuda] [--tolerance 0.001] [CASE …]
 
-The cases are those of `tests/helpers/device_cases.py`. Where a result differs, the device is asked again without
-TF32, which cuDNN's convolutions use unless told otherwise. Exits with 1 where a result differs or a case fails, even
-if only with TF32. Without a GPU it says so and exits with 0.
+The cases are those of `tests/helpers/device_cases.py`. Exits with 1 where a result differs or a case fails. Without a
+GPU it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,6 @@ def run(case: Callable[[Path, str], Any], folder: Path, device: str) -> tuple[An
     AcceleratorState._reset_state(reset_partial_state=True)  # which keeps to one device
     began = time.perf_counter()
     return case(folder, device), time.perf_counter() - began
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def main() -> int:
@@ -68,16 +57,12 @@ def main() -> int:
                     found.append(result)
                     seconds.append(took)
                 said = list(differences(*found, options.tolerance))
-                if said and torch.cuda.is_available():
-                    with without_tf32():
-                        again = list(differences(found[0], run(CASES[case], folder, options.device)[0], options.tolerance))
-                    said = [f"{len(said)} differ: {said[0]}; without TF32: {len(again)} differ {again[:1]}"]
             except Exception as error:  # the next case may tell more
-                said = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]]
+                said = [f"failed, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]]
                 traceback.print_exc(limit=-4)
             wrong += bool(said)
             shown = [f"{s:.1f}" for s in seconds] + ["-"] * (2 - len(seconds))
-            print(f"{case:<26} {shown[0]:>7} {shown[1]:>9}  {said[0] if said else 'same'}", flush=True)
+            print(f"{case:<26} {shown[0]:>7} {shown[1]:>9}  {f"{len(said)} differ: {said[0]}" if said else "same"}", flush=True)
     print(f"{wrong} of {len(options.cases or CASES)} cases differ; {time.perf_counter() - began:.0f} s in all")
     return int(wrong > 0)
 

@@ -2,7 +2,8 @@
 
     python tests/bench/gpu_sizes.py --out FOLDER [--device cuda] [--size full] [--limit 240] [STEP …]
 
-bf16      small Llama and BERT in bf16: plan and merge with data run in bf16, and say what the CPU says
+bf16      small Llama and BERT, files and live modules in bf16: which number formats plan and merge with data run in,
+          and whether they say what the CPU says
 barrier   with 1,000 examples, beside the CPU's
 auto      `--device auto` takes the GPU
 resnet50  seconds of solving over those of both models' forward passes
@@ -55,9 +56,11 @@ class Size:
     inputs: int = 512
     solved: tuple[str, int, int] = ("resnet50", 512, 64)
     examples: int = 1000
+    pixel: int = 1
 
 
-SIZES = {"full": Size(), "tiny": Size("tiny", 512, 1, 32, ("resnet18", 16, 32), 100)}
+SIZES = {"full": Size(), "tiny": Size("tiny", 512, 1, 16, ("resnet18", 16, 32), 100, 4)}
+"""In the tiny one every fourth pixel of an image is seen."""
 
 
 @dataclass(frozen=True)
@@ -102,38 +105,46 @@ def apart() -> None:
 
 
 def bf16(bench: Bench) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    for name, kind in write_bf16_pairs(bench.work, llama=AutoModelForCausalLM, bert=AutoModelForMaskedLM).items():
+        place = bench.work / name
+        both = [place / "a", place / "b"]
+        compared(bench, f"{name}, files", both, place)
+        compared(bench, f"{name}, live", [kind.from_pretrained(p, dtype=torch.bfloat16) for p in both], place)
+
+
+def compared(bench: Bench, name: str, pair: list[Any], place: Path) -> None:
+    """A plan and a merge with data on the CPU and on the device."""
     import mergeid
     from safetensors.torch import load_file
 
-    for name in write_bf16_pairs(bench.work):
-        place = bench.work / name
-        plans, merges, seen = {}, {}, {}
-        for device in ("cpu", bench.device):
-            apart()
-            with Heard() as heard:
-                plans[device] = mergeid.plan(place / "a", place / "b", data=place / "data.npz", device=device).to_json()
-                said = mergeid.merge(
-                    place / "a", place / "b", data=place / "data.npz", output=place / device, force=True, device=device
-                )
-            merges[device] = (said.to_json(), load_file(place / device / "model.safetensors"))
-            seen[device] = heard.seen
-        (cpu, ours), (gpu, theirs) = merges["cpu"], merges[bench.device]
-        bench.row("bf16", f"{name}, answers of modules by device and format", dict(seen[bench.device]))
-        spaces = [[(s["id"], s["decision"]) for s in plans[d]["spaces"]] for d in ("cpu", bench.device)]
-        alike = sum(x == y for x, y in zip(*spaces, strict=True))
-        bench.row("bf16", f"{name}, decisions alike", f"{alike} of {len(spaces[0])}", "", "all")
-        for key in ("verdict", "repair"):
-            bench.row("bf16", f"{name}, {key}", f"{gpu[key]}; CPU: {cpu[key]}", "", "alike")
-        figures = [
-            abs(x["j_match"] - y["j_match"])
-            for x, y in zip(plans["cpu"]["spaces"], plans[bench.device]["spaces"], strict=True)
-            if x["j_match"] is not None and y["j_match"] is not None
-        ]
-        bench.row("bf16", f"{name}, largest gap between correlations", max(figures), "", f"≤ {TOLERANCE}")
-        same = sum(torch.equal(ours[k], theirs[k]) for k in ours)
-        gaps = [float((ours[k].double() - theirs[k].double()).abs().max() / ours[k].double().abs().max()) for k in ours]
-        bench.row("bf16", f"{name}, merged tensors alike to the bit", f"{same} of {len(ours)}")
-        bench.row("bf16", f"{name}, largest gap between merged tensors", max(gaps), "", f"≤ {TOLERANCE}")
+    plans, merges, seen = [], [], []
+    for device in ("cpu", bench.device):
+        apart()
+        with Heard() as heard:
+            plans.append(mergeid.plan(*pair, data=place / "data.npz", device=device).to_json())
+            out = {} if isinstance(pair[0], torch.nn.Module) else {"output": place / device}
+            said = mergeid.merge(*pair, data=place / "data.npz", device=device, force=True, **out)
+        state = load_file(place / device / "model.safetensors") if out else said.state
+        merges.append((said.to_json(), {k: v.detach().double().cpu() for k, v in state.items()}))
+        seen.append(dict(heard.seen))
+    (cpu, ours), (there, theirs) = merges
+    bench.row("bf16", f"{name}, answers of modules by device and format", seen[1])
+    spaces = [[(s["id"], s["decision"]) for s in plan["spaces"]] for plan in plans]
+    alike = sum(x == y for x, y in zip(*spaces, strict=True))
+    bench.row("bf16", f"{name}, decisions alike", f"{alike} of {len(spaces[0])}", "", "all")
+    for key in ("verdict", "repair"):
+        bench.row("bf16", f"{name}, {key}", f"{there[key]}; CPU: {cpu[key]}", "", "alike")
+    figures = [
+        abs(x["j_match"] - y["j_match"])
+        for x, y in zip(*(plan["spaces"] for plan in plans), strict=True)
+        if x["j_match"] is not None and y["j_match"] is not None
+    ]
+    bench.row("bf16", f"{name}, largest gap between correlations", max(figures), "", f"≤ {TOLERANCE}")
+    gaps = [float((ours[k] - theirs[k]).abs().max() / ours[k].abs().max().clamp(min=1e-9)) for k in ours]
+    bench.row("bf16", f"{name}, merged tensors alike to the bit", f"{sum(g == 0 for g in gaps)} of {len(ours)}")
+    bench.row("bf16", f"{name}, largest gap between merged tensors", max(gaps), "", f"≤ {TOLERANCE}")
 
 
 class Heard:
@@ -152,8 +163,8 @@ class Heard:
         self._hook.remove()
 
 
-def write_bf16_pairs(folder: Path) -> list[str]:
-    """Networks in bf16, their scrambled copies with noise, and texts."""
+def write_bf16_pairs(folder: Path, **loaders: Any) -> dict[str, Any]:
+    """Networks in bf16, their scrambled copies with noise, and texts; the loader of each."""
     import mergeid
     import numpy as np
     from safetensors.torch import load_file, save_file
@@ -181,7 +192,7 @@ def write_bf16_pairs(folder: Path) -> list[str]:
         save_file(state, file, metadata={"format": "pt"})
         ids = np.random.default_rng(1).integers(3, 500, size=(64, 32))
         np.savez(folder / name / "data.npz", input_ids=ids, attention_mask=np.ones_like(ids))
-    return list(made)
+    return {name: loaders[name] for name in made}
 
 
 def write_cnn(folder: Path, examples: int) -> Path:
@@ -250,8 +261,9 @@ def resnet18(bench: Bench) -> None:
     device, size = bench.device, bench.size
     training = Images(bench.data, "train", stop=size.training)
     test = Images(bench.data, "t10k", stop=None if size.training >= 10_000 else 500)
-    x, y = training.x[:, :, 2:-2, 2:-2].to(device), training.labels.to(device)
-    seen, labels = test.x[:, :, 2:-2, 2:-2].to(device), test.labels.to(device)
+    pixels = slice(2, -2, size.pixel)
+    x, y = training.x[:, :, pixels, pixels].to(device), training.labels.to(device)
+    seen, labels = test.x[:, :, pixels, pixels].to(device), test.labels.to(device)
 
     def accuracy(state: dict[str, Any]) -> float:
         net = small_stem().to(device).eval()

@@ -139,7 +139,8 @@ class Pretended(TorchDispatchMode):
                 found = OnDemand.__torch_dispatch__(func, types, args, kwargs)
             self.calls += inner.calls
             return found
-        if func is not torch.ops.prim.device.default and func._can_decompose():  # `.to` and the like, inside of what is formed
+        composed = func is not torch.ops.prim.device.default and func._can_decompose()
+        if composed:  # `.to` and the like, inside of what is formed
             with Pretended() as inner:
                 found = func.decompose(*args, **(kwargs or {}))
             self.calls += inner.calls
