@@ -58,11 +58,12 @@ def main() -> int:
                     seconds.append(took)
                 said = list(differences(*found, options.tolerance))
             except Exception as error:  # the next case may tell more
-                said = [f"failed, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]]
+                said = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]]
                 traceback.print_exc(limit=-4)
             wrong += bool(said)
             shown = [f"{s:.1f}" for s in seconds] + ["-"] * (2 - len(seconds))
-            print(f"{case:<26} {shown[0]:>7} {shown[1]:>9}  {f"{len(said)} differ: {said[0]}" if said else "same"}", flush=True)
+            result = f"{len(said)} wrong, {'; '.join(said[:2])}" if said else "same"
+            print(f"{case:<26} {shown[0]:>7} {shown[1]:>9}  {result}", flush=True)
     print(f"{wrong} of {len(options.cases or CASES)} cases differ; {time.perf_counter() - began:.0f} s in all")
     return int(wrong > 0)
 

@@ -116,8 +116,9 @@ def bf16(bench: Bench) -> None:
 
 def compared(bench: Bench, name: str, pair: list[Any], place: Path) -> None:
     """A plan and a merge with data on the CPU and on the device."""
-    import mergeid
     from safetensors.torch import load_file
+
+    import mergeid
 
     plans, merges, seen = [], [], []
     for device in ("cpu", bench.device):
@@ -165,10 +166,11 @@ class Heard:
 
 def write_bf16_pairs(folder: Path, **loaders: Any) -> dict[str, Any]:
     """Networks in bf16, their scrambled copies with noise, and texts; the loader of each."""
-    import mergeid
     import numpy as np
     from safetensors.torch import load_file, save_file
     from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+    import mergeid
 
     small: dict[str, Any] = {
         "vocab_size": 500,
@@ -209,8 +211,9 @@ def write_cnn(folder: Path, examples: int) -> Path:
 
 
 def barrier(bench: Bench) -> None:
-    import mergeid
     from device_cases import differences
+
+    import mergeid
 
     place, found = write_cnn(bench.work / "small", bench.size.examples), []
     for device in ("cpu", bench.device):
@@ -255,8 +258,9 @@ def small_stem() -> torch.nn.Module:
 
 
 def resnet18(bench: Bench) -> None:
-    import mergeid
     from fashion_mnist import Images
+
+    import mergeid
 
     device, size = bench.device, bench.size
     training = Images(bench.data, "train", stop=size.training)
@@ -269,7 +273,9 @@ def resnet18(bench: Bench) -> None:
         net = small_stem().to(device).eval()
         net.load_state_dict(state)
         with torch.no_grad():
-            right = sum(int((net(p).argmax(1) == t).sum()) for p, t in zip(seen.split(500), labels.split(500)))
+            right = sum(
+                int((net(p).argmax(1) == t).sum()) for p, t in zip(seen.split(500), labels.split(500), strict=False)
+            )
         return 100 * right / len(labels)
 
     ends = []
