@@ -347,13 +347,16 @@ def command(bench: Bench, step: str, words: list[Any]) -> Used:
     return used
 
 
-def as_command(words: list[str]) -> None:
-    """mergeid itself, and then the most that it held on the device."""
+def as_command(words: list[str]) -> int:
+    """mergeid itself, and then the most that it held on the device. An answer that is "no" is no failure."""
     from mergeid.commands.cli import main as mergeid_main
 
     sys.argv = ["mergeid", *words]
     try:
         mergeid_main()
+    except SystemExit as end:
+        print("exit code:", end.code)
+        return 0 if end.code == 1 else int(end.code or 0)
     finally:
         print(PEAK, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0, flush=True)
 
@@ -409,7 +412,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
 
 def main() -> int:
     if sys.argv[1:2] == ["--command"]:
-        as_command(sys.argv[2:])
+        return as_command(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", choices=[*STEPS, []], metavar="STEP", help="default: all")
     parser.add_argument("--out", type=Path, required=True)
