@@ -13,7 +13,8 @@ merge, solved, predict, plan
           these two with 64 texts of 128 tokens through the command line; `solved` is `merge --repair solve`
 
 Every step runs in a process of its own, which is stopped after `--limit` seconds. Rows go to FOLDER/gpu_sizes.csv as
-they come, and a step that has ended is not done again. `--size tiny --device cpu` tries all of it out.
+they come, and a step that has ended is not done again. Once `models` has ended, several runs may go on side by side,
+each with other steps. `--size tiny --device cpu` tries all of it out; `middle` has 0.3 billion parameters.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Size:
     pixel: int = 1
 
 
-SIZES = {"full": Size(), "tiny": Size("tiny", 512, 1, 16, ("resnet18", 16, 32), 100, 4)}
+SIZES = {"full": Size(), "middle": Size("0.3B"), "tiny": Size("tiny", 512, 1, 16, ("resnet18", 16, 32), 100, 4)}
 """In the tiny one every fourth pixel of an image is seen."""
 
 
@@ -384,7 +385,7 @@ def on_models(step: str, *words: str) -> Callable[[Bench], None]:
 
     def measured(bench: Bench) -> None:
         models(bench)  # another machine may have made the table
-        a, b, out = (bench.work / name for name in ("a", "b", "out"))
+        a, b, out = (bench.work / name for name in ("a", "b", f"out-{step}"))
         shutil.rmtree(out, ignore_errors=True)
         verb, *more = words
         written = ["-o", out, "--force"] if verb == "merge" else []
