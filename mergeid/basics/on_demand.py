@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 Rows = Union[slice, Tensor]
-"""Which rows of a weight are asked for: a slice, or an index."""
+"""Which rows of a weight are asked for: a slice, or an index (a form is given it on the CPU)."""
 Form = Callable[[Rows], Tensor]
 """Gives rows of a weight, in any number format, on any device."""
 
@@ -83,7 +83,8 @@ class OnDemand(Tensor):
 
     def rows(self, which: Rows = EVERYTHING) -> Tensor:
         """Rows of what is formed, in the number format and on the device that this tensor says."""
-        return self.cell.form(which).to(self.device, self.dtype)
+        which = which.cpu() if isinstance(which, Tensor) else which  # an index of the CPU suits tensors anywhere
+        return self.cell.form(which).to(self.device).to(self.dtype)  # a device casts faster, and gets less
 
     def whole(self) -> Tensor:
         """All values."""

@@ -314,6 +314,19 @@ def _layer_norm(stop: Stop, examples: int) -> Layer | None:
     return Layer([Part(weight, bias, alone=True)], positions, _channels_last(examples, scaled), x)
 
 
+def _rms_norm(stop: Stop, examples: int) -> Layer | None:
+    """What a GPU makes of an RMSNorm; elsewhere it ends in a product (`_scale`)."""
+    x, shape, weight, epsilon = stop.args[:4]
+    if weight is None or len(shape) != 1 or set(stop.weights) != {2} or x.numel() % (examples * shape[0]):
+        return None
+
+    def scaled(h: Tensor) -> Tensor:
+        return F.rms_norm(h, shape, None, epsilon)
+
+    positions = x.numel() // shape[0] // examples
+    return Layer([Part(weight, None, alone=True)], positions, _channels_last(examples, scaled), x)
+
+
 def _group_norm(stop: Stop, examples: int) -> Layer | None:
     x, weight, bias = stop.args[:3]
     groups, epsilon = stop.args[6], stop.args[7]
@@ -350,5 +363,6 @@ KINDS: dict[str, Callable[[Stop, int], Layer | None]] = {
     "cudnn_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
+    "_fused_rms_norm": _rms_norm,
     "mul": _scale,
 }

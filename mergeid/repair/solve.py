@@ -236,7 +236,7 @@ def _solve_at(
     if len(found) < len(stops):
         return []
     sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
-    if any(side.gain is None or not torch.equal(side.gain, sides[0].gain) for side in sides):  # type: ignore[arg-type]
+    if not all(_alike(side.gain, sides[0].gain) for side in sides):
         sides = [_answers(a, b, c, None, w) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
     out: list[SolvedLayer] = []
     for p in range(len(found[0].parts)):
@@ -337,6 +337,10 @@ def _answers(
     answers = [behind.back(behind(net.state, net.kept, y) - zero) for net, y in zip(nets[1:], outs, strict=True)]
     gain = _by_channel(layer, behind.gain(nets[0].state, nets[0].kept, outs[0]))
     return _Side(layer, answers, gain, behind.shifts, shares)
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 def _by_channel(layer: Layer, gain: Tensor) -> Tensor | None:

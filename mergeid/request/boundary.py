@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from mergeid.basics.precision import precision_put_back
 from mergeid.errors import MergeidError, reason
 from mergeid.request import usual
 
@@ -28,7 +29,8 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
         signature.bind(*args, **kwargs)  # an unknown keyword is refused as Python does
         try:
-            return function(*args, **kwargs)
+            with precision_put_back():
+                return function(*args, **kwargs)
         except MergeidError:
             raise
         except (OSError, MemoryError, RuntimeError) as error:

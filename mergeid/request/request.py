@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergeid.basics.precision import full_precision
 from mergeid.errors import MergeidError, shown
 from mergeid.request.vocabulary import Vocabulary
 
@@ -71,6 +72,8 @@ class Run:
             raise MergeidError("device 'meta' has no values; expected cpu, cuda, cuda:1, mps, … (option --device)")
         if self.device not in (None, "cpu"):
             object.__setattr__(self, "device", _device_here(self.device))
+        if self.device != "cpu":
+            full_precision()
         check_count("batch_size", self.batch_size)
 
     @classmethod

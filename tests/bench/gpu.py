@@ -12,12 +12,23 @@ import argparse
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+
+def run(case: Callable[[Path, str], Any], folder: Path, device: str) -> tuple[Any, float]:
+    """What a case finds on a device, and its seconds."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # which keeps to one device
+    began = time.perf_counter()
+    return case(folder, device), time.perf_counter() - began
 
 
 def main() -> int:
@@ -38,18 +49,21 @@ def main() -> int:
         write_pairs(folder)
         print(f"{'case':<26} {'CPU, s':>7} {'device, s':>9}  result")
         for case in options.cases or CASES:
-            seconds, found = [], []
+            seconds: list[float] = []
             try:
+                found = []
                 for device in ("cpu", options.device):
-                    before = time.perf_counter()
-                    found.append(CASES[case](folder, device))
-                    seconds.append(time.perf_counter() - before)
+                    result, took = run(CASES[case], folder, device)
+                    found.append(result)
+                    seconds.append(took)
                 said = list(differences(*found, options.tolerance))
             except Exception as error:  # the next case may tell more
-                said = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]]
+                said = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]]
+                traceback.print_exc(limit=-4)
             wrong += bool(said)
             shown = [f"{s:.1f}" for s in seconds] + ["-"] * (2 - len(seconds))
-            print(f"{case:<26} {shown[0]:>7} {shown[1]:>9}  {said[0] if said else 'same'}", flush=True)
+            result = f"{len(said)} wrong, {'; '.join(said[:2])}" if said else "same"
+            print(f"{case:<26} {shown[0]:>7} {shown[1]:>9}  {result}", flush=True)
     print(f"{wrong} of {len(options.cases or CASES)} cases differ; {time.perf_counter() - began:.0f} s in all")
     return int(wrong > 0)
 

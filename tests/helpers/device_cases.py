@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from math import isnan
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -91,6 +93,36 @@ def written(pair: str, verb: str, /, **keywords: Any) -> Case:
 
 def _base(case: Callable[..., Case], pair: str, verb: str, **keywords: Any) -> Case:
     return lambda folder, device: case(pair, verb, base=folder / pair / "a", **keywords)(folder, device)
+
+
+NO_ROOM = {
+    "models.load.LARGEST_HELD": 0,
+    "basics.on_demand.PIECE": 64,
+    "basics.shelf.ROOM": 0,
+    "basics.shelf.SMALL": 0,
+    "basics.when_asked.ROOM": 0,
+    "basics.when_asked.SMALL": 0,
+    "evidence.evidence.SUMS": 0,
+    "matchers.inner_products.PIECE": 64,
+    "matchers.plain.LEAST_SIZE": 16,
+    "matchers.plain.LEAST_ENTRIES": 16,
+    "repair.layers.WIDE": 1 << 12,
+    "repair.layers.BLOCK": 1 << 11,
+    "stages.write.PIECE": 64,
+}
+"""Bounds beyond which weights are formed on demand, products are cut in pieces and sums go to disk."""
+
+
+def as_large(case: Case) -> Case:
+    """The same of models that nothing has room for."""
+
+    def cased(folder: Path, device: str) -> Any:
+        with ExitStack() as stack:
+            for name, value in NO_ROOM.items():
+                stack.enter_context(patch(f"mergeid.{name}", value))
+            return case(folder, device)
+
+    return cased
 
 
 def _sketches(folder: Path, device: str) -> Any:
@@ -187,6 +219,18 @@ CASES: dict[str, Case] = {
     "zip": _zip,
     "barrier": on("cnn", "barrier", match="auto", repair=True, points=3),
     "report": _report,
+    "large: plan": as_large(on("decoder", "plan")),
+    "large: plan, weights": as_large(on("decoder", "plan", data=None)),
+    "large: align": as_large(written("decoder", "align")),
+    "large: merge": as_large(written("decoder", "merge")),
+    "large: merge, weights": as_large(written("decoder", "merge", data=None)),
+    "large: merge, LayerNorm": as_large(written("encoder", "merge")),
+    "large: merge, solve": as_large(written("decoder", "merge", repair="solve")),
+    "large: merge, fisher": as_large(written("encoder", "merge", method="fisher")),
+    "large: predict": as_large(on("decoder", "predict")),
+    "large: predict, trial": as_large(on("decoder", "predict", trial=True)),
+    "large: barrier": as_large(on("decoder", "barrier", match="auto", points=3)),
+    "large: similarity": as_large(_similarity),
 }
 
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import mergeid
+from mergeid.basics.on_demand import OnDemand
 
 NAME = "pretended"
 ACROSS = ("_to_copy", "copy_")
@@ -133,6 +134,17 @@ class Pretended(TorchDispatchMode):
         self.is_here = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, OnDemand) for x in tree_leaves((args, kwargs))):
+            with Pretended() as inner:  # what is formed, and then done with it, is done here
+                found = OnDemand.__torch_dispatch__(func, types, args, kwargs)
+            self.calls += inner.calls
+            return found
+        composed = func is not torch.ops.prim.device.default and func._can_decompose()
+        if composed:  # `.to` and the like, inside of what is formed
+            with Pretended() as inner:
+                found = func.decompose(*args, **(kwargs or {}))
+            self.calls += inner.calls
+            return found
         found = run(func, args, kwargs or {})
         self.calls += any(isinstance(x, Elsewhere) for x in tree_leaves(found))
         return found

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mergeid.errors import MergeidError
+from mergeid.request.boundary import verb
 from mergeid.request.request import Run
 
 
@@ -32,3 +33,33 @@ def _machine(monkeypatch, gpus, mps):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_convolutions_of_a_gpu_round_nothing_inside_of_a_verb(monkeypatch, before):
+    _machine(monkeypatch, gpus=1, mps=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    seen = []
+
+    @verb
+    def asked(device: str) -> None:
+        Run(device=device)
+        seen.append(torch.backends.cudnn.allow_tf32)
+
+    asked("cuda")
+    asked("cpu")
+    assert seen == [False, before] and torch.backends.cudnn.allow_tf32 is before
+
+
+def test_what_a_caller_said_of_convolutions_alone_stays(monkeypatch):
+    _machine(monkeypatch, gpus=1, mps=False)
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(conv, "fp32_precision"):
+        pytest.skip("this torch has one setting for all layers")
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        Run(device="cuda")
+        assert conv.fp32_precision == "ieee"
+    finally:
+        conv.fp32_precision = before
