@@ -29,6 +29,18 @@ LIBRARIES = (
     *("torch_geometric", "torchaudio", "sentence_transformers"),
 )
 OTHERS = {
+    "any_size": (
+        "Any size",
+        "Random Llama-type models in bfloat16, B a scrambled copy of A with 10 % noise. `loop`: one product of every "
+        "tensor on each of its axes, as a yardstick.",
+    ),
+    "fine_tunes": (
+        "Two fine-tunes",
+        "What seeing that two models share their neurons costs beside the plain merge; and where two neurons of B are "
+        "swapped, which gives the same file.",
+    ),
+    "gpu": ("Every verb on a GPU", "The same work on a CPU and on an NVIDIA H200, and where the results differ."),
+    "gpu_sizes": ("Sizes on a GPU", "On an NVIDIA H200. The plan is that of a pair of 1.2 billion parameters."),
     "matching": ("Matchers", "Seconds of CPU, and the share of a planted permutation that was found."),
     "mergekit_coverage": (
         "All that mergekit documents",
