@@ -134,7 +134,7 @@ def _solved(
         run.tell("trying a solved merge that leans to one model", 0, 1)
         ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
         distances[label(solved.merge, LEANING)] = _mean(lean)
-        if nearer(solved.mean, mean, disagreement=apart, tie=TIE):
+        if nearer(solved.mean, mean, disagreement=0.0, tie=TIE):
             repair, far = LEANING, lean
     outputs = {name: Distance(f.distance, f.unit) for name, f in far.items()}
     return replace(chosen, distances=chosen.distances | distances, chosen=solved.merge, repair=repair, outputs=outputs)

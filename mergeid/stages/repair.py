@@ -203,7 +203,7 @@ def _solve(
     shares: Any = members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)]
     batches, leans_to = list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)), None
     if lean:
-        to = most_trusted(members.first, models, members.shares(), batches)
+        to = most_trusted(members.first, models, members.shares(), members.batches(SOLVED_AT_ONCE, str(device)))
         leans_to = members.models[to].loaded.source
         leant = leaning(members, to)
         load_weights(merged, leant.merged_state(skip))
