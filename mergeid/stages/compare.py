@@ -43,7 +43,8 @@ from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
 from mergeid.results.plan import Plan
 from mergeid.stages.members import Member, Members
-from mergeid.stages.repair import LEANING, SOLVE, refreshed, repair_network, repairs
+from mergeid.stages.regressed import can_be_regressed
+from mergeid.stages.repair import LEANING, REGMEAN, SOLVE, refreshed, repair_network, repairs
 from mergeid.stages.solving import LEFT, NEAR, OFF, Tried, can_be_solved, nearer, solved_if_nearer
 
 if TYPE_CHECKING:
@@ -125,12 +126,14 @@ def _solved(
 ) -> Comparison:
     """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin."""
     apart = panels[0].disagreement
-    solved = solved_if_nearer(merges, (chosen.chosen, chosen.repair), tried, disagreement=apart, tie=TIE)
+    refits = (REGMEAN, SOLVE) if can_be_regressed(merges[chosen.chosen]) else (SOLVE,)
+    nearest = chosen.chosen, chosen.repair
+    solved = solved_if_nearer(merges, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
     if solved is None:
         return chosen
-    repair, far, distances = SOLVE, solved.far, {label(n, SOLVE): v for n, v in solved.distances.items()}
+    repair, far, distances = solved.repair, solved.far, {label(*k): v for k, v in solved.distances.items()}
     one_task = panels[0].owners is None and merges[solved.merge].first.joined is None
-    if solved.distances[solved.merge] > LEFT and one_task:
+    if _mean(far) > LEFT and one_task:
         run.tell("trying a solved merge that leans to one model", 0, 1)
         ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
         distances[label(solved.merge, LEANING)] = _mean(lean)

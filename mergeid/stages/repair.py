@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mergeid.request.request import Progress
 
 SOLVE = "solve"
+REGMEAN = "regmean"
 POLISHED = "solve+polish"
 LEANING = "solve+lean"
 LEAN = 0.1
@@ -48,7 +49,8 @@ class Repair:
     """What the stage did.
 
     Attributes:
-        kind: "bn", "repair", "repair+bn", "solve", "solve+lean", "solve+polish", or "" where there was nothing to do.
+        kind: "bn", "repair", "repair+bn", "regmean", "solve", "solve+lean", "solve+polish", or "" where there was
+            nothing to do.
         tensors: state-dict key -> repaired tensor.
         layers: how many layers were repaired.
         before, after: median over all channels of the standard deviation of the merged network's activations, as a
@@ -81,8 +83,7 @@ class Repair:
         return {
             "kind": self.kind,
             "layers": self.layers,
-            f"{what}_before": self.before,
-            f"{what}_after": self.after,
+            **({} if self.kind == REGMEAN else {f"{what}_before": self.before, f"{what}_after": self.after}),
             "examples": self.examples,
             **({} if self.leans_to is None else {"leans_to": self.leans_to}),
             **{f"distance_{when}": value for when, value in distances.items()},
@@ -117,7 +118,8 @@ def repair_merged(
     Args:
         members: the models with settings and calibration data.
         mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
-            layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`);
+            layers, then of BatchNorm layers; "regmean": RegMean's linear layers (`mergeid.stages.regressed`), then
+            BatchNorm statistics; "solve": every layer in closed form (`mergeid.repair.solve`);
             "solve+lean": the same, but hidden layers answer as one model does, but for `LEAN` (the one of
             `mergeid.evaluate.trusted`); "none": nothing.
         skip: globs of tensor names that are not merged.
@@ -147,6 +149,8 @@ def repair_network(
         return _solve(members, merged.to(accelerator.device), skip, progress, lean=mode == LEANING)
     if mode == POLISHED:
         return _polish(members, merged.to(accelerator.device), skip, accelerator, progress)
+    if mode == REGMEAN:
+        return _regress(members, merged.to(accelerator.device), skip, accelerator, tell)
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
@@ -229,6 +233,19 @@ def _solve(
         by_layer=tuple(done),
         leans_to=leans_to,
     )
+
+
+def _regress(
+    members: Members, merged: nn.Module, skip: Sequence[str], accelerator: Accelerator, tell: Progress
+) -> Repair:
+    from mergeid.request.request import Run
+    from mergeid.stages.regressed import regress
+
+    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    layers = regress(members, merged, skip, Run(str(accelerator.device), tell=tell))
+    if batchnorm_layers(merged):
+        _reestimate(members, merged, accelerator, Repair())
+    return Repair(REGMEAN, _changed(merged, before), layers, examples=len(members.given))
 
 
 def _changed(merged: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
