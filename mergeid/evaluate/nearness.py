@@ -210,7 +210,9 @@ class Panel:
                 for name in own[0]:
                     outs = [o[name] for o in own]
                     if name in self._heads and outs[0].shape[-1] > 1:
-                        least.setdefault(name, []).append(per_example(self._best(outs), batch, count, self.first)[None].cpu())
+                        least.setdefault(name, []).append(
+                            per_example(self._best(outs), batch, count, self.first)[None].cpu()
+                        )
                         apart = per_example(self._divergence(outs), batch, count, self.first)
                     else:
                         spreads = self._spreads.setdefault(name, [_Spread() for _ in self._references(outs)])

@@ -56,7 +56,9 @@ def most_trusted(first: Loaded, models: Sequence[nn.Module], shares: Sequence[fl
                 worth = mixed.expand_as(each).gather(-1, each.argmax(-1, keepdim=True))[..., 0]
                 found.append(torch.stack([worth, torch.special.entr(each).sum(-1)]))
             rows, size = torch.cat(found, -1).reshape(2, len(models), *outs[0].shape[:-1]), len(outs[0])
-            total += torch.stack([torch.stack([per_example(r, batch, size, first).sum() for r in of]) for of in rows]).cpu()
+            total += torch.stack(
+                [torch.stack([per_example(r, batch, size, first).sum() for r in of]) for of in rows]
+            ).cpu()
             count += size
     worth, entropy = total / max(count, 1)
     doubted = worth < worth.max() - DOUBTED

@@ -102,9 +102,8 @@ def solved_if_nearer(
     if own is None or not solved:
         return None
     means = {key: sum(f.distance for f in far.values()) / len(far) for key, (far, _) in solved.items()}
-    last = [key for key in means if key[1] == refits[-1]]
-    best = min(means, key=lambda key: (means[key], key[0] != nearest[0]))
-    best = next((key for key in sorted(last, key=means.__getitem__) if means[key] <= means[best] + tie), best)
+    order = sorted(means, key=lambda key: (means[key], key[0] != nearest[0]))
+    best = next((key for key in order if key[1] == refits[-1] and means[key] <= means[order[0]] + tie), order[0])
     from_models, from_mean = solved[best]
     found = Solved(*best, from_models, from_mean, means)
     return found if nearer(own[0], found.far, disagreement=disagreement, tie=tie) else None

@@ -192,3 +192,20 @@ def test_a_plan_says_what_solving_would_change() -> None:
     assert made.repair["error_after"] == pytest.approx(sum(s.after for s in asked.solved) / 3)
     with pytest.raises(MergeidError, match="give some with --data"):
         mergeid.plan(*nets, example_inputs=X[:2], solve=True)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_regmean_as_a_repair_is_the_method_of_that_name(norm: bool) -> None:
+    members = members_of([Net(0, norm), Net(1, norm)])
+    done = repair_merged(members, mode="regmean")
+    asked = MethodRequest(get_method("regmean")).over(2, list(members.first.state()))
+    expected = Members(members.models, None, asked, members.examples).measured(Run()).merged_state()
+    found = merged_with(members, done.tensors).state_dict()
+    for key, value in expected.items():
+        if not key.startswith("norm.running"):
+            torch.testing.assert_close(found[key], value)
+    said = done.to_json()
+    assert said is not None and said["kind"] == "regmean" and said["layers"] == 3 and said["examples"] == len(X)
+    if norm:  # whose statistics are those of the merged network
+        inputs = merged_with(members, done.tensors).one(X)
+        torch.testing.assert_close(found["norm.running_mean"], inputs.mean(0), atol=0.1, rtol=0.1)

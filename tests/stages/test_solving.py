@@ -10,6 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 from evaluate_helpers import runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mergeid.errors import MergeidError
@@ -116,7 +118,7 @@ def test_how_much_nearer_at_the_boundary(gap: float, apart: float, tie: float, s
     found = solved_if_nearer(merges, ("plain", "bn"), look(rows, 0.0), disagreement=apart, tie=tie)
     assert (found is not None) is solved
     if found is not None:
-        assert found.distances == {"plain": 0.0} and found.far["out"].distance == 0.0
+        assert found.distances == {("plain", "solve"): 0.0} and found.far["out"].distance == 0.0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_ties_among_solved_merges_stay_with_the_nearest() -> None:
     for order in (("plain", "matched"), ("matched", "plain")):
         merges = cast(Any, {name: name for name in order})
         found = solved_if_nearer(merges, ("plain", "none"), look(rows, 0.0), disagreement=0.0, tie=1e-3)
-        assert found is not None and found.merge == "plain" and set(found.distances) == {"plain", "matched"}
+        assert found is not None and found.merge == "plain" and set(found.distances) == set(rows) - {("plain", "none")}
 
 
 @pytest.mark.parametrize(
@@ -183,3 +185,31 @@ def test_what_is_solved_without_being_asked_for(changes: dict[str, Any], possibl
         given=Given(),
     )
     assert can_be_solved(cast(Any, members)) is possible
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=5), st.floats(0, 0.7), st.floats(0, 0.05))
+def test_what_is_taken_is_as_near_as_any_refit(far: list[float], apart: float, tie: float) -> None:
+    """Nothing is left aside that is nearer by more than the judge's own margin."""
+    keys = [("plain", "regmean"), ("plain", "solve"), ("matched", "regmean"), ("matched", "solve")]
+    rows = dict(zip([("plain", "bn"), *keys], far, strict=True))
+    merges = cast(Any, {name: name for name, _ in rows})
+    refits = ("regmean", "solve")
+    found = solved_if_nearer(merges, ("plain", "bn"), look(rows), disagreement=apart, tie=tie, refits=refits)
+    taken = rows["plain", "bn"] if found is None else rows[found.merge, found.repair]
+    margin = max(tie, 0.15 * apart) + 1e-9
+    for key in keys:
+        assert taken <= rows[key] + (tie + 1e-9 if found is not None else tie + margin)
+        if found is not None:
+            assert found.distances[key] == pytest.approx(rows[key])
+    if found is not None and found.repair == "regmean":
+        assert taken < min(rows["plain", "solve"], rows["matched", "solve"]) - tie + 1e-9
+
+
+def test_regmean_is_left_where_nothing_can_be_solved() -> None:
+    rows = {("plain", "bn"): 0.2, ("plain", "regmean"): 0.05, ("plain", "solve"): -1.0}
+    found = solved_if_nearer(
+        cast(Any, {"plain": "plain"}), ("plain", "bn"), look(rows), disagreement=0.0, tie=1e-3,
+        refits=("regmean", "solve"),
+    )  # fmt: skip
+    assert found is not None and (found.merge, found.repair) == ("plain", "regmean")
