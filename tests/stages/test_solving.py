@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import mergeid
 from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel, _Spread
 from mergeid.models.examples import Examples
+from mergeid.results.comparison import label
 from mergeid.stages.solving import LARGE, LEAST, can_be_solved, nearer, solved_if_nearer
 
 
@@ -213,3 +215,32 @@ def test_regmean_is_left_where_nothing_can_be_solved() -> None:
         refits=("regmean", "solve"),
     )  # fmt: skip
     assert found is not None and (found.merge, found.repair) == ("plain", "regmean")
+
+
+def sine(seed: int, steps: int) -> nn.Module:
+    """A small network that has learned a sine of its first input."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2))
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(steps):
+        x = torch.randn(64, 3)
+        optimiser.zero_grad()
+        (net(x) - torch.stack([(3 * x[:, 0]).sin(), x[:, 1] * x[:, 2]], 1)).square().mean().backward()
+        optimiser.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize("steps", [40, 400])
+def test_what_is_written_is_as_near_as_regmean(steps: int) -> None:
+    a, b = sine(0, steps), sine(1, steps)
+    x = torch.randn(256, 3, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        said = torch.stack([a(x), b(x)])
+    mean = said.mean(0)
+    apart = float((said - mean).square().mean() / (mean - mean.mean(0)).square().mean())
+    made = mergeid.merge(a, b, data=[{"input": row} for row in x], example_inputs={"input": x[:2]}, force=True)
+    assert made.comparison is not None
+    found = made.comparison["distances"]
+    regmean = [value for name, value in found.items() if name.endswith("+regmean")]
+    chosen = found[label(made.comparison["chosen"], made.comparison["repair"])]
+    assert regmean and chosen <= min(regmean) + max(1e-3, 0.15 * apart) + 0.02
