@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mergeid.basics.on_demand import OnDemand, held, is_on_demand
 from mergeid.basics.state import load_weights
-from mergeid.data.batches import input_dtype, to_model
+from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
-from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm, reestimated
+from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.repair.kind_of_inputs import Moved, as_trained, statistics
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
 from mergeid.stages.members import Members
 
@@ -159,16 +160,6 @@ def repair_network(
         tell("estimating BatchNorm statistics", 0, 1)
         _reestimate(members, merged, accelerator, found)
     return found
-
-
-def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.Module:
-    """One of the models with the statistics of its own BatchNorm layers estimated again, as a merge's are: itself where
-    it has none."""
-    if not batchnorm_layers(model):
-        return model
-    fresh = copy.deepcopy(model)
-    reestimated(fresh, members.given, members.first.forward, make_accelerator(device), shrink=True)
-    return fresh
 
 
 def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[str]:
@@ -321,6 +312,7 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
     # what was averaged says nothing about rescaled layers
     shrink = not found.kind
     found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator, shrink=shrink)
+    as_trained(merged, _moved(members, batches, accelerator))
     if not found.kind:
         new = {
             n: layer.running_var.double().cpu()
@@ -331,6 +323,18 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
         found.before, found.after = ratios.median().item(), 1.0
         found.layers, found.examples = len(old), len(batches.dataset)
     found.kind = "repair+bn" if found.kind else "bn"
+
+
+def _moved(members: Members, batches: FixedBatches, accelerator: Accelerator) -> list[Moved]:
+    """The statistics of every model that counts, its own and on the same inputs."""
+    weights = [max(w, 0.0) for w in members.shares()]
+    found = []
+    for work, weight in zip(members.workspaces(), weights, strict=True):
+        if weight > 0:
+            own, net = statistics(work), copy.deepcopy(work)
+            reestimate_batchnorm(net, batches, forward=members.first.forward, accelerator=accelerator, shrink=True)
+            found.append(Moved(own, statistics(net), weight / sum(weights)))
+    return found
 
 
 def _rescalable(members: Members, model: nn.Module, device: str | torch.device) -> list[Layer]:
