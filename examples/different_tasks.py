@@ -107,7 +107,7 @@ def made(task: Task, nets: list[nn.Module], way: str, inputs: list[Tensor]) -> C
     how: dict[str, Any] = {"data": data, "example_inputs": {task.key: inputs[0][:2]}, "force": True, "limit": None}
     if way == "ZipIt!":
         together = [row for rows in zip(data["a"], data["b"], strict=True) for row in rows]
-        zipped = mergeid.zip(*nets, data=together, example_inputs=how["example_inputs"])
+        zipped = mergeid.zip_models(*nets, data=together, limit=None, example_inputs=how["example_inputs"])
         found = [copy.deepcopy(net) for net in nets]
         for net, state in zip(found, zipped.states, strict=True):
             net.load_state_dict(state)

@@ -71,6 +71,11 @@ class Task:
         out = net(**{self.key: x})
         return out if isinstance(out, Tensor) else out.logits
 
+    def examples(self, x: Tensor) -> list[dict[str, Tensor]]:
+        """Inputs without their targets; those with hidden bytes say which positions a model is asked about."""
+        hidden = [{} if not (row == MASK).any() else {"labels": torch.where(row == MASK, 0, -100)} for row in x]
+        return [{self.key: row, **more} for row, more in zip(x, hidden, strict=True)]
+
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-100)
 
@@ -187,9 +192,8 @@ def midpoint(task: Task, way: str, a: nn.Module, b: nn.Module) -> float:
 
 def merged(task: Task, a: nn.Module, b: nn.Module, x: Tensor, **how: Any) -> nn.Module:
     """What mergeid makes of two networks with these inputs. Raises `MergeidError` where it refuses."""
-    data = [{task.key: row} for row in x]
     net = copy.deepcopy(a)
-    net.load_state_dict(mergeid.merge(a, b, data=data, example_inputs={task.key: x[:2]}, **how).state)
+    net.load_state_dict(mergeid.merge(a, b, data=task.examples(x), example_inputs={task.key: x[:2]}, **how).state)
     return net
 
 

@@ -22,6 +22,7 @@ class Repair(str, Enum):
     auto = "auto"
     bn = "bn"
     repair = "repair"
+    regmean = "regmean"
     solve = "solve"
     lean = "solve+lean"
     polish = "solve+polish"

@@ -60,10 +60,10 @@ def command(
         typer.Option(
             "--repair",
             rich_help_panel=HOW,
-            help="bn: re-estimate BatchNorm statistics; repair: rescale pre-activations (REPAIR); solve: refit every "
-            "layer in closed form to the mean of the models' outputs; solve+lean: the same, but hidden layers lean to "
-            "one model; solve+polish: solve, then distil the models' predictions; auto: the one that brings the merge "
-            "nearer to the models, or none; none: nothing.",
+            help="bn: re-estimate BatchNorm statistics; repair: rescale pre-activations (REPAIR); regmean: "
+            "RegMean's linear layers; solve: refit every layer in closed form to the mean of the models' outputs; "
+            "solve+lean: the same, but hidden layers lean to one model; solve+polish: solve, then distil the models' "
+            "predictions; auto: the one that brings the merge nearer to the models, or none; none: nothing.",
         ),
     ] = o.Repair.auto,
     no_repair: Annotated[

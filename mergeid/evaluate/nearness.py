@@ -12,6 +12,7 @@ neither; this asks that the merge keeps to either.
 S counts how unsure the models are themselves, and how much they disagree. What remains is the *excess*: S(q) less the
 smallest of S(p_1), …, S(p_n) and S(Σ s_i p_i) on that input, in nats. It is 0 for a merge that says what one of the
 models says, or their mean, whatever that is; with one model it is the Kullback-Leibler divergence. It may be negative.
+Of tokens those count that the task scores (`mergeid.evaluate.scored`).
 
 Any other output: the squared distance over the variance of what it should be, about its mean over the examples (the
 unexplained share of the variance: a network that always says the same is at 1 or beyond); of the models and their mean
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from mergeid.basics.memory import few_rows
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.evaluate.own_columns import OwnColumns
+from mergeid.evaluate.scored import per_example
 from mergeid.models.loaded import ModuleAdapter
 from mergeid.models.running import fits_the_model
 from mergeid.plugins import Batch
@@ -208,14 +210,16 @@ class Panel:
                 for name in own[0]:
                     outs = [o[name] for o in own]
                     if name in self._heads and outs[0].shape[-1] > 1:
-                        least.setdefault(name, []).append(per_example(self._best(outs), batch, count)[None].cpu())
-                        apart = self._divergence(outs)
+                        least.setdefault(name, []).append(
+                            per_example(self._best(outs), batch, count, self.first)[None].cpu()
+                        )
+                        apart = per_example(self._divergence(outs), batch, count, self.first)
                     else:
                         spreads = self._spreads.setdefault(name, [_Spread() for _ in self._references(outs)])
                         for spread, reference in zip(spreads, self._references(outs), strict=True):
                             spread.add(reference, batch)
-                        apart = self._deviation(outs)
-                    self._apart.setdefault(name, []).append(per_example(apart, batch, count).cpu())
+                        apart = per_example(self._deviation(outs), batch, count)
+                    self._apart.setdefault(name, []).append(apart.cpu())
                 tensors = [*(v for v in batch.values() if isinstance(v, Tensor)), *(t for o in own for t in o.values())]
                 size += sum(t.numel() * t.element_size() for t in tensors)
                 if self._kept is not None and size <= KEPT:
@@ -275,7 +279,7 @@ class Panel:
                 self._worth(torch.stack([p.softmax(-1) for p in parts]), logits.log_softmax(-1))
                 for logits, *parts in few_rows(out, *outs)
             ]
-            return per_example(torch.cat(found).reshape(out.shape[:-1]), batch, count)[None]
+            return per_example(torch.cat(found).reshape(out.shape[:-1]), batch, count, self.first)[None]
         rows = []
         for spread, reference in zip(self._spreads[name], self._references(outs), strict=True):
             # what is infinite in both, such as a mask, is no difference
@@ -319,17 +323,6 @@ def classifying(first: Loaded) -> set[str]:
         found = first.outputs(first.model, first.inputs_of(moved))
         name, out = next(iter(found.items()))
         return {name} if first.loss(out, moved) is not None else set()
-
-
-def per_example(scores: Tensor, batch: Batch, count: int) -> Tensor:
-    """Means over what belongs to an example, padding left out, float64 [count]; where the first dimension is not that
-    of the examples, the mean over all of them for each."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == scores.shape:
-        return (scores * mask).sum(1) / mask.sum(1).clamp(min=1)
-    if scores.shape[:1] != (count,):
-        return scores.double().mean().expand(count)
-    return scores.double().reshape(count, -1).mean(1)
 
 
 class _Spread:

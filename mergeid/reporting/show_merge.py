@@ -99,6 +99,11 @@ def repair_line(repair: Mapping[str, Any]) -> str:
             + why
             + polished
         )
+    if repair["kind"] == "regmean":
+        return (
+            f"RegMean: {repair['layers']} linear layers were fitted to what each model answers on its own inputs, by "
+            f"{repair['examples']} examples."
+        )
     before, after = (f"{repair[key]:.2f}" for key in ("spread_before", "spread_after"))
     if repair["kind"] == "bn":
         return (

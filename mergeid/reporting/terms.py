@@ -166,6 +166,12 @@ TERMS = (
         ("solve", "matched+solve", "plain+solve", "solve+lean", "matched+solve+lean", "plain+solve+lean"),
     ),
     Term(
+        "regmean",
+        "After averaging, every linear layer is refitted in closed form, so that it answers each model's own inputs as "
+        "nearly as possible like that model.",
+        ("matched+regmean", "plain+regmean", "mixed+regmean"),
+    ),
+    Term(
         "repaired",
         "The statistics of the normalisation layers are re-estimated after the merge, because averaging shrinks the "
         "activations.",

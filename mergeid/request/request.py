@@ -25,7 +25,7 @@ LARGEST_SEED = 2**63 - 1
 MATCHES = ("auto", "never", "always")
 TARGETS = ("own", "mean")
 HEADS = ("both",)
-REPAIRS = ("auto", "bn", "repair", "solve", "solve+lean", "solve+polish", "none")
+REPAIRS = ("auto", "bn", "repair", "regmean", "solve", "solve+lean", "solve+polish", "none")
 REFUSE_ABOVE = 0.5
 """Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""
 
@@ -227,7 +227,7 @@ class Repairing:
     """What is done to a merged network before it is written.
 
     Attributes:
-        stage: "auto", "bn", "repair", "solve", "solve+lean", "solve+polish" or "none".
+        stage: "auto", "bn", "repair", "regmean", "solve", "solve+lean", "solve+polish" or "none".
         refuse_above: distance from the models beyond which no merge is written.
         target: what is imitated on a model's own examples: "own", that model; "mean", all by their shares. None: "own"
             where every model has its own examples.

@@ -30,7 +30,7 @@ class Comparison:
     """Attributes:
     distances: merge ("plain", "matched+bn", …) -> how far it is from the models, mean over the outputs.
     planned: the merge that the plan chose; chosen: the one to write.
-    repair: of the one to write, "none", "bn", "repair", "solve" or "solve+lean".
+    repair: of the one to write, "none", "bn", "repair", "regmean", "solve" or "solve+lean".
     outputs: output -> how far the one to write is by it alone.
     examples: how many were compared.
     error: standard error of the difference between the distances of the planned merge (under its own best repair) and

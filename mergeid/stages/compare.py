@@ -7,11 +7,9 @@ are run on calibration inputs, without labels, and compared with what the models
 (`mergeid.evaluate.nearness`). The nearest is written; ties (`TIE`) stay with the simplest: no repair before one, and
 the planned merge before another.
 
-Statistics are another matter. Those of the models themselves may be off (a short training, other inputs), and averages
-of them with them; a merge that keeps them is then near to the models and as wrong. So where BatchNorm statistics are
-estimated again, in a merge, they are in the models that it is compared with. That is harmless where the models' own are
-right, since estimates are shrunk by their sampling error (`mergeid.repair.shrunken`). And averaged statistics are kept
-only where they are nearer by more than chance (`DOUBT`), or as near (`SAME`).
+BatchNorm statistics that are estimated again stand for those of the training's inputs, whatever kind the calibration
+inputs are of (`mergeid.repair.kind_of_inputs`), so that they are compared with the models as they are. Averaged ones
+are kept only where they are nearer by more than chance (`DOUBT`), or as near (`SAME`).
 
 A repair is judged on inputs that it has not seen. The inputs are dealt out to `PARTS` parts; the network that is run on
 one is repaired on the others. What is written is then repaired on all of them: more than any of the trials had, so that
@@ -43,7 +41,8 @@ from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
 from mergeid.results.plan import Plan
 from mergeid.stages.members import Member, Members
-from mergeid.stages.repair import LEANING, SOLVE, refreshed, repair_network, repairs
+from mergeid.stages.regressed import can_be_regressed
+from mergeid.stages.repair import LEANING, REGMEAN, SOLVE, repair_network, repairs
 from mergeid.stages.solving import LEFT, NEAR, OFF, Tried, can_be_solved, nearer, solved_if_nearer
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def last_look(
     panel_of = partial(
         Panel,
         members.first,
-        [refreshed(members, m.loaded.model, device=run.place) if "bn" in kinds else m.loaded.model for m, _ in voices],
+        [m.loaded.model for m, _ in voices],
         shares=[share for _, share in voices],
         examples=members.given,
         batch_size=min(run.batch_size, FEW) if is_on_demand(members.first.model) else run.batch_size,
@@ -125,16 +124,18 @@ def _solved(
 ) -> Comparison:
     """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin."""
     apart = panels[0].disagreement
-    solved = solved_if_nearer(merges, (chosen.chosen, chosen.repair), tried, disagreement=apart, tie=TIE)
+    refits = (REGMEAN, SOLVE) if can_be_regressed(merges[chosen.chosen]) else (SOLVE,)
+    nearest = chosen.chosen, chosen.repair
+    solved = solved_if_nearer(merges, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
     if solved is None:
         return chosen
-    repair, far, distances = SOLVE, solved.far, {label(n, SOLVE): v for n, v in solved.distances.items()}
+    repair, far, distances = solved.repair, solved.far, {label(*k): v for k, v in solved.distances.items()}
     one_task = panels[0].owners is None and merges[solved.merge].first.joined is None
-    if solved.distances[solved.merge] > LEFT and one_task:
+    if _mean(far) > LEFT and one_task:
         run.tell("trying a solved merge that leans to one model", 0, 1)
         ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
         distances[label(solved.merge, LEANING)] = _mean(lean)
-        if nearer(solved.mean, mean, disagreement=apart, tie=TIE):
+        if nearer(solved.mean, mean, disagreement=0.0, tie=TIE):
             repair, far = LEANING, lean
     outputs = {name: Distance(f.distance, f.unit) for name, f in far.items()}
     return replace(chosen, distances=chosen.distances | distances, chosen=solved.merge, repair=repair, outputs=outputs)

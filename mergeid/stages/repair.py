@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from mergeid.basics.on_demand import OnDemand, held, is_on_demand
 from mergeid.basics.state import load_weights
-from mergeid.data.batches import input_dtype, to_model
+from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
-from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm, reestimated
+from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.repair.kind_of_inputs import Moved, as_trained, statistics
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
 from mergeid.stages.members import Members
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mergeid.request.request import Progress
 
 SOLVE = "solve"
+REGMEAN = "regmean"
 POLISHED = "solve+polish"
 LEANING = "solve+lean"
 LEAN = 0.1
@@ -48,7 +50,8 @@ class Repair:
     """What the stage did.
 
     Attributes:
-        kind: "bn", "repair", "repair+bn", "solve", "solve+lean", "solve+polish", or "" where there was nothing to do.
+        kind: "bn", "repair", "repair+bn", "regmean", "solve", "solve+lean", "solve+polish", or "" where there was
+            nothing to do.
         tensors: state-dict key -> repaired tensor.
         layers: how many layers were repaired.
         before, after: median over all channels of the standard deviation of the merged network's activations, as a
@@ -81,8 +84,7 @@ class Repair:
         return {
             "kind": self.kind,
             "layers": self.layers,
-            f"{what}_before": self.before,
-            f"{what}_after": self.after,
+            **({} if self.kind == REGMEAN else {f"{what}_before": self.before, f"{what}_after": self.after}),
             "examples": self.examples,
             **({} if self.leans_to is None else {"leans_to": self.leans_to}),
             **{f"distance_{when}": value for when, value in distances.items()},
@@ -117,7 +119,8 @@ def repair_merged(
     Args:
         members: the models with settings and calibration data.
         mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
-            layers, then of BatchNorm layers; "solve": every layer in closed form (`mergeid.repair.solve`);
+            layers, then of BatchNorm layers; "regmean": RegMean's linear layers (`mergeid.stages.regressed`), then
+            BatchNorm statistics; "solve": every layer in closed form (`mergeid.repair.solve`);
             "solve+lean": the same, but hidden layers answer as one model does, but for `LEAN` (the one of
             `mergeid.evaluate.trusted`); "none": nothing.
         skip: globs of tensor names that are not merged.
@@ -147,6 +150,8 @@ def repair_network(
         return _solve(members, merged.to(accelerator.device), skip, progress, lean=mode == LEANING)
     if mode == POLISHED:
         return _polish(members, merged.to(accelerator.device), skip, accelerator, progress)
+    if mode == REGMEAN:
+        return _regress(members, merged.to(accelerator.device), skip, accelerator, tell)
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
@@ -155,16 +160,6 @@ def repair_network(
         tell("estimating BatchNorm statistics", 0, 1)
         _reestimate(members, merged, accelerator, found)
     return found
-
-
-def refreshed(members: Members, model: nn.Module, *, device: str = "cpu") -> nn.Module:
-    """One of the models with the statistics of its own BatchNorm layers estimated again, as a merge's are: itself where
-    it has none."""
-    if not batchnorm_layers(model):
-        return model
-    fresh = copy.deepcopy(model)
-    reestimated(fresh, members.given, members.first.forward, make_accelerator(device), shrink=True)
-    return fresh
 
 
 def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[str]:
@@ -203,7 +198,7 @@ def _solve(
     shares: Any = members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)]
     batches, leans_to = list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)), None
     if lean:
-        to = most_trusted(members.first, models, members.shares(), batches)
+        to = most_trusted(members.first, models, members.shares(), members.batches(SOLVED_AT_ONCE, str(device)))
         leans_to = members.models[to].loaded.source
         leant = leaning(members, to)
         load_weights(merged, leant.merged_state(skip))
@@ -229,6 +224,19 @@ def _solve(
         by_layer=tuple(done),
         leans_to=leans_to,
     )
+
+
+def _regress(
+    members: Members, merged: nn.Module, skip: Sequence[str], accelerator: Accelerator, tell: Progress
+) -> Repair:
+    from mergeid.request.request import Run
+    from mergeid.stages.regressed import regress
+
+    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    layers = regress(members, merged, skip, Run(str(accelerator.device), tell=tell))
+    if batchnorm_layers(merged):
+        _reestimate(members, merged, accelerator, Repair())
+    return Repair(REGMEAN, _changed(merged, before), layers, examples=len(members.given))
 
 
 def _changed(merged: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -304,6 +312,7 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
     # what was averaged says nothing about rescaled layers
     shrink = not found.kind
     found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator, shrink=shrink)
+    as_trained(merged, _moved(members, batches, accelerator))
     if not found.kind:
         new = {
             n: layer.running_var.double().cpu()
@@ -314,6 +323,18 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
         found.before, found.after = ratios.median().item(), 1.0
         found.layers, found.examples = len(old), len(batches.dataset)
     found.kind = "repair+bn" if found.kind else "bn"
+
+
+def _moved(members: Members, batches: FixedBatches, accelerator: Accelerator) -> list[Moved]:
+    """The statistics of every model that counts, its own and on the same inputs."""
+    weights = [max(w, 0.0) for w in members.shares()]
+    found = []
+    for work, weight in zip(members.workspaces(), weights, strict=True):
+        if weight > 0:
+            own, net = statistics(work), copy.deepcopy(work)
+            reestimate_batchnorm(net, batches, forward=members.first.forward, accelerator=accelerator, shrink=True)
+            found.append(Moved(own, statistics(net), weight / sum(weights)))
+    return found
 
 
 def _rescalable(members: Members, model: nn.Module, device: str | torch.device) -> list[Layer]:

@@ -51,15 +51,16 @@ Tried = Callable[["Members", Sequence[str]], Iterator[tuple[str, Sequence[Mappin
 @dataclass(frozen=True)
 class Solved:
     """Attributes:
-    merge: the one to solve.
+    merge: the one to solve; repair: how.
     far: how far it is then, by the outputs' names. mean: how far from the mean alone.
-    distances: of all that were solved, by merge.
+    distances: of all that were tried, by merge and repair.
     """
 
     merge: str
+    repair: str
     far: Mapping[str, Far]
     mean: Mapping[str, Far]
-    distances: dict[str, float]
+    distances: dict[tuple[str, str], float]
 
 
 def can_be_solved(members: Members) -> bool:
@@ -70,7 +71,13 @@ def can_be_solved(members: Members) -> bool:
 
 
 def solved_if_nearer(
-    merges: Mapping[str, Members], nearest: tuple[str, str], tried: Tried, *, disagreement: float, tie: float
+    merges: Mapping[str, Members],
+    nearest: tuple[str, str],
+    tried: Tried,
+    *,
+    disagreement: float,
+    tie: float,
+    refits: Sequence[str] = (SOLVE,),
 ) -> Solved | None:
     """The merge to solve; None where none is worth it.
 
@@ -80,23 +87,25 @@ def solved_if_nearer(
         tried: makes and looks at a merge.
         disagreement: of the models, as `Panel.disagreement`.
         tie: what is no difference.
+        refits: repairs that give layers new weights, the one that is preferred last.
     """
     rows: dict[tuple[str, str], Sequence[Mapping[str, Far]]] = {}
     for name, merge in merges.items():
-        kinds = [nearest[1], SOLVE] if name == nearest[0] else [SOLVE]
+        kinds = [nearest[1], *refits] if name == nearest[0] else refits
         try:
             for kind, far in tried(merge, kinds):
                 rows[name, kind] = far
         except MergeidError:  # what cannot be solved stays as it is
             continue
     own = rows.get(nearest)
-    solved = {name: far for (name, kind), far in rows.items() if kind == SOLVE}
+    solved = {key: far for key, far in rows.items() if key[1] in refits}
     if own is None or not solved:
         return None
-    means = {name: sum(f.distance for f in far.values()) / len(far) for name, (far, _) in solved.items()}
-    best = min(means, key=lambda name: (means[name], name != nearest[0]))
+    means = {key: sum(f.distance for f in far.values()) / len(far) for key, (far, _) in solved.items()}
+    order = sorted(means, key=lambda key: (means[key], key[0] != nearest[0]))
+    best = next((key for key in order if key[1] == refits[-1] and means[key] <= means[order[0]] + tie), order[0])
     from_models, from_mean = solved[best]
-    found = Solved(best, from_models, from_mean, means)
+    found = Solved(*best, from_models, from_mean, means)
     return found if nearer(own[0], found.far, disagreement=disagreement, tie=tie) else None
 
 

@@ -51,6 +51,7 @@ MERGES: tuple[tuple[str, str, Literal["auto", "always", "never"], str], ...] = (
 AFTER = {
     "none": "nothing",
     "bn": "BatchNorm re-estimated",
+    "regmean": "RegMean",
     "solve": "solved layer by layer",
     "solve+lean": "solved, leaning to one",
 }

@@ -133,10 +133,11 @@ def merge(
         heads: "both": for classifiers with different classes; the result is a model like the first one with a head for
             the classes of all, the first one's before the second one's (`mergeid.models.both_heads`).
         repair: "bn": estimate the BatchNorm statistics of the merged network again on `data`; "repair": rescale its
-            pre-activations (REPAIR); "solve": every layer in closed form, towards the models' own answers
-            (`mergeid.repair.solve`); "solve+lean": the same, with hidden layers that answer almost as one model's do;
-            "solve+polish": solved, then distilled (`mergeid.repair.polish`); True or "auto": "solve", "solve+lean",
-            "bn" or "repair", where the merge is nearer to the models with it; False or "none": nothing.
+            pre-activations (REPAIR); "regmean": RegMean's linear layers (`mergeid.stages.regressed`); "solve": every
+            layer in closed form, towards the models' own answers (`mergeid.repair.solve`); "solve+lean": the same, with
+            hidden layers that answer almost as one model's do; "solve+polish": solved, then distilled
+            (`mergeid.repair.polish`); True or "auto": "solve", "solve+lean", "regmean", "bn" or "repair", where the
+            merge is nearer to the models with it; False or "none": nothing.
         target: where each model has its own data: "own", on its examples a model is imitated alone (default); "mean",
             all are, by their weights.
         refuse_above: with `data`, the distance from the models beyond which no merge is written: nats by which it is

@@ -45,10 +45,21 @@ class Net(nn.Module):
         return said
 
 
-def members_of(nets: Sequence[nn.Module]) -> Members:
+def settled(net: nn.Module) -> nn.Module:
+    """With the statistics that its training would have left, on inputs like X."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = None
+            module.reset_running_stats()
+    with torch.no_grad():
+        net.train()(X)
+    return net.eval()
+
+
+def members_of(nets: Sequence[nn.Module], rows: Tensor = X) -> Members:
     models = [Member(load(net.eval(), example_inputs=X[:2])) for net in nets]
     settings = MethodRequest(get_method("linear")).over(len(nets), list(nets[0].state_dict()))
-    return Members(models, None, settings, Examples([{"arg0": row} for row in X]))
+    return Members(models, None, settings, Examples([{"arg0": row} for row in rows]))
 
 
 def merged_with(members: Members, tensors: dict[str, Tensor]) -> Any:
@@ -86,7 +97,7 @@ def test_rescaled_layers_answer_with_the_models_means_and_deviations() -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), [("bn", "bn"), ("repair", "repair+bn"), ("none", "")])
 def test_statistics_of_norms_are_those_of_the_merged_network(mode: str, kind: str) -> None:
-    members = members_of([Net(k, norm=True) for k in range(2)])
+    members = members_of([settled(Net(k, norm=True)) for k in range(2)])
     done = repair_merged(members, mode=mode)
     assert done.kind == kind and (done.to_json() is None) == (mode == "none")
     if mode == "none":
@@ -99,6 +110,28 @@ def test_statistics_of_norms_are_those_of_the_merged_network(mode: str, kind: st
     if mode == "bn":
         assert (done.layers, done.examples, done.after) == (1, len(X), 1.0)
         assert set(done.tensors) == {"norm.running_mean", "norm.running_var"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_inputs_of_another_kind_leave_a_model_its_own_statistics(seed: int) -> None:
+    net = settled(Net(seed, norm=True))
+    other = 3 * X[:, [2, 0, 3, 1]] - 2
+    done = repair_merged(members_of([net, copy.deepcopy(net)], other), mode="bn")
+    found = {**net.state_dict(), **done.tensors}
+    for key in ("norm.running_mean", "norm.running_var"):
+        torch.testing.assert_close(found[key], net.state_dict()[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_statistics_from_inputs_of_another_kind_come_nearer_to_those_of_the_own(seed: int) -> None:
+    nets = [settled(Net(2 * seed + k, norm=True)) for k in range(2)]
+    right = hidden(merged_with(members_of(nets), {}))[0]
+    other = 2 * X + torch.tensor([1.0, -1.0, 0.5, 0.0])
+    found = repair_merged(members_of(nets, other), mode="bn").tensors["norm.running_var"].log()
+    with torch.no_grad():
+        measured = merged_with(members_of(nets), {}).one(other).var(0).log()
+    off, as_measured = ((v - right.var(0).log()).abs().mean() for v in (found, measured))
+    assert off < as_measured / 4
 
 
 def test_a_polish_leaves_what_is_skipped_and_brings_the_rest_nearer() -> None:
@@ -192,3 +225,20 @@ def test_a_plan_says_what_solving_would_change() -> None:
     assert made.repair["error_after"] == pytest.approx(sum(s.after for s in asked.solved) / 3)
     with pytest.raises(MergeidError, match="give some with --data"):
         mergeid.plan(*nets, example_inputs=X[:2], solve=True)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_regmean_as_a_repair_is_the_method_of_that_name(norm: bool) -> None:
+    members = members_of([settled(Net(0, norm)), settled(Net(1, norm))])
+    done = repair_merged(members, mode="regmean")
+    asked = MethodRequest(get_method("regmean")).over(2, list(members.first.state()))
+    expected = Members(members.models, None, asked, members.examples).measured(Run()).merged_state()
+    found = merged_with(members, done.tensors).state_dict()
+    for key, value in expected.items():
+        if not key.startswith("norm.running"):
+            torch.testing.assert_close(found[key], value)
+    said = done.to_json()
+    assert said is not None and said["kind"] == "regmean" and said["layers"] == 3 and said["examples"] == len(X)
+    if norm:  # whose statistics are those of the merged network
+        inputs = merged_with(members, done.tensors).one(X)
+        torch.testing.assert_close(found["norm.running_mean"], inputs.mean(0), atol=0.1, rtol=0.1)

@@ -10,11 +10,15 @@ from typing import Any, cast
 import pytest
 import torch
 from evaluate_helpers import runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import mergeid
 from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel, _Spread
 from mergeid.models.examples import Examples
+from mergeid.results.comparison import label
 from mergeid.stages.solving import LARGE, LEAST, can_be_solved, nearer, solved_if_nearer
 
 
@@ -116,7 +120,7 @@ def test_how_much_nearer_at_the_boundary(gap: float, apart: float, tie: float, s
     found = solved_if_nearer(merges, ("plain", "bn"), look(rows, 0.0), disagreement=apart, tie=tie)
     assert (found is not None) is solved
     if found is not None:
-        assert found.distances == {"plain": 0.0} and found.far["out"].distance == 0.0
+        assert found.distances == {("plain", "solve"): 0.0} and found.far["out"].distance == 0.0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ def test_ties_among_solved_merges_stay_with_the_nearest() -> None:
     for order in (("plain", "matched"), ("matched", "plain")):
         merges = cast(Any, {name: name for name in order})
         found = solved_if_nearer(merges, ("plain", "none"), look(rows, 0.0), disagreement=0.0, tie=1e-3)
-        assert found is not None and found.merge == "plain" and set(found.distances) == {"plain", "matched"}
+        assert found is not None and found.merge == "plain" and set(found.distances) == set(rows) - {("plain", "none")}
 
 
 @pytest.mark.parametrize(
@@ -183,3 +187,60 @@ def test_what_is_solved_without_being_asked_for(changes: dict[str, Any], possibl
         given=Given(),
     )
     assert can_be_solved(cast(Any, members)) is possible
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=5), st.floats(0, 0.7), st.floats(0, 0.05))
+def test_what_is_taken_is_as_near_as_any_refit(far: list[float], apart: float, tie: float) -> None:
+    """Nothing is left aside that is nearer by more than the judge's own margin."""
+    keys = [("plain", "regmean"), ("plain", "solve"), ("matched", "regmean"), ("matched", "solve")]
+    rows = dict(zip([("plain", "bn"), *keys], far, strict=True))
+    merges = cast(Any, {name: name for name, _ in rows})
+    refits = ("regmean", "solve")
+    found = solved_if_nearer(merges, ("plain", "bn"), look(rows), disagreement=apart, tie=tie, refits=refits)
+    taken = rows["plain", "bn"] if found is None else rows[found.merge, found.repair]
+    margin = max(tie, 0.15 * apart) + 1e-9
+    for key in keys:
+        assert taken <= rows[key] + (tie + 1e-9 if found is not None else tie + margin)
+        if found is not None:
+            assert found.distances[key] == pytest.approx(rows[key])
+    if found is not None and found.repair == "regmean":
+        assert taken < min(rows["plain", "solve"], rows["matched", "solve"]) - tie + 1e-9
+
+
+def test_regmean_is_left_where_nothing_can_be_solved() -> None:
+    rows = {("plain", "bn"): 0.2, ("plain", "regmean"): 0.05, ("plain", "solve"): -1.0}
+    found = solved_if_nearer(
+        cast(Any, {"plain": "plain"}), ("plain", "bn"), look(rows), disagreement=0.0, tie=1e-3,
+        refits=("regmean", "solve"),
+    )  # fmt: skip
+    assert found is not None and (found.merge, found.repair) == ("plain", "regmean")
+
+
+def sine(seed: int, steps: int) -> nn.Module:
+    """A small network that has learned a sine of its first input."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2))
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(steps):
+        x = torch.randn(64, 3)
+        optimiser.zero_grad()
+        (net(x) - torch.stack([(3 * x[:, 0]).sin(), x[:, 1] * x[:, 2]], 1)).square().mean().backward()
+        optimiser.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize("steps", [40, 400])
+def test_what_is_written_is_as_near_as_regmean(steps: int) -> None:
+    a, b = sine(0, steps), sine(1, steps)
+    x = torch.randn(256, 3, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        said = torch.stack([a(x), b(x)])
+    mean = said.mean(0)
+    apart = float((said - mean).square().mean() / (mean - mean.mean(0)).square().mean())
+    made = mergeid.merge(a, b, data=[{"input": row} for row in x], example_inputs={"input": x[:2]}, force=True)
+    assert made.comparison is not None
+    found = made.comparison["distances"]
+    regmean = [value for name, value in found.items() if name.endswith("+regmean")]
+    chosen = found[label(made.comparison["chosen"], made.comparison["repair"])]
+    assert regmean and chosen <= min(regmean) + max(1e-3, 0.15 * apart) + 0.02

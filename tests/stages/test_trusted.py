@@ -12,7 +12,7 @@ from evaluate_helpers import runs
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.evaluate.trusted import most_trusted
+from mergeid.evaluate.trusted import DOUBTED, most_trusted
 
 
 def said(models: list[nn.Module], data: Tensor, shares: list[float], classes: bool = True) -> int:
@@ -20,15 +20,16 @@ def said(models: list[nn.Module], data: Tensor, shares: list[float], classes: bo
     return most_trusted(first, models, shares, [{"x": part} for part in data.split(7)])
 
 
-def oracle(models: list[nn.Module], data: Tensor, shares: list[float]) -> list[float]:
-    """Example by example: what the mixture gives to the class that a model would name."""
-    found = [0.0] * len(models)
+def oracle(models: list[nn.Module], data: Tensor, shares: list[float]) -> int:
+    """Example by example: how unsure a model is, and what the mixture gives to the class that it would name."""
+    worth, entropy = [0.0] * len(models), [0.0] * len(models)
     for x in data:
         each = [torch.softmax(m(x[None])[0].double(), 0).tolist() for m in models]
         mixed = [sum(s * p[c] for s, p in zip(shares, each, strict=True)) for c in range(len(each[0]))]
         for k, p in enumerate(each):
-            found[k] += mixed[max(range(len(p)), key=p.__getitem__)]
-    return found
+            worth[k] += mixed[max(range(len(p)), key=p.__getitem__)] / len(data)
+            entropy[k] -= sum(v * math.log(v) for v in p) / len(data)
+    return min((k for k in range(len(models)) if worth[k] >= max(worth) - DOUBTED), key=entropy.__getitem__)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,14 +38,29 @@ def test_as_a_plain_loop_says(seed: int) -> None:
     models: list[nn.Module] = [nn.Linear(4, 5) for _ in range(3)]
     data, shares = torch.randn(20, 4), [0.5, 0.2, 0.3]
     with torch.no_grad():
-        worth = oracle(models, data, shares)
-    assert said(models, data, shares) == worth.index(max(worth))
+        assert said(models, data, shares) == oracle(models, data, shares)
 
 
 def test_equals_and_values_stay_with_the_first() -> None:
     one, data = nn.Linear(4, 5), torch.randn(20, 4)
     assert said([one, copy.deepcopy(one)], data, [0.5, 0.5]) == 0
     assert said([one, nn.Linear(4, 5)], data, [0.5, 0.5], classes=False) == 0
+
+
+class Always(nn.Module):
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits + 0 * x[:, :1]
+
+
+def test_a_model_that_is_sure_of_nonsense_is_not_trusted() -> None:
+    data = torch.randn(20, 4)
+    sane, surer, nonsense = Always([2.0, 0.0, 0.0]), Always([3.0, 0.0, 0.0]), Always([0.0, 0.0, 50.0])
+    assert said([sane, surer], data, [0.5, 0.5]) == 1
+    assert said([nonsense, sane, surer], data, [1 / 3] * 3) == 2
 
 
 def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
