@@ -44,7 +44,8 @@ class SpaceEvidence:
         j_identity, j_match, j_random: mean correlation of paired activations (or cosine of weights).
         iota, iota_low, iota_high: identifiability index, 95 % interval.
         deviation_identity, deviation_match: share of the activations' variance that the midpoint loses, (1 − J)/2.
-        gain, gain_low, gain_high: J(match) − J(identity inside the parents' blocks), held-out.
+        gain, gain_low, gain_high: J(match) − J(identity inside the parents' blocks), held-out; from weights alone
+            what the match gains as a share of the moved members' inner products.
         moved: neurons that the match moves.
         chord_identity, chord_match: relative chord deviation at the first layer that consumes the space, under the
             identity and under the match, all other spaces as decided (`mergeid.evidence.chord`).

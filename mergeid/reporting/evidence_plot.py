@@ -100,7 +100,7 @@ def _gains(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
     values = _values(spaces, "gain")
     if axis is not None:
         _marked(axis, spaces, values)
-        axis.set_ylabel("gain of the match (σ)")
+        axis.set_ylabel("gain of the match")
     return _known(values) and all(s.evidence != "activations" for s in spaces)
 
 

@@ -44,8 +44,8 @@ LEGEND_MORE = (
 DETAILS = ("id", "J random", "chord as is", "chord match")
 """Columns that only --verbose shows."""
 LEGEND_WEIGHTS = (
-    "gain: how much better the match fits held-out weights than the current order, in standard deviations (σ) of "
-    "random permutations. moved: neurons that change position."
+    "gain: how much of the moved neurons' similarity in weights comes from the match; above 100 % where the current "
+    "order pairs opposites. moved: neurons that change position."
 )
 LEGEND_STRUCTURE = (
     "structure: how much more it costs, in squared weights, to train another order's functions from what both models "
@@ -141,9 +141,11 @@ def _without_data(plan: Plan) -> tuple[list[Column], list[Sequence[Any]]]:
     if plan.evidence == "structure":
         columns.append(Column("angle", "right"))
         return columns, [[s.id, s.label, f"{s.size:,}", _decision(s), angle_cell(s.certificate)] for s in plan.spaces]
-    columns += [Column("moved", "right"), Column("gain (σ)", "right")]
+    columns += [Column("moved", "right"), Column("gain", "right")]
+    gains = [number(None) if s.gain is None else f"{100 * s.gain:.0f} %" for s in plan.spaces]
     rows: list[Sequence[Any]] = [
-        [s.id, s.label, f"{s.size:,}", _decision(s), f"{s.moved:,}", number(s.gain, 1)] for s in plan.spaces
+        [s.id, s.label, f"{s.size:,}", _decision(s), f"{s.moved:,}", gain]
+        for s, gain in zip(plan.spaces, gains, strict=True)
     ]
     return columns, rows
 

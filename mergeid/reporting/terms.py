@@ -149,9 +149,8 @@ TERMS = (
     ),
     Term(
         "gain",
-        "How much better the match fits held-out weights than the current order does, in standard deviations (σ) of "
-        "random orders.",
-        ("gain (σ)",),
+        "How much of the moved neurons' similarity in weights comes from the match, and is not there in the current "
+        "order. Above 100 % where the current order pairs opposites.",
     ),
     Term(
         "residual stream",
@@ -163,13 +162,13 @@ TERMS = (
         "After averaging, every layer is refitted in closed form, so that its outputs on the calibration inputs are as "
         "near as possible to the models' mean. The result is no longer on the straight line between the models. Where "
         "neurons hardly correspond, hidden layers lean to one model (solve+lean).",
-        ("solve", "matched+solve", "plain+solve", "solve+lean", "matched+solve+lean", "plain+solve+lean"),
+        ("solved, leaning", "solve", "matched+solve", "plain+solve", "solve+lean", "matched+solve+lean"),
     ),
     Term(
         "regmean",
         "After averaging, every linear layer is refitted in closed form, so that it answers each model's own inputs as "
         "nearly as possible like that model.",
-        ("matched+regmean", "plain+regmean", "mixed+regmean"),
+        ("matched, regmean", "direct, regmean", "matched+regmean", "plain+regmean", "mixed+regmean"),
     ),
     Term(
         "repaired",

@@ -7,7 +7,8 @@ from typing import Any
 
 from mergeid.results.comparison import PLAIN
 
-REPAIRS = {"none": "", "bn": ", repaired", "repair": ", rescaled", "solve": ", solved"}
+REPAIRS = {"none": "", "bn": ", repaired", "repair": ", rescaled", "regmean": ", RegMean"}
+SOLVED = {"solve": "solved", "solve+lean": "solved, leaning"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Trial:
     """One merge that was made and run on calibration inputs.
 
     Attributes:
-        merge: "plain" or "matched"; repair: "none", "bn" or "solve", made on other inputs than it was run on.
+        merge: "plain" or "matched"; repair: "none", "bn", "regmean", "solve" or "solve+lean", made on other inputs than
+            it was run on.
         hard, soft: nats lost beyond the mean of the models', where the most probable class of what they say together
             is taken for the truth, or their mean prediction itself; negative where the merge is nearer to it than they.
         missed: share of these classes that the merge names less often than the models do.
@@ -59,8 +61,8 @@ class Trial:
     @property
     def label(self) -> str:
         """As the prediction of that way is called."""
-        if self.repair == "solve":
-            return "solved"
+        if self.repair in SOLVED:
+            return SOLVED[self.repair]
         return ("direct" if self.merge == PLAIN else "matched") + REPAIRS[self.repair]
 
     @property
@@ -77,7 +79,7 @@ class Trial:
     @property
     def options(self) -> tuple[str, ...]:
         """Those of ``mergeid merge`` that merge in this way."""
-        matched = () if self.repair == "solve" else ("--match", "never" if self.merge == PLAIN else "always")
+        matched = () if self.repair in SOLVED else ("--match", "never" if self.merge == PLAIN else "always")
         return *matched, "--repair", self.repair
 
     def to_json(self) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from mergeid.results.comparison import MATCHED, PLAIN
 from mergeid.results.trial import Labelled, Trial
 from mergeid.stages.compare import merges_of
 from mergeid.stages.members import averaged_pair
-from mergeid.stages.repair import SOLVE, repair_network, repairs
-from mergeid.stages.solving import LEAST, can_be_solved
+from mergeid.stages.regressed import can_be_regressed
+from mergeid.stages.repair import LEANING, REGMEAN, SOLVE, repair_network, repairs
+from mergeid.stages.solving import LEAST, LEFT, can_be_solved
 
 if TYPE_CHECKING:
     from mergeid.models.examples import Examples
@@ -88,12 +89,15 @@ def trials_of(
     if can_be_solved(members) and len(halves[0]) >= LEAST:
         run.tell("trying a solved merge", len(work), len(work) + 1)
         best = min(found, key=lambda t: t.soft).merge
-        load_weights(net, merges[best].merged_state(skip))
-        try:
-            repair_network(merges[best], net, mode=SOLVE, skip=skip, device=run.place)
-            found.append(_trial(best, SOLVE, own, _said(pair.a, net, halves[1], run), known))
-        except MergeidError:  # what cannot be solved has no trial
-            pass
+        for kind in (*([REGMEAN] if can_be_regressed(merges[best]) else []), SOLVE, LEANING):
+            if kind == LEANING and not (found[-1].repair == SOLVE and found[-1].soft > LEFT):
+                continue  # as the last look of a merge
+            load_weights(net, merges[best].merged_state(skip))
+            try:
+                repair_network(merges[best], net, mode=kind, skip=skip, device=run.place)
+                found.append(_trial(best, kind, own, _said(pair.a, net, halves[1], run), known))
+            except MergeidError:  # what cannot be solved has no trial
+                pass
     return found
 
 

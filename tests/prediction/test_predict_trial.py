@@ -21,6 +21,7 @@ from mergeid.prediction.labels import Measured, corrected
 from mergeid.prediction.trial import TogetherSums, TrialSums
 from mergeid.prediction.worth import Shares, interference_of, worth_of
 from mergeid.results.prediction import PredictResult
+from mergeid.stages import trial
 
 LABELLED = [{"arg0": x, "labels": y} for x, y in zip(X, labels(X), strict=True)]
 
@@ -66,7 +67,7 @@ def test_a_trial_is_what_the_merge_loses(nets: tuple[nn.Module, nn.Module], foun
 
 def test_every_way_is_tried_and_said(found: PredictResult) -> None:
     ways = {t.label: t for t in found.trials}
-    assert set(ways) == {"direct", "matched", "solved"}
+    assert set(ways) - {"solved, leaning"} == {"direct", "matched", "matched, RegMean", "solved"}
     assert ways["solved"].soft < ways["direct"].soft
     for t in found.trials:
         assert t.labelled is not None
@@ -75,6 +76,16 @@ def test_every_way_is_tried_and_said(found: PredictResult) -> None:
     assert found.said_of_worth.endswith(".") and "\n" not in found.said_of_worth
     told = json.loads(json.dumps(found.to_json()))
     assert [t["way"] for t in told["trials"]] == list(ways) and told["ensemble"]["agreed"] <= 1
+
+
+def test_a_leaning_merge_is_tried_where_the_solved_one_stays_far(
+    nets: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for left, leans in ((-1.0, True), (1e3, False)):
+        monkeypatch.setattr(trial, "LEFT", left)
+        tried = {t.label: t for t in m.predict(*nets, data=LABELLED, example_inputs=X[:2], trial=True).trials}
+        assert ("solved, leaning" in tried) == leans
+    assert tried["solved"].options == ("--repair", "solve")
 
 
 def test_trials_of_a_model_with_itself_lose_nothing(nets: tuple[nn.Module, nn.Module]) -> None:
