@@ -2,7 +2,7 @@
 
     python examples/zoo/wider.py --minutes 9 && python examples/zoo/fresh.py
 
-Nothing is fitted here. Pairs made before the coefficients were last changed are left out where `--since` says when.
+Nothing is fitted here. The pairs that the coefficients were fitted to are left out, and those made before `--since`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pairs_table as table
-from fit import HERE, MODES, Case, cases, of
+from fit import HERE, MODES, Case, cases, known, of
 from validation import BAD, HEADER, TOLERATED, Said, figures, markdown, parts, reliability
 
 from mergeid.prediction.model import WAYS, Predictor, shipped
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "fresh.md")
     options = parser.parse_args()
     made = {r["pair"]: r["made"] for r in table.read(options.folder / "midpoints.csv") if r["made"] >= options.since}
+    fitted = {c.pair["pair"] for c in known().cases}
+    made = {pair: day for pair, day in made.items() if pair not in fitted}
     found = [c for c in cases(options.folder) if c.pair["pair"] in made]
     if not found:
         parser.error(f"no pairs in {options.folder}; make some with wider.py")

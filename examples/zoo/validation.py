@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pairs_table as table
-from fit import HERE, LEAST, MODES, Case, cases, design, of
+from fit import HERE, LEAST, MODES, Case, design, known, of
 from rivals import RIVALS, rival_scores
 
 from mergeid.prediction.fitting import area_under_curve, left_out, ranks_agree
@@ -274,10 +273,10 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=HERE)
     parser.add_argument("--out", type=Path, default=HERE / "validation.md")
     options = parser.parse_args()
-    text = written(cases(options.folder), table.read(options.folder / "midpoints.csv"))
+    rows = known()
+    text = written(rows.cases, rows.midpoints)
     options.out.write_text(text, encoding="utf-8")
     print(text)
 

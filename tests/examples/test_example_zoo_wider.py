@@ -109,3 +109,18 @@ def test_solved_merges_are_described_by_the_best_way(zoo):
         others = [d for d in found if d.pair["pair"] == c.pair["pair"] and d.mode == "inputs" and d.way != "solved"]
         assert c.features["excess"] == min(d.features["excess"] for d in others)
         assert 0 <= c.nats <= c.features["uniform"] and not np.isnan(c.points)
+
+
+def test_what_is_fitted_of_the_wider_zoo_is_not_fresh(zoo, monkeypatch):
+    rows = [r["pair"] for r in zoo.fit.table.read(zoo.fit.WIDER / "pairs.csv")]
+    monkeypatch.setattr(zoo.fit, "FROM_WIDER", len(rows) - 3)
+    known = zoo.fit.known()
+    fitted = {c.pair["pair"] for c in known.cases}
+    assert fitted.isdisjoint(rows[-3:]) and set(rows[:-3]) <= fitted
+    assert not {m["pair"] for m in known.midpoints} & set(rows[-3:])
+    kept = []
+    monkeypatch.setattr(zoo.fresh, "written", lambda predictor, found, made: kept.extend(found) or "")
+    monkeypatch.setattr(zoo.fresh.Path, "write_text", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("sys.argv", ["fresh.py"])
+    zoo.fresh.main()
+    assert {c.pair["pair"] for c in kept} == set(rows[-3:])
