@@ -326,8 +326,10 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
 
 
 def _moved(members: Members, batches: FixedBatches, accelerator: Accelerator) -> list[Moved]:
-    """The statistics of every model that counts, its own and on the same inputs."""
-    weights = [max(w, 0.0) for w in members.shares()]
+    """The statistics of every model that counts, its own and on the same inputs. Models that were carried by optimal
+    transport are left out: they compute something else now, which their own statistics do not fit."""
+    same = [k == 0 or m.plan is not None for k, m in enumerate(members.models)]
+    weights = [max(w, 0.0) if kept else 0.0 for w, kept in zip(members.shares(), same, strict=True)]
     found = []
     for work, weight in zip(members.workspaces(), weights, strict=True):
         if weight > 0:

@@ -56,7 +56,12 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = ResNetConfig(
             num_channels=1, embedding_size=sizes[0], hidden_sizes=sizes, depths=[1, 1], layer_type="basic", num_labels=4
         )
-        ResNetForImageClassification(config).save_pretrained(folder / name)
+        model = ResNetForImageClassification(config).train()
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.momentum = None
+        with torch.no_grad():
+            model(images())  # its statistics are those of these inputs, as a trained network's are
+        model.save_pretrained(folder / name)
     return folder
 
 
