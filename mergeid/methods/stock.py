@@ -52,10 +52,12 @@ def model_stock(
     dots = torch.zeros(len(pairs), rows, dtype=torch.float64)
     for place in places(size, step):
         origin = flat[-1][place].to(to)
-        deltas = [
-            t[place].to(to, copy=True).sub_(origin).reshape(-1, width if rows > 1 else len(origin)) for t in flat[:-1]
-        ]
-        found = torch.stack([(deltas[i] * deltas[j]).sum(1) for i, j in pairs])
+        deltas = [t[place].to(to, copy=True).sub_(origin) for t in flat[:-1]]
+        if rows > 1:
+            byrow = [d.reshape(-1, width) for d in deltas]
+            found = torch.stack([(byrow[i] * byrow[j]).sum(1) for i, j in pairs])
+        else:
+            found = torch.stack([torch.dot(deltas[i], deltas[j]) for i, j in pairs])[:, None]
         here = slice(place.start // width, place.stop // width) if rows > 1 else slice(None)
         dots[:, here] += found
     product = dict(zip(pairs, dots, strict=True))
@@ -71,14 +73,12 @@ def model_stock(
     whole, by_row = float(t[0]), t.to(to)[:, None]
 
     def merge(place: slice, pieces: list[Tensor]) -> Tensor:
-        origin = pieces[-1].to(to)
-        average = pieces[0].to(to, copy=True).sub_(origin)
+        origin, average = pieces[-1].to(to), pieces[0].to(to, copy=True)
         for piece in pieces[1:-1]:
-            average.add_(piece.to(to, copy=True).sub_(origin))
-        average.div_(count)
+            average.add_(piece.to(to))
         if rows > 1:
             own = by_row[place.start // width : place.stop // width]
-            return (average.reshape(-1, width) * own).reshape(-1).add_(origin)
-        return average.mul_(whole).add_(origin)
+            return torch.lerp(origin.reshape(-1, width), average.div_(count).reshape(-1, width), own).reshape(-1)
+        return average.mul_(whole / count).add_(origin, alpha=1 - whole)
 
     return in_pieces([*tensors, base], dtype, merge, step)

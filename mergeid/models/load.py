@@ -11,6 +11,7 @@ from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
+from mergeid.io.dtypes import torch_dtype
 from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
@@ -88,6 +89,8 @@ def load_checkpoint(
             f"{checkpoint.source} lacks {len(missing)} of the {len(own)} tensors of {arch.id} (first: {missing[0]!r}); "
             "name its architecture with --arch"
         )
+    if run.place != "cpu":
+        _in_bfloat16(model, checkpoint, names)
     (put_mapped if mapped else _put)(model, checkpoint, names)
     model = model.to(run.place).eval()
     example = _there(adapter.example_inputs(arch, model, run.generator()), run.place)
@@ -118,6 +121,19 @@ def _put(model: nn.Module, checkpoint: TensorSource, names: Mapping[str, str]) -
     model.load_state_dict(state, strict=False)
     for name in names:
         checkpoint.release(name)
+
+
+def _in_bfloat16(model: nn.Module, checkpoint: TensorSource, names: Mapping[str, str]) -> None:
+    """On a device, a model that is stored in bf16 and in nothing else runs in it, as its users run it. A CPU computes
+    in float32, which is faster there."""
+    import torch
+
+    stored = {key: torch_dtype(checkpoint.table[name].dtype) for name, key in names.items()}
+    own = {k: v for k, v in model.state_dict(keep_vars=True).items() if k in stored and v.is_floating_point()}
+    if not own or {stored[k] for k in own} != {torch.bfloat16}:
+        return
+    for value in own.values():
+        value.data = value.data.to(torch.bfloat16)
 
 
 def _tied(model: nn.Module) -> dict[str, set[str]]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Outputs = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,25 @@ def _steps(
     accelerator: Accelerator,
 ) -> Iterator[int]:
     """A round: the number of every step that was taken."""
-    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=plan.decay)
+    # a step is less than what 16 bits tell apart, so that float32 adds the steps up
+    wide = [nn.Parameter(p.detach().float()) if p.dtype in HALVES else p for p in trained]
+    optimiser = torch.optim.AdamW(wide, lr=rate, weight_decay=plan.decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, plan.steps)
     for step in range(1, plan.steps + 1):
         batch = next(batches)
         said = aim.said(batch)
-        optimiser.zero_grad()
+        for p in trained:
+            p.grad = None
         with torch.enable_grad(), _can_be_trained():
             accelerator.backward(aim.loss(net, batch, said))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for master, p in zip(wide, trained, strict=True):
+            if master is not p:
+                master.grad = None if p.grad is None else p.grad.float()
+        torch.nn.utils.clip_grad_norm_(wide, 1.0)
         optimiser.step()
+        for master, p in zip(wide, trained, strict=True):
+            if master is not p:
+                p.data.copy_(master.data)
         cosine.step()
         yield step
 

@@ -20,8 +20,8 @@ Case = Callable[[Path, str], Any]
 
 
 def write_pairs(folder: Path) -> None:
-    """``cnn`` (BatchNorm), ``decoder`` (RMSNorm, heads) and ``mlp``-like encoders (LayerNorm): A, and a scrambled copy
-    with noise as B, with labelled examples."""
+    """``cnn`` (BatchNorm), ``decoder`` (RMSNorm, heads; ``halves``: the same in bf16) and ``mlp``-like encoders
+    (LayerNorm): A, and a scrambled copy with noise as B, with labelled examples."""
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
@@ -56,6 +56,9 @@ def write_pairs(folder: Path) -> None:
             for p in other.parameters():
                 p += 0.1 * p.std(correction=0) * torch.randn_like(p)
         other.save_pretrained(folder / name / "b")
+        if name == "decoder":
+            for which, net in (("a", model), ("b", other)):
+                net.bfloat16().save_pretrained(folder / "halves" / which)
     draw = np.random.default_rng(1)
     ids = draw.integers(3, 40, size=(EXAMPLES, 8))
     mask = (np.arange(8) < draw.integers(4, 9, size=(EXAMPLES, 1))).astype(np.int64)
@@ -63,7 +66,8 @@ def write_pairs(folder: Path) -> None:
     images = draw.standard_normal((EXAMPLES, 3, 12, 12), np.float32)
     np.savez(folder / "cnn" / "data.npz", pixel_values=images, labels=labels)
     np.savez(folder / "encoder" / "data.npz", input_ids=ids, attention_mask=mask, labels=labels)
-    np.savez(folder / "decoder" / "data.npz", input_ids=ids, attention_mask=mask, labels=np.where(mask, ids, -100))
+    for name in ("decoder", "halves"):
+        np.savez(folder / name / "data.npz", input_ids=ids, attention_mask=mask, labels=np.where(mask, ids, -100))
 
 
 def on(pair: str, verb: str, /, **keywords: Any) -> Case:
@@ -89,6 +93,12 @@ def written(pair: str, verb: str, /, **keywords: Any) -> Case:
         return {"said": said, "tensors": load_file(output / "model.safetensors")}
 
     return case
+
+
+def _halves(folder: Path, device: str) -> Any:
+    """bf16 files run in bf16 on a device and in float32 on the CPU: numbers differ, but not what is decided and merged."""
+    found = written("halves", "merge", repair="none")(folder, device)
+    return {"decisions": [s["decision"] for s in found["said"]["plan"]["spaces"]], "tensors": found["tensors"]}
 
 
 def _base(case: Callable[..., Case], pair: str, verb: str, **keywords: Any) -> Case:
@@ -199,6 +209,7 @@ CASES: dict[str, Case] = {
     "merge, REPAIR": written("encoder", "merge", repair="repair"),
     "merge, solve": written("decoder", "merge", repair="solve"),
     "merge, polish": written("cnn", "merge", repair="solve+polish"),
+    "merge, bf16 files": _halves,
     "merge, fisher": written("encoder", "merge", method="fisher"),
     "merge, regmean": written("encoder", "merge", method="regmean"),
     "merge, ties": _base(written, "encoder", "merge", method="ties"),
@@ -224,6 +235,7 @@ CASES: dict[str, Case] = {
     "large: align": as_large(written("decoder", "align")),
     "large: merge": as_large(written("decoder", "merge")),
     "large: merge, weights": as_large(written("decoder", "merge", data=None)),
+    "large: merge, bf16 files": as_large(_halves),
     "large: merge, LayerNorm": as_large(written("encoder", "merge")),
     "large: merge, solve": as_large(written("decoder", "merge", repair="solve")),
     "large: merge, fisher": as_large(written("encoder", "merge", method="fisher")),

@@ -52,6 +52,36 @@ def loaded(path: Path, name: str, monkeypatch: pytest.MonkeyPatch, held: bool) -
     return found
 
 
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("name", [*NETWORKS, *FAMILIES[:-1]])
+def test_on_a_device_bf16_runs_in_bf16(name: str, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library's own model in bf16; "cpu:0" is a device like another."""
+    path = saved(name, tmp_path)
+    monkeypatch.setattr(Run, "place", property(lambda self: "cpu:0"))
+    found = loaded(path, name, monkeypatch, held)
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    if name in NETWORKS:
+        own: nn.Module = timm.create_model(name).bfloat16()
+        own.load_state_dict(load_file(path))
+    else:
+        own = getattr(transformers, name).from_pretrained(path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        inputs = {k: x.bfloat16() if x.is_floating_point() else x for k, x in found.inputs.items()}
+        one, other = (found.outputs(m, inputs) for m in (found.model, own.eval()))
+    assert one.keys() == other.keys() and one
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype
+        assert torch.equal(value, other[key]) if held else torch.allclose(value.float(), other[key].float(), atol=0.05)
+
+
+def test_a_file_of_two_formats_runs_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved("test_vit", tmp_path)
+    state = load_file(path)
+    save_file({**state, "head.bias": state["head.bias"].float()}, path)
+    monkeypatch.setattr(Run, "place", property(lambda self: "cpu:0"))
+    assert {p.dtype for p in loaded(path, "test_vit", monkeypatch, True).model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, *FAMILIES[:-1]])
 def test_a_network_on_demand_is_the_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(name, tmp_path)

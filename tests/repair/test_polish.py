@@ -77,6 +77,21 @@ def test_the_steps_that_were_kept_taken_again() -> None:
     assert all(p.requires_grad and p.grad is None for p in again.parameters())
 
 
+def test_small_steps_of_a_network_in_16_bits_add_up() -> None:
+    """Each changes a weight by less than 16 bits tell apart; the rounds end where those in float32 do."""
+    slow = Schedule(rates=(2e-4,), steps=80, every=80)
+    moved = []
+    for kind in (torch.float32, torch.bfloat16):
+        a, b, merged = (net(k).bfloat16().to(kind) for k in range(3))
+        before = {n: p.detach().float().clone() for n, p in merged.named_parameters()}
+        aim = Aim([a, b], [0.5, 0.5], lambda m, batch: {"out": m(batch["x"].to(m[0].weight.dtype))}, frozenset({"out"}))
+        polish_network(merged, aim, dealt, [{"x": X[80:]}], accelerator=make_accelerator("cpu"), schedule=slow)
+        assert all(p.dtype == kind and p.grad is None for p in merged.parameters())
+        moved.append(torch.cat([(p.detach().float() - before[n]).reshape(-1) for n, p in merged.named_parameters()]))
+    cosine = torch.cosine_similarity(*moved, dim=0)
+    assert cosine > 0.9 and 0.8 < moved[1].norm() / moved[0].norm() < 1.2
+
+
 def test_what_is_perfect_stays() -> None:
     a = net(0)
     merged = copy.deepcopy(a)
