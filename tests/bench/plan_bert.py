@@ -74,8 +74,9 @@ def main() -> None:
         out = folder / "plan.json"
         command = [*python, "-m", "mergeid", "plan", str(a), str(scrambled), "--data", "sentences:sentences"]
         plan = run([*command, "-o", str(out)], environment=environment, log=log)
+        peak, anonymous = plan.peak / 2**30, plan.anonymous / 2**30
         print(f"forward passes alone  {forward.seconds:7.1f} s   peak {forward.peak / 2**30:.2f} GiB")
-        print(f"plan                  {plan.seconds:7.1f} s   peak {plan.peak / 2**30:.2f} GiB, anonymous {plan.anonymous / 2**30:.2f} GiB")
+        print(f"plan                  {plan.seconds:7.1f} s   peak {peak:.2f} GiB, anonymous {anonymous:.2f} GiB")
         print(f"plan beyond them      {plan.seconds - forward.seconds:7.1f} s")
         print(f"in CPU seconds        {plan.cpu:.1f} and {forward.cpu:.1f}, beyond them {plan.cpu - forward.cpu:.1f} s")
         said = json.loads(out.read_text())
