@@ -9,6 +9,7 @@ head), no more than that is formed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -302,6 +303,19 @@ def put_weights(model: nn.Module, values: Mapping[int, Tensor]) -> None:
             new = nn.Parameter(values[id(old)], requires_grad=False)
             for module, name in places:
                 setattr(module, name, new)
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """A copy whose matrices and kernels are formed of the model's own when they are used, until they get new values."""
+    memo: dict[int, Any] = {}
+    for place, _ in places_of(model):
+        if place.dim() > 1 and place.is_floating_point() and not isinstance(place, OnDemand):
+            memo[id(place)] = nn.Parameter(_formed_of(place.detach()), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def _formed_of(value: Tensor) -> OnDemand:
+    return OnDemand(lambda which: value[which], value.shape, value.dtype, value.device)
 
 
 def is_on_demand(model: nn.Module) -> bool:

@@ -60,16 +60,18 @@ class Stored(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, names: Sequence[str], make: Callable[[str], np.ndarray]) -> None:
-        self._names, self._make = list(names), make
+        self._names, self._make = {name: i for i, name in enumerate(names)}, make
         self._made: dict[str, np.ndarray] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
         if name not in self._made:
             made = self._make(name)
             if made.nbytes > SMALL:
                 self._folder = self._folder or tempfile.TemporaryDirectory(prefix="mergeid-")
-                path = Path(self._folder.name) / f"{self._names.index(name)}.npy"
+                path = Path(self._folder.name) / f"{self._names[name]}.npy"
                 np.save(path, made)
                 made = np.load(path, mmap_mode="r")
             self._made[name] = made

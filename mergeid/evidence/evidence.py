@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mergeid.basics import processes
-from mergeid.basics.when_asked import WhenAsked
+from mergeid.basics.when_asked import Stored
 from mergeid.evidence.activations import Answer, Moments, PairStream, Read, Rows, standardised
 from mergeid.evidence.chord import Consumer, chord_deviation, find_consumer
 from mergeid.evidence.spool import Spool
@@ -215,10 +215,10 @@ class ActivationEvidence:
 
     def correlations(self) -> Mapping[str, np.ndarray]:
         """Space id -> [size, size] float32, mean over its taps of the correlations on the fitting half. Once only: the
-        sums are given up, unless there were too many to be held; then each is made when it is asked for."""
+        sums are given up, unless there were too many to be held; then each is made when it is first asked for."""
         counted = [s for s in dict.fromkeys(s for s, _ in self.fit) if self._keys(s)]
         if self.spool is not None:
-            return WhenAsked(counted, self._correlation, lambda found: int(found.nbytes))
+            return Stored(counted, self._correlation)
         mine = {i: self._correlation(s) for i, s in enumerate(counted) if self._is_mine(s)}
         found = processes.collected(mine, [self._owners[s] for s in counted])
         return dict(zip(counted, found, strict=True))

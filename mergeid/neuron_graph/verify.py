@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergeid.basics.nested import mapped, returned_tensors
-from mergeid.basics.on_demand import OnDemand
+from mergeid.basics.on_demand import OnDemand, light_copy
 from mergeid.basics.state import forget_derived, uncompiled
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
@@ -27,6 +27,10 @@ SAMPLED = 256
 """Rows of a weight that say whether it is constant, where it is not held in memory."""
 SHAKES = 24
 """Draws of rounding errors that show whether an output is nothing but noise."""
+
+
+HELD = 30_000_000
+"""Parameters up to which the copy that is tried has matrices of its own; a larger one forms them as it runs."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def verify(
     Raises:
         MergeidError: an output is NaN.
     """
-    probe = copy.deepcopy(model).eval()
+    large = sum(p.numel() for p in model.parameters()) > HELD
+    probe = (light_copy if large else copy.deepcopy)(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
 
     noise: list[str] = []

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mergeid.basics.memory import give_back
-from mergeid.basics.when_asked import Stored
+from mergeid.basics.when_asked import Stored, WhenAsked
 from mergeid.combine.asymmetric import compared
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -291,9 +291,14 @@ def _with_examples(
         matched = named.match(MatchTask(graph, pair.a.state(), pair.b.state(), generator, correlation, training))
     if not judged:
         return _Found("activations", matched, matched=matched)
+    scores: Mapping[str, np.ndarray]
     cosines = _stored(graph, lambda s: np.float32(WEIGHT_SHARE) * similarity.cosines(s, matched))
     if usual:
-        scores = _stored(graph, lambda s: cosines[s.id] + correlation.get(s.id, np.float32(0)))
+        scores = WhenAsked(
+            [s.id for s in graph.spaces],
+            lambda k: cosines[k] + correlation.get(k, np.float32(0)),
+            lambda found: int(found.nbytes),
+        )
     else:
         # the candidate is the matcher's own pairing wherever the parents' decisions leave it possible
         scores = _stored(graph, lambda s: np.eye(s.size, dtype=np.float32)[matched[s.id]])

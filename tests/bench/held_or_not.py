@@ -1,8 +1,8 @@
 """The same pair held in memory, and never whole in memory: `python tests/bench/held_or_not.py --work FOLDER`.
 
-A Llama of 0.1 billion parameters, its scrambled copy with 10 % noise, and 64 texts of 128 tokens. `plan`, `merge` and
-`predict` run in both ways, in processes of their own; the table holds what differs: decisions, neurons that are paired
-otherwise, the largest gap between merged tensors (relative to a tensor's largest entry), and between predictions.
+A Llama of 0.1 billion parameters, its scrambled copy with 10 % noise, and 64 texts of 128 tokens. `plan`, `merge` (as it
+is and solved) and `predict` run in both ways, in processes of their own; the table holds what differs: decisions, the
+largest gap between merged tensors (relative to a tensor's largest entry), and between predictions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
     for kind in given.format:
         work = given.work / f"{given.size}-{kind}"
         a, b = written(work, given.size, getattr(torch, kind))
-        for verb in ("plan", "merge", "predict"):
+        for verb in ("plan", "merge", "merge --repair solve", "predict"):
             for row in compared(work, a, b, verb, MOST[kind]):
                 rows.append({"model": given.size, "format": kind, **row})
                 print(*rows[-1].values(), flush=True)
@@ -78,13 +78,14 @@ def written(work: Path, size: str, kind: torch.dtype) -> tuple[Path, Path]:
 
 def compared(work: Path, a: Path, b: Path, verb: str, most: float) -> Iterator[dict[str, Any]]:
     """One verb in both ways: what differs."""
-    said, used, outputs = [], [], []
+    said, used, outputs, merges = [], [], [], verb.startswith("merge")
     for how, limit in (("held", 10**12), ("not", 0)):
         out = work / f"out-{how}"
         shutil.rmtree(out, ignore_errors=True)
-        told = out / "mergeid.json" if verb == "merge" else work / f"{verb}-{how}.json"
-        options = ["-o", out, "--force"] if verb == "merge" else ["-o", told]
-        command = [sys.executable, "-c", VERB, limit, verb, a, b, "--data", work / "texts.safetensors", *options]
+        told = out / "mergeid.json" if merges else work / f"{verb}-{how}.json"
+        options = ["-o", out, "--force", "--repair", verb.split()[-1] if " " in verb else "none"]
+        given = [a, b, "--data", work / "texts.safetensors", *(options if merges else ["-o", told])]
+        command = [sys.executable, "-c", VERB, limit, verb.split()[0], *given]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         used.append(run([str(x) for x in command], environment=environment, log=work / f"{verb}-{how}.log"))
         said.append(json.loads(told.read_text()))
@@ -98,16 +99,16 @@ def compared(work: Path, a: Path, b: Path, verb: str, most: float) -> Iterator[d
         gap = max(abs(x - y) / max(abs(x), 1e-2) for x, y in zip(*map(numbers, said), strict=True))
         yield {"what": "predict, gap", "value": f"{gap:.2g}", "asked": most, **took}
         return
-    plans = [s["plan"] if verb == "merge" else s for s in said]
+    plans = [s["plan"] if merges else s for s in said]
     one, other = ([s["decision"] for s in plan["spaces"]] for plan in plans)
     changed = sum(x != y for x, y in zip(one, other, strict=True))
     yield {"what": f"{verb}, decisions changed of {len(one)}", "value": changed, "asked": 0, **took}
-    if verb == "merge":
+    if merges:
         gap = max(
             float((x.double() - y.double()).abs().max() / x.double().abs().max().clamp(min=1e-30))
             for x, y in zip(*map(tensors, outputs), strict=True)
         )
-        yield {"what": "merge, largest gap between tensors", "value": f"{gap:.2g}", "asked": most, **took}
+        yield {"what": f"{verb}, largest gap between tensors", "value": f"{gap:.2g}", "asked": most, **took}
 
 
 def numbers(value: Any) -> Iterator[float]:
