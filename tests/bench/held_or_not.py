@@ -1,8 +1,8 @@
 """The same pair held in memory, and never whole in memory: `python tests/bench/held_or_not.py --work FOLDER`.
 
-A Llama of 0.1 billion parameters, its scrambled copy with 10 % noise, and 64 texts of 128 tokens. `plan`, `merge` (as it
-is and solved) and `predict` run in both ways, in processes of their own; the table holds what differs: decisions, the
-largest gap between merged tensors (relative to a tensor's largest entry), and between predictions.
+A Llama of 0.1 billion parameters, its scrambled copy with 10 % noise, and 64 texts of 128 tokens. `plan`, `merge` (as
+it is and solved) and `predict` run in both ways, in processes of their own; the table holds what differs: decisions,
+the largest gap between merged tensors (relative to a tensor's largest entry), and between predictions.
 """
 
 from __future__ import annotations
