@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ SMALL = 1 << 21
 
 
 class Stored(Mapping[str, np.ndarray]):
-    """Arrays that are made once, when they are first asked for; large ones are mapped from files from then on.
+    """Arrays that are made once, when they are first asked for; large ones are mapped from files from then on. Threads
+    may ask at the same time.
 
     Args:
         names: its keys.
@@ -60,25 +62,30 @@ class Stored(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, names: Sequence[str], make: Callable[[str], np.ndarray]) -> None:
-        self._names, self._make = {name: i for i, name in enumerate(names)}, make
+        self._make = make
+        self._places = {name: (i, threading.Lock()) for i, name in enumerate(names)}
         self._made: dict[str, np.ndarray] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._alone = threading.Lock()
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        if name not in self._made:
-            made = self._make(name)
-            if made.nbytes > SMALL:
-                self._folder = self._folder or tempfile.TemporaryDirectory(prefix="mergeid-")
-                path = Path(self._folder.name) / f"{self._names[name]}.npy"
-                np.save(path, made)
-                made = np.load(path, mmap_mode="r")
-            self._made[name] = made
+        at, lock = self._places[name]
+        with lock:
+            if name not in self._made:
+                made = self._make(name)
+                self._made[name] = self._mapped(made, at) if made.nbytes > SMALL else made
         return self._made[name]
 
+    def _mapped(self, made: np.ndarray, at: int) -> np.ndarray:
+        with self._alone:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="mergeid-")
+        path = Path(self._folder.name) / f"{at}.npy"
+        np.save(path, made)
+        found: np.ndarray = np.load(path, mmap_mode="r")
+        return found
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)

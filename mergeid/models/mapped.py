@@ -27,7 +27,10 @@ def put_mapped(model: nn.Module, checkpoint: TensorSource, names: Mapping[str, s
     Raises `MergeidError` for a parameter without a tensor."""
     import torch
 
+    from mergeid.basics.memory import give_back_at_once
     from mergeid.basics.on_demand import OnDemand, put_weights
+
+    give_back_at_once()
 
     own = model.state_dict(keep_vars=True)
     values: dict[int, Tensor] = {}

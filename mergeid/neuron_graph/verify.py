@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mergeid.basics.memory import give_back_at_once
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.on_demand import OnDemand, light_copy
 from mergeid.basics.state import forget_derived, uncompiled
@@ -79,6 +80,13 @@ def _disturbed(value: OnDemand, generator: torch.Generator) -> Tensor:
     return (value.whole() + 0.4 * (noise - 0.5)).to(value.dtype)
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    if sum(p.numel() for p in model.parameters()) <= HELD:
+        return copy.deepcopy(model)
+    give_back_at_once()
+    return light_copy(model)
+
+
 class at_least(TorchDispatchMode):
     """Casts to a shorter float that the model's own code asks for (norms in float32, say) go to `dtype` instead, so
     that a check in float64 has its precision throughout."""
@@ -126,8 +134,7 @@ def verify(
     Raises:
         MergeidError: an output is NaN.
     """
-    large = sum(p.numel() for p in model.parameters()) > HELD
-    probe = (light_copy if large else copy.deepcopy)(model).eval()
+    probe = _copied(model).eval()
     state = randomised(probe, generator) if randomise else {k: v.clone() for k, v in probe.state_dict().items()}
 
     noise: list[str] = []

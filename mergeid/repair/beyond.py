@@ -53,15 +53,8 @@ class Beyond:
         """What an answer has become at the end of the map, in the network of these weights."""
         value = answer.clone()
         for step in self.steps:
-
-            def of(x: Any, at: Value = step.takes, now: Tensor = value) -> Any:
-                if isinstance(x, Value):
-                    return now if x == at else kept[x].clone()
-                if isinstance(x, Place):
-                    return state[x.name].as_strided(x.shape, x.stride, x.offset)
-                return [of(y) for y in x] if isinstance(x, (list, tuple)) else x
-
-            out = step.node.func(*map(of, step.node.args), **step.node.kwargs)
+            given = [_given(x, state, kept, (step.takes, value)) for x in step.node.args]
+            out = step.node.func(*given, **step.node.kwargs)
             value = out[0] if isinstance(out, (tuple, list)) else out
         return value
 
@@ -85,6 +78,15 @@ class Beyond:
             elif name in VIEWS:
                 value = value.reshape(step.shape)
         return value
+
+
+def _given(x: Any, state: Mapping[str, Tensor], kept: Mapping[Value, Tensor], now: tuple[Value, Tensor]) -> Any:
+    """What an operation is given (no function within another that calls itself: a cycle would keep the tensors)."""
+    if isinstance(x, Value):
+        return now[1] if x == now[0] else kept[x].clone()
+    if isinstance(x, Place):
+        return state[x.name].as_strided(x.shape, x.stride, x.offset)
+    return [_given(y, state, kept, now) for y in x] if isinstance(x, (list, tuple)) else x
 
 
 def beyond(model: nn.Module, forward: Forward, batch: Batch) -> dict[int, Beyond]:

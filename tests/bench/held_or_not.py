@@ -46,7 +46,7 @@ def main() -> int:
     for kind in given.format:
         work = given.work / f"{given.size}-{kind}"
         a, b = written(work, given.size, getattr(torch, kind))
-        for verb in ("plan", "merge", "merge --repair solve", "predict"):
+        for verb in ("plan", "merge", "predict", "merge --match always --repair solve"):
             for row in compared(work, a, b, verb, MOST[kind]):
                 rows.append({"model": given.size, "format": kind, **row})
                 print(*rows[-1].values(), flush=True)
@@ -83,7 +83,7 @@ def compared(work: Path, a: Path, b: Path, verb: str, most: float) -> Iterator[d
         out = work / f"out-{how}"
         shutil.rmtree(out, ignore_errors=True)
         told = out / "mergeid.json" if merges else work / f"{verb}-{how}.json"
-        options = ["-o", out, "--force", "--repair", verb.split()[-1] if " " in verb else "none"]
+        options = ["-o", out, "--force", *(verb.split()[1:] or ["--repair", "none"])]
         given = [a, b, "--data", work / "texts.safetensors", *(options if merges else ["-o", told])]
         command = [sys.executable, "-c", VERB, limit, verb.split()[0], *given]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

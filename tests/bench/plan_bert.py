@@ -1,7 +1,7 @@
 """What a plan of a BERT-base pair takes beyond its forward passes: `python tests/bench/plan_bert.py`.
 
 Two networks of BERT-base's configuration (110 million parameters, random weights; B is A with noise, its neurons
-scrambled) and 512 sentences of 64 random tokens. The plan and bare forward passes (both models over all sentences, once)
+scrambled) and 512 sentences of 64 random tokens. The plan and bare forward passes (both models, all sentences, once)
 run one after the other in processes of their own; times with imports, and peak memory with both models in it.
 """
 

@@ -22,6 +22,7 @@ from mergeid.models import load
 from mergeid.models.graph import graph_of
 from mergeid.models.load import load_model
 from mergeid.models.loaded import Loaded
+from mergeid.neuron_graph import verify
 from mergeid.request.request import Reading, Run
 
 FAMILIES = (
@@ -96,6 +97,21 @@ def test_a_network_on_demand_is_the_network(name: str, tmp_path: Path, monkeypat
     assert two.verified["error_when_misapplied"] > 1e-3
 
 
+@pytest.mark.parametrize("name", [*NETWORKS, *FAMILIES])
+def test_a_proof_without_a_copy_of_the_matrices(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same graph, as well proven; the network itself is left as it was."""
+    found = loaded(saved(name, tmp_path), name, monkeypatch, True)
+    before = {k: v.clone() for k, v in found.state().items()}
+    usual = graph_of(found)
+    monkeypatch.setattr(verify, "HELD", 0)
+    light = graph_of(found)
+    assert light.to_json()["spaces"] == usual.to_json()["spaces"]
+    assert light.verified is not None and light.verified["max_relative_error"] < 1e-9
+    assert light.verified["error_when_misapplied"] > 1e-3
+    assert all(torch.equal(value, before[key]) for key, value in found.state().items())
+    assert not any(isinstance(p, OnDemand) for p in found.model.parameters())
+
+
 def test_a_network_that_needs_its_values_to_be_built_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "Wav2Vec2ForCTC"  # weights under parametrisations
     found = loaded(saved(name, tmp_path), name, monkeypatch, True)
@@ -109,15 +125,13 @@ def test_a_wrong_space_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The proof runs on the real weights, one at a time."""
     from dataclasses import replace
 
-    from mergeid.neuron_graph.verify import verify
-
     found = loaded(saved("LlamaForCausalLM", tmp_path), "LlamaForCausalLM", monkeypatch, False)
     graph = graph_of(found)
     stream = max(graph.spaces, key=lambda s: len(s.axes))
     wrong = replace(stream, axes=stream.axes[1:])
     bad = replace(graph, spaces=[wrong if s is stream else s for s in graph.spaces])
     before = found.state()
-    proof = verify(bad, found.model, found.inputs, found.outputs, generator=torch.Generator().manual_seed(0))
+    proof = verify.verify(bad, found.model, found.inputs, found.outputs, generator=torch.Generator().manual_seed(0))
     assert stream.id in proof.failed
     assert all(torch.equal(value, before[key]) for key, value in found.state().items())
 
