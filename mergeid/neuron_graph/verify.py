@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergeid.basics.memory import give_back_at_once
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.on_demand import OnDemand, light_copy
 from mergeid.basics.state import forget_derived, uncompiled
@@ -81,10 +80,8 @@ def _disturbed(value: OnDemand, generator: torch.Generator) -> Tensor:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    if sum(p.numel() for p in model.parameters()) <= HELD:
-        return copy.deepcopy(model)
-    give_back_at_once()
-    return light_copy(model)
+    large = sum(p.numel() for p in model.parameters()) > HELD
+    return light_copy(model) if large else copy.deepcopy(model)
 
 
 class at_least(TorchDispatchMode):

@@ -278,6 +278,7 @@ def _with_examples(
     """From activations, judged on the half of the examples that the match has not seen."""
     graph, generator, judged = pair.graph, run.generator(), matching.mode == "auto"
     evidence = evidence_of(pair, examples, run, judged=judged, hears=hears)
+    give_back()  # activations
     run.tell("matching", 0, 1)
     correlation = evidence.correlations()
     give_back()  # the sums that they come from
