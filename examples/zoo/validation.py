@@ -233,6 +233,30 @@ def _against(found: Sequence[Case], scores: Sequence[float]) -> list[str]:
     return [cell(g) for g in groups]
 
 
+def solved_limits(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) -> str:
+    """AUROC of what can be known of a solved merge before it is measured: said without making it, and, once it is made,
+    by a run of it with or without labels. The last row is what the measurement itself can tell."""
+    measured = {m["pair"]: m for m in midpoints if m.get("half_solved") and m.get("trial_hard_solved")}
+    own = [r for r in rows if r.case.way == "solved" and r.case.pair["pair"] in measured]
+    of_pair = [measured[r.case.pair["pair"]] for r in own]
+
+    def column(name: str) -> list[float]:
+        return [float(m[name]) for m in of_pair]
+
+    whole = column("loss_solved")
+    known: dict[str, tuple[list[float], list[float]]] = {
+        "predicted, no merge made": ([r.interval.score for r in own], whole),
+        "made and run, hard pseudo-labels (`--try`)": (column("trial_hard_solved"), whole),
+        "made and run, 64 labels": (column("few_solved"), whole),
+        "half of the test set, for the other half": (column("half_solved"), column("other_solved")),
+    }
+    cells = [
+        [name, *(show(area_under_curve(scores, [t > limit for t in truth])) for limit in TOLERATED)]
+        for name, (scores, truth) in known.items()
+    ]
+    return markdown((f"of {len(own)} solved merges", *(f"AUROC, {limit:g} nats" for limit in TOLERATED)), cells)
+
+
 def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> str:
     """All tables, as markdown."""
     pairs = {c.pair["pair"] for c in found}
@@ -266,8 +290,9 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
                     for k, v in m.items()
                     if k.startswith("trial_hard_") and v
                 }
-                beside = rivals(found, rows, trials)
+                beside, solved_best = rivals(found, rows, trials), solved_limits(rows, midpoints)
     text += ["\n## Beside others, every family left out in turn\n", "Spearman / AUROC, rivals fitted alike.\n", beside]
+    text += ["\n## What can be known of a solved merge\n", solved_best]
     return "\n".join(text) + "\n"
 
 
