@@ -8,10 +8,12 @@ often they agree, and r how often they would by chance, the share
     (a − r) / (c − r)
 
 is near 1 or above on inputs of their own kind, and falls where they do not know what they see. Chance counts, since
-networks that see nothing that they know often name one and the same class. Of 954 sets of inputs of 477 pairs' own kind
-(zoo and `examples/no_barrier.py`, 64 to 512 inputs) none is below 0.7; merges that are solved on inputs of another kind
-lose by it where the share is below a half (`mergeid.results.agreement.BORNE_OUT`). Next tokens have many right answers:
-models agree on the likeliest far more often than they are sure, so that of text the share is above 1 nearly always.
+networks that see nothing that they know often name one and the same class. Of 2,862 sets of 64 to 512 inputs of 477
+pairs' own kind (zoo and `examples/no_barrier.py`) none is below 0.7, of networks that have memorised 40 % random
+labels none below 0.65. Merges that are solved on other inputs lose by it where the share is below a half
+(`mergeid.results.agreement.BORNE_OUT`), and rarely elsewhere. What all models call by one name is not found out. Next
+tokens have many right answers: models agree on the likeliest far more often than they are sure, so that of text the
+share is above 1 nearly always.
 """
 
 from __future__ import annotations
