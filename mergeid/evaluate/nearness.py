@@ -35,11 +35,13 @@ from torch import Tensor, nn
 
 from mergeid.basics.memory import few_rows
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
+from mergeid.evaluate.agreement import Tally
 from mergeid.evaluate.own_columns import OwnColumns
 from mergeid.evaluate.scored import per_example
 from mergeid.models.loaded import ModuleAdapter
 from mergeid.models.running import fits_the_model
 from mergeid.plugins import Batch
+from mergeid.results.agreement import Agreement
 from mergeid.results.comparison import NATS, RELATIVE
 
 if TYPE_CHECKING:
@@ -146,6 +148,20 @@ class Panel:
             scale = self._spreads[name][0].variance(torch.float32) if name in self._spreads else 1.0
             found.append(float(torch.cat(rows).mean()) / scale)
         return sum(found) / len(found)
+
+    def agreement(self) -> dict[str, Agreement]:
+        """How far the models agree and how sure they are, by classifying outputs. Nothing where each of them speaks
+        about inputs or classes of its own, on which the others need not agree, and of a single model."""
+        if self.owners is not None or self._columns is not None or int((self.shares > 0).sum()) < 2:
+            return {}
+        tallies: dict[str, Tally] = {}
+        for part in range(len(self.parts)):
+            for (batch, own), count in zip(self._said(part), self._sizes(part), strict=True):
+                for name in own[0]:
+                    if name in self._heads and own[0][name].shape[-1] > 1:
+                        tally = tallies.setdefault(name, Tally(self.first, self.shares.tolist()))
+                        tally.add([o[name] for o in own], batch, count)
+        return {name: tally.agreement() for name, tally in tallies.items()}
 
     def rest(self, part: int) -> Examples:
         """The calibration data that this part says nothing about: all but every so manieth example. Where there is one

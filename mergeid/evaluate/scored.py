@@ -45,6 +45,24 @@ def scored_positions(first: Loaded, batch: Batch, shape: torch.Size) -> Tensor |
     return (slope != 0).any(-1)
 
 
+def counted_positions(batch: Batch, shape: torch.Size, first: Loaded | None = None) -> Tensor | None:
+    """bool [examples, positions]: what is no padding and, where the batch says so, what the task scores, in an example
+    without any all of it; None: everything counts.
+
+    Args:
+        shape: of what is counted, without classes.
+        first: whose task output it is of, as in `scored_positions`.
+    """
+    mask = batch.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+    scored = None if first is None else scored_positions(first, batch, shape)
+    if scored is not None and scored.shape == shape:
+        real = torch.ones_like(scored) if real is None else real
+        kept = scored & real
+        real = torch.where(kept.any(1, keepdim=True), kept, real)
+    return real
+
+
 def per_example(scores: Tensor, batch: Batch, count: int, first: Loaded | None = None) -> Tensor:
     """Means over what belongs to an example, padding left out, float64 [count]; where the first dimension is not that
     of the examples, the mean over all of them for each.
@@ -54,13 +72,7 @@ def per_example(scores: Tensor, batch: Batch, count: int, first: Loaded | None =
         first: whose task output the scores are of: those positions count that its loss scores, in an example without
             any all of them.
     """
-    mask = batch.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == scores.shape else None
-    scored = None if first is None else scored_positions(first, batch, scores.shape)
-    if scored is not None and scored.shape == scores.shape:
-        real = torch.ones_like(scored) if real is None else real
-        kept = scored & real
-        real = torch.where(kept.any(1, keepdim=True), kept, real)
+    real = counted_positions(batch, scores.shape, first)
     if real is not None:
         return (scores * real).sum(1) / real.sum(1).clamp(min=1)
     if scores.shape[:1] != (count,):

@@ -174,6 +174,15 @@ class RecordOutput(Own):
     unit: Literal["nats", "relative"]
 
 
+class RecordAgreement(Own):
+    """What models say of inputs that seem to be of another kind, see `mergeid.results.agreement.Agreement`."""
+
+    sure: float
+    alike: float
+    chance: float
+    error: float
+
+
 class RecordComparison(Own):
     """The last look, see `mergeid.results.comparison.Comparison`."""
 
@@ -186,6 +195,7 @@ class RecordComparison(Own):
     outputs: dict[str, RecordOutput]
     examples: Count
     error: float | None
+    unlike: RecordAgreement | None = None
 
 
 class RecordPlaces(Own):

@@ -92,7 +92,7 @@ def repair_line(repair: Mapping[str, Any]) -> str:
         )
         lean = repair.get("leans_to")
         target = "a mean that leans to one model" if lean else "the models' mean"
-        why = f" The neurons hardly correspond, so all layers but the last lean to {lean}." if lean else ""
+        why = f" All layers but the last lean to {lean}." if lean else ""
         return (
             f"Solved layer by layer: {repair['layers']} layers were refitted on {repair['examples']} examples. On "
             f"held-out examples their outputs are off {target} by {after} of its spread ({before} before)."

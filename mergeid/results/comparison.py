@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 
+from mergeid.results.agreement import Agreement
+
 NATS, RELATIVE = "nats", "relative"
 """Units of a distance: the excess of a classifying head, the share of the variance of any other output."""
 PLAIN, MIXED, MATCHED = "plain", "mixed", "matched"
@@ -35,6 +37,8 @@ class Comparison:
     examples: how many were compared.
     error: standard error of the difference between the distances of the planned merge (under its own best repair) and
         of the chosen one; None where they are one merge, or it is not known.
+    unlike: how the models agree, where that says that the inputs are of another kind than the training's: then merges
+        are solved only so that they lean to one model.
     """
 
     distances: dict[str, float]
@@ -44,6 +48,7 @@ class Comparison:
     outputs: dict[str, Distance]
     examples: int
     error: float | None = None
+    unlike: Agreement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
@@ -62,6 +67,7 @@ class Comparison:
             "outputs": {k: {"distance": known(d.value), "unit": d.unit} for k, d in self.outputs.items()},
             "examples": self.examples,
             "error": self.error,
+            "unlike": None if self.unlike is None else self.unlike.to_json(),
         }
 
     @property

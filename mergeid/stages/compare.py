@@ -15,6 +15,9 @@ A repair is judged on inputs that it has not seen. The inputs are dealt out to `
 one is repaired on the others. What is written is then repaired on all of them: more than any of the trials had, so that
 it is, on average, nearer than the figure that it was chosen by.
 
+Inputs on which the models are sure and do not agree seem to be of another kind (`Comparison.unlike`); what is then
+solved leans to one model (`mergeid.stages.solving`).
+
 Where even the nearest merge is too far from the models (`Comparison.refused`), it should not be written: its distance
 is an excess over what the models reach themselves, so that neither their own doubts nor their disagreement counts.
 
@@ -71,6 +74,7 @@ def last_look(
     stage: str,
     *,
     among: bool = True,
+    one_task: bool = True,
     skip: Sequence[str] = (),
     run: Run,
 ) -> tuple[Members, Comparison]:
@@ -80,6 +84,7 @@ def last_look(
         members: the models with their plans and calibration data.
         stage: the repair that is asked for; "auto": the nearest.
         among: compare the planned merge with the others; else it alone is looked at, with the repairs.
+        one_task: the models may be expected to agree about the inputs.
         skip: globs of tensor names that are not merged.
     """
     planned, merges = merges_of(members)
@@ -110,6 +115,8 @@ def last_look(
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
+        said = panel.agreement() if one_task else {}
+        chosen = replace(chosen, unlike=next((a for a in said.values() if not a.borne_out), None))
         run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
         some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}
@@ -125,13 +132,15 @@ def _solved(
     """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin."""
     apart = panels[0].disagreement
     refits = (REGMEAN, SOLVE) if can_be_regressed(merges[chosen.chosen]) else (SOLVE,)
+    if chosen.unlike is not None:
+        refits = (LEANING,)
     nearest = chosen.chosen, chosen.repair
     solved = solved_if_nearer(merges, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
     if solved is None:
         return chosen
     repair, far, distances = solved.repair, solved.far, {label(*k): v for k, v in solved.distances.items()}
     one_task = panels[0].owners is None and merges[solved.merge].first.joined is None
-    if _mean(far) > LEFT and one_task:
+    if _mean(far) > LEFT and one_task and chosen.unlike is None:
         run.tell("trying a solved merge that leans to one model", 0, 1)
         ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
         distances[label(solved.merge, LEANING)] = _mean(lean)

@@ -11,6 +11,12 @@ last layer imitates the mean in full. It is taken where the solved merge is left
 where it is nearer to their mean, by as much more. That is asked of the mean alone: what leans to one model is near to
 that one whatever it says.
 
+On inputs of another kind than the training's a solved merge comes near to the models too, and is wrong on what they
+know: no distance measured there can tell. It shows in the models, which stay sure and name different classes
+(`mergeid.evaluate.agreement`). Merges are then solved only so that they lean to one model. On 21 sets of inputs that
+are found out (noise, digits, other images, turned ones; 13 pairs), leaning merges lose 0.18 nats on average, those
+that are not solved 0.63, and solved ones 0.63.
+
 It is judged on inputs that it was not solved on: the calibration inputs are dealt out to two halves, and the merge that
 is looked at on one is solved on the other. What is written is solved on all of them.
 """

@@ -309,10 +309,11 @@ def _looked(
     Raises `WillNotMerge` where even that is too far from the models."""
     from mergeid.results.comparison import MATCHED, PLAIN
     from mergeid.stages.compare import last_look
-    from mergeid.stages.repair import POLISHED
+    from mergeid.stages.repair import LEANING, POLISHED
 
-    among = request.matching.mode == "auto"
-    chosen, found = last_look(members, request.repairing.stage, among=among, skip=met.skip, run=run)
+    among, stage = request.matching.mode == "auto", request.repairing.stage
+    one_task = request.repairing.target is None  # else each model has been given its own data
+    chosen, found = last_look(members, stage, among=among, one_task=one_task, skip=met.skip, run=run)
     result = replace(result, comparison=found.to_json())
     if found.note:
         verdict = result.verdict
@@ -321,13 +322,15 @@ def _looked(
         elif found.chosen == MATCHED and verdict == "direct":
             verdict = "match"
         result = _noted(replace(result, verdict=verdict, plans=chosen.plans), found.note)
+    if found.unlike is not None:
+        result = _noted(result, found.unlike.note(found.repair == LEANING))
     why = found.refused(request.repairing.refuse_above)
     if why and not request.output.force:
         names = " and ".join(m.loaded.source for m in members.models)
         raise WillNotMerge(f"{names} will not merge: {why}; nothing was written (--force writes anyway)")
     if why:
         result = _noted(result, f"{why}: written anyway, as requested by --force")
-    polished = request.repairing.stage == POLISHED  # which the look has judged without its polish
+    polished = stage == POLISHED  # which the look has judged without its polish
     return chosen, result, POLISHED if polished else found.repair
 
 

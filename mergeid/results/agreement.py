@@ -1,0 +1,55 @@
+"""Are inputs of the kind that the models know? Whether the models' agreement bears out how sure they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BORNE_OUT = 0.5
+"""Share of what the models' confidence promises beyond chance that their agreement must keep."""
+DOUBT = 2.0
+"""Standard errors that the agreement must be below the confidence by, to be below it."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What models say of the same inputs.
+
+    Attributes:
+        sure: mean probability that a model gives to the class that it names.
+        alike: share of inputs that two models name the same class of.
+        chance: what that would be if each named its classes as often, but of inputs drawn at random.
+        error: standard error of sure − alike.
+        examples: how many were looked at.
+    """
+
+    sure: float
+    alike: float
+    chance: float
+    error: float
+    examples: int
+
+    @property
+    def borne_out(self) -> bool:
+        """Whether the models agree about as often as they are sure. False: the inputs seem to be of another kind than
+        those that the models were trained on (`mergeid.evaluate.agreement`)."""
+        if not self.sure - self.alike > DOUBT * self.error:
+            return True
+        return not self.alike - self.chance < BORNE_OUT * (self.sure - self.chance)
+
+    def note(self, leans: bool) -> str:
+        """What the user is told where they are not borne out. `leans`: whether the merge that is written does."""
+        did = (
+            "The layers but the last therefore keep to one model: what is solved towards all fits such inputs only."
+            if leans
+            else "So no merge was solved."
+        )
+        return (
+            f"the calibration inputs seem to be of another kind than the training's: on {self.examples} of them the "
+            f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only. {did} "
+            f"Give inputs like those that the models were trained on, or models of different tasks each its own "
+            f"(--data a=…,b=…); --repair solve solves anyway"
+        )
+
+    def to_json(self) -> dict[str, float]:
+        """For records."""
+        return {"sure": self.sure, "alike": self.alike, "chance": self.chance, "error": self.error}

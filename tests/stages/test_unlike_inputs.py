@@ -1,0 +1,127 @@
+"""Calibration inputs of another kind than the training's: nothing is solved on them unasked."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import mergeid
+from mergeid.results.merge import MergeResult
+from mergeid.stages import compare
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    x, y = load_digits(return_X_y=True)
+    return (torch.from_numpy(x).float() - 4.9) / 6, torch.from_numpy(y).long()
+
+
+class Classifier(nn.Module):
+    def __init__(self, seed: int, norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        norms = [nn.BatchNorm1d(40) if norm else nn.Identity() for _ in range(2)]
+        self.body = nn.Sequential(
+            nn.Linear(64, 40), norms[0], nn.ReLU(), nn.Linear(40, 40), norms[1], nn.ReLU(), nn.Linear(40, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "BatchNorm"])
+def pair(request: pytest.FixtureRequest) -> list[nn.Module]:
+    x, y = digits()
+    nets: list[nn.Module] = []
+    for seed in range(2):
+        net = Classifier(seed, request.param)
+        optimiser = torch.optim.Adam(net.parameters(), 5e-3)
+        for _ in range(150):
+            at = torch.randint(1000, (128,))
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(net(x[at]), y[at]).backward()
+            optimiser.step()
+        nets.append(net.eval())
+    return nets
+
+
+def inputs(kind: str) -> Tensor:
+    own, generator = digits()[0][1000:1256], torch.Generator().manual_seed(0)
+    mixed = 3 * own[:, torch.randperm(64, generator=generator)]
+    noise = 10 * torch.randn(own.shape, generator=generator)
+    return {"own": own, "few": own[:64], "noise": noise, "negative": -3 * own, "mixed": mixed}[kind]
+
+
+def merged(pair: list[nn.Module], x: Tensor, **how: Any) -> MergeResult:
+    said = torch.zeros(len(x), dtype=torch.long)  # that outputs are class scores, not which
+    data = [{"x": row, "labels": label} for row, label in zip(x, said, strict=True)]
+    return mergeid.merge(*pair, data=data, example_inputs={"x": x[:2], "labels": said[:2]}, force=True, **how)
+
+
+def without_solving(pair: list[nn.Module], x: Tensor, patch: pytest.MonkeyPatch) -> MergeResult:
+    with patch.context() as patched:
+        patched.setattr(compare, "can_be_solved", lambda members: False)
+        return merged(pair, x)
+
+
+def test_inputs_of_their_own_kind_are_solved_on(pair: list[nn.Module]) -> None:
+    found = merged(pair, inputs("own"))
+    assert found.comparison is not None and found.comparison["unlike"] is None
+    assert {"regmean", "solve"} <= {name.partition("+")[2] for name in found.comparison["distances"]}
+    assert found.comparison["repair"] == "solve"
+    assert not [n for n in found.notes if "another kind" in n]
+
+
+def test_nor_do_few_of_them_seem_to_be_of_another(pair: list[nn.Module]) -> None:
+    found = merged(pair, inputs("few")).comparison
+    assert found is not None and found["unlike"] is None
+
+
+@pytest.mark.parametrize("kind", ["mixed", "other"])
+def test_on_others_nothing_is_solved_towards_both(
+    pair: list[nn.Module], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no merge that leans is nearer, what is written is what is written where nothing can be solved. And it is
+    said why, in numbers."""
+    norm = any(isinstance(m, nn.BatchNorm1d) for m in pair[0].modules())
+    x = inputs(kind if kind == "mixed" else "noise" if norm else "negative")
+    found, expected = merged(pair, x), without_solving(pair, x, monkeypatch)
+    assert found.comparison is not None and expected.comparison is not None
+    distances = dict(found.comparison["distances"])
+    leaning = {name for name in distances if name.endswith("+solve+lean")}
+    assert {name: value for name, value in distances.items() if name not in leaning} == expected.comparison["distances"]
+    assert found.comparison["repair"] in (expected.comparison["repair"], "solve+lean")
+    if found.comparison["repair"] != "solve+lean":
+        assert found.state is not None and expected.state is not None
+        assert all(torch.equal(value, expected.state[key]) for key, value in found.state.items())
+    with torch.no_grad():
+        said = [net(x).softmax(-1) for net in pair]
+    sure = sum(float(p.amax(-1).mean()) for p in said) / 2
+    alike = float((said[0].argmax(-1) == said[1].argmax(-1)).double().mean())
+    assert found.comparison["unlike"]["sure"] == pytest.approx(sure, abs=1e-6)
+    assert found.comparison["unlike"]["alike"] == pytest.approx(alike)
+    (note,) = [n for n in found.notes if "another kind" in n]
+    assert f"{sure:.0%} sure" in note and f"on {alike:.0%} only" in note and "--repair solve" in note
+    assert ("keep to one model" in note) == (found.comparison["repair"] == "solve+lean")
+    assert not [n for n in expected.notes if "another kind" in n]
+
+
+def test_whoever_asks_for_it_has_it_solved(pair: list[nn.Module]) -> None:
+    found = merged(pair, inputs("mixed"), repair="solve")
+    assert found.repair is not None and found.repair["kind"] == "solve"
+    assert found.comparison is not None and found.comparison["unlike"] is None
+
+
+@pytest.mark.parametrize("target", ["own", "mean"])
+def test_each_models_own_inputs_are_not_asked_about(pair: list[nn.Module], target: str) -> None:
+    """Models of different tasks need not agree on each other's inputs."""
+    x = inputs("mixed")
+    rows = [{"x": row, "labels": torch.tensor(0)} for row in x]
+    example = {"x": x[:2], "labels": torch.zeros(2, dtype=torch.long)}
+    data = {"a": rows[::2], "b": rows[1::2]}
+    found = mergeid.merge(*copy.deepcopy(pair), data=data, example_inputs=example, target=target, force=True)
+    assert found.comparison is not None and found.comparison["unlike"] is None
