@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from mergeid.basics.memory import give_back
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.data.batches import MadeBatches, to_model
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.models.examples import Examples
+from mergeid.models.graph import SHARED
 from mergeid.models.loaded import Loaded
 from mergeid.neuron_graph.neuron_graph import TapMap
 from mergeid.plugins import Batch
@@ -37,10 +39,12 @@ def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
     """Starts passes over the examples, without labels, on the device that A lies on."""
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
-    found = examples.batches(run.batch_size)
+    found, large = examples.batches(run.batch_size), sum(p.numel() for p in a.model.parameters()) > SHARED
 
     def made(i: int, batch: Batch) -> Batch:
         run.tell("calibration", i, len(found))
+        if large:
+            give_back()  # else blocks of all sizes come to lie between those that are kept
         return to_model(a.inputs_of(batch), device, None)
 
     return lambda: MadeBatches(found, made)
