@@ -31,6 +31,8 @@ WIDE, ROWS = 2048, 8192
 correlation's standard error is below 0.016."""
 POSITIONS, LEAST_POSITIONS = 32, 8
 """Of an example: at most, and at least where there are many examples of a wide network."""
+GIVEN_BACK = 4
+"""Batches of a large network after which freed memory goes back: after each it would take longer."""
 HEARD = 16
 """Examples in a batch of large models whose outputs are listened to: these are large as well."""
 
@@ -43,7 +45,7 @@ def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
 
     def made(i: int, batch: Batch) -> Batch:
         run.tell("calibration", i, len(found))
-        if large:
+        if large and i % GIVEN_BACK == 0:
             give_back()  # else blocks of all sizes come to lie between those that are kept
         return to_model(a.inputs_of(batch), device, None)
 
