@@ -183,6 +183,7 @@ def _steps(
     """A round: the number of every step that was taken."""
     # a step is less than what 16 bits tell apart, so that float32 adds the steps up
     wide = [nn.Parameter(p.detach().float()) if p.dtype in HALVES else p for p in trained]
+    halves = [(master, p) for master, p in zip(wide, trained, strict=True) if master is not p]
     optimiser = torch.optim.AdamW(wide, lr=rate, weight_decay=plan.decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, plan.steps)
     for step in range(1, plan.steps + 1):
@@ -192,14 +193,12 @@ def _steps(
             p.grad = None
         with torch.enable_grad(), _can_be_trained():
             accelerator.backward(aim.loss(net, batch, said))
-        for master, p in zip(wide, trained, strict=True):
-            if master is not p:
-                master.grad = None if p.grad is None else p.grad.float()
+        for master, p in halves:
+            master.grad = None if p.grad is None else p.grad.float()
         torch.nn.utils.clip_grad_norm_(wide, 1.0)
         optimiser.step()
-        for master, p in zip(wide, trained, strict=True):
-            if master is not p:
-                p.data.copy_(master.data)
+        for master, p in halves:
+            p.data.copy_(master.data)
         cosine.step()
         yield step
 
