@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Keys = NDArray[Any]
 
-GATHER = 1 << 20
+GATHER = 1 << 18
 """Most elements that are picked out and ordered."""
 DIGIT = 16
 
@@ -73,8 +73,11 @@ def at_places(
             part, at = _with(keys, width, bits, prefix), filled[bits, prefix]
             own[at : at + len(part)] = part
             filled[bits, prefix] = at + len(part)
-    bits_of = [np.partition(picked[s.key], s.rank)[s.rank] if s.key in picked else s.prefix for s in sought]
-    return [_float(int(bits), width, signed) for bits in bits_of]
+    for s in sought:
+        if s.key in picked:
+            picked[s.key].partition(s.rank)  # in place: a copy is as large
+            s.prefix = int(picked[s.key][s.rank])
+    return [_float(s.prefix, width, signed) for s in sought]
 
 
 def _keys(piece: Tensor, signed: bool) -> Keys:

@@ -31,7 +31,7 @@ WIDE, ROWS = 2048, 8192
 correlation's standard error is below 0.016."""
 POSITIONS, LEAST_POSITIONS = 32, 8
 """Of an example: at most, and at least where there are many examples of a wide network."""
-GIVEN_BACK = 4
+GIVEN_BACK = 2
 """Batches of a large network after which freed memory goes back: after each it would take longer."""
 HEARD = 16
 """Examples in a batch of large models whose outputs are listened to: these are large as well."""
