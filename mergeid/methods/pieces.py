@@ -18,6 +18,8 @@ from torch import Tensor
 
 CHUNK = 1 << 16
 """Elements of a piece: few enough for the cache, so many that calling torch costs less than what it does."""
+HALF = CHUNK // 2
+"""Elements of a piece where a dozen buffers of its size are held at once, or numbers of twice the size."""
 _alone = threading.local()
 
 

@@ -57,8 +57,8 @@ def at_places(
         for piece in values():
             keys = _keys(piece, signed)
             for (bits, prefix), count in counts.items():
-                digits = _with(keys, width, bits, prefix) >> (width - bits - DIGIT) & 0xFFFF
-                count += np.bincount(digits.astype(np.intp, copy=False), minlength=1 << DIGIT)
+                digits = (_with(keys, width, bits, prefix) >> (width - bits - DIGIT)).astype(np.uint16)
+                count += np.bincount(digits, minlength=1 << DIGIT)
         for s in unsure:
             upto = np.cumsum(counts[s.key])
             digit = int(np.searchsorted(upto, s.rank, side="right"))

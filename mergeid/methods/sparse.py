@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.methods.pieces import Pieces, places
+from mergeid.methods.pieces import HALF, Pieces, places
 from mergeid.methods.registry import MethodFunction, Parameter, register_method
 from mergeid.methods.task_arithmetic import LAMBDA, NEARLY_ZERO, wide
 
@@ -120,7 +120,7 @@ class Uniform:
             found = bits.random_raw(max(0, count - len(spare) + 1) // 2).astype("<u8", copy=False).view("<u4")
             found = np.concatenate([spare, found]) if len(spare) else found
             found, spare = found[:count], found[count:].copy()
-            return torch.from_numpy((found >> 8).astype(np.float32)).mul_(2.0**-24)
+            return torch.from_numpy(np.multiply(found >> 8, np.float32(2.0**-24), dtype=np.float32, casting="unsafe"))
 
         return draw
 
@@ -162,7 +162,7 @@ def merge_kept(
     def parts() -> Iterator[Tensor]:
         selects = [k.begin() if k.begin is not None else None for k in kept]
         flat = [t.reshape(-1) for t in (*tensors, told.base)]
-        for place in places(len(flat[-1]), step or None):
+        for place in places(len(flat[-1]), step or HALF):
             origin = flat[-1][place].to(to)
             found = []
             for tensor, weight, select, factor, keep in zip(flat[:-1], weights, selects, factors, kept, strict=True):
@@ -189,8 +189,9 @@ def elect_and_merge(parts: Sequence[Tensor], weights: Sequence[float], normalize
     total = parts[0].clone()
     for part in parts[1:]:
         total.add_(part)
-    sign = torch.copysign(torch.ones_like(total), total)  # of -0.0 too: nothing agrees there
-    merged, divisor, agrees = torch.zeros_like(total), torch.zeros_like(total), torch.empty_like(total)
+    ones = torch.ones_like(total)
+    sign = torch.copysign(ones, total, out=total)  # of -0.0 too: nothing agrees there
+    merged, divisor, agrees = ones.zero_(), torch.zeros_like(total), torch.empty_like(total)
     for part, weight in zip(parts, weights, strict=True):
         merged.add_(part.mul_(sign).clamp_(min=0))
         if normalize:
@@ -220,7 +221,7 @@ def regained(pair: tuple[Tensor, Tensor], select: Selects, norm: str, to: torch.
     """
     flat, origin = (t.reshape(-1) for t in pair)
     sums = torch.zeros(2, dtype=torch.float64)
-    for place in places(len(flat), step or None):
+    for place in places(len(flat), step or HALF):
         delta = flat[place].to(to, copy=True).sub_(origin[place].to(to))
         chosen = select(place, delta) != 0
         size = delta.abs_().to(torch.float64)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergeid.methods.pieces import CHUNK, Pieces, added_up, as_it_is, in_pieces
+from mergeid.methods.pieces import HALF, Pieces, added_up, as_it_is, in_pieces
 from mergeid.methods.registry import Parameter, linear, register_method
 from mergeid.methods.task_arithmetic import wide
 
@@ -78,7 +78,7 @@ def _sums(
         to: the format to take them in; None: the accumulator's.
     """
     every, kind = [*vectors, *([] if base is None else [base])], to or wide(vectors)[1]
-    step = CHUNK // 2 if kind == torch.float64 else None  # as many bytes
+    step = HALF if kind == torch.float64 else None
     found = added_up(every, lambda _, pieces: sums(vectors_of(pieces, base is not None, kind)), step)
     if kind != torch.float64 and len(found) and not bool(((found.abs() > SAFE[0]) & (found.abs() < SAFE[1])).all()):
         return _sums(vectors, base, sums, torch.float64)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mergeid.methods.pieces import Pieces, in_pieces, places
+from mergeid.methods.pieces import HALF, Pieces, in_pieces, places
 from mergeid.methods.quantiles import at_places
 from mergeid.methods.registry import register_method
 from mergeid.methods.sparse import elect_and_merge, parameters, regained
@@ -74,7 +74,7 @@ def ties(
             parts.append(delta.mul_(weight * factor))
         return elect_and_merge(parts, weights, normalize).mul_(scale).add_(origin)
 
-    return in_pieces([*tensors, base], dtype, merge)
+    return in_pieces([*tensors, base], dtype, merge, HALF)
 
 
 def threshold(tensor: Tensor, base: Tensor, density: float, to: torch.dtype) -> float:
@@ -96,6 +96,6 @@ def magnitudes_at(tensor: Tensor, base: Tensor, ranks: Sequence[int], to: torch.
     flat, origin = tensor.reshape(-1), base.reshape(-1)
 
     def magnitudes() -> Iterator[Tensor]:
-        return (flat[place].to(to, copy=True).sub_(origin[place].to(to)).abs_() for place in places(len(flat)))
+        return (flat[place].to(to, copy=True).sub_(origin[place].to(to)).abs_() for place in places(len(flat), HALF))
 
     return at_places(magnitudes, ranks, to)
