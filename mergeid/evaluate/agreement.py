@@ -69,6 +69,11 @@ class Tally:
             named = torch.bincount(chosen[k], weights, outs[0].shape[-1]).cpu()
             self._named[k] = self._named[k] + named if k in self._named else named
 
+    @property
+    def examples(self) -> int:
+        """How many were added."""
+        return sum(map(len, self._sure))
+
     def agreement(self) -> Agreement:
         """Of all that was added, of at least two models."""
         sure, alike = torch.cat(self._sure), torch.cat(self._alike)

@@ -36,16 +36,23 @@ class Agreement:
             return True
         return not self.alike - self.chance < BORNE_OUT * (self.sure - self.chance)
 
+    @property
+    def found_out(self) -> str:
+        """What the user is told first where they are not borne out."""
+        return (
+            f"the calibration inputs seem to be of another kind than the training's: on {self.examples} of them the "
+            f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only"
+        )
+
     def note(self, leans: bool) -> str:
-        """What the user is told where they are not borne out. `leans`: whether the merge that is written does."""
+        """What the user is told then of a merge. `leans`: whether the one that is written does."""
         did = (
             "The layers but the last therefore keep to one model: what is solved towards all fits such inputs only."
             if leans
             else "So no merge was solved."
         )
         return (
-            f"the calibration inputs seem to be of another kind than the training's: on {self.examples} of them the "
-            f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only. {did} "
+            f"{self.found_out}. {did} "
             f"Give inputs like those that the models were trained on, or models of different tasks each its own "
             f"(--data a=…,b=…); --repair solve solves anyway"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.opening import Source
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
+    from mergeid.evaluate.agreement import Tally
     from mergeid.models.examples import Examples
     from mergeid.neuron_graph.neuron_graph import Element
     from mergeid.plugins import Batch
     from mergeid.prediction.bound import Bound
+    from mergeid.prediction.features import EndSums
+    from mergeid.prediction.opinions import Opinions
+    from mergeid.prediction.trial import TogetherSums
     from mergeid.prediction.worth import Interference
     from mergeid.results.prediction import PredictResult
+    from mergeid.stages.gather import Hears
 
 TOLERATED = 0.01
 BOUNDED = 32
@@ -101,13 +106,13 @@ def predict_pair(
     pair, run = pair_of(met, met.models[1]), met.bench.run
     from mergeid.prediction.features import EndSums
     from mergeid.prediction.opinions import Opinions
-    from mergeid.prediction.probe import hears
     from mergeid.prediction.trial import TogetherSums
     from mergeid.stages.plan import make_plan
 
     ends, together, opinions = EndSums(), TogetherSums(), Opinions()
     given = met.bench.examples(calibration, pair.a)
-    plan = make_plan(pair, matching, run, examples=given, hears=hears(ends, together, opinions))
+    heard, tally = _heard(pair, given, ends, together, opinions)
+    plan = make_plan(pair, matching, run, examples=given, hears=heard)
     from mergeid.models.examples import Examples
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
@@ -149,6 +154,11 @@ def predict_pair(
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
+    if tally is not None and tally.examples and not (seen := tally.agreement()).borne_out:
+        notes.append(
+            f"{seen.found_out}. What is said of a merge holds for such inputs only; give inputs like those that the "
+            f"models were trained on"
+        )
     if any(not o.nats.trusted and not o.nats.collapsed for o in outlooks):
         notes.append("parts of the evidence are far outside what the predictor was fitted on, so it cannot tell there")
     return PredictResult(
@@ -168,6 +178,25 @@ def predict_pair(
         next(iter(found.values())).plain["behind"],
         None if met.skip else opinions,
     )
+
+
+def _heard(pair: Pair, given: Examples | None, *sums: EndSums | TogetherSums | Opinions) -> tuple[Hears, Tally | None]:
+    """What listens to both models, and what tells whether they know the inputs; None where there are no such inputs of
+    both, or the outputs name no classes."""
+    from mergeid.evaluate.agreement import Tally
+    from mergeid.evaluate.nearness import EXAMPLES, classifying
+    from mergeid.prediction.probe import hears, is_logits
+
+    listens = hears(*sums)
+    asked = given is not None and given.owners is None and classifying(pair.a)
+    tally = Tally(pair.a, (0.5, 0.5)) if asked else None
+
+    def heard(a: Any, b: Any, batch: Batch) -> None:
+        listens(a, b, batch)
+        if tally is not None and is_logits(a) and is_logits(b) and tally.examples < EXAMPLES:
+            tally.add((a, b), batch, len(a))
+
+    return heard, tally
 
 
 def _interference(pair: Pair, origin: dict[str, Tensor]) -> list[Interference]:

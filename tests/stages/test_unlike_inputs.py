@@ -110,6 +110,21 @@ def test_on_others_nothing_is_solved_towards_both(
     assert not [n for n in expected.notes if "another kind" in n]
 
 
+@pytest.mark.parametrize("kind", ["own", "other"])
+def test_a_prediction_says_so_too(pair: list[nn.Module], kind: str) -> None:
+    """Of every other example, which it is judged on."""
+    norm = any(isinstance(m, nn.BatchNorm1d) for m in pair[0].modules())
+    x = inputs(kind if kind == "own" else "noise" if norm else "negative")
+    said = torch.zeros(len(x), dtype=torch.long)
+    data = [{"x": row, "labels": label} for row, label in zip(x, said, strict=True)]
+    found = mergeid.predict(*pair, data=data, example_inputs={"x": x[:2], "labels": said[:2]})
+    notes = [n for n in found.notes if "another kind" in n]
+    assert len(notes) == (kind == "other")
+    with torch.no_grad():
+        named = [net(x[::2]).argmax(-1) for net in pair]
+    assert all(f"on {(named[0] == named[1]).double().mean():.0%} only" in n for n in notes)
+
+
 def test_whoever_asks_for_it_has_it_solved(pair: list[nn.Module]) -> None:
     found = merged(pair, inputs("mixed"), repair="solve")
     assert found.repair is not None and found.repair["kind"] == "solve"
