@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 NUMBERS = 1 << 22
 """Logits of one network that are looked at at once: those of a language model are large in float64."""
+SMALL_NETWORK = 30_000_000
+"""Parameters of a network whose copies, traces and freed blocks are not worth saving."""
 BLOCK, M_MMAP_THRESHOLD = 1 << 22, -3
 """Bytes, and glibc's name for the limit."""
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mergeid.basics.memory import SMALL_NETWORK, give_back
 from mergeid.errors import MergeidError
 from mergeid.models.loaded import Loaded, check_runs
 from mergeid.plugins import Architecture, Batch
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from mergeid.neuron_graph.by_hand import Constraints
     from mergeid.neuron_graph.neuron_graph import NeuronGraph
 
-SHARED = 30_000_000
-"""Parameters from which on layers of one kind share a trace."""
 LARGE = 400_000_000
 """Parameters above which verification runs in float32: a float64 copy would not fit beside the model."""
 
@@ -40,7 +39,6 @@ def graph_of(
     Raises `MergeidError` where constraints or the given graph do not fit the model."""
     import torch
 
-    from mergeid.basics.memory import give_back
     from mergeid.basics.nested import mapped
     from mergeid.neuron_graph.by_hand import fitted
     from mergeid.neuron_graph.verify import Verification, verify
@@ -63,7 +61,7 @@ def graph_of(
             state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
             graph: NeuronGraph | None = fitted(given, state, loaded.arch.id)
         else:
-            alike = size > SHARED and not more and constraints is None
+            alike = size > SMALL_NETWORK and not more and constraints is None
             again = _traced(loaded, moved, (), None, alike=True) if alike else None
             shared = again is not None
             graph = again or _traced(loaded, moved, more, constraints)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mergeid.basics.memory import SMALL_NETWORK
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.on_demand import OnDemand, light_copy
 from mergeid.basics.state import forget_derived, uncompiled
@@ -27,10 +28,6 @@ SAMPLED = 256
 """Rows of a weight that say whether it is constant, where it is not held in memory."""
 SHAKES = 24
 """Draws of rounding errors that show whether an output is nothing but noise."""
-
-
-HELD = 30_000_000
-"""Parameters up to which the copy that is tried has matrices of its own; a larger one forms them as it runs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,8 @@ def _disturbed(value: OnDemand, generator: torch.Generator) -> Tensor:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    large = sum(p.numel() for p in model.parameters()) > HELD
+    """Of a small model a copy with matrices of its own; that of a larger one forms them as it runs."""
+    large = sum(p.numel() for p in model.parameters()) > SMALL_NETWORK
     return light_copy(model) if large else copy.deepcopy(model)
 
 

@@ -131,9 +131,10 @@ def _solved(
 ) -> Comparison:
     """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin."""
     apart = panels[0].disagreement
-    refits = (REGMEAN, SOLVE) if can_be_regressed(merges[chosen.chosen]) else (SOLVE,)
     if chosen.unlike is not None:
-        refits = (LEANING,)
+        refits = [LEANING]
+    else:
+        refits = [*([REGMEAN] if can_be_regressed(merges[chosen.chosen]) else []), SOLVE]
     nearest = chosen.chosen, chosen.repair
     solved = solved_if_nearer(merges, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
     if solved is None:

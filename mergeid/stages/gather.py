@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from mergeid.basics.memory import give_back
+from mergeid.basics.memory import SMALL_NETWORK, give_back
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.data.batches import MadeBatches, to_model
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.models.examples import Examples
-from mergeid.models.graph import SHARED
 from mergeid.models.loaded import Loaded
 from mergeid.neuron_graph.neuron_graph import TapMap
 from mergeid.plugins import Batch
@@ -41,7 +40,7 @@ def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
     """Starts passes over the examples, without labels, on the device that A lies on."""
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
-    found, large = examples.batches(run.batch_size), sum(p.numel() for p in a.model.parameters()) > SHARED
+    found, large = examples.batches(run.batch_size), sum(p.numel() for p in a.model.parameters()) > SMALL_NETWORK
 
     def made(i: int, batch: Batch) -> Batch:
         run.tell("calibration", i, len(found))

@@ -77,15 +77,15 @@ class Deep(nn.Module):
 
 
 def test_layers_that_only_look_alike_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "SHARED", 0)
+    monkeypatch.setattr(graphs, "SMALL_NETWORK", 0)
     torch.manual_seed(0)
     for odd in (None, 6):
         model, x = Deep(odd).eval(), torch.randn(2, 5)
         before = copy.deepcopy(model.state_dict())
         found = mergeid.graph(model, example_inputs=x)
-        monkeypatch.setattr(graphs, "SHARED", 10**12)
+        monkeypatch.setattr(graphs, "SMALL_NETWORK", 10**12)
         whole = mergeid.graph(model, example_inputs=x)
-        monkeypatch.setattr(graphs, "SHARED", 0)
+        monkeypatch.setattr(graphs, "SMALL_NETWORK", 0)
         assert found.to_json()["spaces"] == whole.to_json()["spaces"] and found.spaces
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
