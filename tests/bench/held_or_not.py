@@ -2,7 +2,8 @@
 
 A Llama of 0.1 billion parameters, its scrambled copy with 10 % noise, and 64 texts of 128 tokens. `plan`, `merge` (as
 it is and solved) and `predict` run in both ways, in processes of their own; the table holds what differs: decisions,
-the largest gap between merged tensors (relative to a tensor's largest entry), and between predictions.
+the largest gap between merged tensors (relative to a tensor's largest entry), and between predictions. Rows that the
+table has already are not measured again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ load.LARGEST_HELD = int(sys.argv.pop(1))
 from mergeid.commands.cli import main
 sys.exit(main())
 """
+SOLVED = "merge --match always --repair solve"
 MOST = {"bfloat16": 1e-3, "float32": 1e-5}
 FIELDS = ("model", "format", "what", "value", "asked", "cpu_held", "cpu_not", "mib_held", "mib_not")
 
@@ -40,13 +42,18 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--size", choices=SHAPES, default="0.1B")
     parser.add_argument("--format", nargs="+", choices=MOST, default=list(MOST))
+    parser.add_argument("--verb", nargs="+", choices=("plan", "merge", "predict", "solve"))
     parser.add_argument("--table", type=Path, default=TABLE)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = list(csv.DictReader(given.table.open())) if given.table.exists() else []
     for kind in given.format:
         work = given.work / f"{given.size}-{kind}"
         a, b = written(work, given.size, getattr(torch, kind))
-        for verb in ("plan", "merge", "predict", "merge --match always --repair solve"):
+        for name in given.verb or ("plan", "merge", "predict", "solve"):
+            verb = SOLVED if name == "solve" else name
+            known = (f"{verb}, ", given.size, kind)
+            if any((r["what"].startswith(known[0]), r["model"], r["format"]) == (True, *known[1:]) for r in rows):
+                continue
             for row in compared(work, a, b, verb, MOST[kind]):
                 rows.append({"model": given.size, "format": kind, **row})
                 print(*rows[-1].values(), flush=True)
