@@ -36,8 +36,8 @@ OTHERS = {
     ),
     "fine_tunes": (
         "Two fine-tunes",
-        "What seeing that two models share their neurons costs beside the plain merge; and where two neurons of B are "
-        "swapped, which gives the same file.",
+        "What it costs, beside the plain merge, to see that two models share their neurons; and where two neurons of B "
+        "are swapped, which gives the same file.",
     ),
     "gpu": ("Every verb on a GPU", "The same work on a CPU and on an NVIDIA H200, and where the results differ."),
     "gpu_sizes": ("Sizes on a GPU", "On an NVIDIA H200. The plan is that of a pair of 1.2 billion parameters."),
@@ -58,7 +58,7 @@ OTHERS = {
     ),
     "peft_parity": (
         "Adapters beside PEFT 0.21",
-        "`add_weighted_adapter`: largest difference of the updates. Its `linear` adds the factors apart.",
+        "`add_weighted_adapter`: largest difference of the updates. Its `linear` adds the factors separately.",
     ),
     "sentence_transformers_parity": (
         "Folders beside sentence-transformers 6.2",
@@ -102,7 +102,7 @@ def schemas_page(schemas: Mapping[str, Mapping[str, Any]]) -> str:
     """One section per format, one table per object in it."""
     parts = [
         "# Schemas",
-        "The fields of every file of mergeid's own. Unknown names are refused, kinds are exact, "
+        "The fields of each of mergeid's own files. Unknown names are refused, types are exact, "
         "and numbers are finite. `mergeid.io.written.published()` returns the same as JSON schemas.",
     ]
     known: set[str] = set()
@@ -156,7 +156,7 @@ def benchmarks_page(folder: Path) -> str:
     found = {path.stem: _read(path) for path in sorted(folder.glob("*.csv"))}
     parts = [
         "# Benchmarks",
-        "Every table here is made of what the scripts under `tests/bench` have kept, by `python docs/reference.py`. "
+        "Every table here is made from what the scripts under `tests/bench` have kept, by `python docs/reference.py`. "
         "Two shared CPU cores; ratios count, seconds are upper limits. [Measured](measured.md) says what they mean.",
         "## Coverage",
         "`python tests/bench/coverage.py LIBRARY`: every model with random weights. *Holds*: traced, verified twice "

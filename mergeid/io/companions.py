@@ -85,7 +85,7 @@ def vocabulary_of(folder: Path) -> dict[str, int] | None:
     if (folder / "vocab.json").is_file():
         return _rows(read_table(folder / "vocab.json", "tokens and their numbers"), folder / "vocab.json")
     if (folder / "vocab.txt").is_file():
-        return {t: i for i, t in enumerate(read_text(folder / "vocab.txt", "one token a line").splitlines())}
+        return {t: i for i, t in enumerate(read_text(folder / "vocab.txt", "one token per line").splitlines())}
     return None
 
 

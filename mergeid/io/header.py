@@ -89,7 +89,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        why = "it nests too deep" if isinstance(error, RecursionError) else reason(error)
+        why = "it nests too deeply" if isinstance(error, RecursionError) else reason(error)
         raise MergeidError(f"{path} is not a valid safetensors file: its header is not JSON ({why})") from None
     answer: dict[str, Any] = parsed
     return answer

@@ -46,7 +46,7 @@ def download(source: str, *, revision: str | None = None, allow_pickle: bool = F
         )
     repo, named = match["id"], match["revision"]
     if named and revision and named != revision:
-        raise MergeidError(f"{source} names the revision {named} and --revision names {revision}; give one")
+        raise MergeidError(f"{source} names the revision {named} and --revision names {revision}; give only one")
     revision = revision or named
     with Patience().applied():
         return _fetch(repo, revision, allow_pickle)
@@ -178,7 +178,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
         return f"{repo} is gated: request access at {page}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"no such file or folder: {repo}; and {constants.ENDPOINT} has no model of that id, or it is private "
+            f"no such file or folder: {repo}; and {constants.ENDPOINT} has no model with that id, or it is private "
             "(then log in with `hf auth login` or set HF_TOKEN)"
         )
     if isinstance(error, RevisionNotFoundError):

@@ -85,7 +85,9 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
         if final.exists() and not final.is_file():
             raise MergeidError(f"{what} is a pipe or a device; expected the name of a file (--json alone prints)")
         if final in taken:
-            raise MergeidError(f"{what} is also the file of {taken[final]}; choose another name for one of them")
+            raise MergeidError(
+                f"{what} is also the file given with {taken[final]}; choose another name for one of them"
+            )
         taken[final] = option
         _check_folder(final.parent, what)
 

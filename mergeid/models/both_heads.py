@@ -87,7 +87,7 @@ def both_heads(models: Sequence[Checkpoint], reading: Reading, has_base: bool) -
         )
     own = list(models[:-1] if has_base else models)
     if len(own) < 2:
-        raise MergeidError(f"--heads both joins the heads of two models or more, got {len(own)}; leave it out")
+        raise MergeidError(f"--heads both joins the heads of two or more models, got {len(own)}; leave it out")
     known = [find_architecture(model, reading.arch) for model in own]
     heads = [_head(model, *kind) for model, kind in zip(own, known, strict=True)]
     names = tuple(heads[0])
@@ -123,8 +123,8 @@ def _head(model: Checkpoint, adapter: Adapter, arch: Architecture) -> dict[str, 
     from torch import nn
 
     none = (
-        f"--heads both joins the classes of classifiers, and {model.source} ({arch.id}) is none; expected a model with "
-        "one score for each of two classes or more"
+        f"--heads both joins the classes of classifiers, and {model.source} ({arch.id}) is not one; expected a model "
+        "with one score for each of two or more classes"
     )
     if not isinstance(adapter, SetsClasses) or not isinstance(adapter, KnowsHeads):
         raise MergeidError(none)
@@ -184,7 +184,7 @@ def _labels(models: Sequence[Checkpoint], classes: Sequence[int], notes: list[st
             if labels == named[other] is not None or models[at].files == models[other].files:
                 raise MergeidError(
                     f"{models[other].source} and {models[at].source} have the same {classes[at]} classes, so their "
-                    "heads can be merged like all else; leave out --heads"
+                    "heads can be merged like everything else; leave out --heads"
                 )
     if not any(named):
         return None
@@ -203,7 +203,7 @@ def _labels(models: Sequence[Checkpoint], classes: Sequence[int], notes: list[st
     twice = [label for label, n in Counter(label for labels in whole for label in set(labels)).items() if n > 1]
     if twice:
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        notes.append(f"several models have a class {shown(twice[0])}{more}; the letter of the model stands behind it")
+        notes.append(f"several models have a class {shown(twice[0])}{more}; the model's letter is added to each name")
     return found
 
 

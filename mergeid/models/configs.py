@@ -135,7 +135,7 @@ def agree(
         if rest:
             one, two = _names(first, other)
             found.notes.append(
-                f"{one} and {two} differ in {_listed(rest)}, which is for the inputs; the result has that of "
+                f"{one} and {two} differ in {_listed(rest)}, which only concerns the inputs; the result has that of "
                 f"{everyone[which or 0].source}"
             )
     if not disagreements and not which:

@@ -166,7 +166,7 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
     try:
         adapter, found = find_architecture(open_checkpoint(module), arch)
     except MergeidError as error:
-        raise MergeidError(f"{error}; for a live module also: pass example_inputs") from None
+        raise MergeidError(f"{error}; for a live module, you can also pass example_inputs") from None
     inputs = given.inputs
     example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, run.generator())
     example = _there(example, run.place) if has_values else example

@@ -88,7 +88,7 @@ def _rename(found: SameNames, at: int, first: Checkpoint, other: Checkpoint, arc
         old = next(iter(changed))
         found.notes.append(
             f"{len(changed)} tensors of {other.source} have different names in {first.source} (first: {old} is "
-            f"{changed[old]}) and are read under those"
+            f"{changed[old]}) and are read under those names"
         )
     for names, what in ((unused, f"only in {other.source}, and left out"), (kept, f"only in {first.source}, and kept")):
         if names:

@@ -169,8 +169,8 @@ Limit = Annotated[
 ImageSize = Annotated[
     Union[int, None],
     Option(
-        "Height and width in pixels that the images of DATA are brought to, and that counts where models were made for "
-        "several sizes. Default: the model's own.",
+        "Height and width in pixels to which the images of DATA are resized, and at which models made for different "
+        "sizes are merged. Default: the model's own.",
         INPUT,
         "PIXELS",
         kind=int,

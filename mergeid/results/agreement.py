@@ -40,21 +40,22 @@ class Agreement:
     def found_out(self) -> str:
         """What the user is told first where they are not borne out."""
         return (
-            f"the calibration inputs seem to be of another kind than the training's: on {self.examples} of them the "
-            f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only"
+            f"the calibration inputs seem to be of another kind than the training data: on {self.examples} of them the "
+            f"models are {self.sure:.0%} sure of their classes, but name the same one on only {self.alike:.0%}"
         )
 
     def note(self, leans: bool) -> str:
         """What the user is told then of a merge. `leans`: whether the one that is written does."""
         did = (
-            "The layers but the last therefore keep to one model: what is solved towards all fits such inputs only."
+            "All layers but the last therefore keep to one model: a merge solved towards all models fits only "
+            "such inputs."
             if leans
             else "So no merge was solved."
         )
         return (
             f"{self.found_out}. {did} "
-            f"Give inputs like those that the models were trained on, or models of different tasks each its own "
-            f"(--data a=…,b=…); --repair solve solves anyway"
+            f"Give inputs like those that the models were trained on, or, for models of different tasks, separate data "
+            f"for each (--data a=…,b=…); --repair solve solves anyway"
         )
 
     def to_json(self) -> dict[str, float]:

@@ -374,7 +374,7 @@ def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> R
     notes = []
     if done.without_bias:
         notes.append(
-            f"REPAIR could only scale {len(done.without_bias)} of {len(done.layers)} layers, which have no bias: their "
-            f"means stay as they are (first: {done.without_bias[0]})"
+            f"REPAIR could only scale {len(done.without_bias)} of {len(done.layers)} layers, as these have no bias: "
+            f"their means stay as they are (first: {done.without_bias[0]})"
         )
     return Repair("repair", dict(done.tensors), len(done.layers), done.before, done.after, len(sized.dataset), notes)

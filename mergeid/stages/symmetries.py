@@ -112,7 +112,7 @@ def _carried(pair: Pair, powers: Powers) -> Undone:
             done = f"the signs of {turn.turned} of {stream.size} neurons of {label} were flipped in B"
         else:
             done = f"B's residual stream {label} was rotated onto A's, and its {len(stream.gains)} gains became A's"
-        notes.append(f"{done}; its function stays as it is")
+        notes.append(f"{done}; its function is unchanged")
     return Undone(replace(pair, b=_changed(pair.b, turns)), tuple(turns), (), tuple(notes))
 
 
@@ -125,8 +125,8 @@ def _scaled(found: Undone, powers: Powers) -> Undone:
     ours, back, theirs = scales
     spaces = len({t.of.space for t in theirs if t.turned})
     note = (
-        f"neurons of {spaces} spaces have other scales in B than in A; they were balanced before they were compared, "
-        "and B gets A's, which leaves its function as it is"
+        f"neurons of {spaces} spaces have different scales in A and B; they were balanced before they were compared, "
+        "and B gets A's, which leaves its function unchanged"
     )
     changed = replace(pair, a=_changed(pair.a, ours), b=_changed(pair.b, theirs))
     return Undone(changed, (*found.before, *theirs), tuple(back), (*found.notes, note))

@@ -29,7 +29,7 @@ def align(
     *,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A .safetensors file or a folder. Default: ./aligned.safetensors, for folders ./aligned."),
+        o.out("A .safetensors file or a folder. Default: ./aligned.safetensors, or ./aligned for folders."),
     ] = None,
     force: o.Force = False,
     shard_size: o.ShardSize = None,

@@ -40,7 +40,7 @@ def barrier(
         bool,
         o.switch("Also solve the merge anew at every point, on --calibration. It then lies off the straight line."),
     ] = False,
-    points: Annotated[int, o.count("Points on the line, including both ends.", o.HOW, 2, 10_000)] = 11,
+    points: Annotated[int, o.count("Number of points on the line, including both ends.", o.HOW, 2, 10_000)] = 11,
     calibration: Annotated[
         Any,
         o.Option("Examples for matching and re-estimating BatchNorm. Default: DATA.", o.INPUT, "DATA"),

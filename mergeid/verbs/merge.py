@@ -57,7 +57,7 @@ def merge(
     ] = None,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A .safetensors file or a folder. Default: ./merged.safetensors, for folders ./merged."),
+        o.out("A .safetensors file or a folder. Default: ./merged.safetensors, or ./merged for folders."),
     ] = None,
     weights: Sequence[Any] | Mapping[str, Sequence[float]] | None = None,
     normalize: Annotated[
@@ -240,7 +240,7 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
             result = _noted(
                 result,
                 "the BatchNorm statistics are averages, not those of the merged network, which costs much of its "
-                "accuracy: give --data (without --no-repair) to estimate them again",
+                "accuracy: give --data (without --no-repair) to re-estimate them",
             )
     if output is None:
         return replace(result, state={**_state(met, members, settings), **repaired})

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 TOLERATED = 0.01
 BOUNDED = 32
 """Examples that the paper's bound is computed on."""
-Tolerate = Annotated[float, o.Option("Loss to give the probability of.", o.HOW, "NATS", kind=float)]
+Tolerate = Annotated[
+    float, o.Option("Also give the probability that a merge loses at most this much.", o.HOW, "NATS", kind=float)
+]
 Trial = Annotated[
     bool,
     o.switch(
@@ -156,7 +158,7 @@ def predict_pair(
         notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
     if tally is not None and tally.examples and not (seen := tally.agreement()).borne_out:
         notes.append(
-            f"{seen.found_out}. What is said of a merge holds for such inputs only; give inputs like those that the "
+            f"{seen.found_out}. What is said about a merge holds for such inputs only; give inputs like those that the "
             f"models were trained on"
         )
     if any(not o.nats.trusted and not o.nats.collapsed for o in outlooks):

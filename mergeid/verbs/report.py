@@ -74,7 +74,7 @@ def report(
         bool,
         o.Option("Also make the default merge and measure it.", flags=("--merge/--no-merge",), kind=bool),
     ] = True,
-    points: Annotated[int, o.count("Points of each curve, including both ends.", o.HOW, 3, 1_000)] = POINTS,
+    points: Annotated[int, o.count("Number of points on each curve, including both ends.", o.HOW, 3, 1_000)] = POINTS,
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),

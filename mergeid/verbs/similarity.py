@@ -250,7 +250,7 @@ class _Runs:
             seen = [(names, self.outputs(i, names, batch, take)) for i, names in enumerate((names_a, names_b))]
             averaged = [[outputs[n] for n in names if n in outputs] for names, outputs in seen]
             if (len(averaged[0]), len(averaged[1])) != (len(names_a), len(names_b)):
-                raise MergeidError("the models call other layers from batch to batch; choose some with --layers")
+                raise MergeidError("the models call different layers from batch to batch; choose some with --layers")
             found.add(*averaged)
         return found.finish()
 

@@ -70,7 +70,7 @@ def sketch(
     loaded = bench.load(source)
     examples = bench.examples(Calibration(data, limit), loaded)
     if examples is None:
-        raise MergeidError("a sketch is of some inputs; give them with --data")
+        raise MergeidError("a sketch records what a model does on some inputs; give them with --data")
     made = make_sketch(
         loaded,
         bench.graph(loaded),

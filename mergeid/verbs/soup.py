@@ -53,7 +53,7 @@ def soup(
     steps: Annotated[int, o.count("Training steps of adamerging.", o.HOW, 1, 100_000)] = 500,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A .safetensors file or a folder. Default: ./soup.safetensors, for folders ./soup."),
+        o.out("A .safetensors file or a folder. Default: ./soup.safetensors, or ./soup for folders."),
     ] = None,
     batch_size: o.BatchSize = 64,
     **usual: Unpack[Usual],

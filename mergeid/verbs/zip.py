@@ -41,7 +41,7 @@ def zip_models(
     *,
     data: Annotated[
         Any,
-        o.examples("Examples of both tasks, to find out which features are alike; same forms as for mergeid merge."),
+        o.examples("Examples of both tasks, to find out which features are alike; same forms as in mergeid merge."),
     ],
     arch: o.Arch = None,
     config: o.Config = None,
@@ -49,7 +49,7 @@ def zip_models(
     image_size: o.ImageSize = None,
     output: Annotated[
         str | os.PathLike[str] | None,
-        o.out("A folder. Default: ./zipped. With --one-head as for mergeid merge."),
+        o.out("A folder. Default: ./zipped. With --one-head, as for mergeid merge."),
     ] = None,
     up_to: Annotated[
         str | None,

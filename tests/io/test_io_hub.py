@@ -199,7 +199,7 @@ def test_sharded_fetches_the_shards_of_the_index(client: Client) -> None:
 def test_not_found(client: Client) -> None:
     error = client("org/nothing")["error"]
     assert error.startswith("no such file or folder: org/nothing; and http://127.0.0.1:")
-    assert "has no model of that id, or it is private" in error
+    assert "has no model with that id, or it is private" in error
 
 
 def test_revision_not_found(client: Client) -> None:

@@ -233,9 +233,9 @@ def test_what_cannot_be_joined_is_said_in_a_sentence(sentences: Sentences, tmp_p
     for models, how, message in (
         ((named, again), {}, "the same 3 classes.*leave out --heads"),
         ((a, a), {}, "the same 3 classes"),
-        ((tmp_path / "one", b), {}, "one .* is none"),
-        ((several, b), {}, "several .* is none"),
-        ((tmp_path / "words", tmp_path / "words"), {}, "words .* is none"),
+        ((tmp_path / "one", b), {}, "one .* is not one"),
+        ((several, b), {}, "several .* is not one"),
+        ((tmp_path / "words", tmp_path / "words"), {}, "words .* is not one"),
         ((tmp_path / "teacher",) * 2, {}, "'cls_classifier' and 'distillation_classifier'; expected a single linear"),
         ((nets[0], nets[1]), {}, "works on files"),
         ((a, b), {"heads": "all"}, "--heads 'all' is not one of both"),
