@@ -41,7 +41,7 @@ class Agreement:
         """What the user is told first where they are not borne out."""
         return (
             f"the calibration inputs seem to be of another kind than the training data: on {self.examples} of them the "
-            f"models are {self.sure:.0%} sure of their classes, but name the same one on only {self.alike:.0%}"
+            f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only"
         )
 
     def note(self, leans: bool) -> str:

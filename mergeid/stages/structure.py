@@ -195,8 +195,8 @@ def structure_of(
         "orders": {i: how for how, ids in orders.items() for i in ids},
     }
     notes = [
-        f"{len(ids)} spaces have their structural margin with all of B {how}: only so both models store the same "
-        "fixed parts"
+        f"{len(ids)} spaces have their structural margin with all of B {how}: only then do both models store the "
+        "same fixed parts"
         for how, ids in orders.items()
         if ids
     ]
