@@ -10,7 +10,7 @@ head), no more than that is formed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -262,6 +262,18 @@ def formed(tensor: Tensor) -> Tensor:
 def memory_of(tensor: Tensor) -> int:
     """What a tensor shares with all views of it, and with no other."""
     return -id(tensor.cell) if isinstance(tensor, OnDemand) else tensor.untyped_storage().data_ptr()
+
+
+def with_other_names(state: Mapping[str, Tensor], keys: Iterable[str]) -> set[str]:
+    """These keys of a state dict, and the others that the very same tensors have."""
+
+    def place(key: str) -> Hashable:
+        tensor = state[key]
+        return memory_of(tensor) if isinstance(tensor, OnDemand) else (tensor.data_ptr(), tensor.shape)
+
+    known = [k for k in keys if k in state]
+    places = {place(k) for k in known if state[k].numel()}
+    return {*known, *(k for k, v in state.items() if places and v.numel() and place(k) in places)}
 
 
 def rows_of(tensor: Tensor, which: Rows) -> Tensor:

@@ -93,7 +93,7 @@ def load_checkpoint(
         _in_bfloat16(model, checkpoint, names)
     (put_mapped if mapped else _put)(model, checkpoint, names)
     model = model.to(run.place).eval()
-    example = _there(adapter.example_inputs(arch, model, run.generator()), run.place)
+    example = _there(adapter.example_inputs(arch, model, run.generator()), run.place, model)
     return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
 
 
@@ -150,7 +150,7 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
     arch, given = reading.arch, reading.example
     source = type(module).__name__
     try:
-        module = _on(in_memory(module).eval(), run.place)
+        module = _on(_without_leftovers(in_memory(module)).eval(), run.place)
     except NotImplementedError as error:
         raise MergeidError(
             f"{source} cannot be put into evaluation mode ({error}); give the module that it was exported from"
@@ -158,7 +158,7 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
     names = {k: k for k in module.state_dict()}
     has_values = not any(p.is_meta for p in module.parameters())
     if given.inputs is not None and arch is None:
-        example = _there(as_batch(given.inputs), run.place) if has_values else as_batch(given.inputs)
+        example = _there(as_batch(given.inputs), run.place, module) if has_values else as_batch(given.inputs)
         library = _library(module)
         # the models of a library take their targets under this name
         adapter: Any = ModuleAdapter(library, takes_labels=library is None and takes_labels(module, example))
@@ -169,8 +169,17 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
         raise MergeidError(f"{error}; for a live module, you can also pass example_inputs") from None
     inputs = given.inputs
     example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, run.generator())
-    example = _there(example, run.place) if has_values else example
+    example = _there(example, run.place, module) if has_values else example
     return Loaded(source, module, adapter, found, None, names, example, given.outputs)
+
+
+def _without_leftovers(module: nn.Module) -> nn.Module:
+    """The module itself, or a copy of one that still holds what its last pass computed, gradients' graphs included
+    (`self.aux_loss = …`): such tensors cannot be copied."""
+    from torch import Tensor
+
+    kept = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
+    return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept}) if kept else module
 
 
 def _on(module: nn.Module, place: str) -> nn.Module:
@@ -182,12 +191,12 @@ def _on(module: nn.Module, place: str) -> nn.Module:
     return copy.deepcopy(module).to(place) if elsewhere else module
 
 
-def _there(batch: Batch, place: str) -> Batch:
+def _there(batch: Batch, place: str, module: nn.Module) -> Batch:
     import torch
 
-    from mergeid.data.batches import to_model
+    from mergeid.data.batches import input_dtype, to_model
 
-    return to_model(batch, torch.device(place), None)
+    return to_model(batch, torch.device(place), input_dtype(module))
 
 
 def _library(module: nn.Module) -> KnowsModules | None:

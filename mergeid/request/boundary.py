@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from mergeid.basics.modes import modes_put_back
 from mergeid.basics.precision import precision_put_back
 from mergeid.errors import MergeidError, reason
 from mergeid.request import usual
@@ -29,7 +30,7 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
         signature.bind(*args, **kwargs)  # an unknown keyword is refused as Python does
         try:
-            with precision_put_back():
+            with precision_put_back(), modes_put_back((*args, *kwargs.values())):
                 return function(*args, **kwargs)
         except MergeidError:
             raise

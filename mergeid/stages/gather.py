@@ -10,7 +10,7 @@ import torch
 
 from mergeid.basics.memory import SMALL_NETWORK, give_back
 from mergeid.basics.on_demand import is_on_demand
-from mergeid.data.batches import MadeBatches, to_model
+from mergeid.data.batches import MadeBatches, input_dtype, to_model
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.models.examples import Examples
@@ -40,13 +40,14 @@ def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
     """Starts passes over the examples, without labels, on the device that A lies on."""
     device = next((p.device for p in a.model.parameters()), torch.device("cpu"))
 
+    kind = input_dtype(a.model)
     found, large = examples.batches(run.batch_size), sum(p.numel() for p in a.model.parameters()) > SMALL_NETWORK
 
     def made(i: int, batch: Batch) -> Batch:
         run.tell("calibration", i, len(found))
         if large and i % GIVEN_BACK == 0:
             give_back()  # else blocks of all sizes come to lie between those that are kept
-        return to_model(a.inputs_of(batch), device, None)
+        return to_model(a.inputs_of(batch), device, kind)
 
     return lambda: MadeBatches(found, made)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergeid.basics.on_demand import EVERYTHING, OnDemand, Rows, rows_of
+from mergeid.basics.on_demand import EVERYTHING, OnDemand, Rows, rows_of, with_other_names
 from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_torch import combine, whole
 from mergeid.data.batches import input_dtype, to_model
+from mergeid.errors import MergeidError
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings
 from mergeid.methods.statistics import Gram, fisher_diagonal, gram_matrices
@@ -100,9 +103,23 @@ class Members:
         return [m.plan for m in self.everyone if m.plan is not None]
 
     def weights(self) -> list[float]:
-        """What each model weighs in all: 1 where weights differ by tensor."""
+        """What each model weighs in all: where weights differ by tensor, their mean over all numbers."""
         plain = [float(w) for w in self.settings.weights if isinstance(w, (int, float))]
-        return plain if len(plain) == len(self.models) else [1.0] * len(self.models)
+        if len(plain) == len(self.models):
+            return plain
+        return self._mean_weights
+
+    @functools.cached_property
+    def _mean_weights(self) -> list[float]:
+        names, sums, total = self.names(), [0.0] * len(self.models), 0
+        for key, value in self.first.state().items():
+            name, size = names.get(key, key), value.numel()
+            if not value.is_floating_point() or name in self.settings.added:
+                continue
+            with contextlib.suppress(MergeidError):  # a tensor that is not merged needs no weight
+                sums = [s + size * w for s, w in zip(sums, self.settings.weights_of(name), strict=True)]
+                total += size
+        return [s / total for s in sums] if total else [1.0] * len(self.models)
 
     def shares(self, name: str | None = None) -> list[float]:
         """What each model counts in what is imitated, with sum 1: in all, or in the tensor of that name. Equal shares
@@ -208,16 +225,20 @@ def merged_tensors(
         skip: globs of names to take from the first model as they are.
 
     Yields:
-        (key of the first model's, tensor). What is no floating-point tensor, or is not in all models with one shape, is
-        the first one's.
+        (key of the first model's, tensor). What holds no floating-point or complex numbers, or is not in all models
+        with one shape, is the first one's.
     """
     read = tensor or (lambda i, key: states[i][key])
     base = base if settings.method.base else None
     known = names or {}
 
+    named = [k for k in states[0] if any(fnmatchcase(known.get(k, k), p) for p in skip)]
+    skipped = with_other_names(states[0], named)
+
     def merges(key: str, ours: Tensor) -> bool:
         fits = all(key in s and s[key].shape == ours.shape for s in states)
-        return fits and ours.is_floating_point() and not any(fnmatchcase(known.get(key, key), p) for p in skip)
+        numbers = ours.is_floating_point() or ours.is_complex()
+        return fits and numbers and key not in skipped
 
     done = [key for key, ours in states[0].items() if merges(key, ours)]
     made: dict[str, Tensor] = {}

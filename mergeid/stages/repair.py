@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergeid.basics.on_demand import OnDemand, held, is_on_demand
+from mergeid.basics.on_demand import OnDemand, held, is_on_demand, with_other_names
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -155,17 +155,19 @@ def repair_network(
     found = Repair()
     if mode == "repair":
         tell("rescaling pre-activations (REPAIR)", 0, 1)
-        found = _rescale(members, merged, accelerator)
+        found = _rescale(members, merged, accelerator, skip)
     if batchnorm_layers(merged):
         tell("estimating BatchNorm statistics", 0, 1)
-        _reestimate(members, merged, accelerator, found)
+        _reestimate(members, merged, accelerator, found, skip)
     return found
 
 
 def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[str]:
     """Keys of tensors that are not merged."""
-    names = members.names()
-    return [k for k in keys if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)]
+    names, keys = members.names(), list(keys)
+    found = [k for k in keys if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)]
+    also = with_other_names(members.first.state(), found) if found else set()
+    return [k for k in keys if k in also or k in found]
 
 
 def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
@@ -235,7 +237,7 @@ def _regress(
     before = {k: v.clone() for k, v in merged.state_dict().items()}
     layers = regress(members, merged, skip, Run(str(accelerator.device), tell=tell))
     if batchnorm_layers(merged):
-        _reestimate(members, merged, accelerator, Repair())
+        _reestimate(members, merged, accelerator, Repair(), skip)
     return Repair(REGMEAN, _changed(merged, before), layers, examples=len(members.given))
 
 
@@ -298,8 +300,12 @@ def _polish(
     )
 
 
-def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair) -> None:
+def _reestimate(
+    members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair, skip: Sequence[str]
+) -> None:
     forward = members.first.forward
+    state = merged.state_dict()
+    kept = {key: state[key].clone() for key in _frozen(members, state, skip)}
     examples = members.given
     batches = calibration_batches(
         merged, examples.items, forward=forward, collate=examples.collate, accelerator=accelerator
@@ -313,6 +319,9 @@ def _reestimate(members: Members, merged: nn.Module, accelerator: Accelerator, f
     shrink = not found.kind
     found.tensors |= reestimate_batchnorm(merged, batches, forward=forward, accelerator=accelerator, shrink=shrink)
     as_trained(merged, _moved(members, batches, accelerator))
+    merged.load_state_dict(kept, strict=False)
+    for key in kept:
+        found.tensors.pop(key, None)  # as it was
     if not found.kind:
         new = {
             n: layer.running_var.double().cpu()
@@ -345,9 +354,10 @@ def _rescalable(members: Members, model: nn.Module, device: str | torch.device) 
     return rescalable_layers(model.to(device), batch, forward=members.first.forward)
 
 
-def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator) -> Repair:
+def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator, skip: Sequence[str]) -> Repair:
     forward, names = members.first.forward, members.names()
-    layers = _rescalable(members, merged, accelerator.device)
+    fixed = {key.rpartition(".")[0] for key in _frozen(members, merged.state_dict(), skip)}
+    layers = [layer for layer in _rescalable(members, merged, accelerator.device) if layer.name not in fixed]
     if not layers:
         return Repair(notes=["REPAIR found no linear or convolutional layer that it could rescale"])
     sized = calibration_batches(
