@@ -18,7 +18,8 @@ from mergeid.stages.members import Member, Members, merged_tensors
 
 
 def members(weights: tuple[Any, ...], method: str = "linear", base: bool = False) -> Members:
-    models = [Member(cast(Any, SimpleNamespace(names={"w": "w"}, joined=None))) for _ in weights]
+    state = {"w": torch.zeros(2, 3), "v": torch.zeros(2), "steps": torch.tensor(7)}
+    models = [Member(cast(Any, SimpleNamespace(names={"w": "w"}, joined=None, state=lambda: state))) for _ in weights]
     settings = MergeSettings(get_method(method), weights, depth={"w": 0.0})
     return Members(models, models[0] if base else None, settings)
 
@@ -44,9 +45,10 @@ def test_shares_at_the_edge(weights: tuple[float, ...], shares: list[float]) -> 
     assert members(weights, "task_arithmetic").shares() == pytest.approx(shares)
 
 
-def test_weights_that_differ_by_tensor_count_alike_in_all_and_as_they_are_there() -> None:
+def test_weights_that_differ_by_tensor_count_by_its_size_in_all_and_as_they_are_there() -> None:
     told = members(((Condition(0.9, "w"), Condition(0.2)), (Condition(0.1, "w"), Condition(0.8))))
-    assert told.weights() == [1.0, 1.0] and told.shares() == [0.5, 0.5]
+    assert told.weights() == pytest.approx([(6 * 0.9 + 2 * 0.2) / 8, (6 * 0.1 + 2 * 0.8) / 8])
+    assert told.shares() == pytest.approx(told.weights())
     assert told.shares("w") == pytest.approx([0.9, 0.1]) and told.shares("v") == pytest.approx([0.2, 0.8])
 
 
