@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from mergeid.basics.nested import as_batch
+from mergeid.basics.nested import as_batch, named_tensors
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
@@ -178,7 +178,8 @@ def _without_leftovers(module: nn.Module) -> nn.Module:
     (`self.aux_loss = …`): such tensors cannot be copied."""
     from torch import Tensor
 
-    kept = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
+    held = [v for m in module.modules() for v in vars(m).values() if isinstance(v, (Tensor, list, tuple, dict))]
+    kept = [t for value in held for t in named_tensors(value).values() if t.grad_fn is not None]
     return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept}) if kept else module
 
 
