@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from mergeid.basics.memory import few_rows
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.evaluate.agreement import Tally
-from mergeid.evaluate.own_columns import OwnColumns
+from mergeid.evaluate.own_columns import OwnColumns, together
 from mergeid.evaluate.scored import per_example
 from mergeid.models.loaded import ModuleAdapter
 from mergeid.models.running import fits_the_model
@@ -321,8 +321,7 @@ def _spaced(of: range, most: int) -> list[int]:
 
 def _of_owners(said: Sequence[Mapping[str, Tensor]], owners: Tensor) -> dict[str, Tensor]:
     """Of every example what its own model says."""
-    at = torch.arange(len(owners))
-    return {name: torch.stack([s[name] for s in said])[owners, at] for name in said[0]}
+    return {name: together([s[name] for s in said], owners) for name in said[0]}
 
 
 def classifying(first: Loaded) -> set[str]:
