@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.errors import MergeidError
 from mergeid.basics.spread import Spread
+from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel
 from mergeid.models.examples import Examples
 from mergeid.results.comparison import label
