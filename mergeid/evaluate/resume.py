@@ -114,6 +114,8 @@ def _feed(digest: Any, value: Any) -> None:
             _feed(digest, array.ravel().tolist())
         else:
             digest.update(array.tobytes())
+        if callable(palette := getattr(value, "getpalette", None)):  # an image whose array holds places in it
+            digest.update(repr(palette()).encode())
     else:
         digest.update(repr(value).encode())
 

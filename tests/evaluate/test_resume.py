@@ -45,3 +45,14 @@ def test_the_same_bytes_of_another_type_or_shape_are_other_data() -> None:
 def test_each_item_of_an_array_of_objects_counts() -> None:
     first, second = (np.array(["a"] * 1000 + [word] + ["a"] * 1000, object) for word in ("b", "c"))
     assert digest(first) == digest(first.copy()) != digest(second)
+
+
+def test_the_colours_of_an_image_with_a_palette_count() -> None:
+    pictures = pytest.importorskip("PIL.Image")
+
+    def picture(red: int) -> Any:
+        made = pictures.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+        made.putpalette([red, 0, 0] * 256)
+        return made
+
+    assert digest(picture(1)) == digest(picture(1)) != digest(picture(2))
