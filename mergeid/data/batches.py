@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
+from mergeid.basics.casting import kept_kind
 from mergeid.basics.nested import as_batch, mapped
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
@@ -169,12 +170,13 @@ def shared_out(batches: Iterable[Batch], *, rank: int, world: int) -> Iterator[t
 
 
 def to_model(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
-    """The batch on `device`; floating inputs (never the labels) in the model's `dtype`."""
+    """The batch on `device`; floating inputs (never the labels) in the model's `dtype`, complex ones
+    in its precision."""
 
     def place(key: str, value: Any) -> Any:
         def moved(x: torch.Tensor) -> torch.Tensor:
-            as_input = dtype is not None and key != "labels" and x.is_floating_point()
-            return x.to(device=device, dtype=dtype if as_input else None, non_blocking=True)
+            wanted = x.dtype if dtype is None or key == "labels" else kept_kind(x, dtype)
+            return x.to(device=device, dtype=wanted, non_blocking=True)
 
         return moved(value) if isinstance(value, torch.Tensor) else mapped(value, moved)
 

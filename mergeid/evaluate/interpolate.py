@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics import processes
+from mergeid.basics.casting import in_precision
 from mergeid.basics.on_demand import OnDemand, Rows, rows_of
 from mergeid.basics.on_demand import held as in_memory
 from mergeid.basics.state import forget_derived
@@ -154,7 +155,7 @@ def barrier_curve(
     work = line.model if inplace else copy.deepcopy(line.model)
     if isinstance(repair, Solve):  # which writes into weights
         in_memory(work)
-    work.eval().to(device=accelerator.device, dtype=how.dtype)
+    in_precision(work.eval(), how.dtype, accelerator.device)
     batches, solve = None, None
     if isinstance(repair, Solve):
         solve = _solver(line, work, repair, forward, keep_precision=how.dtype is not None)

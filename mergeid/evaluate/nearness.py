@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics.memory import few_rows
+from mergeid.basics.spread import Spread
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.evaluate.agreement import Tally
-from mergeid.evaluate.own_columns import OwnColumns
+from mergeid.evaluate.own_columns import OwnColumns, together
 from mergeid.evaluate.scored import per_example
 from mergeid.models.loaded import ModuleAdapter
 from mergeid.models.running import fits_the_model
@@ -131,7 +132,7 @@ class Panel:
         ]
         self._kept: list[list[tuple[Batch, list[dict[str, Tensor]]]]] | None = [[] for _ in self.parts]
         self._least: list[dict[str, Tensor]] = []
-        self._spreads: dict[str, list[_Spread]] = {}
+        self._spreads: dict[str, list[Spread]] = {}
         self._apart: dict[str, list[Tensor]] = {}
         self._listen()
 
@@ -231,7 +232,7 @@ class Panel:
                         )
                         apart = per_example(self._divergence(outs), batch, count, self.first)
                     else:
-                        spreads = self._spreads.setdefault(name, [_Spread() for _ in self._references(outs)])
+                        spreads = self._spreads.setdefault(name, [Spread() for _ in self._references(outs)])
                         for spread, reference in zip(spreads, self._references(outs), strict=True):
                             spread.add(reference, batch)
                         apart = per_example(self._deviation(outs), batch, count)
@@ -321,8 +322,7 @@ def _spaced(of: range, most: int) -> list[int]:
 
 def _of_owners(said: Sequence[Mapping[str, Tensor]], owners: Tensor) -> dict[str, Tensor]:
     """Of every example what its own model says."""
-    at = torch.arange(len(owners))
-    return {name: torch.stack([s[name] for s in said])[owners, at] for name in said[0]}
+    return {name: together([s[name] for s in said], owners) for name in said[0]}
 
 
 def classifying(first: Loaded) -> set[str]:
@@ -339,47 +339,3 @@ def classifying(first: Loaded) -> set[str]:
         found = first.outputs(first.model, first.inputs_of(moved))
         name, out = next(iter(found.items()))
         return {name} if first.loss(out, moved) is not None else set()
-
-
-class _Spread:
-    """Variance of an output about its mean over the examples: element by element where all batches have one shape,
-    else by the last dimension. Padding and what is not finite is left out."""
-
-    def __init__(self) -> None:
-        self.shape: torch.Size | None = None
-        self.same = True
-        self.whole: list[Tensor] = []
-        self.last: list[Tensor] = []
-        self.square = torch.zeros(2, dtype=torch.float64)
-        self.numbers = 0
-
-    def add(self, out: Tensor, batch: Batch) -> None:
-        values = out.detach().double().cpu()
-        mask = batch.get("attention_mask")
-        masked = isinstance(mask, Tensor) and values.dim() > 2 and mask.shape == values.shape[:2]
-        self.shape = self.shape or values.shape[1:]
-        self.same = self.same and not masked and values.dim() > 1 and values.shape[1:] == self.shape
-        rows = values[mask.bool().cpu()] if masked and isinstance(mask, Tensor) else values
-        rows = rows.reshape(-1, rows.shape[-1]) if rows.dim() > 1 else rows.reshape(-1, 1)
-        self.last = _added(self.last, rows)
-        if self.same:
-            self.whole = _added(self.whole, values.flatten(1))
-        self.numbers += rows.numel()
-        finite = rows[rows.isfinite()]
-        self.square += torch.tensor([finite.square().sum(), len(finite)], dtype=torch.float64)
-
-    def variance(self, dtype: torch.dtype) -> float:
-        """At least what rounding alone could make."""
-        count, total, squares = self.whole if self.same else self.last
-        mean = total / count.clamp(min=1)
-        spread = float((squares - count * mean.square()).clamp(min=0).sum()) / max(self.numbers, 1)
-        size = float(self.square[0] / self.square[1].clamp(min=1))
-        return max(spread, torch.finfo(dtype).eps * size, 1e-300)
-
-
-def _added(sums: list[Tensor], rows: Tensor) -> list[Tensor]:
-    """(count, sum, sum of squares) per column, with these rows."""
-    finite = rows.isfinite()
-    known = rows.masked_fill(~finite, 0.0)
-    new = [finite.double().sum(0), known.sum(0), known.square().sum(0)]
-    return [a + b for a, b in zip(sums, new, strict=True)] if sums else new

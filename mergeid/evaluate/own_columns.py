@@ -33,14 +33,14 @@ class OwnColumns:
         for name in said[0]:
             outs = [s[name] for s in said] * (len(self.classes) // len(said))
             if name not in self.names:
-                found[name] = outs[0] if len(said) == 1 else _together(outs, owners)
+                found[name] = outs[0] if len(said) == 1 else together(outs, owners)
                 continue
             parts = [out.split(self.classes, -1)[k] for k, out in enumerate(outs)]
             if owners is None:
                 found |= {self.called(name, k): part for k, part in enumerate(parts)}
                 continue
             wide = [F.pad(part, (0, max(self.classes) - part.shape[-1]), value=-inf) for part in parts]
-            found[name] = _together(wide, owners)
+            found[name] = together(wide, owners)
         return found
 
     def called(self, name: str, model: int) -> str:
@@ -48,8 +48,9 @@ class OwnColumns:
         return f"{name} (classes of {chr(ord('a') + model)})".strip()
 
 
-def _together(outs: Sequence[Tensor], owners: Tensor | None) -> Tensor:
-    """Of every example what its own model says; else the models' mean."""
-    if owners is None:
+def together(outs: Sequence[Tensor], owners: Tensor | None) -> Tensor:
+    """Of every example what its own model says; the models' mean where there are no owners, or where the output is not
+    one of single examples (a penalty, say)."""
+    if owners is None or outs[0].shape[:1] != owners.shape:
         return torch.stack(list(outs)).mean(0)
     return torch.stack(list(outs))[owners, torch.arange(len(owners))]

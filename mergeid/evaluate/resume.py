@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,5 +108,20 @@ def _feed(digest: Any, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _feed(digest, item)
+    elif (array := _numbers(value)) is not None:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        if array.dtype.hasobject:
+            _feed(digest, array.ravel().tolist())
+        else:
+            digest.update(array.tobytes())
+        if callable(palette := getattr(value, "getpalette", None)):  # an image whose array holds places in it
+            digest.update(repr(palette()).encode())
     else:
         digest.update(repr(value).encode())
+
+
+def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
+    """What is an array, or makes itself one (an image, say): its text would be shortened, or hold an address."""
+    if not (hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
+        return None
+    return np.asarray(value)

@@ -74,7 +74,8 @@ def per_example(scores: Tensor, batch: Batch, count: int, first: Loaded | None =
     """
     real = counted_positions(batch, scores.shape, first)
     if real is not None:
-        return (scores * real).sum(1) / real.sum(1).clamp(min=1)
+        # what padding holds need be no number
+        return scores.double().masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
     if scores.shape[:1] != (count,):
         return scores.double().mean().expand(count)
     return scores.double().reshape(count, -1).mean(1)

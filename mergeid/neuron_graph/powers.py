@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.state import forget_derived, uncompiled
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
@@ -96,7 +97,7 @@ class Trial:
     ) -> None:
         """Args:
         generator: of the disturbance; None: the weights as they are."""
-        self.probe = copy.deepcopy(model).eval().double()
+        self.probe = in_precision(copy.deepcopy(model).eval(), torch.float64)
         self.state = dict(self.probe.state_dict())  # one storage for a tensor of several names
         disturbed = randomised(self.probe, generator) if generator is not None else {}
         self.inputs, self.forward, self.generator = inputs, forward, generator
@@ -112,9 +113,7 @@ class Trial:
 
     def run(self) -> list[Tensor]:
         """All outputs in float64, on the weights that the copy has now."""
-        wide = mapped(
-            self.inputs, lambda t: t.detach().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True)
-        )
+        wide = mapped(self.inputs, lambda t: t.detach().to(kept_kind(t, torch.float64), copy=True))
         with uncompiled(), at_least(torch.float64), torch.random.fork_rng([]):
             torch.manual_seed(0)
             out = returned_tensors(self.forward(self.probe, wide)).values()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.state import forget_derived, uncompiled
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
@@ -42,7 +43,7 @@ def find_turns(
     wanted = list(_candidates(graph))
     if not wanted:
         return []
-    probe = copy.deepcopy(model).eval().double()
+    probe = in_precision(copy.deepcopy(model).eval(), torch.float64)
     state = randomised(probe, generator)
 
     def run(turns: Sequence[Turn] = ()) -> list[Tensor]:
@@ -53,7 +54,7 @@ def find_turns(
                     moved = turn.apply(name, moved)
                 value.copy_(moved)
         forget_derived(probe)
-        wide = mapped(inputs, lambda t: t.detach().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True))
+        wide = mapped(inputs, lambda t: t.detach().to(kept_kind(t, torch.float64), copy=True))
         with torch.no_grad(), uncompiled(), at_least(torch.float64), torch.random.fork_rng([]):
             torch.manual_seed(0)
             return [t.double() for t in returned_tensors(forward(probe, wide)).values() if not t.is_complex()]

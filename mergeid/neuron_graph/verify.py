@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.memory import SMALL_NETWORK
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.on_demand import OnDemand, light_copy
@@ -100,6 +101,8 @@ class at_least(TorchDispatchMode):
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point and asked.itemsize < self.dtype.itemsize:
             kwargs["dtype"] = self.dtype
+        elif asked is not None and asked.is_complex and asked.itemsize < 2 * self.dtype.itemsize:
+            kwargs["dtype"] = torch.complex128 if self.dtype == torch.float64 else torch.complex64
         return func(*args, **kwargs)
 
 
@@ -148,7 +151,7 @@ def verify(
         return {name: _real(t) for name, t in returned_tensors(out).items() if name not in noise}
 
     try:
-        probe = probe.to(dtype)
+        probe = in_precision(probe, dtype)
         reference = run()
         if dtype != torch.float32 and _any_nan(reference):
             raise RuntimeError("attention masks filled with the lowest float overflow to infinity")
@@ -157,7 +160,7 @@ def verify(
             raise
         # some kernels refuse float64, some models are made for float32
         dtype = torch.float32
-        probe = probe.to(dtype)
+        probe = in_precision(probe, dtype)
         reference = run()
     if randomise and _any_nan(reference):  # too much for the disturbed weights
         state = model.state_dict()
@@ -200,7 +203,7 @@ def verify(
             reference = run()
         elif chaotic and wider:
             wider, dtype, tolerance = False, torch.float64, TOLERANCE[torch.float64]
-            probe = probe.to(dtype)
+            probe = in_precision(probe, dtype)
             reference = run()
         elif holds and not blind:
             break
@@ -271,7 +274,7 @@ def _any_nan(outputs: Mapping[str, Tensor]) -> bool:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy: the model may write into its inputs."""
-    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return tensor.detach().to(kept_kind(tensor, dtype), copy=True)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class EndSums(Sums):
             parts = (x.logsumexp(-1) + y.logsumexp(-1)) / 2
             labels = (SHARP * x).softmax(-1)
             found = {
-                "behind": (labels * (lx - ly)).sum(-1),
+                "behind": expected(labels, lx - ly),
                 "excess_averaged": ((x + y) / 2).logsumexp(-1) - parts,
                 "own_entropy": own,
                 "divergence": entropy - own,
@@ -82,7 +82,8 @@ class EndSums(Sums):
         found = self.means()
         if self.means_of is None:
             return found
-        uniform = math.log(len(self.means_of[0]))
+        # a class that both rule out is none
+        uniform = math.log(max(int((self.means_of[0] + self.means_of[1] > 0).sum()), 2))
         told = []
         for total, name in zip(self.means_of, ("entropy_a", "entropy_b"), strict=True):
             whole = float(torch.special.entr(total / total.sum().clamp(min=1e-12)).sum())
@@ -104,7 +105,7 @@ class ShiftSums(Sums):
             mixed = torch.logaddexp(x.log_softmax(-1), y.log_softmax(-1))
             logs = [r.log_softmax(-1) for r in (average, *runs)]
             found = {
-                name: (labels.softmax(-1) * (logs[0] - (logs[1] + logs[2]) / 2)).sum(-1)
+                name: expected(labels.softmax(-1), logs[0] - (logs[1] + logs[2]) / 2)
                 for name, labels in (("shift", average), ("shift_sharp", SHARP * mixed))
             }
             self.gather(found, weight)
@@ -114,8 +115,15 @@ class ShiftSums(Sums):
         return self.means()
 
 
+def expected(chances: Tensor, values: Tensor) -> Tensor:
+    """Σ p x over the last dimension. What has no chance counts nothing, whatever its value: of a class that is ruled
+    out (a logit of -inf) differences are no numbers."""
+    return (chances * values).masked_fill(chances == 0, 0.0).sum(-1)
+
+
 def rows_of(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """float64 [rows, classes] of every output, a few rows at a time, and the share of every row in its example."""
+    """float64 [rows, classes] of every output, a few rows at a time, and the share of every row in its example.
+    Rows that do not count are left out: they may hold anything."""
     n, classes = len(outputs[0]), outputs[0].shape[-1]
     weight = torch.ones(n, outputs[0].numel() // (n * classes), dtype=torch.float64, device=outputs[0].device)
     if mask is not None and mask.shape == weight.shape:
@@ -123,7 +131,8 @@ def rows_of(outputs: tuple[Tensor, ...], mask: Tensor | None) -> Iterator[tuple[
     left = (weight / weight.sum(1, keepdim=True).clamp(min=1)).reshape(-1)
     for part in few_rows(*(t.detach() for t in outputs)):
         shares, left = left[: len(part[0])], left[len(part[0]) :]
-        yield part, shares
+        counts = shares > 0
+        yield (part, shares) if bool(counts.all()) else ([t[counts] for t in part], shares[counts])
 
 
 def output_features(ends: Features, shifts: Features) -> Features:
@@ -178,6 +187,8 @@ def weight_features(a: Mapping[str, Any], b: Mapping[str, Any]) -> Features:
         if y is None or not x.is_floating_point() or x.dim() < 2:
             continue
         aa, bb, dd = squares_of(x, y)
+        if not math.isfinite(dd):  # a mask
+            continue
         ab = (aa + bb - dd) / 2
         if aa > 0 and bb > 0:
             worst = max(worst, math.sqrt(dd / ((aa + bb) / 2)))

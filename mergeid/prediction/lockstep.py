@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -225,7 +226,10 @@ class Shift:
     def of(cls, at_a: Tensor, at_b: Tensor, damping: float, shelf: Shelf) -> Shift:
         if not at_a.is_floating_point():
             return cls(None, None, 1.0)
-        return cls(shelf.take((at_a + at_b).div_(2)), shelf.take((at_b - at_a).div_(2)), damping)
+        half = (at_b - at_a).div_(2)
+        if not half.sum().isfinite():
+            half.masked_fill_(at_a == at_b, 0.0)  # infinite in both, as a mask: no difference
+        return cls(shelf.take((at_a + at_b).div_(2)), shelf.take(half), damping)
 
     def apply(self, out: Tensor, sign: int) -> None:
         """In place; sign: 1 for A, -1 for B."""
@@ -369,7 +373,7 @@ def damp(one: Operation, two: Operation) -> float:
     aa, bb, apart = squares_of(wa, wb)
     own = (aa + bb) / 2
     # |(W_a + W_b) / 2|² by the difference: no averaged weights are made
-    return max(1 - apart / 4 / own, 0.0) ** 0.25 if own > 0 else 1.0
+    return max(1 - apart / 4 / own, 0.0) ** 0.25 if own > 0 and isfinite(apart) else 1.0
 
 
 def _signature(op: Operation) -> Any:

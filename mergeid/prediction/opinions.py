@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergeid.prediction.features import SHARP, rows_of
+from mergeid.prediction.features import SHARP, expected, rows_of
 
 POSITIONS, CLASSES = 16, 16
 """Most positions of an example, evenly spaced, and most classes of a position, the model's likeliest, that are kept."""
@@ -73,7 +73,7 @@ def behind(opinions: Sequence[Opinions]) -> list[float] | None:
     if not all(a.shape == own.shape and torch.allclose(a, own, atol=SAME) for a, _ in known):
         return None
     q, total = labels(own, [b for _, b in known], weights), float(weights.sum())
-    return [float(((q * (own - b)).sum(-1) * weights).sum()) / total for _, b in known]
+    return [float((expected(q, own - b) * weights).sum()) / total for _, b in known]
 
 
 def labels(own: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ def labels(own: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
     Returns:
         probabilities, float64 [rows, classes]."""
     p = own.exp()
-    apart = [float(((p * (own - b)).sum(-1) * weights).sum() / weights.sum()) for b in others]
+    apart = [float((expected(p, own - b) * weights).sum() / weights.sum()) for b in others]
     nearest = sorted(range(len(others)), key=lambda i: apart[i])[: max(int(NEAR * (len(others) + 1)) - 1, 0)]
     nearest = [i for i in nearest if apart[i] <= APART]
     mean = (p + sum((others[i].exp() for i in nearest), torch.zeros_like(p))) / (1 + len(nearest))
     power = SURER if nearest else SHARP  # the model alone
-    return ((SHARP * own).softmax(-1) + (power * mean.clamp(min=1e-30).log()).softmax(-1)) / 2
+    return ((SHARP * own).softmax(-1) + (power * mean.log()).softmax(-1)) / 2
 
 
 def _told(x: Tensor, index: Tensor) -> Tensor:

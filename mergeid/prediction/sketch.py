@@ -36,6 +36,7 @@ from mergeid.models.loaded import Loaded
 from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.neuron_graph.exchange import check_graph, space_of
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space, TapMap
+from mergeid.prediction.features import expected
 
 FORMAT = "mergeid.sketch/1"
 EXAMPLES = 256
@@ -232,7 +233,7 @@ def _response(
             generator = torch.Generator().manual_seed(count)
             with torch.no_grad(), _disturbed(loaded.model, taps, 1 - level, repaired, generator):
                 out = _sampled(loaded.forward(loaded.model, batch), mask, count).double()
-            total[k, 0] += float((target * (own - out.log_softmax(-1))).sum()) / (len(own) / batches.size(batch))
+            total[k, 0] += float(expected(target, own - out.log_softmax(-1)).sum()) / (len(own) / batches.size(batch))
             right = target.amax(-1) - target.gather(-1, out.argmax(-1, keepdim=True))[:, 0]
             total[k, 1] += float(right.sum()) / (len(own) / batches.size(batch))
         count += batches.size(batch)

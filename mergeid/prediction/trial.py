@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from mergeid.prediction.features import SHARP, Features, Sums, rows_of
+from mergeid.prediction.features import SHARP, Features, Sums, expected, rows_of
 
 
 class TrialSums(Sums):
@@ -30,8 +30,8 @@ class TrialSums(Sums):
             self.gather(
                 {
                     "hard": gap.gather(-1, best)[..., 0],
-                    "soft": (mixed.exp() * gap).sum(-1),
-                    "beyond": ((SHARP * rows[0]).softmax(-1) * (logs[0] - logs[2])).sum(-1),
+                    "soft": expected(mixed.exp(), gap),
+                    "beyond": expected((SHARP * rows[0]).softmax(-1), logs[0] - logs[2]),
                     "missed": (right[0] + right[1]) / 2 - right[2],
                 },
                 weight,
@@ -57,9 +57,9 @@ class TogetherSums(Sums):
             mixed = torch.logaddexp(logs[0], logs[1]) - math.log(2)
             m = mixed.exp()
             said = [r.argmax(-1, keepdim=True) for r in logs]
-            found = {f"apart_{n}": (m * (mixed - r)).sum(-1) for n, r in zip("ab", logs, strict=True)}
+            found = {f"apart_{n}": expected(m, mixed - r) for n, r in zip("ab", logs, strict=True)}
             found |= {f"right_{n}": m.gather(-1, s)[..., 0] for n, s in zip("ab", said, strict=True)}
-            found["entropy"] = -(m * mixed).sum(-1)
+            found["entropy"] = -expected(m, mixed)
             found["right_both"] = m.max(-1).values
             found["agreed"] = (said[0] == said[1]).double()[..., 0]
             self.gather(found, weight)

@@ -1,16 +1,18 @@
 """A few hundred steps of distillation after the closed form: the merged network against the models' predictions.
 
 No labels: of a classifying head the Kullback-Leibler divergence from the mixture of the models' predictions, of any
-other output the squared distance from their mean, over its variance. Examples that take no part in the steps judge: the
+other output the squared distance from their mean, over its variance; one that is the same for all examples, or of none
+of them (a penalty, say), is left out. Examples that take no part in the steps judge: the
 weights that were nearest on them are kept, and if none were nearer than the first, these. The same steps can be taken
 again on all examples (`polished_again`), when it is known how many are good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import inf, isfinite
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.spread import Spread
 from mergeid.data.batches import first_line
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
@@ -62,12 +65,34 @@ class Aim:
         models: in eval mode; shares: their weights, with sum 1.
         outputs: (network, batch) -> its outputs by name.
         heads: names of the outputs whose last dimension holds logits.
+
+    Of other outputs their variance over all examples is wanted first (`measure`).
     """
 
     def __init__(
         self, models: Sequence[nn.Module], shares: Sequence[float], outputs: Outputs, heads: frozenset[str]
     ) -> None:
-        self.models, self.shares, self.outputs, self.heads = models, shares, outputs, heads
+        self.models, self.shares, self.heads = models, shares, heads
+        self._outputs = outputs
+        self._spreads: dict[str, float] | None = None
+
+    def outputs(self, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """float32, complex numbers as two, without what is of no example."""
+        found = {n: torch.view_as_real(t) if t.is_complex() else t for n, t in self._outputs(net, batch).items()}
+        return {n: t.float() for n, t in found.items() if t.dim() > 0}
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Take the variance of what the models say about its mean over all examples. Once: later calls do nothing."""
+        if self._spreads is not None:
+            return
+        seen: dict[str, Spread] = {}
+        for batch in batches:
+            said = self.said(batch)
+            if said.keys() <= self.heads:
+                break
+            for name in said.keys() - self.heads:
+                seen.setdefault(name, Spread()).add(said[name], batch)
+        self._spreads = {n: s.variance(torch.float32) for n, s in seen.items() if not s.constant(torch.float32)}
 
     @torch.no_grad()
     def said(self, batch: Batch) -> dict[str, Tensor]:
@@ -75,27 +100,39 @@ class Aim:
         total: dict[str, Tensor] = {}
         for share, model in zip(self.shares, self.models, strict=True):
             for name, out in self.outputs(model, batch).items():
-                value = share * (out.float().softmax(-1) if name in self.heads else out.float())
+                value = share * (out.softmax(-1) if name in self.heads else out)
                 total[name] = total[name] + value if name in total else value
         return total
+
+    def counts(self, said: Mapping[str, Tensor]) -> bool:
+        """Whether any of these outputs is aimed at."""
+        return any(name in self.heads or self._spread(name) is not None for name in said)
 
     def loss(self, net: nn.Module, batch: Batch, said: Mapping[str, Tensor]) -> Tensor:
         """Mean over the examples (tokens, where a mask says which are real), summed over the outputs."""
         mask = batch.get("attention_mask")
-        terms = []
+        total = torch.zeros(())
         for name, out in self.outputs(net, batch).items():
-            wanted = said[name]
-            if name in self.heads:
-                each = F.kl_div(out.float().log_softmax(-1), wanted, reduction="none").sum(-1)
+            wanted, spread = said[name], None if name in self.heads else self._spread(name)
+            if name not in self.heads and spread is None:
+                continue
+            if isinstance(mask, Tensor) and out.dim() > 1 and mask.shape == out.shape[:-1]:
+                out, wanted = out[mask.bool()], wanted[mask.bool()]  # padding need not hold numbers
+            if spread is None:
+                # a class that nobody names counts nothing, be it ruled out (a logit of -inf) or not
+                each = F.kl_div(out.log_softmax(-1).masked_fill(wanted == 0, 0.0), wanted, reduction="none").sum(-1)
             else:
-                spread = (wanted - wanted.mean(0)).square().mean().clamp(min=1e-12)
-                each = (out.float() - wanted).square() / spread
+                lacking = ~wanted.isfinite()  # a mask
+                each = (out.masked_fill(lacking, 0.0) - wanted.masked_fill(lacking, 0.0)).square() / spread
                 each = each.mean(-1) if each.dim() > 1 else each
-            if isinstance(mask, Tensor) and mask.shape == each.shape:
-                terms.append((each * mask).sum() / mask.sum().clamp(min=1))
-            else:
-                terms.append(each.mean())
-        return torch.stack(terms).sum()
+            total = total.to(each.device) + each.sum() / max(each.numel(), 1)
+        return total
+
+    def _spread(self, name: str) -> float | None:
+        """None: it says nothing."""
+        if self._spreads is None:
+            raise ValueError("the spread of the outputs is not measured yet")
+        return self._spreads.get(name)
 
 
 def polish_network(
@@ -119,12 +156,13 @@ def polish_network(
         frozen: names of parameters that stay as they are.
     """
     plan = schedule or Schedule()
+    aim.measure(chain(unseen, _once(seen, plan)))
     targets = [aim.said(batch) for batch in unseen]
     first = best = _mean(aim, merged, unseen, targets)
     kept, taken = _copied(merged), []
     with _trained(merged, frozen) as trained:
         batches = _endless(seen, torch.Generator().manual_seed(plan.seed))
-        for k, rate in enumerate(plan.rates if trained else ()):
+        for k, rate in enumerate(plan.rates if trained and any(map(aim.counts, targets)) else ()):
             merged.load_state_dict(kept)
             at = 0
             for step in _steps(merged, aim, batches, trained, plan, rate, accelerator):
@@ -151,6 +189,7 @@ def polished_again(
 ) -> None:
     """Take the steps that were kept, on all examples: none judges."""
     plan = schedule or Schedule()
+    aim.measure(_once(examples, plan))
     with _trained(merged, frozen) as trained:
         batches = _endless(examples, torch.Generator().manual_seed(plan.seed))
         for rate, until in zip(plan.rates, done.steps, strict=False):
@@ -214,6 +253,11 @@ def _can_be_trained() -> Iterator[None]:
             f"the merged network cannot be polished, because it cannot be trained ({first_line(error)}); choose "
             "--repair solve instead"
         ) from error
+
+
+def _once(seen: Callable[[Generator], Sequence[Batch]], plan: Schedule) -> Iterator[Batch]:
+    """All examples, when they are asked for."""
+    yield from seen(torch.Generator().manual_seed(plan.seed))
 
 
 def _endless(seen: Callable[[Generator], Sequence[Batch]], generator: Generator) -> Iterator[Batch]:

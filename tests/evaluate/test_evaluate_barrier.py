@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from curves import barrier_curve
-from evaluate_helpers import Items, Net, forward, loss, net, reversed_neurons
+from evaluate_helpers import CLASSES, Items, Net, forward, loss, net, reversed_neurons
 from torch import nn
 from torch.nn import functional as F
 
@@ -233,3 +233,31 @@ def test_json_and_back():
     assert BarrierResult.from_json(broken).barrier == math.inf
     with pytest.raises(ValueError, match=r"expected a barrier result of format"):
         BarrierResult.from_json({"format": "other"})
+
+
+class Fourier(nn.Module):
+    """Complex weights between two real layers."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.enter, self.head = nn.Linear(64, 8), nn.Linear(8, CLASSES)
+        self.weight = nn.Parameter(torch.randn(5, dtype=torch.cfloat))
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(F.relu(self.enter(x.flatten(1)))) * self.weight
+        return self.head(torch.fft.irfft(spectrum, n=8))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_complex_weights_keep_their_imaginary_parts(dtype):
+    """A loop over the losses of averages, in float64."""
+    a, b = (Fourier(seed).eval() for seed in (1, 2))
+    losses = []
+    for x in (0, 0.5, 1):
+        net = Fourier(0).eval()
+        net.load_state_dict({k: torch.lerp(v, b.state_dict()[k], x) for k, v in a.state_dict().items()})
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(net(DATA.x), DATA.labels)))
+    found = barrier_curve(a.state_dict(), b.state_dict(), Fourier(0), DATA, lambdas=[0, 0.5, 1], dtype=dtype, **TASK)
+    assert found.losses == pytest.approx(losses, rel=1e-5)

@@ -87,6 +87,61 @@ def test_the_mean_is_over_what_counts_and_is_no_padding() -> None:
     assert per_example(scores, batch, 3).tolist() == [1.5, 6.0, 8.5]
 
 
+def test_what_padding_holds_is_no_distance() -> None:
+    """Of a head and of values: NaN there, in the network and in the models, is as good as any number."""
+    torch.manual_seed(0)
+    mask = torch.arange(5) < torch.randint(1, 6, (10, 1))
+    x = torch.randn(10, 5, 4)
+
+    def far(padding: float, net: nn.Module, models: list[nn.Module], classes: bool) -> float:
+        padded = x.masked_fill(~mask[..., None], padding)
+        rows = [{"x": r, "attention_mask": m.long()} for r, m in zip(padded, mask, strict=True)]
+        panel = Panel(
+            cast(Any, first(classes=classes)),
+            models,
+            shares=[0.5, 0.5],
+            examples=Examples(rows),
+            device="cpu",
+            batch_size=4,
+        )
+        return panel.far(net, 0)["logits"].distance
+
+    a, b, net = (nn.Linear(4, CLASSES) for _ in range(3))
+    for classes in (True, False):
+        assert far(torch.nan, net, [a, b], classes) == pytest.approx(far(0.0, net, [a, b], classes), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 12])
+def test_an_output_that_is_of_no_single_example(size: int) -> None:
+    """Where examples belong to models: compared with the models' mean, and the others as if it were not there."""
+    torch.manual_seed(0)
+    x, owners = torch.randn(12, 3, 4), tuple(k % 2 for k in range(12))
+    a, b, net = (nn.Linear(4, CLASSES) for _ in range(3))
+
+    def far(penalty: bool, net: nn.Module) -> dict[str, float]:
+        said = first()
+
+        def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            out = model(batch["x"])
+            return {"logits": out, "penalty": out.square().mean()} if penalty else {"logits": out}
+
+        said.outputs = outputs
+        examples = Examples([{"x": r} for r in x], owners=owners)
+        panel = Panel(said, [a, b], shares=[0.5, 0.5], examples=examples, device="cpu", batch_size=size)
+        return {name: found.distance for name, found in panel.far(net, 0).items()}
+
+    both = far(True, net)
+    assert both["logits"] == far(False, net)["logits"]
+    parts = x.split(size)
+    with torch.no_grad():
+        said = [[float(m(p).square().mean()) for p in parts] for m in (a, b, net)]
+    mean = [(u + v) / 2 for u, v in zip(said[0], said[1], strict=True)]
+    error = sum((u - v) ** 2 for u, v in zip(mean, said[2], strict=True)) / len(parts)
+    spread = sum((u - sum(mean) / len(mean)) ** 2 for u in mean) / len(parts)
+    least = torch.finfo(torch.float32).eps * sum(u * u for u in mean) / len(parts)
+    assert both["penalty"] == pytest.approx(error / max(spread, least), rel=1e-4)
+
+
 def test_what_a_network_says_where_nobody_asks_is_no_distance() -> None:
     torch.manual_seed(0)
     models = [nn.Linear(4, CLASSES) for _ in range(2)]

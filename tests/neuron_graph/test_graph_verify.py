@@ -191,3 +191,58 @@ def test_masked_logits_count_as_equal():
     one, none = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
     assert relative_error([one], [one]) == 0 and relative_error([one], [none]) == float("inf")
     assert relative_error([none], [one]) == float("inf")
+
+
+class Fourier(nn.Module):
+    """Mixes frequencies by complex weights, in front of two real layers with a space between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(5, 5, dtype=torch.cfloat))
+        self.enter, self.leave = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.fft.irfft(torch.fft.rfft(x) @ self.mix, n=8)
+        return self.leave(torch.relu(self.enter(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_complex_weights_stay_complex_in_a_check(dtype):
+    torch.manual_seed(0)
+    model, inputs = Fourier().eval(), (torch.randn(4, 8),)
+    graph = traced(model, inputs)
+    seen = []
+
+    def forward(net, args):
+        seen.append(net.mix.dtype)
+        return net(*args)
+
+    found = verify(graph, model, inputs, forward, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    assert set(seen) == {torch.complex128 if dtype == torch.float64 else torch.complex64}
+    assert found.failed == () and [s.size for s in found.graph.spaces] == [WIDTH]
+    assert found.error < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert model.mix.dtype == torch.complex64
+
+
+def test_complex_inputs_are_checked_in_the_same_precision():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, WIDTH, dtype=torch.cfloat), nn.Linear(2 * WIDTH, 3)
+
+    class Spectra(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = layer
+
+        def forward(self, x):
+            y = self.enter(x)
+            return self.leave(torch.cat([y.real, y.imag], -1))
+
+    model, inputs = Spectra().eval(), (torch.randn(4, 4, dtype=torch.cfloat),)
+    seen = []
+
+    def forward(net, args):
+        seen.append(args[0].dtype)
+        return net(*args)
+
+    verify(traced(model, inputs), model, inputs, forward, generator=torch.Generator().manual_seed(0))
+    assert set(seen) == {torch.complex128}

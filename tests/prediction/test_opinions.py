@@ -67,6 +67,14 @@ def test_a_crowd_elsewhere_is_not_asked() -> None:
     assert not torch.allclose(one, labels(a, [], weights), atol=1e-3)
 
 
+def test_a_class_that_is_ruled_out_changes_nothing() -> None:
+    a = logits(40, 4)
+    others = [a + 0.2 * logits(40, 4, seed=s) for s in (1, 2, 3)]
+    wide = [F.pad(t, (0, 1), value=-torch.inf) for t in (a, *others)]
+    found = behind([heard(a, b) for b in others])
+    assert found is not None and behind([heard(wide[0], b) for b in wide[1:]]) == pytest.approx(found, abs=1e-9)
+
+
 def test_few_numbers_are_kept_of_many() -> None:
     """Of long texts and large vocabularies: distributions still, whose rest is one class."""
     a, b = logits(6, 100, 500), logits(6, 100, 500, seed=1)

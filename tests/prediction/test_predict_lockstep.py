@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,67 @@ def test_what_averages_shifts_nothing() -> None:
     sums.add(a, b, ((a + b) / 2 + 3, (a + b) / 2 - 1), None)  # a constant changes no prediction
     found = sums.features()
     assert found["shift"] == pytest.approx(0, abs=1e-12) and found["shift_sharp"] == pytest.approx(0, abs=1e-12)
+
+
+def ruled_out(t: Tensor) -> Tensor:
+    """With one more class, at -inf."""
+    return F.pad(t, (0, 1), value=-torch.inf)
+
+
+def test_a_class_that_is_ruled_out_changes_nothing() -> None:
+    a, b, m1, m2 = drawn(9, 6, count=4)
+    found = []
+    for change in (lambda t: t, ruled_out):
+        ends, shifts = EndSums(), ShiftSums()
+        ends.add(change(a), change(b), None)
+        shifts.add(change(a), change(b), (change(m1), change(m2)), None)
+        found.append({**ends.features(), **shifts.features()})
+    assert all(math.isfinite(v) for v in found[0].values())
+    assert found[1] == pytest.approx(found[0], abs=1e-12)
+
+
+def test_what_padding_holds_does_not_count() -> None:
+    outs = drawn(7, 3, 4, count=4)
+    mask = torch.ones(7, 3, dtype=torch.bool)
+    mask[2, 1:] = mask[5] = False
+    found = []
+    for value in (0.0, torch.nan):
+        a, b, m1, m2 = (t.masked_fill(~mask[..., None], value) for t in outs)
+        ends, shifts = EndSums(), ShiftSums()
+        ends.add(a, b, mask)
+        shifts.add(a, b, (m1, m2), mask)
+        found.append({**ends.features(), **shifts.features()})
+    assert found[1] == pytest.approx(found[0], abs=1e-12)
+
+
+class Masked(nn.Module):
+    """A mask in the state that is added: to the logits, where it has one row, or to attention."""
+
+    def __init__(self, seed: int, low: float) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.register_buffer("causal", torch.full((5, 5), low).triu(1))
+        self.register_buffer("classes", torch.tensor([0, 0, 0, low]))
+        self.causal: Tensor
+        self.classes: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = (x @ x.transpose(1, 2) + self.causal).softmax(-1) @ x
+        return self.head(x.mean(1)) + self.classes
+
+
+def test_masks_in_the_state_may_be_infinite() -> None:
+    """As masks that are only low."""
+    data = [{"arg0": x} for x in torch.randn(32, 5, 8, generator=torch.Generator().manual_seed(0))]
+    plain = [
+        probe(Masked(0, low).eval(), {"direct": Masked(1, low).eval()}, forward, data)["direct"].plain
+        for low in (-1e4, -torch.inf)
+    ]
+    about = {"uniform", "told", "distance", "distance_worst", "cosine", "deviation"}  # to which low masks belong
+    kept = [{k: v for k, v in each.items() if k not in about} for each in plain]
+    assert kept[1] == pytest.approx(kept[0], abs=1e-5) and all(math.isfinite(v) for v in plain[1].values())
 
 
 def test_outputs_known_of_more_examples_count() -> None:

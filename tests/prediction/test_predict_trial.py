@@ -140,6 +140,18 @@ def test_what_a_merge_loses_beyond_a() -> None:
     assert sums.features()["beyond"] == pytest.approx(float(expected))
 
 
+def test_a_class_that_is_ruled_out_changes_nothing() -> None:
+    rng = np.random.default_rng(4)
+    outs = [torch.from_numpy(rng.standard_normal((20, 4))) for _ in range(3)]
+    found = []
+    for each in (outs, [F.pad(t, (0, 1), value=-math.inf) for t in outs]):
+        trials, both = TrialSums(), TogetherSums()
+        trials.add(each[0], each[1], each[2], None)
+        both.add(each[0], each[1], None)
+        found.append({**trials.features(), **both.features()})
+    assert found[1] == pytest.approx(found[0], abs=1e-12)
+
+
 def test_masked_positions_do_not_count() -> None:
     rng = np.random.default_rng(0)
     outs = [torch.from_numpy(rng.standard_normal((4, 6, 3))) for _ in range(3)]

@@ -60,9 +60,43 @@ def test_the_loss_of_a_head_is_the_divergence_of_every_real_token(masked: bool) 
 def test_the_loss_of_values_is_their_error_over_the_spread_and_outputs_add_up() -> None:
     teacher, student = (Says(value=drawn(6, 3, seed=k), other=drawn(6, seed=5 + k)) for k in range(2))
     found = aim([teacher], [1.0])
+    found.measure([{}])
     terms = []
     for name in ("value", "other"):
         wanted, out = teacher.values[name], student.values[name]
         terms.append(float((out - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()))
     assert float(found.loss(student, {}, found.said({}))) == pytest.approx(sum(terms), rel=1e-5)
     assert float(found.loss(teacher, {}, found.said({}))) == 0
+
+
+@pytest.mark.parametrize("name", ["logits", "value"])
+def test_what_padding_holds_counts_nothing(name: str) -> None:
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    losses = []
+    for padding in (0.0, torch.nan):
+        values = [drawn(2, 5, 4, seed=k).masked_fill(mask[..., None] == 0, padding) for k in range(2)]
+        teacher, student = (Says(**{name: v.requires_grad_()}) for v in values)
+        found, batch = aim([teacher], [1.0]), {"attention_mask": mask}
+        found.measure([batch])
+        loss = found.loss(student, batch, found.said(batch))
+        (slope,) = torch.autograd.grad(loss, values[1])
+        assert bool(slope.isfinite().all()) and not bool(slope[mask == 0].any())
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[0] > 0
+
+
+def test_the_spread_is_that_of_all_examples_however_they_are_dealt_out() -> None:
+    values = 3 + drawn(12, 2, seed=0)
+    values[6:] += 5  # each half alone varies much less
+
+    def outputs(model: Any, batch: Any) -> dict[str, Tensor]:
+        return {"value": values[batch["at"]] + (0 if model is teacher else 1)}
+
+    teacher, student = nn.Identity(), nn.Identity()
+    for size in (12, 6, 1):
+        batches = [{"at": at} for at in torch.arange(12).split(size)]
+        found = Aim([teacher], [1.0], outputs, frozenset())
+        found.measure(batches)
+        for batch in batches:
+            loss = float(found.loss(student, batch, found.said(batch)))
+            assert loss == pytest.approx(float(1 / values.var(0, correction=0).mean()), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,8 @@ def test_comes_nearer_on_examples_that_judge(heads: set[str]) -> None:
             own = (p * (p.log() - merged(X[80:]).log_softmax(-1))).sum(-1).mean()
         else:
             wanted = (a(X[80:]) + b(X[80:])) / 2
-            own = (merged(X[80:]) - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
+            everywhere = (a(X) + b(X)) / 2
+            own = (merged(X[80:]) - wanted).square().mean() / everywhere.var(0, correction=0).mean()
     assert found.after == pytest.approx(float(own), rel=1e-5)
     assert not merged.training and all(p.requires_grad and p.grad is None for p in merged.parameters())
     for model, before in zip((a, b), state, strict=True):
@@ -139,3 +141,58 @@ def test_the_seed_decides() -> None:
         polished(merged, [net(0), net(1)], {"out"}, seed=seed)
         states.append(merged.state_dict()["0.weight"])
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+class Shaped(nn.Module):
+    """A network whose outputs are read in another way."""
+
+    def __init__(self, seed: int, shape: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.net, self.shape = net(seed), shape
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.shape(self.net(x))
+
+
+def reached(shape: Callable[[Tensor], dict[str, Tensor]], heads: set[str]) -> tuple[Polished, nn.Module]:
+    models = [Shaped(k, shape) for k in range(3)]
+    aim = Aim(models[:2], [0.5, 0.5], lambda m, batch: m(batch["x"]), frozenset(heads))
+    done = polish_network(models[2], aim, dealt, [{"x": X[80:]}], accelerator=make_accelerator("cpu"), schedule=SHORT)
+    return done, models[2]
+
+
+def test_a_class_at_minus_infinity_is_polished_as_if_it_were_not_there() -> None:
+    ruled_out = torch.tensor([False, True, False, False])
+    found, merged = reached(lambda y: {"out": y.masked_fill(ruled_out, -torch.inf)}, {"out"})
+    without, other = reached(lambda y: {"out": y[:, ~ruled_out]}, {"out"})
+    assert found.after < 0.5 * found.before
+    assert (found.before, found.after) == pytest.approx((without.before, without.after), rel=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(X)["out"][:, ~ruled_out], other(X)["out"], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [lambda y: y.square().mean(), lambda y: torch.full_like(y, 0.3) + 0 * y],
+    ids=["of no example", "the same for all"],
+)
+def test_an_output_that_says_nothing_of_examples_is_left_out(more: Callable[[Tensor], Tensor]) -> None:
+    found, _ = reached(lambda y: {"out": y, "more": more(y)}, {"out"})
+    without, _ = reached(lambda y: {"out": y}, {"out"})
+    assert found == without and found.after < 0.5 * found.before
+
+
+def test_nothing_to_aim_at_moves_nothing() -> None:
+    found, merged = reached(lambda y: {"more": y.square().mean()}, set())
+    assert found == Polished(0.0, 0.0, ())
+    assert all(torch.equal(v, Shaped(2, dict).state_dict()[k]) for k, v in merged.state_dict().items())
+
+
+def test_complex_values_are_polished_like_their_two_parts() -> None:
+    found, merged = reached(lambda y: {"out": torch.complex(y[:, :2], y[:, 2:])}, set())
+    parts, other = reached(lambda y: {"out": y}, set())
+    assert found.after < 0.5 * found.before
+    assert (found.before, found.after) == pytest.approx((parts.before, parts.after), rel=1e-3)
+    with torch.no_grad():
+        z = merged(X)["out"]
+        torch.testing.assert_close(torch.cat([z.real, z.imag], 1), other(X)["out"], atol=1e-3, rtol=1e-3)

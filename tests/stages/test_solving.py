@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mergeid
+from mergeid.basics.spread import Spread
 from mergeid.errors import MergeidError
-from mergeid.evaluate.nearness import Far, Panel, _Spread
+from mergeid.evaluate.nearness import Far, Panel
 from mergeid.models.examples import Examples
 from mergeid.results.comparison import label
 from mergeid.stages.solving import LARGE, LEAST, can_be_solved, nearer, solved_if_nearer
@@ -65,7 +66,7 @@ def test_the_spread_of_values_leaves_padding_out_where_there_are_tokens(tokens: 
     """A mask of as many tokens as an output has values says nothing of these."""
     out = torch.randn(6, 4, 3 if tokens else 1, generator=torch.Generator().manual_seed(0)).squeeze(-1)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]] * 3)
-    spread = _Spread()
+    spread = Spread()
     spread.add(out, {"attention_mask": mask})
     rows = out[mask.bool()] if tokens else out
     expected = (rows.double() - rows.double().mean(0)).square().mean()
