@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergeid.basics.memory import give_back
 from mergeid.combine.asymmetric import effective_averages
 from mergeid.combine.by_numpy import NumpyMerge
 from mergeid.combine.tensor_plan import TensorPlan, plan_many
@@ -171,6 +172,7 @@ def merge_checkpoints(
             inputs=inputs.files,
             request=_request(inputs, settings, plan, record or {}),
         )
+        give_back()  # what reading headers and loading libraries has left
         with writer:
             done = 0
             for name in writer.order():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Keys = NDArray[Any]
 
-GATHER = 1 << 18
+GATHER = 1 << 16
 """Most elements that are picked out and ordered."""
 DIGIT = 16
 
