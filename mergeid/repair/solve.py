@@ -11,7 +11,6 @@ A solved network lies off the straight line between the models.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergeid.basics.memory import give_back
+from mergeid.basics.nested import named_tensors
 from mergeid.basics.on_demand import OnDemand, formed, is_on_demand, memory_of
 from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
@@ -32,8 +32,9 @@ from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
-from mergeid.repair.layers import KINDS, Layer, Part, answer_of, block_of, by_model, layer_of
-from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
+from mergeid.repair.layers import Layer, Part, answer_of, block_of, by_model, layer_of
+from mergeid.repair.paced import Forward, Paced, Stop, Value, parameters_of
+from mergeid.repair.uses import solvable
 
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
@@ -113,7 +114,7 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            found = _wanted(merged, forward, batches[0], frozen)
+            found = solvable(merged, forward, batches[0], frozen)
             wanted = frozenset(stop.index for stop in found)
             maps = _maps(merged, forward, batches, wanted)
             alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
@@ -172,7 +173,7 @@ def _twin(net: nn.Module) -> nn.Module:
 
 
 def _examples(batch: Batch) -> int:
-    return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+    return next(len(v) for v in named_tensors(batch).values() if v.dim())
 
 
 def _maps(
@@ -182,7 +183,7 @@ def _maps(
     known: dict[Any, dict[int, Beyond]] = {}
     out = []
     for batch in batches:
-        key = tuple((k, tuple(v.shape)) for k, v in batch.items() if isinstance(v, Tensor))
+        key = tuple((k, tuple(v.shape)) for k, v in named_tensors(batch).items())
         if key not in known:
             known[key] = {k: v for k, v in beyond(model, forward, batch).items() if k in wanted}
         out.append(dict(known[key]))
@@ -191,22 +192,6 @@ def _maps(
 
 def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
     return frozenset(value for each in behind.values() for value in each.needs)
-
-
-def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> list[Stop]:
-    """The operations whose weights take part in no other one: a weight that is used twice cannot suit both places."""
-    seen = operations(model, forward, batch)
-    state = model.state_dict(keep_vars=True)
-    still = {memory_of(state[k]) for k in frozen}
-    uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
-    return [
-        stop
-        for stop in seen
-        if stop.name in KINDS
-        and all(
-            uses[key] == 1 and memory_of(state[key[0]]) not in still for keys in stop.places.values() for key in keys
-        )
-    ]
 
 
 def _solve_at(
@@ -229,7 +214,9 @@ def _solve_at(
         layer_of(values.of(side[0]), len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None
     ]
     found = [layer for layer in layers if layer is not None]
-    names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
+    fitted = parameters_of(nets[0][0].model)
+    used = dict.fromkeys(place.name for places in first.places.values() for place in places)
+    names = tuple(name for name in used if name in fitted)
     own = next((heads[name] for name in names if name in heads), None)
     if own is not None:
         found = [by_model(layer, own) for layer in found if len(layer.parts) == 1 and layer.parts[0].derived is None]
