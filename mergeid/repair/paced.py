@@ -363,6 +363,7 @@ class Paced:
             self._go.release()
             self._rests.acquire()
         self._thread.join()
+        self.batch = {}  # let go of at once, not when Python looks for cycles
 
     def _run(self) -> None:
         self._go.acquire()

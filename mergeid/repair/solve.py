@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
 from mergeid.repair.layers import Layer, Part, answer_of, block_of, by_model, layer_of
+from mergeid.repair.orders import examples_of, outers
 from mergeid.repair.paced import Forward, Paced, Stop, Value, parameters_of
 from mergeid.repair.uses import solvable
 
+T = TypeVar("T")
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
 ROWS_PER_INPUT, LEAST_ROWS = 32, 16384
@@ -106,7 +108,7 @@ def solve_network(
     Raises:
         MergeidError: the networks do not execute the same operations.
     """
-    counts = [_examples(b) for b in batches]
+    counts = [examples_of(b) for b in batches]
     both = (shares.last, shares.hidden) if isinstance(shares, Shares) else (shares, shares)
     each, before = (_by_batch(w, counts) for w in both)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -116,7 +118,9 @@ def solve_network(
         with sdpa_kernel(SDPBackend.MATH):
             found = solvable(merged, forward, batches[0], frozen)
             wanted = frozenset(stop.index for stop in found)
-            maps = _maps(merged, forward, batches, wanted)
+            shaped = _by_shape(batches, lambda batch: beyond(merged, forward, batch))
+            maps = [{k: v for k, v in behind.items() if k in wanted} for behind in shaped]
+            orders = _by_shape(batches, lambda batch: outers(merged, forward, batch, wanted))
             alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
             blocks = {stop.index: block for stop in alone if (block := block_of(stop))}
             nets = [
@@ -144,7 +148,8 @@ def solve_network(
                     give_back()
                 at = [behind.pop(index, None) for behind in maps]
                 imitated = each if k == len(wanted) - 1 else before
-                done += _solve_at(stops, nets, at, imitated, heads or {}, 7919 * k)
+                lie = [order.get(index) for order in orders]
+                done += _solve_at(stops, nets, at, lie, imitated, heads or {}, 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
@@ -172,21 +177,15 @@ def _twin(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(t): t for t in tensors})
 
 
-def _examples(batch: Batch) -> int:
-    return next(len(v) for v in named_tensors(batch).values() if v.dim())
-
-
-def _maps(
-    model: nn.Module, forward: Forward, batches: Sequence[Batch], wanted: frozenset[int]
-) -> list[dict[int, Beyond]]:
-    """What lies behind the operations, batch by batch: recorded once for all batches of one shape."""
-    known: dict[Any, dict[int, Beyond]] = {}
+def _by_shape(batches: Sequence[Batch], look: Callable[[Batch], T]) -> list[T]:
+    """What is seen in every batch, looked up once for all batches of one shape."""
+    known: dict[Any, T] = {}
     out = []
     for batch in batches:
         key = tuple((k, tuple(v.shape)) for k, v in named_tensors(batch).items())
         if key not in known:
-            known[key] = {k: v for k, v in beyond(model, forward, batch).items() if k in wanted}
-        out.append(dict(known[key]))
+            known[key] = look(batch)
+        out.append(known[key])
     return out
 
 
@@ -198,6 +197,7 @@ def _solve_at(
     stops: Sequence[Sequence[Stop | None]],
     nets: Sequence[Sequence[Paced]],
     maps: Sequence[Beyond | None],
+    lie: Sequence[int | None],
     shares: Sequence[Tensor],
     heads: Mapping[str, Sequence[int]],
     seed: int,
@@ -211,9 +211,14 @@ def _solve_at(
     assert first is not None
     values = _Values()
     layers = [
-        layer_of(values.of(side[0]), len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None
+        layer_of(values.of(side[0]), len(w), outer or 1)
+        for side, w, outer in zip(stops, shares, lie, strict=True)
+        if side[0] is not None
     ]
     found = [layer for layer in layers if layer is not None]
+    sought = zip(found, nets, shares, lie, strict=False)
+    if any(outer is None and _told_apart(layer, side[0].batch, w) for layer, side, w, outer in sought):
+        return []  # nobody knows whose rows these are
     fitted = parameters_of(nets[0][0].model)
     used = dict.fromkeys(place.name for places in first.places.values() for place in places)
     names = tuple(name for name in used if name in fitted)
@@ -239,6 +244,13 @@ def _solve_at(
     if any(layer.ridge < inf for layer in out):
         values.keep()
     return out
+
+
+def _told_apart(layer: Layer, batch: Batch, shares: Tensor) -> bool:
+    """Whether it matters which example of a batch a row belongs to."""
+    mask = real_tokens(batch)
+    padded = mask is not None and mask.shape[1] == layer.positions and not bool(mask.all())
+    return padded or not torch.equal(shares, shares[:1].expand_as(shares))
 
 
 def _fitted(part: Part, seen: Gathered | ChannelMoments, unseen: Gathered | ChannelMoments) -> Fit:

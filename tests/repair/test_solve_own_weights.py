@@ -82,7 +82,8 @@ class Pruned(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.a, self.h, self.b = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.a: nn.Module = nn.Linear(6, 16)
+        self.h, self.b = nn.Linear(16, 16), nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         said: Tensor = self.b(self.h(self.a(x).relu()).relu())
@@ -98,15 +99,16 @@ def test_what_is_pruned_stays_pruned(once: bool) -> None:
     for net in (a, b):
         prune.custom_from_mask(net.h, "weight", mask.clone())
         if not once:
-            net.a = nn.Sequential(net.a, nn.ReLU(), prune.custom_from_mask(nn.Linear(16, 16), "weight", mask))
-            net.a[2].weight_mask = net.h.weight_mask
-    average, net, done = solved(a, b, x)
-    state = net.state_dict()
+            more = prune.custom_from_mask(nn.Linear(16, 16), "weight", mask)
+            more.register_buffer("weight_mask", net.h.weight_mask)
+            net.a = nn.Sequential(net.a, nn.ReLU(), more)
+    average, merged, done = solved(a, b, x)
+    state = merged.state_dict()
     assert torch.equal(state["h.weight_mask"], mask)
     assert torch.equal(state["h.weight_orig"][mask == 0], average.state_dict()["h.weight_orig"][mask == 0])
     fitted = {name for layer in done if layer.after < layer.before for name in layer.weights}
     assert fitted >= {"h.weight_orig"} | (set() if once else {"a.2.weight_orig"})
-    assert error(net, a, b, x) < 0.5 * error(average, a, b, x)
+    assert error(merged, a, b, x) < 0.5 * error(average, a, b, x)
 
 
 def test_a_merge_of_pruned_models_is_as_sparse_as_they_are() -> None:
