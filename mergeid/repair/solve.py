@@ -382,6 +382,7 @@ def _moments(
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
             keep = (mask if at is None else mask[:, at]).cpu()
+        keep = keep & (x.isfinite().all(-1) & answers.isfinite().all(-1)).cpu()
         for k, moments in enumerate(sums):
             chosen = (torch.arange(start, start + len(x)) % UNSEEN == UNSEEN - 1) == bool(k)
             taken = keep & (chosen & weights.any(1).cpu())[:, None]
