@@ -27,7 +27,7 @@ class Gram(NamedTuple):
     """Gram matrix of a linear layer's inputs.
 
     Attributes:
-        matrix: float64 [in, in], Σ x xᵀ over all rows divided by their number.
+        matrix: float64 [in, in], Σ x xᵀ over all finite rows divided by their number.
         axis: the axis of the layer's weight along which the inputs lie (1 in ``nn.Linear``, 0 where it is transposed).
     """
 
@@ -51,7 +51,11 @@ def affine_axis(module: nn.Module, x: Tensor, out: Any) -> int | None:
     if not (x.is_floating_point() and out.shape[:-1] == x.shape[:-1]):
         return None
     bias = bias if isinstance(bias, Tensor) else None
-    row, found = x.detach().reshape(-1, x.shape[-1])[:4], out.detach().reshape(-1, out.shape[-1])[:4]
+    rows, answers = x.detach().reshape(-1, x.shape[-1]), out.detach().reshape(-1, out.shape[-1])
+    known = rows.isfinite().all(1).nonzero()[:4, 0]
+    if not len(known):
+        return None
+    row, found = rows[known], answers[known]
     for axis, matrix in ((1, weight), (0, weight.T)):
         if matrix.shape == (out.shape[-1], x.shape[-1]) and (bias is None or bias.shape == out.shape[-1:]):
             expected = F.linear(row, matrix.to(row.dtype), None if bias is None else bias.to(row.dtype))
@@ -62,11 +66,15 @@ def affine_axis(module: nn.Module, x: Tensor, out: Any) -> int | None:
 
 
 def real_rows(x: Tensor, batch: Batch) -> Tensor:
-    """[rows, features]: without the positions that the batch's attention mask calls padding."""
+    """[rows, features]: without the positions that the batch's attention mask calls padding, and without rows that are
+    not finite (a query that may attend to nothing)."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and x.dim() == 3 and x.shape[:2] == mask.shape:
-        return x[mask.bool().to(x.device)]
-    return x.reshape(-1, x.shape[-1])
+        rows = x[mask.bool().to(x.device)]
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+    known = rows.isfinite().all(1)
+    return rows if bool(known.all()) else rows[known]
 
 
 def gram_matrices(model: nn.Module, batches: Iterable[Batch], *, forward: Forward) -> dict[str, Gram]:
@@ -92,13 +100,15 @@ def gram_matrices(model: nn.Module, batches: Iterable[Batch], *, forward: Forwar
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor):
+            if not isinstance(x, Tensor) or not x.dim():
+                return
+            values = real_rows(x.detach(), current[0])
+            if not len(values):
                 return
             if name not in axes:
                 axes[name] = affine_axis(module, x, out)
             if axes[name] is None:
                 return
-            values = real_rows(x.detach(), current[0])
             if name not in sums:
                 sums[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
                 rows[name] = 0

@@ -24,6 +24,31 @@ Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Order:
+    """How the examples lie in the rows of a tensor: [outer, examples, inner], flattened or not.
+
+    Attributes:
+        examples: in the batch. outer: positions that come before them; 1 where they are the first dimension.
+    """
+
+    examples: int
+    outer: int = 1
+
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows can lie in that order."""
+        return self.examples > 0 and rows % (self.examples * self.outer) == 0
+
+    def leads(self, x: Tensor) -> bool:
+        """Whether the examples are the first dimension of a tensor."""
+        return self.outer == 1 and len(x) == self.examples
+
+    def split(self, x: Tensor) -> Tensor:
+        """[…, d] as [examples, positions, d]."""
+        inner = x.numel() // (x.shape[-1] * self.examples * self.outer)
+        return x.reshape(self.outer, self.examples, inner, x.shape[-1]).transpose(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True)
 class Part:
     """One linear map inside an operation.
 
@@ -118,13 +143,14 @@ def by_model(layer: Layer, sizes: Sequence[int]) -> Layer:
     return replace(layer, parts=parts, rows=rows, by_model=True)
 
 
-def layer_of(stop: Stop, examples: int) -> Layer | None:
+def layer_of(stop: Stop, examples: int, outer: int = 1) -> Layer | None:
     """The layer that an operation is, None where it is none that can be solved.
 
     Args:
-        examples: in the batch; they lie in the first dimension of what the operation takes, flattened with others."""
+        examples: in the batch.
+        outer: of the `Order` in which they lie (`mergeid.repair.orders`)."""
     make = KINDS.get(stop.name)
-    layer = make(stop, examples) if make is not None else None
+    layer = make(stop, Order(examples, outer)) if make is not None else None
     if layer is None or not stop.derived:
         return layer
     (derived, *more), (part, *others) = stop.derived.values(), layer.parts
@@ -132,18 +158,11 @@ def layer_of(stop: Stop, examples: int) -> Layer | None:
     return replace(layer, parts=[replace(part, derived=derived)]) if whole and not (more or others) else None
 
 
-def _per_example(x: Tensor, examples: int) -> Tensor | None:
-    """[rows, d] as [examples, positions, d]."""
-    if examples < 1 or len(x) % examples:
-        return None
-    return x.reshape(examples, len(x) // examples, x.shape[-1])
-
-
 def _picked(x: Tensor, at: Tensor | None) -> Tensor:
     return x if at is None else x[:, at]
 
 
-def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | None) -> Layer | None:
+def _matmul(stop: Stop, order: Order, left: int, right: int, bias: Tensor | None) -> Layer | None:
     """left @ right, one of which is a weight; three dimensions are as many products."""
     a, b = stop.args[left], stop.args[right]
     turned = left in stop.weights
@@ -155,7 +174,7 @@ def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | Non
     if len(w) > 1 and w.stride(0) == 0:  # one weight for the whole stack
         x, w = x.reshape(1, -1, x.shape[-1]), w[:1]
     stacked = len(w)
-    if x.shape[1] % examples or len(x) != stacked:
+    if not order.fits(x.shape[1]) or len(x) != stacked:
         return None
 
     def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
@@ -164,16 +183,14 @@ def _matmul(stop: Stop, examples: int, left: int, right: int, bias: Tensor | Non
         out = answer.mT if turned else answer
         x = (source.mT if turned else source).reshape(stacked, -1, source.shape[-2 if turned else -1])[part]
         y = out.reshape(stacked, -1, out.shape[-1])[part]
-        u, v = _per_example(x, examples), _per_example(y, examples)
-        assert u is not None and v is not None
-        return _picked(u, at), _picked(v, at)
+        return _picked(order.split(x), at), _picked(order.split(y), at)
 
     parts = [Part(m, bias, turned=not turned) for m in w]
     if stop.block:
         pieces = parts[0].weight.split(stop.block)
         offsets = [None] * len(pieces) if bias is None else bias.split(stop.block)
         parts = [Part(piece, offset, turned=True) for piece, offset in zip(pieces, offsets, strict=True)]
-    return Layer(parts, x.shape[1] // examples, rows, b if turned else a)
+    return Layer(parts, x.shape[1] // order.examples, rows, b if turned else a)
 
 
 def block_of(stop: Stop) -> int:
@@ -203,21 +220,26 @@ def answer_of(stop: Stop) -> Tensor:
     return OnDemand(columns, (len(x), weight.shape[1]), x.dtype, x.device, turned=True)
 
 
-def _mm(stop: Stop, examples: int) -> Layer | None:
-    return _matmul(stop, examples, 0, 1, None)
+def _mm(stop: Stop, order: Order) -> Layer | None:
+    return _matmul(stop, order, 0, 1, None)
 
 
-def _addmm(stop: Stop, examples: int) -> Layer | None:
+def _addmm(stop: Stop, order: Order) -> Layer | None:
     bias = stop.args[0]
     plain = all(stop.kwargs.get(k, 1) == 1 for k in ("beta", "alpha"))
     if 0 not in stop.weights or 2 not in stop.weights or bias.dim() != 1 or not plain:
         return None
-    return _matmul(stop, examples, 1, 2, bias)
+    return _matmul(stop, order, 1, 2, bias)
 
 
-def _convolution(stop: Stop, examples: int) -> Layer | None:
+def _convolution(stop: Stop, order: Order) -> Layer | None:
     x, w, bias, stride, padding, dilation, transposed, more, groups = stop.args[:9]
-    if 1 not in stop.weights or (bias is not None and 2 not in stop.weights) or len(x) != examples:
+    if (
+        1 not in stop.weights
+        or (bias is not None and 2 not in stop.weights)
+        or len(x) != order.examples
+        or order.outer > 1
+    ):
         return None
     if transposed and stop.derived:
         return None
@@ -272,7 +294,7 @@ def _each(value: Sequence[int], nd: int) -> list[int]:
     return list(value) * nd if len(value) == 1 else list(value)
 
 
-def _channels_first(examples: int, scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
+def _channels_first(scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
     def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
         u, v = (t.flatten(2) if t.dim() > 2 else t[..., None] for t in (scaled(source), answer))
         return _picked(u.mT, at), _picked(v.mT, at)
@@ -280,18 +302,25 @@ def _channels_first(examples: int, scaled: Callable[[Tensor], Tensor]) -> Callab
     return rows
 
 
-def _channels_last(examples: int, scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
+def _channels_last(order: Order, scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
     def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
-        u, v = (t.reshape(examples, -1, t.shape[-1]) for t in (scaled(source), answer))
+        u, v = (order.split(t) for t in (scaled(source), answer))
         return _picked(u, at), _picked(v, at)
 
     return rows
 
 
-def _batch_norm(stop: Stop, examples: int) -> Layer | None:
+def _batch_norm(stop: Stop, order: Order) -> Layer | None:
     x, weight, bias, mean, variance = stop.args[:5]
     training = stop.args[5] is True
-    if training or weight is None or bias is None or not {1, 2} <= set(stop.weights) or len(x) != examples:
+    if (
+        training
+        or weight is None
+        or bias is None
+        or not {1, 2} <= set(stop.weights)
+        or len(x) != order.examples
+        or order.outer > 1
+    ):
         return None
     epsilon = float(stop.args[-1])
 
@@ -299,61 +328,61 @@ def _batch_norm(stop: Stop, examples: int) -> Layer | None:
         return F.batch_norm(h, mean, variance, None, None, False, 0.0, epsilon)
 
     positions = x[0].numel() // x.shape[1]
-    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(examples, scaled), x)
+    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(scaled), x)
 
 
-def _layer_norm(stop: Stop, examples: int) -> Layer | None:
+def _layer_norm(stop: Stop, order: Order) -> Layer | None:
     x, shape, weight, bias, epsilon = stop.args[:5]
-    if weight is None or len(shape) != 1 or 2 not in stop.weights or x.numel() % (examples * shape[0]):
+    if weight is None or len(shape) != 1 or 2 not in stop.weights or not order.fits(x.numel() // shape[0]):
         return None
 
     def scaled(h: Tensor) -> Tensor:
         return F.layer_norm(h, shape, None, None, epsilon)
 
-    positions = x.numel() // shape[0] // examples
-    return Layer([Part(weight, bias, alone=True)], positions, _channels_last(examples, scaled), x)
+    positions = x.numel() // shape[0] // order.examples
+    return Layer([Part(weight, bias, alone=True)], positions, _channels_last(order, scaled), x)
 
 
-def _rms_norm(stop: Stop, examples: int) -> Layer | None:
+def _rms_norm(stop: Stop, order: Order) -> Layer | None:
     """What a GPU makes of an RMSNorm; elsewhere it ends in a product (`_scale`)."""
     x, shape, weight, epsilon = stop.args[:4]
-    if weight is None or len(shape) != 1 or set(stop.weights) != {2} or x.numel() % (examples * shape[0]):
+    if weight is None or len(shape) != 1 or set(stop.weights) != {2} or not order.fits(x.numel() // shape[0]):
         return None
 
     def scaled(h: Tensor) -> Tensor:
         return F.rms_norm(h, shape, None, epsilon)
 
-    positions = x.numel() // shape[0] // examples
-    return Layer([Part(weight, None, alone=True)], positions, _channels_last(examples, scaled), x)
+    positions = x.numel() // shape[0] // order.examples
+    return Layer([Part(weight, None, alone=True)], positions, _channels_last(order, scaled), x)
 
 
-def _group_norm(stop: Stop, examples: int) -> Layer | None:
+def _group_norm(stop: Stop, order: Order) -> Layer | None:
     x, weight, bias = stop.args[:3]
     groups, epsilon = stop.args[6], stop.args[7]
-    if weight is None or bias is None or 1 not in stop.weights or len(x) != examples:
+    if weight is None or bias is None or 1 not in stop.weights or not order.leads(x):
         return None
 
     def scaled(h: Tensor) -> Tensor:
         return F.group_norm(h, groups, None, None, epsilon)
 
     positions = x[0].numel() // x.shape[1]
-    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(examples, scaled), x)
+    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(scaled), x)
 
 
-def _scale(stop: Stop, examples: int) -> Layer | None:
+def _scale(stop: Stop, order: Order) -> Layer | None:
     """Activations times a vector over the last dimension: the end of an RMSNorm, LayerScale."""
     (at,) = stop.weights if len(stop.weights) == 1 else (None,)
     if at is None or len(stop.args) != 2:
         return None
     w, x = stop.args[at], stop.args[1 - at]
     fits = isinstance(x, Tensor) and w.dim() == 1 and x.dim() >= 2 and x.shape[-1] == len(w) > 1
-    if not fits or x.numel() % (examples * len(w)):
+    if not fits or not order.fits(x.numel() // len(w)):
         return None
-    positions = x.numel() // len(w) // examples
-    return Layer([Part(w, None, alone=True)], positions, _channels_last(examples, lambda h: h), x)
+    positions = x.numel() // len(w) // order.examples
+    return Layer([Part(w, None, alone=True)], positions, _channels_last(order, lambda h: h), x)
 
 
-KINDS: dict[str, Callable[[Stop, int], Layer | None]] = {
+KINDS: dict[str, Callable[[Stop, Order], Layer | None]] = {
     "mm": _mm,
     "bmm": _mm,
     "addmm": _addmm,

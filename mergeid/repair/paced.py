@@ -34,7 +34,7 @@ class Derived:
     """A tensor that the network computes from weights alone (standardised kernels, weight norm, 1 + gain).
 
     Attributes:
-        leaves: the weights that it comes from, by name.
+        leaves: the parameters that it comes from, by name; buffers stay as they are.
         remake: computes it again from other values of these, differentiably.
     """
 
@@ -95,7 +95,7 @@ class Stop:
         index: number of the operation among those on weights and activations.
         func, args, kwargs: the call.
         weights: names of the weights, by the position of the argument that is one of them or a view of it.
-        places: which parts of weights each of these arguments is or comes from.
+        places: which parts of weights each of these arguments is or comes from, buffers included.
         derived: of arguments that are computed from weights: how.
         out: what it answered; None where the network rests before it.
         step: its number among all operations on activations.
@@ -108,7 +108,7 @@ class Stop:
     args: Sequence[Any]
     kwargs: dict[str, Any]
     weights: dict[int, str]
-    places: dict[int, list[Any]]
+    places: dict[int, list[Place]]
     derived: dict[int, Derived]
     out: Any = None
     step: int = 0
@@ -143,7 +143,9 @@ class _Watch(TorchDispatchMode):
         self.meet, self.met, self.count, self.step = meet, met, 0, 0
         self.names: dict[int, str] = {}
         self.state = model.state_dict(keep_vars=True)
-        for name, value in self.state.items():
+        self.fitted = parameters_of(model)
+        for name in sorted(self.state, key=lambda name: name not in self.fitted):
+            value = self.state[name]
             if value.is_floating_point() and value.numel():
                 self.names.setdefault(memory_of(value), name)
         self.made: Any = WeakIdKeyDictionary()
@@ -167,7 +169,7 @@ class _Watch(TorchDispatchMode):
         index = self.count if places else None
         if index is not None:
             self.count += 1
-            weights = {i: "+".join(dict.fromkeys(name for name, *_ in found)) for i, found in places.items()}
+            weights = {i: "+".join(dict.fromkeys(place.name for place in found)) for i, found in places.items()}
             derived = {i: self._derived(args[i]) for i in places if args[i] in self.made}
             out = self.meet(Stop(index, func, args, kwargs, weights, places, derived, step=step))
         else:
@@ -187,8 +189,7 @@ class _Watch(TorchDispatchMode):
             return x
         if x in self.live:
             return self.live[x]
-        name = self._weight(x)
-        return x if name is None else Place(name, tuple(x.shape), x.stride(), int(x.storage_offset()))
+        return self._place(x) or x
 
     def _weight(self, x: Any) -> str | None:
         """The weight that a tensor is, or is a view of."""
@@ -196,10 +197,14 @@ class _Watch(TorchDispatchMode):
             return None
         return self.names.get(memory_of(x))
 
-    def _places(self, x: Any) -> list[Any]:
+    def _place(self, x: Any) -> Place | None:
         name = self._weight(x)
-        if name is not None:
-            return [(name, x.storage_offset(), x.numel())]
+        return None if name is None else Place(name, tuple(x.shape), tuple(x.stride()), int(x.storage_offset()))
+
+    def _places(self, x: Any) -> list[Place]:
+        place = self._place(x)
+        if place is not None:
+            return [place]
         if not isinstance(x, Tensor) or x not in self.made:
             return []
         _, args, kwargs, _ = self.made[x]
@@ -212,9 +217,9 @@ class _Watch(TorchDispatchMode):
             if not isinstance(x, Tensor):
                 return
             name = self._weight(x)
-            if name is not None:
+            if name in self.fitted:
                 leaves[name] = self.state[name]
-            elif x in self.made:
+            elif name is None and x in self.made:
                 _, args, kwargs, _ = self.made[x]
                 for y in _flat((*args, *kwargs.values())):
                     gather(y)
@@ -229,10 +234,10 @@ class _Watch(TorchDispatchMode):
                     return x
                 if id(x) not in done:
                     name = self._weight(x)
-                    if name is not None:
+                    if name in leaves:
                         offset = x.storage_offset() - leaves[name].storage_offset()
                         done[id(x)] = values[name].as_strided(x.shape, x.stride(), offset)
-                    elif x in self.made:
+                    elif name is None and x in self.made:
                         func, args, kwargs, k = self.made[x]
                         wide = next(iter(values.values())).dtype
                         given = {
@@ -250,6 +255,11 @@ class _Watch(TorchDispatchMode):
 
         gather(tensor)
         return Derived(leaves, remake)
+
+
+def parameters_of(model: nn.Module) -> frozenset[str]:
+    """All names of parameters, those of shared ones included."""
+    return frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
@@ -353,6 +363,7 @@ class Paced:
             self._go.release()
             self._rests.acquire()
         self._thread.join()
+        self.batch = {}  # let go of at once, not when Python looks for cycles
 
     def _run(self) -> None:
         self._go.acquire()

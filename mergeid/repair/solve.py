@@ -11,17 +11,17 @@ A solved network lies off the straight line between the models.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergeid.basics.memory import give_back
+from mergeid.basics.nested import named_tensors
 from mergeid.basics.on_demand import OnDemand, formed, is_on_demand, memory_of
 from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
@@ -32,9 +32,12 @@ from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
-from mergeid.repair.layers import KINDS, Layer, Part, answer_of, block_of, by_model, layer_of
-from mergeid.repair.paced import Forward, Paced, Stop, Value, operations
+from mergeid.repair.layers import Layer, Part, answer_of, block_of, by_model, layer_of
+from mergeid.repair.orders import examples_of, outers
+from mergeid.repair.paced import Forward, Paced, Stop, Value, parameters_of
+from mergeid.repair.uses import solvable
 
+T = TypeVar("T")
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
 ROWS_PER_INPUT, LEAST_ROWS = 32, 16384
@@ -105,7 +108,7 @@ def solve_network(
     Raises:
         MergeidError: the networks do not execute the same operations.
     """
-    counts = [_examples(b) for b in batches]
+    counts = [examples_of(b) for b in batches]
     both = (shares.last, shares.hidden) if isinstance(shares, Shares) else (shares, shares)
     each, before = (_by_batch(w, counts) for w in both)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -113,9 +116,11 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            found = _wanted(merged, forward, batches[0], frozen)
+            found = solvable(merged, forward, batches[0], frozen)
             wanted = frozenset(stop.index for stop in found)
-            maps = _maps(merged, forward, batches, wanted)
+            shaped = _by_shape(batches, lambda batch: beyond(merged, forward, batch))
+            maps = [{k: v for k, v in behind.items() if k in wanted} for behind in shaped]
+            orders = _by_shape(batches, lambda batch: outers(merged, forward, batch, wanted))
             alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
             blocks = {stop.index: block for stop in alone if (block := block_of(stop))}
             nets = [
@@ -143,7 +148,8 @@ def solve_network(
                     give_back()
                 at = [behind.pop(index, None) for behind in maps]
                 imitated = each if k == len(wanted) - 1 else before
-                done += _solve_at(stops, nets, at, imitated, heads or {}, 7919 * k)
+                lie = [order.get(index) for order in orders]
+                done += _solve_at(stops, nets, at, lie, imitated, heads or {}, 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
@@ -171,21 +177,15 @@ def _twin(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(t): t for t in tensors})
 
 
-def _examples(batch: Batch) -> int:
-    return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
-
-
-def _maps(
-    model: nn.Module, forward: Forward, batches: Sequence[Batch], wanted: frozenset[int]
-) -> list[dict[int, Beyond]]:
-    """What lies behind the operations, batch by batch: recorded once for all batches of one shape."""
-    known: dict[Any, dict[int, Beyond]] = {}
+def _by_shape(batches: Sequence[Batch], look: Callable[[Batch], T]) -> list[T]:
+    """What is seen in every batch, looked up once for all batches of one shape."""
+    known: dict[Any, T] = {}
     out = []
     for batch in batches:
-        key = tuple((k, tuple(v.shape)) for k, v in batch.items() if isinstance(v, Tensor))
+        key = tuple((k, tuple(v.shape)) for k, v in named_tensors(batch).items())
         if key not in known:
-            known[key] = {k: v for k, v in beyond(model, forward, batch).items() if k in wanted}
-        out.append(dict(known[key]))
+            known[key] = look(batch)
+        out.append(known[key])
     return out
 
 
@@ -193,26 +193,11 @@ def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:
     return frozenset(value for each in behind.values() for value in each.needs)
 
 
-def _wanted(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> list[Stop]:
-    """The operations whose weights take part in no other one: a weight that is used twice cannot suit both places."""
-    seen = operations(model, forward, batch)
-    state = model.state_dict(keep_vars=True)
-    still = {memory_of(state[k]) for k in frozen}
-    uses = Counter(key for stop in seen for keys in stop.places.values() for key in keys)
-    return [
-        stop
-        for stop in seen
-        if stop.name in KINDS
-        and all(
-            uses[key] == 1 and memory_of(state[key[0]]) not in still for keys in stop.places.values() for key in keys
-        )
-    ]
-
-
 def _solve_at(
     stops: Sequence[Sequence[Stop | None]],
     nets: Sequence[Sequence[Paced]],
     maps: Sequence[Beyond | None],
+    lie: Sequence[int | None],
     shares: Sequence[Tensor],
     heads: Mapping[str, Sequence[int]],
     seed: int,
@@ -226,10 +211,17 @@ def _solve_at(
     assert first is not None
     values = _Values()
     layers = [
-        layer_of(values.of(side[0]), len(w)) for side, w in zip(stops, shares, strict=True) if side[0] is not None
+        layer_of(values.of(side[0]), len(w), outer or 1)
+        for side, w, outer in zip(stops, shares, lie, strict=True)
+        if side[0] is not None
     ]
     found = [layer for layer in layers if layer is not None]
-    names = tuple(dict.fromkeys(name for keys in first.places.values() for name, *_ in keys))
+    sought = zip(found, nets, shares, lie, strict=False)
+    if any(outer is None and _told_apart(layer, side[0].batch, w) for layer, side, w, outer in sought):
+        return []  # nobody knows whose rows these are
+    fitted = parameters_of(nets[0][0].model)
+    used = dict.fromkeys(place.name for places in first.places.values() for place in places)
+    names = tuple(name for name in used if name in fitted)
     own = next((heads[name] for name in names if name in heads), None)
     if own is not None:
         found = [by_model(layer, own) for layer in found if len(layer.parts) == 1 and layer.parts[0].derived is None]
@@ -252,6 +244,13 @@ def _solve_at(
     if any(layer.ridge < inf for layer in out):
         values.keep()
     return out
+
+
+def _told_apart(layer: Layer, batch: Batch, shares: Tensor) -> bool:
+    """Whether it matters which example of a batch a row belongs to."""
+    mask = real_tokens(batch)
+    padded = mask is not None and mask.shape[1] == layer.positions and not bool(mask.all())
+    return padded or not torch.equal(shares, shares[:1].expand_as(shares))
 
 
 def _fitted(part: Part, seen: Gathered | ChannelMoments, unseen: Gathered | ChannelMoments) -> Fit:
@@ -383,6 +382,7 @@ def _moments(
         keep = torch.ones(x.shape[:2], dtype=torch.bool)
         if mask is not None and mask.shape[1] == layer.positions:
             keep = (mask if at is None else mask[:, at]).cpu()
+        keep = keep & (x.isfinite().all(-1) & answers.isfinite().all(-1)).cpu()
         for k, moments in enumerate(sums):
             chosen = (torch.arange(start, start + len(x)) % UNSEEN == UNSEEN - 1) == bool(k)
             taken = keep & (chosen & weights.any(1).cpu())[:, None]

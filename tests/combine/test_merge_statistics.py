@@ -81,6 +81,22 @@ def test_padding_does_not_count() -> None:
     assert widths == [4, 2, 1]
 
 
+@pytest.mark.parametrize("size", [12, 1])
+def test_rows_that_are_not_finite_do_not_count(size: int) -> None:
+    """The same matrices as from the finite rows alone, wherever the others stand."""
+    model, x = net(), data(12, 5)
+    bad = torch.arange(12).remainder(5) < 2
+    spoilt = x.clone()
+    spoilt[bad, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan, torch.nan, torch.inf], dtype=F64)
+    found = gram_matrices(model, [{"x": part} for part in spoilt.split(size)], forward=forward)
+    with torch.no_grad():
+        inner = model.one(spoilt).tanh()
+    expected = {"one.weight": x[~bad], "two.weight": inner[inner.isfinite().all(1)]}
+    assert bad.sum() == 6 and len(expected["two.weight"]) >= 6
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name].matrix, rows.T @ rows / len(rows))
+
+
 def test_tied_weights_have_no_inputs_of_their_own() -> None:
     model = net()
     model.two.weight = nn.Parameter(torch.eye(7, dtype=F64))
