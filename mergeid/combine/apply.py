@@ -185,6 +185,7 @@ def merge_checkpoints(
                         checkpoint.release(name)
                 if progress is not None:
                     progress(done, writer.size())
+            give_back()  # pieces
             writer.record = {**_record(inputs, settings, merge, hashes), **(record or {})}
     return MergeReport(
         output=writer.output,

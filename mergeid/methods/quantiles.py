@@ -1,7 +1,8 @@
 """Quantiles of tensors that are never whole in memory: the exact elements of the sorted order, from histograms.
 
-The bits of a float, read as a whole number, rise with it. So the elements are counted by their first 16 bits; where too
-many share those of the element that is sought, they are counted by the next 16, else they are picked out and ordered.
+The bits of a float, read as a whole number, rise with it. So the elements are counted by their first 16 bits (15, where
+none is negative); where too many share those of the element that is sought, they are counted by the next 16, else they
+are picked out and ordered.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def at_places(
     width = 8 * dtype.itemsize
     sought = [_Sought(rank) for rank in ranks]
     while unsure := [s for s in sought if s.bits < width and (s.bits == 0 or s.count > GATHER)]:
-        counts = {s.key: np.zeros(1 << DIGIT, np.int64) for s in unsure}
+        counts = {s.key: np.zeros(1 << (DIGIT if s.bits or signed else DIGIT - 1), np.int64) for s in unsure}
         for piece in values():
             keys = _keys(piece, signed)
             for (bits, prefix), count in counts.items():
                 digits = (_with(keys, width, bits, prefix) >> (width - bits - DIGIT)).astype(np.uint16)
-                count += np.bincount(digits, minlength=1 << DIGIT)
+                count += np.bincount(digits, minlength=len(count))
         for s in unsure:
             upto = np.cumsum(counts[s.key])
             digit = int(np.searchsorted(upto, s.rank, side="right"))
