@@ -171,3 +171,24 @@ def test_rows_of_nobody_knows_whom(shares: Any, more: dict[str, Tensor], expecte
     _, done = solved(Sorted(0).eval(), Sorted(1).eval(), shares, {"x": X, **more})
     names = {name for layer in done for name in layer.weights}
     assert "b.weight" in names and ("a.weight" in names) == expected
+
+
+class Twos(nn.Module):
+    """Takes batches of two examples."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        said: Tensor = self.b(self.a(x.reshape(2, -1, 8)).tanh())
+        return said.reshape(2, -1, 3)
+
+
+def test_a_network_for_batches_of_two() -> None:
+    a, b = Twos(0).eval(), Twos(1).eval()
+    net = copy.deepcopy(a)
+    batches = [{"x": x} for x in torch.randn(40, 2, 5, 8, generator=torch.Generator().manual_seed(0))]
+    done = solve_network(net, [a, b], [0.5, 0.5], forward, batches)
+    assert {name for layer in done for name in layer.weights} >= {"a.weight", "b.weight"}
