@@ -202,9 +202,10 @@ class Panel:
             yield from self._kept[part]
             return
         for raw, owners in zip(self._batches(part), self._owned(part), strict=True):
-            batch = to_model(raw, torch.device(self.device), input_dtype(self.first.model))
+            place = torch.device(self.device)
+            batch = to_model(raw, place, input_dtype(self.first.model))
             with torch.no_grad(), fits_the_model(batch):
-                own = [self._outputs(m, batch) for m in self.models]
+                own = [self._outputs(m, to_model(raw, place, input_dtype(m))) for m in self.models]
             if self._columns is not None:
                 yield batch, [self._columns.of(own, owners)]
             else:

@@ -52,6 +52,19 @@ def passes(a: Loaded, examples: Examples, run: Run) -> Batches:
     return lambda: MadeBatches(found, made)
 
 
+def in_its_own_format(b: Loaded, a: Loaded) -> Callable[[torch.nn.Module, Any], Any]:
+    """B's forward pass on batches in A's number format."""
+    kind = input_dtype(b.model)
+    if kind == input_dtype(a.model):
+        return b.forward
+
+    def forward(model: torch.nn.Module, batch: Any) -> Any:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return b.forward(model, to_model(batch, device, kind))
+
+    return forward
+
+
 def rows_of_each(taps: Mapping[str, Sequence[TapMap]], examples: int) -> int:
     """Most positions of an example that count as rows."""
     widest = max((int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of), default=0)
@@ -74,7 +87,8 @@ def evidence_of(
         run = replace(run, batch_size=min(run.batch_size, HEARD))
     taps = choose_taps(pair.graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
-    forward_a, forward_b = a.forward, b.forward
+    said_by_b = in_its_own_format(b, a)
+    forward_a, forward_b = a.forward, said_by_b
     if hears is not None:
         kept: list[Any] = []
 
@@ -83,7 +97,7 @@ def evidence_of(
             return kept[0]
 
         def forward_b(model: torch.nn.Module, batch: Any) -> Any:
-            out = b.forward(model, batch)
+            out = said_by_b(model, batch)
             hears(kept.pop(), out, batch)
             return out
 

@@ -30,9 +30,9 @@ classes of one head it may collapse: one class for every input is sure, too."""
 
 def better(a: Metrics, b: Metrics) -> bool:
     """Whether one is at least as good as the other: by accuracy, where there is one, else by loss."""
-    if a.accuracy is not None and b.accuracy is not None:
-        return a.accuracy >= b.accuracy
-    return a.loss <= b.loss
+    if a.accuracy is None and b.accuracy is None:
+        return a.loss <= b.loss
+    return (a.accuracy or 0.0) >= (b.accuracy or 0.0)  # none: not one prediction was right
 
 
 def measuring(members: Members, labelled: Examples, skip: Sequence[str], run: Run) -> Measure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
 from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progress, Reading, Run, check_count
-from mergeid.stages.open import Pair, check_matching, open_models, pair_of
+from mergeid.stages.open import Pair, check_matching, open_models, pair_of, skipped_keys
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +105,7 @@ def barrier(
     pair = pair_of(met, met.models[1])
     import numpy as np
 
+    from mergeid.basics.on_demand import with_other_names
     from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, Solve, barrier_curve
     from mergeid.models.running import make_accelerator
 
@@ -121,7 +122,8 @@ def barrier(
         lines.append((f"{named}, solved", matching, Solve(used, pair.a.inputs_of)))
     count, every = itertools.count(1), points * len(lines)
     how = Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(run.device))
-    ends = {order: _ends(pair, order, opening, used) for _, order, _ in lines}
+    fixed = with_other_names(pair.a.state(), skipped_keys(pair.a, met.skip))
+    ends = {order: _ends(pair, order, opening, used, fixed) for _, order, _ in lines}
     curves = [
         barrier_curve(
             Line(*ends[order], pair.a.adapter.forward, pair.a.loss, tuple(np.linspace(0, 1, points).tolist()), name),
@@ -137,10 +139,10 @@ def barrier(
 
 
 def _ends(
-    pair: Pair, matching: Matching, run: Run, examples: Examples | None
+    pair: Pair, matching: Matching, run: Run, examples: Examples | None, fixed: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
     """The ends of the line, B in A's order, and a network for them; of asymmetric layers the effective weights, also
-    where B's masks were permuted."""
+    where B's masks were permuted. Tensors that are `fixed` are A's at both ends."""
     from mergeid.nn.folding import fold_line
     from mergeid.stages.plan import Structural, make_plan
 
@@ -148,7 +150,8 @@ def _ends(
     if matching.mode != "never":
         made = make_plan(pair, matching, run, examples=examples, structural=Structural(beside=False))
         state_b = made.carry_state(state_b)
-    return fold_line(pair.a.state(), state_b, pair.a.model)
+    state_a = pair.a.state()
+    return fold_line(state_a, {**state_b, **{key: state_a[key] for key in fixed}}, pair.a.model)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

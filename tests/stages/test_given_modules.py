@@ -109,6 +109,36 @@ def test_data_in_float32_suits_networks_in_bfloat16() -> None:
     assert all(v.dtype == torch.bfloat16 for v in merged(*pairs[0]).values())
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_networks_in_two_number_formats(kinds: tuple[torch.dtype, torch.dtype]) -> None:
+    a, b = (Plain(seed).to(kind) for seed, kind in enumerate(kinds))
+    plan = mergeid.plan(a, b, data=DATA, example_inputs=EXAMPLE)
+    wide = mergeid.plan(a.float(), b.float(), data=DATA, example_inputs=EXAMPLE)
+    assert [s.decision for s in plan.spaces] == [s.decision for s in wide.spaces]
+    assert all(v.dtype == kinds[0] for v in merged(a.to(kinds[0]), b.to(kinds[1])).values())
+
+
+@pytest.mark.parametrize("match", ["never", "always"])
+def test_a_barrier_ends_at_b_with_what_is_skipped_of_a(match: str) -> None:
+    a, b = Plain(0), Plain(1)
+    labels = torch.randint(0, 3, (len(X),), generator=torch.Generator().manual_seed(1))
+    data = [{"x": x, "labels": y} for x, y in zip(X, labels, strict=True)]
+    found = mergeid.barrier(
+        a.eval(), b.eval(), data=data, points=2, match=match, example_inputs=EXAMPLE, skip=["out.*"], device="cpu"
+    )
+    with torch.no_grad():
+        hidden = torch.relu(b.hidden(X))
+        if match == "always":
+            aligned = mergeid.merge(
+                a, b, data=data, match="always", weights=[0, 1], skip=["out.*"], example_inputs=EXAMPLE,
+                repair="none", force=True,
+            ).state  # fmt: skip
+            assert aligned is not None
+            hidden = torch.relu(X @ aligned["hidden.weight"].T + aligned["hidden.bias"])
+        losses = [nn.functional.cross_entropy(a.out(h), labels) for h in (torch.relu(a.hidden(X)), hidden)]
+    assert list(found.losses) == pytest.approx([float(x) for x in losses], abs=1e-5)
+
+
 def test_modules_stay_in_training_with_what_they_hold() -> None:
     a, b = Plain(0, norm=True), Plain(1, norm=True)
     for net in (a, b):
