@@ -71,7 +71,7 @@ def _outer(stop: Stop, examples: int, which: tuple[int, int, int]) -> int | None
         if layer is None:
             continue
         x, _ = layer.rows(0, layer.source, answer_of(stop), positions)
-        one, same, other = x[list(which)].double().nan_to_num(0.0, 0.0, 0.0)
+        one, same, other = (x[i].double().nan_to_num(0.0, 0.0, 0.0) for i in which)
         error, gap = float((one - same).abs().max()), float((one - other).abs().max())
         if error <= ALIKE * gap and gap > 0:
             return outer
