@@ -33,9 +33,7 @@ class Agreement:
         """Whether the models agree about as often as they are sure. False: the inputs seem to be of another kind than
         those that the models were trained on (`mergeid.evaluate.agreement`)."""
         half, doubt = BORNE_OUT * (self.sure - self.chance), DOUBT * self.error
-        if not (
-            self.sure - self.alike > doubt and half > doubt
-        ):  # where nearly all are of one class there is no room
+        if not (self.sure - self.alike > doubt and half > doubt):  # where nearly all are of one class there is no room
             return True
         return not self.alike + self.error < self.chance + half
 
