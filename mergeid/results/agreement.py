@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 BORNE_OUT = 0.5
 """Share of what the models' confidence promises beyond chance that their agreement must keep."""
+ROOM = 0.1
+"""How much surer than chance models must be for their agreement to tell anything: where nearly all that they name is one
+class, luck decides."""
 DOUBT = 2.0
 """Standard errors that the agreement must be below the confidence by, to be below it."""
 
@@ -32,10 +35,9 @@ class Agreement:
     def borne_out(self) -> bool:
         """Whether the models agree about as often as they are sure. False: the inputs seem to be of another kind than
         those that the models were trained on (`mergeid.evaluate.agreement`)."""
-        half, doubt = BORNE_OUT * (self.sure - self.chance), DOUBT * self.error
-        if not (self.sure - self.alike > doubt and half > doubt):  # where nearly all are of one class there is no room
+        if not (self.sure - self.alike > DOUBT * self.error and self.sure - self.chance > ROOM):
             return True
-        return not self.alike + self.error < self.chance + half
+        return not self.alike - self.chance < BORNE_OUT * (self.sure - self.chance)
 
     @property
     def found_out(self) -> str:

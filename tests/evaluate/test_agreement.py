@@ -98,8 +98,8 @@ def test_networks_that_have_collapsed_say_nothing_of_the_inputs() -> None:
     [
         (0.9, 0.1 + BORNE_OUT * 0.8 + 1e-9, 0.1, 0.0, True),
         (0.9, 0.1 + BORNE_OUT * 0.8 - 1e-9, 0.1, 0.0, False),
-        (0.9, 0.3, 0.1, 0.2 + 1e-9, True),  # of too few inputs to say
-        (0.9, 0.3, 0.1, 0.2 - 1e-9, False),
+        (0.9, 0.3, 0.1, 0.6 / DOUBT + 1e-9, True),  # of too few inputs to say
+        (0.9, 0.3, 0.1, 0.6 / DOUBT - 1e-9, False),
         (0.9, 0.95, 0.99, 0.0, True),  # nearly all of one class
         (0.973, 0.949, 0.950, 0.0104, True),  # likewise, and no room to tell
         (0.9, 0.1, 0.1, 0.8 / DOUBT + 1e-9, True),
