@@ -202,10 +202,11 @@ class Panel:
             yield from self._kept[part]
             return
         for raw, owners in zip(self._batches(part), self._owned(part), strict=True):
-            place = torch.device(self.device)
-            batch = to_model(raw, place, input_dtype(self.first.model))
+            kinds = [input_dtype(m) for m in (self.first.model, *self.models)]
+            suits = {kind: to_model(raw, torch.device(self.device), kind) for kind in dict.fromkeys(kinds)}
+            batch = suits[kinds[0]]
             with torch.no_grad(), fits_the_model(batch):
-                own = [self._outputs(m, to_model(raw, place, input_dtype(m))) for m in self.models]
+                own = [self._outputs(m, suits[kind]) for m, kind in zip(self.models, kinds[1:], strict=True)]
             if self._columns is not None:
                 yield batch, [self._columns.of(own, owners)]
             else:

@@ -100,7 +100,7 @@ def gram_matrices(model: nn.Module, batches: Iterable[Batch], *, forward: Forwar
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor) or not x.dim():
+            if not isinstance(x, Tensor) or not x.dim() or axes.get(name, 0) is None:
                 return
             values = real_rows(x.detach(), current[0])
             if not len(values):

@@ -234,12 +234,7 @@ def _addmm(stop: Stop, order: Order) -> Layer | None:
 
 def _convolution(stop: Stop, order: Order) -> Layer | None:
     x, w, bias, stride, padding, dilation, transposed, more, groups = stop.args[:9]
-    if (
-        1 not in stop.weights
-        or (bias is not None and 2 not in stop.weights)
-        or len(x) != order.examples
-        or order.outer > 1
-    ):
+    if 1 not in stop.weights or (bias is not None and 2 not in stop.weights) or not order.leads(x):
         return None
     if transposed and stop.derived:
         return None
@@ -313,14 +308,7 @@ def _channels_last(order: Order, scaled: Callable[[Tensor], Tensor]) -> Callable
 def _batch_norm(stop: Stop, order: Order) -> Layer | None:
     x, weight, bias, mean, variance = stop.args[:5]
     training = stop.args[5] is True
-    if (
-        training
-        or weight is None
-        or bias is None
-        or not {1, 2} <= set(stop.weights)
-        or len(x) != order.examples
-        or order.outer > 1
-    ):
+    if training or weight is None or bias is None or not {1, 2} <= set(stop.weights) or not order.leads(x):
         return None
     epsilon = float(stop.args[-1])
 

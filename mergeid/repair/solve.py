@@ -117,7 +117,7 @@ def solve_network(
     try:
         with sdpa_kernel(SDPBackend.MATH):
             found = solvable(merged, forward, batches[0], frozen)
-            wanted = frozenset(stop.index for stop in found)
+            wanted, fitted = frozenset(stop.index for stop in found), parameters_of(merged)
             shaped = _by_shape(batches, lambda batch: beyond(merged, forward, batch))
             maps = [{k: v for k, v in behind.items() if k in wanted} for behind in shaped]
             orders = _by_shape(batches, lambda batch: outers(merged, forward, batch, wanted))
@@ -149,7 +149,7 @@ def solve_network(
                 at = [behind.pop(index, None) for behind in maps]
                 imitated = each if k == len(wanted) - 1 else before
                 lie = [order.get(index) for order in orders]
-                done += _solve_at(stops, nets, at, lie, imitated, heads or {}, 7919 * k)
+                done += _solve_at(stops, nets, at, lie, imitated, heads or {}, fitted, 7919 * k)
                 for side, behind in zip(nets, maps, strict=True):
                     needed = _needed(behind)
                     for net in side:
@@ -200,6 +200,7 @@ def _solve_at(
     lie: Sequence[int | None],
     shares: Sequence[Tensor],
     heads: Mapping[str, Sequence[int]],
+    fitted: Collection[str],
     seed: int,
 ) -> list[SolvedLayer]:
     first = stops[0][0]
@@ -219,7 +220,6 @@ def _solve_at(
     sought = zip(found, nets, shares, lie, strict=False)
     if any(outer is None and _told_apart(layer, side[0].batch, w) for layer, side, w, outer in sought):
         return []  # nobody knows whose rows these are
-    fitted = parameters_of(nets[0][0].model)
     used = dict.fromkeys(place.name for places in first.places.values() for place in places)
     names = tuple(name for name in used if name in fitted)
     own = next((heads[name] for name in names if name in heads), None)

@@ -67,10 +67,9 @@ def _modules(given: Iterable[Any]) -> list[nn.Module]:
 
     found = []
     for value in given:
-        inside = (
-            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-        )
-        found += [v for v in inside if isinstance(v, nn.Module)]
+        values = value.values() if isinstance(value, Mapping) else value
+        several = isinstance(value, (Mapping, list, tuple))
+        found += [v for v in (values if several else [value]) if isinstance(v, nn.Module)]
     return found
 
 

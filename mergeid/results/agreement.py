@@ -7,8 +7,8 @@ from dataclasses import dataclass
 BORNE_OUT = 0.5
 """Share of what the models' confidence promises beyond chance that their agreement must keep."""
 ROOM = 0.1
-"""How much surer than chance models must be for their agreement to tell anything: where nearly all that they name is one
-class, luck decides."""
+"""How much surer than chance models must be for their agreement to tell anything: where nearly all that they name is
+one class, luck decides."""
 DOUBT = 2.0
 """Standard errors that the agreement must be below the confidence by, to be below it."""
 

@@ -203,6 +203,15 @@ def _when_used(
     return OnDemand(rows, ours.shape, ours.dtype, ours.device)
 
 
+def skipped_in(state: Mapping[str, Tensor], names: Mapping[str, str], skip: Sequence[str]) -> set[str]:
+    """Keys of a state dict whose tensors are not merged, under any of their names.
+
+    Args:
+        names: key -> the name that `skip` goes by; default: the key. skip: globs.
+    """
+    return with_other_names(state, [k for k in state if any(fnmatchcase(names.get(k, k), p) for p in skip)])
+
+
 def merged_tensors(
     states: Sequence[Mapping[str, Tensor]],
     settings: MergeSettings,
@@ -232,8 +241,7 @@ def merged_tensors(
     base = base if settings.method.base else None
     known = names or {}
 
-    named = [k for k in states[0] if any(fnmatchcase(known.get(k, k), p) for p in skip)]
-    skipped = with_other_names(states[0], named)
+    skipped = skipped_in(states[0], known, skip)
 
     def merges(key: str, ours: Tensor) -> bool:
         fits = all(key in s and s[key].shape == ours.shape for s in states)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergeid.basics.on_demand import OnDemand, held, is_on_demand, with_other_names
+from mergeid.basics.on_demand import OnDemand, held, is_on_demand
 from mergeid.basics.state import load_weights
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.errors import MergeidError
@@ -21,7 +20,7 @@ from mergeid.models.running import make_accelerator
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
 from mergeid.repair.kind_of_inputs import Moved, as_trained, statistics
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
-from mergeid.stages.members import Members
+from mergeid.stages.members import Members, skipped_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,10 +163,8 @@ def repair_network(
 
 def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[str]:
     """Keys of tensors that are not merged."""
-    names, keys = members.names(), list(keys)
-    found = [k for k in keys if any(fnmatchcase(names.get(k, k), pattern) for pattern in skip)]
-    also = with_other_names(members.first.state(), found) if found else set()
-    return [k for k in keys if k in also or k in found]
+    skipped = skipped_in(members.first.state(), members.names(), skip)
+    return [k for k in keys if k in skipped]
 
 
 def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
