@@ -145,22 +145,25 @@ def ridge_solution(moments: Moments, mean: Tensor, ridge: float, *, bias: bool) 
     Args:
         mean: W̄ [m, d], towards which the ridge pulls.
     """
-    second = moments.about(bias)
-    return _solve(second, mean.double(), ridge, bias)
+    return _Pulled(moments.about(bias), mean.double(), bias)(ridge)
 
 
-def _solve(second: Second, mean: Tensor, ridge: float, bias: bool) -> tuple[Tensor, Tensor | None]:
-    d = len(second.xx)
-    strength = ridge * float(second.xx.trace()) / d
-    if not strength > 0:
-        weight = mean
-    else:
-        # about the average: what it leaves is small, and so is what rounding loses
-        left = second.xy - second.xx @ mean.T
-        system = second.xx.clone()
-        system.diagonal().add_(strength)
-        weight = mean + torch.cholesky_solve(left, torch.linalg.cholesky(system)).T
-    return weight, second.y - weight @ second.x if bias else None
+class _Pulled:
+    """The solutions of all ridges ρ -> W, b: about the average, where what is left is small, and so is what rounding
+    loses."""
+
+    def __init__(self, second: Second, mean: Tensor, bias: bool) -> None:
+        self.second, self.mean, self.bias = second, mean, bias
+        self.strength = float(second.xx.trace()) / len(second.xx)
+        self.left = second.xy - second.xx @ mean.T
+
+    def __call__(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        weight = self.mean
+        if ridge * self.strength > 0:
+            system = self.second.xx.clone()
+            system.diagonal().add_(ridge * self.strength)
+            weight = weight + torch.cholesky_solve(self.left, torch.linalg.cholesky(system, out=system)).T
+        return weight, self.second.y - weight @ self.second.x if self.bias else None
 
 
 def error(moments: Moments, weight: Tensor, bias: Tensor | None) -> float:
@@ -201,16 +204,17 @@ def fit(
     part, other = _outputs(second, few), _outputs(judge, few)
     best, lowest = inf, _quadratic(other, mean[few], None if mean_bias is None else mean_bias[few])
     least = NOTHING * judge.yy * len(few) / len(mean)
+    solution = _Pulled(part, mean[few], bias)
     rises, last = 0, inf
     for ridge in ridges:
-        found = _quadratic(other, *_solve(part, mean[few], ridge, bias))
+        found = _quadratic(other, *solution(ridge))
         if found < lowest - least:
             best, lowest = ridge, found
         rises, last = (rises + 1 if found > last else 0), found
         if rises == RISES and best < inf:
             break
     if best < inf:
-        after = _error(judge, *_solve(second, mean, best, bias))
+        after = _error(judge, *_Pulled(second, mean, bias)(best))
         if after < before - NOTHING:
             weight, b = ridge_solution(seen + unseen, mean, best, bias=bias)
             return Fit(weight, b, best, before, after)

@@ -227,9 +227,10 @@ def _solve_at(
         found = [by_model(layer, own) for layer in found if len(layer.parts) == 1 and layer.parts[0].derived is None]
     if len(found) < len(stops):
         return []
-    sides = [_answers(*each) for each in zip(found, stops, nets, maps, shares, strict=True)]
+    gains: dict[int, Tensor | None] = {}
+    sides = [_answers(*each, gains) for each in zip(found, stops, nets, maps, shares, strict=True)]
     if not all(_alike(side.gain, sides[0].gain) for side in sides):
-        sides = [_answers(a, b, c, None, w) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
+        sides = [_answers(a, b, c, None, w, gains) for a, b, c, w in zip(found, stops, nets, shares, strict=True)]
     out: list[SolvedLayer] = []
     for p in range(len(found[0].parts)):
         part = sides[0].part(p)
@@ -325,8 +326,14 @@ class _Side:
 
 
 def _answers(
-    layer: Layer, stops: Sequence[Stop | None], nets: Sequence[Paced], behind: Beyond | None, shares: Tensor
+    layer: Layer,
+    stops: Sequence[Stop | None],
+    nets: Sequence[Paced],
+    behind: Beyond | None,
+    shares: Tensor,
+    gains: dict[int, Tensor | None],
 ) -> _Side:
+    """`gains`: those known so far; batches of one shape share their map, and the map its gain."""
     outs = [answer_of(stop) for stop in stops[1:] if stop is not None]
     steps = {stop.step for stop in stops if stop is not None}
     known = behind is not None and len(steps) == 1 and all(behind.needs <= net.kept.keys() for net in nets)
@@ -334,8 +341,9 @@ def _answers(
         return _Side(layer, outs, torch.ones(()), False, shares)
     zero = behind(nets[0].state, nets[0].kept, torch.zeros_like(outs[0]))
     answers = [behind.back(behind(net.state, net.kept, y) - zero) for net, y in zip(nets[1:], outs, strict=True)]
-    gain = _by_channel(layer, behind.gain(nets[0].state, nets[0].kept, outs[0]))
-    return _Side(layer, answers, gain, behind.shifts, shares)
+    if id(behind) not in gains:
+        gains[id(behind)] = _by_channel(layer, behind.gain(nets[0].state, nets[0].kept, outs[0]))
+    return _Side(layer, answers, gains[id(behind)], behind.shifts, shares)
 
 
 def _alike(one: Tensor | None, other: Tensor | None) -> bool:
