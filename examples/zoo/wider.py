@@ -182,6 +182,9 @@ def _weak(group: Group) -> list[Pair]:
 
 def measure(zoo: WiderZoo, pair: Pair, out: Path) -> None:
     """One pair in all tables; the pair's own row comes last, so that a run that was stopped begins it again."""
+    for net, model in zip(zoo.nets(pair), (pair.a, pair.b), strict=True):
+        if not all(bool(v.isfinite().all()) for v in net.state_dict().values()):
+            raise MergeidError(f"{model.id} has diverged: its weights are not finite, and no merge takes them")
     known = {r["model"] for r in table.read(out / "models.csv")}
     rows = {f: [r for r in table.read(out / f) if r["pair"] != pair.id] for f in ("features.csv", "midpoints.csv")}
     rows["features.csv"] += list(features.records(zoo, pair))  # type: ignore[arg-type]

@@ -108,10 +108,7 @@ class TorchMerge:
         sources = [model.checkpoint for model in self.models]
         if self.base is not None and origin is not None:
             group, sources = [*group, origin], [*sources, self.base.checkpoint]
-        for tensor, checkpoint in zip(group, sources, strict=True):
-            if not is_finite(tensor):
-                return not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any()))
-        return overflows(name, dtype_name(out), self.settings.weights_of(name))
+        return why_not_finite(name, zip(group, sources, strict=True), out, self.settings)
 
 
 def _beside(statistic: Any, tensor: Tensor) -> Any:
@@ -142,6 +139,9 @@ def combine(
         base: the base model's.
         statistics: one per model; any None among them means that there are none for this tensor.
     """
+    if tensors[0].is_complex():
+        yield from _complex(settings, name, tensors, base)
+        return
     if name in settings.added:
         for place in places(tensors[0].numel()):
             yield torch.stack([t.reshape(-1)[place] for t in tensors]).sum(0)
@@ -178,6 +178,15 @@ def combine(
         yield pieced(method.formed([t[place] for t in flat], weights, **needs))
 
 
+def _complex(settings: MergeSettings, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Iterator[Tensor]:
+    """Complex numbers as pairs of real ones, which every method takes; nothing is measured of them."""
+    kind = torch.promote_types(tensors[0].dtype, tensors[-1].dtype)
+    real = [torch.view_as_real(t.to(kind).resolve_conj()) for t in tensors]
+    origin = None if base is None else torch.view_as_real(base.to(kind).resolve_conj())
+    merged = torch.cat([piece.reshape(-1) for piece in combine(settings, name, real, origin)])
+    yield from torch.view_as_complex(merged.reshape(-1, 2).contiguous()).split(CHUNK)
+
+
 def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:
     """To be called before models are built and compared: a merge without a plan checks while it writes.
 
@@ -195,6 +204,16 @@ def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:
         checkpoint.release(name)
 
 
+def why_not_finite(
+    name: str, inputs: Iterable[tuple[Tensor, TensorSource]], out: torch.dtype, settings: MergeSettings
+) -> str:
+    """The sentence for a merged tensor that holds NaN or an infinite number: an input does, or `out` is too narrow."""
+    for tensor, checkpoint in inputs:
+        if not is_finite(tensor):
+            return not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any()))
+    return overflows(name, dtype_name(out), settings.weights_of(name))
+
+
 _BITS = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 0x7FFFFFFFFFFFFFFF)}
 
 
@@ -203,7 +222,7 @@ def is_finite(tensor: Tensor) -> bool:
     numbers, faster than the numbers do."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    if tensor.numel() == 0 or tensor.itemsize not in _BITS:
+    if tensor.numel() == 0 or tensor.itemsize not in _BITS or tensor.device.type != "cpu":
         return bool(torch.isfinite(tensor.float()).all())
     kind, unsigned = _BITS[tensor.itemsize]
     infinity = int(torch.tensor([math.inf], dtype=tensor.dtype).view(kind))

@@ -23,6 +23,8 @@ EXAMPLES = 256
 """Examples of a chunk of `CkaMap`."""
 VARIANCE = 0.99
 """Share of the variance that SVCCA keeps, as its authors do."""
+ROUNDING = 1e-14
+"""Differences from the mean up to this share of it are rounding of float64."""
 RANK = 1e-10
 """Directions with less than this share of the largest variance count as absent."""
 
@@ -108,7 +110,7 @@ class PairSums(_Canonical):
             p, q = (len(m) for m in self._shift)
             self._xx, self._yy, self._xy = (torch.zeros(s, dtype=torch.float64) for s in ((p, p), (q, q), (p, q)))
             self._norms = [0.0] * 5
-        x, y = x - self._shift[0], y - self._shift[1]
+        x, y = (_about(rows, at) for rows, at in zip((x, y), self._shift, strict=True))
         self.count += len(x)
         self._sum[0] += x.sum(0)
         self._sum[1] += y.sum(0)
@@ -215,7 +217,7 @@ class PairRows(_Canonical):
         step = max(NUMBERS // self.count, 1)
         for begin in range(0, rows[0].shape[1], step):
             part = torch.cat([r[:, begin : begin + step] for r in rows]).double()
-            yield part - part.mean(0)
+            yield _about(part, part.mean(0))
 
     @cached_property
     def _grams(self) -> tuple[Tensor, Tensor]:
@@ -240,6 +242,12 @@ class PairRows(_Canonical):
         for part in self._columns(0):
             shares += (variates @ part).abs().sum(1)
         return correlations.clamp(0, 1), shares
+
+
+def _about(rows: Tensor, at: Tensor) -> Tensor:
+    """Rows about a point; what rounding leaves of a constant neuron is nothing."""
+    found = rows - at
+    return found.masked_fill_(found.abs() <= ROUNDING * at.abs(), 0.0)
 
 
 def _principal(covariance: Tensor, variance: float) -> tuple[Tensor, Tensor]:
@@ -282,7 +290,8 @@ class CkaMap:
         n = len(chunk[0])
         if n < 4:
             return
-        centred = torch.stack([_u_centred(x.double() @ x.double().T).reshape(-1) for x in chunk])
+        rows = (_about(x.double(), x.double().mean(0)) for x in chunk)
+        centred = torch.stack([_u_centred(x @ x.T).reshape(-1) for x in rows])
         a, b = centred[: self._first], centred[self._first :]
         new = (a @ b.T, (a * a).sum(1), (b * b).sum(1))
         scaled = tuple(t / (n * (n - 3)) for t in new)

@@ -105,7 +105,7 @@ def _scales_of(name: str) -> list[str]:
 
 
 def _scaled(checkpoint: TensorSource, name: str, scale: str | None, target: str) -> Tensor:
-    """A float8 weight times its scale: one number, one for each row, or one for each block."""
+    """A float8 weight times its scale: one number, one for each row or expert, or one for each block."""
     weight = checkpoint.tensor(name).float()
     if scale is not None:
         factor = checkpoint.tensor(scale).float()
@@ -114,8 +114,8 @@ def _scaled(checkpoint: TensorSource, name: str, scale: str | None, target: str)
             if blocks not in (1, size):
                 block = _block(checkpoint, axis, size, blocks, name)
                 factor = factor.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
-        if factor.dim() == 1 and weight.dim() == 2 and factor.shape[0] == weight.shape[0]:
-            factor = factor[:, None]
+        if factor.dim() == 1 and factor.shape[0] == weight.shape[0]:  # of rows, of experts
+            factor = factor.reshape(-1, *[1] * (weight.dim() - 1))
         weight = weight * factor
     return weight.to(torch_dtype(target))
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergeid.basics.nested import mapped, named_tensors
 from mergeid.errors import MergeidError
 from mergeid.models.running import Forward, eval_mode, fits_the_model
 from mergeid.plugins import Batch
@@ -204,16 +206,17 @@ def _drawn_log_likelihood(output: Tensor, generator: torch.Generator) -> Tensor:
 
 def single_examples(batch: Batch) -> Iterator[Batch]:
     """The examples of a batch, each as a batch of one; text without its padding."""
-    size = next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+    size = next(len(v) for v in named_tensors(batch).values() if v.dim())
+
+    def one(i: int, value: Tensor) -> Tensor:
+        return value[i : i + 1] if value.dim() and len(value) == size else value
+
+    def shown(keep: Tensor, value: Tensor) -> Tensor:
+        return value[:, keep] if value.dim() == 2 and value.shape[1] == len(keep) else value
+
     for i in range(size):
-        example = {
-            k: v[i : i + 1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()
-        }
+        example = mapped(batch, partial(one, i))
         mask = example.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.bool().all():
-            width, keep = mask.shape[1], mask[0].bool()
-            example = {
-                k: v[:, keep] if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == width else v
-                for k, v in example.items()
-            }
+            example = mapped(example, partial(shown, mask[0].bool()))
         yield example

@@ -239,6 +239,23 @@ class NeuronGraph:
             self.unknown_ops,
         )
 
+    def of_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> NeuronGraph:
+        """The graph of a model whose other tensors have the same axes of neurons, and other sizes elsewhere (a head of
+        other classes).
+
+        Raises `MergeidError` where an axis of neurons has another size."""
+        for name, shape in shapes.items():
+            axes = {a.axis for _, a in self.on_tensor.get(name, [])}
+            ours = self.tensors.get(name, shape)
+            if axes and (len(shape) != len(ours) or any(shape[d] != ours[d] for d in axes)):
+                raise MergeidError(
+                    f"tensor {name!r} is {shape} and {ours}, so its neurons are not those of the rest of the network, "
+                    "which cannot be reordered without it; use two models of one width"
+                )
+        found = self.renamed({n: n for n in self.tensors})
+        found.tensors.update({n: s for n, s in shapes.items() if n in found.tensors})
+        return found
+
     def on_tensors(self, names: Iterable[str]) -> NeuronGraph:
         """The graph over some of its tensors: the others are no longer permuted (nor evidence). Spaces that nothing is
         left of are gone."""

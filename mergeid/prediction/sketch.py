@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from mergeid.basics.nested import named_tensors
 from mergeid.basics.on_demand import PIECE, in_pieces
 from mergeid.basics.reading import check_regular, parse_json
 from mergeid.data.batches import input_dtype, to_model
@@ -184,7 +185,7 @@ class _Batches:
 
     @staticmethod
     def size(batch: Any) -> int:
-        return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+        return next(len(v) for v in named_tensors(batch).values() if v.dim())
 
 
 def _sampled(out: Tensor, mask: Tensor | None, first: int) -> Tensor:

@@ -76,6 +76,13 @@ class Plan:
         """The same with every space matched."""
         return self if self.matched is None else replace(self, element=self.matched, turns=self.matched_turns)
 
+    def over(self, graph: NeuronGraph) -> Plan:
+        """The same for a graph with more tensors on the neurons: its other spaces follow those that hold them."""
+        element: Element = {}
+        for s in graph.spaces:  # parents come first
+            element[s.id] = self.element[s.id] if s.id in self.element else graph.follow(s, element)
+        return replace(self, graph=graph, element=element)
+
     def carry(self, tensor: str, value: Tensor) -> Tensor:
         """One tensor of B, by its key in the model's state dict, in A's order."""
         for turn in self.before:

@@ -41,7 +41,9 @@ def judge_of(
     def judge(universe: Sequence[Element]) -> float:
         moved = [graph.apply_state(e, s) for e, s in zip(universe, states, strict=True)]
         average = {
-            k: torch.stack([m[k].double() for m in moved]).mean(0).to(v.dtype) if v.is_floating_point() else v
+            k: torch.stack([m[k].to(torch.promote_types(v.dtype, torch.float64)) for m in moved]).mean(0).to(v.dtype)
+            if v.is_floating_point() or v.is_complex()
+            else v
             for k, v in moved[0].items()
         }
         work = copy.deepcopy(first.model).to(run.place)

@@ -267,8 +267,8 @@ def merged_tensors(
             reads = [partial(read, i, key) for i in range(len(states))]
             yield key, _when_used(settings, known.get(key, key), ours, reads, origin_of, statistics(key))
             continue
-        tensors = [read(i, key).to(ours.dtype) for i in range(len(states))]
-        origin = None if base is None else base(key).to(ours.dtype)
+        tensors = [read(i, key) for i in range(len(states))]
+        origin = None if base is None else base(key)
         yield key, whole(combine(settings, known.get(key, key), tensors, origin, statistics(key)), ours)
 
 

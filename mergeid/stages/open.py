@@ -184,7 +184,9 @@ def unskipped(graph: NeuronGraph, loaded: Loaded, skip: Sequence[str]) -> Neuron
 
 def skipped_keys(loaded: Loaded, skip: Sequence[str]) -> set[str]:
     """Keys of the model's state dict whose tensors --skip takes from A as they are."""
-    return {key for name, key in loaded.names.items() if any(fnmatchcase(name, p) for p in skip)}
+    from mergeid.stages.members import skipped_in
+
+    return skipped_in(loaded.state(), {key: name for name, key in loaded.names.items()}, skip)
 
 
 def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:

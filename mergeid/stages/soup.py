@@ -7,7 +7,6 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -19,13 +18,15 @@ from mergeid.evaluate.measure import Metrics, evaluate_loaded
 from mergeid.methods.settings import ByName, MethodRequest
 from mergeid.models.examples import Examples
 from mergeid.request.request import Run
-from mergeid.stages.members import Members
+from mergeid.stages.members import Members, skipped_in
 
 Measure = Callable[[Sequence[int]], Metrics]
 """Numbers of models -> what their average does on the validation data."""
 RATE, BEGIN = 1e-3, 0.3
 """Step of Adam, and the coefficients that AdaMerging begins with, as in its paper. On fine-tunes of different
 classes of one head it may collapse: one class for every input is sure, too."""
+LEAST = -1e4
+"""Log-probabilities count as no lower: a class that is ruled out has −∞, and 0 times that is no number."""
 
 
 def better(a: Metrics, b: Metrics) -> bool:
@@ -104,12 +105,13 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
     model, names, device = copy.deepcopy(members.first.model).to(run.place), members.names(), torch.device(run.place)
     trained = {k for k, _ in model.named_parameters()}
     floats = [k for k, t in members.models[0].state.items() if t.is_floating_point()]
-    skipped = {k for k in floats if any(fnmatchcase(names.get(k, k), p) for p in skip)}
+    skipped = skipped_in(members.models[0].state, names, skip) & set(floats)
     keys = [k for k in floats if k not in skipped]
     tasks = examples.by_owner()
     heads = _heads(members, skipped, run.place) if len(tasks) > 1 else [{}]
-    origin = {k: members.base.tensor(k).to(device) for k in keys}
-    vectors = {k: torch.stack([m.tensor(k).to(device) for m in members.models]) - origin[k] for k in keys}
+    kinds = {k: members.models[0].state[k].dtype for k in keys}  # what the network computes in
+    origin = {k: members.base.tensor(k).to(device, kinds[k]) for k in keys}
+    vectors = {k: torch.stack([m.tensor(k).to(device, kinds[k]) for m in members.models]) - origin[k] for k in keys}
     count = len(members.models)
     learned = {
         k: torch.full((count,), BEGIN if k in trained else 1 / count, requires_grad=k in trained, device=device)
@@ -129,7 +131,7 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
                     f"{members.first.source} does not return logits; expected a classifier for --how adamerging"
                 )
             chances = logits.float().log_softmax(-1)
-            found.append(-(chances.exp() * chances).sum(-1).mean())
+            found.append(-(chances.exp() * chances.clamp(min=LEAST)).sum(-1).mean())
         return torch.stack(found).mean()
 
     def batches() -> Iterator[tuple[object, ...]]:
@@ -170,7 +172,8 @@ def _heads(members: Members, skipped: Collection[str], device: str) -> list[dict
         raise MergeidError(
             f"the neurons of {moved} were matched, and its own head (--skip) would not fit; give --match never"
         )
-    return [{k: m.state[k].to(device) for k in skipped} for m in members.models]
+    like = members.models[0].state
+    return [{k: m.state[k].to(device, like[k].dtype) for k in skipped} for m in members.models]
 
 
 class _Forward(torch.nn.Module):

@@ -161,6 +161,7 @@ def _trial(
         sums.add(a.logits, b.logits, merged.logits, a.mask)
         if a.lost is not None and b.lost is not None and merged.lost is not None:
             labels.add(a.lost, b.lost, merged.lost)
-    found, most = sums.features(), math.log(own[0][0].logits.shape[-1])
+    classes = (own[0][0].logits > -math.inf).flatten(0, -2).any(0).sum()  # the others are ruled out
+    found, most = sums.features(), math.log(max(int(classes), 2))
     trial = Trial(name, kind, found["hard"], found["soft"], found["missed"], sums.count, beyond=found["beyond"])
     return replace(trial, labelled=labels.found(known.get(trial.label), most))

@@ -82,6 +82,9 @@ def align(
     from mergeid.stages.write import digest_of, moved, rewrite
 
     pair, made = plan_pair(met, matching, calibration, base=base, certify=certify)
+    if met.skip:  # no part of the match, but of B: without it B's function would be another
+        shapes = {key: tuple(value.shape) for key, value in pair.b.state().items()}
+        made = made.over(met.bench.graph(pair.a).of_shapes(shapes))
     result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
     if target is None:
         return replace(result, state=made.carry_state(pair.b.state()))

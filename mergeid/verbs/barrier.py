@@ -105,7 +105,6 @@ def barrier(
     pair = pair_of(met, met.models[1])
     import numpy as np
 
-    from mergeid.basics.on_demand import with_other_names
     from mergeid.evaluate.interpolate import Line, Measuring, Reestimate, Solve, barrier_curve
     from mergeid.models.running import make_accelerator
 
@@ -122,7 +121,7 @@ def barrier(
         lines.append((f"{named}, solved", matching, Solve(used, pair.a.inputs_of)))
     count, every = itertools.count(1), points * len(lines)
     how = Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(run.device))
-    fixed = with_other_names(pair.a.state(), skipped_keys(pair.a, met.skip))
+    fixed = skipped_keys(pair.a, met.skip)
     ends = {order: _ends(pair, order, opening, used, fixed) for _, order, _ in lines}
     curves = [
         barrier_curve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +100,7 @@ def extract(
             tensors[f"{_PREFIX}{other}"] = tuned.tensor(name).clone()
             saved.add(other.rpartition(".")[0])
     ranks = {m: len(tensors[f"{_PREFIX}{m}.lora_A.weight"]) for m in sorted(factored)}
-    lower = {m: r for m, r in ranks.items() if r != rank}
+    lower = {_pattern(m, ranks): r for m, r in ranks.items() if r != rank}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(origin.path.absolute()),
@@ -118,6 +118,11 @@ def extract(
     }
     result.files = _write(target, tensors, config, force)
     return result
+
+
+def _pattern(module: str, others: Iterable[str]) -> str:
+    """What PEFT takes for this module alone: a plain name stands for every module whose name ends so, too."""
+    return f"^{module}" if any(other.endswith(f".{module}") for other in others) else module
 
 
 def _truncated(delta: Tensor, rank: int) -> tuple[dict[str, Tensor], float, float]:

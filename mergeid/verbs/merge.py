@@ -357,14 +357,25 @@ def _with_density(parameters: Mapping[str, Any] | None, density: float | Sequenc
 
 
 def _state(met: Met, members: Members | None, settings: MergeSettings) -> dict[str, Tensor]:
-    """The merged state dict of live modules."""
-    if members is not None:
-        return members.merged_state(met.skip)
+    """The merged state dict of live modules.
+
+    Raises `MergeidError` where a tensor of it would hold NaN or an infinite number."""
+    from mergeid.combine.by_torch import is_finite, why_not_finite
     from mergeid.stages.members import merged_tensors
 
-    states = [state_of(c.module) for c in met.models if c.module is not None]
-    base = None if met.base is None or met.base.module is None else state_of(met.base.module).__getitem__
-    return dict(merged_tensors(states, settings, base=base, skip=met.skip))
+    if members is not None:
+        state, names = members.merged_state(met.skip), members.names()
+    else:
+        states, names = [state_of(c.module) for c in met.models if c.module is not None], {}
+        base = None if met.base is None or met.base.module is None else state_of(met.base.module).__getitem__
+        state = dict(merged_tensors(states, settings, base=base, skip=met.skip))
+    merged = set(met.float_names)
+    for key, value in state.items():  # as a merge of files refuses them
+        name = names.get(key, key)
+        if name in merged and not is_finite(value):
+            inputs = [(c.tensor(name), c) for c in met.everyone if name in c.table]
+            raise MergeidError(why_not_finite(name, inputs, value.dtype, settings))
+    return state
 
 
 def _has_batchnorm(members: Members) -> bool:

@@ -136,14 +136,10 @@ class _Runs:
     _shapes: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def batches(self, stage: str) -> Iterator[Any]:
-        import torch
-
-        from mergeid.data.batches import input_dtype, to_model
-
         batches = self.examples.batches(self.run.batch_size)
         for i, batch in enumerate(batches):
             self.run.tell(stage, i, len(batches))
-            yield to_model(batch, torch.device(self.run.place), input_dtype(self.models[0].model))
+            yield batch
 
     def outputs(
         self, which: int, names: Sequence[str], batch: Any, take: Callable[[str, Tensor], Kept]
@@ -152,15 +148,26 @@ class _Runs:
         forward order. It must keep no view of them."""
         import torch
 
+        from mergeid.basics.nested import named_tensors
+        from mergeid.data.batches import input_dtype, to_model
         from mergeid.models.running import eval_mode, fits_the_model
 
         loaded = self.models[which]
-        size = next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim())
+        batch = to_model(batch, torch.device(self.run.place), input_dtype(loaded.model))
+        size = next(len(v) for v in named_tensors(batch).values() if v.dim())
         found: dict[str, Kept] = {}
 
         def see(name: str, x: Tensor) -> None:
             if name not in found and x.numel() and x.shape[0] % size == 0:
-                found[name] = take(name, x.reshape(size, -1, x.shape[-1]))
+                x = x.reshape(size, -1, x.shape[-1])
+                if (mask := _mask(x, batch)) is not None:
+                    x = x.masked_fill(~mask.to(x.device)[..., None], 0.0)
+                if not bool(x.isfinite().all()):
+                    raise MergeidError(
+                        f"layer {name} of {loaded.source} puts out NaN or infinite numbers on the data, so it cannot "
+                        "be compared; check the weights and the data, or choose other layers with --layers"
+                    )
+                found[name] = take(name, x)
 
         with _hooks(loaded.model, names, see), eval_mode(loaded.model), torch.no_grad(), fits_the_model(batch):
             loaded.forward(loaded.model, batch)

@@ -243,3 +243,12 @@ def test_files_and_modules_agree(tmp_path: Path) -> None:
         assert set(found) == set(live_result.state) and len(result.report["overridden"]) == len(result.repaired)
         for name, value in found.items():
             torch.testing.assert_close(value, live_result.state[name])
+
+
+def test_single_examples_of_nested_inputs() -> None:
+    batch = {"images": [torch.arange(6).reshape(3, 2), {"depth": torch.arange(3)}], "scale": torch.tensor(2.0)}
+    found = list(single_examples(batch))
+    assert len(found) == 3
+    for i, one in enumerate(found):
+        assert one["images"][0].tolist() == [[2 * i, 2 * i + 1]] and one["images"][1]["depth"].tolist() == [i]
+        assert float(one["scale"]) == 2

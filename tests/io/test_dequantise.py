@@ -170,3 +170,13 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "m", {"l.qweight": torch.ones(4, dtype=torch.int32)}, quantization_config={"bits": 4})
     with pytest.raises(MergeidError, match="does not know"):
         dequantised(open_checkpoint(folder))
+
+
+def test_a_scale_for_each_expert(tmp_path: Path) -> None:
+    stored = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scales = torch.tensor([0.5, 2.0, 3.0])
+    tensors = {"experts.weight": stored, "experts.weight_scale": scales}
+    folder = _folder(tmp_path / "m", tensors, torch_dtype="float32", quantization_config={"quant_method": "fp8"})
+    found = dequantised(open_checkpoint(folder)).tensor("experts.weight")
+    for e in range(3):
+        torch.testing.assert_close(found[e], stored[e].float() * scales[e])

@@ -13,12 +13,15 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import mergeid
 from mergeid.errors import MergeidError
+from mergeid.io.lora_forming import LoraConfig as ReadConfig
 from mergeid.io.lora_forming import shared_base
 from mergeid.io.opening import open_checkpoint
+from mergeid.verbs.extract import _pattern
 
 PLAIN = {"match": "never", "force": True}
 
@@ -220,6 +223,16 @@ def test_extract(bases: Path, tmp_path: Path, kind: str, name: str) -> None:
     ours = open_checkpoint(str(tmp_path / "l"))
     for key in ours.table:
         torch.testing.assert_close(ours.tensor(key), again[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_of_its_own_is_for_its_module_alone() -> None:
+    """By PEFT's own rule: a pattern stands for every module whose name ends with it after a dot."""
+    ranks = {"fc": 2, "block.fc": 4, "block.other": 3}
+    patterns = {_pattern(m, ranks): r for m, r in ranks.items() if r != 4}
+    for module, rank in ranks.items():
+        assert patterns.get(get_pattern_key(list(patterns), module), 4) == rank
+        alphas = {k: float(v) for k, v in patterns.items()}
+        assert ReadConfig(4.0, alphas).scaling(module, 1) == rank
 
 
 def test_what_is_refused(bases: Path, tmp_path: Path) -> None:

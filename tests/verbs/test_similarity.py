@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -242,3 +243,34 @@ def test_the_command(work: Path) -> None:
         ([*pair_of, "--layers", "none.*"], ["'none.*' matches no layer"]),
         (["similarity", "a.safetensors", "c.safetensors", "--data", "data.npz"], ["no such file.*c.safetensors"]),
     )
+
+
+def test_outputs_that_are_no_numbers_are_refused_by_name() -> None:
+    a, b = network(0), network(1)
+    data = [{"arg0": x} for x in torch.randn(40, 1, 6, 6)]
+    with torch.no_grad():
+        b[3].weight[0, 0] = torch.nan
+    with pytest.raises(MergeidError, match="layer 3 of Sequential puts out NaN or infinite numbers"):
+        m.similarity(a, b, data=data, example_inputs=data[0]["arg0"][None])
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_constant_layer_of_any_precision_is_like_nothing(rows: bool) -> None:
+    x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    constant = torch.full((40, 5), 0.1, dtype=torch.float64) * torch.tensor([1.0, 3.0, 7.0, 1e6, 1e-6])
+    sums = PairRows() if rows else PairSums()
+    sums.add(x, constant)
+    found = sums.finish()
+    assert found.cka() == found.svcca() == found.pwcca() == 0
+    assert abs(found.cka_unbiased()) < 1e-9
+    whole = CkaMap()
+    whole.add([x], [constant])
+    assert np.isnan(whole.finish()).all()
+
+
+def test_models_of_two_number_formats() -> None:
+    a, b = network(0), network(1)
+    data = [{"arg0": x} for x in torch.randn(40, 1, 6, 6)]
+    half = m.similarity(a, copy.deepcopy(b).to(torch.bfloat16), data=data, example_inputs=data[0]["arg0"][None])
+    full = m.similarity(a, b, data=data, example_inputs=data[0]["arg0"][None])
+    assert [one.cka for one in half.layers] == pytest.approx([one.cka for one in full.layers], abs=0.02)

@@ -180,3 +180,24 @@ def test_adamerging_runs_each_task_with_its_own_head(case: dict[str, Any], tmp_p
 def test_own_data_is_for_every_model(case: dict[str, Any]) -> None:
     with pytest.raises(MergeidError, match="names 2 models, and the soup has 3"):
         mergeid.soup(case["paths"][:3], data={"a": case["x"], "b": case["x"]})
+
+
+def test_adamerging_of_half_precision_models_on_a_wide_base(case: dict[str, Any], tmp_path: Path) -> None:
+    """It learns in the number format of the models; a class that a network rules out does not spoil the entropy."""
+    paths = []
+    for i, path in enumerate(case["paths"][:2]):
+        state = load_file(path)
+        state["head.bias"][2] = -1e30  # as good as ruled out
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file({k: v.to(torch.bfloat16) for k, v in state.items()}, paths[-1])
+    result = mergeid.soup(
+        paths,
+        data=case["data"],
+        how="adamerging",
+        base=case["folder"] / "base.safetensors",
+        steps=3,
+        output=tmp_path / "out.safetensors",
+        match="never",
+    )
+    assert result.entropy is not None and all(np.isfinite(result.entropy))
+    assert all(0 <= one.coefficient <= 1 for one in result.ingredients)
