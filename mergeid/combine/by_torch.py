@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -180,7 +181,7 @@ def combine(
 
 def _complex(settings: MergeSettings, name: str, tensors: Sequence[Tensor], base: Tensor | None) -> Iterator[Tensor]:
     """Complex numbers as pairs of real ones, which every method takes; nothing is measured of them."""
-    kind = torch.promote_types(tensors[0].dtype, tensors[-1].dtype)
+    kind = reduce(torch.promote_types, [t.dtype for t in tensors])
     real = [torch.view_as_real(t.to(kind).resolve_conj()) for t in tensors]
     origin = None if base is None else torch.view_as_real(base.to(kind).resolve_conj())
     merged = torch.cat([piece.reshape(-1) for piece in combine(settings, name, real, origin)])

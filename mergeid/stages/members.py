@@ -195,8 +195,8 @@ def _when_used(
 
     def rows(which: Rows) -> Tensor:
         part = which if by_rows else EVERYTHING
-        tensors = [rows_of(read(), part).to(ours.dtype) for read in reads]
-        origin = None if base is None else rows_of(base(), part).to(ours.dtype)
+        tensors = [rows_of(read(), part) for read in reads]
+        origin = None if base is None else rows_of(base(), part)
         found = whole(combine(settings, name, tensors, origin, statistics), tensors[0])
         return found if by_rows else found[which]
 

@@ -278,7 +278,7 @@ def _averaged(x: Tensor, batch: Any) -> Tensor:
     x = x.double()
     if mask is None:
         return x.mean(1).cpu()
-    shown = mask.to(x.dtype)[..., None]
+    shown = mask.to(x)[..., None]
     return ((x * shown).sum(1) / shown.sum(1).clamp(min=1)).cpu()
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import mergeid
 from mergeid.errors import MergeidError
+from mergeid.methods.registry import get_method, method_names
 
 
 def _net(seed: int) -> nn.Sequential:
@@ -44,3 +45,14 @@ def test_the_second_model_is_not_rounded_before_it_is_merged() -> None:
     for key, value in merged.items():
         exact = (a.state_dict()[key].double() + b.state_dict()[key].double()) / 2
         assert torch.equal(value, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("method", [n for n in method_names() if not get_method(n).statistics and n != "passthrough"])
+def test_models_of_different_number_formats(method: str) -> None:
+    """The result is that of wide models, up to what the formats round, in the first one's format."""
+    base = _net(2) if get_method(method).base else None
+    found = mergeid.merge(_net(0).to(torch.bfloat16), _net(1), base=base, method=method, match="never").state
+    wide = mergeid.merge(_net(0), _net(1), base=base, method=method, match="never").state
+    for key, value in found.items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), wide[key], rtol=0, atol=0.02)
