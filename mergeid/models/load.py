@@ -145,12 +145,13 @@ def _tied(model: nn.Module) -> dict[str, set[str]]:
 
 
 def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
+    from mergeid.models.carried import with_functions
     from mergeid.models.offload import in_memory
 
     arch, given = reading.arch, reading.example
     source = type(module).__name__
     try:
-        module = _on(_without_leftovers(in_memory(module)).eval(), run.place)
+        module = _on(with_functions(_without_leftovers(in_memory(module))).eval(), run.place)
     except NotImplementedError as error:
         raise MergeidError(
             f"{source} cannot be put into evaluation mode ({error}); give the module that it was exported from"

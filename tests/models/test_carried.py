@@ -1,0 +1,74 @@
+"""Modules that hold functions which refer to their own layers: copies call the copies' layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mergeid
+from mergeid.models.carried import with_functions
+
+
+class Held(nn.Module):
+    """Its layers are reached through functions that lie on it."""
+
+    def __init__(self, seed: int, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+        a = self.a
+        ways: dict[str, Any] = {
+            "self": lambda x: self.a(x).relu(),
+            "layer": lambda x: a(x).relu(),
+            "default": lambda x, layer=a: layer(x).relu(),
+            "keyword": lambda x, *, layer=a: layer(x).relu(),
+            "weight": lambda x, w=a.weight: (x @ w.T + self.a.bias).relu(),
+        }
+        self.f: Any = ways.get(how)
+        if how == "list":
+            self.f = [ways["self"]]
+        if how == "dict":
+            self.f = {"first": ways["self"]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.f[0] if isinstance(self.f, list) else self.f["first"] if isinstance(self.f, dict) else self.f
+        return self.b(first(x))
+
+
+@pytest.mark.parametrize("how", ["self", "layer", "default", "keyword", "weight", "list", "dict"])
+def test_a_merge_with_a_permuted_copy_gives_the_model_back(how: str) -> None:
+    """As for the same network written with plain methods; the modules given are left as they were."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    net = Held(0, how).eval()
+    before = net(x).detach()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    other = Held(0, how).eval()
+    other.load_state_dict({
+        "a.weight": net.a.weight[order], "a.bias": net.a.bias[order],
+        "b.weight": net.b.weight[:, order], "b.bias": net.b.bias,
+    })  # fmt: skip
+    assert len(mergeid.graph(net, example_inputs=x[:2]).spaces) == 1
+    result = mergeid.merge(net, other, data=list(x), example_inputs=x[:2])
+    assert result.verdict == "match"
+    merged = Held(3, how).eval()
+    merged.load_state_dict(result.state)
+    torch.testing.assert_close(merged(x), before)
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+
+
+def test_copies_are_independent_and_plain_modules_stay_themselves() -> None:
+    net = with_functions(Held(0, "self"))
+    twin = copy.deepcopy(net)
+    x = torch.ones(1, 6)
+    before = net(x).detach()
+    with torch.no_grad():
+        twin.a.weight.zero_()
+        twin.a.bias.zero_()
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(twin(x), twin.b.bias[None])
+    plain = nn.Sequential(nn.Linear(2, 2))
+    assert with_functions(plain) is plain
