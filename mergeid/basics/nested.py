@@ -21,6 +21,11 @@ def named_tensors(value: Any) -> dict[str, Tensor]:
     return {".".join(name): tensor for name, tensor in _walk(value, (), {})}
 
 
+def examples_in(batch: Any) -> int:
+    """How many examples a batch holds, in the first dimension of its tensors."""
+    return next(len(v) for v in named_tensors(batch).values() if v.dim())
+
+
 def returned_tensors(value: Any) -> dict[str, Tensor]:
     """Those that hold real or complex numbers: what a model computes, without indices and masks."""
     return {k: _strided(t) for k, t in named_tensors(value).items() if t.is_floating_point() or t.is_complex()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergeid.basics.nested import mapped, named_tensors
+from mergeid.basics.nested import examples_in, mapped
 from mergeid.errors import MergeidError
 from mergeid.models.running import Forward, eval_mode, fits_the_model
 from mergeid.plugins import Batch
@@ -206,7 +206,7 @@ def _drawn_log_likelihood(output: Tensor, generator: torch.Generator) -> Tensor:
 
 def single_examples(batch: Batch) -> Iterator[Batch]:
     """The examples of a batch, each as a batch of one; text without its padding."""
-    size = next(len(v) for v in named_tensors(batch).values() if v.dim())
+    size = examples_in(batch)
 
     def one(i: int, value: Tensor) -> Tensor:
         return value[i : i + 1] if value.dim() and len(value) == size else value

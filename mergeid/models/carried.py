@@ -1,7 +1,8 @@
-"""Functions that lie on a module and refer to its layers (`self.f = lambda x: relu(self.a(x))`).
+"""Modules as they can be copied: what a module holds besides its layers and tensors goes along.
 
-Python copies no functions: in a copy of the module, such a one would go on calling the original's layers. So it is
-carried by an object that copies it with the module.
+Python does not copy functions: one that refers to the module's layers (`self.f = lambda x: relu(self.a(x))`) would call
+the original's in a copy. Tensors that a module keeps of its last pass, gradients' graphs included (`self.aux_loss = …`),
+cannot be copied at all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+
+from mergeid.basics.nested import named_tensors
 
 OWN = frozenset(vars(nn.Module()))
 """What torch itself keeps on a module, hooks among it."""
@@ -40,12 +43,14 @@ class Carried:
         return Carried(new)
 
 
-def with_functions(module: nn.Module) -> nn.Module:
-    """The module itself, or, where functions on it refer to layers, a copy with the same tensors that carries them."""
-    places = list(_places(module))
-    if not places:
+def copyable(module: nn.Module) -> nn.Module:
+    """The module itself, or, where it holds functions that refer to layers or tensors of its last pass, a copy with the
+    same parameters that can be copied in turn."""
+    places, leftovers = list(_places(module)), _leftovers(module)
+    if not places and not leftovers:
         return module
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo |= {id(t): t.detach().clone() for t in leftovers}
     made = copy.deepcopy(module, memo)
     for name, path, function in places:
         holder: Any = vars(made.get_submodule(name))
@@ -53,6 +58,11 @@ def with_functions(module: nn.Module) -> nn.Module:
             holder = holder[key]
         holder[path[-1]] = copy.deepcopy(Carried(function), memo)
     return made
+
+
+def _leftovers(module: nn.Module) -> list[Tensor]:
+    held = [v for m in module.modules() for v in vars(m).values() if isinstance(v, (Tensor, list, tuple, dict))]
+    return [t for value in held for t in named_tensors(value).values() if t.grad_fn is not None]
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, tuple[Any, ...], FunctionType]]:

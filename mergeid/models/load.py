@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from mergeid.basics.nested import as_batch, named_tensors
+from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
@@ -145,13 +145,13 @@ def _tied(model: nn.Module) -> dict[str, set[str]]:
 
 
 def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
-    from mergeid.models.carried import with_functions
+    from mergeid.models.carried import copyable
     from mergeid.models.offload import in_memory
 
     arch, given = reading.arch, reading.example
     source = type(module).__name__
     try:
-        module = _on(with_functions(_without_leftovers(in_memory(module))).eval(), run.place)
+        module = _on(copyable(in_memory(module)).eval(), run.place)
     except NotImplementedError as error:
         raise MergeidError(
             f"{source} cannot be put into evaluation mode ({error}); give the module that it was exported from"
@@ -172,16 +172,6 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
     example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, run.generator())
     example = _there(example, run.place, module) if has_values else example
     return Loaded(source, module, adapter, found, None, names, example, given.outputs)
-
-
-def _without_leftovers(module: nn.Module) -> nn.Module:
-    """The module itself, or a copy of one that still holds what its last pass computed, gradients' graphs included
-    (`self.aux_loss = …`): such tensors cannot be copied."""
-    from torch import Tensor
-
-    held = [v for m in module.modules() for v in vars(m).values() if isinstance(v, (Tensor, list, tuple, dict))]
-    kept = [t for value in held for t in named_tensors(value).values() if t.grad_fn is not None]
-    return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept}) if kept else module
 
 
 def _on(module: nn.Module, place: str) -> nn.Module:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mergeid.basics.nested import named_tensors
+from mergeid.basics.nested import examples_in
 from mergeid.basics.on_demand import PIECE, in_pieces
 from mergeid.basics.reading import check_regular, parse_json
 from mergeid.data.batches import input_dtype, to_model
@@ -121,7 +121,7 @@ def make_sketch(
         for batch, mask in batches:
             if progress:
                 progress(done, len(chosen))
-            n = batches.size(batch)
+            n = examples_in(batch)
             with fits_the_model(batch):
                 read = reader(batch, partial(_taken, taps, torch.arange(done, done + n), mask))
             for key in sorted(batch):
@@ -183,10 +183,6 @@ class _Batches:
             batch = to_model(self.join(items), self.device, self.dtype)
             yield self.inputs_of(batch), real_tokens(batch)
 
-    @staticmethod
-    def size(batch: Any) -> int:
-        return next(len(v) for v in named_tensors(batch).values() if v.dim())
-
 
 def _sampled(out: Tensor, mask: Tensor | None, first: int) -> Tensor:
     """[rows, classes]: at most `PER_EXAMPLE` positions of every example."""
@@ -218,7 +214,7 @@ def _predictions(loaded: Loaded, batches: _Batches) -> list[Tensor]:
     for batch, mask in batches.upto(RESPONDING):
         with torch.no_grad():
             found.append(_sampled(loaded.forward(loaded.model, batch), mask, count).double().log_softmax(-1))
-        count += batches.size(batch)
+        count += examples_in(batch)
     return found
 
 
@@ -234,10 +230,10 @@ def _response(
             generator = torch.Generator().manual_seed(count)
             with torch.no_grad(), _disturbed(loaded.model, taps, 1 - level, repaired, generator):
                 out = _sampled(loaded.forward(loaded.model, batch), mask, count).double()
-            total[k, 0] += float(expected(target, own - out.log_softmax(-1)).sum()) / (len(own) / batches.size(batch))
+            total[k, 0] += float(expected(target, own - out.log_softmax(-1)).sum()) / (len(own) / examples_in(batch))
             right = target.amax(-1) - target.gather(-1, out.argmax(-1, keepdim=True))[:, 0]
-            total[k, 1] += float(right.sum()) / (len(own) / batches.size(batch))
-        count += batches.size(batch)
+            total[k, 1] += float(right.sum()) / (len(own) / examples_in(batch))
+        count += examples_in(batch)
     return total / max(count, 1)
 
 

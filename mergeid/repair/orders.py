@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mergeid.basics.nested import mapped, named_tensors
+from mergeid.basics.nested import examples_in, mapped, named_tensors
 from mergeid.basics.on_demand import OnDemand
 from mergeid.plugins import Batch
 from mergeid.repair.layers import answer_of, layer_of
@@ -25,15 +25,10 @@ ALIKE = 0.05
 """Share of the difference between two examples up to which rows count as the same one's: more than 16 bits round."""
 
 
-def examples_of(batch: Batch) -> int:
-    """How many examples a batch holds, in the first dimension of its tensors."""
-    return next(len(v) for v in named_tensors(batch).values() if v.dim())
-
-
 def outers(model: nn.Module, forward: Forward, batch: Batch, wanted: Collection[int]) -> dict[int, int]:
     """Operation -> how its examples lie, as `mergeid.repair.layers.Order.outer`. Left out: those in which the rows of
     an example could not be found."""
-    n = examples_of(batch)
+    n = examples_in(batch)
     if n < 2:
         return dict.fromkeys(wanted, 1)
     tensors = [t for t in named_tensors(batch).values() if t.dim() and len(t) == n]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergeid.basics.memory import give_back
-from mergeid.basics.nested import named_tensors
+from mergeid.basics.nested import examples_in, named_tensors
 from mergeid.basics.on_demand import OnDemand, formed, is_on_demand, memory_of
 from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
@@ -33,7 +33,7 @@ from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
 from mergeid.repair.layers import Layer, Part, answer_of, block_of, by_model, layer_of
-from mergeid.repair.orders import examples_of, outers
+from mergeid.repair.orders import outers
 from mergeid.repair.paced import Forward, Paced, Stop, Value, parameters_of
 from mergeid.repair.uses import solvable
 
@@ -108,7 +108,7 @@ def solve_network(
     Raises:
         MergeidError: the networks do not execute the same operations.
     """
-    counts = [examples_of(b) for b in batches]
+    counts = [examples_in(b) for b in batches]
     both = (shares.last, shares.hidden) if isinstance(shares, Shares) else (shares, shares)
     each, before = (_by_batch(w, counts) for w in both)
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -117,7 +117,8 @@ def _transported(met: Met, calibration: Calibration, target: Output | None) -> M
     assert one is not None and two is not None
     plan_tensors(one, two, skip=met.skip)  # what else differs (heads, labels) is said here
     record = {"align": {"transport": True, "a": one.source, "b": two.source}}
-    skipped = {n for n, k in members.first.names.items() if k in skipped_keys(members.first, met.skip)}
+    keys = skipped_keys(members.first, met.skip)
+    skipped = {n for n, k in members.first.names.items() if k in keys}
     moved = {n: two.tensor(n) for n in one.table if n in two.table and n not in skipped}
     request = {"transported tensors": digest_of({n: t.double().numpy() for n, t in moved.items()})}
     pieces = partial(_pieces, moved)

@@ -148,13 +148,13 @@ class _Runs:
         forward order. It must keep no view of them."""
         import torch
 
-        from mergeid.basics.nested import named_tensors
+        from mergeid.basics.nested import examples_in
         from mergeid.data.batches import input_dtype, to_model
         from mergeid.models.running import eval_mode, fits_the_model
 
         loaded = self.models[which]
         batch = to_model(batch, torch.device(self.run.place), input_dtype(loaded.model))
-        size = next(len(v) for v in named_tensors(batch).values() if v.dim())
+        size = examples_in(batch)
         found: dict[str, Kept] = {}
 
         def see(name: str, x: Tensor) -> None:
@@ -267,19 +267,18 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _mask(x: Tensor, batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    fits = getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(x.shape[:2])
-    return mask.bool() if fits else None
+    from mergeid.evidence.activations import real_tokens
+
+    mask = real_tokens(batch)
+    return mask if mask is not None and mask.shape == x.shape[:2] else None
 
 
 def _averaged(x: Tensor, batch: Any) -> Tensor:
-    """[examples, neurons], the mean over positions that are not padding, float64 on the CPU."""
+    """[examples, neurons], the mean over positions that are not padding (which is 0), float64 on the CPU."""
     mask = _mask(x, batch)
-    x = x.double()
     if mask is None:
-        return x.mean(1).cpu()
-    shown = mask.to(x)[..., None]
-    return ((x * shown).sum(1) / shown.sum(1).clamp(min=1)).cpu()
+        return x.double().mean(1).cpu()
+    return x.double().sum(1).cpu() / mask.cpu().sum(1, keepdim=True).clamp(min=1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.models.carried import with_functions
+from mergeid.models.carried import copyable
 
 
 class Held(nn.Module):
@@ -61,7 +61,7 @@ def test_a_merge_with_a_permuted_copy_gives_the_model_back(how: str) -> None:
 
 
 def test_copies_are_independent_and_plain_modules_stay_themselves() -> None:
-    net = with_functions(Held(0, "self"))
+    net = copyable(Held(0, "self"))
     twin = copy.deepcopy(net)
     x = torch.ones(1, 6)
     before = net(x).detach()
@@ -71,4 +71,25 @@ def test_copies_are_independent_and_plain_modules_stay_themselves() -> None:
     torch.testing.assert_close(net(x), before, rtol=0, atol=0)
     torch.testing.assert_close(twin(x), twin.b.bias[None])
     plain = nn.Sequential(nn.Linear(2, 2))
-    assert with_functions(plain) is plain
+    assert copyable(plain) is plain
+
+
+def test_a_module_that_also_holds_what_its_last_pass_computed() -> None:
+    """Such a module is copied, for its tensors cannot be: its functions have to go along there, too."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    nets = []
+    for _ in range(2):
+        net = Held(0, "self").eval()
+        net.last = net(x)
+        nets.append(net)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    a, b = nets[1].a, nets[1].b
+    with torch.no_grad():
+        a.weight.copy_(a.weight[order])
+        a.bias.copy_(a.bias[order])
+        b.weight.copy_(b.weight[:, order])
+    result = mergeid.merge(*nets, data=list(x), example_inputs=x[:2])
+    merged = Held(3, "self").eval()
+    merged.load_state_dict(result.state)
+    torch.testing.assert_close(merged(x), nets[0](x))
+    assert all(net.last.grad_fn is not None for net in nets)
