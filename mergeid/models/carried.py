@@ -1,8 +1,8 @@
 """Modules as they can be copied: what a module holds besides its layers and tensors goes along.
 
 Python does not copy functions: one that refers to the module's layers (`self.f = lambda x: relu(self.a(x))`) would call
-the original's in a copy. Tensors that a module keeps of its last pass, gradients' graphs included (`self.aux_loss = …`),
-cannot be copied at all.
+the original's in a copy. Tensors that a module keeps of its last pass (`self.aux_loss = …`), gradients' graphs
+included, cannot be copied at all.
 """
 
 from __future__ import annotations
