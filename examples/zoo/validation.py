@@ -206,13 +206,13 @@ def rivals(found: Sequence[Case], ours: Sequence[Said], trials: Mapping[tuple[st
     chosen = [r.case for r in ours if r.case.way != "solved"]
     everyone = {"mergeid, inputs": [r.interval.score for r in ours if r.case.way != "solved"]}
     everyone |= {name: rival_scores(name, chosen, "nats") for name in RIVALS}
-    rows = [[name, *_against(chosen, scores)] for name, scores in everyone.items()]
+    kinds = sorted({c.pair["kind"] for c in chosen})
+    rows = [[name, *_against(chosen, scores, kinds)] for name, scores in everyone.items()]
     some = [r for r in ours if (r.case.pair["pair"], _column(r.case)) in trials]
     if len(some) >= LEAST:
         same, passes = [r.case for r in some], [trials[r.case.pair["pair"], _column(r.case)] for r in some]
-        rows.append([f"of {len(some)}: one pass of the merge, hard pseudo-labels", *_against(same, passes)])
-        rows.append([f"of {len(some)}: mergeid, inputs", *_against(same, [r.interval.score for r in some])])
-    kinds = sorted({c.pair["kind"] for c in chosen})
+        rows.append([f"of {len(some)}: one pass of the merge, hard pseudo-labels", *_against(same, passes, kinds)])
+        rows.append([f"of {len(some)}: mergeid, inputs", *_against(same, [r.interval.score for r in some], kinds)])
     return markdown(("", "all", *kinds, *(f"way {w}" for w in WAYS)), rows)
 
 
@@ -220,14 +220,13 @@ def _column(case: Case) -> str:
     return case.way if case.way == "solved" else case.assignment + ("_repair" if case.repaired else "")
 
 
-def _against(found: Sequence[Case], scores: Sequence[float]) -> list[str]:
+def _against(found: Sequence[Case], scores: Sequence[float], kinds: Sequence[str]) -> list[str]:
     def cell(at: Sequence[int]) -> str:
         if len(at) < 3:
             return "–"
         own, truth = [scores[i] for i in at], [found[i].nats for i in at]
         return f"{show(ranks_agree(own, truth))} / {show(area_under_curve(own, [t > 0.05 for t in truth]))}"
 
-    kinds = sorted({c.pair["kind"] for c in found})
     groups = [range(len(found)), *([i for i, c in enumerate(found) if c.pair["kind"] == k] for k in kinds)]
     groups += [[i for i, c in enumerate(found) if c.way == w] for w in WAYS]
     return [cell(g) for g in groups]

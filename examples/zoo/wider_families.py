@@ -1,8 +1,10 @@
 """Families that the first zoo lacks: recurrent text classifiers, networks with GroupNorm and standardised weights,
-MambaOut- and NFNet-types. Small, as `families.py` has them."""
+MambaOut- and NFNet-types; dense concatenation, inverted residuals, text classifiers by convolution, gated MLPs. Small,
+as `families.py` has them."""
 
 from __future__ import annotations
 
+import torch
 from families import Family
 from tasks import Shape
 from torch import Tensor, nn
@@ -75,6 +77,106 @@ def _nfnet(width: int, depth: int, shape: Shape) -> nn.Module:
     return NormFreeNet(config, num_classes=shape.classes, in_chans=1)
 
 
+class Dense(nn.Module):
+    """A stem of stride 2, `depth` layers that each add half the width to all that layers before gave (DenseNet)."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, 2, 1, bias=False)
+        sizes = [width + k * (width // 2) for k in range(depth + 1)]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in sizes)
+        self.convs = nn.ModuleList(nn.Conv2d(n, width // 2, 3, 1, 1, bias=False) for n in sizes[:-1])
+        self.head = nn.Linear(sizes[-1], shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, conv in zip(self.norms[:-1], self.convs, strict=True):
+            x = torch.cat([x, conv(norm(x).relu())], 1)
+        return self.head(self.norms[-1](x).relu().mean((2, 3)))
+
+
+class Inverted(nn.Module):
+    """Expand twice, filter every channel by itself, weigh the channels by what they hold, project."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        inner = 2 * inputs
+        self.expand = nn.Sequential(nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.Hardswish())
+        self.each = nn.Sequential(
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.Hardswish()
+        )
+        self.squeeze = nn.Sequential(nn.Conv2d(inner, 8, 1), nn.ReLU(), nn.Conv2d(8, inner, 1), nn.Hardsigmoid())
+        self.project = nn.Sequential(nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.same = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.each(self.expand(x))
+        y = self.project(y * self.squeeze(y.mean((2, 3), keepdim=True)))
+        return x + y if self.same else y
+
+
+class Mobile(nn.Module):
+    """A stem of stride 2, `depth` inverted residuals, the last of twice the width and stride 2, as MobileNets have."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.Hardswish())
+        blocks = [Inverted(width, width, 1) for _ in range(depth - 1)]
+        self.blocks = nn.Sequential(*blocks, Inverted(width, 2 * width, 2))
+        self.head = nn.Linear(2 * width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class TextCnn(nn.Module):
+    """Embedding, convolutions of several lengths side by side, the largest value over the positions, hidden layers."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.tokens, width)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, n, padding=1) for n in (2, 3))
+        self.hidden = nn.ModuleList(nn.Linear(2 * width, 2 * width) for _ in range(depth - 1))
+        self.head = nn.Linear(2 * width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embedding(x).transpose(1, 2)
+        y = torch.cat([conv(y).relu().amax(2) for conv in self.convs], 1)
+        for layer in self.hidden:
+            y = layer(y).relu()
+        return self.head(y)
+
+
+class GatedBlock(nn.Module):
+    """One half of the hidden channels, mixed over the positions, is the other's gate."""
+
+    def __init__(self, width: int, positions: int) -> None:
+        super().__init__()
+        self.norm, self.inside = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.over = nn.Linear(positions, positions)
+        nn.init.zeros_(self.over.weight)
+        nn.init.ones_(self.over.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = nn.functional.gelu(self.up(self.norm(x))).chunk(2, -1)
+        return x + self.down(u * self.over(self.inside(v).transpose(1, 2)).transpose(1, 2))
+
+
+class Gated(nn.Module):
+    """Patches of 2 pixels, `depth` blocks of a gMLP, the mean over the positions."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 2, 2)
+        self.blocks = nn.Sequential(*(GatedBlock(width, (shape.side // 2) ** 2) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.patch(x).flatten(2).transpose(1, 2))).mean(1))
+
+
 WIDER = {
     "gru": Family(lambda w, d, s: Recurrent(nn.GRU, w, d, s), "", "adamw", 3e-3),
     "lstm": Family(lambda w, d, s: Recurrent(nn.LSTM, w, d, s), "", "adamw", 3e-3),
@@ -82,4 +184,8 @@ WIDER = {
     "standardised": Family(lambda w, d, s: GroupNormNet(w, d, s, standard=True), "", "sgd", 0.1),
     "mambaout": Family(_mambaout, "", "adamw", 3e-3),
     "nfnet": Family(_nfnet, "", "sgd", 0.05),
+    "dense": Family(Dense, "bn", "sgd", 0.1),
+    "mobile": Family(Mobile, "bn", "adamw", 3e-3),
+    "textcnn": Family(TextCnn, "repair", "adamw", 3e-3),
+    "gated": Family(Gated, "", "adamw", 3e-3),
 }

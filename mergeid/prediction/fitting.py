@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
-from mergeid.prediction.model import Chance, Interval, Model, Pool, Reach, Term, conformal, lift, start
+from mergeid.prediction.chance import fitted_chance
+from mergeid.prediction.model import Interval, Model, Pool, Reach, Term, conformal, lift, start
 
 LEAST = 0.05
 """Smallest scale of an error on the target's scale."""
@@ -23,7 +24,7 @@ MOST = 200
 """Residuals of a pool that are kept in the file."""
 LEAST_POOL = 40
 """Rows from which pairs of one kind of start have a pool of their own."""
-TOLERATED, NATS = (0.005, 0.01, 0.02, 0.05), 0.02
+TOLERATED, NATS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 0.02
 """Losses in nats whose chances are fitted; of a target on another scale than `NATS` as many times as large."""
 
 
@@ -78,8 +79,9 @@ def fit(design: Design, rows: Sequence[Row], *, calibrate: bool = True) -> Model
         if len(at) >= LEAST_POOL and len({ordered[i].group for i in at}) > 2:
             chosen = [ordered[i] for i in at]
             pools[str(kind)] = _pool(chosen, _held(chosen, normal[at]))
-    scores = np.asarray(lift([r.target for r in ordered], design.scale)) - left
-    return replace(model, pools=pools, chance=_chance(design, ordered, scores, width))
+    targets = _targets(design, ordered)
+    losses = np.asarray(lift(np.array(TOLERATED) * design.scale / NATS, design.scale))
+    return replace(model, pools=pools, chance=fitted_chance(losses.tolist(), targets - left, targets))
 
 
 def _held(rows: Sequence[Row], normal: np.ndarray) -> np.ndarray:
@@ -92,24 +94,6 @@ def _pool(rows: Sequence[Row], normal: np.ndarray) -> Pool:
     order = np.argsort(normal, kind="stable")
     kept, shares = _thinned(normal[order], share[order])
     return Pool(tuple(kept), tuple(shares), _stretch(rows, normal, share))
-
-
-def _chance(design: Design, rows: Sequence[Row], scores: np.ndarray, width: np.ndarray) -> Chance:
-    """Logistic regression of staying within a loss, several losses together."""
-    from scipy.optimize import minimize
-
-    losses = np.array(TOLERATED) * design.scale / NATS
-    t = np.repeat(np.asarray(lift(losses, design.scale)), len(rows))
-    gaps = (t - np.tile(scores, len(losses))) / np.tile(width, len(losses))
-    inside = np.concatenate([np.array([r.target <= x for r in rows], float) for x in losses])
-    weight = np.tile(_shares(rows), len(losses)) / len(losses)
-
-    def loss(x: np.ndarray) -> float:
-        z = x[0] + np.exp(x[1]) * gaps + x[2] * t
-        return float((weight * (np.logaddexp(0, z) - inside * z)).sum() + 1e-4 * (x**2).sum())
-
-    found = minimize(loss, np.zeros(3), method="BFGS").x
-    return Chance(float(found[0]), float(np.exp(found[1])), float(found[2]))
 
 
 def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray) -> float:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from mergeid.errors import MergeidError
+from mergeid.prediction.chance import Chance
 from mergeid.prediction.worth import Shares
 
-FORMAT = "mergeid.predictor/2"
+FORMAT = "mergeid.predictor/3"
 WAYS = ("direct", "matched", "repaired", "solved")
 FILE = "coefficients.json"
 SAME = 1e-9
@@ -51,6 +52,7 @@ class Term:
         feature: its name. scale: it enters as `lift` of it; None: as its logarithm.
         weight: ≥ 0. sign: 1, or -1 for a feature that goes down where the barrier goes up.
         low, high: range of the transformed feature on the pairs fitted.
+        capped: it counts at most as much as there is left to lose: what a uniform guess loses beyond the models.
     """
 
     feature: str
@@ -59,9 +61,12 @@ class Term:
     sign: int = 1
     low: float = -math.inf
     high: float = math.inf
+    capped: bool = False
 
     def value(self, features: Mapping[str, float]) -> float:
         x = features[self.feature]
+        if self.capped:
+            x = min(x, max(features["uniform"] - features["own_entropy"], 0.0))
         if not math.isfinite(x):
             return math.nan
         return self.sign * (math.log(max(x, 1e-6)) if self.scale is None else float(lift(x, self.scale)))
@@ -144,21 +149,6 @@ def start(features: Mapping[str, float]) -> str:
 
 
 @dataclass(frozen=True)
-class Chance:
-    """Probability of a loss of at most τ: σ(offset - slope · score / width + max(slope / width + rise, 0) · t),
-    t = lift(τ): a logistic model of the standardised gap t - score, which falls as the score rises, and of t."""
-
-    offset: float = 0.0
-    slope: float = 1.0
-    rise: float = 0.0
-
-    def __call__(self, t: float, score: float, width: float) -> float:
-        # more is never less likely
-        x = self.offset - self.slope * score / width + max(self.slope / width + self.rise, 0.0) * t
-        return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
-
-
-@dataclass(frozen=True)
 class Reach:
     """Where the pairs fitted lie, all terms together.
 
@@ -206,7 +196,7 @@ class Model:
     spread: float
     spreads: tuple[Term, ...]
     pools: Mapping[str, Pool] = field(default_factory=dict)
-    chance: Chance = Chance()
+    chance: Chance = field(default_factory=Chance)
     reach: Reach = Reach()
     collapsed: float = 0.0
 
@@ -245,7 +235,7 @@ class Model:
         expected, low, high = (self._cut(t, most) for t in (score, *ends))
         within = None
         if tolerated is not None:
-            within = 1.0 if tolerated >= most else self.chance(float(lift(tolerated, self.scale)), score, width)
+            within = 1.0 if tolerated >= most else self.chance(float(lift(tolerated, self.scale)), score)
         high = max(high, expected)
         ends_there = self.unit == "nats" and high >= most
         return Interval(expected, min(low, expected), high, score, within, beyond, collapsed, ends_there)
@@ -258,7 +248,7 @@ class Model:
             **{k: getattr(self, k) for k in ("unit", "scale", "intercept", "least", "spread", "collapsed")},
             "terms": [t.__dict__ for t in self.terms],
             "spreads": [t.__dict__ for t in self.spreads],
-            "chance": self.chance.__dict__,
+            "chance": self.chance.to_json(),
             "reach": self.reach.to_json(),
             "pools": {k: p.to_json() for k, p in self.pools.items()},
         }
@@ -271,7 +261,7 @@ class Model:
             terms=tuple(Term(**t) for t in data["terms"]),
             spreads=tuple(Term(**t) for t in data["spreads"]),
             pools={k: Pool.from_json(p) for k, p in data["pools"].items()},
-            chance=Chance(**data["chance"]),
+            chance=Chance.from_json(data["chance"]),
             reach=Reach.from_json(data["reach"]),
         )
 
