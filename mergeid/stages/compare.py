@@ -39,6 +39,7 @@ from torch import Tensor
 from mergeid.basics import processes
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.basics.state import load_weights
+from mergeid.errors import MergeidError
 from mergeid.evaluate.nearness import Far, Panel, joined
 from mergeid.neuron_graph.group import same_element
 from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distance, label
@@ -142,13 +143,25 @@ def _solved(
     repair, far, distances = solved.repair, solved.far, {label(*k): v for k, v in solved.distances.items()}
     one_task = panels[0].owners is None and merges[solved.merge].first.joined is None
     if _mean(far) > LEFT and one_task and chosen.unlike is None:
-        run.tell("trying a solved merge that leans to one model", 0, 1)
-        ((_, (lean, mean)),) = tried(merges[solved.merge], [LEANING])
-        distances[label(solved.merge, LEANING)] = _mean(lean)
-        if nearer(solved.mean, mean, disagreement=0.0, tie=TIE):
-            repair, far = LEANING, lean
+        leant = _leaning(merges[solved.merge], tried, run)
+        if leant is not None:
+            lean, mean = leant
+            distances[label(solved.merge, LEANING)] = _mean(lean)
+            if nearer(solved.mean, mean, disagreement=0.0, tie=TIE):
+                repair, far = LEANING, lean
     outputs = {name: Distance(f.distance, f.unit) for name, f in far.items()}
     return replace(chosen, distances=chosen.distances | distances, chosen=solved.merge, repair=repair, outputs=outputs)
+
+
+def _leaning(merge: Members, tried: Tried, run: Run) -> Sequence[Mapping[str, Far]] | None:
+    """How far its solved merge that leans to one model is; None where it cannot be solved (the average may route
+    its inputs to other experts than the models do)."""
+    run.tell("trying a solved merge that leans to one model", 0, 1)
+    try:
+        ((_, far),) = tried(merge, [LEANING])
+    except MergeidError:
+        return None
+    return far
 
 
 def _is_the_first(members: Members, skip: Sequence[str]) -> bool:

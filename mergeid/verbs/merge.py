@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from mergeid.stages.in_place import Places
     from mergeid.stages.members import Members
+    from mergeid.stages.repair import Repair
 
 
 @verb
@@ -235,7 +236,8 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
         result = _planned(result, members, request)
         if members.examples is not None:
             members, result, kind = _looked(result, members, request, met, run)
-            result, repaired = _repaired(result, members, kind, met, run)
+            asked = request.repairing.stage != "auto"
+            result, repaired = _repaired(result, members, kind, met, run, asked=asked)
         elif result.verdict in ("match", "transported") and _has_batchnorm(members):
             result = _noted(
                 result,
@@ -335,12 +337,25 @@ def _looked(
 
 
 def _repaired(
-    result: MergeResult, members: Members, kind: str, met: Met, run: Run
+    result: MergeResult, members: Members, kind: str, met: Met, run: Run, *, asked: bool
 ) -> tuple[MergeResult, dict[str, Tensor]]:
-    """The result with what was repaired, and the tensors themselves."""
+    """The result with what was repaired, and the tensors themselves.
+
+    Args:
+        asked: this repair was asked for by name; else what cannot be solved with all inputs is written unsolved.
+    """
     from mergeid.stages.repair import repair_merged
 
-    done = repair_merged(members, mode=kind, skip=met.skip, device=run.place, progress=run.tell)
+    def repaired(how: str) -> Repair:
+        return repair_merged(members, mode=how, skip=met.skip, device=run.place, progress=run.tell)
+
+    try:
+        done = repaired(kind)
+    except MergeidError:
+        if asked or kind in ("none", "bn", "repair"):
+            raise
+        done = repaired("bn")  # nothing without BatchNorm
+        done.notes.append("the merge could be solved with half of the inputs, but not with all: it is written unsolved")
     result = _noted(result, *done.notes)
     return replace(result, repair=done.to_json(), repaired=sorted(done.tensors)), done.tensors
 
