@@ -70,11 +70,11 @@ class Shares:
 
     Attributes:
         last: in the network's last layer; one per model, or a row of them for every example.
-        hidden: in all layers before.
+        hidden: the same in all layers before.
     """
 
     last: Sequence[float] | Tensor
-    hidden: Sequence[float]
+    hidden: Sequence[float] | Tensor
 
 
 @torch.no_grad()

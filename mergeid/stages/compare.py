@@ -115,31 +115,44 @@ def last_look(
         for kind, (far,) in _tried((panel,), merge, kinds, skip=skip, device=run.place):
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
+    if chosen.repair == SOLVE:
+        far = found[chosen.chosen, SOLVE]
+        return _leant(merges[chosen.chosen], chosen, far, partial(_tried, (panel,), skip=skip, device=run.place), run)
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
         said = panel.agreement() if one_task else {}
         chosen = replace(chosen, unlike=next((a for a in said.values() if not a.borne_out), None))
         run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
-        some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}
+        some = [name for name in merges if name == chosen.chosen or name in also]
         # from the models, and from their mean alone
         panels = (panel_of(parts=PARTS_OF_DEAR), panel_of(parts=PARTS_OF_DEAR, either=False))
-        chosen = _solved(chosen, some, panels, partial(_tried, panels, skip=skip, device=run.place), run)
+        return _solved(chosen, merges, some, panels, partial(_tried, panels, skip=skip, device=run.place), run)
     return merges[chosen.chosen], chosen
 
 
 def _solved(
-    chosen: Comparison, merges: Mapping[str, Members], panels: tuple[Panel, Panel], tried: Tried, run: Run
-) -> Comparison:
-    """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin."""
+    chosen: Comparison,
+    merges: Mapping[str, Members],
+    some: Sequence[str],
+    panels: tuple[Panel, Panel],
+    tried: Tried,
+    run: Run,
+) -> tuple[Members, Comparison]:
+    """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin.
+
+    Args:
+        some: merges that may be solved.
+    """
     apart = panels[0].disagreement
     if chosen.unlike is not None:
         refits = [LEANING]
     else:
         refits = [*([REGMEAN] if can_be_regressed(merges[chosen.chosen]) else []), SOLVE]
     nearest = chosen.chosen, chosen.repair
-    solved = solved_if_nearer(merges, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
+    sought = {name: merges[name] for name in some}
+    solved = solved_if_nearer(sought, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
     if solved is None:
-        return chosen
+        return merges[chosen.chosen], chosen
     repair, far, distances = solved.repair, solved.far, {label(*k): v for k, v in solved.distances.items()}
     one_task = panels[0].owners is None and merges[solved.merge].first.joined is None
     if _mean(far) > LEFT and one_task and chosen.unlike is None:
@@ -149,8 +162,31 @@ def _solved(
             distances[label(solved.merge, LEANING)] = _mean(lean)
             if nearer(solved.mean, mean, disagreement=0.0, tie=TIE):
                 repair, far = LEANING, lean
-    outputs = {name: Distance(f.distance, f.unit) for name, f in far.items()}
-    return replace(chosen, distances=chosen.distances | distances, chosen=solved.merge, repair=repair, outputs=outputs)
+    chosen = replace(chosen, distances=chosen.distances | distances, chosen=solved.merge)
+    chosen = replace(chosen, repair=repair, outputs=_outputs(far))
+    return _leant(merges[solved.merge], chosen, far, tried, run)
+
+
+def _outputs(far: Mapping[str, Far]) -> dict[str, Distance]:
+    return {name: Distance(f.distance, f.unit) for name, f in far.items()}
+
+
+def _leant(
+    merge: Members, chosen: Comparison, far: Mapping[str, Far], tried: Tried, run: Run
+) -> tuple[Members, Comparison]:
+    """Where every model has its own data: with hidden layers that lean to the model for which that is nearest, where it
+    is nearer by more than `LEFT`."""
+    if chosen.repair != SOLVE or merge.given.owners is None or merge.first.joined is not None or _mean(far) <= LEFT:
+        return merge, chosen
+    leant = [(replace(merge, leans=k), _leaning(replace(merge, leans=k), tried, run)) for k in range(len(merge.models))]
+    known = [(one, each[0]) for one, each in leant if each is not None]
+    if not known:
+        return merge, chosen
+    best, lean = min(known, key=lambda one: _mean(one[1]))
+    distances = {**chosen.distances, label(chosen.chosen, LEANING): _mean(lean)}
+    if not nearer(far, lean, disagreement=0.0, tie=LEFT):
+        return merge, replace(chosen, distances=distances)
+    return best, replace(chosen, distances=distances, repair=LEANING, outputs=_outputs(lean))
 
 
 def _leaning(merge: Members, tried: Tried, run: Run) -> Sequence[Mapping[str, Far]] | None:
@@ -222,7 +258,7 @@ def compare(found: Mapping[tuple[str, str], Mapping[str, Far]], planned: str, ex
         planned,
         merge,
         repair,
-        {name: Distance(far.distance, far.unit) for name, far in found[merge, repair].items()},
+        _outputs(found[merge, repair]),
         examples,
         None if merge == planned else _error(found[own], found[merge, repair]),
     )

@@ -74,6 +74,7 @@ class Members:
         settings: method, weights and parameters, by the names of the first model's tensors.
         examples: calibration data; None without.
         statistics: per model, state-dict key -> what the method needs.
+        leans: number of the model that hidden layers of a leaning merge imitate; None: the most trusted one.
     """
 
     models: list[Member]
@@ -81,6 +82,7 @@ class Members:
     settings: MergeSettings
     examples: Examples | None = None
     statistics: list[dict[str, Any]] | None = None
+    leans: int | None = None
 
     @property
     def first(self) -> Loaded:

@@ -29,15 +29,13 @@ if TYPE_CHECKING:
 
     from mergeid.models.examples import Examples
     from mergeid.plugins import Batch
-    from mergeid.repair.solve import SolvedLayer
+    from mergeid.repair.solve import Shares, SolvedLayer
     from mergeid.request.request import Progress
 
 SOLVE = "solve"
 REGMEAN = "regmean"
 POLISHED = "solve+polish"
 LEANING = "solve+lean"
-LEAN = 0.1
-"""Share of all models but one in the hidden layers of a merge that leans."""
 SOLVED_AT_ONCE, POLISHED_AT_ONCE = 64, 32
 """Examples in a batch."""
 UNSEEN = 4
@@ -120,8 +118,8 @@ def repair_merged(
         mode: "bn": estimate the statistics of BatchNorm layers again; "repair": REPAIR of linear and convolutional
             layers, then of BatchNorm layers; "regmean": RegMean's linear layers (`mergeid.stages.regressed`), then
             BatchNorm statistics; "solve": every layer in closed form (`mergeid.repair.solve`);
-            "solve+lean": the same, but hidden layers answer as one model does, but for `LEAN` (the one of
-            `mergeid.evaluate.trusted`); "none": nothing.
+            "solve+lean": the same, but hidden layers mostly answer as one model does (`mergeid.stages.imitated`): the
+            one that the members name, or that of `mergeid.evaluate.trusted`; "none": nothing.
         skip: globs of tensor names that are not merged.
     """
     if mode == "none" or (mode == "bn" and not batchnorm_layers(members.first.model)):
@@ -173,35 +171,25 @@ def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
         yield copy.deepcopy(work).to(device).eval()
 
 
-def leaning(members: Members, to: int) -> Members:
-    """The same models with weights that lean to one of them: it counts 1 − `LEAN`, the others `LEAN` in all."""
-    shares = members.shares()
-    rest = sum(shares) - shares[to]
-    if not rest > 0:
-        return members
-    others = min(rest, LEAN) / rest
-    weights = tuple(max(w, 1 - LEAN) if k == to else others * w for k, w in enumerate(shares))
-    return replace(members, settings=replace(members.settings, weights=weights))
-
-
 def _solve(
     members: Members, merged: nn.Module, skip: Sequence[str], progress: Progress | None, lean: bool = False
 ) -> Repair:
     from mergeid.evaluate.trusted import most_trusted
-    from mergeid.repair.solve import Shares, solve_network
+    from mergeid.repair.solve import solve_network
+    from mergeid.stages.imitated import leant_shares, own_shares
 
     device = next(merged.parameters()).device
     models = list(_aligned(members, device))
     before = {k: v.clone() for k, v in merged.state_dict().items()}
-    owners = members.given.owners
-    shares: Any = members.shares() if owners is None else torch.eye(len(models), dtype=torch.float64)[list(owners)]
+    shares: Sequence[float] | Tensor | Shares = own_shares(members)
     batches, leans_to = list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)), None
     if lean:
-        to = most_trusted(members.first, models, members.shares(), members.batches(SOLVED_AT_ONCE, str(device)))
+        to = members.leans
+        if to is None:
+            to = most_trusted(members.first, models, members.shares(), members.batches(SOLVED_AT_ONCE, str(device)))
         leans_to = members.models[to].loaded.source
-        leant = leaning(members, to)
+        leant, shares = leant_shares(members, to)
         load_weights(merged, leant.merged_state(skip))
-        shares = Shares(shares, leant.shares())
     done = solve_network(
         merged.eval(),
         models,

@@ -20,9 +20,7 @@ class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inside, self.route = nn.Linear(6, 16), nn.Linear(6, 8)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16)) for _ in range(8)
-        )
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16)) for _ in range(8))
         self.out = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
