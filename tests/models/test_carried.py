@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -27,8 +29,22 @@ class Held(nn.Module):
             "default": lambda x, layer=a: layer(x).relu(),
             "keyword": lambda x, *, layer=a: layer(x).relu(),
             "weight": lambda x, w=a.weight: (x @ w.T + self.a.bias).relu(),
+            "nested": lambda x: ways["layer"](x),
+            "inside": lambda x, layers=(a, [a]): layers[1][0](x).relu(),
+            "partial": partial(lambda layer, x: layer(x).relu(), a),
+            "partial of a function": partial(lambda f, x: f(x), lambda x: a(x).relu()),
+            "method of a layer": (lambda method: lambda x: method(x).relu())(a.forward),
+            "method": MethodType(lambda net, x: a(x).relu(), self),
+            "hook": nn.Identity(),
+            "forward": nn.Identity(),
         }
         self.f: Any = ways.get(how)
+        if how == "hook":
+            self.f.register_forward_hook(lambda module, args, out: a(args[0]).relu())
+        if how == "forward":
+            old = a.forward
+            a.forward = lambda x: old(x).relu()  # type: ignore[method-assign]
+            self.f = None
         if how == "list":
             self.f = [ways["self"]]
         if how == "dict":
@@ -36,10 +52,16 @@ class Held(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.f[0] if isinstance(self.f, list) else self.f["first"] if isinstance(self.f, dict) else self.f
-        return self.b(first(x))
+        return self.b(self.a(x) if first is None else first(x))
 
 
-@pytest.mark.parametrize("how", ["self", "layer", "default", "keyword", "weight", "list", "dict"])
+WAYS = (
+    *("self", "layer", "default", "keyword", "weight", "list", "dict", "nested", "inside", "partial"),
+    *("partial of a function", "method of a layer", "method", "hook", "forward"),
+)
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_a_merge_with_a_permuted_copy_gives_the_model_back(how: str) -> None:
     """As for the same network written with plain methods; the modules given are left as they were."""
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -58,6 +80,29 @@ def test_a_merge_with_a_permuted_copy_gives_the_model_back(how: str) -> None:
     merged.load_state_dict(result.state)
     torch.testing.assert_close(merged(x), before)
     torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+
+
+def test_a_function_that_calls_itself_is_copied() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = layer = nn.Linear(4, 4)
+
+            def again(x: Tensor, times: int) -> Tensor:
+                return x if times == 0 else again(layer(x), times - 1)
+
+            self.f = again
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x, 2)
+
+    net, x = copyable(Twice()), torch.randn(3, 4)
+    twin, before = copy.deepcopy(net), net(x).detach()
+    with torch.no_grad():
+        twin.a.weight.zero_()
+        twin.a.bias.fill_(2.0)
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(twin(x), torch.full((3, 4), 2.0))
 
 
 def test_copies_are_independent_and_plain_modules_stay_themselves() -> None:
