@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from mergeid.basics.precision import precision_put_back
+from mergeid.basics.untouched import untouched
 from mergeid.errors import MergeidError, reason
 from mergeid.request import usual
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -34,7 +30,7 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
         signature.bind(*args, **kwargs)  # an unknown keyword is refused as Python does
         try:
-            with precision_put_back(), _modes_put_back((*args, *kwargs.values())):
+            with precision_put_back(), untouched((*args, *kwargs.values())):
                 return function(*args, **kwargs)
         except MergeidError:
             raise
@@ -46,31 +42,6 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
-
-
-@contextmanager
-def _modes_put_back(given: Iterable[Any]) -> Iterator[None]:
-    """Every training flag as it was, of modules among these values or in a list, tuple or mapping among them."""
-    flags = [(module, module.training) for top in _modules(given) for module in top.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            if module.training != training:
-                module.training = training
-
-
-def _modules(given: Iterable[Any]) -> list[nn.Module]:
-    if "torch" not in sys.modules:  # then there are none
-        return []
-    from torch import nn
-
-    found = []
-    for value in given:
-        values = value.values() if isinstance(value, Mapping) else value
-        several = isinstance(value, (Mapping, list, tuple))
-        found += [v for v in (values if several else [value]) if isinstance(v, nn.Module)]
-    return found
 
 
 def explained(error: BaseException) -> str | None:
