@@ -71,6 +71,27 @@ class Workbench:
             self._graphs[key] = loaded, _agreed(loaded, self.run)
         return self._graphs[key][1]
 
+    def common_graph(self, a: Loaded, b: Loaded) -> NeuronGraph:
+        """The graph of A, verified on B too where an order of neurons may be written in whole numbers that differ."""
+        graph = self.graph(a)
+        orders = _other_orders(a, b)
+        if not orders:
+            return graph
+
+        def verified() -> NeuronGraph:
+            from mergeid.models.graph import graph_of
+
+            more = f" (and in {len(orders) - 1} more tensors)" if len(orders) > 1 else ""
+            warnings.warn(
+                f"the whole numbers in {orders[0]!r}{more} of {a.source} and {b.source} differ, and a merge takes the "
+                "first model's; neurons whose order hangs on them are not matched",
+                MergeidWarning,
+                stacklevel=6,
+            )
+            return graph_of(b, seed=self.run.seed, given=graph)
+
+        return self.kept(("common graph", id(a), id(b)), (a, b), verified)
+
     def examples(self, asked: Calibration, loaded: Loaded) -> Examples | None:
         """The examples that were asked for, as this model takes them; None where none are given."""
         if not asked.given:
@@ -135,6 +156,23 @@ class Workbench:
 def key_of(source: Source) -> Hashable:
     """What is the same for one source, and differs between two."""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
+
+
+def _other_orders(a: Loaded, b: Loaded) -> list[str]:
+    """Keys of tensors of whole numbers or flags, more than one, that are other ones in B."""
+    import torch
+
+    theirs = b.model.state_dict()
+    return [
+        key
+        for key, mine in a.model.state_dict().items()
+        if isinstance(mine, torch.Tensor)
+        and not (mine.is_floating_point() or mine.is_complex() or mine.is_meta)
+        and mine.numel() > 1
+        and isinstance(other := theirs.get(key), torch.Tensor)
+        and not other.is_meta
+        and (mine.shape != other.shape or not torch.equal(mine, other.to(mine.device)))
+    ]
 
 
 def _agreed(loaded: Loaded, run: Run) -> NeuronGraph:

@@ -154,12 +154,12 @@ def pair_of(met: Met, other: Checkpoint, dtype: str | None = None) -> Pair:
         two = bench.load(other, one)
         if met.agreed.chosen is not None:
             one, two = _in_one_class(one, two, bench.reading.config == "b")
-        graph = bench.graph(one)
+        graph = bench.common_graph(one, two)
     else:
         try:
             one = bench.load(first)
             two = bench.load(other, one)
-            graph = bench.graph(one)
+            graph = bench.common_graph(one, two)
         except MergeidError as error:
             raise NoModel(str(error)) from error
     return Pair(one, two.apart_from(one), unskipped(graph, one, met.skip))
