@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mergeid.basics.aliases import first_names
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.memory import SMALL_NETWORK
 from mergeid.basics.nested import mapped, returned_tensors
@@ -191,7 +192,7 @@ def verify(
             if worst > tolerance:
                 break
         holds = worst <= tolerance
-        power = _power(graph, error, tolerance, generator) if holds else None
+        power = _power(graph, error, tolerance, generator, first_names(probe.state_dict())) if holds else None
         blind = power is not None and power <= tolerance
         chaotic = not holds and _largest(reference, rounded()) > tolerance / 10
         if not settled and (blind or chaotic):
@@ -227,20 +228,33 @@ def verify(
 
 
 def _power(
-    graph: NeuronGraph, error: Callable[[NeuronGraph, Element], float], tolerance: float, generator: torch.Generator
+    graph: NeuronGraph,
+    error: Callable[[NeuronGraph, Element], float],
+    tolerance: float,
+    generator: torch.Generator,
+    same: Mapping[str, str],
 ) -> float | None:
     """The error when every space moves on one of its axes only: a check that does not see that proves nothing.
 
     The axes of large tensors are tried first, then others: a bias in front of a norm has no effect, and elements of a
-    small group may be the identity. None where no space has two axes."""
-    if not any(len(s.axes) > 1 for s in graph.spaces):
+    small group may be the identity. None where no space has two axes.
+
+    Args:
+        same: name -> first name of the same tensor, which moves under all its names or not at all.
+    """
+    places: dict[str, list[tuple[str, int]]] = {}
+    for space in graph.spaces:
+        found_on = {(same[a.tensor], a.axis): -prod(graph.tensors[a.tensor]) for a in space.axes}
+        places[space.id] = sorted(found_on, key=lambda place: found_on[place])
+    if not any(len(found_on) > 1 for found_on in places.values()):
         return None
     found = 0.0
     for k in range(4):
         alone = []
         for space in graph.spaces:
-            axes = sorted(space.axes, key=lambda a: -prod(graph.tensors[a.tensor]))
-            alone.append(replace(space, axes=(axes[k % len(axes)],) if len(axes) > 1 else ()))
+            of = places[space.id]
+            chosen = of[k % len(of)] if len(of) > 1 else None
+            alone.append(replace(space, axes=tuple(a for a in space.axes if (same[a.tensor], a.axis) == chosen)))
         found = max(found, error(replace(graph, spaces=alone), graph.random_element(generator)))
         if found > tolerance:
             break
