@@ -22,11 +22,13 @@ from torch import Generator, Tensor, nn
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.neuron_graph.compare import relative_error
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.neuron_graph.probe import at_least, randomised
 from mergeid.neuron_graph.scaled import Column, Powers, Scaled, Stream
 from mergeid.neuron_graph.space import Space
 from mergeid.neuron_graph.turned import Turn
-from mergeid.neuron_graph.verify import TOLERANCE, at_least, randomised, relative_error
+from mergeid.neuron_graph.verify import TOLERANCE
 
 APART = 4
 """Positions of a neuron on one axis that may have powers of their own (fused projections); more are one."""

@@ -21,10 +21,12 @@ from mergeid.basics.aliases import first_names
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.neuron_graph.compare import relative_error
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.neuron_graph.probe import at_least, randomised
 from mergeid.neuron_graph.space import AxisMap, Space
 from mergeid.neuron_graph.turned import FULL, HALVES, SIDE_BY_SIDE, Turn, Turnable, TurnedAxis
-from mergeid.neuron_graph.verify import TOLERANCE, at_least, randomised, relative_error
+from mergeid.neuron_graph.verify import TOLERANCE
 
 
 def find_turns(

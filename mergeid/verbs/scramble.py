@@ -114,7 +114,7 @@ def _function_change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor]) -> 
 
     from mergeid.basics.nested import mapped
     from mergeid.basics.state import forget_derived, load_weights
-    from mergeid.neuron_graph.verify import relative_error
+    from mergeid.neuron_graph.compare import relative_error
 
     model = copy.deepcopy(loaded.model).double()
     batch = mapped(loaded.inputs, lambda t: t.double() if t.is_floating_point() else t)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from graph_helpers import only, sound
 from torch import Tensor, nn
 
-from mergeid.neuron_graph.verify import relative_error
+from mergeid.neuron_graph.compare import relative_error
 
 
 def seeded(*shape: int) -> Tensor:

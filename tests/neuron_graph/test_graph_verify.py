@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import mergeid
 from mergeid.errors import MergeidError
+from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.probe import randomised
 from mergeid.neuron_graph.settle import own_statistics, shaken
-from mergeid.neuron_graph.verify import randomised, relative_error, verify
+from mergeid.neuron_graph.verify import verify
 
 WIDTH = 16
 
@@ -192,6 +194,32 @@ def test_masked_logits_count_as_equal():
     one, none = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
     assert relative_error([one], [one]) == 0 and relative_error([one], [none]) == float("inf")
     assert relative_error([none], [one]) == float("inf")
+
+
+class Forbidden(TwoLayers):
+    """Logits of what is not allowed are a large finite number."""
+
+    def __init__(self, fill: float):
+        super().__init__(3, WIDTH, 4)
+        self.c, self.d, self.fill = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4), fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.relu(self.a(x))) + 1e-3 * self.d(torch.tanh(self.c(x)))
+        return y.masked_fill(torch.arange(4) > 2, self.fill)
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e5, -1e9, -1e20])
+def test_large_numbers_that_stay_hide_nothing(fill):
+    torch.manual_seed(0)
+    model, inputs = Forbidden(fill).eval(), (torch.randn(5, 3),)
+    graph = traced(model, inputs)
+    found = verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == () and found.error < 1e-12 and len(found.graph.spaces) == 2
+    assert found.graph.verified is not None and found.graph.verified["error_when_misapplied"] > 1e-3
+    small = only(graph, "c.weight", 0)
+    wrong = replace(small, axes=tuple(a for a in small.axes if a.tensor != "d.weight"))
+    graph = replace(graph, spaces=[wrong if s is small else s for s in graph.spaces])
+    assert verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0)).failed == (small.id,)
 
 
 class Fourier(nn.Module):
