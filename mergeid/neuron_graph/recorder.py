@@ -6,7 +6,7 @@ Nothing of the model is rewritten or interpreted: whatever control flow it has r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._pending: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._keep: list[Tensor] = []
         self._stack: list[str] = []
         self._calls: dict[tuple[str, str], int] = {}
@@ -113,6 +114,16 @@ class Recorder(TorchDispatchMode):
             found = self._constant(tensor)
             self._layouts[tensor] = found
         return found
+
+    def when_used(self, tensor: Tensor, then: Callable[[], object]) -> None:
+        self._pending[tensor] = then
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """What was to be done once one of these is used."""
+        for tensor in tensors:
+            then = self._pending.pop(tensor, None)
+            if then is not None:
+                then()
 
     def _version(self, tensor: Tensor) -> int:
         """Counts the writes to a tensor's root."""
@@ -155,6 +166,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return self._opaque(func, args, kwargs)
         call = Call(self, func, args, kwargs)
+        self.use(call.tensors())
         for first in call.tensors()[:1]:
             if first.layout == torch.strided:
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
@@ -190,6 +202,7 @@ class Recorder(TorchDispatchMode):
     def _opaque(self, func: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An operator that nobody can look into freezes what goes in and what comes out."""
         out = func(*args, **kwargs)
+        self.use(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 self.facts.freeze(self.layout(x).all_labels, f"no rule for {func} at {self.where()}")
@@ -366,6 +379,7 @@ def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
         recorder.add_input(tensor)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder:
         output = one.forward()
+    recorder.use(named_tensors(output).values())
     for tensor in named_tensors(output).values():
         recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
 

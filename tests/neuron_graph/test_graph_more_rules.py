@@ -84,6 +84,12 @@ WITHIN: dict[str, Callable[[Tensor], Tensor]] = {
         torch.stft(windows(h).flatten(2).flatten(0, 1), 8, window=torch.ones(8).to(h), return_complex=True),
         8, window=torch.ones(8).to(h),
     ).mean(-1).reshape(3, N),
+    "by the largest": lambda h: h / h.abs().max(-1, keepdim=True).values,
+    "by the smallest": lambda h: h - h.min(1, keepdim=True)[0],
+    "by the median": lambda h: h - h.median(-1, keepdim=True).values,
+    "by the median of numbers": lambda h: h - h.nanmedian(-1, keepdim=True).values,
+    "by the commonest": lambda h: h - h.round().mode(-1, keepdim=True).values,
+    "by both ends": lambda h: h / (h.aminmax(dim=-1, keepdim=True)[1] - h.aminmax(dim=-1, keepdim=True)[0]),
     "equal": lambda h: h * (2 if torch.equal(h, h.relu()) else 3),
 }  # fmt: skip
 """[3, N] -> [rows, N]: the neurons stay what they are."""
@@ -119,6 +125,40 @@ def test_neurons_are_summed(name: str) -> None:
     graph = sound(make, (X,))
     assert only(graph, "a.weight", 0).size == N
     assert exchangeable(seeded(make), [("a.weight", 0), ("a.bias", 0)])
+
+
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "as a number": lambda h: h.max(-1, keepdim=True).indices.to(h) + h.mean(-1, keepdim=True),
+    "to look up": lambda h: torch.linspace(0, 1, N).to(h)[h.min(-1).indices][:, None],
+    "of a view": lambda h: h.median(-1).indices[:, None].to(h),
+    "in a branch": lambda h: h.mode(-1, keepdim=True).values * (2 if h.max(-1)[1][0].item() > 1 else 3),
+    "into memory": lambda h: torch.max(h, 1, keepdim=True, out=(h.new_empty(3, 1), torch.empty(3, 1).long()))[0],
+}
+"""[3, N] -> [3, 1], by where something stands among the neurons (or written where that can be seen later)."""
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_among_neurons_that_are_used_fix_them(name: str) -> None:
+    graph = sound(lambda: Around(PLACES[name], 1), (X,))
+    assert "a.weight" not in graph.on_tensor or all(a.axis == 1 for _, a in graph.on_tensor["a.weight"])
+
+
+class Largest(nn.Module):
+    """Returns where the largest neuron is, or does not."""
+
+    def __init__(self, places: bool) -> None:
+        super().__init__()
+        self.a, self.head, self.places = nn.Linear(5, N), nn.Linear(1, 2), places
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self.a(x).max(-1, keepdim=True)
+        return (self.head(found.values), found.indices) if self.places else (self.head(found.values),)
+
+
+@pytest.mark.parametrize("places", [True, False])
+def test_places_that_are_returned_fix_neurons(places: bool) -> None:
+    graph = sound(lambda: Largest(places), (X,))
+    assert ("a.weight" in graph.on_tensor) != places
 
 
 class Matrices(nn.Module):
