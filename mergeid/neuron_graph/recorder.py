@@ -140,6 +140,8 @@ class Recorder(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor) -> Layout:
         """A tensor from outside: frozen along the dimensions in which its values vary."""
+        if tensor._is_zerotensor():  # tangents of forward-mode differentiation, without memory
+            return uniform(tensor.shape, FREE)
         known = self.shadows.value(tensor)
         if known is None or tensor.dim() == 0:
             return uniform(tensor.shape, FROZEN)

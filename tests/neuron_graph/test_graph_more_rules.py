@@ -161,6 +161,28 @@ def test_places_that_are_returned_fix_neurons(places: bool) -> None:
     assert ("a.weight" in graph.on_tensor) != places
 
 
+class Tangent(nn.Module):
+    """The derivative along a direction (forward mode), in which that of a bias is a zero without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(5, N), nn.LayerNorm(N), nn.Linear(N, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def network(y: Tensor) -> Tensor:
+            return self.head(self.norm(self.a(y)).tanh())
+
+        tangent: Tensor = torch.func.jvp(network, (x,), (torch.ones_like(x),))[1]
+        return tangent
+
+
+def test_forward_mode_derivatives() -> None:
+    graph = sound(Tangent, (X,))
+    assert only(graph, "a.weight", 0) is only(graph, "norm.weight", 0) is only(graph, "head.weight", 1)
+    moved = [("a.weight", 0), ("a.bias", 0), ("norm.weight", 0), ("norm.bias", 0), ("head.weight", 1)]
+    assert exchangeable(seeded(Tangent), moved)
+
+
 class Matrices(nn.Module):
     """A square matrix between two layers, as a function of itself."""
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     "prelu",
     "_prelu_kernel",
     "rrelu_with_noise",
+    *(f"prims.{name}" for name in ("add", "sub", "mul", "div")),  # of tangents that are zero
 )
 def pointwise(call: Call) -> list[Layout]:
     out = call.outputs()
@@ -67,6 +68,12 @@ def pointwise(call: Call) -> list[Layout]:
 def constant_like(call: Call) -> Layout:
     """The same number everywhere, or none yet."""
     return uniform(call.out.shape, FREE)
+
+
+@rule("is_same_size", "_has_same_storage_numel")
+def shapes(call: Call) -> list[Layout]:
+    """Asks for no values, and returns no tensor."""
+    return []
 
 
 @rule("bucketize")
