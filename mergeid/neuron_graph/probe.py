@@ -14,7 +14,7 @@ from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.memory import SMALL_NETWORK
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.on_demand import OnDemand, light_copy
-from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph.compare import any_nan, as_real
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
@@ -28,7 +28,7 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
     """A state dict in which no wrong permutation can hide: constant tensors (fresh BatchNorm statistics, LayerScale,
     zero-initialised layers) get values that differ from neuron to neuron, and gates that are 0 open."""
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in tensors_of(model).items():
         if isinstance(value, OnDemand):
             state[name] = _disturbed(value, generator)
         elif value.is_floating_point() and value.numel() > 1:
@@ -111,17 +111,17 @@ class Probe:
         self.original, self.inputs, self.forward = model, inputs, forward
         self.dtype, self.randomise = dtype, randomise
         self.noise: list[str] = []
-        self.model = _copied(model).eval()
+        self.model = evaluating(_copied(model))
         self.state = randomised(self.model, generator) if randomise else self._now()
         self._cuda = sorted({p.device.index for p in self.model.parameters() if p.is_cuda})
 
     def _now(self) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in self.model.state_dict().items()}
+        return {k: v.clone() for k, v in tensors_of(self.model).items()}
 
     def run(self, change: Change = lambda _, value: value) -> dict[str, Tensor]:
         """The outputs by name, in float64."""
         with torch.no_grad():
-            for name, value in self.model.state_dict().items():
+            for name, value in tensors_of(self.model).items():
                 value.copy_(change(name, self.state[name]))  # one tensor at a time: large models fit
         forget_derived(self.model)
         # a model that draws random numbers draws the same ones every time
@@ -152,7 +152,7 @@ class Probe:
             # some kernels refuse float64, some models are made for float32
             reference = self.in_precision(torch.float32)
         if self.randomise and any_nan(reference):  # too much for the disturbed weights
-            self.state = self.original.state_dict()
+            self.state = tensors_of(self.original)
             reference = self.run()
         if any_nan(reference):
             raise MergeidError(

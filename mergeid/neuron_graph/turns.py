@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from mergeid.basics.aliases import first_names
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
-from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
 from mergeid.neuron_graph.compare import relative_error
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
 from mergeid.neuron_graph.probe import at_least, randomised
@@ -46,12 +46,12 @@ def find_turns(
     wanted = list(_candidates(graph))
     if not wanted:
         return []
-    probe = in_precision(copy.deepcopy(model).eval(), torch.float64)
+    probe = in_precision(evaluating(copy.deepcopy(model)), torch.float64)
     state = randomised(probe, generator)
 
     def run(turns: Sequence[Turn] = ()) -> list[Tensor]:
         with torch.no_grad():
-            for name, value in probe.state_dict().items():
+            for name, value in tensors_of(probe).items():
                 moved = state[name]
                 for turn in turns:
                     moved = turn.apply(name, moved)
@@ -66,7 +66,7 @@ def find_turns(
         reference = run()
     except (RuntimeError, NotImplementedError):  # some kernels refuse float64
         return []
-    tolerance, same = TOLERANCE[torch.float64], first_names(probe.state_dict())
+    tolerance, same = TOLERANCE[torch.float64], first_names(tensors_of(probe))
 
     def holds(turnables: Sequence[Turnable]) -> bool:
         turns = [t.random(generator) for t in turnables]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics.aliases import first_names
+from mergeid.basics.state import tensors_of
 from mergeid.neuron_graph.compare import errors, measures
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 from mergeid.neuron_graph.probe import Probe
@@ -92,7 +93,7 @@ def verify(
             if worst > tolerance:
                 break
         holds = worst <= tolerance
-        power = _power(graph, error, tolerance, generator, first_names(probe.model.state_dict())) if holds else None
+        power = _power(graph, error, tolerance, generator, first_names(tensors_of(probe.model))) if holds else None
         if power is not None and not measured and (measured := measures(reference, changed)):
             continue  # judged by the wrong measure
         blind = power is not None and power <= tolerance
