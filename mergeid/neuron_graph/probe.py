@@ -15,10 +15,11 @@ from mergeid.basics.memory import SMALL_NETWORK
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.on_demand import OnDemand, light_copy
 from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, reason
 from mergeid.neuron_graph.compare import any_nan, as_real
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.settle import own_statistics
+from mergeid.request.boundary import explained
 
 SAMPLED = 256
 """Rows of a weight that say whether it is constant, where it is not held in memory."""
@@ -141,25 +142,38 @@ class Probe:
         return self.run()
 
     def start(self) -> dict[str, Tensor]:
-        """The first outputs, in the precision that was asked for, or in float32 where that does not work."""
-        try:
-            reference = self.in_precision(self.dtype)
-            if self.dtype != torch.float32 and any_nan(reference):
-                raise RuntimeError("attention masks filled with the lowest float overflow to infinity")
-        except (RuntimeError, NotImplementedError):
-            if self.dtype == torch.float32:
-                raise
-            # some kernels refuse float64, some models are made for float32
-            reference = self.in_precision(torch.float32)
-        if self.randomise and any_nan(reference):  # too much for the disturbed weights
-            self.state = tensors_of(self.original)
-            reference = self.run()
-        if any_nan(reference):
+        """The first outputs: in the precision that was asked for; in float32 where that does not work (kernels that
+        refuse float64, models made for float32); on the model's own weights where disturbed ones are too much.
+
+        Raises `MergeidError` where none of these gives numbers."""
+        asked = self.dtype
+        said: Exception | None = None
+        for own in (False, True) if self.randomise else (False,):
+            if own:
+                self.state = tensors_of(self.original)
+            for dtype in dict.fromkeys((asked, torch.float32)):
+                try:
+                    reference = self.in_precision(dtype)
+                except MergeidError:
+                    raise
+                except Exception as error:  # whatever a foreign forward says to other weights, or to float64
+                    if dtype == torch.float32 and explained(error) is not None:
+                        raise
+                    said = error
+                    continue
+                if not any_nan(reference):
+                    return reference
+                said = None
+        source = type(self.original).__name__
+        if said is not None:
             raise MergeidError(
-                f"the outputs of {type(self.original).__name__} on its example inputs are not numbers (NaN), so its "
-                f"graph cannot be verified; give inputs and weights for which its outputs are finite"
-            )
-        return reference
+                f"a copy of {source} does not run on its example inputs, in float64 or float32 ({type(said).__name__}: "
+                f"{reason(said)}), so its graph cannot be verified; give inputs and weights on which copies of it run"
+            ) from said
+        raise MergeidError(
+            f"the outputs of {source} on its example inputs are not numbers (NaN), so its graph cannot be verified; "
+            f"give inputs and weights for which its outputs are finite"
+        )
 
     def settle(self) -> dict[str, Tensor]:
         """Outputs with statistics of the layers' own activations from now on."""

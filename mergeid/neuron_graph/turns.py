@@ -64,7 +64,7 @@ def find_turns(
 
     try:
         reference = run()
-    except (RuntimeError, NotImplementedError):  # some kernels refuse float64
+    except Exception:  # whatever a foreign forward says to other weights, or to float64
         return []
     tolerance, same = TOLERANCE[torch.float64], first_names(tensors_of(probe))
 
