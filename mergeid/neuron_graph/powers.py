@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.aliases import shared_alike
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
@@ -99,7 +100,7 @@ class Trial:
     ) -> None:
         """Args:
         generator: of the disturbance; None: the weights as they are."""
-        self.probe = in_precision(evaluating(copy.deepcopy(model)), torch.float64)
+        self.probe = shared_alike(in_precision(evaluating(copy.deepcopy(model)), torch.float64), model)
         self.state = tensors_of(self.probe)  # one storage for a tensor of several names
         disturbed = randomised(self.probe, generator) if generator is not None else {}
         self.inputs, self.forward, self.generator = inputs, forward, generator

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mergeid.basics.nested import named_tensors
 from mergeid.basics.state import uncompiled
 from mergeid.errors import MergeidError
+from mergeid.neuron_graph.atoms import atoms
 from mergeid.neuron_graph.call import Call, Result
 from mergeid.neuron_graph.combine import relate
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
@@ -86,18 +87,10 @@ class Recorder(TorchDispatchMode):
     # -- what goes in ------------------------------------------------------------------------------------
 
     def add_parameters(self, state: Mapping[str, Tensor]) -> None:
-        """One atom per index of every axis; a tensor under several names (tied) shares its atoms."""
-        seen: dict[int, tuple[Labels | None, ...]] = {}
-        for name, tensor in state.items():
-            if not tensor.is_floating_point():
-                continue
-            if id(tensor) not in seen:
-                seen[id(tensor)] = tuple(self.facts.fresh((n,)) for n in tensor.shape)
-                self._layouts[tensor] = of_axes(seen[id(tensor)], tuple(tensor.shape))
-                self._keep.append(tensor)
-            for axis, labels in enumerate(seen[id(tensor)]):
-                assert labels is not None
-                self.axes[name, axis] = labels
+        for name, labels in atoms(self.facts, state).items():
+            self._layouts[state[name]] = of_axes(labels, tuple(state[name].shape))
+            self._keep.append(state[name])
+            self.axes |= {(name, axis): each for axis, each in enumerate(labels)}
 
     def add_input(self, tensor: Tensor) -> None:
         self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from mergeid.basics.aliases import first_names
+from mergeid.basics.aliases import first_names, shared_alike
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
 from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
@@ -46,7 +46,7 @@ def find_turns(
     wanted = list(_candidates(graph))
     if not wanted:
         return []
-    probe = in_precision(evaluating(copy.deepcopy(model)), torch.float64)
+    probe = shared_alike(in_precision(evaluating(copy.deepcopy(model)), torch.float64), model)
     state = randomised(probe, generator)
 
     def run(turns: Sequence[Turn] = ()) -> list[Tensor]:
