@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergeid.neuron_graph.combine import elementwise, reduce, relate
-from mergeid.neuron_graph.layout import FROZEN, Fine, Layout, uniform
+from mergeid.neuron_graph.layout import FROZEN, Fine, Layout
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
@@ -155,9 +155,9 @@ def ordered(call: Call) -> list[Layout]:
     layout = call.freeze_dims(layout, [dim])
     results = []
     for out in call.outputs():
-        rest = reduce(call.facts, layout, [dim], True, call.why)
+        rest = reduce(call.facts, layout, [dim], out.dim() == n, call.why)
         if out.dim() != n:
-            results.append(uniform(out.shape, FROZEN, layout.data))
+            results.append(rest)
             continue
         size = out.shape[dim]
         new = ((Fine(size, FROZEN),) if size > 1 else (),)
