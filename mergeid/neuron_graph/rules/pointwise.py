@@ -84,6 +84,18 @@ def bucketize(call: Call) -> Layout:
     return call.layout("self")
 
 
+@rule("searchsorted")
+def searchsorted(call: Call) -> Layout:
+    """The same; with a row of bounds for every row of numbers, these are fixed too."""
+    bounds = call.layout("sorted_sequence")
+    call.freeze_dims(bounds, range(len(bounds.dims)))
+    if call.get("sorter") is not None:
+        call.freeze_dims(call.layout("sorter"), range(len(bounds.dims)))
+    if not isinstance(call["self"], torch.Tensor):
+        return uniform(call.out.shape, FROZEN)
+    return call.freeze_dims(call.layout("self"), range(len(bounds.dims) - 1))
+
+
 @rule("eye")
 def eye(call: Call) -> Layout:
     """An identity matrix stays what it is where rows and columns move together."""
