@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The state dict, without what is no tensor in it (extra state, the number format of packed weights)."""
+    return {k: v for k, v in model.state_dict(keep_vars=keep_vars).items() if isinstance(v, Tensor)}
+
+
+def evaluating(model: M) -> M:
+    """The model, in eval mode: some models' own `train` returns nothing."""
+    model.eval()
+    return model
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.state import tensors_of
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.matchers.sides import side
@@ -146,7 +147,7 @@ def zip_models(
         gather = torch.zeros(s.size, 2 * s.size, dtype=torch.float64)
         gather[torch.arange(s.size)[:, None], torch.from_numpy(_in_place(pairs, s.size))] = 1
         maps[s.id] = (gather[:, : s.size], gather[:, s.size :])
-    given = [m.state_dict() for m in models]
+    given = [tensors_of(m) for m in models]
     trunk: list[str] = []
     states: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for name, ours in given[0].items():
@@ -189,7 +190,7 @@ class TwoHeads(nn.Module):
         """Of copies of the models that were zipped."""
         heads = copy.deepcopy(models[0]), copy.deepcopy(models[1])
         for head, state in zip(heads, zipped.states, strict=True):
-            head.load_state_dict(state)
+            head.load_state_dict(state, strict=False)
         return cls(heads, zipped.trunk)
 
     def forward(self, *args: object, **kwargs: object) -> tuple[Any, Any]:

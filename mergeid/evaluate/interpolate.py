@@ -16,7 +16,7 @@ from mergeid.basics import processes
 from mergeid.basics.casting import in_precision
 from mergeid.basics.on_demand import OnDemand, Rows, rows_of
 from mergeid.basics.on_demand import held as in_memory
-from mergeid.basics.state import forget_derived
+from mergeid.basics.state import evaluating, forget_derived, tensors_of
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evaluate.measure import Loss, Metrics, evaluate
@@ -155,7 +155,7 @@ def barrier_curve(
     work = line.model if inplace else copy.deepcopy(line.model)
     if isinstance(repair, Solve):  # which writes into weights
         in_memory(work)
-    in_precision(work.eval(), how.dtype, accelerator.device)
+    in_precision(evaluating(work), how.dtype, accelerator.device)
     batches, solve = None, None
     if isinstance(repair, Solve):
         solve = _solver(line, work, repair, forward, keep_precision=how.dtype is not None)
@@ -251,7 +251,7 @@ def load_between(
 
     Rounds to the wider of the two stored dtypes first, as a merged file would, unless `keep_precision`.
     """
-    target = model.state_dict()
+    target = tensors_of(model)
     with torch.no_grad():
         for name, a in state_a.items():
             place, b = target[name], state_b[name]
@@ -289,7 +289,7 @@ def _checked_grid(lambdas: Sequence[float]) -> tuple[float, ...]:
 
 
 def _check_states(state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor], model: nn.Module) -> None:
-    keys = model.state_dict()
+    keys = tensors_of(model)
     for label, state in (("first", state_a), ("second", state_b)):
         unknown = [name for name in state if name not in keys]
         if unknown:

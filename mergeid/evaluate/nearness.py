@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from mergeid.basics.memory import few_rows
 from mergeid.basics.spread import Spread
+from mergeid.basics.state import evaluating
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.evaluate.agreement import Tally
 from mergeid.evaluate.own_columns import OwnColumns, together
@@ -120,7 +121,7 @@ class Panel:
             if self.owners is None:
                 self._heads = {columns.called(n, k) for n in self._heads for k in range(len(columns.classes))}
         shares = shares if self.owners is None and self._columns is None else [1.0]
-        self.models = [m.to(device).eval() for m in models]
+        self.models = [evaluating(m.to(device)) for m in models]
         self._data, self.batch_size, self.device = examples, batch_size, device
         weights = torch.tensor(shares, dtype=torch.float64)
         self.shares = weights.clamp(min=0) / weights.clamp(min=0).sum() if either else weights

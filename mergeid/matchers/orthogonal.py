@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from mergeid.basics.hooks import listening
+from mergeid.basics.state import evaluating, tensors_of
 from mergeid.matchers.inner_products import rows
 from mergeid.matchers.scaling import TOLERANCE, Forward, changes
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space
@@ -41,8 +42,8 @@ class Stream:
 def absorb_gains(model: nn.Module, forward: Forward, batch: Any) -> dict[str, Tensor]:
     """The state dict with the gain of every norm (a module with one vector, its `weight`) that only linear layers read
     multiplied into these, and 1 in its place; the function is the same, else the norm stays as it is."""
-    work = copy.deepcopy(model).eval().double()
-    state = {k: v.clone() for k, v in work.state_dict().items()}
+    work = evaluating(copy.deepcopy(model)).double()
+    state = {k: v.clone() for k, v in tensors_of(work).items()}
     for norm, readers in _readers(work, forward, batch).items():
         gain = f"{norm}.weight"
 
@@ -52,8 +53,8 @@ def absorb_gains(model: nn.Module, forward: Forward, batch: Any) -> dict[str, Te
 
         if readers and changes(work, absorbed, forward, batch) <= TOLERANCE:
             state = absorbed(state)
-            work.load_state_dict(state)
-    given = model.state_dict()
+            work.load_state_dict(state, strict=False)
+    given = tensors_of(model)
     return {k: v.to(given[k].dtype) for k, v in state.items()}
 
 
@@ -61,8 +62,8 @@ def find_streams(
     graph: NeuronGraph, model: nn.Module, forward: Forward, batch: Any, *, generator: Generator
 ) -> list[Stream]:
     """The spaces of a model, gains absorbed, that a random orthogonal map leaves the function of unchanged."""
-    work = copy.deepcopy(model).eval().double()
-    state = work.state_dict()
+    work = evaluating(copy.deepcopy(model)).double()
+    state = tensors_of(work)
     found = []
     for space in graph.spaces:
         stream = _candidate(graph, space, state)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mergeid.basics.state import evaluating
 from mergeid.errors import MergeidError
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import MatchTask, Needs, Training
@@ -64,7 +65,7 @@ def straight_through(task: MatchTask, *, epochs: int = 5, rate: float = 1e-2, pa
 
 
 def _workspace(model: nn.Module) -> nn.Module:
-    work = copy.deepcopy(model).eval()
+    work = evaluating(copy.deepcopy(model))
     for module in work.modules():
         if isinstance(module, _BatchNorm):
             module.train()

@@ -15,6 +15,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.state import tensors_of
 from mergeid.errors import MergeidError
 from mergeid.matchers.layerwise import in_order
 from mergeid.matchers.sides import side
@@ -39,7 +40,7 @@ def transport_widths(
     """
     partner = _partners(*graphs)
     graph = graphs[0]
-    a, b = (model.state_dict() for model in models)
+    a, b = (tensors_of(model) for model in models)
     plans: dict[str, Tensor] = {}
     for space in in_order(graph):
         x, y = [], []

@@ -58,7 +58,7 @@ def graph_of(
     shared = False
     with _blamed(loaded, more):
         if given is not None:
-            state = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
+            state = {k: tuple(v.shape) for k, v in loaded.state().items() if v.is_floating_point()}
             graph: NeuronGraph | None = fitted(given, state, loaded.arch.id)
         else:
             alike = size > SMALL_NETWORK and not more and constraints is None

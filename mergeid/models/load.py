@@ -145,18 +145,19 @@ def _tied(model: nn.Module) -> dict[str, set[str]]:
 
 
 def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
+    from mergeid.basics.state import evaluating, tensors_of
     from mergeid.models.carried import copyable
     from mergeid.models.offload import in_memory
 
     arch, given = reading.arch, reading.example
     source = type(module).__name__
     try:
-        module = _on(copyable(in_memory(module)).eval(), run.place)
+        module = _on(evaluating(copyable(in_memory(module))), run.place)
     except NotImplementedError as error:
         raise MergeidError(
             f"{source} cannot be put into evaluation mode ({error}); give the module that it was exported from"
         ) from error
-    names = {k: k for k in module.state_dict()}
+    names = {k: k for k in tensors_of(module)}
     has_values = not any(p.is_meta for p in module.parameters())
     if given.inputs is not None and arch is None:
         example = _there(as_batch(given.inputs), run.place, module) if has_values else as_batch(given.inputs)

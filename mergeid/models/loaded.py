@@ -91,7 +91,9 @@ class Loaded:
 
     def state(self) -> dict[str, Tensor]:
         """The weights under the model's keys."""
-        return dict(self.model.state_dict())
+        from mergeid.basics.state import tensors_of
+
+        return tensors_of(self.model)
 
     @property
     def folder(self) -> Path | None:

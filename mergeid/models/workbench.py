@@ -162,14 +162,15 @@ def _other_orders(a: Loaded, b: Loaded) -> list[str]:
     """Keys of tensors of whole numbers or flags, more than one, that are other ones in B."""
     import torch
 
-    theirs = b.model.state_dict()
+    from mergeid.basics.state import tensors_of
+
+    theirs = tensors_of(b.model)
     return [
         key
-        for key, mine in a.model.state_dict().items()
-        if isinstance(mine, torch.Tensor)
-        and not (mine.is_floating_point() or mine.is_complex() or mine.is_meta)
+        for key, mine in tensors_of(a.model).items()
+        if not (mine.is_floating_point() or mine.is_complex() or mine.is_meta)
         and mine.numel() > 1
-        and isinstance(other := theirs.get(key), torch.Tensor)
+        and (other := theirs.get(key)) is not None
         and not other.is_meta
         and (mine.shape != other.shape or not torch.equal(mine, other.to(mine.device)))
     ]

@@ -30,6 +30,10 @@ class Watcher(Protocol):
         """Layout of a tensor."""
         ...
 
+    def when_used(self, tensor: Tensor, then: Callable[[], object]) -> None:
+        """Do something if anything is computed of a tensor, or it is returned."""
+        ...
+
 
 class Call:
     """One aten call with its arguments by schema name, as the rules see it."""

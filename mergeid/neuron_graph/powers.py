@@ -19,14 +19,17 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.aliases import shared_alike
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
-from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
+from mergeid.neuron_graph.compare import relative_error
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.neuron_graph.probe import at_least, randomised
 from mergeid.neuron_graph.scaled import Column, Powers, Scaled, Stream
 from mergeid.neuron_graph.space import Space
 from mergeid.neuron_graph.turned import Turn
-from mergeid.neuron_graph.verify import TOLERANCE, at_least, randomised, relative_error
+from mergeid.neuron_graph.verify import TOLERANCE
 
 APART = 4
 """Positions of a neuron on one axis that may have powers of their own (fused projections); more are one."""
@@ -97,12 +100,12 @@ class Trial:
     ) -> None:
         """Args:
         generator: of the disturbance; None: the weights as they are."""
-        self.probe = in_precision(copy.deepcopy(model).eval(), torch.float64)
-        self.state = dict(self.probe.state_dict())  # one storage for a tensor of several names
+        self.probe = shared_alike(in_precision(evaluating(copy.deepcopy(model)), torch.float64), model)
+        self.state = tensors_of(self.probe)  # one storage for a tensor of several names
         disturbed = randomised(self.probe, generator) if generator is not None else {}
         self.inputs, self.forward, self.generator = inputs, forward, generator
         self._load(disturbed)
-        self.origin = {k: v.clone() for k, v in self.probe.state_dict().items()}
+        self.origin = {k: v.clone() for k, v in tensors_of(self.probe).items()}
         self.reference: list[Tensor] | None = None
 
     def _load(self, state: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ Nothing of the model is rewritten or interpreted: whatever control flow it has r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mergeid.basics.nested import named_tensors
 from mergeid.basics.state import uncompiled
 from mergeid.errors import MergeidError
+from mergeid.neuron_graph.atoms import atoms
 from mergeid.neuron_graph.call import Call, Result
 from mergeid.neuron_graph.combine import relate
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
@@ -78,6 +79,7 @@ class Recorder(TorchDispatchMode):
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._pending: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._keep: list[Tensor] = []
         self._stack: list[str] = []
         self._calls: dict[tuple[str, str], int] = {}
@@ -85,18 +87,10 @@ class Recorder(TorchDispatchMode):
     # -- what goes in ------------------------------------------------------------------------------------
 
     def add_parameters(self, state: Mapping[str, Tensor]) -> None:
-        """One atom per index of every axis; a tensor under several names (tied) shares its atoms."""
-        seen: dict[int, tuple[Labels | None, ...]] = {}
-        for name, tensor in state.items():
-            if not tensor.is_floating_point():
-                continue
-            if id(tensor) not in seen:
-                seen[id(tensor)] = tuple(self.facts.fresh((n,)) for n in tensor.shape)
-                self._layouts[tensor] = of_axes(seen[id(tensor)], tuple(tensor.shape))
-                self._keep.append(tensor)
-            for axis, labels in enumerate(seen[id(tensor)]):
-                assert labels is not None
-                self.axes[name, axis] = labels
+        for name, labels in atoms(self.facts, state).items():
+            self._layouts[state[name]] = of_axes(labels, tuple(state[name].shape))
+            self._keep.append(state[name])
+            self.axes |= {(name, axis): each for axis, each in enumerate(labels)}
 
     def add_input(self, tensor: Tensor) -> None:
         self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True)
@@ -114,6 +108,16 @@ class Recorder(TorchDispatchMode):
             self._layouts[tensor] = found
         return found
 
+    def when_used(self, tensor: Tensor, then: Callable[[], object]) -> None:
+        self._pending[tensor] = then
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """What was to be done once one of these is used."""
+        for tensor in tensors:
+            then = self._pending.pop(tensor, None)
+            if then is not None:
+                then()
+
     def _version(self, tensor: Tensor) -> int:
         """Counts the writes to a tensor's root."""
         view: _View | None = self._views.get(tensor)
@@ -129,6 +133,8 @@ class Recorder(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor) -> Layout:
         """A tensor from outside: frozen along the dimensions in which its values vary."""
+        if tensor._is_zerotensor():  # tangents of forward-mode differentiation, without memory
+            return uniform(tensor.shape, FREE)
         known = self.shadows.value(tensor)
         if known is None or tensor.dim() == 0:
             return uniform(tensor.shape, FROZEN)
@@ -155,6 +161,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return self._opaque(func, args, kwargs)
         call = Call(self, func, args, kwargs)
+        self.use(call.tensors())
         for first in call.tensors()[:1]:
             if first.layout == torch.strided:
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
@@ -190,6 +197,7 @@ class Recorder(TorchDispatchMode):
     def _opaque(self, func: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An operator that nobody can look into freezes what goes in and what comes out."""
         out = func(*args, **kwargs)
+        self.use(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 self.facts.freeze(self.layout(x).all_labels, f"no rule for {func} at {self.where()}")
@@ -366,6 +374,7 @@ def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
         recorder.add_input(tensor)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder:
         output = one.forward()
+    recorder.use(named_tensors(output).values())
     for tensor in named_tensors(output).values():
         recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from mergeid.basics.state import tensors_of
 from mergeid.neuron_graph.neuron_graph import NeuronGraph, Space, TapMap
 
 LEAST = 8
@@ -79,7 +80,7 @@ def _kind(layer: nn.Module, position: int) -> Any:
         plain = {k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
         settings = tuple(sorted((k, repr(v)) for k, v in plain.items() if isinstance(v, bool) or v != position))
         parts.append((name, type(module), settings))
-    shapes = tuple((k, tuple(v.shape), v.dtype) for k, v in layer.state_dict(keep_vars=True).items())
+    shapes = tuple((k, tuple(v.shape), v.dtype) for k, v in tensors_of(layer, keep_vars=True).items())
     return tuple(parts), shapes
 
 

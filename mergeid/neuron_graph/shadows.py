@@ -69,7 +69,9 @@ class Shadows:
 
         def real(x: Any) -> Any:
             if isinstance(x, Tensor):
-                return self.value(x)
+                known = self.value(x)
+                # the tangents of forward-mode differentiation that are zero have no memory to be read
+                return torch.zeros_like(known) if known is not None and known._is_zerotensor() else known
             return torch.device("cpu") if isinstance(x, torch.device) and x.type == "meta" else x
 
         return func(*tree_map(real, tuple(args)), **{k: tree_map(real, v) for k, v in kwargs.items()})

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from mergeid.basics.state import forget_derived
+from mergeid.basics.state import forget_derived, tensors_of
 from mergeid.neuron_graph.by_hand import Constraints
 from mergeid.neuron_graph.cells import Cell
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
@@ -47,7 +47,7 @@ def trace(
         name: what the graph calls the model.
         label: a human label for a space that lives on these (tensor, axis) pairs.
     """
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    state = tensors_of(model, keep_vars=True)
     forget_derived(model)  # what the model computed from its weights earlier would look like a constant
     with _uncollected():
         recorder = record(model, state, [Pass(inputs, forward, values), *more])
@@ -75,8 +75,8 @@ def trace_repeated(
     found = stacks(model)
     if not found:
         return None
-    state = model.state_dict(keep_vars=True)
-    tensors = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    state = tensors_of(model, keep_vars=True)
+    tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
     try:
         with shortened(model, found):
             short = trace(model, inputs, forward, values=values, name=name, label=label)

@@ -9,7 +9,7 @@ side. Candidates are read off the graph; a map counts only if random ones leave 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from mergeid.basics.aliases import first_names, shared_alike
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.nested import mapped, returned_tensors
-from mergeid.basics.state import forget_derived, uncompiled
+from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
+from mergeid.neuron_graph.compare import relative_error
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
+from mergeid.neuron_graph.probe import at_least, randomised
 from mergeid.neuron_graph.space import AxisMap, Space
 from mergeid.neuron_graph.turned import FULL, HALVES, SIDE_BY_SIDE, Turn, Turnable, TurnedAxis
-from mergeid.neuron_graph.verify import TOLERANCE, at_least, randomised, relative_error
+from mergeid.neuron_graph.verify import TOLERANCE
 
 
 def find_turns(
@@ -43,12 +46,12 @@ def find_turns(
     wanted = list(_candidates(graph))
     if not wanted:
         return []
-    probe = in_precision(copy.deepcopy(model).eval(), torch.float64)
+    probe = shared_alike(in_precision(evaluating(copy.deepcopy(model)), torch.float64), model)
     state = randomised(probe, generator)
 
     def run(turns: Sequence[Turn] = ()) -> list[Tensor]:
         with torch.no_grad():
-            for name, value in probe.state_dict().items():
+            for name, value in tensors_of(probe).items():
                 moved = state[name]
                 for turn in turns:
                     moved = turn.apply(name, moved)
@@ -61,16 +64,16 @@ def find_turns(
 
     try:
         reference = run()
-    except (RuntimeError, NotImplementedError):  # some kernels refuse float64
+    except Exception:  # whatever a foreign forward says to other weights, or to float64
         return []
-    tolerance = TOLERANCE[torch.float64]
+    tolerance, same = TOLERANCE[torch.float64], first_names(tensors_of(probe))
 
     def holds(turnables: Sequence[Turnable]) -> bool:
         turns = [t.random(generator) for t in turnables]
         if not relative_error(reference, run(turns)) <= tolerance:
             return False
         # on one of the axes alone it must be seen, or nothing was proven
-        alone = [replace(t, of=replace(t.of, axes=t.of.axes[:1])) for t in turns]
+        alone = [replace(t, of=replace(t.of, axes=_first_place(t.of.axes, same))) for t in turns]
         return relative_error(reference, run(alone)) > tolerance
 
     found: dict[str, Turnable] = {}
@@ -80,6 +83,16 @@ def find_turns(
             taken = left if left and holds(left) else [t for t in left if len(left) > 1 and holds([t])]
             found |= {t.space: t for t in taken}
     return list(found.values())
+
+
+def _first_place(axes: Sequence[TurnedAxis], same: Mapping[str, str]) -> tuple[TurnedAxis, ...]:
+    """The first axis, under all names of its tensor."""
+    one = axes[0]
+    return tuple(
+        a
+        for a in axes
+        if (same[a.tensor], a.axis) == (same[one.tensor], one.axis) and np.array_equal(a.positions, one.positions)
+    )
 
 
 def candidates(graph: NeuronGraph) -> list[Turnable]:

@@ -31,6 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mergeid.basics.shelf import Shelf
 from mergeid.basics.squares import squares_of, sum_of_squares
+from mergeid.basics.state import tensors_of
 from mergeid.errors import MergeidError
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -146,7 +147,7 @@ def _plain_paths() -> Iterator[None]:
 
 
 def _run(model: nn.Module, forward: Forward, batch: Any, step: Callable[..., Any]) -> tuple[Tensor, int]:
-    mode = _Seen(dict(model.state_dict(keep_vars=True)), batch, step)
+    mode = _Seen(tensors_of(model, keep_vars=True), batch, step)
     with torch.no_grad(), _plain_paths(), mode:
         out = forward(model, batch)
     return out, mode.count

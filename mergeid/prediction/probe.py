@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from mergeid.basics.state import tensors_of
 from mergeid.data.batches import balanced, input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
@@ -156,7 +157,7 @@ def is_logits(out: Any) -> bool:
 
 def _evidence(a: nn.Module, b: nn.Module, ends: Features, sums: _Sums) -> Evidence:
     layers = layer_deviations(sums.deviations)
-    common = {**depth_features(layers), **weight_features(a.state_dict(), b.state_dict())}
+    common = {**depth_features(layers), **weight_features(tensors_of(a), tensors_of(b))}
     plain = {**output_features(ends, sums.plain.features()), **common}
     fresh = None if sums.fresh is None else {**output_features(ends, sums.fresh.features()), **common}
     return Evidence(plain, fresh, layers, sums.plain.count)

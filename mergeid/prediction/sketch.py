@@ -29,6 +29,7 @@ from torch.utils.data import Subset
 from mergeid.basics.nested import examples_in
 from mergeid.basics.on_demand import PIECE, in_pieces
 from mergeid.basics.reading import check_regular, parse_json
+from mergeid.basics.state import tensors_of
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError, listed, shown
 from mergeid.evidence.activations import Key, TapReader, choose_taps, real_tokens, sample_rows
@@ -136,7 +137,7 @@ def make_sketch(
         response = torch.stack([_response(loaded, batches, own, list(taps.values()), level) for level in LEVELS])
     kept = {s: torch.cat(found) for s, found in rows.items() if found}
     out = torch.cat(logits).float().cpu()
-    state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and v.dim() >= 2}
+    state = {k: v for k, v in tensors_of(model).items() if v.is_floating_point() and v.dim() >= 2}
     return Sketch(
         loaded.source,
         loaded.arch.id,

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mergeid.basics.nested import named_tensors
 from mergeid.basics.on_demand import memory_of
+from mergeid.basics.state import tensors_of
 from mergeid.plugins import Batch
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -142,7 +143,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.meet, self.met, self.count, self.step = meet, met, 0, 0
         self.names: dict[int, str] = {}
-        self.state = model.state_dict(keep_vars=True)
+        self.state = tensors_of(model, keep_vars=True)
         self.fitted = parameters_of(model)
         for name in sorted(self.state, key=lambda name: name not in self.fitted):
             value = self.state[name]
@@ -333,7 +334,7 @@ class Paced:
         self.model, self.forward, self.batch, self.wanted, self.after = model, forward, batch, wanted, after
         self.blocks = blocks or {}
         self.keep, self.kept = keep, dict[Value, Tensor]()
-        self.state: Mapping[str, Tensor] = model.state_dict()
+        self.state: Mapping[str, Tensor] = tensors_of(model)
         self._stop: Stop | None = None
         self._error: BaseException | None = None
         self._done = self._ending = False

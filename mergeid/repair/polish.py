@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mergeid.basics.spread import Spread
+from mergeid.basics.state import tensors_of
 from mergeid.data.batches import first_line
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
@@ -163,7 +164,7 @@ def polish_network(
     with _trained(merged, frozen) as trained:
         batches = _endless(seen, torch.Generator().manual_seed(plan.seed))
         for k, rate in enumerate(plan.rates if trained and any(map(aim.counts, targets)) else ()):
-            merged.load_state_dict(kept)
+            merged.load_state_dict(kept, strict=False)
             at = 0
             for step in _steps(merged, aim, batches, trained, plan, rate, accelerator):
                 if step % plan.every == 0 or step == plan.steps:
@@ -173,7 +174,7 @@ def polish_network(
                     if progress is not None:
                         progress(k * plan.steps + step, plan.steps * len(plan.rates))
             taken.append(at)
-        merged.load_state_dict(kept)
+        merged.load_state_dict(kept, strict=False)
     return Polished(first, best, tuple(taken))
 
 
@@ -274,4 +275,4 @@ def _mean(aim: Aim, net: nn.Module, batches: Sequence[Batch], targets: Sequence[
 
 
 def _copied(net: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in net.state_dict().items()}
+    return {key: value.detach().clone() for key, value in tensors_of(net).items()}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mergeid.basics.on_demand import memory_of
+from mergeid.basics.state import tensors_of
 from mergeid.plugins import Batch
 from mergeid.repair.beyond import NORMS
 from mergeid.repair.layers import KINDS
@@ -26,7 +27,7 @@ def solvable(model: nn.Module, forward: Forward, batch: Batch, frozen: Collectio
     """
     seen = operations(model, forward, batch)
     fitted = parameters_of(model)
-    state = model.state_dict(keep_vars=True)
+    state = tensors_of(model, keep_vars=True)
     still = {memory_of(state[k]) for k in frozen}
     uses: dict[str, list[tuple[tuple[int, int], Place]]] = defaultdict(list)
     for stop in seen:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics.on_demand import OnDemand, held, is_on_demand
-from mergeid.basics.state import load_weights
+from mergeid.basics.state import evaluating, load_weights, tensors_of
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
@@ -168,7 +168,7 @@ def _frozen(members: Members, keys: Iterable[str], skip: Sequence[str]) -> list[
 def _aligned(members: Members, device: torch.device) -> Iterator[nn.Module]:
     """Every model in the first one's order of neurons."""
     for work in members.workspaces():
-        yield copy.deepcopy(work).to(device).eval()
+        yield evaluating(copy.deepcopy(work).to(device))
 
 
 def _solve(
@@ -180,7 +180,7 @@ def _solve(
 
     device = next(merged.parameters()).device
     models = list(_aligned(members, device))
-    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    before = {k: v.clone() for k, v in tensors_of(merged).items()}
     shares: Sequence[float] | Tensor | Shares = own_shares(members)
     batches, leans_to = list(members.given.unlabelled(SOLVED_AT_ONCE, members.first, device)), None
     if lean:
@@ -191,7 +191,7 @@ def _solve(
         leant, shares = leant_shares(members, to)
         load_weights(merged, leant.merged_state(skip))
     done = solve_network(
-        merged.eval(),
+        evaluating(merged),
         models,
         shares,
         members.first.forward,
@@ -219,7 +219,7 @@ def _regress(
     from mergeid.request.request import Run
     from mergeid.stages.regressed import regress
 
-    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    before = {k: v.clone() for k, v in tensors_of(merged).items()}
     layers = regress(members, merged, skip, Run(str(accelerator.device), tell=tell))
     if batchnorm_layers(merged):
         _reestimate(members, merged, accelerator, Repair(), skip)
@@ -227,7 +227,7 @@ def _regress(
 
 
 def _changed(merged: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu() for k, v in merged.state_dict().items() if not _equal(v, before[k])}
+    return {k: v.detach().cpu() for k, v in tensors_of(merged).items() if not _equal(v, before[k])}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -251,7 +251,7 @@ def _polish(
         raise MergeidError(
             f"a polished merge is judged on every {UNSEEN}th example, and there are {count}; give more with --data"
         )
-    before = {k: v.clone() for k, v in merged.state_dict().items()}
+    before = {k: v.clone() for k, v in tensors_of(merged).items()}
     frozen = _frozen(members, before, skip)
     fit = replace(members, examples=members.given.taken([i for i in range(count) if i % UNSEEN != UNSEEN - 1]))
     _solve(fit, merged, skip, progress)
@@ -277,7 +277,7 @@ def _polish(
         frozen=frozen,
         progress=(lambda k, n: progress("polishing", k, n)) if progress else None,
     )
-    merged.load_state_dict(before)
+    merged.load_state_dict(before, strict=False)
     found = _solve(members, merged, skip, progress)
     polished_again(merged, aim, partial(dealt, members.given), done, accelerator=accelerator, frozen=frozen)
     return replace(
@@ -289,7 +289,7 @@ def _reestimate(
     members: Members, merged: nn.Module, accelerator: Accelerator, found: Repair, skip: Sequence[str]
 ) -> None:
     forward = members.first.forward
-    state = merged.state_dict()
+    state = tensors_of(merged)
     kept = {key: state[key].clone() for key in _frozen(members, state, skip)}
     examples = members.given
     batches = calibration_batches(
@@ -341,7 +341,7 @@ def _rescalable(members: Members, model: nn.Module, device: str | torch.device) 
 
 def _rescale(members: Members, merged: nn.Module, accelerator: Accelerator, skip: Sequence[str]) -> Repair:
     forward, names = members.first.forward, members.names()
-    fixed = {key.rpartition(".")[0] for key in _frozen(members, merged.state_dict(), skip)}
+    fixed = {key.rpartition(".")[0] for key in _frozen(members, tensors_of(merged), skip)}
     layers = [layer for layer in _rescalable(members, merged, accelerator.device) if layer.name not in fixed]
     if not layers:
         return Repair(notes=["REPAIR found no linear or convolutional layer that it could rescale"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergeid.basics.memory import give_back
 from mergeid.basics.on_demand import is_on_demand
-from mergeid.basics.state import load_weights
+from mergeid.basics.state import load_weights, tensors_of
 from mergeid.matchers.balancing import EQUAL, balanced
 from mergeid.matchers.streams import carried, may_differ, refused, rotation
 from mergeid.models.loaded import Loaded
@@ -146,7 +146,7 @@ def _changed(loaded: Loaded, turns: Sequence[Turn]) -> Loaded:
         return loaded
     net = copy.deepcopy(loaded.model)
     names = {axis.tensor for turn in turns for axis in turn.of.axes}
-    state = {k: v for k, v in net.state_dict().items() if k in names}
+    state = {k: v for k, v in tensors_of(net).items() if k in names}
     for turn in turns:
         state = {k: turn.apply(k, v) for k, v in state.items()}
     load_weights(net, state)

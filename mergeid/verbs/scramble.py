@@ -113,14 +113,14 @@ def _function_change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor]) -> 
     import torch
 
     from mergeid.basics.nested import mapped
-    from mergeid.basics.state import forget_derived, load_weights
-    from mergeid.neuron_graph.verify import relative_error
+    from mergeid.basics.state import forget_derived, load_weights, tensors_of
+    from mergeid.neuron_graph.compare import relative_error
 
     model = copy.deepcopy(loaded.model).double()
     batch = mapped(loaded.inputs, lambda t: t.double() if t.is_floating_point() else t)
     forget_derived(model)
     with torch.no_grad():
         before = list(loaded.outputs(model, batch).values())
-        load_weights(model, {name: carry(name, value) for name, value in model.state_dict().items()})
+        load_weights(model, {name: carry(name, value) for name, value in tensors_of(model).items()})
         after = list(loaded.outputs(model, batch).values())
     return relative_error(before, after)

@@ -205,7 +205,7 @@ def _pair(met: Met, one_head: bool) -> Pair:
 def _same_trunk(pair: Pair) -> None:
     """Raises `MergeidError` where a tensor is missing in B, or has another shape along an axis that may be permuted."""
     graph, one, two = pair.graph, pair.a, pair.b
-    shapes = {k: tuple(v.shape) for k, v in two.model.state_dict().items()}
+    shapes = {k: tuple(v.shape) for k, v in two.state().items()}
     for name, on in graph.on_tensor.items():
         ours, theirs = graph.tensors[name], shapes.get(name)
         if theirs is None:

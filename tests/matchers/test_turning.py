@@ -161,3 +161,34 @@ def test_weights_that_are_formed_on_demand_are_turned_when_they_are_used() -> No
     other = {k: v.roll(1, 0) for k, v in state.items()}
     plain, formed = matched_turns(turnables, state, other), matched_turns(turnables, lazy, other)
     assert all(np.array_equal(x.matrices, y.matrices) for x, y in zip(plain, formed, strict=True))
+
+
+class Recurring(nn.Module):
+    """One layer of attention, run `times` times under as many names."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.MultiheadAttention(8, 2, bias=False, batch_first=True)] * times)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, x, x, need_weights=False)[0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_layer_of_several_names_is_turned_under_all_of_them(times: int) -> None:
+    model = seeded(lambda: Recurring(times)).float()
+    inputs = torch.randn(2, 5, 8, generator=generator())
+    graph = mergeid.graph(model, inputs)
+    turnables = find_turns(graph, model, inputs, lambda m, x: m(x), generator=generator())
+    assert {t.kind for t in turnables} == {FULL} and len(turnables) == 2  # queries with keys; values
+    state = dict(model.state_dict())
+    for k, turnable in enumerate(turnables):
+        turn = turnable.random(generator(k))
+        state = {key: turn.apply(key, value) for key, value in state.items()}
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    assert not torch.allclose(other.layers[0].in_proj_weight, model.layers[0].in_proj_weight, atol=0.1)
+    torch.testing.assert_close(other(inputs), model(inputs), rtol=1e-4, atol=1e-4)

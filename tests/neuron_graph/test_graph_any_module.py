@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,127 @@ def test_no_output() -> None:
 
     with pytest.raises(MergeidError, match="Silent returned no floating-point tensor"):
         mergeid.graph(Silent(), X)
+
+
+class Hidden(nn.Module):
+    """One hidden layer with statistics; what follows differs in one habit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)).relu())
+
+
+class Unanswered(Hidden):
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.norm.eval()
+
+
+class Versioned(Hidden):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+def habit(kind: type[nn.Module]) -> nn.Module:
+    """With the weights of `Hidden`, whose neurons all differ."""
+    model = kind()
+    model.load_state_dict(made(Hidden).state_dict(), strict=False)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", [Hidden, Unanswered, Versioned])
+def test_habits_of_modules_say_nothing_of_their_neurons(kind: type[nn.Module]) -> None:
+    model, other, merged = (habit(kind) for _ in range(3))
+    graph = mergeid.graph(model, X)
+    assert only(graph, "a.weight", 0) is only(graph, "norm.running_var", 0) is only(graph, "b.weight", 1)
+    element = graph.random_element(torch.Generator().manual_seed(3))
+    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    other.load_state_dict(graph.apply_state(element, tensors), strict=False)
+    torch.testing.assert_close(other(X), model(X))
+    assert not torch.allclose(other.a.weight, model.a.weight)
+    data = [{"arg0": x, "labels": torch.tensor(k % 4)} for k, x in enumerate(torch.randn(24, 6))]
+    state = mergeid.merge(model, other, example_inputs=X, data=data, match="always").state
+    merged.load_state_dict(state, strict=False)
+    torch.testing.assert_close(merged(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+class Particular(nn.Module):
+    """Runs in one number format, or on some weights alone."""
+
+    def __init__(self, about: str) -> None:
+        super().__init__()
+        self.a, self.b, self.about = nn.Linear(6, 8), nn.Linear(8, 4), about
+        self.std = nn.Parameter(torch.full((4,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x).tanh())
+        if self.about == "asserts":
+            assert x.dtype == torch.float32, "needs float32"
+        elif self.about == "looks up":
+            y = y * {torch.float32: 1.0, torch.float16: 2.0}[x.dtype]
+        elif self.about == "spread":
+            y = torch.distributions.Normal(y, self.std).mean
+        elif self.about == "finite":
+            y = y / self.std.sqrt()
+            if not y.isfinite().all():
+                raise ValueError("activations that are not finite")
+        elif self.about == "order" and abs(float((self.std * torch.arange(4)).sum()) - 0.6) > 1e-3:
+            raise ValueError("these weights are not mine")
+        elif self.about == "itself" and self.a.weight.data_ptr() != self.home:
+            raise KeyError("a copy")
+        return y
+
+
+@pytest.mark.parametrize("about", ["asserts", "looks up", "spread", "finite"])
+def test_models_that_refuse_other_weights_or_formats_are_run_as_they_like_it(about: str) -> None:
+    torch.manual_seed(0)
+    model = Particular(about).eval()
+    graph = mergeid.graph(model, X)
+    assert only(graph, "a.weight", 0) is only(graph, "b.weight", 1)
+    assert graph.verified is not None and graph.verified["error_when_misapplied"] > 1e-3
+    single = about in ("asserts", "looks up")
+    assert graph.verified["dtype"] == ("float32" if single else "float64")
+    other = Particular(about)
+    other.load_state_dict(graph.apply_state(graph.random_element(torch.Generator().manual_seed(0)), model.state_dict()))
+    torch.testing.assert_close(other(X), model(X))
+
+
+def test_a_permutation_on_which_the_model_raises_is_wrong() -> None:
+    torch.manual_seed(0)
+    model = Particular("order").eval()
+    model.std.data = torch.tensor([0.3, 0.0, 0.0, 0.2])
+    graph = mergeid.graph(model, X)
+    hidden = only(graph, "a.weight", 0)
+    wrong = graph.to_json()
+    wrong["spaces"].append(
+        {"id": "w", "size": 4, "axes": [{"tensor": "std", "axis": 0, "index": [[0, k] for k in range(4)]}]}
+    )
+    assert [s.id for s in mergeid.graph(model, X, graph=wrong).spaces] == [hidden.id]
+
+
+def test_a_model_whose_copies_do_not_run_is_refused_in_a_sentence() -> None:
+    model = Particular("itself").eval()
+    model.home = model.a.weight.data_ptr()
+    expected = r"a copy of Particular does not run on its example inputs, .* \(KeyError: 'a copy'\), so its graph"
+    with pytest.raises(MergeidError, match=expected):
+        mergeid.graph(model, X)
+
+
+def test_packed_weights_hold_no_neurons() -> None:
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), {nn.Linear})
+        graph = mergeid.graph(nn.Sequential(*layers, packed), X)
+    assert only(graph, "0.weight", 0) is only(graph, "2.weight", 1)
+    assert not on(graph, "2.weight", 0)
 
 
 def test_not_json(tmp_path: Path) -> None:

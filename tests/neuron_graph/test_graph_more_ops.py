@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_helpers import only, sound
+from graph_helpers import on, only, sound
 from torch import Tensor, nn
 
-from mergeid.neuron_graph.verify import relative_error
+import mergeid
+from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.powers import find_powers
 
 
 def seeded(*shape: int) -> Tensor:
@@ -104,3 +106,63 @@ def test_numbers_that_are_none() -> None:
     assert relative_error([x], [torch.tensor([1.5, torch.nan])]) == pytest.approx(0.5)
     assert relative_error([x], [torch.tensor([1.0, 2.0])]) == float("inf")
     assert relative_error([torch.tensor([1.0, 2.0])], [x]) == float("inf")
+
+
+class OneMemory(nn.Module):
+    """Two layers whose weights share memory without being one parameter."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.e, self.f, self.d, self.how = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6), how
+        if how == "data":
+            self.f.weight.data = self.e.weight.data
+        elif how == "turned":
+            self.d.weight = nn.Parameter(self.e.weight.t())
+        elif how == "flat":
+            flat = torch.randn(2, 8, 6)
+            self.e.weight.data, self.f.weight.data = flat[0], flat[1]
+        elif how == "columns":
+            flat = torch.randn(8, 12)
+            self.e.weight.data, self.f.weight.data = flat[:, :6], flat[:, 6:]
+        elif how == "part":
+            flat = torch.randn(9, 6)
+            self.e.weight.data, self.f.weight.data = flat[:8], flat[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.e(x).relu()) + self.f(x).tanh().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("how", ["apart", "data", "turned", "flat", "columns", "part"])
+def test_weights_of_one_memory(how: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = OneMemory(how).eval(), torch.randn(5, 6)
+    graph = mergeid.graph(model, inputs)
+    one, two = on(graph, "e.weight", 0), on(graph, "f.weight", 0)
+    assert (one and one == on(graph, "d.weight", 1)) or how == "part"
+    if how == "part":
+        assert not one and not two
+        assert "e.weight lies in memory that is also another tensor's" in {why for _, _, why in graph.frozen}
+    else:
+        assert (one == two) == (how == "data") and two
+    before = model(inputs)
+    for seed in range(3):
+        element = graph.random_element(torch.Generator().manual_seed(seed))
+        state = graph.apply_state(element, {k: v.clone() for k, v in model.state_dict().items()})
+        model.load_state_dict(state)  # into the memory that is shared
+        torch.testing.assert_close(model(inputs), before)
+
+
+@pytest.mark.parametrize("how", ["apart", "data", "turned", "columns"])
+def test_scales_of_weights_of_one_memory(how: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = OneMemory(how).eval(), torch.randn(5, 6)
+    graph = mergeid.graph(model, inputs)
+    found = find_powers(
+        graph, model, inputs, lambda m, x: m(x), generator=torch.Generator(), only=[s.id for s in graph.spaces]
+    )
+    assert bool(found.scaled) == (how in ("apart", "columns"))
+    before = model(inputs)
+    for k, one in enumerate(found.scaled):
+        turn = one.scale(1 + torch.rand(one.size, generator=torch.Generator().manual_seed(k)).double().numpy())
+        model.load_state_dict({k: turn.apply(k, v.clone()) for k, v in model.state_dict().items()})
+        torch.testing.assert_close(model(inputs), before)

@@ -84,6 +84,19 @@ WITHIN: dict[str, Callable[[Tensor], Tensor]] = {
         torch.stft(windows(h).flatten(2).flatten(0, 1), 8, window=torch.ones(8).to(h), return_complex=True),
         8, window=torch.ones(8).to(h),
     ).mean(-1).reshape(3, N),
+    "by the largest": lambda h: h / h.abs().max(-1, keepdim=True).values,
+    "by the smallest": lambda h: h - h.min(1, keepdim=True)[0],
+    "by the median": lambda h: h - h.median(-1, keepdim=True).values,
+    "by the median of numbers": lambda h: h - h.nanmedian(-1, keepdim=True).values,
+    "by the commonest": lambda h: h - h.round().mode(-1, keepdim=True).values,
+    "by both ends": lambda h: h / (h.aminmax(dim=-1, keepdim=True)[1] - h.aminmax(dim=-1, keepdim=True)[0]),
+    "a small value": lambda h: windows(h).flatten(2).kthvalue(3, 2)[0],
+    "a small value kept": lambda h: windows(h).kthvalue(2, 3, keepdim=True)[0].mean((2, 3)),
+    "quarter turns": lambda h: (torch.rot90(windows(h), 3, (2, 3)) * windows(h)).mean((2, 3)),
+    "turned with the batch": lambda h: torch.rot90(h, 1, (1, 0)).T * torch.rot90(h, 2, (0, -1)).flip(1),
+    "sorted bounds": lambda h: torch.searchsorted(torch.tensor([-0.5, 0.0, 0.5]).to(h), h).to(h) + h,
+    "rows of bounds": lambda h: torch.searchsorted(h.mean(1, keepdim=True).repeat(1, 2), h).to(h) + h,
+    "a sparse graph": lambda h: torch.sparse.mm((torch.arange(9).reshape(3, 3) % 2).to(h).to_sparse(), h),
     "equal": lambda h: h * (2 if torch.equal(h, h.relu()) else 3),
 }  # fmt: skip
 """[3, N] -> [rows, N]: the neurons stay what they are."""
@@ -119,6 +132,140 @@ def test_neurons_are_summed(name: str) -> None:
     graph = sound(make, (X,))
     assert only(graph, "a.weight", 0).size == N
     assert exchangeable(seeded(make), [("a.weight", 0), ("a.bias", 0)])
+
+
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "as a number": lambda h: h.max(-1, keepdim=True).indices.to(h) + h.mean(-1, keepdim=True),
+    "to look up": lambda h: torch.linspace(0, 1, N).to(h)[h.min(-1).indices][:, None],
+    "of a view": lambda h: h.median(-1).indices[:, None].to(h),
+    "in a branch": lambda h: h.mode(-1, keepdim=True).values * (2 if h.max(-1)[1][0].item() > 1 else 3),
+    "into memory": lambda h: torch.max(h, 1, keepdim=True, out=(h.new_empty(3, 1), torch.empty(3, 1).long()))[0],
+}
+"""[3, N] -> [3, 1], by where something stands among the neurons (or written where that can be seen later)."""
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_among_neurons_that_are_used_fix_them(name: str) -> None:
+    graph = sound(lambda: Around(PLACES[name], 1), (X,))
+    assert "a.weight" not in graph.on_tensor or all(a.axis == 1 for _, a in graph.on_tensor["a.weight"])
+
+
+class Largest(nn.Module):
+    """Returns where the largest neuron is, or does not."""
+
+    def __init__(self, places: bool) -> None:
+        super().__init__()
+        self.a, self.head, self.places = nn.Linear(5, N), nn.Linear(1, 2), places
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self.a(x).max(-1, keepdim=True)
+        return (self.head(found.values), found.indices) if self.places else (self.head(found.values),)
+
+
+@pytest.mark.parametrize("places", [True, False])
+def test_places_that_are_returned_fix_neurons(places: bool) -> None:
+    graph = sound(lambda: Largest(places), (X,))
+    assert ("a.weight" in graph.on_tensor) != places
+
+
+class Tangent(nn.Module):
+    """The derivative along a direction (forward mode), in which that of a bias is a zero without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(5, N), nn.LayerNorm(N), nn.Linear(N, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def network(y: Tensor) -> Tensor:
+            return self.head(self.norm(self.a(y)).tanh())
+
+        tangent: Tensor = torch.func.jvp(network, (x,), (torch.ones_like(x),))[1]
+        return tangent
+
+
+def test_forward_mode_derivatives() -> None:
+    graph = sound(Tangent, (X,))
+    assert only(graph, "a.weight", 0) is only(graph, "norm.weight", 0) is only(graph, "head.weight", 1)
+    moved = [("a.weight", 0), ("a.bias", 0), ("norm.weight", 0), ("norm.bias", 0), ("head.weight", 1)]
+    assert exchangeable(seeded(Tangent), moved)
+
+
+class Force(nn.Module):
+    """A derivative by the input, taken in the forward pass."""
+
+    def __init__(self, between: Callable[[], nn.Module], train: bool = False) -> None:
+        super().__init__()
+        self.a, self.between, self.head = nn.Linear(5, N), between(), nn.Linear(N, 2)
+        self.as_training = train
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            self.between.train(self.as_training)
+            energy = self.head(self.between(self.a(x)).sin()).sum()
+            force: Tensor = -torch.autograd.grad(energy, x)[0]
+            return force
+
+
+class Meta(Force):
+    """A step of gradient descent inside the forward pass: derivatives by scale and shift too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            own = [p.detach().requires_grad_() for p in self.between.parameters()]
+            names = [k for k, _ in self.between.named_parameters()]
+            y = torch.func.functional_call(self.between, dict(zip(names, own, strict=True)), (self.a(x),))
+            slopes = torch.autograd.grad(self.head(y.sin()).sum(), own)
+        moved = {k: p - 0.1 * s for k, p, s in zip(names, own, slopes, strict=True)}
+        out: Tensor = self.head(torch.func.functional_call(self.between, moved, (self.a(x),)))
+        return out.detach()
+
+
+SLOPES: dict[str, Callable[[], nn.Module]] = {
+    **{
+        kind.__name__: kind
+        for kind in (
+            nn.Softplus, nn.ELU, nn.LeakyReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softshrink, nn.Hardshrink,
+            nn.LogSigmoid, nn.Mish,
+        )
+    },
+    "RReLU": nn.RReLU, "PReLU": lambda: nn.PReLU(N),
+    "Softmax": lambda: nn.Softmax(-1), "LogSoftmax": lambda: nn.LogSoftmax(-1),
+    "LayerNorm": lambda: nn.LayerNorm(N), "RMSNorm": lambda: nn.RMSNorm(N), "BatchNorm": lambda: nn.BatchNorm1d(N),
+    "GroupNorm": lambda: nn.GroupNorm(1, N), "InstanceNorm": lambda: nn.GroupNorm(N, N),
+}  # fmt: skip
+
+
+def moves_of(model: nn.Module) -> list[tuple[str, int]]:
+    inside = [(k, 0) for k, v in model.state_dict().items() if k.startswith("between.") and v.shape == (N,)]
+    return [("a.weight", 0), ("a.bias", 0), ("head.weight", 1), *inside]
+
+
+@pytest.mark.parametrize(("name", "train"), [*((k, False) for k in SLOPES), ("BatchNorm", True)])
+def test_derivatives_inside_a_forward_pass(name: str, train: bool) -> None:
+    def make() -> nn.Module:
+        return Force(SLOPES[name], train)
+
+    graph = sound(make, (X,))
+    assert not graph.unknown_ops
+    assert only(graph, "a.weight", 0) is only(graph, "head.weight", 1)
+    assert exchangeable(seeded(make), moves_of(seeded(make)))
+
+
+@pytest.mark.parametrize("name", ["PReLU", "LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"])
+def test_derivatives_by_gains(name: str) -> None:
+    def make() -> nn.Module:
+        return Meta(SLOPES[name])
+
+    graph = sound(make, (X,))
+    assert not graph.unknown_ops
+    assert only(graph, "a.weight", 0) is only(graph, "between.weight", 0) is only(graph, "head.weight", 1)
+    assert exchangeable(seeded(make), moves_of(seeded(make)))
+
+
+def test_derivatives_of_groups_stay_in_groups() -> None:
+    graph = sound(lambda: Force(lambda: nn.GroupNorm(2, N)), (X,))
+    assert only(graph, "a.weight", 0).blocks == 2
 
 
 class Matrices(nn.Module):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from graph_helpers import TwoLayers, call, traced
+from graph_helpers import TwoLayers, call, only, traced
 from torch import Tensor, nn
 
 import mergeid
 from mergeid.errors import MergeidError
+from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.probe import randomised
 from mergeid.neuron_graph.settle import own_statistics, shaken
-from mergeid.neuron_graph.verify import randomised, relative_error, verify
+from mergeid.neuron_graph.verify import verify
 
 WIDTH = 16
 
@@ -193,6 +196,32 @@ def test_masked_logits_count_as_equal():
     assert relative_error([none], [one]) == float("inf")
 
 
+class Forbidden(TwoLayers):
+    """Logits of what is not allowed are a large finite number."""
+
+    def __init__(self, fill: float):
+        super().__init__(3, WIDTH, 4)
+        self.c, self.d, self.fill = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4), fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.relu(self.a(x))) + 1e-3 * self.d(torch.tanh(self.c(x)))
+        return y.masked_fill(torch.arange(4) > 2, self.fill)
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e5, -1e9, -1e20])
+def test_large_numbers_that_stay_hide_nothing(fill):
+    torch.manual_seed(0)
+    model, inputs = Forbidden(fill).eval(), (torch.randn(5, 3),)
+    graph = traced(model, inputs)
+    found = verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0))
+    assert found.failed == () and found.error < 1e-12 and len(found.graph.spaces) == 2
+    assert found.graph.verified is not None and found.graph.verified["error_when_misapplied"] > 1e-3
+    small = only(graph, "c.weight", 0)
+    wrong = replace(small, axes=tuple(a for a in small.axes if a.tensor != "d.weight"))
+    graph = replace(graph, spaces=[wrong if s is small else s for s in graph.spaces])
+    assert verify(graph, model, inputs, call, generator=torch.Generator().manual_seed(0)).failed == (small.id,)
+
+
 class Fourier(nn.Module):
     """Mixes frequencies by complex weights, in front of two real layers with a space between them."""
 
@@ -246,3 +275,43 @@ def test_complex_inputs_are_checked_in_the_same_precision():
 
     verify(traced(model, inputs), model, inputs, forward, generator=torch.Generator().manual_seed(0))
     assert set(seen) == {torch.complex128}
+
+
+class Looped(nn.Module):
+    """One block of layers, run again and again under as many names."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        up, down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+        self.stem, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.up, self.down = nn.ModuleList([up] * times), nn.ModuleList([down] * times)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(up(x).relu())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_a_layer_of_several_names_moves_under_all_of_them(times):
+    torch.manual_seed(0)
+    model, inputs = Looped(times).eval(), torch.randn(4, 3)
+    graph = mergeid.graph(model, inputs)
+    assert only(graph, "up.0.weight", 0).size == 12 and only(graph, "stem.weight", 0).size == WIDTH
+    assert graph.verified is not None and graph.verified["error_when_misapplied"] > 1e-3
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        order = torch.randperm(12)
+        other.up[0].weight.copy_(model.up[0].weight[order])
+        other.up[0].bias.copy_(model.up[0].bias[order])
+        other.down[0].weight.copy_(model.down[0].weight[:, order])
+    torch.testing.assert_close(other(inputs), model(inputs))
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(mergeid.merge(model, other, example_inputs=inputs, match="always").state)
+    torch.testing.assert_close(merged(inputs), model(inputs))
+    # a block that is said to move without what it reads is refuted
+    stream = only(graph, "stem.weight", 0)
+    wrong = replace(stream, axes=tuple(a for a in stream.axes if not a.tensor.startswith("up.")))
+    held = replace(graph, spaces=[wrong])
+    assert verify(held, model, (inputs,), call, generator=torch.Generator().manual_seed(0)).failed == (stream.id,)

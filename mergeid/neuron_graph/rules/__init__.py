@@ -29,6 +29,7 @@ _FAMILIES = (
     "recurrent",
     "normalisation",
     "reduction",
+    "backward",
     "spatial",
     "regions",
 )

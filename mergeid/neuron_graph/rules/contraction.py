@@ -18,6 +18,7 @@ _PRODUCTS = {
     "bmm": ("self", "bnk", "mat2", "bkm", "bnm"),
     "mv": ("self", "nk", "vec", "k", "n"),
     "addmm": ("mat1", "nk", "mat2", "km", "nm"),
+    "_sparse_addmm": ("mat1", "nk", "mat2", "km", "nm"),
     "baddbmm": ("batch1", "bnk", "batch2", "bkm", "bnm"),
     "addbmm": ("batch1", "bnk", "batch2", "bkm", "nm"),
     "addr": ("vec1", "n", "vec2", "m", "nm"),

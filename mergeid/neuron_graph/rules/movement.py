@@ -165,6 +165,21 @@ def flip(call: Call) -> Layout:
     return layout
 
 
+@rule("rot90")
+def rot90(call: Call) -> Layout:
+    """Quarter turns: positions in reverse, and two dimensions that change places."""
+    layout = call.layout("self")
+    n = len(layout.dims)
+    a, b = (d % n for d in call["dims"])
+    turns = call["k"] % 4
+    for dim in ((), (b,), (a, b), (a,))[turns]:
+        layout = _moved(call, layout, dim, np.arange(layout.shape[dim])[::-1])
+    order = list(range(n))
+    if turns % 2:
+        order[a], order[b] = b, a
+    return permuted(layout, order)
+
+
 @rule("roll")
 def roll(call: Call) -> Layout:
     layout = call.layout("self")

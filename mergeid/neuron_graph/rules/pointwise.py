@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     "prelu",
     "_prelu_kernel",
     "rrelu_with_noise",
+    *(f"prims.{name}" for name in ("add", "sub", "mul", "div")),  # of tangents that are zero
 )
 def pointwise(call: Call) -> list[Layout]:
     out = call.outputs()
@@ -69,12 +70,30 @@ def constant_like(call: Call) -> Layout:
     return uniform(call.out.shape, FREE)
 
 
+@rule("is_same_size", "_has_same_storage_numel")
+def shapes(call: Call) -> list[Layout]:
+    """Asks for no values, and returns no tensor."""
+    return []
+
+
 @rule("bucketize")
 def bucketize(call: Call) -> Layout:
     """Which interval a number lies in; the bounds are in order."""
     bounds = call.layout("boundaries")
     call.freeze_dims(bounds, range(len(bounds.dims)))
     return call.layout("self")
+
+
+@rule("searchsorted")
+def searchsorted(call: Call) -> Layout:
+    """The same; with a row of bounds for every row of numbers, these are fixed too."""
+    bounds = call.layout("sorted_sequence")
+    call.freeze_dims(bounds, range(len(bounds.dims)))
+    if call.get("sorter") is not None:
+        call.freeze_dims(call.layout("sorter"), range(len(bounds.dims)))
+    if not isinstance(call["self"], torch.Tensor):
+        return uniform(call.out.shape, FROZEN)
+    return call.freeze_dims(call.layout("self"), range(len(bounds.dims) - 1))
 
 
 @rule("eye")

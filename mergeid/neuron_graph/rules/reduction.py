@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergeid.neuron_graph.combine import elementwise, reduce, relate
-from mergeid.neuron_graph.layout import FROZEN, Fine, Layout, uniform
+from mergeid.neuron_graph.layout import FROZEN, Fine, Layout
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
@@ -72,18 +73,23 @@ def loss(call: Call) -> Layout:
     return reduce(call.facts, each, range(n), False, call.why) if call["reduction"] else each
 
 
-@rule("max", "min", "aminmax", "median", "mode")
+@rule("max", "min", "aminmax", "median", "nanmedian", "mode")
 def extremum(call: Call) -> list[Layout | None]:
+    """Extreme values; where they stand along the dimension, by number, fixes its positions once anybody asks."""
     layout = call.layout("self")
     if call.get("other") is not None:
         out = elementwise(call.facts, [layout, call.layout("other")], call.out.dim(), call.why)
         return [out]
     n = len(layout.dims)
-    if len(call.outputs()) > 1 and n:
-        # the second output is an index: positions of that dimension become values
-        layout = call.freeze_dims(layout, dims_of(call.get("dim"), n))
-    out = reduce(call.facts, layout, dims_of(call.get("dim"), n), bool(call.get("keepdim", False)), call.why)
-    return [out for _ in call.outputs()]
+    dims = dims_of(call.get("dim"), n)
+    outputs = call.outputs()
+    if n and len(outputs) > 1 and not call.name.startswith("aten.aminmax"):
+        if call.func._schema.is_mutable:
+            layout = call.freeze_dims(layout, dims)
+        else:
+            call.recorder.when_used(outputs[1], partial(call.freeze_dims, layout, dims))
+    out = reduce(call.facts, layout, dims, bool(call.get("keepdim", False)), call.why)
+    return [out for _ in outputs]
 
 
 @rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
@@ -149,9 +155,9 @@ def ordered(call: Call) -> list[Layout]:
     layout = call.freeze_dims(layout, [dim])
     results = []
     for out in call.outputs():
-        rest = reduce(call.facts, layout, [dim], True, call.why)
+        rest = reduce(call.facts, layout, [dim], out.dim() == n, call.why)
         if out.dim() != n:
-            results.append(uniform(out.shape, FROZEN, layout.data))
+            results.append(rest)
             continue
         size = out.shape[dim]
         new = ((Fine(size, FROZEN),) if size > 1 else (),)
