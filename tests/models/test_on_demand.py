@@ -22,7 +22,8 @@ from mergeid.models import load
 from mergeid.models.graph import graph_of
 from mergeid.models.load import load_model
 from mergeid.models.loaded import Loaded
-from mergeid.neuron_graph import verify
+from mergeid.neuron_graph import probe
+from mergeid.neuron_graph.verify import verify
 from mergeid.request.request import Reading, Run
 
 FAMILIES = (
@@ -103,7 +104,7 @@ def test_a_proof_without_a_copy_of_the_matrices(name: str, tmp_path: Path, monke
     found = loaded(saved(name, tmp_path), name, monkeypatch, True)
     before = {k: v.clone() for k, v in found.state().items()}
     usual = graph_of(found)
-    monkeypatch.setattr(verify, "SMALL_NETWORK", 0)
+    monkeypatch.setattr(probe, "SMALL_NETWORK", 0)
     light = graph_of(found)
     assert light.to_json()["spaces"] == usual.to_json()["spaces"]
     assert light.verified is not None and light.verified["max_relative_error"] < 1e-9
@@ -131,7 +132,7 @@ def test_a_wrong_space_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wrong = replace(stream, axes=stream.axes[1:])
     bad = replace(graph, spaces=[wrong if s is stream else s for s in graph.spaces])
     before = found.state()
-    proof = verify.verify(bad, found.model, found.inputs, found.outputs, generator=torch.Generator().manual_seed(0))
+    proof = verify(bad, found.model, found.inputs, found.outputs, generator=torch.Generator().manual_seed(0))
     assert stream.id in proof.failed
     assert all(torch.equal(value, before[key]) for key, value in found.state().items())
 
