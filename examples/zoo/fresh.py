@@ -41,12 +41,15 @@ def written(predictor: Predictor, found: Sequence[Case], made: Sequence[str]) ->
         f"{predictor.version} was fitted to. Columns as in validation.md; AUROC of solved merges: more than "
         f"{BAD['solved']:g} nats.\n",
     ]
+    known = set(predictor.fitted_on["families"])
     for mode in MODES:
         rows = said(predictor, found, mode)
-        tables = [
-            [name, *figures(own, BAD["solved"] if name.startswith("way solved") else 0.05)]
-            for name, own in parts(rows).items()
-        ]
+        new = [r for r in rows if r.case.pair["family"] not in known]
+        named = {
+            **parts(rows),
+            **{f"new families: {name}": own for name, own in parts(new).items() if "family" not in name},
+        }
+        tables = [[name, *figures(own, BAD["solved"] if "way solved" in name else 0.05)] for name, own in named.items()]
         text += [f"\n## Mode {mode}\n", markdown(HEADER, tables), "\n" + reliability(rows, "family")]
     return "\n".join(text) + "\n"
 

@@ -143,6 +143,11 @@ LATER = (
     Group("textcnn", "modules", 4, 48, 2, steps=300),
     Group("gated", "fashion", 4, 24, 3, steps=300),
     Group("mobile", "mnist", 4, 12, 3, steps=300),
+    Group("textcnn", "packages", 5, 48, 2, steps=300),
+    Group("dense", "digits", 5, 12, 3),
+    Group("textcnn", "modules", 5, 32, 1, steps=300),
+    Group("gated", "digits", 5, 24, 2, steps=300),
+    Group("mobile", "digits", 5, 12, 2, steps=300),
 )
 """Families that predictor 6 was not fitted to."""
 
