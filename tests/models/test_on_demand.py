@@ -22,7 +22,7 @@ from mergeid.models import load
 from mergeid.models.graph import graph_of
 from mergeid.models.load import load_model
 from mergeid.models.loaded import Loaded
-from mergeid.neuron_graph import verify
+from mergeid.neuron_graph import probe, verify
 from mergeid.request.request import Reading, Run
 
 FAMILIES = (
@@ -103,7 +103,7 @@ def test_a_proof_without_a_copy_of_the_matrices(name: str, tmp_path: Path, monke
     found = loaded(saved(name, tmp_path), name, monkeypatch, True)
     before = {k: v.clone() for k, v in found.state().items()}
     usual = graph_of(found)
-    monkeypatch.setattr(verify, "SMALL_NETWORK", 0)
+    monkeypatch.setattr(probe, "SMALL_NETWORK", 0)
     light = graph_of(found)
     assert light.to_json()["spaces"] == usual.to_json()["spaces"]
     assert light.verified is not None and light.verified["max_relative_error"] < 1e-9
