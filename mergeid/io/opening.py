@@ -50,7 +50,7 @@ def open_checkpoint(
     elif isinstance(source, (str, os.PathLike)):
         found = _at(os.fspath(source), isinstance(source, str), revision, allow_pickle, dequantise)
     else:
-        found = _of_module(source)
+        found = _of_module(_live(source))
     if dequantise:
         from mergeid.io.dequantise import dequantised
 
@@ -90,7 +90,22 @@ def module_of(source: Source) -> nn.Module | None:
     """The live module that is named, or that is open; None for all that lies in files."""
     if isinstance(source, Checkpoint):
         return source.module
-    return None if isinstance(source, (str, os.PathLike)) else source
+    return None if isinstance(source, (str, os.PathLike)) else _live(source)
+
+
+def _live(source: object) -> nn.Module:
+    """What is no path has to be a module."""
+    from torch import nn
+
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, type) and issubclass(source, nn.Module):
+        given, so = f"the class {source.__name__}", "make a module of it, which has weights"
+    elif isinstance(source, Mapping):
+        given, so = "a dict of tensors", "load it into its module, or save it as a .safetensors file"
+    else:
+        given, so = f"an object of type {type(source).__name__}", "name its file, or give its module"
+    raise MergeidError(f"a model is {given}; expected a file, a folder, a hub id or a live module: {so}")
 
 
 def is_live(source: Source) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Union
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from mergeid.errors import MergeidError
 from mergeid.neuron_graph.facts import Facts
 from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Group, Layout
 from mergeid.neuron_graph.shadows import Shadows
@@ -83,6 +84,14 @@ class Call:
 
     def outputs(self) -> list[Tensor]:
         return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]
+
+    def refuse_nested(self, tensors: Sequence[Tensor]) -> None:
+        """Raises `MergeidError` where one of these is nested: it has no shape."""
+        if any(t.is_nested for t in tensors):
+            raise MergeidError(
+                f"{self.why} works on nested tensors, whose neurons cannot be followed; set the model up so that it "
+                "pads its sequences instead"
+            )
 
     def freeze_dims(self, layout: Layout, dims: Sequence[int]) -> Layout:
         """Freeze the labels on some dimensions: an operation treats their positions as fixed."""

@@ -61,7 +61,26 @@ def _disturbed(value: OnDemand, generator: torch.Generator) -> Tensor:
 def _copied(model: nn.Module) -> nn.Module:
     """Of a small model a copy with matrices of its own; that of a larger one forms them as it runs."""
     large = sum(p.numel() for p in model.parameters()) > SMALL_NETWORK
-    return light_copy(model) if large else copy.deepcopy(model)
+    try:
+        return light_copy(model) if large else copy.deepcopy(model)
+    except Exception as error:
+        held = [(n, k, v) for n, m in model.named_modules() for k, v in vars(m).items() if k not in vars(nn.Module())]
+        for name, key, value in held:
+            if not _can_be_copied(value):
+                raise MergeidError(
+                    f"{'.'.join(filter(None, (name, key)))} of {type(model).__name__} (of type {type(value).__name__}) "
+                    f"cannot be copied ({reason(error)}), and a graph is verified on a copy; take it off the module "
+                    "meanwhile"
+                ) from error
+        raise
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:  # whatever a foreign object says to that
+        return False
+    return True
 
 
 class at_least(TorchDispatchMode):

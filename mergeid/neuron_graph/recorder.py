@@ -161,6 +161,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return self._opaque(func, args, kwargs)
         call = Call(self, func, args, kwargs)
+        call.refuse_nested(call.tensors())
         self.use(call.tensors())
         for first in call.tensors()[:1]:
             if first.layout == torch.strided:
@@ -168,6 +169,7 @@ class Recorder(TorchDispatchMode):
         targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
         written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
         call.out = self.shadows.run(func, args, kwargs)
+        call.refuse_nested(call.outputs())
         results = _flat(self._apply(call))
         if torch.Tag.inplace_view in func.tags and written and results:
             self._reshaped(written[0], results[0], call)

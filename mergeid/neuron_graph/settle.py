@@ -52,8 +52,9 @@ def own_statistics(model: nn.Module) -> Iterator[None]:
         model: in eval mode. A layer that sees one value per channel keeps what it has.
     """
 
+    @torch.no_grad()  # the model may have switched gradients on
     def take(layer: Any, args: tuple[Any, ...]) -> None:
-        x = args[0]
+        x = args[0].detach()
         over = [d for d in range(x.dim()) if d != 1]
         if x.numel() > x.shape[1]:
             # most of the mean stays: subtracting it, where all positions are nearly alike, would leave their rounding

@@ -23,7 +23,7 @@ def graph(
     source: Source,
     example_inputs: Any = None,
     *,
-    more_inputs: Sequence[Any] = (),
+    more_inputs: Sequence[Any] | None = (),
     outputs: Sequence[str] = (),
     freeze: Sequence[str] = (),
     tie: Sequence[tuple[str, str]] = (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 from types import MethodType
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mergeid
+from mergeid.errors import MergeidError
 from mergeid.models.carried import copyable
 
 
@@ -138,3 +140,28 @@ def test_a_module_that_also_holds_what_its_last_pass_computed() -> None:
     merged.load_state_dict(result.state)
     torch.testing.assert_close(merged(x), nets[0](x))
     assert all(net.last.grad_fn is not None for net in nets)
+
+
+class Holds(nn.Module):
+    """Something that Python does not copy, on a layer of it."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 3)
+        self.body.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Lock, "lock"), (lambda: (k for k in range(3)), "generator")])
+def test_what_cannot_be_copied_is_named(make: Any, kind: str) -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    expected = (
+        rf"body.held of Holds \(of type {kind}\) cannot be copied \(cannot pickle .*\), and a graph is verified on"
+    )
+    with pytest.raises(MergeidError, match=expected):
+        mergeid.graph(Holds(make()), x)
+    with pytest.raises(MergeidError, match=expected):
+        mergeid.merge(Holds(make()), Holds(make()), example_inputs=x, match="always")
+    assert mergeid.graph(Holds([1, {"a": 2}]), x).spaces

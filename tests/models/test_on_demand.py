@@ -22,8 +22,7 @@ from mergeid.models import load
 from mergeid.models.graph import graph_of
 from mergeid.models.load import load_model
 from mergeid.models.loaded import Loaded
-from mergeid.neuron_graph import probe
-from mergeid.neuron_graph.verify import verify
+from mergeid.neuron_graph import probe, verify
 from mergeid.request.request import Reading, Run
 
 FAMILIES = (
@@ -132,7 +131,7 @@ def test_a_wrong_space_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wrong = replace(stream, axes=stream.axes[1:])
     bad = replace(graph, spaces=[wrong if s is stream else s for s in graph.spaces])
     before = found.state()
-    proof = verify(bad, found.model, found.inputs, found.outputs, generator=torch.Generator().manual_seed(0))
+    proof = verify.verify(bad, found.model, found.inputs, found.outputs, generator=torch.Generator().manual_seed(0))
     assert stream.id in proof.failed
     assert all(torch.equal(value, before[key]) for key, value in found.state().items())
 

@@ -374,6 +374,39 @@ def test_a_model_whose_copies_do_not_run_is_refused_in_a_sentence() -> None:
         mergeid.graph(model, X)
 
 
+NO_MODEL = "expected a file, a folder, a hub id or a live module: "
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            dict(nn.Linear(6, 4).state_dict()),
+            f"a model is a dict of tensors; {NO_MODEL}load it into its module, or save",
+        ),
+        (nn.Linear, f"a model is the class Linear; {NO_MODEL}make a module of it"),
+        (X, f"a model is an object of type Tensor; {NO_MODEL}name its file, or give its module"),
+        (len, f"a model is an object of type builtin_function_or_method; {NO_MODEL}"),
+        (7, f"a model is an object of type int; {NO_MODEL}"),
+    ],
+)
+def test_what_is_no_model_is_refused_in_a_sentence(given: object, expected: str) -> None:
+    with pytest.raises(MergeidError, match=expected):
+        mergeid.graph(given, X)
+    for verb in (mergeid.merge, mergeid.plan):
+        with pytest.raises(MergeidError, match=expected):
+            verb(given, given)
+    with pytest.raises(MergeidError, match=expected):
+        mergeid.merge(given, given, match="never")
+
+
+def test_no_further_inputs() -> None:
+    model = made(Branches)
+    assert len(mergeid.graph(model, X, more_inputs=None).spaces) == len(mergeid.graph(model, X).spaces)
+    with pytest.raises(MergeidError, match="more_inputs is 3; expected a list of further inputs"):
+        mergeid.graph(model, X, more_inputs=3)
+
+
 def test_packed_weights_hold_no_neurons() -> None:
     layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()]
     with warnings.catch_warnings():

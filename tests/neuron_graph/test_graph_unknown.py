@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import mergeid
+from mergeid.errors import MergeidError
 from mergeid.neuron_graph import rules
 
 ROWS = (torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),)
@@ -146,3 +148,21 @@ def test_a_batch_of_one_says_the_same():
         x = torch.randn(batch, 3, 6, 6, dtype=torch.float64)
         graphs.append([(s.size, s.blocks, s.parents) for s in traced(model, (x,)).spaces])
     assert graphs[0] == graphs[1]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_in_a_sentence(layout):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            rows = torch.nested.as_nested_tensor([r[None] for r in self.a(x)], layout=layout)
+            return self.b(torch.nested.to_padded_tensor(rows, 0.0))
+
+    with pytest.raises(
+        MergeidError, match="works on nested tensors, whose neurons cannot be followed; set the model up"
+    ):
+        mergeid.graph(Nested(), ROWS)

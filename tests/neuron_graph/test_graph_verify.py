@@ -315,3 +315,30 @@ def test_a_layer_of_several_names_moves_under_all_of_them(times):
     wrong = replace(stream, axes=tuple(a for a in stream.axes if not a.tensor.startswith("up.")))
     held = replace(graph, spaces=[wrong])
     assert verify(held, model, (inputs,), call, generator=torch.Generator().manual_seed(0)).failed == (stream.id,)
+
+
+class Slope(nn.Module):
+    """Its forward pass takes a derivative through a layer with statistics, which no permutation changes by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.b(self.norm(self.a(x))).sum(-1)
+            return energy.detach(), -torch.autograd.grad(energy.sum(), x)[0]
+
+
+def test_statistics_settle_where_a_model_takes_derivatives():
+    torch.manual_seed(0)
+    model, inputs = Slope().double().eval(), torch.randn(5, 6).double()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad(), own_statistics(model):
+        model(inputs)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "running" not in k)
+    assert not torch.equal(model.norm.running_var, state["norm.running_var"]) and not model.norm.running_var.grad_fn
+    with torch.no_grad():
+        assert float(model.norm(model.a(inputs)).abs().max()) < 1  # near 0.1
+    assert only(mergeid.graph(model, inputs), "a.weight", 0).size == 8
