@@ -213,7 +213,8 @@ def _formed(
         return found.on(under.form())
 
     reads = tuple((adapter, name) for name in (first, second, magnitude) if name is not None)
-    return Formed(under.info, form, (*under.reads, *reads))
+    how = f"{under.how}, LoRA times {scaling}, transposed {transposed}, embedding {embedding}, DoRA {magnitude}"
+    return Formed(under.info, form, (*under.reads, *reads), how)
 
 
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapped: bool) -> bool:
@@ -239,7 +240,7 @@ def _replaced(adapter: TensorSource, name: str, base: TensorSource, target: str)
     from mergeid.io.dtypes import torch_dtype
 
     dtype = torch_dtype(base.table[target].dtype)
-    return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),))
+    return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),), "whole")
 
 
 def _in(base: TensorSource, name: str, folder: Path) -> str:

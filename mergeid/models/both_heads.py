@@ -171,7 +171,7 @@ def _widened(model: TensorSource, name: str, classes: Sequence[int], at: int | N
             found[sum(classes[:at]) : sum(classes[: at + 1])] = model.tensor(name)
         return found
 
-    return Formed(TensorInfo(info.dtype, shape), form, ((model, name),))
+    return Formed(TensorInfo(info.dtype, shape), form, ((model, name),), f"widened {classes} {at}")
 
 
 def _labels(models: Sequence[Checkpoint], classes: Sequence[int], notes: list[str]) -> list[str] | None:

@@ -101,12 +101,12 @@ def mixed(
         info = TensorInfo(dtype or info.dtype, info.shape) if info.dtype in FLOATS else info
         model = inputs.models[0 if which is None else which + 1]
         make = partial(form, place, which, name, ends, torch_dtype(info.dtype))
-        formed[place] = Formed(info, make, ((model, name),))
+        formed[place] = Formed(info, make, ((model, name),), f"{None if which is None else experts[which]} {ends}")
     kind = dtype or base.table[made.embedding].dtype
     zeros = {place: torch.zeros(shape) for place, shape in made.zeros.items()}
     for place, value in {**gates, **zeros}.items():
         make = partial(value.contiguous().to, torch_dtype(kind))
-        formed[place] = Formed(TensorInfo(kind, tuple(value.shape)), make, ())
+        formed[place] = Formed(TensorInfo(kind, tuple(value.shape)), make, (), "a router")
     told = made.config
     if dtype is not None:
         told = {**told, "dtype" if "dtype" in told else "torch_dtype": str(torch_dtype(dtype)).removeprefix("torch.")}
