@@ -141,8 +141,8 @@ def _linear_weights(model: Checkpoint) -> tuple[set[str], bool, dict[str, list[s
     that are tied to it and lie in no file."""
     from torch import nn
 
+    from mergeid.io.building import Room, build
     from mergeid.models.architecture import find_architecture
-    from mergeid.models.building import Room, build
     from mergeid.nn.names import plain_table
 
     adapter, arch = find_architecture(model)
