@@ -155,6 +155,9 @@ def test_what_cannot_be_a_mixture_is_refused(models: list[Path], tmp_path: Path)
         mergeid.moe(_saved("qwen2", tmp_path), [tmp_path / "qwen2"] * 2, gate_mode="random", architecture="deepseek")
     with pytest.raises(MergeidError, match="Qwen MoE needs one shared expert"):
         mergeid.moe(tmp_path / "qwen2", [tmp_path / "qwen2"] * 2, gate_mode="random")
+    with pytest.raises(MergeidError, match="DeepSeek MoE has no sliding windows, and these models have one of 3 tok"):
+        mistral = _saved("mistral", tmp_path, sliding_window=3)
+        mergeid.moe(mistral, [mistral] * 2, gate_mode="random", architecture="deepseek")
     with pytest.raises(MergeidError, match="is not known; expected Mixtral, DeepSeek MoE"):
         mergeid.moe(models[0], models[1:], gate_mode="random", architecture="switch")
 
@@ -218,6 +221,9 @@ LLAMA3 = {
     [
         ("llama", None, "mixtral", LLAMA3),
         ("mistral", "mixtral", "mixtral", {}),
+        ("mistral", "mixtral", "mixtral", {"sliding_window": 3}),
+        ("mistral", "mixtral", "mixtral", {"sliding_window": None}),
+        ("mistral", "qwen", "qwen2_moe", {"sliding_window": 3}),
         ("llama", "qwen", "qwen2_moe", LLAMA3),
         ("qwen2", None, "qwen2_moe", {"tie_word_embeddings": True}),
         ("qwen2", "Qwen MoE", "qwen2_moe", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
