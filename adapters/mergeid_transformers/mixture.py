@@ -5,6 +5,7 @@ Qwen2-MoE, and Qwen3's a Qwen3-MoE."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Kind:
         shared_block: where they lie.
         shared_gate: their router; empty: they have none.
         biased: whether queries, keys and values have biases.
-        scales_rotary: whether it scales rotary positions as the dense models do.
+        plain: whether it has neither scaled rotary positions nor sliding windows, as some dense models have.
         note: what the user should know of it.
     """
 
@@ -57,7 +58,7 @@ class Kind:
     shared_block: str = ""
     shared_gate: str = ""
     biased: bool = False
-    scales_rotary: bool = True
+    plain: bool = False
     note: str = ""
 
 
@@ -66,7 +67,7 @@ def _mixtral(config: Config, asked: MixtureRequest) -> dict[str, Any]:
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
         "num_local_experts": asked.experts,
-        "sliding_window": None,
+        "sliding_window": config.get("sliding_window"),
     }
 
 
@@ -94,6 +95,13 @@ def _deepseek(config: Config, asked: MixtureRequest) -> dict[str, Any]:
 
 def _qwen3(config: Config, asked: MixtureRequest) -> dict[str, Any]:
     windows = {key: config.get(key) for key in _WINDOWS} if config.get("use_sliding_window") else {}
+    if config["model_type"] == "mistral" and config.get("sliding_window"):  # in all layers
+        windows = {
+            "use_sliding_window": True,
+            "sliding_window": config["sliding_window"],
+            "max_window_layers": 0,
+            "layer_types": ["sliding_attention"] * config["num_hidden_layers"],
+        }
     return {
         **windows,
         "model_type": "qwen3_moe",
@@ -131,7 +139,7 @@ KINDS = (
         _deepseek,
         shared=(0, 1),
         shared_block="shared_experts",
-        scales_rotary=False,
+        plain=True,
         note="the result runs DeepSeek's own code from the hub: transformers needs trust_remote_code=True for it",
     ),
     Kind(
@@ -199,7 +207,10 @@ def _why_not(kind: Kind, config: Config, asked: MixtureRequest) -> str:
         return "needs positive_prompts for its shared expert"
     if asked.shared and not kind.shared_gate and asked.gated:
         return "has no router for its shared expert; leave out its prompts"
-    return "does not scale rotary positions as these models do" if scaled and not kind.scales_rotary else ""
+    window = config.get("sliding_window") or math.inf
+    if kind.plain and config["model_type"] == "mistral" and window < config["max_position_embeddings"]:
+        return f"has no sliding windows, and these models have one of {window} tokens"
+    return "does not scale rotary positions as these models do" if scaled and kind.plain else ""
 
 
 def _made(kind: Kind, config: Config, names: Sequence[str], asked: MixtureRequest) -> Mixture:

@@ -22,6 +22,7 @@ from mergeid.combine.tensor_plan import TensorPlan, plan_many
 from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import default_companions
+from mergeid.io.derived import origins
 from mergeid.io.dtypes import tensor_bytes
 from mergeid.io.folders import PARTS
 from mergeid.io.output import check_output
@@ -206,11 +207,9 @@ def _request(inputs: Inputs, settings: MergeSettings, plan: TensorPlan, record: 
     """What the result's bytes depend on: a merge that was stopped goes on only where all of it is the same."""
     stats = [path.stat() for checkpoint in inputs.used for path in checkpoint.files]
     plans = [record.get("plan") or {}, *record.get("further_plans", ())]
-    repaired = hashlib.sha256()
-    for name, tensor in inputs.overrides.items():
-        repaired.update(name.encode() + bytes(tensor_bytes(tensor)))
     return {
         "models": [[str(path) for path in c.files] for c in inputs.used],
+        "parts of the models (slices, adapters, tokens, --dequantise)": origins(inputs.used),
         "weight files (they were changed)": [[s.st_size, s.st_mtime_ns] for s in stats],
         "method": settings.method.name,
         "settings": settings.to_json(),
@@ -219,8 +218,18 @@ def _request(inputs: Inputs, settings: MergeSettings, plan: TensorPlan, record: 
         "order of neurons": [p.get("permutations", {}) for p in plans],
         "turned heads": [p.get("turns", []) for p in plans],
         "signs, maps and scales": [p.get("maps", []) for p in plans],
-        "repaired tensors": repaired.hexdigest(),
+        "repaired tensors": _digest(inputs.overrides),
+        "statistics of the data": [_digest(found) for found in inputs.statistics or ()],
     }
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors, or of tuples that begin with one, by name."""
+    found = hashlib.sha256()
+    for name, value in tensors.items():
+        tensor, *more = value if isinstance(value, tuple) else (value,)
+        found.update(f"{name} {more}".encode() + bytes(tensor_bytes(tensor.cpu().contiguous())))
+    return found.hexdigest()
 
 
 def _merge(inputs: Inputs, plan: TensorPlan, settings: MergeSettings) -> NumpyMerge | TorchMerge:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from mergeid.io.tensors import TensorSource
 
 
-def not_finite(name: str, checkpoint: TensorSource, *, nan: bool) -> str:
-    """A tensor of an input holds NaN or an infinite number."""
+def not_finite(name: str, checkpoint: TensorSource, *, nan: bool, skips: bool = True) -> str:
+    """A tensor of an input holds NaN or an infinite number; `skips`: whether the verb knows ``--skip``."""
     what = "NaN" if nan else "an infinite number"
+    other = f", or take this tensor from the first model as is with --skip {name!r}" if skips else ""
     return (
-        f"tensor {name!r} of {checkpoint.file_of[name]} holds {what}; expected finite weights: use another checkpoint, "
-        f"or take this tensor from the first model as is with --skip {name!r}"
+        f"tensor {name!r} of {checkpoint.file_of[name]} holds {what}; expected finite weights: use another checkpoint"
+        f"{other}"
     )
 
 

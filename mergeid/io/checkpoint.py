@@ -150,6 +150,10 @@ class Checkpoint:
         begin, end = self._spans[name]
         return memoryview(self._map(self.file_of[name]))[begin:end]
 
+    def origin(self, name: str) -> str:
+        """Where the numbers of a tensor come from: the same words mean the same numbers, while files stay the same."""
+        return f"{self.file_of[name]} {self._spans.get(name, name)}"
+
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, mapped, not copied."""
         return {name: self.tensor(name) for name in self.table}

@@ -80,7 +80,8 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
         else:
             continue
         used |= {*reads}
-        formed[name] = Formed(made, form, tuple((checkpoint, n) for n in reads))
+        how = f"dequantised by {config.get(QUANTISED)}"
+        formed[name] = Formed(made, form, tuple((checkpoint, n) for n in reads), how)
     if not formed:
         if QUANTISED in config:
             raise MergeidError(

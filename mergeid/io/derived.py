@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,11 +26,13 @@ class Formed:
         info: its dtype and shape.
         form: gives it, on the CPU.
         reads: the checkpoints and names that it is formed from.
+        how: what its numbers depend on besides those, in words that differ where the numbers may.
     """
 
     info: TensorInfo
     form: Callable[[], Tensor]
     reads: tuple[tuple[TensorSource, str], ...]
+    how: str
 
 
 @dataclass(eq=False, repr=False)
@@ -59,6 +62,11 @@ class Derived(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         return self.formed[name].form()
 
+    def origin(self, name: str) -> str:
+        one = self.formed[name]
+        parts = [one.how, one.info.dtype, str(one.info.shape), *(source.origin(of) for source, of in one.reads)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def release(self, name: str) -> None:
         for checkpoint, source in self.formed[name].reads:
             checkpoint.release(source)
@@ -82,7 +90,16 @@ class Derived(Checkpoint):
 
 def read_from(checkpoint: TensorSource, name: str) -> Formed:
     """A tensor of another checkpoint as it is."""
-    return Formed(checkpoint.table[name], lambda: checkpoint.tensor(name), ((checkpoint, name),))
+    return Formed(checkpoint.table[name], lambda: checkpoint.tensor(name), ((checkpoint, name),), "as it is")
+
+
+def origins(checkpoints: Iterable[Checkpoint]) -> str:
+    """One digest of where all tensors of these come from."""
+    found = hashlib.sha256()
+    for checkpoint in checkpoints:
+        for name in checkpoint.table:
+            found.update(f"{name}\n{checkpoint.origin(name)}\n".encode())
+    return found.hexdigest()
 
 
 def derived(

@@ -19,6 +19,7 @@ from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
+from mergeid.io.lora_places import Places, base_ties
 from mergeid.io.tensors import TensorSource
 
 if TYPE_CHECKING:
@@ -156,7 +157,6 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
         MergeidError: factors that miss their partner, modules that the base does not have, other shapes.
     """
     folder = adapter.path.parent
-    formed = {name: read_from(base, name) for name in base.table}
     factors: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     for name in adapter.table:
@@ -169,17 +169,23 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
             raise MergeidError(f"{folder}: {name} is a bias of a LoRA factor; merge the adapter with PEFT first")
         else:
             factors.setdefault(match[1], {})[match[2]] = name
-    for short, name in whole.items():
-        if _tied_copy(short, name, whole, adapter, base):
-            continue
-        target = _in(base, short, folder)
-        if adapter.table[name].shape != base.table[target].shape:
+    copies = [short for short, name in whole.items() if _tied_copy(short, name, whole, adapter, base)]
+    replaced = {short: name for short, name in whole.items() if short not in copies}
+    places = Places(base, folder)
+    if base_ties(base):
+        places = Places(places.untied([*replaced, *(f"{module}.weight" for module in factors)], copies), folder)
+    under = places.base
+    formed = {name: read_from(under, name) for name in under.table}
+    for short, name in replaced.items():
+        target = places.of(short)
+        if adapter.table[name].shape != under.table[target].shape:
             raise _misfit(folder, name, adapter.table[name].shape, base, target)
-        formed[target] = _replaced(adapter, name, base, target)
+        formed[target] = _replaced(adapter, name, under, target)
     for module, parts in factors.items():
-        target = _in(base, f"{module}.weight", folder)
-        formed[target] = _formed(formed[target], base, target, adapter, module, parts, told)
-    return replace(derived(os.fspath(folder), base, formed, parents=[base, adapter]), adapter=True)
+        target = places.of(f"{module}.weight")
+        formed[target] = _formed(formed[target], under, target, adapter, module, parts, told)
+    config = under.config if under.config_changed else None
+    return replace(derived(os.fspath(folder), base, formed, parents=[base, adapter], config=config), adapter=True)
 
 
 def _formed(
@@ -213,7 +219,8 @@ def _formed(
         return found.on(under.form())
 
     reads = tuple((adapter, name) for name in (first, second, magnitude) if name is not None)
-    return Formed(under.info, form, (*under.reads, *reads))
+    how = f"{under.how}, LoRA times {scaling}, transposed {transposed}, embedding {embedding}, DoRA {magnitude}"
+    return Formed(under.info, form, (*under.reads, *reads), how)
 
 
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapped: bool) -> bool:
@@ -227,7 +234,7 @@ def _tied_copy(short: str, name: str, whole: Mapping[str, str], adapter: TensorS
     """Whether a whole tensor is that of a head which the base ties to its embedding, and says the same as it."""
     import torch
 
-    if short in base.table or not (base.config or {}).get("tie_word_embeddings"):
+    if short in base.table or not base_ties(base):
         return False
     shape = adapter.table[name].shape
     alike = [n for s, n in whole.items() if s in base.table and adapter.table[n].shape == shape]
@@ -239,19 +246,7 @@ def _replaced(adapter: TensorSource, name: str, base: TensorSource, target: str)
     from mergeid.io.dtypes import torch_dtype
 
     dtype = torch_dtype(base.table[target].dtype)
-    return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),))
-
-
-def _in(base: TensorSource, name: str, folder: Path) -> str:
-    """The base's tensor of that name, whatever stands before it in either."""
-    if name in base.table:
-        return name
-    ends = [n for n in base.table if n.endswith(f".{name}") or name.endswith(f".{n}")]
-    if len(ends) != 1:
-        what = f"{len(ends)} tensors with that ending" if ends else "no such tensor"
-        cure = "expected the base that the adapter was trained on"
-        raise MergeidError(f"{folder} changes {name!r}, and {base.source} has {what}; {cure}")
-    return ends[0]
+    return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),), "whole")
 
 
 def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: TensorSource, target: str) -> MergeidError:

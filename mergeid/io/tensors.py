@@ -43,6 +43,10 @@ class TensorSource(Protocol):
         """One tensor on the CPU, in its own format, mapped where it lies in a file. Not to be written into."""
         ...
 
+    def origin(self, name: str) -> str:
+        """Where the numbers of a tensor come from: the same words mean the same numbers, while files stay the same."""
+        ...
+
     def release(self, name: str) -> None:
         """It is not needed for now: its memory may go."""
         ...

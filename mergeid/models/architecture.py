@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from mergeid.errors import MergeidError
+from mergeid.io.building import BARE, Room, within
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.tensors import TensorSource
-from mergeid.models.building import BARE, Room, within
 from mergeid.nn.names import plain_table
 from mergeid.plugins import Adapter, Architecture, adapter_names, get_adapter, near_names
 

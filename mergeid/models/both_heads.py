@@ -15,13 +15,13 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from mergeid.errors import MergeidError, shown
+from mergeid.io.building import Room, build
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import label_map
 from mergeid.io.derived import Formed, derived, read_from
 from mergeid.io.dtypes import torch_dtype
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import find_architecture
-from mergeid.models.building import Room, build
 from mergeid.nn.names import is_asymmetric
 from mergeid.plugins import Adapter, Architecture, KnowsHeads, SetsClasses, TensorInfo
 from mergeid.request.request import Reading
@@ -171,7 +171,7 @@ def _widened(model: TensorSource, name: str, classes: Sequence[int], at: int | N
             found[sum(classes[:at]) : sum(classes[: at + 1])] = model.tensor(name)
         return found
 
-    return Formed(TensorInfo(info.dtype, shape), form, ((model, name),))
+    return Formed(TensorInfo(info.dtype, shape), form, ((model, name),), f"widened {classes} {at}")
 
 
 def _labels(models: Sequence[Checkpoint], classes: Sequence[int], notes: list[str]) -> list[str] | None:

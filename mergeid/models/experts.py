@@ -59,7 +59,9 @@ def _apart(model: Checkpoint, whole: str, kinds: Sequence[Sequence[str]]) -> dic
         def form() -> Tensor:
             return model.tensor(whole)[expert, kind * rows : (kind + 1) * rows]
 
-        return Formed(TensorInfo(info.dtype, (rows, *info.shape[2:])), form, ((model, whole),))
+        return Formed(
+            TensorInfo(info.dtype, (rows, *info.shape[2:])), form, ((model, whole),), f"expert {expert}, {kind}"
+        )
 
     return {name: part(e, k) for k, experts in enumerate(kinds) for e, name in enumerate(experts)}
 
@@ -75,4 +77,4 @@ def _together(model: Checkpoint, kinds: Sequence[Sequence[str]]) -> Formed:
         return torch.cat([torch.stack([model.tensor(name) for name in experts]) for experts in kinds], 1)
 
     reads = tuple((model, name) for experts in kinds for name in experts)
-    return Formed(TensorInfo(info.dtype, shape), form, reads)
+    return Formed(TensorInfo(info.dtype, shape), form, reads, f"{len(kinds)} kinds of experts")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
+from mergeid.io.building import BARE, Room, build, skeleton
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.dtypes import torch_dtype
 from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
-from mergeid.models.building import BARE, Room, build, skeleton
 from mergeid.models.loaded import Loaded, ModuleAdapter, takes_labels
 from mergeid.models.mapped import LARGEST_HELD, put_mapped
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys

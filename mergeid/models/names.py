@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mergeid.errors import MergeidError
+from mergeid.io.building import Room, build
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import derived, read_from
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import find_architecture
-from mergeid.models.building import Room, build
 from mergeid.models.experts import as_in_first
 from mergeid.nn.names import is_asymmetric, plain_table
 

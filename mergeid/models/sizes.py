@@ -100,7 +100,7 @@ def _resize(found: SameSizes, i: int, at: int, made: Resized, adapter: ResizesTa
             formed[name] = read_from(target, name)
         else:
             info = TensorInfo(other.table[name].dtype, target.table[name].shape)
-            formed[name] = Formed(info, _form(other, name, resample), ((other, name),))
+            formed[name] = Formed(info, _form(other, name, resample), ((other, name),), f"resampled {size}")
     config = None if other.config is None else adapter.config_at(other.config, arch, made.to, target.config)
     parents = [other, target] if None in made.tensors.values() else [other]
     found.models[i] = derived(other.source, other, formed, parents=parents, config=config)

@@ -116,8 +116,8 @@ def stacked(slices: Sequence[Slice], name: str = "") -> Derived:
 
 def behind(model: Checkpoint, layers: Layers) -> set[str]:
     """Tensors that the network uses behind its layers: those that come after them where the network is built."""
+    from mergeid.io.building import Room, build
     from mergeid.models.architecture import find_architecture
-    from mergeid.models.building import Room, build
     from mergeid.nn.names import plain_table
 
     adapter, arch = find_architecture(model)

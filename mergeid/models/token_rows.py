@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,7 +105,10 @@ def reordered(at: int, name: str, models: Sequence[TensorSource], rows: Sequence
             found[bare] = (found.sum(0, dtype=torch.float64) / max(len(found) - len(bare), 1)).to(mine.dtype)
         return found
 
-    return Formed(TensorInfo(info.dtype, (target.rows.size, *info.shape[1:])), form, tuple((m, name) for m in models))
+    told = (at, [r.of for r in rows], target.rows.of, target.like, target.given, sorted(target.forced))
+    how = hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).hexdigest()
+    made = TensorInfo(info.dtype, (target.rows.size, *info.shape[1:]))
+    return Formed(made, form, tuple((m, name) for m in models), how)
 
 
 def _elsewhere(tokens: Sequence[str], tensors: Sequence[Tensor], rows: Sequence[Rows], target: Target) -> Tensor:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.combine.apply import Inputs
+from mergeid.combine.refusals import not_finite, overflows
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived
-from mergeid.io.dtypes import FLOATS, torch_dtype
+from mergeid.io.dtypes import FLOATS, dtype_name, torch_dtype
 from mergeid.io.tensors import TensorSource
 from mergeid.plugins import MakesMixtures, Mixture, MixtureRequest, TensorInfo, adapter_names, get_adapter
 
@@ -86,14 +87,20 @@ def mixed(
     def form(place: str, which: int | None, name: str, ends: bool, to: torch.dtype) -> Tensor:
         at = 0 if which is None else which + 1
         value, move = inputs.models[at].tensor(name), moved[at]
+        if not bool(value.isfinite().all()):
+            raise MergeidError(not_finite(name, inputs.models[at], nan=bool(value.isnan().any()), skips=False))
         value = value if move is None else move(name, value)
+        scale = 1.0
         if which is not None:
             scale, noise = experts[which].residual_scale if ends else 1.0, experts[which].noise_scale
             if noise:
                 drawn = torch.randn(value.shape, generator=draws(place), dtype=torch.float32)
                 value = value.double().add_(drawn, alpha=noise)
             value = value if scale == 1 else value.double() * scale
-        return value.to(to)
+        found = value.to(to)
+        if not bool(found.isfinite().all()):
+            raise MergeidError(overflows(place, dtype_name(to), [scale]))
+        return found
 
     formed: dict[str, Formed] = {}
     for place, (which, name, ends) in made.tensors.items():
@@ -101,12 +108,12 @@ def mixed(
         info = TensorInfo(dtype or info.dtype, info.shape) if info.dtype in FLOATS else info
         model = inputs.models[0 if which is None else which + 1]
         make = partial(form, place, which, name, ends, torch_dtype(info.dtype))
-        formed[place] = Formed(info, make, ((model, name),))
+        formed[place] = Formed(info, make, ((model, name),), f"{None if which is None else experts[which]} {ends}")
     kind = dtype or base.table[made.embedding].dtype
     zeros = {place: torch.zeros(shape) for place, shape in made.zeros.items()}
     for place, value in {**gates, **zeros}.items():
         make = partial(value.contiguous().to, torch_dtype(kind))
-        formed[place] = Formed(TensorInfo(kind, tuple(value.shape)), make, ())
+        formed[place] = Formed(TensorInfo(kind, tuple(value.shape)), make, (), "a router")
     told = made.config
     if dtype is not None:
         told = {**told, "dtype" if "dtype" in told else "torch_dtype": str(torch_dtype(dtype)).removeprefix("torch.")}

@@ -13,6 +13,7 @@ import numpy as np
 from mergeid.combine.apply import Inputs, Transform, merge_checkpoints
 from mergeid.combine.asymmetric import note
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.derived import origins
 from mergeid.request.request import Output, Run
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def rewrite(
         replace=config_files(checkpoint),
         request={
             "models": [str(path) for path in checkpoint.files],
+            "parts of the models (adapters, --dequantise)": origins([checkpoint]),
             "weight files (they were changed)": [[s.st_size, s.st_mtime_ns] for s in map(Path.stat, checkpoint.files)],
             **(request or {}),
         },

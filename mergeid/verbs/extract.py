@@ -52,6 +52,7 @@ def extract(
     """
     from mergeid.combine.tensor_plan import plan_tensors
     from mergeid.io.output import check_output
+    from mergeid.models.adapter_modules import Anatomy, module_of
 
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise MergeidError(f"--rank is {rank!r}; expected a whole number from 1")
@@ -61,44 +62,42 @@ def extract(
     if target.suffix == ".safetensors":
         raise MergeidError(f"{target} would be one file; expected a folder for the adapter (option -o)")
     merged = plan_tensors(origin, tuned).merged
-    linear, transposed, tied = _linear_weights(origin)
+    network = Anatomy.of(origin)
     result = ExtractResult(rank)
     tensors: dict[str, Tensor] = {}
-    modules: set[str] = set()
+    factored: set[str] = set()
+    whole: dict[str, str] = {}
     lost = size = 0.0
     for done, name in enumerate(merged):
         delta = tuned.tensor(name).double() - origin.tensor(name).double()
         if bool(delta.any()):
-            module = name.rpartition(".")[0]
-            if name in linear:
-                flat = delta.T if transposed else delta
-                factors, missed, whole = _truncated(flat, rank)
+            key = network.key_of(name)
+            if key in network.linear:
+                factors, missed, all_of_it = _truncated(delta.T if network.transposed else delta, rank)
+                module = module_of(key)
                 tensors |= {f"{_PREFIX}{module}.lora_{k}.weight": f.float() for k, f in factors.items()}
-                result.errors[name] = (missed / whole) ** 0.5
-                lost, size = lost + missed, size + whole
+                factored.add(module)
+                result.errors[name] = (missed / all_of_it) ** 0.5
+                lost, size = lost + missed, size + all_of_it
             else:
-                result.whole.append(name)
-            modules.add(module)
+                whole[key] = name
         for checkpoint in (tuned, origin):
             checkpoint.release(name)
         if progress is not None:
             progress("decomposing", done + 1, len(merged))
-    if not modules:
-        raise MergeidError(f"{tuned.source} and {origin.source} hold the same weights; there is nothing to extract")
+    if not factored:
+        raise MergeidError(_nothing_factored(tuned, origin, list(whole.values())))
+    result.whole = list(whole.values())
     result.error = (lost / size) ** 0.5 if size else 0.0
-    factored = {n.removeprefix(_PREFIX).rpartition(".lora_")[0] for n in tensors}
-    biased = [n for n in result.whole if n.rpartition(".")[0] in factored]
-    for module in {n.rpartition(".")[0] for n in result.whole if n not in biased}:
-        for name in (n for n in merged if n.rpartition(".")[0] == module):
-            tensors[f"{_PREFIX}{name}"] = tuned.tensor(name).clone()
-    for name in biased:  # of layers with factors, which PEFT wraps
-        module, _, last = name.rpartition(".")
-        tensors[f"{_PREFIX}{module}.base_layer.{last}"] = tuned.tensor(name).clone()
-    saved = {n.rpartition(".")[0] for n in result.whole if n not in biased}
-    for name in result.whole:  # PEFT replaces modules one by one, and would leave a tied head the base's embedding
-        for other in tied.get(name, ()):
-            tensors[f"{_PREFIX}{other}"] = tuned.tensor(name).clone()
-            saved.add(other.rpartition(".")[0])
+    biased = [key for key in whole if module_of(key) in factored]
+    for key in biased:  # of layers with factors, which PEFT wraps
+        tensors[f"{_PREFIX}{module_of(key)}.base_layer.{key.rpartition('.')[2]}"] = tuned.tensor(whole[key]).clone()
+    rest = [key for key in whole if key not in biased]
+    # PEFT replaces modules one by one, and would leave a tied head the base's embedding
+    saved = network.saved([*rest, *(k for key in rest for k in network.tied[key])], factored)
+    for key in network.entries:
+        if any(key.startswith(f"{module}.") for module in saved):
+            tensors[f"{_PREFIX}{key}"] = tuned.tensor(network.name_of(key)).clone()
     ranks = {m: len(tensors[f"{_PREFIX}{m}.lora_A.weight"]) for m in sorted(factored)}
     lower = {_pattern(m, ranks): r for m, r in ranks.items() if r != rank}
     config: dict[str, Any] = {
@@ -108,9 +107,9 @@ def extract(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "lora_only" if biased else "none",
-        "fan_in_fan_out": transposed,
-        "target_modules": sorted(factored),
-        "modules_to_save": sorted(saved) or None,
+        "fan_in_fan_out": network.transposed,
+        "target_modules": network.targets(factored),
+        "modules_to_save": saved or None,
         "rank_pattern": lower,
         "alpha_pattern": lower,
         "inference_mode": True,
@@ -136,36 +135,14 @@ def _truncated(delta: Tensor, rank: int) -> tuple[dict[str, Tensor], float, floa
     return factors, float(s[kept:].square().sum()), float(s.square().sum())
 
 
-def _linear_weights(model: Checkpoint) -> tuple[set[str], bool, dict[str, list[str]]]:
-    """Names of the weights of linear layers; whether those are stored [in, out]; and tensor name -> keys of the network
-    that are tied to it and lie in no file."""
-    from torch import nn
-
-    from mergeid.models.architecture import find_architecture
-    from mergeid.models.building import Room, build
-    from mergeid.nn.names import plain_table
-
-    adapter, arch = find_architecture(model)
-    network = build(adapter, arch, Room.of(model.table), device="meta")
-    names = adapter.tensor_names(arch, network, plain_table(model.table))
-    modules = dict(network.named_modules())
-    groups: dict[int, list[str]] = {}
-    for key, value in network.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), []).append(key)
-    alike = {key: group for group in groups.values() for key in group}
-    tied: dict[str, list[str]] = {}
-    found: dict[str, bool] = {}
-    for name, key in names.items():
-        tied[name] = [k for k in alike.get(key, ()) if k != key and k not in names.values()]
-        module = modules.get(key.rpartition(".")[0])
-        # transformers' Conv1D is a linear layer whose weight is [in, out]
-        stored = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        if key.endswith(".weight") and (isinstance(module, nn.Linear) or stored) and not tied[name]:
-            found[name] = stored
-    kinds = set(found.values())
-    if len(kinds) > 1:  # a head among Conv1D layers: PEFT has one setting for all
-        found = {name: stored for name, stored in found.items() if stored}
-    return set(found), kinds >= {True}, tied
+def _nothing_factored(tuned: Checkpoint, origin: Checkpoint, whole: list[str]) -> str:
+    if not whole:
+        return f"{tuned.source} and {origin.source} hold the same weights; there is nothing to extract"
+    more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
+    return (
+        f"{whole[0]}{more} changed between {origin.source} and {tuned.source}, and no weight of a linear layer did, so "
+        "there is nothing that an adapter factors; keep the fine-tune itself"
+    )
 
 
 def _write(target: Path, tensors: dict[str, Tensor], config: dict[str, Any], force: bool) -> list[Path]:

@@ -162,6 +162,108 @@ def test_adapters_that_are_more_than_an_update_are_refused(bases: Path, tmp_path
         open_checkpoint(f"{bases / 'llama'}+{folder}")
 
 
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 48, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS = torch.tensor([[1, 7, 3, 40]])
+
+
+def vit() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=3)
+    )
+
+
+def mixtral() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TEXT, num_local_experts=2))
+
+
+def tied(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return gpt2()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, tie_word_embeddings=True))
+
+
+def trained(base: torch.nn.Module, folder: Path, **told: Any) -> Path:
+    """Saves a base and a random adapter of PEFT on it; the folder of the adapter."""
+    base.save_pretrained(folder / "base")
+    model = get_peft_model(type(base).from_pretrained(folder / "base"), LoraConfig(r=4, **told))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it saves embeddings
+        model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def same_function(kind: Any, folder: Path, x: torch.Tensor) -> None:
+    """The written merge of BASE+ADAPTER with itself computes what PEFT's model does, as it was trained."""
+    both = f"{folder / 'base'}+{folder / 'adapter'}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mergeid.merge(both, both, output=folder / "out", **PLAIN)
+        expected = PeftModel.from_pretrained(kind.from_pretrained(folder / "base"), folder / "adapter").eval()
+    with torch.no_grad():
+        found = kind.from_pretrained(folder / "out").eval()(x).logits
+        torch.testing.assert_close(found, expected(x).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("build", "saved"), [(vit, "classifier"), (mixtral, "gate")])
+def test_files_may_have_other_names_than_the_network(tmp_path: Path, build: Any, saved: str) -> None:
+    """PEFT names modules of the network; transformers writes some of them under older names."""
+    model = build()
+    trained(model, tmp_path, target_modules=ATTENTION, modules_to_save=[saved])
+    same_function(type(model), tmp_path, torch.randn(1, 3, 16, 16) if build is vit else TOKENS)
+
+
+def test_experts_that_the_library_stacks_are_refused(tmp_path: Path) -> None:
+    folder = trained(mixtral(), tmp_path, target_modules=ATTENTION, modules_to_save=["experts"])
+    with pytest.raises(MergeidError, match=r"changes '.*experts\..*', into which experts are stacked that"):
+        open_checkpoint(f"{tmp_path / 'base'}+{folder}")
+
+
+TIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "embedding factored": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "head saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "head factored": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "both saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "both stay one": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "another library name": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "fan_in_fan_out": True},
+    ),
+    "neither": ("llama", {"target_modules": ["q_proj"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie", "ignore:.*tied")  # PEFT's
+@pytest.mark.parametrize("kind", TIED)
+def test_an_adapter_that_changes_one_of_two_tied_tensors(tmp_path: Path, kind: str) -> None:
+    name, told = TIED[kind]
+    model = tied(name)
+    trained(model, tmp_path, **told)
+    same_function(type(model), tmp_path, TOKENS)
+    stays = json.loads((tmp_path / "out" / "config.json").read_text()).get("tie_word_embeddings", True)
+    assert stays == (kind in ("both stay one", "neither"))
+
+
+@pytest.mark.filterwarnings("ignore:.*tie", "ignore:.*tied")  # PEFT's
+def test_one_of_several_tied_embeddings_is_refused(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    folder = trained(model, tmp_path, target_modules=["q"], modules_to_save=["encoder.embed_tokens"])
+    with pytest.raises(MergeidError, match=r"changes 'encoder.embed_tokens.weight' and not .*, which are one in"):
+        open_checkpoint(f"{tmp_path / 'base'}+{folder}")
+
+
 def test_adapters_are_merged_as_products(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """rsLoRA, unequal ranks and DoRA: the merge of the full models, and of an adapter with its base."""
     base = bases / "llama"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from mergeid.errors import MergeidError
 from mergeid.io import stream
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.journal import NAME, Journal
+from mergeid.io.opening import open_checkpoint
 from mergeid.io.stream import CheckpointWriter
+from mergeid.methods.statistics import Gram
+from mergeid.models.slices import Slice, stacked
 from mergeid.request.request import Output
 
 
@@ -168,6 +172,87 @@ def test_a_merge_of_other_models_does_not_go_on(tmp_path: Path) -> None:
     with pytest.raises(MergeidError, match=r"weight files \(they were changed\)"):
         merge_checkpoints(a, b, tmp_path / "out", resume=True)
     merge_checkpoints(a, b, tmp_path / "out")
+    assert not left(tmp_path)
+
+
+def layers(*order: int) -> Any:
+    """Opens a stack of single layers."""
+
+    def opened(work: Path) -> Checkpoint:
+        model = open_checkpoint(work / "a")
+        return stacked([Slice(model, i, i + 1) for i in order])
+
+    return opened
+
+
+def with_alpha(alpha: float) -> Any:
+    """Opens a model with an adapter of that α."""
+
+    def opened(work: Path) -> Checkpoint:
+        told = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}
+        (work / "adapter" / "adapter_config.json").write_text(json.dumps(told))
+        return open_checkpoint(f"{work / 'a'}+{work / 'adapter'}")
+
+    return opened
+
+
+def in_blocks(rows: int) -> Any:
+    """Opens a float8 model with a scale for so many rows."""
+
+    def opened(work: Path) -> Checkpoint:
+        told = {"quantization_config": {"weight_block_size": [rows, 50]}}
+        (work / "q" / "config.json").write_text(json.dumps(told))
+        return open_checkpoint(work / "q", dequantise=True)
+
+    return opened
+
+
+@pytest.mark.filterwarnings("ignore:both models are the same file")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (layers(0, 1), layers(0, 2)),
+        (layers(0, 1), layers(1, 0)),
+        (with_alpha(1), with_alpha(4)),
+        (in_blocks(20), in_blocks(40)),
+    ],
+    ids=["slices", "order of slices", "alpha", "dequantise"],
+)
+def test_a_merge_of_the_same_files_read_in_another_way_does_not_go_on(tmp_path: Path, before: Any, after: Any) -> None:
+    tensors = {f"model.layers.{i}.weight": torch.full((40, 50), float(i)) for i in range(4)}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    factor = "base_model.model.model.layers.1.lora_{}.weight"
+    (tmp_path / "adapter").mkdir()
+    factors = {factor.format("A"): torch.ones(2, 50), factor.format("B"): torch.ones(40, 2)}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "q").mkdir()
+    quantised = {f"{i}.weight": torch.ones(40, 50).to(torch.float8_e4m3fn) for i in range(3)}
+    scales = {f"{name}_scale": torch.ones(1, 1) for name in quantised}
+    save_file({**quantised, **scales}, tmp_path / "q" / "model.safetensors")
+
+    def merged(opened: Any, name: str, **how: Any) -> None:
+        merge_checkpoints(opened(tmp_path), opened(tmp_path), tmp_path / name, **how)
+
+    with pytest.raises(Stopped):
+        merged(before, "out", progress=stopping_at(2), resume=True)
+    with pytest.raises(MergeidError, match=r"had other parts of the models \(slices, adapters"):
+        merged(after, "out", resume=True)
+    merged(before, "out", resume=True)
+    merged(before, "whole")
+    resumed, whole = (tmp_path / n / "model.safetensors" for n in ("out", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes() and not left(tmp_path)
+
+
+def test_a_merge_with_other_data_does_not_go_on(tmp_path: Path) -> None:
+    a, b = models(tmp_path)
+    measured = [{"layer0.weight": Gram(torch.eye(50), 1)}, {"layer0.weight": Gram(2 * torch.eye(50), 1)}]
+    with pytest.raises(Stopped):
+        merge_checkpoints(a, b, tmp_path / "out", statistics=measured, resume=True, progress=stopping_at(3))
+    with pytest.raises(MergeidError, match="had other statistics of the data"):
+        merge_checkpoints(a, b, tmp_path / "out", statistics=measured[::-1], resume=True)
+    merge_checkpoints(a, b, tmp_path / "out", statistics=measured, resume=True)
     assert not left(tmp_path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergeid
@@ -155,8 +155,44 @@ def test_what_cannot_be_a_mixture_is_refused(models: list[Path], tmp_path: Path)
         mergeid.moe(_saved("qwen2", tmp_path), [tmp_path / "qwen2"] * 2, gate_mode="random", architecture="deepseek")
     with pytest.raises(MergeidError, match="Qwen MoE needs one shared expert"):
         mergeid.moe(tmp_path / "qwen2", [tmp_path / "qwen2"] * 2, gate_mode="random")
+    with pytest.raises(MergeidError, match="DeepSeek MoE has no sliding windows, and these models have one of 3 tok"):
+        mistral = _saved("mistral", tmp_path, sliding_window=3)
+        mergeid.moe(mistral, [mistral] * 2, gate_mode="random", architecture="deepseek")
     with pytest.raises(MergeidError, match="is not known; expected Mixtral, DeepSeek MoE"):
         mergeid.moe(models[0], models[1:], gate_mode="random", architecture="switch")
+
+
+def _changed(model: Path, out: Path, value: float, part: str = "mlp.up_proj") -> Path:
+    """A copy with one other number."""
+    shutil.copytree(model, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"model.layers.1.{part}.weight"][2, 1] = value
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(models: list[Path], tmp_path: Path, value: float) -> None:
+    expert = _changed(models[1], tmp_path / "damaged", value)
+    base = _changed(models[0], tmp_path / "damaged_base", value, "self_attn.q_proj")
+    what = "NaN" if value != value else "an infinite number"
+    for first, second in ((models[0], expert), (base, models[1])):
+        with pytest.raises(MergeidError, match=rf"_proj.weight' of .*damaged.* holds {what}; [^-]*$"):
+            mergeid.moe(first, [models[1], second], gate_mode="random", match="never", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scale", "dtype", "kind"), [(1.0, "float16", "F16"), (1e40, None, "F32")])
+def test_experts_that_overflow_are_refused(
+    models: list[Path], tmp_path: Path, scale: float, dtype: str | None, kind: str
+) -> None:
+    large = _changed(models[1], tmp_path / "large", 1e6)
+    expert = Expert(large, residual_scale=scale)
+    with pytest.raises(MergeidError, match=rf"experts\.1\..* overflows {kind} when merged with weights"):
+        mergeid.moe(
+            models[0], [models[1], expert], gate_mode="random", match="never", dtype=dtype, output=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def _saved(kind: str, work: Path, **more: Any) -> Path:
@@ -185,6 +221,9 @@ LLAMA3 = {
     [
         ("llama", None, "mixtral", LLAMA3),
         ("mistral", "mixtral", "mixtral", {}),
+        ("mistral", "mixtral", "mixtral", {"sliding_window": 3}),
+        ("mistral", "mixtral", "mixtral", {"sliding_window": None}),
+        ("mistral", "qwen", "qwen2_moe", {"sliding_window": 3}),
         ("llama", "qwen", "qwen2_moe", LLAMA3),
         ("qwen2", None, "qwen2_moe", {"tie_word_embeddings": True}),
         ("qwen2", "Qwen MoE", "qwen2_moe", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
