@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from types import MethodType
 from threading import Lock
+from types import MethodType
 from typing import Any
 
 import pytest
