@@ -66,8 +66,8 @@ class Anatomy:
         if name in self.keys:
             return self.keys[name]
         raise MergeidError(
-            f"{name} changed, and the network of {self.source} has no tensor that is this one alone (an expert that is "
-            "stacked with others, or one that it does not use), so no adapter can hold it; keep the fine-tune itself"
+            f"{name} changed, and no tensor of the network of {self.source} is this one alone (it is stacked with "
+            "others, or not used), so no adapter can hold it; keep the fine-tune itself"
         )
 
     def name_of(self, key: str) -> str:
