@@ -341,6 +341,14 @@ def test_wrong_tensors_are_refused(pair: Path) -> None:
     assert sorted(p.name for p in pair.iterdir()) == ["a.safetensors", "m"]
 
 
+def test_the_name_under_which_a_file_speaks_of_itself_is_refused(tmp_path: Path) -> None:
+    """A pickle may have a tensor of that name; no file of safetensors can."""
+    like = Checkpoint.from_tensors({"w": torch.ones(2), "__metadata__": torch.ones(2)})
+    with pytest.raises(MergeidError, match="a tensor is named '__metadata__', under which safetensors"):
+        write_checkpoint(tmp_path / "o.safetensors", like.tensor, like=like)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_appears_meanwhile_is_not_overwritten(pair: Path) -> None:
     like = open_checkpoint(pair / "a.safetensors")
     place = Output(pair / "o.safetensors")
