@@ -188,6 +188,16 @@ def test_inputs_are_never_overwritten(pair: Path) -> None:
     refuse(pair, ".", "cannot be replaced: .* is in it", force=True)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "merged.safetensors"])
+def test_no_weights_go_into_the_folder_of_an_input(pair: Path, name: str) -> None:
+    """The file would count instead of the shards, or leave it open which one counts."""
+    refuse(pair, f"m/{name}", "would be a second file of weights in the input folder", force=True)
+    (pair / "m" / "merged").mkdir()
+    like = open_checkpoint(pair / "m")
+    write_checkpoint(pair / "m" / "merged" / name, like.tensor, like=like, inputs=[pair / "m"])
+    assert set(open_checkpoint(pair / "m").table) == set(like.table)
+
+
 def test_force_replaces_model_folders_only(pair: Path) -> None:
     (pair / "thesis").mkdir()
     (pair / "thesis" / "chapter1.tex").write_text("years of work")
