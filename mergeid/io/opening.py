@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -220,7 +220,7 @@ def _open_network(folder: Path, allow_pickle: bool) -> Checkpoint:
     else:
         shards = [weights.name]
     if weights.pickled:
-        return _open_pickles(folder, [folder / s for s in shards], config)
+        return _open_pickles(folder, [folder / s for s in shards], config, weight_map)
     found = _from_headers(folder, {folder / s: read_header(folder / s) for s in shards}, weight_map)
     return replace(found, config=config, is_folder=True, index=weights.listing, index_metadata=metadata)
 
@@ -240,12 +240,7 @@ def _from_headers(
             if name in table:
                 raise MergeidError(f"tensor {name!r} is in both {file_of[name]} and {file}; expected it once")
             table[name], file_of[name], spans[name] = info, file, header.spans[name]
-    for name, shard in placed.items():
-        if name not in table:
-            raise MergeidError(
-                f"{path} is incomplete: the index places tensor {name!r} in {shard}, which lacks it; "
-                "copy or download it again"
-            )
+    _check_complete(path, placed, table)
     if not table:
         raise MergeidError(f"{path} contains no tensors; expected the weights of a model")
     return Checkpoint(
@@ -260,12 +255,27 @@ def _from_headers(
     )
 
 
-def _open_pickles(path: Path, files: list[Path], config: dict[str, Any] | None) -> Checkpoint:
+def _check_complete(path: Path, placed: Mapping[str, str], held: Container[str]) -> None:
+    """Raises `MergeidError` where the index places a tensor that no shard holds."""
+    for name, shard in placed.items():
+        if name not in held:
+            raise MergeidError(
+                f"{path} is incomplete: the index places tensor {name!r} in {shard}, which lacks it; "
+                "copy or download it again"
+            )
+
+
+def _open_pickles(
+    path: Path, files: list[Path], config: dict[str, Any] | None, weight_map: Mapping[str, str] | None = None
+) -> Checkpoint:
     from mergeid.io.pickled import load_pickle
 
     tensors: dict[str, Tensor] = {}
+    placed = weight_map or {}
     for file in files:
-        tensors.update(load_pickle(file))
+        held = load_pickle(file).items()
+        tensors.update({name: tensor for name, tensor in held if placed.get(name, file.name) == file.name})
+    _check_complete(path, placed, tensors)
     found = Checkpoint.from_tensors(
         tensors, source=os.fspath(path), path=path, config=config, is_folder=len(files) > 1 or path.is_dir()
     )

@@ -120,12 +120,21 @@ def _check_untouched(final: Path, what: str, inputs: list[Path], option: str = "
         if final == real or _same(final, real):
             kind = "folder" if given.is_dir() else "file"
             raise MergeidError(f"{what} is the same {kind} as the input {given}; {other}")
+        if is_single_file(final) and real in final.parents and _holds_weights(final.parent):
+            raise MergeidError(
+                f"{what} would be a second file of weights in the input folder {given}; {other}, or another place"
+            )
         if not final.exists():
             continue
         if real.is_dir() and real in final.parents and not (final / RECORD).is_file():
             raise MergeidError(f"{what} is inside the input folder {given}; {other}, or another place")
         if real.is_file() and final.parent == real.parent and _READ_BESIDE.fullmatch(final.name):
             raise MergeidError(f"{what} belongs to the input {given}; {other}")
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether files of weights lie directly in it: which of them count, another one may change."""
+    return folder.is_dir() and any(name.endswith((SAFETENSORS, *PICKLES)) for name in os.listdir(folder))
 
 
 def _check_folder(parent: Path, what: str) -> None:

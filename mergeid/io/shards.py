@@ -12,6 +12,8 @@ from mergeid.io.dtypes import BITS
 from mergeid.io.folders import INDEX, SAFETENSORS
 from mergeid.plugins import TensorInfo
 
+_METADATA = "__metadata__"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -164,10 +166,14 @@ def _shard(name: str, tensors: dict[str, TensorInfo], metadata: Mapping[str, str
     if not _aligned(tensors):
         # A changed dtype can leave later tensors unaligned: wide numbers first, else the order of the input.
         tensors = dict(sorted(tensors.items(), key=lambda item: -BITS[item[1].dtype]))
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     offsets: dict[str, tuple[int, int]] = {}
     end = 0
     for key, info in tensors.items():
+        if key.removeprefix(prefix) == _METADATA:
+            raise MergeidError(
+                f"a tensor is named {_METADATA!r}, under which safetensors keeps what a file says of itself; rename it"
+            )
         offsets[key] = (end, end + _bytes(info))
         end = offsets[key][1]
         entries[key.removeprefix(prefix)] = {

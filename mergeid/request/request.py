@@ -163,12 +163,16 @@ class OwnData:
     def of(cls, given: Any) -> Any:
         """`{"a": …, "b": …}` or ``a=…,b=…`` as what it says; anything else as it is.
 
-        Raises `MergeidError` where models are left out."""
+        Raises `MergeidError` where models are left out, or named twice."""
         if isinstance(given, str) and given.startswith("a="):
             parts = re.split(r",(?=[a-z]=)", given)
+            letters = [part[0] for part in parts]
+            twice = next((name for name in letters if letters.count(name) > 1), None)
+            if twice is not None:
+                raise MergeidError(f"--data gives data for {twice} twice; expected it once for each model: a=…,b=…")
             given = {part[0]: part[2:] for part in parts}
-        if not isinstance(given, Mapping) or not given or not all(re.fullmatch("[a-z]", str(k)) for k in given):
-            return given
+        if not isinstance(given, Mapping) or "a" not in given or not all(re.fullmatch("[a-z]", str(k)) for k in given):
+            return given  # {"x": …, "y": …}, say: inputs of the network by name
         wanted = [chr(ord("a") + i) for i in range(len(given))]
         if sorted(given) != wanted or len(given) < 2:
             raise MergeidError(

@@ -65,7 +65,7 @@ def merge_stages(
     last = stages[-1]
     if not stages[:-1]:
         return merge(prepared(last, {}, opened), output)
-    beside = Path(output).parent if output is not None else Path()
+    beside = Path(output).expanduser().parent if output is not None else Path()
     with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=beside) as folder:
         places: dict[str, str] = {}
         for i, stage in enumerate(stages[:-1]):

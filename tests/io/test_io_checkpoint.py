@@ -254,6 +254,18 @@ def test_pickles_are_refused_unless_allowed(tmp_path: Path) -> None:
         assert opened.metadata == {"format": "pt"} and list(opened.fingerprint()) == ["pytorch_model.bin"]
 
 
+def test_pickled_shards_hold_what_their_index_places_in_them(tmp_path: Path) -> None:
+    first, second = (f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2))
+    torch.save(W, tmp_path / first)
+    torch.save({**V, "w": torch.zeros(2)}, tmp_path / second)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": first, "v": second}}))
+    assert torch.equal(open_checkpoint(tmp_path, allow_pickle=True).tensor("w"), W["w"])
+    index.write_text(json.dumps({"weight_map": {"w": first, "v": second, "x": second}}))
+    with pytest.raises(MergeidError, match=r"is incomplete: the index places tensor 'x' in pytorch_model-00002"):
+        open_checkpoint(tmp_path, allow_pickle=True)
+
+
 def test_sharded_pickles(tmp_path: Path) -> None:
     torch.save(W, tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save(V, tmp_path / "pytorch_model-00002-of-00002.bin")

@@ -188,6 +188,16 @@ def test_inputs_are_never_overwritten(pair: Path) -> None:
     refuse(pair, ".", "cannot be replaced: .* is in it", force=True)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "merged.safetensors"])
+def test_no_weights_go_into_the_folder_of_an_input(pair: Path, name: str) -> None:
+    """The file would count instead of the shards, or leave it open which one counts."""
+    refuse(pair, f"m/{name}", "would be a second file of weights in the input folder", force=True)
+    (pair / "m" / "merged").mkdir()
+    like = open_checkpoint(pair / "m")
+    write_checkpoint(pair / "m" / "merged" / name, like.tensor, like=like, inputs=[pair / "m"])
+    assert set(open_checkpoint(pair / "m").table) == set(like.table)
+
+
 def test_force_replaces_model_folders_only(pair: Path) -> None:
     (pair / "thesis").mkdir()
     (pair / "thesis" / "chapter1.tex").write_text("years of work")
@@ -339,6 +349,14 @@ def test_wrong_tensors_are_refused(pair: Path) -> None:
     with pytest.raises(MergeidError, match=r"2 tensors were never written to .*first 'n'"):
         write_checkpoint(pair / "o", [("w", good["w"])], like=like)
     assert sorted(p.name for p in pair.iterdir()) == ["a.safetensors", "m"]
+
+
+def test_the_name_under_which_a_file_speaks_of_itself_is_refused(tmp_path: Path) -> None:
+    """A pickle may have a tensor of that name; no file of safetensors can."""
+    like = Checkpoint.from_tensors({"w": torch.ones(2), "__metadata__": torch.ones(2)})
+    with pytest.raises(MergeidError, match="a tensor is named '__metadata__', under which safetensors"):
+        write_checkpoint(tmp_path / "o.safetensors", like.tensor, like=like)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(pair: Path) -> None:

@@ -105,7 +105,10 @@ def test_what_own_data_is() -> None:
     assert OwnData.of("a=x.npz,b=y=z,1.npz") == OwnData(("x.npz", "y=z,1.npz"))
     assert OwnData.of({"b": 2, "a": 1}) == OwnData((1, 2))
     assert OwnData.of("folder") == "folder"
-    assert OwnData.of({"train": 1}) == {"train": 1}
+    for columns in ({"train": 1}, {"x": 1, "y": 2}, {"x": 1}):  # of a table
+        assert OwnData.of(columns) == columns
+    with pytest.raises(MergeidError, match="gives data for b twice"):
+        OwnData.of("a=1.npz,b=2.npz,b=3.npz")
     for wrong in ("a=x", {"a": 1, "c": 2}):
         with pytest.raises(MergeidError, match="two or more models"):
             OwnData.of(wrong)

@@ -138,6 +138,23 @@ def test_documents_are_merged_in_stages(folder: Path, tmp_path: Path, monkeypatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.yaml"]
 
 
+def test_stages_lie_beside_an_output_in_the_home_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(folder)
+    models = [{"model": m, "parameters": {"weight": 1}} for m in "ab"]
+    first = {"name": "half", "merge_method": "linear", "models": models}
+    last = {**first, "name": "whole", "models": [{"model": "half", "parameters": {"weight": 1}}, models[0]]}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump_all([first, last]))
+    assert run(["merge", str(path), "-o", "~/out", "--match", "never"]) == 0
+    assert [p.name for p in home.iterdir()] == ["out"] and not (folder / "~").exists()
+    assert run(["merge", str(path), "-o", "no/such/out", "--match", "never"]) == 2
+
+
 def test_a_single_module_is_the_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [{"model": m, "parameters": {"weight": 1}} for m in "ab"]
     recipe = {"merge_method": "linear", "modules": {"default": {"models": models}}}
