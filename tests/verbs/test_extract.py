@@ -83,7 +83,7 @@ def test_routers_are_held_and_stacked_experts_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(found(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
     tuned("Mixtral", tmp_path)
-    with pytest.raises(MergeidError, match=r"experts\.0\.w\d\.weight changed, and no tensor of the network .* stacked with others"):
+    with pytest.raises(MergeidError, match=r"experts\.0\.w\d\.weight changed, and no .* stacked with others"):
         mergeid.extract(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
