@@ -109,7 +109,7 @@ def check(arch: Architecture, task: str, batch: Batch) -> None:
         raise MergeidError(f"{model} needs the input {about['input']!r}, but the data has: {given}")
     x: Tensor = batch[about["input"]]
     if about["kind"] == "text":
-        _check_text(model, x, about)
+        _check_text(model, task, x, about)
     elif about["kind"] == "image" and (x.dim() < 4 or x.shape[-3] != about["size"][0]):
         raise MergeidError(
             f"{model} takes images [batch, {', '.join(map(str, about['size']))}], but the data has shape "
@@ -125,10 +125,11 @@ def check(arch: Architecture, task: str, batch: Batch) -> None:
             )
 
 
-def _check_text(model: str, ids: Tensor, about: Mapping[str, Any]) -> None:
-    if ids.dim() not in (2, 3) or ids.is_floating_point():
+def _check_text(model: str, task: str, ids: Tensor, about: Mapping[str, Any]) -> None:
+    if ids.dim() != (3 if task == "choice" else 2) or ids.is_floating_point():
+        shape = "[batch, choices, tokens]" if task == "choice" else "[batch, tokens]"
         raise MergeidError(
-            f"{model} takes token ids as integers [batch, tokens], but the data has {ids.dtype} {list(ids.shape)}"
+            f"{model} takes token ids as integers {shape}, but the data has {ids.dtype} {list(ids.shape)}"
         )
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     if low < 0 or high >= about["vocab_size"]:

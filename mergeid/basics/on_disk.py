@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError
 
 
@@ -16,7 +16,7 @@ def on_disk(value: Tensor) -> Tensor:
 
     Raises `MergeidError` where the disk is full."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    with tempfile.TemporaryDirectory(prefix="mergeid-") as folder:
+    with TemporaryFolder() as folder:
         path = Path(folder) / "values"
         try:
             with path.open("wb") as file:

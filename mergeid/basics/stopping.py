@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,24 @@ def remove(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     _temporary.pop(path, None)
+
+
+class TemporaryFolder(tempfile.TemporaryDirectory[str]):
+    """A folder that goes at the end of a ``with`` block, with the object, or where the process is stopped.
+
+    Args:
+        beside: the folder in which it lies, hidden; None: where temporary files lie.
+    """
+
+    def __init__(self, beside: Path | None = None) -> None:
+        with uninterrupted():
+            super().__init__(prefix="mergeid-" if beside is None else ".mergeid-", dir=beside)
+            note(Path(self.name))
+
+    def cleanup(self) -> None:
+        """It goes now."""
+        super().cleanup()
+        forget(Path(self.name))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from mergeid.basics.stopping import TemporaryFolder
 
 Value = TypeVar("Value")
 
@@ -65,7 +66,7 @@ class Stored(Mapping[str, np.ndarray]):
         self._make = make
         self._places = {name: (i, threading.Lock()) for i, name in enumerate(names)}
         self._made: dict[str, np.ndarray] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: TemporaryFolder | None = None
         self._alone = threading.Lock()
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -78,7 +79,7 @@ class Stored(Mapping[str, np.ndarray]):
 
     def _mapped(self, made: np.ndarray, at: int) -> np.ndarray:
         with self._alone:
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="mergeid-")
+            self._folder = self._folder or TemporaryFolder()
         path = Path(self._folder.name) / f"{at}.npy"
         np.save(path, made)
         found: np.ndarray = np.load(path, mmap_mode="r")

@@ -146,10 +146,14 @@ def channels_first(images: Tensor, about: Mapping[str, Any]) -> Tensor:
 
 
 def finish(item: Item, about: Mapping[str, Any]) -> Item:
-    """uint8 images normalised, float64 as float32, token ids as int64, targets of language models filled in."""
+    """uint8 images normalised, float64 as float32, token ids as int64, targets of language models filled in.
+
+    Raises `MergeidError` for an image of integers that are no bytes."""
     x = item.get(about["input"])
     if x is None:
         return item
+    if about.get("kind") == "image" and not x.is_floating_point() and x.dtype != torch.uint8:
+        x = _as_bytes(x)
     if about.get("kind") == "image" and x.dtype == torch.uint8 and x.dim() == 3:
         item[about["input"]] = normalise(x, about)
     elif x.dtype == torch.float64:
@@ -160,6 +164,14 @@ def finish(item: Item, about: Mapping[str, Any]) -> Item:
         item.pad_id = int(about.get("pad_id") or 0)
         add_targets(item, about, ignored=IGNORED)
     return item
+
+
+def _as_bytes(image: Tensor) -> Tensor:
+    low, high = (int(image.min()), int(image.max())) if image.numel() else (0, 0)
+    if image.dtype == torch.bool or low < 0 or high > 255:
+        what = "truth values" if image.dtype == torch.bool else f"integers from {low} to {high}"
+        raise MergeidError(f"an image of the data holds {what}; expected integers from 0 to 255, or floats")
+    return image.to(torch.uint8)
 
 
 def object_dataset(data: Any, about: Mapping[str, Any], source: str) -> ItemDataset:

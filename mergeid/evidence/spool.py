@@ -6,13 +6,13 @@ from them is what would be computed from the rows as they come.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mergeid.basics.stopping import TemporaryFolder
 from mergeid.evidence.activations import Rows
 
 Key = tuple[str, int]
@@ -28,7 +28,7 @@ class Spool:
     """
 
     def __init__(self, expected: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mergeid-")
+        self._folder = TemporaryFolder()
         self._dtype = torch.float32 if 4 * expected <= MOST else torch.bfloat16
         self._rows: dict[Key, list[tuple[Tensor, int]]] = {}
 

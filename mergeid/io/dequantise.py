@@ -7,6 +7,7 @@ compressed-tensors' ``weight_scale``, ComfyUI's ``scale_weight``, or none), and 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,10 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     target = _target(config)
     formed: dict[str, Formed] = {}
     used: set[str] = set()
+    scales = {s for n, i in table.items() if i.dtype.startswith("F8_") for s in _scales_of(n) if s in table}
     for name, info in table.items():
+        if name in scales:  # which may be float8 themselves
+            continue
         state = next((n for n in table if n.startswith(f"{name}{STATE}")), None) if info.dtype == "U8" else None
         if info.dtype.startswith("F8_"):
             scale = next((s for s in _scales_of(name) if s in table), None)
@@ -117,6 +121,12 @@ def _scaled(checkpoint: TensorSource, name: str, scale: str | None, target: str)
                 factor = factor.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
         if factor.dim() == 1 and factor.shape[0] == weight.shape[0]:  # of rows, of experts
             factor = factor.reshape(-1, *[1] * (weight.dim() - 1))
+        if factor.numel() == 1:
+            factor = factor.reshape(())
+        elif factor.dim() != weight.dim() or any(
+            n not in (1, m) for n, m in zip(factor.shape, weight.shape, strict=True)
+        ):
+            raise _misfit(checkpoint, scale, name, "the tensor, its rows or its blocks")
         weight = weight * factor
     return weight.to(torch_dtype(target))
 
@@ -132,9 +142,19 @@ def _block(checkpoint: TensorSource, axis: int, size: int, blocks: int, name: st
     return block
 
 
+def _misfit(checkpoint: TensorSource, scale: str, name: str, of: str) -> MergeidError:
+    shapes = [list(checkpoint.table[n].shape) for n in (scale, name)]
+    return MergeidError(
+        f"{scale} {shapes[0]} does not fit {name} {shapes[1]} of {checkpoint.source}; expected a scale for {of}"
+    )
+
+
 def _int8(checkpoint: TensorSource, name: str, rows: str, target: str) -> Tensor:
     """bitsandbytes' LLM.int8(): each row was scaled so that its largest entry is 127."""
-    found = checkpoint.tensor(name).float() * (checkpoint.tensor(rows).float()[:, None] / 127)
+    largest, shape = checkpoint.tensor(rows).float(), checkpoint.table[name].shape
+    if largest.dim() != 1 or largest.shape != shape[:1] or len(shape) != 2:
+        raise _misfit(checkpoint, rows, name, "each row")
+    found = checkpoint.tensor(name).float() * (largest[:, None] / 127)
     return found.to(torch_dtype(target))
 
 
@@ -154,22 +174,38 @@ def _4bit(checkpoint: TensorSource, name: str, told: Mapping[str, Any], kind: st
     be quantised itself."""
     import torch
 
-    def part(end: str) -> Tensor:
+    def part(end: str, least: int) -> Tensor:
         if f"{name}{end}" not in checkpoint.table:
             raise MergeidError(f"{name!r} of {checkpoint.source} lacks {name}{end}; copy or download it again")
-        return checkpoint.tensor(f"{name}{end}")
+        found = checkpoint.tensor(f"{name}{end}").reshape(-1)
+        if found.numel() < least:
+            raise MergeidError(
+                f"{name}{end} of {checkpoint.source} has {found.numel()} numbers; expected {least}: copy or download "
+                "it again"
+            )
+        return found
 
     packed = checkpoint.tensor(name).reshape(-1)
     codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).long()
-    largest = part(".absmax")
-    if largest.dtype == torch.uint8:
-        inner = part(".nested_absmax").float().repeat_interleave(int(told["nested_blocksize"]))[: largest.numel()]
-        largest = part(".nested_quant_map").float()[largest.long()] * inner + float(told["nested_offset"])
-    count = 1
-    for n in told["shape"]:
-        count *= n
-    factors = largest.float().repeat_interleave(int(told["blocksize"]))
-    if codes.numel() < count or factors.numel() < count:
+    count = math.prod(told["shape"])
+    if codes.numel() < count:
         raise MergeidError(f"{name!r} of {checkpoint.source} has fewer numbers than its shape {told['shape']} says")
-    values = part(".quant_map").float()[codes[:count]] * factors[:count]
+    largest = part(".absmax", -(-count // int(told["blocksize"])))
+    if largest.dtype == torch.uint8:
+        size, offset = _nested(checkpoint, name, told)
+        inner = part(".nested_absmax", -(-largest.numel() // size)).float().repeat_interleave(size)[: largest.numel()]
+        largest = part(".nested_quant_map", 256).float()[largest.long()] * inner + offset
+    factors = largest.float().repeat_interleave(int(told["blocksize"]))
+    values = part(".quant_map", 16).float()[codes[:count]] * factors[:count]
     return values.reshape(told["shape"]).to(torch_dtype(kind))
+
+
+def _nested(checkpoint: TensorSource, name: str, told: Mapping[str, Any]) -> tuple[int, float]:
+    """Length of the blocks of the magnitudes, and what is added to all of them."""
+    size, offset = told.get("nested_blocksize"), told.get("nested_offset")
+    if not isinstance(size, int) or size < 1 or not isinstance(offset, (int, float)):
+        raise MergeidError(
+            f"the state of {name!r} of {checkpoint.source} lacks nested_blocksize or nested_offset, which its "
+            "quantised magnitudes need; copy or download it again"
+        )
+    return size, float(offset)

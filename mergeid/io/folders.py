@@ -4,6 +4,7 @@ with weights and a config of their own. Files are chosen by their names alone.""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from mergeid.plugins import Contents, KnowsFolders, adapter_names, get_adapter
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+_SHARD = re.compile(r"-\d+-of-\d+")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar")
 PICKLE_INDEX = ".bin.index.json"
 
@@ -59,11 +62,11 @@ def find_weights(names: Iterable[str], where: object, *, allow_pickle: bool = Fa
     names = sorted(names)
     if "model.safetensors" in names:
         return Weights("model.safetensors", None, False)
-    files = _without_variants([n for n in names if n.endswith(SAFETENSORS)])
-    indices = [n for n in names if n.endswith(INDEX)]
-    if "model" + INDEX in indices:
+    if "model" + INDEX in names:
         return Weights(None, "model" + INDEX, False)
-    loose = [n for n in files if not any(n.startswith(i.removesuffix(INDEX) + "-") for i in indices)]
+    files, indices = _without_variants([n for n in names if n.endswith(SAFETENSORS)], names)
+    listed = {_stem(i) for i in indices}
+    loose = [n for n in files if not (_SHARD.search(n) and _SHARD.sub("", n.removesuffix(SAFETENSORS)) in listed)]
     if len(indices) + len(loose) > 1:
         raise MergeidError(_ambiguous(where, [*indices, *loose]))
     if indices:
@@ -73,10 +76,21 @@ def find_weights(names: Iterable[str], where: object, *, allow_pickle: bool = Fa
     return _find_pickles(names, where, allow_pickle)
 
 
-def _without_variants(files: list[str]) -> list[str]:
-    """Without the same weights in other formats (``….fp16.safetensors``, ``….non_ema.safetensors``)."""
-    stems = {n.removesuffix(SAFETENSORS) for n in files}
-    return [n for n in files if n.removesuffix(SAFETENSORS).rpartition(".")[0] not in stems]
+def _without_variants(files: list[str], names: list[str]) -> tuple[list[str], list[str]]:
+    """Files and indices without the same weights in other formats (``….fp16.safetensors``,
+    ``….fp16-00001-of-00002.safetensors`` and their ``….safetensors.index.fp16.json``)."""
+    indices = {n: _stem(n) for n in names if _INDEX.search(n)}
+    stems = {n.removesuffix(SAFETENSORS) for n in files} | set(indices.values())
+    return (
+        [n for n in files if _SHARD.sub("", n.removesuffix(SAFETENSORS)).rpartition(".")[0] not in stems],
+        [n for n, stem in indices.items() if stem.rpartition(".")[0] not in stems],
+    )
+
+
+def _stem(index: str) -> str:
+    """How the files begin that an index lists."""
+    name, _, variant = index.removesuffix(".json").partition(INDEX.removesuffix(".json"))
+    return name + variant
 
 
 def _ambiguous(where: object, names: list[str]) -> str:

@@ -82,6 +82,13 @@ class LoraConfig:
         if not _number(alpha) or not isinstance(alphas, dict) or not all(map(_number, alphas.values())):
             told_of = f"lora_alpha is {shown(alpha)} and alpha_pattern {shown(alphas)}"
             raise MergeidError(f"{path}: {told_of}; expected numbers")
+        for pattern in alphas:
+            try:
+                _named(pattern)
+            except re.error as error:
+                raise MergeidError(
+                    f"{path}: alpha_pattern {shown(pattern)} is no pattern ({error}); expected names of modules"
+                ) from None
         base = told.get("base_model_name_or_path")
         return cls(
             float(alpha),
@@ -93,7 +100,7 @@ class LoraConfig:
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B A in that module."""
-        alpha = next((a for p, a in self.alphas.items() if re.match(rf"(.*\.)?({p})$", module)), self.alpha)
+        alpha = next((a for p, a in self.alphas.items() if _named(p).match(module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
@@ -211,12 +218,21 @@ def _formed(
     transposed = told.transposed and not embedding and len(shape) == 2
     if not _fits(shapes[0], shapes[1], shape, embedding or transposed):
         raise _misfit(adapter.file_of[first], first, shapes[0], base, target)
+    if magnitude is not None and math.prod(adapter.table[magnitude].shape) != shape[1 if transposed else 0]:
+        raise _misfit(adapter.file_of[magnitude], magnitude, adapter.table[magnitude].shape, base, target)
     scaling = told.scaling(module, shapes[0][0])
 
     def form() -> Tensor:
-        magnitudes = None if magnitude is None else adapter.tensor(magnitude)
-        found = Factors(adapter.tensor(first), adapter.tensor(second), scaling, magnitudes, transposed, embedding)
-        return found.on(under.form())
+        a, b, *more = (_finite(adapter, name) for name in (first, second, magnitude) if name is not None)
+        found = Factors(a, b, scaling, more[0] if more else None, transposed, embedding)
+        weight = under.form()
+        changed = found.on(weight)
+        if bool(weight.isfinite().all()) and not bool(changed.isfinite().all()):
+            raise MergeidError(
+                f"{target} of {base.source} is not finite with {adapter.file_of[first]} on it (B A times {scaling:g}); "
+                "expected an adapter whose update has the size of weights"
+            )
+        return changed
 
     reads = tuple((adapter, name) for name in (first, second, magnitude) if name is not None)
     how = f"{under.how}, LoRA times {scaling}, transposed {transposed}, embedding {embedding}, DoRA {magnitude}"
@@ -224,10 +240,29 @@ def _formed(
 
 
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapped: bool) -> bool:
+    if min(len(a), len(b)) < 2 or a[0] < 1:
+        return False
     product = (b[0], *a[1:])
     if swapped:
         product = (product[1], product[0], *product[2:])
-    return len(b) >= 2 and b[1] == a[0] and math.prod(b[2:]) == 1 and product == tuple(weight)
+    return b[1] == a[0] and math.prod(b[2:]) == 1 and product == tuple(weight)
+
+
+def _finite(adapter: TensorSource, name: str) -> Tensor:
+    """A tensor of the adapter. Raises `MergeidError` where it holds NaN or infinite numbers."""
+    found = adapter.tensor(name)
+    seen = found.float() if found.dtype.itemsize == 1 else found  # torch does not ask that of float8
+    if not bool(seen.isfinite().all()):
+        what = "NaN" if bool(seen.isnan().any()) else "an infinite number"
+        raise MergeidError(
+            f"{adapter.file_of[name]}: {name} holds {what}; expected finite numbers: use another adapter"
+        )
+    return found
+
+
+def _named(pattern: str) -> re.Pattern[str]:
+    """Matches the modules that PEFT means."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _tied_copy(short: str, name: str, whole: Mapping[str, str], adapter: TensorSource, base: TensorSource) -> bool:
@@ -246,7 +281,7 @@ def _replaced(adapter: TensorSource, name: str, base: TensorSource, target: str)
     from mergeid.io.dtypes import torch_dtype
 
     dtype = torch_dtype(base.table[target].dtype)
-    return Formed(base.table[target], lambda: adapter.tensor(name).to(dtype), ((adapter, name),), "whole")
+    return Formed(base.table[target], lambda: _finite(adapter, name).to(dtype), ((adapter, name),), "whole")
 
 
 def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: TensorSource, target: str) -> MergeidError:

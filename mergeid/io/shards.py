@@ -108,7 +108,9 @@ def _of_part(
     """
     begin = f"{part.folder}/" if part.folder else ""
     if shard_size is not None:
-        stem = name.removesuffix(SAFETENSORS) if part.index is None else part.index.removesuffix(INDEX)
+        stem = (
+            name.removesuffix(SAFETENSORS) if part.index is None else part.index.partition(f"{SAFETENSORS}.index.")[0]
+        )
         groups = _split(table, shard_size)
         places = [f"-{i + 1:05d}-of-{len(groups):05d}" for i in range(len(groups))] if len(groups) > 1 else [""]
         listed = {f"{begin}{stem}{place}{SAFETENSORS}": group for place, group in zip(places, groups, strict=True)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError
 from mergeid.io.hub import is_id
 from mergeid.io.output import RECORD
@@ -53,7 +53,7 @@ def _picture(result: MergeResult) -> bytes | None:
         return None
     from mergeid.reporting.evidence_plot import plot_evidence
 
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         try:
             return plot_evidence(result.plan, Path(folder) / "evidence.svg").read_bytes()
         except MergeidError:

@@ -4,7 +4,6 @@ parts, and what is said of each becomes a value per tensor."""
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived
@@ -66,7 +66,7 @@ def merge_stages(
     if not stages[:-1]:
         return merge(prepared(last, {}, opened), output)
     beside = Path(output).expanduser().parent if output is not None else Path()
-    with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=beside) as folder:
+    with TemporaryFolder(beside) as folder:
         places: dict[str, str] = {}
         for i, stage in enumerate(stages[:-1]):
             place = Path(folder) / str(i)

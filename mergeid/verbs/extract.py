@@ -50,6 +50,7 @@ def extract(
     Raises:
         MergeidError: the two do not fit, nothing changed, or the output cannot be written; nothing was written.
     """
+    from mergeid.combine.refusals import not_finite
     from mergeid.combine.tensor_plan import plan_tensors
     from mergeid.io.output import check_output
     from mergeid.models.adapter_modules import Anatomy, module_of
@@ -69,6 +70,10 @@ def extract(
     whole: dict[str, str] = {}
     lost = size = 0.0
     for done, name in enumerate(merged):
+        for checkpoint in (tuned, origin):
+            value = checkpoint.tensor(name)
+            if not bool(value.isfinite().all()):
+                raise MergeidError(not_finite(name, checkpoint, nan=bool(value.isnan().any()), skips=False))
         delta = tuned.tensor(name).double() - origin.tensor(name).double()
         if bool(delta.any()):
             key = network.key_of(name)

@@ -6,12 +6,12 @@ From top to bottom: open → plan, match or transport → combine → repair →
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.basics import processes
+from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.opening import Source, is_live, state_of
 from mergeid.methods.registry import get_method
@@ -199,7 +199,7 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
     if origin is None:
         raise MergeidError("--as-adapter needs the model that the adapter is for; give --base")
     target = output_path(replace(request.output, path=request.output.path or "merged-adapter"), named)
-    with tempfile.TemporaryDirectory(prefix=".mergeid-", dir=target.parent) as folder:
+    with TemporaryFolder(target.parent) as folder:
         whole = os.path.join(folder, "merged")
         result = merge_models(replace(request, output=replace(request.output, path=whole)), bench)
         done = extract(whole, base=origin, output=target, rank=rank, force=request.output.force)

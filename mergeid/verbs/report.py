@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.opening import Source, is_live
 from mergeid.methods.settings import MethodRequest
@@ -252,7 +252,7 @@ def _tried(task: _Task) -> _Tried:
     from mergeid.stages.repair import SOLVE
     from mergeid.verbs.merge import merge_models
 
-    with tempfile.TemporaryDirectory(prefix="mergeid-report-") as folder:
+    with TemporaryFolder() as folder:
         single = Path(os.fspath(task.a)).suffix == ".safetensors"  # type: ignore[arg-type]
         output = Path(folder) / ("merged.safetensors" if single else "merged")
         try:

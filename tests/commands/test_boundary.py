@@ -669,6 +669,48 @@ def test_stopped_while_threads_write(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+WORK = {
+    "arrays": "kept = Stored(['x'], lambda name: np.zeros(1 << 20)); kept['x']",
+    "activations": "kept = Spool(10); kept.put(('tap', 0), *[Rows(torch.ones(3, 2), torch.arange(3))] * 2)",
+    "tensors": "torch.from_file = stop; on_disk(torch.ones(3))",
+    "beside an output": "kept = TemporaryFolder(pathlib.Path(sys.argv[1]))",
+    "stages": "merge_stages([named, last], pathlib.Path(sys.argv[1]) / 'out', stop)",
+}
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_temporary_folders_go_where_the_process_is_stopped(tmp_path: Path, kind: str) -> None:
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "import numpy as np, torch\n"
+        "from mergeid.basics import stopping\n"
+        "from mergeid.basics.on_disk import on_disk\n"
+        "from mergeid.basics.when_asked import Stored\n"
+        "from mergeid.evidence.activations import Rows\n"
+        "from mergeid.evidence.spool import Spool\n"
+        "from mergeid.methods.recipe import parse_recipe\n"
+        "from mergeid.stages.recipe import merge_stages\n"
+        "told = {'merge_method': 'linear', 'models': [{'model': m, 'parameters': {'weight': 1}} for m in 'ab']}\n"
+        "named, last = parse_recipe({**told, 'name': 'one'}), parse_recipe(told)\n"
+        "def stop(*given, **more):\n"
+        "    assert list(pathlib.Path(sys.argv[1]).iterdir())\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL); stopping.install()\n"
+        f"TemporaryFolder = getattr(stopping, 'TemporaryFolder', None); {WORK[kind]}\n"
+        "stop()\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_temporary_folders_are_of_that_kind() -> None:
+    root = Path(stopping.__file__).parents[1]
+    assert [p.name for p in root.rglob("*.py") if "import tempfile" in p.read_text()] == ["stopping.py"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_while_importing(tmp_path: Path, number: signal.Signals) -> None:
     """The module that the command imports first is there, the others are on their way."""

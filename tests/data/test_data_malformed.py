@@ -205,12 +205,34 @@ def test_folders_named_by_odd_digits(tmp_path):
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.zeros((2, 4))}, "one class number per image"),
         ({"x": np.full((6, 3, 64, 64), [[[[0]]]] * 5 + [[[[np.inf]]]])}, "example 5 .*NaN or infinite"),
         ({"x": np.zeros((2, 3, 0, 0), np.float32)}, "example 0 .* empty"),
+        ({"x": np.full((2, 3, 64, 64), 256)}, "holds integers from 256 to 256; expected integers from 0 to 255"),
+        ({"x": np.full((2, 3, 64, 64), -1)}, "holds integers from -1 to -1"),
+        ({"x": np.ones((2, 3, 64, 64), bool)}, "holds truth values"),
         ({}, "no inputs"),
     ],
 )
 def test_arrays_that_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "d.npz", **arrays)
     refused(message, tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.int16, np.uint16])
+def test_bytes_in_wider_integers_are_bytes(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64))
+    found, expected = ({"x": pixels.astype(k)} for k in (kind, np.uint8))
+    one, two = (load_data(arrays, adapter=TIMM, arch=NET)[1]["x"] for arrays in (found, expected))
+    assert torch.equal(one, two)
+
+
+def test_token_ids_have_the_dimensions_that_the_model_takes(bert, tmp_path):
+    ids = np.full((4, 3, 5), 2)
+    np.savez(tmp_path / "d.npz", input_ids=ids, labels=np.zeros(4, int))
+    refused(r"takes token ids as integers \[batch, tokens\], .* \[4, 3, 5\]", tmp_path / "d.npz", *bert)
+    config = {**bert[0].options["config"], "architectures": ["BertForMultipleChoice"]}
+    choice = HF.recognise({}, config, {})
+    assert load_data(tmp_path / "d.npz", adapter=HF, arch=choice)[0]["input_ids"].shape == (3, 5)
+    np.savez(tmp_path / "d.npz", input_ids=ids[:, 0])
+    refused(r"\[batch, choices, tokens\], .* \[4, 5\]", tmp_path / "d.npz", choice)
 
 
 def test_arrays_of_other_formats_are_read(tmp_path):

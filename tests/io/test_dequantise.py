@@ -172,6 +172,56 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
         dequantised(open_checkpoint(folder))
 
 
+EIGHT = torch.ones(8, 6).to(torch.float8_e4m3fn)
+INTEGERS = torch.ones(8, 6, dtype=torch.int8)
+NORMAL = {"shape": [8, 6], "blocksize": 64, "dtype": "bfloat16"}
+
+
+def _normal4(told: dict[str, Any], **parts: Tensor) -> dict[str, Tensor]:
+    """A tensor [8, 6] as bitsandbytes' nf4, and what else lies beside it."""
+    state = torch.tensor(list(json.dumps({**NORMAL, **told}).encode()), dtype=torch.uint8)
+    found = {"quant_state.bitsandbytes__nf4": state, "absmax": torch.ones(1), "quant_map": torch.ones(16), **parts}
+    return {"l.weight": torch.ones(24, 1, dtype=torch.uint8), **{f"l.weight.{n}": t for n, t in found.items()}}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"l.weight": EIGHT, "l.weight_scale": torch.ones(8, 6, 1)}, r"l.weight_scale \[8, 6, 1\] does not fit"),
+        ({"l.weight": EIGHT, "l.weight_scale": torch.ones(6)}, "the scales of 'l.weight' .* are 6 for 8"),
+        ({"l.weight": INTEGERS, "l.SCB": torch.ones(7)}, r"l.SCB \[7\] does not fit .* a scale for each row"),
+        ({"l.weight": INTEGERS, "l.SCB": torch.ones(())}, r"l.SCB \[\] does not fit"),
+        (_normal4({}, quant_map=torch.ones(3)), "l.weight.quant_map of .* has 3 numbers; expected 16"),
+        (_normal4({"blocksize": 16}), "l.weight.absmax of .* has 1 numbers; expected 3"),
+        (
+            _normal4({}, absmax=torch.ones(1, dtype=torch.uint8), nested_absmax=torch.ones(1)),
+            "lacks nested_blocksize or nested_offset",
+        ),
+        (
+            _normal4(
+                {"nested_blocksize": 4, "nested_offset": 0.0}, absmax=torch.ones(1, dtype=torch.uint8),
+                nested_absmax=torch.ones(1), nested_quant_map=torch.ones(9),
+            ),
+            "nested_quant_map of .* has 9 numbers; expected 256",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+    folder = _folder(tmp_path / "m", tensors)
+    with pytest.raises(MergeidError, match=message):
+        dequantised(open_checkpoint(folder)).tensor("l.weight")
+
+
+def test_scales_in_float8_are_no_weights(tmp_path: Path) -> None:
+    """Powers of two, as the MX formats have them."""
+    scales = torch.tensor([[0.5, 2.0], [4.0, 0.25]])
+    tensors = {"l.weight": EIGHT, "l.weight_scale_inv": scales.to(torch.float8_e8m0fnu)}
+    found = dequantised(open_checkpoint(_folder(tmp_path / "m", tensors, torch_dtype="float32")))
+    assert list(found.table) == ["l.weight"]
+    expected = scales.repeat_interleave(4, 0).repeat_interleave(3, 1)
+    assert torch.equal(found.tensor("l.weight"), expected)
+
+
 def test_a_scale_for_each_expert(tmp_path: Path) -> None:
     stored = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
     scales = torch.tensor([0.5, 2.0, 3.0])

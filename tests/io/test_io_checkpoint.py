@@ -13,10 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from writing import write_checkpoint
 
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, parse_dtype, tensor_bytes, torch_dtype, wider
+from mergeid.io.folders import find_weights
 from mergeid.io.opening import open_checkpoint
 
 EVERY_DTYPE = [
@@ -192,6 +194,53 @@ def test_broken_index(tmp_path: Path, index: object, match: str) -> None:
     folder = sharded(tmp_path / "m", {FIRST: W, SECOND: V}, index)
     with pytest.raises(MergeidError, match=match):
         open_checkpoint(folder)
+
+
+NET = "diffusion_pytorch_model"
+PLAIN_INDEX, FP16_INDEX = f"{NET}.safetensors.index.json", f"{NET}.safetensors.index.fp16.json"
+SHARDS = [f"{NET}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+FP16 = {
+    "new names": [f"{NET}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)],
+    "old names": [f"{NET}-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("kind", FP16)
+def test_other_formats_of_the_same_weights_do_not_count(kind: str) -> None:
+    plain, half = [PLAIN_INDEX, *SHARDS], [FP16_INDEX, *FP16[kind]]
+    assert find_weights([*plain, *half], "x").name == PLAIN_INDEX
+    assert find_weights([*plain, f"{NET}.fp16.safetensors"], "x").name == PLAIN_INDEX
+    assert find_weights([f"{NET}.safetensors", *half], "x").name == f"{NET}.safetensors"
+    assert find_weights([f"{NET}.safetensors", f"{NET}.fp16.safetensors"], "x").name == f"{NET}.safetensors"
+    assert find_weights(half, "x").name == FP16_INDEX
+    with pytest.raises(MergeidError, match="contains several checkpoints"):
+        find_weights([*plain, "other.safetensors"], "x")
+    with pytest.raises(MergeidError, match="contains several checkpoints"):
+        find_weights([*half, f"{NET}.safetensors.index.bf16.json"], "x")
+
+
+def test_diffusers_and_we_read_the_same_weights(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = UNet2DModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    model.half().save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert {PLAIN_INDEX, FP16_INDEX} <= {p.name for p in tmp_path.iterdir()}
+    found = open_checkpoint(tmp_path)
+    for name, value in UNet2DModel.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(found.tensor(name), value)
+
+
+def test_shards_in_another_format_alone_are_split_again(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    for file, tensors in zip(FP16["new names"], (W, V), strict=True):
+        save_file(tensors, tmp_path / "m" / file)
+    weight_map = dict(zip("wv", FP16["new names"], strict=True))
+    (tmp_path / "m" / FP16_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    like = open_checkpoint(tmp_path / "m")
+    write_checkpoint(tmp_path / "o", like.tensor, like=like, shard_size=12)
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {PLAIN_INDEX, *SHARDS}
 
 
 def test_index_that_is_no_json(tmp_path: Path) -> None:

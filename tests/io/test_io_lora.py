@@ -264,6 +264,48 @@ def test_one_of_several_tied_embeddings_is_refused(tmp_path: Path) -> None:
         open_checkpoint(f"{tmp_path / 'base'}+{folder}")
 
 
+def test_factors_in_float8_are_those_numbers(bases: Path, tmp_path: Path) -> None:
+    eight = {name: (value / 3).to(torch.float8_e4m3fn) for name, value in SOUND.items()}
+    for name, tensors in (("eight", eight), ("wide", {n: v.float() for n, v in eight.items()})):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
+    one, two = (open_checkpoint(f"{bases / 'llama'}+{tmp_path / name}") for name in ("eight", "wide"))
+    for name in one.table:
+        assert torch.equal(one.tensor(name), two.tensor(name))
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B, MAGNITUDE = (f"{QUERY}.lora_{end}" for end in ("A.weight", "B.weight", "magnitude_vector"))
+SOUND = {A: torch.ones(2, 16), B: torch.ones(16, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told", "message"),
+    [
+        ({}, {"alpha_pattern": {"(": 3}}, r"adapter_config.json: alpha_pattern '\(' is no pattern"),
+        ({A: torch.ones(0, 16), B: torch.ones(16, 0)}, {}, r"lora_A.weight \[0, 16\] does not fit"),
+        ({A: torch.ones(()), B: torch.ones(())}, {}, r"lora_A.weight \[\] does not fit"),
+        ({A: torch.ones(16), B: torch.ones(16)}, {}, r"lora_A.weight \[16\] does not fit"),
+        ({MAGNITUDE: torch.ones(7)}, {"use_dora": True}, r"magnitude_vector \[7\] does not fit"),
+        ({A: torch.full((2, 16), torch.nan)}, {}, "adapter_model.safetensors: .*lora_A.weight holds NaN"),
+        ({B: torch.full((16, 2), torch.inf)}, {}, "adapter_model.safetensors: .*lora_B.weight holds an infinite"),
+        ({"base_model.model.model.norm.weight": torch.full((16,), torch.nan)}, {}, "model.norm.weight holds NaN"),
+        ({}, {"lora_alpha": 1e39}, r"is not finite with .*adapter_model.safetensors on it \(B A times 5e\+38\)"),
+    ],
+)
+def test_damaged_adapters_are_refused(
+    bases: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], told: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    save_file({**SOUND, **tensors}, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **told}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeidError, match=message):
+        mergeid.merge(f"{bases / 'llama'}+{tmp_path / 'adapter'}", bases / "llama", output=tmp_path / "out", **PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_are_merged_as_products(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """rsLoRA, unequal ranks and DoRA: the merge of the full models, and of an adapter with its base."""
     base = bases / "llama"

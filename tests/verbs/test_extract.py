@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mergeid
@@ -122,6 +122,20 @@ def test_parameters_beside_factored_layers_are_refused(tmp_path: Path, name: str
     else:
         pair_of_timm(name, tmp_path)
     with pytest.raises(MergeidError, match=r"^[\w.]+ changed, and PEFT cannot save the module that holds it \(the "):
+        extract(tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("where", ["base", "tuned"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, where: str, value: float) -> None:
+    tuned("Qwen2", tmp_path)
+    file = tmp_path / where / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    what = "NaN" if value != value else "an infinite number"
+    with pytest.raises(MergeidError, match=rf"up_proj.weight' of .*{where}.* holds {what}; [^-]*$"):
         extract(tmp_path)
     assert not (tmp_path / "adapter").exists()
 
