@@ -14,7 +14,12 @@ M = TypeVar("M", bound=nn.Module)
 
 def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """The state dict, without what is no tensor in it (extra state, the number format of packed weights)."""
-    return {k: v for k, v in model.state_dict(keep_vars=keep_vars).items() if isinstance(v, Tensor)}
+    return only_tensors(model.state_dict(keep_vars=keep_vars))
+
+
+def only_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of a state dict."""
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def evaluating(model: M) -> M:

@@ -6,19 +6,26 @@ What a forward pass leaves behind (counters, running averages, a recurrent state
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+
+OWN = ("_parameters", "_modules", "_buffers")
+"""What a module keeps of its own accord. Parameters are nobody's to write."""
 
 
 @contextmanager
-def untouched(given: Iterable[Any]) -> Iterator[None]:
-    """Put back training flags, attributes and buffers of modules among these values, or in a list, tuple or mapping
-    among them, and torch's random state on the CPU. Parameters are nobody's to write."""
+def untouched(holders: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Put back flags, attributes and buffers, and torch's random state on the CPU.
+
+    Args:
+        holders: the ``__dict__`` of every module.
+    """
     if "torch" not in sys.modules:  # then there are none
         yield
         return
@@ -26,46 +33,34 @@ def untouched(given: Iterable[Any]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([]))
-        for top in _modules(given):
-            for module in top.modules():
-                stack.callback(_remembered(module))
+        for held in holders:
+            stack.callback(_remembered(held))
         yield
 
 
-def _modules(given: Iterable[Any]) -> list[nn.Module]:
-    from torch import nn
-
-    found = []
-    for value in given:
-        values = value.values() if isinstance(value, Mapping) else value
-        several = isinstance(value, (Mapping, list, tuple))
-        found += [v for v in (values if several else [value]) if isinstance(v, nn.Module)]
-    return found
-
-
-def _remembered(module: nn.Module) -> Callable[[], None]:
-    """Puts back what the module holds now, but for its parameters and layers."""
-    held = vars(module)
-    kept = {k: v for k, v in held.items() if k not in ("_parameters", "_modules", "_buffers")}
+def _remembered(held: dict[str, Any]) -> Callable[[], None]:
+    """Puts back what a module holds now."""
+    kept = {k: v for k, v in held.items() if k not in OWN}
     inside = [_contents(v) for k, v in kept.items() if not k.startswith("_")]
-    buffers = [(name, t, t if t is None or t.is_meta else t.clone()) for name, t in module._buffers.items()]
+    own = held.get("_buffers", {})  # a scripted module keeps them elsewhere
+    buffers = [(name, t, t if t is None or t.is_meta else t.clone()) for name, t in own.items()]
 
     def put_back() -> None:
-        for name in [k for k in held if k not in kept and k not in ("_parameters", "_modules", "_buffers")]:
+        for name in [k for k in held if k not in kept and k not in OWN]:
             del held[name]
         held.update(kept)
         for each in inside:
             each()
         for name, buffer, value in buffers:
-            _put_back(module, name, buffer, value)
+            own[name] = buffer
+            _refill(buffer, value)
 
     return put_back
 
 
-def _put_back(module: nn.Module, name: str, buffer: Tensor | None, value: Tensor | None) -> None:
+def _refill(buffer: Tensor | None, value: Tensor | None) -> None:
     import torch
 
-    module._buffers[name] = buffer
     if buffer is None or value is None or buffer.is_meta:
         return
     if buffer.shape != value.shape:

@@ -116,9 +116,9 @@ def is_live(source: Source) -> bool:
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of a live module, with the values of what Accelerate's hooks bring in as each layer runs."""
     if not has_hooks(module):
-        from mergeid.basics.state import tensors_of
+        from mergeid.basics.state import only_tensors
 
-        return tensors_of(module)
+        return only_tensors(module.state_dict())
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     return {k: v.to("cpu") for k, v in get_state_dict_offloaded_model(module).items()}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from mergeid.basics.precision import precision_put_back
 from mergeid.basics.untouched import untouched
 from mergeid.errors import MergeidError, reason
 from mergeid.request import usual
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -30,7 +34,10 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
         signature.bind(*args, **kwargs)  # an unknown keyword is refused as Python does
         try:
-            with precision_put_back(), untouched((*args, *kwargs.values())):
+            with (
+                precision_put_back(),
+                untouched([vars(m) for top in _modules((*args, *kwargs.values())) for m in top.modules()]),
+            ):
                 return function(*args, **kwargs)
         except MergeidError:
             raise
@@ -42,6 +49,20 @@ def verb(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
+
+
+def _modules(given: Iterable[Any]) -> list[nn.Module]:
+    """The modules among these values, or in a list, tuple or mapping among them."""
+    if "torch" not in sys.modules:  # then there are none
+        return []
+    from torch import nn
+
+    found = []
+    for value in given:
+        values = value.values() if isinstance(value, Mapping) else value
+        several = isinstance(value, (Mapping, list, tuple))
+        found += [v for v in (values if several else [value]) if isinstance(v, nn.Module)]
+    return found
 
 
 def explained(error: BaseException) -> str | None:

@@ -37,7 +37,6 @@ WAY = {
 """By what `a` is, the modules that it enters besides those that every model goes through."""
 ALWAYS = {
     "request/boundary.py",
-    "basics/untouched.py",
     VERB,
     "stages/merge_request.py",
     "stages/open.py",
