@@ -18,6 +18,9 @@ it is, on average, nearer than the figure that it was chosen by.
 Inputs on which the models are sure and do not agree seem to be of another kind (`Comparison.unlike`); what is then
 solved leans to one model (`mergeid.stages.solving`).
 
+Where every model has its own data, a solved merge that stays far from them (`LEFT`) is tried once more for each model,
+with hidden layers that lean to it (`mergeid.stages.imitated`).
+
 Where even the nearest merge is too far from the models (`Comparison.refused`), it should not be written: its distance
 is an excess over what the models reach themselves, so that neither their own doubts nor their disagreement counts.
 

@@ -6,7 +6,7 @@ than any of them, and to come nearer to it is no gain. So a solved merge has to 
 the models differ by (`DOUBT`), and by more than chance makes (one standard error of the paired difference).
 
 Where the networks' neurons hardly correspond, no layer can answer as their mean does, and what is off adds up from
-layer to layer. A merge whose hidden layers lean to one model (`mergeid.stages.repair.LEAN`) loses less: only its
+layer to layer. A merge whose hidden layers lean to one model (`mergeid.stages.imitated.LEAN`) loses less: only its
 last layer imitates the mean in full. It is taken where the solved merge is left too far from the models (`LEFT`), and
 where it is nearer to their mean, by as much more. That is asked of the mean alone: what leans to one model is near to
 that one whatever it says.
