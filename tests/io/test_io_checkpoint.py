@@ -220,15 +220,15 @@ def test_other_formats_of_the_same_weights_do_not_count(kind: str) -> None:
 
 
 def test_diffusers_and_we_read_the_same_weights(tmp_path: Path) -> None:
-    from diffusers import UNet2DModel
+    unet = pytest.importorskip("diffusers").UNet2DModel
 
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    model = UNet2DModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
+    model = unet(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     model.half().save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     assert {PLAIN_INDEX, FP16_INDEX} <= {p.name for p in tmp_path.iterdir()}
     found = open_checkpoint(tmp_path)
-    for name, value in UNet2DModel.from_pretrained(tmp_path).state_dict().items():
+    for name, value in unet.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(found.tensor(name), value)
 
 
