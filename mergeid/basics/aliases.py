@@ -40,6 +40,14 @@ def axes_in_memory(tensor: Tensor) -> tuple[int, ...]:
     return tuple(sorted(axes, key=lambda d: (tensor.stride(d), tensor.shape[d])))
 
 
+def tied_groups(model: nn.Module) -> list[tuple[str, ...]]:
+    """Keys of the state dict, those of one tensor together."""
+    groups: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(key)
+    return [tuple(group) for group in groups.values()]
+
+
 def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Every name -> the first name of the same tensor."""
     first: dict[Hashable, str] = {}

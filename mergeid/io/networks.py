@@ -42,6 +42,8 @@ class Network:
 
 def network_of(checkpoint: TensorSource) -> Network | None:
     """The network of a checkpoint, built without memory; None where no library knows it, or several do."""
+    from mergeid.basics.aliases import tied_groups
+
     room = Room.of(checkpoint.table)
     found = []
     for name in adapter_names():
@@ -53,9 +55,6 @@ def network_of(checkpoint: TensorSource) -> Network | None:
     if len(found) != 1:
         return None
     adapter, arch, model = found[0]
-    groups: dict[int, list[str]] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), []).append(key)
-    tied = {key: frozenset(group) - {key} for group in groups.values() for key in group if len(group) > 1}
+    tied = {key: frozenset(group) - {key} for group in tied_groups(model) for key in group if len(group) > 1}
     stacked = adapter.stacked(model, checkpoint.table) if isinstance(adapter, StacksExperts) else {}
     return Network(adapter, adapter.tensor_names(arch, model, checkpoint.table), tied, frozenset(stacked))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mergeid.basics.aliases import tied_groups
 from mergeid.errors import MergeidError
 from mergeid.io.building import Room, build
 from mergeid.io.checkpoint import Checkpoint
@@ -49,10 +50,7 @@ class Anatomy:
         """Built without memory."""
         adapter, arch = find_architecture(model)
         network = build(adapter, arch, Room.of(model.table), device="meta")
-        groups: dict[int, list[str]] = {}
-        for key, value in network.state_dict(keep_vars=True).items():
-            groups.setdefault(id(value), []).append(key)
-        tied = {key: tuple(k for k in group if k != key) for group in groups.values() for key in group}
+        tied = {key: tuple(k for k in group if k != key) for group in tied_groups(network) for key in group}
         modules = dict(network.named_modules(remove_duplicate=False))
         stored = {k: s for k in tied if not tied[k] and (s := _stored(modules, k)) is not None}
         kinds = set(stored.values())

@@ -141,12 +141,11 @@ def _copies(adapter: Any, models: Sequence[TensorSource]) -> Iterator[tuple[str,
             continue
         if arch is None or model is None:
             continue
-        keys: dict[int, list[str]] = {}
+        from mergeid.basics.aliases import tied_groups
+
         names = {key: name for name, key in own.tensor_names(arch, model, union).items()}
-        for key, value in model.state_dict(keep_vars=True).items():
-            if key in names:
-                keys.setdefault(id(value), []).append(names[key])
-        groups = [group for group in keys.values() if len(group) > 1]
+        named = [[names[key] for key in group if key in names] for group in tied_groups(model)]
+        groups = [group for group in named if len(group) > 1]
         for group in groups:
             source = next((n for n in group if all(n in other.table for other in models)), None)
             yield from ((n, source) for n in group if source is not None and n != source)

@@ -60,6 +60,8 @@ def load_checkpoint(
             spares drawing weights that nobody needs.
 
     Raises `MergeidError` when a floating-point tensor of the model is missing or has another shape."""
+    from mergeid.basics.aliases import tied_groups
+
     room, large = Room.of(checkpoint.table), _size(checkpoint) > LARGEST_HELD and not is_asymmetric(checkpoint.table)
     model = skeleton(adapter, arch, room) if large else None
     mapped = model is not None
@@ -82,7 +84,7 @@ def load_checkpoint(
                 f"tensor {name!r} of {checkpoint.source} has shape {shape}, but {arch.id} expects "
                 f"{tuple(own[key].shape)}; name its architecture with --arch"
             )
-    given, tied = set(names.values()), _tied(model)
+    given, tied = set(names.values()), {k: set(group) for group in tied_groups(model) for k in group}
     missing = [k for k in own if k not in given and own[k].is_floating_point() and not tied.get(k, set()) & given]
     if missing:
         raise MergeidError(
@@ -134,14 +136,6 @@ def _in_bfloat16(model: nn.Module, checkpoint: TensorSource, names: Mapping[str,
         return
     for value in own.values():
         value.data = value.data.to(torch.bfloat16)
-
-
-def _tied(model: nn.Module) -> dict[str, set[str]]:
-    """Key -> all keys that share its storage."""
-    groups: dict[int, set[str]] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), set()).add(key)
-    return {k: g for g in groups.values() for k in g}
 
 
 def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:

@@ -126,25 +126,20 @@ def last_look(
         chosen = replace(chosen, unlike=next((a for a in said.values() if not a.borne_out), None))
         run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
-        some = [name for name in merges if name == chosen.chosen or name in also]
+        some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}
         # from the models, and from their mean alone
         panels = (panel_of(parts=PARTS_OF_DEAR), panel_of(parts=PARTS_OF_DEAR, either=False))
-        return _solved(chosen, merges, some, panels, partial(_tried, panels, skip=skip, device=run.place), run)
+        return _solved(chosen, some, panels, partial(_tried, panels, skip=skip, device=run.place), run)
     return merges[chosen.chosen], chosen
 
 
 def _solved(
-    chosen: Comparison,
-    merges: Mapping[str, Members],
-    some: Sequence[str],
-    panels: tuple[Panel, Panel],
-    tried: Tried,
-    run: Run,
+    chosen: Comparison, merges: Mapping[str, Members], panels: tuple[Panel, Panel], tried: Tried, run: Run
 ) -> tuple[Members, Comparison]:
     """The comparison with the solved merge as the one to write where that is nearer, or with its leaning twin.
 
     Args:
-        some: merges that may be solved.
+        merges: that may be solved, the chosen one among them.
     """
     apart = panels[0].disagreement
     if chosen.unlike is not None:
@@ -152,8 +147,7 @@ def _solved(
     else:
         refits = [*([REGMEAN] if can_be_regressed(merges[chosen.chosen]) else []), SOLVE]
     nearest = chosen.chosen, chosen.repair
-    sought = {name: merges[name] for name in some}
-    solved = solved_if_nearer(sought, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
+    solved = solved_if_nearer(merges, nearest, tried, disagreement=apart, tie=TIE, refits=refits)
     if solved is None:
         return merges[chosen.chosen], chosen
     repair, far, distances = solved.repair, solved.far, {label(*k): v for k, v in solved.distances.items()}
@@ -181,8 +175,8 @@ def _leant(
     is nearer by more than `LEFT`."""
     if chosen.repair != SOLVE or merge.given.owners is None or merge.first.joined is not None or _mean(far) <= LEFT:
         return merge, chosen
-    leant = [(replace(merge, leans=k), _leaning(replace(merge, leans=k), tried, run)) for k in range(len(merge.models))]
-    known = [(one, each[0]) for one, each in leant if each is not None]
+    ways = [replace(merge, leans=k) for k in range(len(merge.models))]
+    known = [(one, look[0]) for one in ways if (look := _leaning(one, tried, run)) is not None]
     if not known:
         return merge, chosen
     best, lean = min(known, key=lambda one: _mean(one[1]))
