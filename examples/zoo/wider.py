@@ -4,8 +4,9 @@
     python examples/zoo/fresh.py                        # what the coefficients that ship say of these pairs
 
 Tables, recurrent text classifiers, GroupNorm and standardised weights, MambaOut- and NFNet-types; dense concatenation,
-inverted residuals, text classifiers by convolution, gated MLPs; fine-tunes of low rank; SGD at large rates; weak
-networks (few steps) and collapsed ones (a rate far too large); calibration inputs of another kind than the training's.
+inverted residuals, text classifiers by convolution, gated MLPs; grouped convolutions, PoolFormers, bags of words,
+temporal convolutions, tanh; fine-tunes of low rank; SGD at large rates; weak networks (few steps) and collapsed ones (a
+rate far too large); calibration inputs of another kind than the training's.
 Tables lie in `wider/`, networks in `cache/`. Every pair has its curves (pairs.csv), what the predictor sees of it
 (features.csv), and every way at the midpoint, solved too, with the day it was made (midpoints.csv).
 """
@@ -150,11 +151,28 @@ LATER = (
     Group("mobile", "digits", 5, 12, 2, steps=300),
 )
 """Families that predictor 6 was not fitted to."""
+LATEST = (
+    Group("grouped", "fashion", 3, 16, 2, steps=300),
+    Group("pool", "mnist", 3, 32, 2, steps=300),
+    Group("bag", "packages", 3, 32, 1, steps=300),
+    Group("tanh", "noisy", 3, 48, 2, steps=300),
+    Group("temporal", "modules", 3, 48, 2, steps=300),
+    Group("grouped", "digits", 4, 24, 2, steps=200),
+    Group("pool", "fashion", 4, 48, 3, steps=300),
+    Group("bag", "modules", 4, 64, 2, steps=300),
+    Group("tanh", "many", 4, 64, 1, steps=300),
+    Group("temporal", "packages", 4, 32, 3, steps=300),
+    Group("grouped", "mnist", 5, 16, 3, steps=300),
+    Group("tanh", "tails", 5, 32, 3, steps=300),
+    Group("pool", "digits", 5, 32, 1, steps=200),
+)
+"""Families, and data sets, that predictor 7 was not fitted to."""
 
 
 def work() -> Iterator[Pair]:
     """All pairs, one of every group in turn; those of later families first."""
-    yield from _in_turn([[p for p in pairs(g) if p.kind != "asymmetric"] for g in LATER])
+    for groups in (LATEST, LATER):
+        yield from _in_turn([[p for p in pairs(g) if p.kind != "asymmetric"] for g in groups])
     yield from _in_turn(_earlier())
 
 

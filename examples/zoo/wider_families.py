@@ -1,6 +1,7 @@
 """Families that the first zoo lacks: recurrent text classifiers, networks with GroupNorm and standardised weights,
-MambaOut- and NFNet-types; dense concatenation, inverted residuals, text classifiers by convolution, gated MLPs. Small,
-as `families.py` has them."""
+MambaOut- and NFNet-types; dense concatenation, inverted residuals, text classifiers by convolution, gated MLPs; grouped
+convolutions, pooling instead of attention, bags of words, temporal convolutions, tanh. Small, as `families.py` has
+them."""
 
 from __future__ import annotations
 
@@ -177,6 +178,121 @@ class Gated(nn.Module):
         return self.head(self.norm(self.blocks(self.patch(x).flatten(2).transpose(1, 2))).mean(1))
 
 
+class Bottleneck(nn.Module):
+    """Narrow, filter in groups of channels, widen, add."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+        self.groups = nn.Sequential(
+            nn.Conv2d(outputs, outputs, 3, stride, 1, groups=4, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+        )
+        self.widen = nn.Sequential(nn.Conv2d(outputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        same = stride == 1 and inputs == outputs
+        self.down = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.widen(self.groups(self.narrow(x))) + (x if self.down is None else self.down(x))).relu()
+
+
+class Grouped(nn.Module):
+    """A stem of stride 2, `depth` residual bottlenecks with grouped convolutions, the last of twice the width and
+    stride 2, as RegNets have."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        blocks = [Bottleneck(width, width, 1) for _ in range(depth - 1)]
+        self.blocks = nn.Sequential(*blocks, Bottleneck(width, 2 * width, 2))
+        self.head = nn.Linear(2 * width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class PoolBlock(nn.Module):
+    """Positions are mixed by their neighbours' mean, channels by a hidden layer, both scaled per channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, width), nn.GroupNorm(1, width)
+        self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        self.mlp = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1))
+        self.scale1 = nn.Parameter(torch.full((width, 1, 1), 0.5))
+        self.scale2 = nn.Parameter(torch.full((width, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.scale1 * (self.pool(y) - y)
+        return x + self.scale2 * self.mlp(self.norm2(x))
+
+
+class Pool(nn.Module):
+    """Patches of 2 pixels, `depth` blocks of a PoolFormer, the mean over the positions."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 3, 2, 1)
+        self.blocks = nn.Sequential(*(PoolBlock(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.patch(x)).mean((2, 3))))
+
+
+class Bag(nn.Module):
+    """The mean of the embeddings, `depth` residual hidden layers, the head."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(shape.tokens, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
+        self.head = nn.Linear(width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embedding(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            y = y + down(nn.functional.silu(up(norm(y))))
+        return self.head(y)
+
+
+class Temporal(nn.Module):
+    """Embedding, `depth` residual convolutions over the positions with BatchNorm, the mean, the head."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.tokens, width)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1, bias=False) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth))
+        self.head = nn.Linear(width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embedding(x).transpose(1, 2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            y = y + norm(conv(y)).relu()
+        return self.head(y.mean(2))
+
+
+class Tanh(nn.Module):
+    """A table's columns, normalised; `depth` layers of tanh; the head."""
+
+    def __init__(self, width: int, depth: int, shape: Shape) -> None:
+        super().__init__()
+        sizes = [shape.columns, *[width] * depth]
+        self.norm = nn.BatchNorm1d(shape.columns)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.head = nn.Linear(width, shape.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
 WIDER = {
     "gru": Family(lambda w, d, s: Recurrent(nn.GRU, w, d, s), "", "adamw", 3e-3),
     "lstm": Family(lambda w, d, s: Recurrent(nn.LSTM, w, d, s), "", "adamw", 3e-3),
@@ -188,4 +304,9 @@ WIDER = {
     "mobile": Family(Mobile, "bn", "adamw", 3e-3),
     "textcnn": Family(TextCnn, "repair", "adamw", 3e-3),
     "gated": Family(Gated, "", "adamw", 3e-3),
+    "grouped": Family(Grouped, "bn", "sgd", 0.1),
+    "pool": Family(Pool, "", "adamw", 3e-3),
+    "bag": Family(Bag, "", "adamw", 3e-3),
+    "temporal": Family(Temporal, "bn", "adamw", 3e-3),
+    "tanh": Family(Tanh, "repair", "adamw", 3e-3),
 }

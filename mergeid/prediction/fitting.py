@@ -2,7 +2,7 @@
 
 Only whole groups (families, data sets) are ever left out: pairs of one family share models, data and habits. The
 residuals that intervals are made of are those on groups left out, too (cross-conformal, by group), and every group
-counts alike.
+counts alike, but where intervals are widened to hold enough rows of groups left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mergeid.prediction.chance import fitted_chance
-from mergeid.prediction.model import Interval, Model, Pool, Reach, Term, conformal, lift, start
+from mergeid.prediction.model import (
+    ALL,
+    FROM_ZERO,
+    Interval,
+    Model,
+    Pool,
+    Reach,
+    Term,
+    conformal,
+    conformal_above,
+    lift,
+    start,
+)
 
 LEAST = 0.05
 """Smallest scale of an error on the target's scale."""
@@ -73,15 +85,26 @@ def fit(design: Design, rows: Sequence[Row], *, calibrate: bool = True) -> Model
     width = np.array([model.width(r.features) for r in ordered])
     normal = left / width
     kinds = np.array([start(r.features) for r in ordered])
-    pools = {"all": _pool(ordered, _held(ordered, normal))}
-    for kind in np.unique(kinds):
-        at = np.flatnonzero(kinds == kind)
-        if len(at) >= LEAST_POOL and len({ordered[i].group for i in at}) > 2:
-            chosen = [ordered[i] for i in at]
-            pools[str(kind)] = _pool(chosen, _held(chosen, normal[at]))
     targets = _targets(design, ordered)
+    held = _held(ordered, normal)
+    nothing = (left - targets) / width  # where a loss of 0 lies, in widths from the score
+    pools = {}
+    for kind in (ALL, *np.unique(kinds).tolist()):
+        at = np.flatnonzero((kinds == kind) | (kind == ALL))
+        if kind != ALL and not _enough(ordered, at):
+            continue
+        pools[kind] = _pool([ordered[i] for i in at], held[at])
+        low, _ = pools[kind].ends(LEVEL)
+        from_zero = at[low <= nothing[at]]
+        if _enough(ordered, from_zero):
+            pools[kind + FROM_ZERO] = _pool([ordered[i] for i in from_zero], held[from_zero], above=True)
     losses = np.asarray(lift(np.array(TOLERATED) * design.scale / NATS, design.scale))
     return replace(model, pools=pools, chance=fitted_chance(losses.tolist(), targets - left, targets))
+
+
+def _enough(rows: Sequence[Row], at: np.ndarray) -> bool:
+    """For a pool of their own."""
+    return len(at) >= LEAST_POOL and len({rows[i].group for i in at}) > 2
 
 
 def _held(rows: Sequence[Row], normal: np.ndarray) -> np.ndarray:
@@ -89,26 +112,28 @@ def _held(rows: Sequence[Row], normal: np.ndarray) -> np.ndarray:
     return np.where([r.target <= 0 for r in rows], np.minimum(normal, 0.0), normal)
 
 
-def _pool(rows: Sequence[Row], normal: np.ndarray) -> Pool:
+def _pool(rows: Sequence[Row], normal: np.ndarray, *, above: bool = False) -> Pool:
+    """Of intervals with two ends, or with an upper one alone."""
     share = _shares(rows)
     order = np.argsort(normal, kind="stable")
     kept, shares = _thinned(normal[order], share[order])
-    return Pool(tuple(kept), tuple(shares), _stretch(rows, normal, share))
+    return Pool(tuple(kept), tuple(shares), _stretch(rows, normal, share, above))
 
 
-def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray) -> float:
-    """By how much the interval of all other groups must be widened to hold a share `LEVEL` of a group left out, in the
-    mean over the groups, and at least 1: they differ by more than what varies inside them."""
+def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray, above: bool) -> float:
+    """By how much the intervals of all other groups must be widened to hold a share `LEVEL` of the rows of the groups
+    left out, and at least 1: groups differ by more than what varies inside them."""
     names = np.array([r.group for r in rows])
     needed = np.full(len(rows), np.inf)
     for g in np.unique(names):
         rest = names != g
         order = np.argsort(normal[rest], kind="stable")
-        low, high = conformal(normal[rest][order], shares[rest][order] / shares[rest].sum(), LEVEL)
+        known = normal[rest][order].tolist(), (shares[rest][order] / shares[rest].sum()).tolist()
+        low, high = (-np.inf, conformal_above(*known, LEVEL)) if above else conformal(*known, LEVEL)
         if low < 0 < high:
             needed[~rest] = np.maximum(normal[~rest] / low, normal[~rest] / high)
     order = np.argsort(needed, kind="stable")
-    at = int(np.searchsorted(np.cumsum(shares[order]), LEVEL - 1e-9))
+    at = int(np.searchsorted(np.arange(1, len(order) + 1) / len(order), LEVEL - 1e-9))
     found = float(needed[order[min(at, len(order) - 1)]])
     return max(1.0, found) if np.isfinite(found) else 1.0
 

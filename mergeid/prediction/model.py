@@ -29,6 +29,8 @@ SAME = 1e-9
 BEYOND = 0.5
 """Widths of the training range that a feature may lie outside it, and share of the largest distance from its middle
 that all together may lie beyond it, before the answer is "cannot tell"."""
+ALL, FROM_ZERO = "all", ", from 0"
+"""Names of pools: of all pairs; behind another name, of those of its pairs whose interval begins at 0."""
 SHARED = 0.5
 """Cosine of two models' weights from which they are taken to come from one start."""
 MOST_POINTS = 100.0
@@ -130,6 +132,10 @@ class Pool:
         low, high = conformal(self.residuals, self.shares, level)
         return self.stretch * low, self.stretch * high
 
+    def end(self, level: float) -> float:
+        """Of an interval that has only an upper one."""
+        return self.stretch * conformal_above(self.residuals, self.shares, level)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "stretch": self.stretch,
@@ -183,7 +189,8 @@ class Model:
     Attributes:
         unit: "nats" or "points". scale: s of the target.
         terms: of the prediction. spreads: (intercept, terms) of the residuals' scale, floor `least`.
-        pools: residuals of all pairs ("all") and of those of one kind of start (`start`).
+        pools: residuals of all pairs ("all") and of those of one kind of start (`start`); of the pairs whose interval
+            begins at 0 again by themselves (`FROM_ZERO`).
         chance: of staying within a loss. reach: of the pairs fitted.
         collapsed: least that a model has to tell of its inputs (`mergeid.prediction.features.EndSums`).
     """
@@ -230,8 +237,7 @@ class Model:
         width = self.width(features) * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):
             return Interval(most, 0.0, most, math.inf, None, math.inf, collapsed, self.unit == "nats")
-        pool = self.pools.get(start(features), self.pools.get("all", NO_POOL))
-        ends = (score + width * q for q in pool.ends(level))
+        ends = (score + width * q for q in self.ends(start(features), score, width, level))
         expected, low, high = (self._cut(t, most) for t in (score, *ends))
         within = None
         if tolerated is not None:
@@ -239,6 +245,18 @@ class Model:
         high = max(high, expected)
         ends_there = self.unit == "nats" and high >= most
         return Interval(expected, min(low, expected), high, score, within, beyond, collapsed, ends_there)
+
+    def ends(self, kind: str, score: float, width: float, level: float) -> tuple[float, float]:
+        """The interval's, in widths from the score.
+
+        Nothing is less than 0. An interval that begins there misses nothing below, so that its upper end may miss all
+        that the interval may miss, and not half of it."""
+        kind = kind if kind in self.pools else ALL
+        low, high = self.pools.get(kind, NO_POOL).ends(level)
+        if score + width * low > 0:
+            return low, high
+        above = self.pools.get(kind + FROM_ZERO)
+        return low, high if above is None else above.end(level)
 
     def _cut(self, t: float, most: float) -> float:
         return most if t >= 40 else min(float(lower(max(t, 0.0), self.scale)), most)
@@ -267,21 +285,23 @@ class Model:
 
 
 def conformal(residuals: Sequence[float], shares: Sequence[float], level: float) -> tuple[float, float]:
-    """Lower and upper quantile of a new normalised residual, (1 ± level) / 2 each.
+    """Lower and upper quantile of a new normalised residual, (1 ± level) / 2 each."""
+    up = (1 + level) / 2
+    low = conformal_above([-r for r in reversed(residuals)], tuple(reversed(shares)), up)
+    return -low, conformal_above(residuals, shares, up)
+
+
+def conformal_above(residuals: Sequence[float], shares: Sequence[float], level: float) -> float:
+    """What a new normalised residual exceeds with probability 1 − `level` at most; residuals are ascending.
 
     A new residual is exchangeable with those seen, so that it takes one place among them: the mass of one of n + 1 is
     put at the far end (Vovk et al. 2005; Lei et al. 2018). Infinite where there are too few."""
     r, w = np.asarray(residuals, float), np.asarray(shares, float)
     if not len(r):
-        return -math.inf, math.inf
+        return math.inf
     effective = 1 / float((w**2).sum())
-    up = (1 + level) / 2 * (1 + 1 / effective)
-    found = []
-    for values, weights, sign in ((r, w, 1), (-r[::-1], w[::-1], -1)):
-        total = np.cumsum(weights)
-        at = int(np.searchsorted(total, up - 1e-12))
-        found.append(sign * (float(values[at]) if at < len(values) else math.inf))
-    return found[1], found[0]
+    at = int(np.searchsorted(np.cumsum(w), level * (1 + 1 / effective) - 1e-12))
+    return float(r[at]) if at < len(r) else math.inf
 
 
 NO_POOL = Pool((), ())
