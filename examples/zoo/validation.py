@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from fit import HERE, LEAST, MODES, Case, design, known, of
+from midpoints import FEW
 from rivals import RIVALS, rival_scores
 
 from mergeid.prediction.fitting import area_under_curve, left_out, ranks_agree
+from mergeid.prediction.labels import Measured, corrected
 from mergeid.prediction.model import WAYS, Interval, start
 
 BAD = {"direct": 0.05, "matched": 0.05, "repaired": 0.05, "solved": 0.01}
@@ -216,10 +218,6 @@ def rivals(found: Sequence[Case], ours: Sequence[Said], trials: Mapping[tuple[st
     return markdown(("", "all", *kinds, *(f"way {w}" for w in WAYS)), rows)
 
 
-def _column(case: Case) -> str:
-    return case.way if case.way == "solved" else case.assignment + ("_repair" if case.repaired else "")
-
-
 def _against(found: Sequence[Case], scores: Sequence[float], kinds: Sequence[str]) -> list[str]:
     def cell(at: Sequence[int]) -> str:
         if len(at) < 3:
@@ -256,6 +254,40 @@ def solved_limits(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) 
     return markdown((f"of {len(own)} solved merges", *(f"AUROC, {limit:g} nats" for limit in TOLERATED)), cells)
 
 
+def with_labels(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) -> str:
+    """Spearman of what a merge loses or gains at the midpoint, on all test examples but `FEW`: of what is predicted, of
+    what the labels of these few say, and of both together (`mergeid.prediction.labels`); by kind and by way."""
+    measured = {m["pair"]: m for m in midpoints}
+    kinds: dict[str, list[tuple[float, float, float, float, float, float]]] = {}
+    for r in rows:
+        row, column = measured.get(r.case.pair["pair"], {}), _column(r.case)
+        if row.get(f"few_{column}"):
+            few, error, rest, half, other = (
+                float(row[f"{k}_{column}"]) for k in ("few", "few_error", "rest", "half", "other")
+            )
+            own = r.interval
+            both = corrected(
+                Measured(few, error, FEW), own.expected, own.low, own.high, most=r.case.features["uniform"]
+            )
+            found = (rest, own.score, few, both.expected, half, other)
+            for name in (r.case.pair["kind"], f"{r.case.pair['kind']}, {r.case.way}"):
+                kinds.setdefault(name, []).append(found)
+    cells = []
+    for name, values in sorted(kinds.items()):
+        if len(values) >= LEAST:
+            rest, score, few, both, half, other = zip(*values, strict=True)
+            ceiling, reached = ranks_agree(half, other), ranks_agree(both, rest)
+            alone = (ranks_agree(score, rest), ranks_agree(few, rest))
+            cells.append([name, str(len(values)), *map(show, (*alone, reached, ceiling, reached / ceiling))])
+    head = ("", "n", "predicted, no labels", f"{FEW} labels alone", "both", "ceiling", "both / ceiling")
+    return markdown(head, cells)
+
+
+def _column(case: Case) -> str:
+    """Its name in midpoints.csv."""
+    return case.way if case.way == "solved" else case.assignment + ("_repair" if case.repaired else "")
+
+
 def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> str:
     """All tables, as markdown."""
     pairs = {c.pair["pair"] for c in found}
@@ -290,8 +322,15 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
                     if k.startswith("trial_hard_") and v
                 }
                 beside, solved_best = rivals(found, rows, trials), solved_limits(rows, midpoints)
+                labelled = with_labels(rows, midpoints)
     text += ["\n## Beside others, every family left out in turn\n", "Spearman / AUROC, rivals fitted alike.\n", beside]
     text += ["\n## What can be known of a solved merge\n", solved_best]
+    text += [
+        f"\n## With {FEW} labels, every family left out in turn\n",
+        "Spearman of what a merge loses or gains at the midpoint, on all test examples but those with the labels. "
+        "Ceiling: one half of the test set for the other.\n",
+        labelled,
+    ]
     return "\n".join(text) + "\n"
 
 

@@ -11,9 +11,9 @@ is near 1 or above on inputs of their own kind, and falls where they do not know
 networks that see nothing that they know often name one and the same class. Of 2,862 sets of 64 to 512 inputs of 477
 pairs' own kind (zoo and `examples/no_barrier.py`) none is below 0.7, of networks that have memorised 40 % random
 labels none below 0.65. Merges that are solved on other inputs lose by it where the share is below a half
-(`mergeid.results.agreement.BORNE_OUT`), and rarely elsewhere. What all models call by one name is not found out. Next
-tokens have many right answers: models agree on the likeliest far more often than they are sure, so that of text the
-share is above 1 nearly always.
+(`mergeid.results.agreement.BORNE_OUT`), and rarely elsewhere. What all models call by one name (BYOB networks do so
+with noise) bears out nothing, and is held against the inputs (`ONE_NAME`). Next tokens have many right answers: models
+agree on the likeliest far more often than they are sure, so that of text the share is above 1 nearly always.
 """
 
 from __future__ import annotations
@@ -81,4 +81,5 @@ class Tally:
         chance = sum(w * float(often[i] @ often[j]) for (i, j), w in self.pairs.items())
         gap = sure - alike
         error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else float("inf")
-        return Agreement(float(sure.mean()), float(alike.mean()), chance, error, len(gap))
+        classes = max(map(len, self._named.values()))
+        return Agreement(float(sure.mean()), float(alike.mean()), chance, error, len(gap), classes)

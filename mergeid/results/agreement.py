@@ -9,6 +9,8 @@ BORNE_OUT = 0.5
 ROOM = 0.1
 """How much surer than chance models must be for their agreement to tell anything: where nearly all that they name is
 one class, luck decides."""
+ONE_NAME = 0.95
+"""Agreement by chance from which on models that know three classes or more call nearly all inputs by one name."""
 DOUBT = 2.0
 """Standard errors that the agreement must be below the confidence by, to be below it."""
 
@@ -23,6 +25,7 @@ class Agreement:
         chance: what that would be if each named its classes as often, but of inputs drawn at random.
         error: standard error of sure − alike.
         examples: how many were looked at.
+        classes: that the models know.
     """
 
     sure: float
@@ -30,6 +33,18 @@ class Agreement:
     chance: float
     error: float
     examples: int
+    classes: int = 0
+
+    @property
+    def told(self) -> bool:
+        """Whether there is nothing against the inputs: the models are borne out, and name more than one class."""
+        return self.borne_out and not self.one_name
+
+    @property
+    def one_name(self) -> bool:
+        """Whether the models call nearly all inputs by one name, as some do with noise. They agree then, but only
+        inputs of other classes would show whether they know what they see."""
+        return self.classes > 2 and self.chance >= ONE_NAME
 
     @property
     def borne_out(self) -> bool:
@@ -41,7 +56,12 @@ class Agreement:
 
     @property
     def found_out(self) -> str:
-        """What the user is told first where they are not borne out."""
+        """What the user is told first where there is something against the inputs."""
+        if self.one_name:
+            return (
+                f"the models name one and the same class on nearly all of the {self.examples} calibration inputs, so "
+                f"that nothing shows whether they know such inputs"
+            )
         return (
             f"the calibration inputs seem to be of another kind than the training data: on {self.examples} of them the "
             f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only"
@@ -55,10 +75,11 @@ class Agreement:
             if leans
             else "So no merge was solved."
         )
+        apart = "" if self.one_name else ", or, for models of different tasks, separate data for each (--data a=…,b=…)"
+        kinds = ", and of several classes" if self.one_name else ""
         return (
-            f"{self.found_out}. {did} "
-            f"Give inputs like those that the models were trained on, or, for models of different tasks, separate data "
-            f"for each (--data a=…,b=…); --repair solve solves anyway"
+            f"{self.found_out}. {did} Give inputs like those that the models were trained on{kinds}{apart}; "
+            f"--repair solve solves anyway"
         )
 
     def to_json(self) -> dict[str, float]:

@@ -15,8 +15,8 @@ A repair is judged on inputs that it has not seen. The inputs are dealt out to `
 one is repaired on the others. What is written is then repaired on all of them: more than any of the trials had, so that
 it is, on average, nearer than the figure that it was chosen by.
 
-Inputs on which the models are sure and do not agree seem to be of another kind (`Comparison.unlike`); what is then
-solved leans to one model (`mergeid.stages.solving`).
+Inputs on which the models are sure and do not agree seem to be of another kind (`Comparison.unlike`), and so may those
+that they call by one name; what is then solved leans to one model (`mergeid.stages.solving`).
 
 Where every model has its own data, a solved merge that stays far from them (`LEFT`) is tried once more for each model,
 with hidden layers that lean to it (`mergeid.stages.imitated`).
@@ -123,7 +123,7 @@ def last_look(
         return _leant(merges[chosen.chosen], chosen, far, partial(_tried, (panel,), skip=skip, device=run.place), run)
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
         said = panel.agreement() if one_task else {}
-        chosen = replace(chosen, unlike=next((a for a in said.values() if not a.borne_out), None))
+        chosen = replace(chosen, unlike=next((a for a in said.values() if not a.told), None))
         run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
         some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}

@@ -156,7 +156,7 @@ def predict_pair(
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
     if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
-    if tally is not None and tally.examples and not (seen := tally.agreement()).borne_out:
+    if tally is not None and tally.examples and not (seen := tally.agreement()).told:
         notes.append(
             f"{seen.found_out}. What is said about a merge holds for such inputs only; give inputs like those that the "
             f"models were trained on"

@@ -181,7 +181,7 @@ def families(library: str) -> dict[str, str]:
 def chosen(args: argparse.Namespace, rows: dict[str, dict[str, str]]) -> list[str]:
     names = [n for n in importlib.import_module(f"coverage_{args.library}").names() if fnmatch.fnmatch(n, args.only)]
     if args.smallest:
-        smallest = json.loads((HERE.parent / "data" / "timm_smallest.json").read_text())
+        smallest = json.loads((HERE.parent / "fixtures" / "timm_smallest.json").read_text())
         names = sorted(smallest)
     if args.sample:
         names = sorted(random.Random(args.seed).sample(names, min(args.sample, len(names))))

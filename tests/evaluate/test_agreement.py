@@ -93,6 +93,18 @@ def test_networks_that_have_collapsed_say_nothing_of_the_inputs() -> None:
     assert tallied(unsure, [0.5, 0.5], {}, 64).borne_out
 
 
+@pytest.mark.parametrize(("other", "told"), [(0, False), (1, False), (4, True)])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_one_name_for_nearly_all_inputs_tells_nothing(other: int, told: bool, classes: int) -> None:
+    """But of two classes one may be rare, and agreement is no less true for it."""
+    outs = torch.zeros(64, classes)
+    outs[:, 0], outs[:other, 1] = 5.0, 9.0
+    found = tallied([outs, outs], [0.5, 0.5], {}, 16)
+    assert found.borne_out and found.told is (told or classes == 2)
+    if not found.told:
+        assert "one and the same class" in found.note(True) and "several classes" in found.note(True)
+
+
 @pytest.mark.parametrize(
     ("sure", "alike", "chance", "error", "expected"),
     [

@@ -110,6 +110,16 @@ def test_on_others_nothing_is_solved_towards_both(
     assert not [n for n in expected.notes if "another kind" in n]
 
 
+def test_nor_on_inputs_that_are_all_called_by_one_name(pair: list[nn.Module]) -> None:
+    """Images of one digit: the models agree about them, whatever they would make of others."""
+    x, y = digits()
+    found = merged(pair, x[y == 2])
+    assert found.comparison is not None and found.comparison["unlike"]["alike"] > 0.95
+    assert found.comparison["repair"] != "solve"
+    (note,) = [n for n in found.notes if "one and the same class" in n]
+    assert "several classes" in note and "--repair solve" in note and "--data a=" not in note
+
+
 @pytest.mark.parametrize("kind", ["own", "other"])
 def test_a_prediction_says_so_too(pair: list[nn.Module], kind: str) -> None:
     """Of every other example, which it is judged on."""
