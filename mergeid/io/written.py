@@ -196,6 +196,7 @@ class RecordComparison(Own):
     examples: Count
     error: float | None
     unlike: RecordAgreement | None = None
+    apart: float | None = None
 
 
 class RecordPlaces(Own):

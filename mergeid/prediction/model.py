@@ -31,6 +31,8 @@ BEYOND = 0.5
 that all together may lie beyond it, before the answer is "cannot tell"."""
 ALL, FROM_ZERO = "all", ", from 0"
 """Names of pools: of all pairs; behind another name, of those of its pairs whose interval begins at 0."""
+SHARED_START, APART_START = "shared", "apart"
+"""Kinds of start, and names of their pools."""
 SHARED = 0.5
 """Cosine of two models' weights from which they are taken to come from one start."""
 MOST_POINTS = 100.0
@@ -149,9 +151,9 @@ class Pool:
 
 
 def start(features: Mapping[str, float]) -> str:
-    """Kind of start: "shared" where the weights say that both models come from one, else "apart"."""
+    """Kind of start: `SHARED_START` where the weights say that both models come from one, else `APART_START`."""
     apart = min(abs(features.get("hash_distance", 2.0)), 2.0)
-    return "shared" if features.get("cosine", 1 - apart**2 / 2) >= SHARED else "apart"
+    return SHARED_START if features.get("cosine", 1 - apart**2 / 2) >= SHARED else APART_START
 
 
 @dataclass(frozen=True)

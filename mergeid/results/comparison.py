@@ -39,6 +39,8 @@ class Comparison:
         of the chosen one; None where they are one merge, or it is not known.
     unlike: how the models agree, where that says that the inputs are of another kind than the training's: then merges
         are solved only so that they lean to one model.
+    apart: nats that the models differ by from their mean, where they come from one start and are sure of different
+        answers: then no merge is solved.
     """
 
     distances: dict[str, float]
@@ -49,6 +51,7 @@ class Comparison:
     examples: int
     error: float | None = None
     unlike: Agreement | None = None
+    apart: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
@@ -68,7 +71,22 @@ class Comparison:
             "examples": self.examples,
             "error": self.error,
             "unlike": None if self.unlike is None else self.unlike.to_json(),
+            "apart": self.apart,
         }
+
+    @property
+    def about_inputs(self) -> str | None:
+        """What the user is told where the models' answers to the calibration inputs decide what is solved."""
+        if self.unlike is not None:
+            return self.unlike.note(self.repair.endswith("+lean"))
+        if self.apart is None:
+            return None
+        return (
+            f"no merge was solved: on the calibration inputs the models are sure of different answers (they differ by "
+            f"{self.apart:.2f} nats from their mean), and the mean of those is often less right than the average of "
+            f"the weights. For models of different tasks, give separate data for each (--data a=…,b=…); --repair solve "
+            f"solves anyway"
+        )
 
     @property
     def label(self) -> str:

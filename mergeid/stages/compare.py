@@ -16,7 +16,8 @@ one is repaired on the others. What is written is then repaired on all of them: 
 it is, on average, nearer than the figure that it was chosen by.
 
 Inputs on which the models are sure and do not agree seem to be of another kind (`Comparison.unlike`), and so may those
-that they call by one name; what is then solved leans to one model (`mergeid.stages.solving`).
+that they call by one name; what is then solved leans to one model (`mergeid.stages.solving`). Models of one start that
+are sure of different answers (`Comparison.apart`) are not solved at all.
 
 Where every model has its own data, a solved merge that stays far from them (`LEFT`) is tried once more for each model,
 with hidden layers that lean to it (`mergeid.stages.imitated`).
@@ -50,7 +51,17 @@ from mergeid.results.plan import Plan
 from mergeid.stages.members import Member, Members
 from mergeid.stages.regressed import can_be_regressed
 from mergeid.stages.repair import LEANING, REGMEAN, SOLVE, repair_network, repairs
-from mergeid.stages.solving import LEFT, NEAR, OFF, Tried, can_be_solved, nearer, solved_if_nearer
+from mergeid.stages.solving import (
+    DISJOINT,
+    LEFT,
+    NEAR,
+    OFF,
+    Tried,
+    can_be_solved,
+    nearer,
+    of_one_start,
+    solved_if_nearer,
+)
 
 if TYPE_CHECKING:
     from mergeid.request.request import Run
@@ -124,6 +135,8 @@ def last_look(
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
         said = panel.agreement() if one_task else {}
         chosen = replace(chosen, unlike=next((a for a in said.values() if not a.told), None))
+        if said and panel.disagreement > DISJOINT and of_one_start(merges[chosen.chosen]):
+            return merges[chosen.chosen], replace(chosen, apart=panel.disagreement)
         run.tell("trying a solved merge", 0, 1)
         also = {MATCHED} if chosen.worst.value > OFF else set()
         some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}

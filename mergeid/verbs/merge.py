@@ -311,7 +311,7 @@ def _looked(
     Raises `WillNotMerge` where even that is too far from the models."""
     from mergeid.results.comparison import MATCHED, PLAIN
     from mergeid.stages.compare import last_look
-    from mergeid.stages.repair import LEANING, POLISHED
+    from mergeid.stages.repair import POLISHED
 
     among, stage = request.matching.mode == "auto", request.repairing.stage
     one_task = request.repairing.target is None  # else each model has been given its own data
@@ -324,8 +324,8 @@ def _looked(
         elif found.chosen == MATCHED and verdict == "direct":
             verdict = "match"
         result = _noted(replace(result, verdict=verdict, plans=chosen.plans), found.note)
-    if found.unlike is not None:
-        result = _noted(result, found.unlike.note(found.repair == LEANING))
+    if found.about_inputs is not None:
+        result = _noted(result, found.about_inputs)
     why = found.refused(request.repairing.refuse_above)
     if why and not request.output.force:
         names = " and ".join(m.loaded.source for m in members.models)

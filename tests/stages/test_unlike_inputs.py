@@ -135,6 +135,54 @@ def test_a_prediction_says_so_too(pair: list[nn.Module], kind: str) -> None:
     assert all(f"on {(named[0] == named[1]).double().mean():.0%} only" in n for n in notes)
 
 
+def trained(net: nn.Module, x: Tensor, y: Tensor, rate: float, steps: int = 150) -> nn.Module:
+    torch.manual_seed(4)
+    optimiser = torch.optim.Adam(net.parameters(), rate)
+    for _ in range(steps):
+        at = torch.randint(len(x), (128,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x[at]), y[at]).backward()
+        optimiser.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def fine_tunes() -> tuple[list[nn.Module], Tensor]:
+    """Of one network, on digits and on the same lying on their side; and inputs of both kinds."""
+    x, y = digits()
+    turned = x.reshape(-1, 8, 8).rot90(1, (1, 2)).flatten(1)
+    base = trained(Classifier(0, False), x[:1000], y[:1000], 5e-3)
+    nets = [trained(copy.deepcopy(base), own[:1000], y[:1000], 1e-3) for own in (x, turned)]
+    return nets, torch.cat([x[1000:1128], turned[1000:1128]])
+
+
+def test_fine_tunes_that_are_sure_of_different_answers_are_averaged(
+    fine_tunes: tuple[list[nn.Module], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets, x = fine_tunes
+    found, expected = merged(nets, x), without_solving(nets, x, monkeypatch)
+    assert found.comparison is not None and expected.comparison is not None
+    with torch.no_grad():
+        said = torch.stack([net(x).double().softmax(-1) for net in nets])
+    apart = (said * (said / said.mean(0)).log()).sum(-1).mean()
+    assert found.comparison["apart"] == pytest.approx(float(apart), rel=1e-4) and apart > 0.15
+    assert found.comparison["distances"] == expected.comparison["distances"]
+    assert found.state is not None and expected.state is not None
+    assert all(torch.equal(value, expected.state[key]) for key, value in found.state.items())
+    (note,) = [n for n in found.notes if "no merge was solved" in n.lower()]
+    assert "--data a=" in note and "--repair solve" in note
+    asked = merged(nets, x, repair="solve")
+    assert asked.repair is not None and asked.repair["kind"] == "solve"
+
+
+def test_others_are_solved(fine_tunes: tuple[list[nn.Module], Tensor], pair: list[nn.Module]) -> None:
+    """Networks from independent seeds, and fine-tunes on inputs of which both know the answers."""
+    nets, x = fine_tunes
+    assert (merged(nets, x[:128]).comparison or {})["apart"] is None
+    found = merged(pair, inputs("own")).comparison
+    assert found is not None and found["apart"] is None and found["repair"] == "solve"
+
+
 def test_whoever_asks_for_it_has_it_solved(pair: list[nn.Module]) -> None:
     found = merged(pair, inputs("mixed"), repair="solve")
     assert found.repair is not None and found.repair["kind"] == "solve"
