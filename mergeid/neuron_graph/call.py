@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Union
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mergeid.errors import MergeidError
-from mergeid.neuron_graph.facts import Facts
+from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Group, Layout
 from mergeid.neuron_graph.shadows import Shadows
 
 Result = Union[Layout, None, Sequence[Layout | None]]
 """Layouts of a call's outputs; None for one that nobody reads as neurons."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What a tensor of indices counts: positions among neurons, which are other numbers in another order.
+
+    Attributes:
+        labels: int64 [n], the neuron at each position; None where they are not of one dimension alone.
+        fix: freezes these neurons, for whoever uses the numbers otherwise than to look something up by them.
+        bounds: these are the smallest and the largest of such numbers.
+    """
+
+    labels: Labels | None
+    fix: Callable[[], object]
+    bounds: bool = False
 
 
 class Watcher(Protocol):
@@ -31,8 +47,16 @@ class Watcher(Protocol):
         """Layout of a tensor."""
         ...
 
-    def when_used(self, tensor: Tensor, then: Callable[[], object]) -> None:
-        """Do something if anything is computed of a tensor, or it is returned."""
+    def counts(self, tensor: Tensor, places: Places) -> None:
+        """The values of a tensor are places."""
+        ...
+
+    def places(self, tensor: Any) -> Places | None:
+        """The places that a tensor holds."""
+        ...
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """The numbers of these tensors are read: neurons whose places they are stand still."""
         ...
 
 

@@ -22,12 +22,13 @@ from mergeid.basics.nested import named_tensors
 from mergeid.basics.state import uncompiled
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph.atoms import atoms
-from mergeid.neuron_graph.call import Call, Result
+from mergeid.neuron_graph.call import Call, Places, Result
 from mergeid.neuron_graph.combine import relate
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
 from mergeid.neuron_graph.rules import rule_for
+from mergeid.neuron_graph.rules.places import places_through
 from mergeid.neuron_graph.shadows import Shadows
 
 _KNOWN_CONSTANTS = {"aten.eye", "aten.empty", "aten.empty_strided", "aten.empty_permuted"}
@@ -79,7 +80,7 @@ class Recorder(TorchDispatchMode):
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._pending: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._keep: list[Tensor] = []
         self._stack: list[str] = []
         self._calls: dict[tuple[str, str], int] = {}
@@ -108,15 +109,17 @@ class Recorder(TorchDispatchMode):
             self._layouts[tensor] = found
         return found
 
-    def when_used(self, tensor: Tensor, then: Callable[[], object]) -> None:
-        self._pending[tensor] = then
+    def counts(self, tensor: Tensor, places: Places) -> None:
+        self._places[tensor] = places
+
+    def places(self, tensor: Any) -> Places | None:
+        return self._places.get(tensor) if isinstance(tensor, Tensor) else None
 
     def use(self, tensors: Iterable[Tensor]) -> None:
-        """What was to be done once one of these is used."""
         for tensor in tensors:
-            then = self._pending.pop(tensor, None)
-            if then is not None:
-                then()
+            places = self._places.pop(tensor, None)
+            if places is not None:
+                places.fix()
 
     def _version(self, tensor: Tensor) -> int:
         """Counts the writes to a tensor's root."""
@@ -162,7 +165,7 @@ class Recorder(TorchDispatchMode):
             return self._opaque(func, args, kwargs)
         call = Call(self, func, args, kwargs)
         call.refuse_nested(call.tensors())
-        self.use(call.tensors())
+        places = places_through(call)
         for first in call.tensors()[:1]:
             if first.layout == torch.strided:
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
@@ -171,6 +174,9 @@ class Recorder(TorchDispatchMode):
         call.out = self.shadows.run(func, args, kwargs)
         call.refuse_nested(call.outputs())
         results = _flat(self._apply(call))
+        if places is not None:
+            for tensor in call.outputs():
+                self.counts(tensor, places)
         if torch.Tag.inplace_view in func.tags and written and results:
             self._reshaped(written[0], results[0], call)
             return call.out

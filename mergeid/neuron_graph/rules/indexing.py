@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mergeid.neuron_graph.combine import combine, reduce
+from mergeid.neuron_graph.combine import combine, elementwise, reduce
 from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Layout, take, uniform, view
 from mergeid.neuron_graph.rules import rule
+from mergeid.neuron_graph.rules.places import looked_up
 
 if TYPE_CHECKING:
     from mergeid.neuron_graph.call import Call
@@ -34,9 +36,8 @@ def _constant_values(call: Call, index: Tensor) -> np.ndarray | None:
 @rule("embedding")
 def embedding(call: Call) -> Layout:
     """[V, D] looked up at data: V is a vocabulary, D are neurons."""
-    weight = call.freeze_dims(call.layout("weight"), [0])
-    found = weight.with_dims((*(_frozen(n) for n in call["indices"].shape), *weight.dims[1:]))
-    return replace(found, data=weight.data or call.layout("indices").data)
+    weight = looked_up(call, call.layout("weight"), 0, call["indices"])
+    return _in_place_of(call, weight, [0], [call["indices"]])
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
@@ -56,9 +57,8 @@ def index_select(call: Call) -> Layout:
     index = _constant_values(call, call["index"])
     if index is not None:
         return take(call.facts, layout, dim, index.reshape(-1), call.why)
-    layout = call.freeze_dims(layout, [dim])
-    layout = layout.with_dims((*layout.dims[:dim], _frozen(call.out.shape[dim]), *layout.dims[dim + 1 :]))
-    return replace(layout, data=layout.data or call.layout("index").data)
+    layout = looked_up(call, layout, dim, call["index"])
+    return _in_place_of(call, layout, [dim], [call["index"]], at_least=1)
 
 
 @rule("index", "_unsafe_index")
@@ -83,12 +83,30 @@ def index(call: Call) -> Layout:
         layout = view(call.facts, layout, [*full[:first], int(np.prod(sizes)), *full[last:]], call.why)
         layout = take(call.facts, layout, first, flat, call.why)
         return view(call.facts, layout, call.out.shape, call.why)
-    layout = call.freeze_dims(layout, dims)
-    new = tuple(_frozen(n) for n in shape)
+    for d, i in zip(dims, tensors, strict=True):
+        layout = looked_up(call, layout, d, i)
+    return _in_place_of(call, layout, dims, tensors, first=not adjacent)
+
+
+def _in_place_of(
+    call: Call,
+    layout: Layout,
+    dims: Sequence[int],
+    indices: Sequence[Tensor],
+    *,
+    first: bool = False,
+    at_least: int = 0,
+) -> Layout:
+    """The dimensions of indices where those are that they chose from (or before all others).
+
+    Args:
+        at_least: how many there are: an index without dimensions has one here.
+    """
+    count = max(at_least, *(i.dim() for i in indices))
+    chosen = elementwise(call.facts, [call.layout_of(i) for i in indices], count, call.why)
     rest = [x for d, x in enumerate(layout.dims) if d not in dims]
-    at = dims[0] if adjacent else 0
-    layout = layout.with_dims((*rest[:at], *new, *rest[at:]))
-    return replace(layout, data=layout.data or any(call.layout_of(i).data for i in tensors))
+    at = 0 if first else dims[0]
+    return Layout((*rest[:at], *chosen.dims, *rest[at:]), (*layout.groups, *chosen.groups), layout.data or chosen.data)
 
 
 def _masked(call: Call, layout: Layout, indices: list[Tensor | None], mask: Tensor) -> Layout:
@@ -104,6 +122,15 @@ def _masked(call: Call, layout: Layout, indices: list[Tensor | None], mask: Tens
     return replace(layout.with_dims(dims), data=True)
 
 
+@rule("take")
+def take_flat(call: Call) -> Layout:
+    """Positions of the flattened tensor, which are fixed."""
+    layout = call.layout("self")
+    call.freeze_dims(layout, range(len(layout.dims)))
+    chosen = call.layout("index")
+    return replace(chosen, data=chosen.data or layout.data)
+
+
 @rule("gather")
 def gather(call: Call) -> Layout:
     """Positions of one dimension are chosen by data; the others keep their neurons."""
@@ -112,7 +139,7 @@ def gather(call: Call) -> Layout:
     if not n:
         return layout
     dim = call["dim"] % n
-    layout = reduce(call.facts, call.freeze_dims(layout, [dim]), [dim], True, call.why)
+    layout = looked_up(call, layout, dim, call["index"])
     chosen = call.freeze_dims(call.layout("index"), [dim])
     chosen = reduce(call.facts, chosen, [dim], True, call.why)
     cut = [d for d in range(n) if d != dim and layout.shape[d] != call.out.shape[d]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergeid.neuron_graph.combine import elementwise, reduce, relate
 from mergeid.neuron_graph.layout import FROZEN, Fine, Layout
 from mergeid.neuron_graph.rules import rule
+from mergeid.neuron_graph.rules.places import places_of
 
 if TYPE_CHECKING:
     from mergeid.neuron_graph.call import Call
@@ -87,7 +87,7 @@ def extremum(call: Call) -> list[Layout | None]:
         if call.func._schema.is_mutable:
             layout = call.freeze_dims(layout, dims)
         else:
-            call.recorder.when_used(outputs[1], partial(call.freeze_dims, layout, dims))
+            call.recorder.counts(outputs[1], places_of(call, layout, dims))
     out = reduce(call.facts, layout, dims, bool(call.get("keepdim", False)), call.why)
     return [out for _ in outputs]
 
@@ -109,7 +109,8 @@ def fourier(call: Call) -> Layout:
 def arg_extremum(call: Call) -> Layout:
     layout = call.layout("self")
     dims = dims_of(call.get("dim"), len(layout.dims))
-    return reduce(call.facts, call.freeze_dims(layout, dims), dims, bool(call.get("keepdim")), call.why)
+    call.recorder.counts(call.out, places_of(call, layout, dims))
+    return reduce(call.facts, layout, dims, bool(call.get("keepdim")), call.why)
 
 
 @rule("equal", "allclose")
@@ -144,16 +145,31 @@ def softmax(call: Call) -> Layout:
     return normalised(call, call.layout("self"), [call["dim"]])
 
 
-@rule("topk", "sort", "argsort", "kthvalue", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
-def ordered(call: Call) -> list[Layout]:
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+def scan(call: Call) -> list[Layout]:
     """The dimension is read in order, so its positions are fixed."""
     layout = call.layout("self")
-    n = len(layout.dims)
-    if not n:
+    if not layout.dims:
         return [layout for _ in call.outputs()]
-    dim = call.get("dim", -1) % n
-    layout = call.freeze_dims(layout, [dim])
-    results = []
+    dim = call["dim"] % len(layout.dims)
+    return _ranked(call, call.freeze_dims(layout, [dim]), dim)
+
+
+@rule("topk", "sort", "argsort", "kthvalue")
+def ordered(call: Call) -> list[Layout]:
+    """Values by rank, which are the same in whatever order the neurons come, and the places where they stand."""
+    layout = call.layout("self")
+    if not layout.dims:
+        return [layout for _ in call.outputs()]
+    dim = call.get("dim", -1) % len(layout.dims)
+    *_, places = call.outputs()
+    call.recorder.counts(places, places_of(call, layout, [dim]))
+    return _ranked(call, layout, dim)
+
+
+def _ranked(call: Call, layout: Layout, dim: int) -> list[Layout]:
+    """The other dimensions, and positions along this one, which are fixed."""
+    n, results = len(layout.dims), []
     for out in call.outputs():
         rest = reduce(call.facts, layout, [dim], out.dim() == n, call.why)
         if out.dim() != n:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from mergeid.neuron_graph.combine import Letter, combine
 from mergeid.neuron_graph.layout import FREE, FROZEN, Fine, Layout
 from mergeid.neuron_graph.rules import rule
+from mergeid.neuron_graph.rules.places import fitting, met
 
 if TYPE_CHECKING:
     from mergeid.neuron_graph.call import Call
+    from mergeid.neuron_graph.facts import Labels
 
 
 def _held(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:
@@ -26,25 +28,52 @@ def _held(call: Call, layout: Layout, dims: Sequence[int]) -> Layout:
     )
 
 
-def _written(call: Call, held: Sequence[int], values: Layout, letters: Sequence[Letter]) -> Layout:
+def _written(
+    call: Call,
+    held: Sequence[int],
+    values: Layout,
+    letters: Sequence[Letter],
+    known: Mapping[int, Labels | None] | None = None,
+) -> Layout:
     """`self` with its dimensions `held` fixed and values written over it; a letter of the values that is not a
-    dimension of `self` counts places."""
-    own = _held(call, call.layout("self"), held)
+    dimension of `self` counts places.
+
+    Args:
+        known: of those dimensions that are written at places among neurons, these neurons.
+    """
+    neurons = {d: labels for d, labels in (known or {}).items() if labels is not None}
+    own = _held(call, call.layout("self"), [d for d in held if d not in neurons])
+    for d, labels in neurons.items():
+        own = met(call, own, d, labels)
     n = len(own.dims)
     values = call.freeze_dims(values, [d for d, x in enumerate(letters) if x in held or x not in range(n)])
     names = [x if x not in held else f"place {x}" for x in letters]
     return combine(call.facts, [(own, range(n)), (values, names)], range(n), call.why)
 
 
-@rule("index_add", "index_copy", "index_reduce")
+@rule("index_add")
 def index_add(call: Call) -> Layout:
+    """A sum over the rows of the source, which come in any order as long as the index comes in the same."""
+    n = call.out.dim()
+    dim = call["dim"] % max(n, 1)
+    own, source = _held(call, call.layout("self"), [dim]), call.layout("source")
+    row = [f"place {d}" if d == dim else d for d in range(len(source.dims))]
+    places = [(call.layout("index"), [f"place {dim}"])] if call["index"].dim() else []
+    return combine(call.facts, [(own, range(n)), (source, row), *places], range(n), call.why)
+
+
+@rule("index_copy", "index_reduce")
+def index_copy(call: Call) -> Layout:
     dim = call["dim"] % max(call.out.dim(), 1)
-    source = call.layout("source")
+    source, index = call.layout("source"), call.layout("index")
+    call.freeze_dims(index, range(len(index.dims)))
     return _written(call, [dim], source, range(len(source.dims)))
 
 
 @rule("index_fill")
 def index_fill(call: Call) -> Layout:
+    index = call.layout("index")
+    call.freeze_dims(index, range(len(index.dims)))
     return _held(call, call.layout("self"), [call["dim"]])
 
 
@@ -59,6 +88,7 @@ def index_put(call: Call) -> Layout:
         operands = [(call.layout("self"), range(n)), (chosen, range(mask.dim()))]
         return combine(call.facts, [*operands, (values, range(n - len(values.dims), n))], range(n), call.why)
     held: list[int] = []
+    known: dict[int, Labels | None] = {}
     dim, shape = 0, 0
     for i in indices:
         masks = i is not None and i.dtype in (torch.bool, torch.uint8)
@@ -66,6 +96,9 @@ def index_put(call: Call) -> Layout:
         if i is not None:
             held += range(dim, dim + width)
             shape = max(shape, 1 if masks else i.dim())
+            call.freeze_dims(call.layout_of(i), range(i.dim()))
+            if not masks and call.out.shape[dim] > 1:
+                known[dim] = fitting(call, i, call.out.shape[dim])
         dim += width
     places: list[Letter] = [f"index {k}" for k in range(shape)]
     rest = [d for d in range(n) if d not in held]
@@ -73,7 +106,7 @@ def index_put(call: Call) -> Layout:
     before = [d for d in rest if adjacent and d < held[0]]
     letters = [*before, *places, *(d for d in rest if d not in before)]
     k = len(values.dims)
-    return _written(call, held, values, letters[len(letters) - k :] if k else [])
+    return _written(call, held, values, letters[len(letters) - k :] if k else [], known)
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
@@ -81,9 +114,11 @@ def scatter(call: Call) -> Layout:
     """Also where the index does not reach the end of a dimension, its positions are fixed."""
     n = call.out.dim()
     shape = call["index"].shape
-    held = [d for d in range(n) if d == call["dim"] % n or shape[d] != call.out.shape[d]]
+    dim = call["dim"] % max(n, 1)
+    held = [d for d in range(n) if d == dim or shape[d] != call.out.shape[d]]
     index = call.freeze_dims(call.layout("index"), held)
-    out = _written(call, held, index, range(n))
+    known = {dim: fitting(call, call["index"], call.out.shape[dim])} if n and call.out.shape[dim] > 1 else None
+    out = _written(call, held, index, range(n), known)
     src = call.get("src")
     if not isinstance(src, Tensor):
         return out
