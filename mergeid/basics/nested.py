@@ -28,7 +28,12 @@ def examples_in(batch: Any) -> int:
 
 def returned_tensors(value: Any) -> dict[str, Tensor]:
     """Those that hold real or complex numbers: what a model computes, without indices and masks."""
-    return {k: _strided(t) for k, t in named_tensors(value).items() if t.is_floating_point() or t.is_complex()}
+    return {k: t for k, t in dense_tensors(value).items() if t.is_floating_point() or t.is_complex()}
+
+
+def dense_tensors(value: Any) -> dict[str, Tensor]:
+    """`named_tensors`, sparse ones filled up."""
+    return {k: _strided(t) for k, t in named_tensors(value).items()}
 
 
 def mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:

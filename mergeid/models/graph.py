@@ -74,7 +74,7 @@ def graph_of(
                 graph,
                 model,
                 [batch, *more],
-                lambda probe, given: [loaded.outputs(probe, x) for x in given],
+                lambda probe, given: [loaded.whole_outputs(probe, x) for x in given],
                 generator=torch.Generator().manual_seed(seed),
                 samples=samples,
                 dtype=torch.float64 if size < LARGE else torch.float32,
@@ -110,14 +110,14 @@ def _traced(
     values = loaded.inputs if meta else None
 
     def forward() -> object:
-        return loaded.outputs(model, inputs)
+        return loaded.whole_outputs(model, inputs)
 
     def label(axes: list[tuple[str, int]]) -> str | None:
         return loaded.adapter.space_label(loaded.arch, axes)
 
     if alike:
         return trace_repeated(model, inputs, forward, values=values, name=loaded.arch.id, label=label)
-    passes = [Pass(y := moved(x), partial(loaded.outputs, model, y), x if meta else None) for x in more]
+    passes = [Pass(y := moved(x), partial(loaded.whole_outputs, model, y), x if meta else None) for x in more]
     return trace(
         model, inputs, forward, values=values, more=passes, constraints=constraints, name=loaded.arch.id, label=label
     )

@@ -69,6 +69,15 @@ class Loaded:
             found = {"output": self.adapter.forward(model, batch)}
         return _chosen(found, self.wanted) if self.wanted else found
 
+    def whole_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """`outputs`, and of a live module also what it returns in whole numbers and flags: actions, codes, masks.
+
+        Raises as `outputs` does."""
+        if not isinstance(self.adapter, ModuleAdapter):
+            return self.outputs(model, batch)
+        found = self.adapter.whole_outputs(model, batch)
+        return _chosen(found, self.wanted) if self.wanted else found
+
     def loss(self, output: Tensor, batch: Batch) -> LossParts | None:
         """The task's loss of an output; None: the model has no task, or the batch no targets."""
         return self.adapter.loss(self.arch, output, batch)
@@ -133,16 +142,26 @@ class ModuleAdapter:
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         from mergeid.basics.nested import returned_tensors
 
+        return returned_tensors(self.whole_outputs(model, batch))
+
+    def whole_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Every tensor that a caller reads, whatever kind of numbers it holds."""
+        from mergeid.basics.nested import dense_tensors, returned_tensors
+
         inputs = {k: v for k, v in batch.items() if k != "labels" or self.takes_labels}
         positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
-        found = returned_tensors(model(*positional, **inputs))
-        if not found:
+        found = dense_tensors(model(*positional, **inputs))
+        numbers = list(returned_tensors(found))
+        if not numbers:
             raise MergeidError(
                 f"{type(model).__name__} returned no floating-point tensor; expected at least one, to check that "
                 f"permuting its neurons leaves its function unchanged"
             )
-        kept = self.library.interface(list(found)) if self.library is not None else list(found)
-        return {k: found[k] for k in kept or found}
+        if self.library is None:
+            return found
+        kept = self.library.interface(numbers) or numbers
+        kept += [k for k in self.library.interface(list(found)) if k not in numbers]
+        return {k: found[k] for k in kept}
 
     def logits(self, model: nn.Module) -> str | None:
         """Name of the output that holds class logits, where the library knows that."""

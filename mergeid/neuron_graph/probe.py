@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergeid.basics.casting import in_precision, kept_kind
 from mergeid.basics.memory import SMALL_NETWORK
-from mergeid.basics.nested import mapped, returned_tensors
+from mergeid.basics.nested import dense_tensors, mapped
 from mergeid.basics.on_demand import OnDemand, light_copy
 from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
 from mergeid.errors import MergeidError, reason
@@ -148,7 +148,7 @@ class Probe:
         with torch.no_grad(), uncompiled(), at_least(self.dtype), torch.random.fork_rng(self._cuda):
             torch.manual_seed(0)
             out = self.forward(self.model, mapped(self.inputs, self._cast))
-        return {name: as_real(t) for name, t in returned_tensors(out).items() if name not in self.noise}
+        return {name: as_real(t) for name, t in dense_tensors(out).items() if name not in self.noise}
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """A copy: the model may write into its inputs."""
