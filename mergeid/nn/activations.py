@@ -13,7 +13,9 @@ from torch import Generator, Tensor, nn
 from mergeid.nn.layers import neuron_axes
 from mergeid.nn.sigma_asymmetric import fixed_gate, give_gate
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTION = nn.modules.conv._ConvNd
+_ALONG_THE_LAST = (nn.RNNBase, nn.Bilinear)
+"""Layers whose neurons lie on the last axis, beside those that can be converted."""
 
 
 @dataclass
@@ -34,8 +36,8 @@ def convert_activations(
 ) -> tuple[list[str], dict[str, str]]:
     """Make elementwise, parameter-free activation modules σ-asymmetric, in place.
 
-    Neurons lie on axis 1 after a convolution, on the last axis after a linear layer. Returns (names converted,
-    name -> why it was skipped). Activations that are called as functions are not seen."""
+    Neurons lie before the spatial axes after a convolution, on the last axis after a linear layer. Returns
+    (names converted, name -> why it was skipped). Activations that are called as functions are not seen."""
     found = _watch(model, example_inputs)
     converted: list[str] = []
     skipped: dict[str, str] = {}
@@ -56,21 +58,24 @@ def convert_activations(
 
 def _watch(model: nn.Module, example_inputs: Any) -> dict[int, _Seen]:
     found: dict[int, _Seen] = {}
-    convolved = False
+    convolved: tuple[int, int] | None = None
     probing = False
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal convolved, probing
         if probing:
             return
-        if neuron_axes(module):
-            convolved = isinstance(module, _CONVOLUTIONS)
+        if isinstance(module, _CONVOLUTION):
+            convolved = module.weight.dim() - 2, output.dim()
+            return
+        if neuron_axes(module) or isinstance(module, _ALONG_THE_LAST):
+            convolved = None
             return
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.shape != output.shape or x.dim() < 2:
             return
-        places = x.dim() - 2 if convolved and x.dim() in (3, 4) else 0
-        use = (x.shape[1] if places else x.shape[-1], places)
+        places = _spatial_axes(x.dim(), convolved)
+        use = (x.shape[-1 - places], places)
         seen = found.setdefault(id(module), _Seen(set(), True))
         seen.uses.add(use)
         probing = True
@@ -82,7 +87,7 @@ def _watch(model: nn.Module, example_inputs: Any) -> dict[int, _Seen]:
     with ExitStack() as stack, torch.no_grad():
         for module in model.modules():
             bare = not any(True for _ in module.children()) and not module._parameters and not module._buffers
-            if bare or neuron_axes(module):
+            if bare or neuron_axes(module) or isinstance(module, (_CONVOLUTION, *_ALONG_THE_LAST)):
                 stack.callback(module.register_forward_hook(after).remove)
         if isinstance(example_inputs, Mapping):
             model(**example_inputs)
@@ -91,6 +96,22 @@ def _watch(model: nn.Module, example_inputs: Any) -> dict[int, _Seen]:
     for module, mode in was.items():
         module.training = mode
     return found
+
+
+def _spatial_axes(dims: int, convolved: tuple[int, int] | None) -> int:
+    """How many axes follow that of the neurons.
+
+    Args:
+        convolved: spatial axes of the last convolution and dimensions of its output (one example may come without a
+            batch); None: a layer whose neurons lie on the last axis came after it, or there was none.
+    """
+    if convolved is None:
+        return 0
+    places, of_output = convolved
+    if dims == of_output:
+        return places
+    # flattened over space: [examples, channels, places]
+    return dims - 2 if of_output == places + 2 and dims in (3, 4) else 0
 
 
 def _elementwise(module: nn.Module, x: Tensor) -> bool:

@@ -36,10 +36,11 @@ class SigmaAsymmetric:
 
 
 def _mixed(x: Tensor, gate: Tensor) -> Tensor:
-    """F x over the last axis for a matrix [n, n], over axis 1 for a kernel [n, n, 1, …] of a convolution."""
+    """F x over the last axis for a matrix [n, n], over the one before the spatial axes for a kernel [n, n, 1, …]."""
     if gate.dim() == 2:
         return F.linear(x, gate)
-    return F.conv1d(x, gate) if gate.dim() == 3 else F.conv2d(x, gate)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[gate.dim() - 3]
+    return convolve(x, gate)
 
 
 @cache
@@ -55,7 +56,7 @@ def _blank(ordinary: Any) -> nn.Module:
 
 def fixed_gate(width: int, places: int, *, sigma: float, generator: Generator) -> Tensor:
     """F = σ·N / √width, as a matrix [width, width] (`places` = 0: the neurons lie on the last axis) or as the kernel
-    of a convolution with that many spatial axes (they lie on axis 1)."""
+    of a convolution with that many spatial axes (they lie before these)."""
     drawn = sigma / sqrt(width) * torch.randn(width, width, generator=generator)
     return drawn.reshape(width, width, *[1] * places)
 
@@ -71,9 +72,10 @@ def give_gate(activation: nn.Module, gate: Tensor, where: str = "") -> nn.Module
     name = where or type(activation).__name__
     if isinstance(activation, SigmaAsymmetric):
         raise MergeidError(f"activation {name!r} is σ-asymmetric already")
-    if gate.dim() not in (2, 3, 4) or gate.shape[0] != gate.shape[1] or any(n != 1 for n in gate.shape[2:]):
+    if gate.dim() not in (2, 3, 4, 5) or gate.shape[0] != gate.shape[1] or any(n != 1 for n in gate.shape[2:]):
         raise MergeidError(
-            f"activation {name!r}: expected a gate [n, n], [n, n, 1] or [n, n, 1, 1], got {list(gate.shape)}"
+            f"activation {name!r}: expected a gate [n, n], or [n, n, 1, …] with up to three spatial axes, got "
+            f"{list(gate.shape)}"
         )
     activation.register_buffer(GATE, gate.clone())
     ordinary: Any = type(activation)
