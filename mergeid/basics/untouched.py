@@ -8,15 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 OWN = ("_parameters", "_modules", "_buffers")
-"""What a module keeps of its own accord. Parameters are nobody's to write."""
+"""What a module keeps of its own accord. Parameters are nobody's to write, but for tables that shorten their rows."""
+SMALL = 1 << 20
+"""Numbers of a tensor that may be a state; larger ones are masks and tables."""
 
 
 @contextmanager
@@ -38,12 +40,57 @@ def untouched(holders: Sequence[dict[str, Any]]) -> Iterator[None]:
         yield
 
 
-def _remembered(held: dict[str, Any]) -> Callable[[], None]:
-    """Puts back what a module holds now."""
+@contextmanager
+def one_pass(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A forward pass of which the next one knows nothing: recurrent states, caches and counters are put back after it.
+
+    Not what is written to buffers of modules in training mode, and of layers with running statistics. Gives a function
+    that takes a result out of memory that is put back."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        modules = list(model.modules())
+        remembered = [_remembered(vars(m), m.training or hasattr(m, "running_mean"), largest=SMALL) for m in modules]
+        states = {_address(t) for m in modules for t in (*m._buffers.values(), *vars(m).values())} - {0}
+    try:
+        yield lambda result: result.clone() if _address(result) in states else result
+    finally:
+        with _disable_current_modes():
+            for put_back in remembered:
+                put_back()
+
+
+def _address(value: Any) -> int:
+    """Where a tensor's memory starts; 0 for what has none."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided or value.is_nested:
+        return 0
+    try:
+        return value.untyped_storage().data_ptr()
+    except RuntimeError:  # tensors that stand for others
+        return 0
+
+
+def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | None = None) -> Callable[[], None]:
+    """Puts back what a module holds now.
+
+    Args:
+        running: its buffers are left as they are.
+        largest: numbers of a buffer beyond which its values are not kept.
+    """
+    import torch
+
     kept = {k: v for k, v in held.items() if k not in OWN}
-    inside = [_contents(v) for k, v in kept.items() if not k.startswith("_")]
-    own = held.get("_buffers", {})  # a scripted module keeps them elsewhere
-    buffers = [(name, t, t if t is None or t.is_meta else t.clone()) for name, t in own.items()]
+    own_things = {k: v for k, v in kept.items() if k not in _usual()}
+    inside = [_contents(v) for v in own_things.values()]
+    own = {} if running else held.get("_buffers", {})  # a scripted module keeps them elsewhere
+    buffers = list(own.items())
+    tensors = [t for _, t in buffers if largest is None or (t is not None and t.numel() <= largest)]
+    tensors += [v for v in own_things.values() if isinstance(v, torch.Tensor) and v.numel() <= SMALL]
+    if largest is None and held.get("max_norm") is not None:
+        tensors.append(held.get("_parameters", {}).get("weight"))
+    values = [(t, t.detach().clone()) for t in tensors if t is not None and not t.is_meta]
 
     def put_back() -> None:
         for name in [k for k in held if k not in kept and k not in OWN]:
@@ -51,18 +98,24 @@ def _remembered(held: dict[str, Any]) -> Callable[[], None]:
         held.update(kept)
         for each in inside:
             each()
-        for name, buffer, value in buffers:
-            own[name] = buffer
-            _refill(buffer, value)
+        own.update(buffers)
+        for tensor, value in values:
+            _refill(tensor, value)
 
     return put_back
 
 
-def _refill(buffer: Tensor | None, value: Tensor | None) -> None:
+@cache
+def _usual() -> frozenset[str]:
+    """What every module has."""
+    from torch import nn
+
+    return frozenset(vars(nn.Module()))
+
+
+def _refill(buffer: Tensor, value: Tensor) -> None:
     import torch
 
-    if buffer is None or value is None or buffer.is_meta:
-        return
     if buffer.shape != value.shape:
         buffer.data = value
     elif not torch.equal(buffer, value):

@@ -147,10 +147,12 @@ class ModuleAdapter:
     def whole_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a caller reads, whatever kind of numbers it holds."""
         from mergeid.basics.nested import dense_tensors, returned_tensors
+        from mergeid.basics.untouched import one_pass
 
         inputs = {k: v for k, v in batch.items() if k != "labels" or self.takes_labels}
         positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
-        found = dense_tensors(model(*positional, **inputs))
+        with one_pass(model) as lasting:
+            found = {k: lasting(t) for k, t in dense_tensors(model(*positional, **inputs)).items()}
         numbers = list(returned_tensors(found))
         if not numbers:
             raise MergeidError(

@@ -129,6 +129,14 @@ def renorm(call: Call) -> Layout:
     return normalised(call, layout, [d for d in range(n) if d != call["dim"] % n])
 
 
+@rule("embedding_renorm")
+def embedding_renorm(call: Call) -> Layout:
+    """The rows that are looked up are made shorter where they are too long."""
+    index = call.layout("indices")
+    call.freeze_dims(index, range(len(index.dims)))
+    return normalised(call, call.freeze_dims(call.layout("self"), [0]), [1])
+
+
 @rule("segment_reduce")
 def segment_reduce(call: Call) -> Layout:
     """Runs of positions along a dimension become one each."""
