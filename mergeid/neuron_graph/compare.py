@@ -12,18 +12,16 @@ MASKED = 1e30
 """Numbers beyond this are masks (infinity, or the lowest number of a shorter float), not results."""
 BESIDE = 10
 """How much larger than all that depends on the weights something else in an output must be to be no measure of it."""
-
-
-def relative_error(reference: list[Tensor], other: list[Tensor]) -> float:
-    """max |a − b| / max |a| over the outputs, without what is masked (or no number) in both; infinite where only one
-    is."""
-    return max((_apart(a, b, None) for a, b in zip(reference, other, strict=True)), default=0.0)
+MATERIAL = 1e-5
+"""Share of a number by which other weights change it if it depends on them: a mask of −1e9 that is added to a logit
+swallows all but the last digits of it."""
 
 
 def errors(
     reference: Mapping[str, Tensor], other: Mapping[str, Tensor], measures: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """The relative error of every output by its name, infinite where it is missing.
+    """max |a − b| / max |a| of every output by its name, without what is masked (or no number) in both; infinite where
+    only one is, or where it is missing.
 
     Args:
         measures: name -> the entries that the error is a share of (`measures`); all of them where it has none.
@@ -40,10 +38,28 @@ def measures(reference: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> 
     """
     found = {}
     for name, a in reference.items():
-        depends = (a != changed[name]) & _counts(a) if name in changed and changed[name].shape == a.shape else None
-        if depends is not None and bool(depends.any()) and BESIDE * _size(a, depends) < _size(a, _counts(a)):
+        c = changed.get(name)
+        if c is None or c.shape != a.shape:
+            continue
+        depends = ((a - c).abs() > MATERIAL * a.abs()) & _counts(a)
+        if bool(depends.any()) and BESIDE * _size(a, depends) < _size(a, _counts(a)):
             found[name] = depends
     return found
+
+
+class Yardstick:
+    """Errors against outputs, in shares of what in them depends on the weights."""
+
+    def __init__(self, reference: Mapping[str, Tensor]) -> None:
+        self.reference, self.measured = reference, dict[str, Tensor]()
+
+    def learn(self, changed: Mapping[str, Tensor]) -> None:
+        """See what depends on the weights, from outputs of the same inputs with others."""
+        self.measured = {**measures(self.reference, changed), **self.measured}
+
+    def error(self, outputs: Mapping[str, Tensor]) -> float:
+        """The largest `errors`."""
+        return max(errors(self.reference, outputs, self.measured).values(), default=0.0)
 
 
 def any_nan(outputs: Mapping[str, Tensor]) -> bool:

@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from torch import Generator, Tensor, nn
 
 from mergeid.basics.aliases import shared_alike
 from mergeid.basics.casting import in_precision, kept_kind
-from mergeid.basics.nested import mapped, returned_tensors
+from mergeid.basics.nested import dense_tensors, mapped
 from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
-from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.compare import Yardstick, as_real
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
 from mergeid.neuron_graph.probe import at_least, randomised
 from mergeid.neuron_graph.scaled import Column, Powers, Scaled, Stream
@@ -106,7 +107,7 @@ class Trial:
         self.inputs, self.forward, self.generator = inputs, forward, generator
         self._load(disturbed)
         self.origin = {k: v.clone() for k, v in tensors_of(self.probe).items()}
-        self.reference: list[Tensor] | None = None
+        self.yardstick: Yardstick | None = None
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -114,33 +115,47 @@ class Trial:
                 self.state[name].copy_(value)
         forget_derived(self.probe)
 
-    def run(self) -> list[Tensor]:
-        """All outputs in float64, on the weights that the copy has now."""
+    def run(self) -> dict[str, Tensor]:
+        """All outputs by name in float64, on the weights that the copy has now."""
         wide = mapped(self.inputs, lambda t: t.detach().to(kept_kind(t, torch.float64), copy=True))
         with uncompiled(), at_least(torch.float64), torch.random.fork_rng([]):
             torch.manual_seed(0)
-            out = returned_tensors(self.forward(self.probe, wide)).values()
-            return [t.double() for t in out if not t.is_complex()]
+            return {name: as_real(t) for name, t in dense_tensors(self.forward(self.probe, wide)).items()}
 
-    def error(self, turns: Sequence[Turn]) -> float:
-        """Relative change of the outputs under changes of the weights."""
+    def stays(self, turns: Sequence[Turn]) -> bool:
+        """Whether the outputs are the same under changes of the weights."""
+        return self._both(turns)[0] <= TOLERANCE[torch.float64]
+
+    def _both(self, turns: Sequence[Turn]) -> tuple[float, float]:
+        """The error of changes, and of the same on one axis only."""
+        yardstick, moved = self._measure(), self._changed(turns)
+        if yardstick.error(moved) > TOLERANCE[torch.float64]:
+            return yardstick.error(moved), inf
+        alone = self._changed([replace(t, of=replace(t.of, axes=t.of.axes[-1:])) for t in turns])
+        yardstick.learn(alone)
+        return yardstick.error(moved), yardstick.error(alone)
+
+    def _measure(self) -> Yardstick:
+        if self.yardstick is None:
+            with torch.no_grad():
+                self.yardstick = Yardstick(self.run())
+        return self.yardstick
+
+    def _changed(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
+        """The outputs under changes of the weights."""
         with torch.no_grad():
-            if self.reference is None:
-                self.reference = self.run()
             moved = {k: v for k, v in self.origin.items() if any(a.tensor == k for t in turns for a in t.of.axes)}
             for turn in turns:
                 moved = {k: turn.apply(k, v) for k, v in moved.items()}
             self._load(moved)
-            answer = relative_error(self.reference, self.run())
+            answer = self.run()
             self._load({k: self.origin[k] for k in moved})
         return answer
 
     def holds(self, turns: Sequence[Turn]) -> bool:
         """Whether the outputs stay, and would not if the change were made on one axis only."""
-        tolerance = TOLERANCE[torch.float64]
-        if not self.error(turns) <= tolerance:
-            return False
-        return self.error([replace(t, of=replace(t.of, axes=t.of.axes[-1:])) for t in turns]) > tolerance
+        error, alone = self._both(turns)
+        return error <= TOLERANCE[torch.float64] < alone
 
     def holding(self, found: list[Scaled], change: Callable[[Scaled], Turn]) -> list[Scaled]:
         """Those that hold: all at once, else by halves."""
@@ -162,7 +177,7 @@ class Trial:
         rows: dict[str, list[np.ndarray]] = {s.id: [] for s in spaces}
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            out = [t for t in self.run() if t.requires_grad]
+            out = [t for t in self.run().values() if t.requires_grad]
             for _ in range(min(passes, PASSES)):
                 draw = [torch.randn(t.shape, generator=self.generator, dtype=t.dtype).to(t.device) for t in out]
                 total = torch.stack([(t * d).nan_to_num(0, 0, 0).sum() for t, d in zip(out, draw, strict=True)]).sum()

@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 
 from mergeid.basics.aliases import first_names, shared_alike
 from mergeid.basics.casting import in_precision, kept_kind
-from mergeid.basics.nested import mapped, returned_tensors
+from mergeid.basics.nested import dense_tensors, mapped
 from mergeid.basics.state import evaluating, forget_derived, tensors_of, uncompiled
-from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.compare import Yardstick, as_real
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
 from mergeid.neuron_graph.probe import at_least, randomised
 from mergeid.neuron_graph.space import AxisMap, Space
@@ -49,7 +49,7 @@ def find_turns(
     probe = shared_alike(in_precision(evaluating(copy.deepcopy(model)), torch.float64), model)
     state = randomised(probe, generator)
 
-    def run(turns: Sequence[Turn] = ()) -> list[Tensor]:
+    def run(turns: Sequence[Turn] = ()) -> dict[str, Tensor]:
         with torch.no_grad():
             for name, value in tensors_of(probe).items():
                 moved = state[name]
@@ -60,21 +60,23 @@ def find_turns(
         wide = mapped(inputs, lambda t: t.detach().to(kept_kind(t, torch.float64), copy=True))
         with torch.no_grad(), uncompiled(), at_least(torch.float64), torch.random.fork_rng([]):
             torch.manual_seed(0)
-            return [t.double() for t in returned_tensors(forward(probe, wide)).values() if not t.is_complex()]
+            return {name: as_real(t) for name, t in dense_tensors(forward(probe, wide)).items()}
 
     try:
-        reference = run()
+        yardstick = Yardstick(run())
     except Exception:  # whatever a foreign forward says to other weights, or to float64
         return []
     tolerance, same = TOLERANCE[torch.float64], first_names(tensors_of(probe))
 
     def holds(turnables: Sequence[Turnable]) -> bool:
         turns = [t.random(generator) for t in turnables]
-        if not relative_error(reference, run(turns)) <= tolerance:
+        moved = run(turns)
+        if not yardstick.error(moved) <= tolerance:
             return False
         # on one of the axes alone it must be seen, or nothing was proven
-        alone = [replace(t, of=replace(t.of, axes=_first_place(t.of.axes, same))) for t in turns]
-        return relative_error(reference, run(alone)) > tolerance
+        alone = run([replace(t, of=replace(t.of, axes=_first_place(t.of.axes, same))) for t in turns])
+        yardstick.learn(alone)
+        return yardstick.error(moved) <= tolerance < yardstick.error(alone)
 
     found: dict[str, Turnable] = {}
     for kind in (FULL, HALVES, SIDE_BY_SIDE):

@@ -204,7 +204,7 @@ def _turned(pair: Pair, element: Element, run: Run) -> tuple[Element, tuple[Turn
     if graph.turnable is None:
         run.tell("looking for rotations inside attention heads", 0, 1)
         graph.turnable = tuple(
-            find_turns(graph, pair.a.model, pair.a.inputs, pair.a.outputs, generator=run.generator())
+            find_turns(graph, pair.a.model, pair.a.inputs, pair.a.whole_outputs, generator=run.generator())
         )
         give_back()  # a copy of the model, in float64
         if not matched_turns(graph.turnable, a, heads_of(graph, element, graph.turnable, b)):

@@ -23,7 +23,6 @@ from mergeid.neuron_graph.scaled import Powers
 from mergeid.neuron_graph.space import Space
 from mergeid.neuron_graph.turned import FULL, SIGNS, Turn, nearest
 from mergeid.neuron_graph.turns import find_turns
-from mergeid.neuron_graph.verify import TOLERANCE
 from mergeid.nn.names import is_asymmetric
 from mergeid.request.request import Run
 from mergeid.stages.open import Pair
@@ -63,7 +62,7 @@ def undone(pair: Pair, run: Run) -> Undone:
             graph,
             pair.a.model,
             pair.a.inputs,
-            pair.a.outputs,
+            pair.a.whole_outputs,
             generator=run.generator(),
             only=[s.id for s in spaces],
         )
@@ -76,7 +75,7 @@ def random_maps(loaded: Loaded, graph: NeuronGraph, run: Run) -> list[Turn]:
     scales, heads."""
     generator, state = run.generator(), loaded.state()
     powers = find_powers(
-        graph, loaded.model, loaded.inputs, loaded.outputs, generator=generator, only=[s.id for s in _free(graph)]
+        graph, loaded.model, loaded.inputs, loaded.whole_outputs, generator=generator, only=[s.id for s in _free(graph)]
     )
     turns: list[Turn] = []
     for stream in powers.streams:
@@ -87,7 +86,7 @@ def random_maps(loaded: Loaded, graph: NeuronGraph, run: Run) -> list[Turn]:
             turns.append(rotation(stream, nearest(FULL, draw), (state, state)))
     for one in powers.scaled:
         turns.append(one.scale(torch.randn(one.size, generator=generator, dtype=torch.float64).exp().numpy()))
-    heads = find_turns(graph, loaded.model, loaded.inputs, loaded.outputs, generator=generator)
+    heads = find_turns(graph, loaded.model, loaded.inputs, loaded.whole_outputs, generator=generator)
     return [*turns, *(turnable.random(generator) for turnable in heads)]
 
 
@@ -135,7 +134,7 @@ def _scaled(found: Undone, powers: Powers) -> Undone:
 def _stays(loaded: Loaded, turn: Turn) -> bool:
     """Whether a change leaves the model's outputs as they are, in float64."""
     try:
-        return Trial(loaded.model, loaded.inputs, loaded.outputs, None).error([turn]) <= TOLERANCE[torch.float64]
+        return Trial(loaded.model, loaded.inputs, loaded.whole_outputs, None).stays([turn])
     except (RuntimeError, NotImplementedError):  # some kernels refuse float64
         return False
 

@@ -112,15 +112,23 @@ def _function_change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor]) -> 
 
     import torch
 
+    from mergeid.basics.casting import in_precision, kept_kind
     from mergeid.basics.nested import mapped
     from mergeid.basics.state import forget_derived, load_weights, tensors_of
-    from mergeid.neuron_graph.compare import relative_error
+    from mergeid.neuron_graph.compare import Yardstick, as_real
+    from mergeid.neuron_graph.probe import randomised
 
-    model = copy.deepcopy(loaded.model).double()
-    batch = mapped(loaded.inputs, lambda t: t.double() if t.is_floating_point() else t)
+    model = in_precision(copy.deepcopy(loaded.model), torch.float64)
+    batch = mapped(loaded.inputs, lambda t: t.to(kept_kind(t, torch.float64)))
     forget_derived(model)
-    with torch.no_grad():
-        before = list(loaded.outputs(model, batch).values())
-        load_weights(model, {name: carry(name, value) for name, value in tensors_of(model).items()})
-        after = list(loaded.outputs(model, batch).values())
-    return relative_error(before, after)
+
+    def run() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {name: as_real(t) for name, t in loaded.outputs(model, batch).items()}
+
+    yardstick = Yardstick(run())
+    load_weights(model, {name: carry(name, value) for name, value in tensors_of(model).items()})
+    after = run()
+    load_weights(model, randomised(model, torch.Generator().manual_seed(0)))
+    yardstick.learn(run())
+    return yardstick.error(after)

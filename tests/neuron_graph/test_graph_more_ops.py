@@ -9,7 +9,7 @@ from graph_helpers import on, only, sound
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.compare import Yardstick
 from mergeid.neuron_graph.powers import find_powers
 
 
@@ -101,11 +101,11 @@ def test_losses_as_outputs(reduction: str) -> None:
 
 def test_numbers_that_are_none() -> None:
     nan, x = torch.full((), torch.nan), torch.tensor([1.0, torch.nan])
-    assert relative_error([nan], [nan]) == 0
-    assert relative_error([x], [x.clone()]) == 0
-    assert relative_error([x], [torch.tensor([1.5, torch.nan])]) == pytest.approx(0.5)
-    assert relative_error([x], [torch.tensor([1.0, 2.0])]) == float("inf")
-    assert relative_error([torch.tensor([1.0, 2.0])], [x]) == float("inf")
+    assert Yardstick({"": nan}).error({"": nan}) == 0
+    assert Yardstick({"": x}).error({"": x.clone()}) == 0
+    assert Yardstick({"": x}).error({"": torch.tensor([1.5, torch.nan])}) == pytest.approx(0.5)
+    assert Yardstick({"": x}).error({"": torch.tensor([1.0, 2.0])}) == float("inf")
+    assert Yardstick({"": torch.tensor([1.0, 2.0])}).error({"": x}) == float("inf")
 
 
 class OneMemory(nn.Module):

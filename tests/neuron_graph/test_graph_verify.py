@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mergeid
 from mergeid.errors import MergeidError
-from mergeid.neuron_graph.compare import relative_error
+from mergeid.neuron_graph.compare import Yardstick
 from mergeid.neuron_graph.probe import randomised
 from mergeid.neuron_graph.settle import own_statistics, shaken
 from mergeid.neuron_graph.verify import verify
@@ -61,7 +61,7 @@ def magnified(model: nn.Module, inputs: Tensor) -> float:
         model.load_state_dict({k: move(k, v) for k, v in state.items()})
         after = model(inputs)
     model.load_state_dict(state)
-    return relative_error([before], [after])
+    return Yardstick({"": before}).error({"": after})
 
 
 def test_its_own_statistics_calm_a_network():
@@ -192,8 +192,8 @@ def test_masked_logits_count_as_equal():
     found = verify(traced(model, inputs), model, inputs, call, generator=torch.Generator().manual_seed(0))
     assert found.failed == () and found.error < 1e-12 and len(found.graph.spaces) == 1
     one, none = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
-    assert relative_error([one], [one]) == 0 and relative_error([one], [none]) == float("inf")
-    assert relative_error([none], [one]) == float("inf")
+    assert Yardstick({"": one}).error({"": one}) == 0 and Yardstick({"": one}).error({"": none}) == float("inf")
+    assert Yardstick({"": none}).error({"": one}) == float("inf")
 
 
 class Forbidden(TwoLayers):
