@@ -19,6 +19,11 @@ def kept_kind(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether these are real or complex numbers, and no indices or flags."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def in_precision(module: M, dtype: torch.dtype | None, device: torch.device | None = None) -> M:
     """``module.to(device, dtype)``, in place, which would drop the imaginary parts of complex weights."""
     tensors = chain(module.parameters(), module.buffers())

@@ -74,8 +74,10 @@ def chord_deviation(
     if consumer.rows < 2:
         return None
     axis = consumer.axis
-    wa = weight_a.float().movedim(axis.axis, -1)
-    wb = graph.apply(element, axis.tensor, weight_b).float().movedim(axis.axis, -1)
+    ours, theirs = weight_a, graph.apply(element, axis.tensor, weight_b)
+    if ours.is_complex():
+        ours, theirs = torch.view_as_real(ours), torch.view_as_real(theirs)
+    wa, wb = (w.float().movedim(axis.axis, -1) for w in (ours, theirs))
     wa, wb = (w.reshape(-1, w.shape[-1]).cpu() for w in (wa, wb))
     present = torch.from_numpy(np.flatnonzero(axis.index >= 0))
     wa, wb = wa[:, present], wb[:, present]

@@ -28,6 +28,9 @@ LEAST_CORRELATION = 0.1
 """A space whose best assignment correlates less than this keeps under 55 % of its activations' variance at the
 midpoint, (1 + ρ)/2: nothing of the two networks is left to merge."""
 
+TIE = 1e-3
+"""Share of the moved neurons' similarity that a match of weights must gain: neurons that are alike stay."""
+
 CLEAR_COSINE = 0.5
 """Moved neurons whose weights fit their new places better by this much, in cosine, on average, need no interval of the
 activations above 0: two swapped neurons among many with heavy tails leave a wide one. Independent networks stay below:
@@ -150,8 +153,16 @@ def decide_from_activations(
             choice = solver.choose(s, {**current, **new}) if s.parents else best[s.id]
             moved = int((choice != follow).sum())
             rows = np.arange(s.size)
-            lost = float((cosines[s.id][rows, follow] - cosines[s.id][rows, choice]).mean())
-            records[s.id], matches = _decision(graph, s, judged.get(s.id), moved, lost)
+            now, then = cosines[s.id][rows, follow], cosines[s.id][rows, choice]
+            found = judged.get(s.id)
+            if found is None:
+                # weights speak where all that they are compared with is in the order in which they were
+                agreed = all(np.array_equal(current[k], matched[k]) for k in _beside(graph, s))
+                to = choice != follow
+                gains = agreed and float((then - now)[to].sum()) > TIE * float(np.abs(then[to]).sum())
+                records[s.id], matches = _unseen(graph, s, moved if gains else 0), gains
+            else:
+                records[s.id], matches = _decision(graph, s, found, moved, float((now - then).mean()))
             new[s.id] = choice if matches else follow
         if same_element(new, current):
             break
@@ -206,12 +217,23 @@ def tree_candidates(
     return still, solver.solve(space, dict(current))
 
 
+def _beside(graph: NeuronGraph, space: Space) -> set[str]:
+    """The other spaces on a space's tensors."""
+    return {s.id for a in space.axes for s, _ in graph.on_tensor[a.tensor]} - {space.id}
+
+
+def _unseen(graph: NeuronGraph, space: Space, moved: int) -> SpaceEvidence:
+    """Of a space that no activations speak of, of which weights move so many neurons."""
+    if moved:
+        why = "no activations to judge by; the weights fit better in another order"
+        return record_of(graph, space, MATCH, why, "weights", moved)
+    why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
+    return record_of(graph, space, DIRECT, why, "none")
+
+
 def _decision(
-    graph: NeuronGraph, space: Space, judged: Judgement | None, moved: int, lost: float
+    graph: NeuronGraph, space: Space, judged: Judgement, moved: int, lost: float
 ) -> tuple[SpaceEvidence, bool]:
-    if judged is None:
-        why = "no activations to judge by, so it follows its parents" if space.parents else "no activations to judge by"
-        return record_of(graph, space, DIRECT, why, "none"), False
     clear = moved > 0 and judged.gain > 0 and -lost * space.size > CLEAR_COSINE * moved
     matches = moved > 0 and (judged.gain_low > 0 or clear) and judged.gain > lost
     chosen = judged.j_match if matches else judged.j_current

@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from mergeid.basics.when_asked import WhenAsked
-from mergeid.evidence.decide import DIRECT, MATCH, Decisions, SpaceEvidence, record_of, tree_candidates
+from mergeid.evidence.decide import DIRECT, MATCH, TIE, Decisions, SpaceEvidence, record_of, tree_candidates
 from mergeid.matchers.assignment import ROWS, TreeAssignment, descendants
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.plain import PlainMatch, seen_plainly
@@ -18,9 +18,6 @@ from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
 NULL_SIGMAS = 4.0
 """Standard deviations of a random permutation's score above which unseen weights confirm a match."""
-
-TIE = 1e-3
-"""Share of the moved neurons' similarity that a match of weights must gain: neurons that are alike stay."""
 
 
 def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -> Decisions:

@@ -198,6 +198,8 @@ class _Rows:
             x, y = triple[one], triple[two]
             if x is None or y is None:
                 continue
+            if x.is_complex():
+                x, y = (torch.view_as_real(v.resolve_conj()).flatten(1) for v in (x, y))
             step = max(VALUES // len(x), 1)
             for start in range(0, x.shape[1], step):
                 yield x[:, start : start + step].double(), y[:, start : start + step].double()

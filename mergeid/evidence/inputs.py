@@ -33,14 +33,17 @@ Moments = InputMoments | TokenCounts
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "transposed linear", "convolution", "embedding", or None for a module that is none of these."""
+    """ "linear", "transposed linear", "convolution", "embedding", or None for a module that is none of these, as
+    those with complex weights are."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_complex():
+        return None
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.modules.conv._ConvNd):
         return None if module.transposed else "convolution"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]:
         return "transposed linear"
     return None

@@ -38,6 +38,10 @@ def straight_through(task: MatchTask, *, epochs: int = 5, rate: float = 1e-2, pa
     graph = task.graph
     model = _workspace(training.model)
     trained = {k for k, p in model.named_parameters() if p.is_floating_point()} & set(task.a)
+    if any(p.is_complex() for p in model.parameters()):
+        raise MergeidError(
+            "matcher 'straight_through' trains real weights, and these models have complex ones; take another matcher"
+        )
     theta = {k: v.detach().clone() for k, v in task.a.items()}
     free = {k: theta[k].requires_grad_() for k in sorted(trained)}
     groups = [{"params": [p], "lr": rate * max(float(p.detach().square().mean().sqrt()), 1e-3)} for p in free.values()]

@@ -20,6 +20,7 @@ from mergeid.errors import MergeidError
 from mergeid.matchers.layerwise import in_order
 from mergeid.matchers.sides import side
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space
+from mergeid.neuron_graph.reals import in_reals, out_of_reals
 
 
 def transport_widths(
@@ -39,8 +40,10 @@ def transport_widths(
     Raises `MergeidError` where the graphs do not have the same spaces on the same axes, or spaces lie in others.
     """
     partner = _partners(*graphs)
-    graph = graphs[0]
-    a, b = (tensors_of(model) for model in models)
+    as_they_are = tensors_of(models[1])
+    graph, (a,) = in_reals(graphs[0], tensors_of(models[0]))
+    its_graph, (b,) = in_reals(graphs[1], as_they_are)
+    graphs = graph, its_graph
     plans: dict[str, Tensor] = {}
     for space in in_order(graph):
         x, y = [], []
@@ -58,7 +61,8 @@ def transport_widths(
             raise MergeidError(f"no layer that writes {space.label!r} is matched yet, so its widths cannot be matched")
         cosines = nn.functional.normalize(torch.cat(x, 1)) @ nn.functional.normalize(torch.cat(y, 1)).T
         plans[space.id] = plan(cosines / regularisation, iterations)
-    return {k: _moved(graphs, models[0], plans, k, v) if k in graph.on_tensor else v.clone() for k, v in b.items()}
+    found = {k: _moved(graphs, models[0], plans, k, v) if k in graph.on_tensor else v.clone() for k, v in b.items()}
+    return out_of_reals(found, as_they_are)
 
 
 def plan(logits: Tensor, iterations: int) -> Tensor:

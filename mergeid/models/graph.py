@@ -39,6 +39,7 @@ def graph_of(
     Raises `MergeidError` where constraints or the given graph do not fit the model."""
     import torch
 
+    from mergeid.basics.casting import holds_numbers
     from mergeid.basics.nested import mapped
     from mergeid.neuron_graph.by_hand import fitted
     from mergeid.neuron_graph.verify import Verification, verify
@@ -58,7 +59,7 @@ def graph_of(
     shared = False
     with _blamed(loaded, more):
         if given is not None:
-            state = {k: tuple(v.shape) for k, v in loaded.state().items() if v.is_floating_point()}
+            state = {k: tuple(v.shape) for k, v in loaded.state().items() if holds_numbers(v)}
             graph: NeuronGraph | None = fitted(given, state, loaded.arch.id)
         else:
             alike = size > SMALL_NETWORK and not more and constraints is None

@@ -7,17 +7,18 @@ from collections.abc import Hashable, Mapping
 from torch import Tensor
 
 from mergeid.basics.aliases import address_of, axes_in_memory, overlapping, place_of, view_of
+from mergeid.basics.casting import holds_numbers
 from mergeid.neuron_graph.facts import Facts, Labels
 
 
 def atoms(facts: Facts, state: Mapping[str, Tensor]) -> dict[str, tuple[Labels, ...]]:
     """Tensor name -> the labels of each of its axes. Tensors that are one in memory share theirs (tied weights, also
     with their axes in another order), and those that overlap in any other way are frozen."""
-    floating = {k: v for k, v in state.items() if v.is_floating_point()}
+    numbers = {k: v for k, v in state.items() if holds_numbers(v)}
     known: dict[Hashable, tuple[Labels, ...]] = {}
     shared: dict[Hashable, Labels] = {}
     found: dict[str, tuple[Labels, ...]] = {}
-    for name, tensor in floating.items():
+    for name, tensor in numbers.items():
         place = place_of(tensor)
         if place not in known:
             rank = {d: k for k, d in enumerate(axes_in_memory(tensor))} if address_of(tensor) else {}
@@ -32,8 +33,8 @@ def atoms(facts: Facts, state: Mapping[str, Tensor]) -> dict[str, tuple[Labels, 
                 axes.append(labels)
             known[place] = tuple(axes)
         found[name] = known[place]
-    part = {id(t) for t in overlapping(list(floating.values()))}
-    for name, tensor in floating.items():
+    part = {id(t) for t in overlapping(list(numbers.values()))}
+    for name, tensor in numbers.items():
         for each in found[name] if id(tensor) in part else ():
             facts.freeze(each, f"{name} lies in memory that is also another tensor's")
     return found

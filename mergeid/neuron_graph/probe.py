@@ -29,7 +29,8 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
     """A state dict in which no wrong permutation can hide: constant tensors (fresh BatchNorm statistics, LayerScale,
     zero-initialised layers) get values that differ from neuron to neuron, and gates that are 0 open."""
     state = {}
-    for name, value in tensors_of(model).items():
+    for name, own in tensors_of(model).items():
+        value = torch.view_as_real(own) if own.is_complex() and not isinstance(own, OnDemand) else own
         if isinstance(value, OnDemand):
             state[name] = _disturbed(value, generator)
         elif value.is_floating_point() and value.numel() > 1:
@@ -47,6 +48,8 @@ def randomised(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
             state[name] = torch.full_like(value, 0.5)
         else:
             state[name] = value.clone()
+        if own.is_complex():
+            state[name] = torch.view_as_complex(state[name].contiguous())
     return state
 
 

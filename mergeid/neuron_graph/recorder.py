@@ -314,7 +314,7 @@ class Recorder(TorchDispatchMode):
         call = self._calls.get((name, kind), 0)
         self._calls[name, kind] = call + 1
         tensor = next((t for t in tree_leaves(value) if isinstance(t, Tensor)), None)
-        if tensor is None or tensor.dim() < 2:
+        if tensor is None or tensor.dim() < 2 or tensor.is_complex():
             return
         layout = self.layout(tensor)
         if not layout.data:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mergeid.basics.casting import holds_numbers
 from mergeid.basics.state import forget_derived, tensors_of
 from mergeid.neuron_graph.by_hand import Constraints
 from mergeid.neuron_graph.cells import Cell
@@ -57,7 +58,7 @@ def trace(
         for labels in recorder.axes.values():
             is_atom[labels] = True
         solution = solve(recorder.facts, np.flatnonzero(is_atom))
-        tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
+        tensors = {k: tuple(v.shape) for k, v in state.items() if holds_numbers(v)}
         return _lay_out(recorder, solution, tensors, name, label)
 
 
@@ -76,7 +77,7 @@ def trace_repeated(
     if not found:
         return None
     state = tensors_of(model, keep_vars=True)
-    tensors = {k: tuple(v.shape) for k, v in state.items() if v.is_floating_point()}
+    tensors = {k: tuple(v.shape) for k, v in state.items() if holds_numbers(v)}
     try:
         with shortened(model, found):
             short = trace(model, inputs, forward, values=values, name=name, label=label)

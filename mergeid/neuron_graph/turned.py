@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from mergeid.basics.casting import kept_kind
 from mergeid.basics.on_demand import OnDemand
 
 FULL, HALVES, SIDE_BY_SIDE = "orthogonal", "rotations of halves", "rotations of neighbours"
@@ -71,9 +72,9 @@ class Turn:
         for axis in self.of.axes:
             if axis.tensor != tensor:
                 continue
-            wide = value.double().movedim(axis.axis, 0).clone()
+            wide = value.to(kept_kind(value, torch.float64)).movedim(axis.axis, 0).clone()
             at = torch.from_numpy(axis.positions).to(value.device)
-            maps = torch.from_numpy(self.matrices[axis.unit]).to(value.device)
+            maps = torch.from_numpy(self.matrices[axis.unit]).to(value.device, wide.dtype)
             wide[at.flatten()] = torch.bmm(maps, wide[at].reshape(*at.shape, -1)).reshape(-1, *wide.shape[1:])
             value = wide.movedim(0, axis.axis).to(value.dtype).contiguous()
         return value

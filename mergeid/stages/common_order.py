@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mergeid.matchers.protocol import JointMatcher, get_matcher
 from mergeid.matchers.universe import relative
 from mergeid.models.examples import Examples
+from mergeid.neuron_graph.reals import in_reals
 from mergeid.request.request import Run
 from mergeid.stages.gather import evidence_of
 from mergeid.stages.judge import judge_of
@@ -42,5 +43,6 @@ def common_order(
             for p, q in combinations(range(len(loaded)), 2)
         }
         judge = judge_of(graph, loaded, examples, run)
-    universe = found.match_all(graph, [x.state() for x in loaded], run.generator(), correlations, judge)
+    real, states = in_reals(graph, *(x.state() for x in loaded))
+    universe = found.match_all(real, states, run.generator(), correlations, judge)
     return [relative(universe, 0, i) for i in range(1, len(loaded))]

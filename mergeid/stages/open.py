@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -79,6 +79,13 @@ class Pair:
     a: Loaded
     b: Loaded
     graph: NeuronGraph
+
+    def weights(self) -> tuple[NeuronGraph, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The graph and both state dicts in real numbers."""
+        from mergeid.neuron_graph.reals import in_reals
+
+        graph, (a, b) = in_reals(self.graph, self.a.state(), self.b.state())
+        return graph, a, b
 
 
 def open_models(

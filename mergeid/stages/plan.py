@@ -247,7 +247,7 @@ def _without_examples(
     graph, generator = pair.graph, run.generator()
     if matching.mode == "always":
         run.tell("matching", 0, 1)
-        task = MatchTask(graph, pair.a.state(), pair.b.state(), generator)
+        task = MatchTask(*pair.weights(), generator)
         return _Found("weights", matched or (named or get_matcher("weight")).match(task))
     found = _Found("weights", graph.identity())
     known = {}
@@ -260,7 +260,7 @@ def _without_examples(
         found.speaks = "structure"
     else:
         run.tell("weight matching", 0, 1)
-        decided = decide_from_weights(WeightSimilarity(graph, pair.a.state(), pair.b.state()), generator=generator)
+        decided = decide_from_weights(WeightSimilarity(*pair.weights()), generator=generator)
     found.element = decided.element
     found.records = [replace(r, certificate=known.get(r.id)) for r in decided.spaces]
     return found
@@ -282,14 +282,14 @@ def _with_examples(
     run.tell("matching", 0, 1)
     correlation = evidence.correlations()
     give_back()  # the sums that they come from
-    similarity = WeightSimilarity(graph, pair.a.state(), pair.b.state())
+    similarity = WeightSimilarity(*pair.weights())
     usual = named is None or named.name == "combined"
     if usual:
         matched = combined_matching(similarity, correlation, generator=generator)
     elif matched is None:
         assert named is not None
         training = _training(pair.a, examples, run)
-        matched = named.match(MatchTask(graph, pair.a.state(), pair.b.state(), generator, correlation, training))
+        matched = named.match(MatchTask(*pair.weights(), generator, correlation, training))
     if not judged:
         return _Found("activations", matched, matched=matched)
     scores: Mapping[str, np.ndarray]

@@ -49,12 +49,13 @@ class Undone:
 
 def undone(pair: Pair, run: Run) -> Undone:
     """The pair with B's signs, orthogonal maps and scales brought to A's, where that is clearly nearer."""
-    graph, a, b = pair.graph, pair.a.state(), pair.b.state()
+    graph = pair.graph
+    real, a, b = pair.weights()
     spaces = _free(graph)
     size = sum(p.numel() for p in pair.a.model.parameters())
     if not spaces or size > MOST or is_asymmetric(a) or any(is_on_demand(m.model) for m in (pair.a, pair.b)):
         return Undone(pair)
-    if not _differ(spaces, a, b) and not any(may_differ(graph, s.id, (a, b)) for s in spaces):
+    if not _differ(spaces, a, b) and not any(may_differ(real, s.id, (a, b)) for s in spaces):
         return Undone(pair)
     if graph.powers is None:
         run.tell("trying scales and signs", 0, 1)

@@ -15,6 +15,7 @@ from mergeid.models.examples import Examples
 from mergeid.models.graph import graph_of
 from mergeid.models.load import load_model
 from mergeid.models.loaded import Loaded
+from mergeid.neuron_graph.reals import in_reals, out_of_reals
 from mergeid.nn.names import is_asymmetric
 from mergeid.request.request import Calibration, Example, Reading, Run
 from mergeid.stages.gather import evidence_of
@@ -68,8 +69,9 @@ def _carried_state(pair: Pair, examples: Examples | None, skip: Sequence[str], r
         correlation = None
         if examples is not None:
             correlation = evidence_of(pair, examples, run, judged=False).correlations()
-        task = MatchTask(graph, first.state(), own, run.generator(), correlation)
-        state = transported(graph, transport(task), own)
+        real, (ours, theirs) = in_reals(graph, first.state(), own)
+        task = MatchTask(real, ours, theirs, run.generator(), correlation)
+        state = out_of_reals(transported(real, transport(task), theirs), own)
     else:
         graphs = graph, unskipped(graph_of(other, seed=run.seed), other, skip)
         state = transport_widths(graphs, (first.model, other.model))

@@ -16,7 +16,7 @@ from scipy import stats
 
 from mergeid.evidence import decide, decide_weights
 from mergeid.evidence.anchored import IDENTIFIED, NOT, Certificate
-from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, _decision, decide_from_structure
+from mergeid.evidence.decide import DIRECT, MATCH, WILL_NOT, _decision, _unseen, decide_from_structure
 from mergeid.evidence.decide_weights import _held_out, _weight_record
 from mergeid.evidence.evidence import Judgement, _positions, _row_values, _same_copy, judge
 from mergeid.neuron_graph.neuron_graph import Space
@@ -89,10 +89,12 @@ def test_reasons_tell_the_cases_apart() -> None:
     )
 
 
-def test_without_activations_a_space_lies_as_its_parents_say() -> None:
+def test_without_activations_a_space_lies_as_its_parents_or_weights_say() -> None:
     for parents, word in (((), ""), (("p",), "follows its parents")):
-        record, matches = _decision(GRAPH, space(parents=parents), None, 5, 0.0)
-        assert (record.decision, record.evidence, record.moved, matches) == (DIRECT, "none", 0, False)
+        record = _unseen(GRAPH, space(parents=parents), 0)
+        assert (record.decision, record.evidence, record.moved) == (DIRECT, "none", 0)
+        moved = _unseen(GRAPH, space(parents=parents), 5)
+        assert (moved.decision, moved.evidence, moved.moved) == (MATCH, "weights", 5)
         assert word in record.why and ("follows" in record.why) == bool(parents)
 
 
