@@ -133,6 +133,26 @@ def test_experts_that_are_looked_up_change_places() -> None:
     assert only(graph, "up", 2) is only(graph, "down", 1)
 
 
+class Decoded(nn.Module):
+    """A sparse autoencoder that reads the rows of its decoder at the largest codes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.rows, self.how = nn.Linear(6, N), nn.Parameter(torch.randn(N, 6)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, places = self.a(x).relu().topk(3)
+        if self.how == "bag":
+            return F.embedding_bag(places, self.rows, per_sample_weights=values, mode="sum")
+        return (values[..., None] * self.rows[places]).sum(-2)
+
+
+@pytest.mark.parametrize("how", ["bag", "index"])
+def test_rows_of_a_decoder(how: str) -> None:
+    graph = sound(lambda: Decoded(how), X)
+    assert only(graph, "a.weight", 0) is only(graph, "rows", 0) and only(graph, "rows", 0).size == N
+
+
 class Quantised(nn.Module):
     """The nearest entry of a table."""
 

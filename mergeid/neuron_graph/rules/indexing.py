@@ -43,7 +43,9 @@ def embedding(call: Call) -> Layout:
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(call: Call) -> list[Layout | None]:
     """Rows of [V, D] that data choose, summed (or averaged, or the largest) bag by bag."""
-    weight = call.freeze_dims(call.layout("weight"), [0])
+    index = call.layout("indices")
+    call.freeze_dims(index, range(len(index.dims)))
+    weight = looked_up(call, call.layout("weight"), 0, call["indices"])
     if call.get("per_sample_weights") is not None:
         call.freeze_dims(call.layout("per_sample_weights"), [0])
     found = weight.with_dims((_frozen(call.outputs()[0].shape[0]), weight.dims[1]))

@@ -41,6 +41,8 @@ _LOOKS_UP = {
     "_index_put_impl": "indices",
     "index_select": "index",
     "embedding": "indices",
+    "_embedding_bag": "indices",
+    "_embedding_bag_forward_only": "indices",
 }
 """Op -> the argument that says where."""
 
