@@ -23,6 +23,7 @@ from mergeid.basics.state import tensors_of
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.matchers.sides import side
+from mergeid.models.running import fits_the_model
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph
 
 
@@ -51,7 +52,12 @@ def joint_correlations(
     correlate with nothing. One pass, in float64."""
     taps = {k: found[:1] for k, found in choose_taps(graph, models[0]).items()}
     flat = [t for found in taps.values() for t in found]
-    stream = PairStream(TapReader(models[0], forward, flat), TapReader(models[1], forward, flat), batches)
+
+    def fitting(model: nn.Module, batch: Any) -> Any:
+        with fits_the_model(batch):
+            return forward(model, batch)
+
+    stream = PairStream(TapReader(models[0], fitting, flat), TapReader(models[1], fitting, flat), batches)
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     for space, _, a, b in stream.rows(taps):
         if a.values.shape[1] != graph.by_id[space].size:

@@ -37,6 +37,7 @@ from mergeid.basics.memory import few_rows
 from mergeid.basics.spread import Spread
 from mergeid.basics.state import evaluating
 from mergeid.data.batches import FixedBatches, input_dtype, to_model
+from mergeid.errors import MergeidError
 from mergeid.evaluate.agreement import Tally
 from mergeid.evaluate.own_columns import OwnColumns, together
 from mergeid.evaluate.scored import per_example
@@ -135,6 +136,7 @@ class Panel:
         self._least: list[dict[str, Tensor]] = []
         self._spreads: dict[str, list[Spread]] = {}
         self._apart: dict[str, list[Tensor]] = {}
+        self._uneven: set[str] = set()
         self._listen()
 
     @property
@@ -160,7 +162,7 @@ class Panel:
         for part in range(len(self.parts)):
             for (batch, own), count in zip(self._said(part), self._sizes(part), strict=True):
                 for name in own[0]:
-                    if name in self._heads and own[0][name].shape[-1] > 1:
+                    if name in self._heads and name not in self._uneven and own[0][name].shape[-1] > 1:
                         tally = tallies.setdefault(name, Tally(self.first, self.shares.tolist()))
                         tally.add([o[name] for o in own], batch, count)
         return {name: tally.agreement() for name, tally in tallies.items()}
@@ -181,8 +183,11 @@ class Panel:
                 said = self._outputs(net, batch)
             if self._columns is not None:
                 said = self._columns.of([said], owners)
-            for name, out in said.items():
-                rows = self._rows(name, out, [o[name] for o in own], batch, count)
+            for name, outs in ((n, [o[n] for o in own]) for n in own[0] if n not in self._uneven):
+                if name in said and said[name].shape == outs[0].shape:
+                    rows = self._rows(name, said[name], outs, batch, count)
+                else:  # another number of boxes
+                    rows = torch.full((len(self._spreads.get(name, [0])), count), inf, dtype=torch.float64)
                 found.setdefault(name, []).append(rows.cpu())
         least = self._least[part]
         whole = {name: torch.cat(rows, 1) for name, rows in found.items()}
@@ -221,14 +226,19 @@ class Panel:
         return [owners[at.start : at.stop] for at in self._batches(part).slices]
 
     def _listen(self) -> None:
-        """Run the models once: what they reach themselves, and how much their outputs vary."""
+        """Run the models once: what they reach themselves, and how much their outputs vary.
+
+        Raises `MergeidError` where none of these has the same shape in all models."""
         size = 0
         for part in range(len(self.parts)):
             least: dict[str, list[Tensor]] = {}
             said = []
             for (batch, own), count in zip(self._said(part), self._sizes(part), strict=True):
                 for name in own[0]:
-                    outs = [o[name] for o in own]
+                    outs = [o[name] for o in own if name in o]
+                    if name in self._uneven or len(outs) < len(own) or len({o.shape for o in outs}) > 1:
+                        self._uneven.add(name)  # as many boxes as each model sees
+                        continue
                     if name in self._heads and outs[0].shape[-1] > 1:
                         least.setdefault(name, []).append(
                             per_example(self._best(outs), batch, count, self.first)[None].cpu()
@@ -249,6 +259,17 @@ class Panel:
             self._least.append({name: torch.cat(rows, 1) for name, rows in least.items()})
             if self._kept is not None:
                 self._kept[part] = said
+        for name in self._uneven:
+            self._spreads.pop(name, None)
+            self._apart.pop(name, None)
+            for reached in self._least:
+                reached.pop(name, None)
+        if not self._apart:
+            names = ", ".join(map(repr, sorted(self._uneven)))
+            raise MergeidError(
+                f"the models return outputs of different shapes for the same inputs ({names}), so nothing says how "
+                "near a merge is to them; name outputs of a fixed shape (outputs=), or give no data"
+            )
 
     def _references(self, outs: Sequence[Tensor]) -> list[Tensor]:
         """What an output that is no classification may be near to: the models' mean, and each of them."""

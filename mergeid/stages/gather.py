@@ -15,6 +15,7 @@ from mergeid.evidence.activations import PairStream, TapReader, choose_taps
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
+from mergeid.models.running import fits_the_model
 from mergeid.neuron_graph.neuron_graph import TapMap
 from mergeid.plugins import Batch
 from mergeid.request.request import Run
@@ -65,6 +66,16 @@ def in_its_own_format(b: Loaded, a: Loaded) -> Callable[[torch.nn.Module, Any], 
     return forward
 
 
+def _in_a_sentence(run: Callable[[torch.nn.Module, Any], Any]) -> Callable[[torch.nn.Module, Any], Any]:
+    """A forward pass that says what it does not take."""
+
+    def forward(model: torch.nn.Module, batch: Any) -> Any:
+        with fits_the_model(batch):
+            return run(model, batch)
+
+    return forward
+
+
 def rows_of_each(taps: Mapping[str, Sequence[TapMap]], examples: int) -> int:
     """Most positions of an example that count as rows."""
     widest = max((int((t.index >= 0).sum()) for list_of in taps.values() for t in list_of), default=0)
@@ -87,13 +98,13 @@ def evidence_of(
         run = replace(run, batch_size=min(run.batch_size, HEARD))
     taps = choose_taps(pair.graph, a.model)
     flat = [t for list_of in taps.values() for t in list_of]
-    said_by_b = in_its_own_format(b, a)
-    forward_a, forward_b = a.forward, said_by_b
+    said_by_a, said_by_b = _in_a_sentence(a.forward), _in_a_sentence(in_its_own_format(b, a))
+    forward_a, forward_b = said_by_a, said_by_b
     if hears is not None:
         kept: list[Any] = []
 
         def forward_a(model: torch.nn.Module, batch: Any) -> Any:
-            kept[:] = [a.forward(model, batch)]
+            kept[:] = [said_by_a(model, batch)]
             return kept[0]
 
         def forward_b(model: torch.nn.Module, batch: Any) -> Any:
