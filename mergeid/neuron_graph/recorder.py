@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -25,8 +25,10 @@ from mergeid.neuron_graph.atoms import atoms
 from mergeid.neuron_graph.call import Call, Places, Result
 from mergeid.neuron_graph.combine import relate
 from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
+from mergeid.neuron_graph.constants import constant
 from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
+from mergeid.neuron_graph.leaving import Leaving
 from mergeid.neuron_graph.rules import rule_for
 from mergeid.neuron_graph.rules.places import places_through
 from mergeid.neuron_graph.shadows import Shadows
@@ -105,7 +107,7 @@ class Recorder(TorchDispatchMode):
             self._derive(tensor, view)
         found: Layout | None = self._layouts.get(tensor)
         if found is None:
-            found = self._constant(tensor)
+            found = constant(tensor, self.shadows.value(tensor))
             self._layouts[tensor] = found
         return found
 
@@ -121,6 +123,11 @@ class Recorder(TorchDispatchMode):
             if places is not None:
                 places.fix()
 
+    def leaves(self, tensor: Tensor, how: str) -> None:
+        """The numbers of a tensor leave torch."""
+        self.use([tensor])
+        self.facts.freeze(self.layout(tensor).all_labels, f"{how}() at {self.where()}")
+
     def _version(self, tensor: Tensor) -> int:
         """Counts the writes to a tensor's root."""
         view: _View | None = self._views.get(tensor)
@@ -133,24 +140,6 @@ class Recorder(TorchDispatchMode):
             self._layouts[tensor] = result
             for step in view.steps:
                 self._layouts[tensor] = _flat(step.rerun())[0]
-
-    def _constant(self, tensor: Tensor) -> Layout:
-        """A tensor from outside: frozen along the dimensions in which its values vary."""
-        if tensor._is_zerotensor():  # tangents of forward-mode differentiation, without memory
-            return uniform(tensor.shape, FREE)
-        known = self.shadows.value(tensor)
-        if known is None or tensor.dim() == 0:
-            return uniform(tensor.shape, FROZEN)
-        value = known.detach()
-        kinds = []
-        with _disable_current_modes():
-            for d, n in enumerate(tensor.shape):
-                if n > 1 and tensor.numel():
-                    same = bool((value == value.narrow(d, 0, 1)).all())
-                    kinds.append(FREE if same else FROZEN)
-                else:
-                    kinds.append(FROZEN)
-        return Layout(tuple((Fine(n, k),) if n > 1 else () for n, k in zip(tensor.shape, kinds, strict=True)))
 
     # -- calls -------------------------------------------------------------------------------------------
 
@@ -219,7 +208,7 @@ class Recorder(TorchDispatchMode):
         tensors = call.tensors()
         rule = rule_for(call.func)
         if not tensors and call.name not in _KNOWN_CONSTANTS:
-            return [self._constant(t) for t in call.outputs()]
+            return [constant(t, self.shadows.value(t)) for t in call.outputs()]
         if rule is not None:
             call.rerun = lambda: rule(call)
         else:
@@ -380,7 +369,8 @@ def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
             recorder.shadows.add(inputs[name], value)
     for tensor in inputs.values():
         recorder.add_input(tensor)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder:
+    seen = Leaving(recorder.leaves)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder, seen:
         output = one.forward()
     recorder.use(named_tensors(output).values())
     for tensor in named_tensors(output).values():

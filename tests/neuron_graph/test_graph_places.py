@@ -101,6 +101,9 @@ FIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "a place in another table": lambda x: x * torch.arange(2.0 * N).to(x)[x.argmax(-1)][:, None],
     "a place written down": lambda x: x * torch.zeros(len(x), 1).to(x).copy_(x.argmax(-1, keepdim=True)),
     "the order of places": lambda x: x * x.argsort(-1).argsort(-1),
+    "places in a list": lambda x: x + x[:, x.mean(0).topk(3).indices.tolist()].sum(-1, keepdim=True),
+    "places in an array": lambda x: x * torch.from_numpy(x.argmax(-1, keepdim=True).numpy()),
+    "numbers in a list": lambda x: x * torch.tensor(x.detach().tolist()).to(x),
     "a running sum": lambda x: x.cumsum(-1),
 }
 
@@ -109,6 +112,28 @@ FIXING: dict[str, Callable[[Tensor], Tensor]] = {
 def test_who_reads_the_numbers_fixes_the_neurons(name: str) -> None:
     graph = sound(lambda: Between(FIXING[name]), X)
     assert not on(graph, "a.weight", 0)
+
+
+class Pruned(nn.Module):
+    """Neurons that the weights themselves choose, by their places or by numbers that are computed of them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.table, self.how = nn.Linear(6, N), nn.Linear(N, 3), nn.Parameter(torch.randn(9, 6)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "largest":
+            kept = self.a.weight.norm(dim=1).topk(5).indices
+            return F.linear(F.linear(x, self.a.weight[kept], self.a.bias[kept]).relu(), self.b.weight[:, kept])
+        which = (2 * self.a.weight.norm(dim=1)).round().long().clamp(max=8)
+        return self.b(F.linear(x, self.table[which]).relu() * self.a.bias)
+
+
+@pytest.mark.parametrize("how", ["largest", "looked up"])
+def test_weights_that_say_where_to_look(how: str) -> None:
+    graph = sound(lambda: Pruned(how), X)
+    neurons = only(graph, "a.weight", 0)
+    assert neurons.size == N and only(graph, "b.weight", 1) is neurons and not on(graph, "table", 0)
 
 
 class Routed(nn.Module):

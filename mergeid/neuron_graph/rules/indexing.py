@@ -25,9 +25,9 @@ def _frozen(n: int) -> tuple[Fine, ...]:
 
 
 def _constant_values(call: Call, index: Tensor) -> np.ndarray | None:
-    """The index as an array if it is the same for every input; None otherwise."""
-    value = call.recorder.shadows.value(index)
-    if value is None or call.layout_of(index).data:
+    """The index as an array if it is the same for every input and in every order of neurons; None otherwise."""
+    value, layout = call.recorder.shadows.value(index), call.layout_of(index)
+    if value is None or layout.data or layout.groups or call.recorder.places(index) is not None:
         return None
     with _disable_current_modes():
         return value.detach().cpu().numpy()

@@ -1,0 +1,28 @@
+"""Numbers that leave torch, as lists and as arrays of NumPy, come back as constants: nothing is known of what was done
+with them, so that neurons that they tell apart stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_OUT = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
+
+
+class Leaving(TorchFunctionMode):
+    """While open, tells of every tensor whose numbers leave."""
+
+    def __init__(self, tell: Callable[[Tensor, str], None]) -> None:
+        """`tell`: takes the tensor and the method's name."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tell = tell
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _OUT and isinstance(args[0], Tensor):
+            self.tell(args[0], func.__name__)
+        return func(*args, **(kwargs or {}))
