@@ -46,12 +46,14 @@ def one_pass(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
     Not what is written to buffers of modules in training mode, and of layers with running statistics. Gives a function
     that takes a result out of memory that is put back."""
+    import torch
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():
         modules = list(model.modules())
         remembered = [_remembered(vars(m), m.training or hasattr(m, "running_mean"), largest=SMALL) for m in modules]
-        states = {_address(t) for m in modules for t in (*m._buffers.values(), *vars(m).values())} - {0}
+        held = [v for m in modules for k, v in vars(m).items() if k not in _usual() and isinstance(v, torch.Tensor)]
+        states = {_address(t) for t in (*held, *(b for m in modules for b in m._buffers.values()))} - {0}
     try:
         yield lambda result: result.clone() if _address(result) in states else result
     finally:

@@ -85,9 +85,10 @@ def test_a_caller_may_choose_outputs() -> None:
     model = made("deep")
     graph = mergeid.graph(model, X, outputs=["a"])
     assert {s.size for s in graph.spaces} == {16, 5}  # nobody reads the second head
-    assert {s.size for s in mergeid.graph(model, X, outputs=["deep"]).spaces} == {16}
+    assert {s.size for s in mergeid.graph(model, X, outputs=["deep"]).spaces} == {16, 3}
+    assert {s.size for s in mergeid.graph(model, X, outputs=["deep", "classes"]).spaces} == {16}
     assert {s.size for s in mergeid.graph(model, X, outputs=["*"]).spaces} == {16}
-    with pytest.raises(MergeidError, match=r"outputs names 'c', but the model returns 'a', 'deep\.0\.b\.1'"):
+    with pytest.raises(MergeidError, match=r"outputs names 'c', but the model returns 'classes', 'a', 'deep\.0\.b\.1'"):
         mergeid.graph(model, X, outputs=["c"])
 
 
