@@ -84,6 +84,33 @@ class Loaded:
         return dict(batch) if takes else {k: v for k, v in batch.items() if k != "labels"}
 
     @property
+    def called(self) -> dict[str, str]:
+        """State-dict key -> the name that settings and --skip go by: that of the tensor in the files, or of the first
+        one that it is made of."""
+        return {key: names[0] for key, names in self.made_of.items()}
+
+    @property
+    def made_of(self) -> dict[str, tuple[str, ...]]:
+        """State-dict key -> the tensors in the files that it is made of."""
+        from mergeid.models.converted import Converted
+
+        found: dict[str, tuple[str, ...]] = {key: (name,) for name, key in self.names.items()}
+        if isinstance(self.checkpoint, Converted):
+            found |= {key: c.names for c in self.checkpoint.conversions for key in c.keys}
+        return found
+
+    def places(self, name: str, axis: int) -> list[tuple[str, int]]:
+        """Where in the network an axis of a tensor in the files is: (state-dict key, axis), or all axes of what it
+        becomes a part of."""
+        from mergeid.models.converted import Converted
+
+        if isinstance(self.checkpoint, Converted):
+            made = [key for c in self.checkpoint.conversions if name in c.names for key in c.keys]
+            if made:
+                return [(key, d) for key in made for d in range(len(self.checkpoint.table[key].shape))]
+        return [(self.names.get(name, name), axis)]
+
+    @property
     def head(self) -> dict[str, tuple[int, ...]]:
         """Key of a joined head's tensor -> how many of its rows are each model's."""
         found = self.joined
