@@ -232,10 +232,10 @@ def check_runs(loaded: Loaded, batch: Batch, what: str) -> None:
     except Exception as error:  # whatever a foreign forward does wrong
         text = " ".join(str(error).split())[:200]
         said = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        raise MergeidError(
-            f"{loaded.source} does not run on {what} ({said}); expected what its forward takes: a tensor, a tuple of "
-            "positional inputs, or a dict of keywords"
-        ) from error
+        cure = "expected what its forward takes: a tensor, a tuple of positional inputs, or a dict of keywords"
+        if loaded.checkpoint is not None:
+            cure = "merge the tensors as is with --match never, or load the model and give example_inputs in Python"
+        raise MergeidError(f"{loaded.source} does not run on {what} ({said}); {cure}") from error
 
 
 def further_batches(inputs: Iterable[Any] | None, loaded: Loaded) -> list[Batch]:
