@@ -301,8 +301,9 @@ class TimmAdapter:
         if arch.options.get("num_classes") is not None:
             found["classes"] = int(arch.options["num_classes"])
         labels = (arch.options.get("pretrained_cfg") or {}).get("label_names")
-        numbered = enumerate(labels) if isinstance(labels, list) else getattr(labels, "items", tuple)()
-        found["class_names"] = {str(label): int(i) for i, label in numbered if str(i).isdecimal()}
+        labels = labels if isinstance(labels, (list, Mapping)) else None
+        numbered: dict[Any, Any] = dict(enumerate(labels)) if isinstance(labels, list) else dict(labels or {})
+        found["class_names"] = {str(label): int(i) for i, label in numbered.items() if str(i).isdecimal()}
         return found
 
     @staticmethod
