@@ -12,6 +12,7 @@ from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
 from mergeid.io.dtypes import torch_dtype, wider
+from mergeid.io.tensors import TensorSource
 from mergeid.nn.names import is_asymmetric, plain_table
 from mergeid.plugins import Adapter, Conversion, ConvertsWeights, TensorInfo
 
@@ -73,6 +74,14 @@ def as_network(checkpoint: Checkpoint, adapter: Adapter, network: nn.Module) -> 
     made = derived(checkpoint.source, checkpoint, formed, parents=[checkpoint])
     values: dict[str, Any] = {f.name: getattr(made, f.name) for f in fields(made)}
     return Converted(**{**values, "stored": checkpoint, "conversions": found})
+
+
+def places_of(checkpoint: TensorSource, adapter: Adapter, network: nn.Module) -> dict[str, str]:
+    """Tensor of a file that is converted on loading -> its place in what it becomes."""
+    if not isinstance(adapter, ConvertsWeights):
+        return {}
+    found = adapter.conversions(network, plain_table(checkpoint.table))
+    return {name: f"{c.keys[0]}, part {i}" for c in found for i, name in enumerate(c.names)}
 
 
 def names_of(checkpoint: Checkpoint, plain: Mapping[str, str]) -> dict[str, str]:

@@ -126,6 +126,23 @@ def test_matched_is_the_plain_merge_of_what_was_scrambled(name: str, tmp_path: P
     assert close(stored(tmp_path / "matched"), stored(tmp_path / "plain"))
 
 
+def test_names_without_the_prefix_of_a_head(tmp_path: Path) -> None:
+    """The model without its head has the names of its experts without a prefix, and merges in either order."""
+    base = saved(mixtral, tmp_path / "base", 0)
+    a, b = (tuned(base, tmp_path / n, i) for i, n in enumerate("ab"))
+    transformers.MixtralModel.from_pretrained(b).save_pretrained(tmp_path / "bare")
+    one, two, bare = stored(a), stored(b), stored(tmp_path / "bare")
+    assert not one.keys() & bare.keys()
+    mergeid.merge(a, tmp_path / "bare", output=tmp_path / "m")
+    made = stored(tmp_path / "m")
+    assert made.keys() == one.keys() and torch.equal(made["lm_head.weight"], one["lm_head.weight"])
+    means = {k: (one[k] + two[k]) / 2 for k in one if k != "lm_head.weight"}
+    assert close({k: made[k] for k in means}, means)
+    mergeid.merge(tmp_path / "bare", a, output=tmp_path / "n")
+    without = stored(tmp_path / "n")
+    assert without.keys() == bare.keys() and close({f"model.{k}": t for k, t in without.items()}, means)
+
+
 def test_shards_stay_as_they_are(tmp_path: Path) -> None:
     a = saved(mixtral, tmp_path / "a", 0, max_shard_size="8KB")
     mergeid.scramble(a, output=tmp_path / "s", seed=1)
