@@ -288,6 +288,32 @@ class StacksExperts(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """Tensors of a file that a library turns into others on loading: experts stacked, a projection split in three.
+
+    Attributes:
+        names: in the file.
+        keys: of the network's state dict.
+        load: the file's tensors by name -> the network's by key.
+        save: the network's by key -> the file's by name.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    load: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    save: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@runtime_checkable
+class ConvertsWeights(Protocol):
+    """Optional ability of an adapter: knows what its library converts on loading."""
+
+    def conversions(self, model: nn.Module, table: TensorTable) -> Sequence[Conversion]:
+        """Those of the tensors of a file; what is only renamed is not among them (`Adapter.tensor_names`)."""
+        ...
+
+
 _registered: dict[str, Adapter] = {}
 
 

@@ -101,6 +101,8 @@ class TimmAdapter:
             if isinstance(config.get("num_classes"), int):
                 options["num_classes"] = config["num_classes"]
             facts = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k in names.DATA_FACTS}
+            if config.get("label_names"):  # timm puts them beside the others
+                facts = {**facts, "label_names": config["label_names"]}
             if facts:
                 options["pretrained_cfg"] = dict(facts)
                 tag = tag or str(facts.get("tag") or "")
@@ -298,6 +300,10 @@ class TimmAdapter:
         found["fixed_size"] = self._fixed_size(arch)
         if arch.options.get("num_classes") is not None:
             found["classes"] = int(arch.options["num_classes"])
+        labels = (arch.options.get("pretrained_cfg") or {}).get("label_names")
+        labels = labels if isinstance(labels, (list, Mapping)) else None
+        numbered: dict[Any, Any] = dict(enumerate(labels)) if isinstance(labels, list) else dict(labels or {})
+        found["class_names"] = {str(label): int(i) for i, label in numbered.items() if str(i).isdecimal()}
         return found
 
     @staticmethod

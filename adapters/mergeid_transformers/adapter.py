@@ -159,6 +159,12 @@ class TransformersAdapter:
         """See `mergeid.plugins.StacksExperts`."""
         return stacked(model, names)
 
+    def conversions(self, model: nn.Module, table: TensorTable) -> Sequence[plugins.Conversion]:
+        """See `mergeid.plugins.ConvertsWeights`."""
+        from mergeid_transformers.conversions import conversions
+
+        return conversions(model, table)
+
     def example_inputs(
         self, arch: Architecture, model: nn.Module, generator: torch.Generator, batch_size: int = 2
     ) -> Batch:

@@ -58,7 +58,7 @@ def library_config(model_type: str, config: Mapping[str, Any] | None) -> Pretrai
     kind = CONFIG_MAPPING[model_type]
     _check_counts(config)
     try:
-        made = kind() if config is None else kind.from_dict(_without_storage(dict(config)))
+        made = kind() if config is None else kind.from_dict(_without_storage(with_floats(dict(config))))
     except Exception as error:  # every class has checks of its own, and a kind of error for them
         raise MergeidError(
             f"config.json does not describe a {model_type!r} model for transformers {transformers.__version__}: "
@@ -68,6 +68,16 @@ def library_config(model_type: str, config: Mapping[str, Any] | None) -> Pretrai
         if hasattr(part, "use_cache"):
             part.use_cache = False
     return made
+
+
+def with_floats(value: Any) -> Any:
+    """The content of a config.json with the numbers that JSON lacks, which the library writes as
+    ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {k: with_floats(v) for k, v in value.items()}
+    return [with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _check_counts(config: Any, place: str = "") -> None:

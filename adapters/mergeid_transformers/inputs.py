@@ -243,9 +243,10 @@ def _join_media_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
         if key not in batch or token is None:
             continue
         owner = _owner(model, kind)
-        if owner is None:
+        if owner is None and kind != "audio":
             continue  # it finds the places itself, or has other ways for images (cross-attention)
-        count = _vectors(model, owner, kind, batch, key)
+        # older models of sound put a whole recording where one placeholder stands
+        count = 1 if owner is None else _vectors(model, owner, kind, batch, key)
         if count is None:
             for name in (key, *_BESIDE.get(kind, ())):
                 batch.pop(name, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 import time
 import warnings
@@ -22,7 +21,7 @@ from mergeid.combine.tensor_plan import TensorPlan, plan_many
 from mergeid.errors import MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import default_companions
-from mergeid.io.derived import origins
+from mergeid.io.derived import origins, same_numbers
 from mergeid.io.dtypes import tensor_bytes
 from mergeid.io.folders import PARTS
 from mergeid.io.output import check_output
@@ -262,7 +261,7 @@ def _hashing(*checkpoints: Checkpoint) -> Iterator[list[Future[dict[str, str]]]]
 def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> None:
     a = models[0]
     for b in models[1:]:
-        if len(a.files) == len(b.files) > 0 and all(map(os.path.samefile, a.files, b.files)):
+        if same_numbers(a, b):
             subject, rest = (
                 ("both models are", "the result equals it")
                 if len(models) == 2

@@ -52,7 +52,7 @@ def _open_folder(folder: Path, about: Mapping[str, Any]) -> ItemDataset:
             f"the folder {folder} contains no images ({kinds}), neither in class sub-folders nor directly; give an "
             "image folder or another kind of data"
         )
-    number = _class_numbers([c.name for c in classes], about)
+    number = _class_numbers([c.name for c in classes], about, folder)
     paths = [p for c in classes for p in _images(c)]
     labels = [number[c.name] for c in classes for _ in _images(c)]
     _warn_of_enlarging(paths[0], folder, about)
@@ -87,7 +87,7 @@ def _natural(path: Path) -> tuple[bool, int, str]:
     return (not digits, int(path.name) if digits else 0, path.name)
 
 
-def _class_numbers(names: Sequence[str], about: Mapping[str, Any]) -> dict[str, int]:
+def _class_numbers(names: Sequence[str], about: Mapping[str, Any], folder: Path) -> dict[str, int]:
     known: Mapping[str, int] = about.get("class_names") or {}
     if all(n in known for n in names):
         return {n: int(known[n]) for n in names}
@@ -96,6 +96,16 @@ def _class_numbers(names: Sequence[str], about: Mapping[str, Any]) -> dict[str, 
         raise MergeidError(
             f"there are {len(names)} class sub-folders ({names[0]!r}, {names[1]!r}, …), but the model has {classes} "
             "classes; give data of the model's own classes"
+        )
+    if classes and (len(names) < classes or known):
+        stranger = next((n for n in names if n not in known), names[0])
+        why = f"has no class named {stranger!r}" if known else f"has {classes} classes without names"
+        warnings.warn(
+            f"the {len(names)} class sub-folders of {folder} are numbered in the order of their names ({names[0]!r} is "
+            f"class 0, {names[-1]!r} is class {len(names) - 1}), because the model {why}; where labels count and their "
+            "numbers are others, give inputs and labels as .npz",
+            MergeidWarning,
+            stacklevel=2,
         )
     return {n: i for i, n in enumerate(names)}
 

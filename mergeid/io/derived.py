@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -100,6 +101,15 @@ def origins(checkpoints: Iterable[Checkpoint]) -> str:
         for name in checkpoint.table:
             found.update(f"{name}\n{checkpoint.origin(name)}\n".encode())
     return found.hexdigest()
+
+
+def same_numbers(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models are the same weights of the same files (stacks and adapters of one file may differ)."""
+    if not len(one.files) == len(other.files) > 0 or not all(map(os.path.samefile, one.files, other.files)):
+        return False
+    if isinstance(one, Derived) or isinstance(other, Derived):
+        return one.table == other.table and all(one.origin(name) == other.origin(name) for name in one.table)
+    return True
 
 
 def derived(

@@ -171,11 +171,11 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
         match = _FACTOR.match(short)
         if match is None:
             if ".original_module." not in short:  # what PEFT keeps to be able to go back
-                whole[_WRAPPERS.sub("", short)] = name
+                _put_once(whole, _WRAPPERS.sub("", short), name, adapter)
         elif match[3] == "bias":
             raise MergeidError(f"{folder}: {name} is a bias of a LoRA factor; merge the adapter with PEFT first")
         else:
-            factors.setdefault(match[1], {})[match[2]] = name
+            _put_once(factors.setdefault(match[1], {}), match[2], name, adapter)
     copies = [short for short, name in whole.items() if _tied_copy(short, name, whole, adapter, base)]
     replaced = {short: name for short, name in whole.items() if short not in copies}
     places = Places(base, folder)
@@ -183,16 +183,40 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
         places = Places(places.untied([*replaced, *(f"{module}.weight" for module in factors)], copies), folder)
     under = places.base
     formed = {name: read_from(under, name) for name in under.table}
+    held: dict[str, str] = {}
     for short, name in replaced.items():
         target = places.of(short)
+        _put_once(held, target, name, adapter)
         if adapter.table[name].shape != under.table[target].shape:
             raise _misfit(folder, name, adapter.table[name].shape, base, target)
         formed[target] = _replaced(adapter, name, under, target)
+    done: dict[str, str] = {}
     for module, parts in factors.items():
         target = places.of(f"{module}.weight")
+        if target in done:
+            raise MergeidError(
+                f"{folder} has two updates of {target}, under {done[target]} and {module}; expected one: save the "
+                "adapter again with PEFT"
+            )
+        done[target] = module
         formed[target] = _formed(formed[target], under, target, adapter, module, parts, told)
     config = under.config if under.config_changed else None
     return replace(derived(os.fspath(folder), base, formed, parents=[base, adapter], config=config), adapter=True)
+
+
+def _put_once(held: dict[str, str], place: str, name: str, adapter: TensorSource) -> None:
+    """Raises `MergeidError` where two of an adapter's tensors are for one place and differ."""
+    import torch
+
+    other = held.setdefault(place, name)
+    if other == name:
+        return
+    same = adapter.table[other] == adapter.table[name]
+    if not (same and torch.equal(adapter.tensor(other), adapter.tensor(name))):
+        raise MergeidError(
+            f"{adapter.file_of[name]} holds one tensor twice, as {other} and {name}; expected one of them: remove the "
+            "other, or save the adapter again with PEFT"
+        )
 
 
 def _formed(

@@ -18,7 +18,7 @@ from mergeid.errors import MergeidError, shown
 from mergeid.io.building import Room, build
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import label_map
-from mergeid.io.derived import Formed, derived, read_from
+from mergeid.io.derived import Formed, derived, read_from, same_numbers
 from mergeid.io.dtypes import torch_dtype
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import find_architecture
@@ -181,7 +181,7 @@ def _labels(models: Sequence[Checkpoint], classes: Sequence[int], notes: list[st
     named = [_named(model, n) for model, n in zip(models, classes, strict=True)]
     for at, labels in enumerate(named):
         for other in range(at):
-            if labels == named[other] is not None or models[at].files == models[other].files:
+            if labels == named[other] is not None or same_numbers(models[at], models[other]):
                 raise MergeidError(
                     f"{models[other].source} and {models[at].source} have the same {classes[at]} classes, so their "
                     "heads can be merged like everything else; leave out --heads"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,6 +65,8 @@ TEMPLATES = {
 }
 """By mergekit's names; what they give is the same, white space too."""
 _NAMES = ", ".join(TEMPLATES)
+_OF_TRANSFORMERS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""Its own tags, which mark what the assistant says."""
 
 
 def with_chat_template(models: Sequence[Checkpoint], choice: str | None, own: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -129,9 +132,22 @@ def _chosen(models: Sequence[Checkpoint], choice: str) -> str | None:
             )
         return found
     if "{" in choice:
-        return choice
+        return _parsed(choice, "the chat template")
     if Path(choice).expanduser().is_file():
-        return read_text(Path(choice).expanduser(), "a chat template")
+        return _parsed(read_text(Path(choice).expanduser(), "a chat template"), f"the chat template {choice}")
     raise MergeidError(
         f"chat template {shown(choice)} is not known; expected auto, a, b, …, {_NAMES}, a file, or a Jinja template"
     )
+
+
+def _parsed(text: str, what: str) -> str:
+    """A template as it is. Raises `MergeidError` where Jinja cannot read it."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_OF_TRANSFORMERS.sub("", text))
+    except TemplateSyntaxError as error:
+        raise MergeidError(
+            f"{what} is not valid Jinja in line {error.lineno} ({error.message}); correct it, or name one of {_NAMES}"
+        ) from None
+    return text

@@ -66,6 +66,8 @@ def graph_of(
             again = _traced(loaded, moved, (), None, alike=True) if alike else None
             shared = again is not None
             graph = again or _traced(loaded, moved, more, constraints)
+            if graph is not None and not meta:
+                graph, more = _reaching(loaded, graph, partial(_traced, loaded, moved), (more, constraints), seed)
         assert graph is not None
         if meta:
             return _proven_small(loaded, graph, seed, samples)
@@ -124,6 +126,37 @@ def _traced(
     )
 
 
+def _reaching(
+    loaded: Loaded,
+    graph: NeuronGraph,
+    traced: Callable[[Sequence[Batch], Constraints | None], NeuronGraph | None],
+    given: tuple[Sequence[Batch], Constraints | None],
+    seed: int,
+) -> tuple[NeuronGraph, Sequence[Batch]]:
+    """A graph of inputs that reach all layers of a kind, with what was run besides the example, as far as the adapter
+    has such inputs; a warning names those that are left.
+
+    Args:
+        traced: (further batches, constraints) -> a graph.
+        given: with which `graph` was traced.
+    """
+    from mergeid.models.reached import unreached, warn_of, wider_examples
+
+    more, constraints = given
+    left = unreached(graph, loaded)
+    for batch in wider_examples(loaded, seed) if left else ():
+        wider = [*more, batch]
+        again = traced(wider, constraints)
+        if again is None or len(now := unreached(again, loaded)) >= len(left):
+            continue
+        graph, more, left = again, wider, now
+        if not left:
+            break
+    if left:
+        warn_of(left, loaded)
+    return graph, more
+
+
 def _proven_small(loaded: Loaded, graph: NeuronGraph, seed: int, samples: int) -> NeuronGraph:
     """A graph traced on the meta device, verified on a smaller model of the same architecture."""
     import torch
@@ -156,7 +189,11 @@ def _blamed(loaded: Loaded, more: Sequence[Batch]) -> Iterator[None]:
         raise
     except Exception:
         if not any(p.is_meta for p in loaded.model.parameters()):
-            check_runs(loaded, loaded.inputs, "example_inputs" if loaded.checkpoint is None else "its example inputs")
+            check_runs(
+                loaded,
+                loaded.inputs,
+                "example_inputs" if loaded.checkpoint is None else "the inputs that mergeid makes for it",
+            )
             for i, batch in enumerate(more):
                 check_runs(loaded, batch, f"more_inputs[{i}]")
         raise

@@ -16,6 +16,7 @@ from mergeid.io.dtypes import torch_dtype
 from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
+from mergeid.models.converted import as_network, as_stored, names_of
 from mergeid.models.loaded import Loaded, ModuleAdapter, takes_labels
 from mergeid.models.mapped import LARGEST_HELD, put_mapped
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
@@ -69,7 +70,9 @@ def load_checkpoint(
         model = copy.deepcopy(like.model)
     if model is None:
         model = build(adapter, arch, room, device=run.place)
-    names = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
+    plain = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
+    checkpoint = as_network(checkpoint, adapter, model)
+    names = names_of(checkpoint, plain)
     if is_asymmetric(checkpoint.table):
         from mergeid.nn.stored import restore
 
@@ -106,7 +109,7 @@ def _stands_for(like: Loaded, arch: Architecture, checkpoint: TensorSource) -> b
     if known is None or like.arch != arch or is_asymmetric(known.table) or is_asymmetric(checkpoint.table):
         return False
     whole = set(like.names.values()) >= set(like.model.state_dict())
-    return whole and known.table.keys() == checkpoint.table.keys()
+    return whole and as_stored(known).table.keys() == checkpoint.table.keys()
 
 
 def _size(checkpoint: TensorSource) -> int:

@@ -93,6 +93,33 @@ class Loaded:
         return dict(batch) if takes else {k: v for k, v in batch.items() if k != "labels"}
 
     @property
+    def called(self) -> dict[str, str]:
+        """State-dict key -> the name that settings and --skip go by: that of the tensor in the files, or of the first
+        one that it is made of."""
+        return {key: names[0] for key, names in self.made_of.items()}
+
+    @property
+    def made_of(self) -> dict[str, tuple[str, ...]]:
+        """State-dict key -> the tensors in the files that it is made of."""
+        from mergeid.models.converted import Converted
+
+        found: dict[str, tuple[str, ...]] = {key: (name,) for name, key in self.names.items()}
+        if isinstance(self.checkpoint, Converted):
+            found |= {key: c.names for c in self.checkpoint.conversions for key in c.keys}
+        return found
+
+    def places(self, name: str, axis: int) -> list[tuple[str, int]]:
+        """Where in the network an axis of a tensor in the files is: (state-dict key, axis), or all axes of what it
+        becomes a part of."""
+        from mergeid.models.converted import Converted
+
+        if isinstance(self.checkpoint, Converted):
+            made = [key for c in self.checkpoint.conversions if name in c.names for key in c.keys]
+            if made:
+                return [(key, d) for key in made for d in range(len(self.checkpoint.table[key].shape))]
+        return [(self.names.get(name, name), axis)]
+
+    @property
     def head(self) -> dict[str, tuple[int, ...]]:
         """Key of a joined head's tensor -> how many of its rows are each model's."""
         found = self.joined
@@ -226,10 +253,10 @@ def check_runs(loaded: Loaded, batch: Batch, what: str) -> None:
     except Exception as error:  # whatever a foreign forward does wrong
         text = " ".join(str(error).split())[:200]
         said = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        raise MergeidError(
-            f"{loaded.source} does not run on {what} ({said}); expected what its forward takes: a tensor, a tuple of "
-            "positional inputs, or a dict of keywords"
-        ) from error
+        cure = "expected what its forward takes: a tensor, a tuple of positional inputs, or a dict of keywords"
+        if loaded.checkpoint is not None:
+            cure = "merge the tensors as is with --match never, or load the model and give example_inputs in Python"
+        raise MergeidError(f"{loaded.source} does not run on {what} ({said}); {cure}") from error
 
 
 def further_batches(inputs: Iterable[Any] | None, loaded: Loaded) -> list[Batch]:

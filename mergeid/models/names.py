@@ -15,6 +15,7 @@ from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import derived, read_from
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import find_architecture
+from mergeid.models.converted import places_of
 from mergeid.models.experts import as_in_first
 from mergeid.nn.names import is_asymmetric, plain_table
 
@@ -113,8 +114,9 @@ def _keys(
     ours, theirs = (adapter.tensor_names(chosen, network, plain_table(c.table)) for c in (first, other))
     if note:  # those that the library stacks have no names in the network
         apart = {n: n for n in first.table.keys() & other.table.keys() if n not in ours}
-        ours, theirs = {**ours, **apart}, {**theirs, **apart}
-    return ours, theirs
+        return {**ours, **apart}, {**theirs, **apart}
+    parts = [places_of(c, adapter, network) for c in (first, other)]
+    return {**ours, **parts[0]}, {**theirs, **parts[1]}
 
 
 def _without_prefix(first: TensorSource, other: TensorSource) -> tuple[dict[str, str], dict[str, str]] | None:

@@ -43,6 +43,14 @@ def _device_here(name: str) -> str:
     if name == "auto":
         return "cuda" if there["cuda"] else "cpu"  # mps has no float64
     kind, _, index = name.partition(":")
+    try:
+        torch.device(name)
+        if kind not in ("cpu", *there):
+            torch.zeros((), device=name)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise MergeidError(
+            f"device {name!r} cannot be used here; expected auto, cpu, cuda, cuda:1 (the second GPU) or mps (--device)"
+        ) from None
     if kind in there and int(index if index.isdecimal() else 0) >= there[kind]:
         raise MergeidError(f"device {name!r} cannot be used here: there is none; use --device auto or --device cpu")
     return name

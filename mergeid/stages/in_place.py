@@ -85,7 +85,7 @@ def on_astray(pair: Pair, seen: InPlace) -> tuple[Pair, str | None]:
     """The pair with a graph of those spaces only on which rows are astray (with what lies in them, or holds them), and
     what is said of the others."""
     graph = pair.graph
-    keys = {(pair.a.names.get(name, name), axis) for name, axis in seen.astray}
+    keys = {place for name, axis in seen.astray for place in pair.a.places(name, axis)}
     wanted = {s.id for s in graph.spaces if any((a.tensor, a.axis) in keys for a in s.axes)}
     while True:
         family = {p for s in graph.spaces if s.id in wanted for p in s.parents}

@@ -131,8 +131,8 @@ class Members:
         return [w / total for w in weights] if abs(total) > NOTHING else [1 / len(weights)] * len(weights)
 
     def names(self) -> dict[str, str]:
-        """State-dict key -> the tensor's name in the first model's checkpoint."""
-        return {key: name for name, key in self.first.names.items()}
+        """State-dict key -> the tensor's name in the first model's files."""
+        return self.first.called
 
     def batches(self, batch_size: int, device: str) -> Iterator[Batch]:
         """The calibration data on a device, in the first model's number format."""

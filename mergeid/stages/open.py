@@ -193,7 +193,7 @@ def skipped_keys(loaded: Loaded, skip: Sequence[str]) -> set[str]:
     """Keys of the model's state dict whose tensors --skip takes from A as they are."""
     from mergeid.stages.members import skipped_in
 
-    return skipped_in(loaded.state(), {key: name for name, key in loaded.names.items()}, skip)
+    return skipped_in(loaded.state(), loaded.called, skip)
 
 
 def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from mergeid.basics.aliases import tied_groups
 from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidError
 from mergeid.evaluate.measure import Metrics, evaluate_loaded
@@ -104,7 +105,8 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
     assert members.base is not None
     model, names, device = copy.deepcopy(members.first.model).to(run.place), members.names(), torch.device(run.place)
     trained = {k for k, _ in model.named_parameters()}
-    floats = [k for k, t in members.models[0].state.items() if t.is_floating_point()]
+    tied = _apart(members)
+    floats = [k for k in tied if _is_number(members.models[0].state[k])]
     skipped = skipped_in(members.models[0].state, names, skip) & set(floats)
     keys = [k for k in floats if k not in skipped]
     tasks = examples.by_owner()
@@ -161,8 +163,23 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
                 for value in learned.values():
                     value.clamp_(0, 1)
             done += 1
-    found = [ByName({names[k]: float(v.detach()[i]) for k, v in learned.items() if k in names}) for i in range(count)]
+    made_of = members.first.made_of
+    of_name: dict[str, list[Tensor]] = {}  # several where the library splits one tensor of the files
+    for key, value in learned.items():
+        for name in {name for k in tied[key] for name in made_of.get(k, ())}:
+            of_name.setdefault(name, []).append(value.detach())
+    means = {name: torch.stack(values).mean(0) for name, values in of_name.items()}
+    found = [ByName({name: float(v[i]) for name, v in means.items()}) for i in range(count)]
     return Learned(found, (before, mean()))
+
+
+def _apart(members: Members) -> dict[str, tuple[str, ...]]:
+    """One key of the state dict for each tensor -> all of its keys."""
+    return {keys[0]: keys for keys in tied_groups(members.first.model) if keys[0] in members.models[0].state}
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _heads(members: Members, skipped: Collection[str], device: str) -> list[dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from mergeid.combine.apply import Inputs, Transform, merge_checkpoints
 from mergeid.combine.asymmetric import note
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import origins
+from mergeid.io.dtypes import torch_dtype
+from mergeid.models.converted import Converted, as_stored, measured_of, overriding
 from mergeid.request.request import Output, Run
 
 if TYPE_CHECKING:
@@ -41,17 +44,30 @@ def inputs_of(met: Met, members: Members | None, repaired: Mapping[str, Tensor])
         return Inputs(tuple(checkpoints), base)
     everyone = members.everyone
     found = [m.loaded.checkpoint for m in everyone]
+    transforms = [_transform(m) for m in everyone]
     if None not in found:
         checkpoints = [c for c in found if c is not None]
     first, names = checkpoints[0], members.first.names
-    base = checkpoints.pop() if met.base is not None else None
     statistics = None
     if members.statistics is not None:
-        statistics = [{n: s[k] for n, k in names.items() if k in s} for s in members.statistics]
+        statistics = [measured_of(first, {n: s[k] for n, k in names.items() if k in s}) for s in members.statistics]
+    replaced = {n: repaired[k] for n, k in names.items() if k in repaired and n in first.table}
+
+    def merged(wanted: set[str]) -> dict[str, Tensor]:
+        keys = {names[n]: n for n in wanted}
+        return {keys[k]: t for k, t in members.merged_tensors(met.skip) if k in keys}
+
+    table = as_stored(first).table
     overrides = {
-        n: repaired[k].to(first.tensor(n).dtype) for n, k in names.items() if k in repaired and n in first.table
+        n: t.to(torch_dtype(table[n].dtype))
+        for n, t in overriding(first, replaced, merged).items()
+        if not any(fnmatchcase(n, p) for p in met.skip)
     }
-    return Inputs(tuple(checkpoints), base, tuple(map(_transform, everyone)), overrides, statistics)
+    for i, (checkpoint, transform) in enumerate(zip(checkpoints, transforms, strict=True)):
+        if isinstance(checkpoint, Converted):
+            checkpoints[i], transforms[i] = as_stored(checkpoint, transform), None
+    base = checkpoints.pop() if met.base is not None else None
+    return Inputs(tuple(checkpoints), base, tuple(transforms), overrides, statistics)
 
 
 def _transform(member: Member) -> Transform | None:
@@ -105,6 +121,13 @@ def moved(carry: Transform) -> Callable[[str, Tensor], Iterator[Tensor]]:
         yield from (found[begin : begin + step].contiguous() for begin in range(0, len(value), step))
 
     return pieces
+
+
+def reordered(checkpoint: Checkpoint, carry: Transform) -> tuple[Checkpoint, Callable[[str, Tensor], Iterable[Tensor]]]:
+    """What `rewrite` takes to write a checkpoint with its tensors in another order."""
+    if isinstance(checkpoint, Converted):
+        return as_stored(checkpoint, carry), lambda name, value: [value]
+    return checkpoint, moved(carry)
 
 
 def rewrite(

@@ -79,7 +79,7 @@ def align(
     check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [to, b])
     from mergeid.stages.plan import plan_pair
-    from mergeid.stages.write import digest_of, moved, rewrite
+    from mergeid.stages.write import digest_of, reordered, rewrite
 
     pair, made = plan_pair(met, matching, calibration, base=base, certify=certify)
     if met.skip:  # no part of the match, but of B: without it B's function would be another
@@ -92,7 +92,8 @@ def align(
     record = {"align": made.to_json(), **met.agreed.record()}
     request = {k: v for k, v in made.to_json().items() if k in ("turns", "maps")}
     request["order of neurons"] = digest_of(made.element)
-    files = rewrite(pair.b.checkpoint, target, moved(made.carries_files(pair.b.names)), record, run, request)
+    checkpoint, pieces = reordered(pair.b.checkpoint, made.carries_files(pair.b.names))
+    files = rewrite(checkpoint, target, pieces, record, run, request)
     return replace(result, files=files)
 
 

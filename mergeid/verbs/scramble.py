@@ -16,6 +16,7 @@ from mergeid.results.merge import ScrambleResult
 from mergeid.stages.open import output_path
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergeid.models.loaded import Loaded
@@ -59,7 +60,7 @@ def scramble(
     from math import prod
 
     from mergeid.models.graph import graph_of
-    from mergeid.stages.write import digest_of, moved, rewrite
+    from mergeid.stages.write import digest_of, reordered, rewrite
 
     run = Run.of(progress, seed=seed)
     asked = Output(output, force=force, shard_size=bytes_of(shard_size), resume=resume)
@@ -88,10 +89,13 @@ def scramble(
     }
     if maps:
         record["scramble"]["maps"] = [turn.as_map() for turn in turns]
+    checkpoint, pieces = reordered(
+        loaded.checkpoint, partial(_carry, files, element, [t.renamed(known) for t in turns])
+    )
     paths = rewrite(
-        loaded.checkpoint,
+        checkpoint,
         asked,
-        moved(partial(_carry, files, element, [t.renamed(known) for t in turns])),
+        pieces,
         record,
         run,
         {"seed": seed, "maps": maps, "architecture": loaded.arch.id, "order of neurons": digest_of(element)},
@@ -107,7 +111,17 @@ def _carry(graph: NeuronGraph, element: Mapping[str, Any], turns: Sequence[Turn]
 
 
 def _function_change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor]) -> float:
-    """Relative output change of these very weights under a group element, in float64."""
+    """Relative output change of these very weights under a group element: in float64, or in float32 where the network
+    has operations that take nothing wider."""
+    import torch
+
+    try:
+        return _change(loaded, carry, torch.float64)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return _change(loaded, carry, torch.float32)
+
+
+def _change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor], dtype: torch.dtype) -> float:
     import copy
 
     import torch
@@ -118,8 +132,8 @@ def _function_change(loaded: Loaded, carry: Callable[[str, Tensor], Tensor]) -> 
     from mergeid.neuron_graph.compare import Yardstick, as_real
     from mergeid.neuron_graph.probe import randomised
 
-    model = in_precision(copy.deepcopy(loaded.model), torch.float64)
-    batch = mapped(loaded.inputs, lambda t: t.to(kept_kind(t, torch.float64)))
+    model = in_precision(copy.deepcopy(loaded.model), dtype)
+    batch = mapped(loaded.inputs, lambda t: t.to(kept_kind(t, dtype)))
     forget_derived(model)
 
     def run() -> dict[str, Tensor]:

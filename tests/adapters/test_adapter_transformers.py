@@ -218,6 +218,20 @@ def test_remote_code_is_never_run(adapter, tmp_path):
         adapter.build(recognised(adapter, evil))
 
 
+@pytest.mark.parametrize("written", [{"__float__": "Infinity"}, float("inf")])
+def test_infinite_numbers_of_a_config(adapter, written, tmp_path):
+    """As transformers 5 writes them, and as older versions did."""
+    config = {"model_type": "mamba2", "hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1,
+              "num_hidden_layers": 1, "vocab_size": 20, "expand": 2, "architectures": ["Mamba2ForCausalLM"],
+              "time_step_limit": [0.0, written]}  # fmt: skip
+    model = adapter.build(adapter.recognise({}, config, {}))
+    assert list(model.config.time_step_limit) == [0.0, float("inf")]
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert adapter.config_differences(saved, {**saved, "time_step_limit": [0.0, written]}) == []
+    assert adapter.config_differences(saved, {**saved, "time_step_limit": [0.0, 1.0]}) != []
+
+
 def test_bad_configs_are_named(adapter):
     with pytest.raises(MergeidError, match="no model type 'nosuch'"):
         adapter.build(recognised(adapter, {"model_type": "nosuch", "architectures": ["BertModel"]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -40,6 +41,7 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.filterwarnings("ignore:the 2 class sub-folders")
 def test_image_folder(image_folder):
     data = load_data(str(image_folder), adapter=TIMM, arch=RESNET, image_size=64)
     assert len(data) == 6
@@ -78,6 +80,7 @@ def test_text_has_no_image_size(tmp_path):
         load_data({"input_ids": [[1, 2]]}, adapter=HF, arch=MASKED, image_size=32)
 
 
+@pytest.mark.filterwarnings("ignore:the 2 class sub-folders")
 def test_grey_images(image_folder):
     data = load_data(image_folder, adapter=TIMM, arch=GREY, image_size=32)
     assert data[0]["x"].shape == (1, 32, 32)
@@ -104,6 +107,32 @@ def test_image_folder_by_the_models_label_names(image_folder):
 
 
 @pytest.mark.filterwarnings("ignore:the images in")
+def test_image_folder_by_label_names_as_timm_writes_them(image_folder, tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    model = timm.create_model("test_vit", num_classes=3)
+    save_for_hf(model, tmp_path / "m", model_config={"label_names": ["10", "7", "2"]})
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    arch = TIMM.recognise({}, config, {})
+    data = load_data(image_folder, adapter=TIMM, arch=arch)
+    assert [int(data[i]["labels"]) for i in range(6)] == [2, 2, 2, 0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:the images in")
+def test_classes_that_are_numbered_by_their_order_are_said(image_folder):
+    """Fewer folders than classes may well be called by the numbers of these: as timm numbers them, and said."""
+    many = Architecture("timm", "resnet18", {"num_classes": 11})
+    with pytest.warns(MergeidWarning, match=r"\('2' is class 0, '10' is class 1\), because the model has 11"):
+        data = load_data(image_folder, adapter=TIMM, arch=many)
+    assert [int(data[i]["labels"]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 32, "patch_size": 8,
+              "id2label": {"0": "two", "1": "10"}}  # fmt: skip
+    with pytest.warns(MergeidWarning, match="because the model has no class named '2'; where labels count"):
+        load_data(image_folder, adapter=HF, arch=HF.recognise({}, config, {}))
+
+
+@pytest.mark.filterwarnings("ignore:the images in", "ignore:the 2 class sub-folders")
 def test_image_folder_misfits(image_folder, tmp_path):
     with pytest.raises(MergeidError, match=r"2 class sub-folders \('2', '10', …\), but the model has 1"):
         load_data(image_folder, adapter=TIMM, arch=Architecture("timm", "resnet18", {"num_classes": 1}))

@@ -186,6 +186,7 @@ def test_elongated_images_do_not_fill_the_memory(tmp_path):
     assert load_data(tmp_path, adapter=TIMM, arch=NET)[0]["x"].shape[0] == 3
 
 
+@pytest.mark.filterwarnings("ignore:the 3 class sub-folders")
 def test_folders_named_by_odd_digits(tmp_path):
     for name in ("²", "10", "2"):
         (tmp_path / name).mkdir()

@@ -291,6 +291,21 @@ SOUND = {A: torch.ones(2, 16), B: torch.ones(16, 2)}
         ({A: torch.full((2, 16), torch.nan)}, {}, "adapter_model.safetensors: .*lora_A.weight holds NaN"),
         ({B: torch.full((16, 2), torch.inf)}, {}, "adapter_model.safetensors: .*lora_B.weight holds an infinite"),
         ({"base_model.model.model.norm.weight": torch.full((16,), torch.nan)}, {}, "model.norm.weight holds NaN"),
+        (
+            {A.removeprefix("base_model.model."): torch.zeros(2, 16)},
+            {},
+            "holds one tensor twice, as .*lora_A.weight and",
+        ),
+        (
+            {n.replace("model.model.layers", "model.layers"): torch.ones(s) for n, s in ((A, (2, 16)), (B, (16, 2)))},
+            {},
+            "two updates of model.layers.0.self_attn.q_proj.weight, under layers.*q_proj and model.*q_proj",
+        ),
+        (
+            {f"{begin}model.norm.weight": torch.full((16,), 1.0 + len(begin)) for begin in ("", "base_model.model.")},
+            {},
+            "holds one tensor twice, as .*model.norm.weight and",
+        ),
         ({}, {"lora_alpha": 1e39}, r"is not finite with .*adapter_model.safetensors on it \(B A times 5e\+38\)"),
     ],
 )
@@ -325,6 +340,23 @@ def test_adapters_are_merged_as_products(bases: Path, tmp_path: Path, monkeypatc
         torch.testing.assert_close(halves[key], wanted, rtol=1e-6, atol=1e-6)
     mergeid.merge(str(one), str(two), base=str(base), method="ties", density=0.5, output=tmp_path / "ties", **PLAIN)
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ties")
+
+
+def test_two_adapters_of_one_file_are_two_models(bases: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """One file of factors under two alphas; the same adapter twice is said."""
+    one = adapter(bases / "llama", tmp_path / "one", 1, target_modules=ATTENTION)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "adapter_model.safetensors").symlink_to(one / "adapter_model.safetensors")
+    told = json.loads((one / "adapter_config.json").read_text())
+    (tmp_path / "two" / "adapter_config.json").write_text(json.dumps({**told, "lora_alpha": 3}))
+    mergeid.merge(str(one), str(tmp_path / "two"), output=tmp_path / "m", match="never")
+    assert not [w for w in recwarn if "same file" in str(w.message)]
+    merged, full = load_file(tmp_path / "m" / "model.safetensors"), by_peft(bases / "llama", one)
+    half = by_peft(bases / "llama", tmp_path / "two")
+    for key, value in merged.items():
+        torch.testing.assert_close(value, (full[key] + half[key]) / 2, rtol=1e-6, atol=1e-6)
+    with pytest.warns(match="both models are the same file"):
+        mergeid.merge(str(one), str(one), output=tmp_path / "n", match="never")
 
 
 def test_an_adapter_and_a_full_model_are_planned(bases: Path, tmp_path: Path) -> None:

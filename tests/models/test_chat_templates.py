@@ -98,3 +98,10 @@ def test_names_files_letters_and_texts(tmp_path: Path) -> None:
         assert with_chat_template(models, choice, models)[0].beside[JINJA] == expected
     with pytest.raises(MergeidError, match="chat template 'vicuna' is not known; expected auto"):
         with_chat_template(models, "vicuna", models)
+    for broken, line in (("{{ unclosed", 1), ("\n{% for m in messages %}{{ m }}", 2), ("{% endif %}", 1)):
+        (tmp_path / "broken.jinja").write_text(broken)
+        for choice, what in ((broken, ""), (str(tmp_path / "broken.jinja"), " .*broken.jinja")):
+            with pytest.raises(MergeidError, match=f"the chat template{what} is not valid Jinja in line {line}"):
+                with_chat_template(models, choice, models)
+    marked = "{% generation %}{{ 5 }}{% endgeneration %}"  # a tag of transformers
+    assert with_chat_template(models, marked, models)[0].beside[JINJA] == marked

@@ -63,3 +63,9 @@ def test_what_a_caller_said_of_convolutions_alone_stays(monkeypatch):
         assert conv.fp32_precision == "ieee"
     finally:
         conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "cpu:x", "cuda:-1"])
+def test_what_is_no_device_is_refused_before_anything_is_read(device: str) -> None:
+    with pytest.raises(MergeidError, match=r"^device '.*' cannot be used here"):
+        Run.of(None, device=device)

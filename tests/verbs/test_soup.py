@@ -201,3 +201,39 @@ def test_adamerging_of_half_precision_models_on_a_wide_base(case: dict[str, Any]
     )
     assert result.entropy is not None and all(np.isfinite(result.entropy))
     assert all(0 <= one.coefficient <= 1 for one in result.ingredients)
+
+
+class Spectral(torch.nn.Module):
+    """A classifier with a complex weight, and a head that is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(6, 8)
+        self.filter = torch.nn.Parameter(torch.randn(8, dtype=torch.complex64))
+        self.head = torch.nn.Linear(8, 6)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mixed: Tensor = torch.fft.ifft(torch.fft.fft(self.embed(ids)) * self.filter).real
+        return self.head(mixed).mean(1)  # type: ignore[no-any-return]
+
+
+def test_adamerging_moves_complex_and_tied_weights() -> None:
+    """With so small steps the coefficients stay where they began: every tensor is the base with 0.3 of each task."""
+    torch.manual_seed(0)
+    base, one, two = Spectral().eval(), Spectral().eval(), Spectral().eval()
+    ids, labels = torch.randint(0, 6, (12, 4)), torch.randint(0, 6, (12,))
+    result = mergeid.soup(
+        [one, two],
+        data=[{"ids": i, "labels": n} for i, n in zip(ids, labels, strict=True)],
+        how="adamerging",
+        base=base,
+        steps=1,
+        match="never",
+        example_inputs={"ids": ids[:2]},
+    )
+    assert result.state is not None
+    states = [m.state_dict() for m in (base, one, two)]
+    for key, value in result.state.items():
+        wanted = states[0][key] + 0.3 * sum(s[key] - states[0][key] for s in states[1:])
+        torch.testing.assert_close(value, wanted, rtol=1e-2, atol=1e-2)
