@@ -175,6 +175,17 @@ def test_fine_tunes_that_are_sure_of_different_answers_are_averaged(
     assert asked.repair is not None and asked.repair["kind"] == "solve"
 
 
+def test_nor_are_they_rescaled_where_they_agree_about_nothing() -> None:
+    """One of two fine-tunes calls every digit by the next one's name."""
+    x, y = digits()
+    base = trained(Classifier(1, False), x[:1000], y[:1000], 5e-3)
+    nets = [trained(copy.deepcopy(base), x[:1000], (y[:1000] + k) % 10, 1e-3, 300) for k in range(2)]
+    found = merged(nets, x[1000:1256]).comparison
+    assert found is not None and found["apart"] > 0.15 and found["unlike"]["alike"] < 0.1
+    assert found["distances"]["plain+repair"] < found["distances"]["plain"] and found["repair"] == "none"
+    assert found["distance"] == pytest.approx(found["distances"][found["chosen"]])
+
+
 def test_others_are_solved(fine_tunes: tuple[list[nn.Module], Tensor], pair: list[nn.Module]) -> None:
     """Networks from independent seeds, and fine-tunes on inputs of which both know the answers."""
     nets, x = fine_tunes
