@@ -87,8 +87,9 @@ def can_be_solved(members: Members) -> bool:
 
 def of_one_start(members: Members) -> bool:
     """Whether all models were trained from the same weights, as those say in the first one's order."""
-    first, *others = (member.aligned() for member in members.models)
-    return all(start(weight_features(first, other)) == SHARED_START for other in others)
+    states = (member.aligned() for member in members.models)
+    first = next(states)
+    return all(start(weight_features(first, other)) == SHARED_START for other in states)
 
 
 def solved_if_nearer(
