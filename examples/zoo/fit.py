@@ -128,9 +128,9 @@ class Known:
     midpoints: list[dict[str, str]]
 
 
-def known() -> Known:
-    """The zoo, and the first pairs of the wider one."""
-    first = {r["pair"] for r in table.read(WIDER / "pairs.csv")[:FROM_WIDER]}
+def known(wider: int | None = FROM_WIDER) -> Known:
+    """The zoo, and the first pairs of the wider one, so many (None: all)."""
+    first = {r["pair"] for r in table.read(WIDER / "pairs.csv")[:wider]}
     midpoints = [r for r in table.read(WIDER / "midpoints.csv") if r["pair"] in first]
     wider = [c for c in cases(WIDER) if c.pair["pair"] in first]
     return Known(cases(HERE) + wider, table.read(HERE / "midpoints.csv") + midpoints)

@@ -19,7 +19,10 @@ from mergeid.stages.members import Member, Members, merged_tensors
 
 def members(weights: tuple[Any, ...], method: str = "linear", base: bool = False) -> Members:
     state = {"w": torch.zeros(2, 3), "v": torch.zeros(2), "steps": torch.tensor(7)}
-    models = [Member(cast(Any, SimpleNamespace(names={"w": "w"}, joined=None, state=lambda: state))) for _ in weights]
+    models = [
+        Member(cast(Any, SimpleNamespace(names={"w": "w"}, called={"w": "w"}, joined=None, state=lambda: state)))
+        for _ in weights
+    ]
     settings = MergeSettings(get_method(method), weights, depth={"w": 0.0})
     return Members(models, models[0] if base else None, settings)
 
@@ -95,5 +98,6 @@ def test_tensor_by_tensor_is_the_average_and_what_cannot_be_averaged_is_the_firs
 def test_a_merge_is_the_first_model_up_to_rounding(change: float, same: bool) -> None:
     one, two = state(0), {k: v * (1 + change) if v.is_floating_point() else v for k, v in state(0).items()}
     settings = MergeSettings.of(get_method("linear"), 2, ["weight", "bias"])
-    made = [Member(cast(Any, SimpleNamespace(state=lambda s=s: s, names={k: k for k in s}))) for s in (one, two)]
+    named = {k: k for k in one}
+    made = [Member(cast(Any, SimpleNamespace(state=lambda s=s: s, names=named, called=named))) for s in (one, two)]
     assert _is_the_first(Members(made, None, settings), ()) is same

@@ -55,6 +55,7 @@ def sine(seed: int) -> nn.Module:
     return net.eval()
 
 
+@pytest.mark.filterwarnings("ignore:the example inputs of Routed never reach")
 def test_a_merge_that_cannot_be_solved_is_written_unsolved() -> None:
     """The example reaches two experts only, so that the others are averaged in another order."""
     a, b, x = permuted()
