@@ -11,6 +11,7 @@ from torch import Generator
 from mergeid.basics.when_asked import WhenAsked
 from mergeid.evidence.decide import DIRECT, MATCH, TIE, Decisions, SpaceEvidence, record_of, tree_candidates
 from mergeid.matchers.assignment import ROWS, TreeAssignment, descendants
+from mergeid.matchers.copies import copy_order
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.plain import PlainMatch, seen_plainly
 from mergeid.matchers.weight import good_start, weight_matching
@@ -25,9 +26,12 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
 
     Where nothing corresponds, a match costs nothing, since the identity is no better than it; where something does,
     networks of one origin keep their order, as their weights are nearest to themselves. Whether weights that the match
-    has not seen confirm it is reported, and decides nothing.
+    has not seen confirm it is reported, and decides nothing. The order of a permuted copy is taken as it is found.
     """
     graph = similarity.graph
+    copied = copy_order(graph, similarity.a, similarity.b)
+    if copied is not None:
+        return decided_copy(graph, copied)
     accepted: set[str] = {s.id for s in graph.spaces}
     element = graph.identity()
     records: dict[str, SpaceEvidence] = {}
@@ -72,6 +76,17 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
             break
         matched = weight_matching(similarity, generator=generator, only=accepted)
     return Decisions([records[s.id] for s in graph.spaces], element)
+
+
+def decided_copy(graph: NeuronGraph, copied: Element) -> Decisions:
+    """The order of a permuted copy, space by space."""
+    records = []
+    for s in graph.spaces:
+        moved = int((copied[s.id] != graph.follow(s, copied)).sum())
+        decision, order = (MATCH, "in another order") if moved else (DIRECT, "as they are")
+        why = f"the models are copies: with these neurons {order}, all weights are equal"
+        records.append(record_of(graph, s, decision, why, "weights", moved))
+    return Decisions(records, copied)
 
 
 def _plain(similarity: WeightSimilarity, space: Space, now: np.ndarray, matched: Element) -> PlainMatch | None:

@@ -24,10 +24,11 @@ from mergeid.evidence.decide import (
     decide_from_activations,
     decide_from_structure,
 )
-from mergeid.evidence.decide_weights import decide_from_weights
+from mergeid.evidence.decide_weights import decide_from_weights, decided_copy
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.io.opening import Source
 from mergeid.matchers.activation import WEIGHT_SHARE, combined_matching
+from mergeid.matchers.copies import copy_order, same_numbers, unequal
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
 from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
@@ -142,6 +143,8 @@ def make_plan(
         )
     element, turns = (found.element, ()) if mode == "never" else _turned(pair, found.element, run)
     full, full_turns = (None, ()) if found.matched is None else _turned(pair, found.matched, run)
+    if mode != "never" and saved is None:
+        notes += _copy_notes(pair, element)
     verdict = _verdict(mode, records, notes)
     settings: dict[str, Any] = {"batch_size": run.batch_size, "weight_share": WEIGHT_SHARE}
     if matching.matcher is not None:
@@ -284,8 +287,10 @@ def _with_examples(
     give_back()  # the sums that they come from
     similarity = WeightSimilarity(*pair.weights())
     usual = named is None or named.name == "combined"
+    copied = None
     if usual:
-        matched = combined_matching(similarity, correlation, generator=generator)
+        copied = copy_order(*pair.weights())
+        matched = copied or combined_matching(similarity, correlation, generator=generator)
     elif matched is None:
         assert named is not None
         training = _training(pair.a, examples, run)
@@ -306,6 +311,8 @@ def _with_examples(
     give_back()  # the scores of all passes
     run.tell("judging on held-out examples", 0, 1)
     decided = decide_from_activations(evidence, scores, cosines, matched, seed=run.seed)
+    if copied is not None and unequal(*pair.weights(), decided.element):
+        decided = decided_copy(graph, copied)
     records = _with_chords(pair, evidence, decided, matched)
     return _Found("activations", decided.element, records, matched)
 
@@ -351,6 +358,18 @@ def _graph_notes(graph: NeuronGraph) -> list[str]:
     if not graph.spaces:
         notes.append("no axis of this model can be permuted, so it can only be merged as is")
     return notes
+
+
+def _copy_notes(pair: Pair, element: Element) -> list[str]:
+    """What is said where B looks like a permuted copy and the order found does not make it A."""
+    weights = pair.weights()
+    off = unequal(*weights, element) if same_numbers(*weights) else []
+    if not off:
+        return []
+    return [
+        f"every tensor of B holds the same numbers as A's in another order, as a permuted copy of A would, but in the "
+        f"order found {len(off)} of {len(weights[0].on_tensor)} still differ (first: {off[0]}), so the merge is not A"
+    ]
 
 
 def _verdict(mode: str, records: list[SpaceEvidence], notes: list[str]) -> str:

@@ -15,6 +15,7 @@ from mergeid.basics.memory import give_back
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.basics.state import load_weights, tensors_of
 from mergeid.matchers.balancing import EQUAL, balanced
+from mergeid.matchers.copies import copy_order
 from mergeid.matchers.streams import carried, may_differ, refused, rotation
 from mergeid.models.loaded import Loaded
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
@@ -48,7 +49,8 @@ class Undone:
 
 
 def undone(pair: Pair, run: Run) -> Undone:
-    """The pair with B's signs, orthogonal maps and scales brought to A's, where that is clearly nearer."""
+    """The pair with B's signs, orthogonal maps and scales brought to A's, where that is clearly nearer; a permuted copy
+    has A's."""
     graph = pair.graph
     real, a, b = pair.weights()
     spaces = _free(graph)
@@ -56,6 +58,8 @@ def undone(pair: Pair, run: Run) -> Undone:
     if not spaces or size > MOST or is_asymmetric(a) or any(is_on_demand(m.model) for m in (pair.a, pair.b)):
         return Undone(pair)
     if not _differ(spaces, a, b) and not any(may_differ(real, s.id, (a, b)) for s in spaces):
+        return Undone(pair)
+    if copy_order(real, a, b) is not None:
         return Undone(pair)
     if graph.powers is None:
         run.tell("trying scales and signs", 0, 1)
