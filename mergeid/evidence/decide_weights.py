@@ -31,7 +31,7 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
     graph = similarity.graph
     copied = copy_order(graph, similarity.a, similarity.b)
     if copied is not None:
-        return decided_copy(graph, copied)
+        return decided_copy(similarity, copied)
     accepted: set[str] = {s.id for s in graph.spaces}
     element = graph.identity()
     records: dict[str, SpaceEvidence] = {}
@@ -78,14 +78,22 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
     return Decisions([records[s.id] for s in graph.spaces], element)
 
 
-def decided_copy(graph: NeuronGraph, copied: Element) -> Decisions:
+def decided_copy(similarity: WeightSimilarity, copied: Element) -> Decisions:
     """The order of a permuted copy, space by space."""
+    graph = similarity.graph
     records = []
     for s in graph.spaces:
-        moved = int((copied[s.id] != graph.follow(s, copied)).sum())
-        decision, order = (MATCH, "in another order") if moved else (DIRECT, "as they are")
+        now, perm = graph.follow(s, copied), copied[s.id]
+        moved = perm != now
+        decision, order = (MATCH, "in another order") if moved.any() else (DIRECT, "as they are")
         why = f"the models are copies: with these neurons {order}, all weights are equal"
-        records.append(record_of(graph, s, decision, why, "weights", moved))
+        made = record_of(graph, s, decision, why, "weights", int(moved.sum()))
+        if moved.any():
+            fit, stay = (
+                similarity.paired(s.axes, p, {**copied, s.id: p}).cpu().numpy()[moved].sum() for p in (perm, now)
+            )
+            made = replace(made, gain=float((fit - stay) / fit) if fit else None)
+        records.append(made)
     return Decisions(records, copied)
 
 

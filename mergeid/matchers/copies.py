@@ -51,9 +51,9 @@ def same_numbers(graph: NeuronGraph, a: Mapping[str, Tensor], b: Mapping[str, Te
     return all(a[n].shape == b[n].shape and _sum(a[n], graph.tensors[n]) == _sum(b[n], graph.tensors[n]) for n in names)
 
 
-def unequal(graph: NeuronGraph, a: Mapping[str, Tensor], b: Mapping[str, Tensor], element: Element) -> list[str]:
-    """Tensors of B that are not A's in the order of `element`."""
-    return [name for name in graph.on_tensor if not _equal(graph, name, a[name], b[name], element)]
+def unequal(graph: NeuronGraph, a: Mapping[str, Tensor], b: Mapping[str, Tensor], element: Element) -> Iterator[str]:
+    """Tensors of B that are not A's in the order of `element`, looked for as they are asked for."""
+    return (name for name in graph.on_tensor if not _equal(graph, name, a[name], b[name], element))
 
 
 def copy_order(graph: NeuronGraph, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Element | None:
@@ -61,7 +61,7 @@ def copy_order(graph: NeuronGraph, a: Mapping[str, Tensor], b: Mapping[str, Tens
 
     Args:
         a, b: tensors by name, of real numbers."""
-    if not graph.spaces or not same_numbers(graph, a, b):
+    if not graph.spaces:
         return None
     search = _Search(graph, a, b)
     try:
@@ -81,6 +81,8 @@ class _Search:
         try:
             start = self._refined(self._start(), [s.id for s in self.graph.spaces], strict=False)
         except _NoCopy:
+            return None
+        if not all(_told_apart(start, s.id) for s in self.graph.spaces) and not same_numbers(self.graph, *self.states):
             return None
         tried = [iter([start])]
         while tried:
@@ -214,8 +216,7 @@ class _Search:
             raise _Spent
         if not self.graph.contains(element):
             return None
-        equal = (_equal(self.graph, n, self.states[0][n], self.states[1][n], element) for n in self.graph.on_tensor)
-        return element if all(equal) else None
+        return None if any(unequal(self.graph, *self.states, element)) else element
 
 
 def _at(sums: Tensor, space: Space, axis: AxisMap) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -119,6 +119,19 @@ class WeightSimilarity:
         if thin:
             x, y = (torch.cat(parts, 1) for parts in zip(*thin, strict=True))
             total.addmm_(x, y.T)
+        return total
+
+    def paired(self, axes: Sequence[AxisMap], perm: np.ndarray, element: Mapping[str, np.ndarray]) -> Tensor:
+        """Inner products of A's members of a space with B's that `perm` puts in their places, float64 [size]."""
+        total = torch.zeros(len(perm), dtype=torch.float64, device=self.device)
+        for axis in axes:
+            mine = torch.from_numpy(axis.members).to(self.device)
+            theirs = torch.from_numpy(np.searchsorted(axis.members, perm[axis.members])).to(self.device)
+            stays = bool((theirs == torch.arange(len(theirs), device=self.device)).all())
+            for x, y, _ in self.pairs(axis, element):
+                total[mine] += (x * (y if stays else y[theirs])).sum(1, dtype=torch.float64) * (
+                    self.factor[axis.tensor] ** 2
+                )
         return total
 
     def norms(self, space: Space) -> np.ndarray:

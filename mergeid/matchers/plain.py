@@ -96,7 +96,7 @@ def plain_match(
         return None
     perm = now[found.cpu().numpy()]
     stays = np.array_equal(perm, now)
-    pairs = seen.pairs if stays else _paired(similarity, space, axes, {**element, space.id: perm})
+    pairs = seen.pairs if stays else similarity.paired(axes, perm, {**element, space.id: perm})
     if not _proven(seen, found, pairs):
         return None
     return PlainMatch(perm, pairs.cpu().numpy(), seen.pairs.cpu().numpy())
@@ -153,17 +153,6 @@ def _best_columns(seen: _Seen) -> Tensor:
     """For every member of A the one of B that is nearest."""
     (a, b), half = seen.sketches, (seen.squares[1] / 2).float()
     return torch.cat([(a[i : i + ROWS] @ b.T - half).argmax(1) for i in range(0, len(a), ROWS)])
-
-
-def _paired(
-    similarity: WeightSimilarity, space: Space, axes: list[AxisMap], element: Mapping[str, np.ndarray]
-) -> Tensor:
-    """Exact inner products of A's members with B's that the element puts in their places, float64 [size]."""
-    total = torch.zeros(space.size, dtype=torch.float64, device=similarity.device)
-    for axis in axes:
-        for x, y, _ in _members(similarity, axis, element, space):
-            total += (x * y).sum(1, dtype=torch.float64) * similarity.factor[axis.tensor] ** 2
-    return total
 
 
 def _proven(seen: _Seen, found: Tensor, pairs: Tensor) -> bool:

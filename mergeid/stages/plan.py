@@ -311,8 +311,8 @@ def _with_examples(
     give_back()  # the scores of all passes
     run.tell("judging on held-out examples", 0, 1)
     decided = decide_from_activations(evidence, scores, cosines, matched, seed=run.seed)
-    if copied is not None and unequal(*pair.weights(), decided.element):
-        decided = decided_copy(graph, copied)
+    if copied is not None and any(unequal(*pair.weights(), decided.element)):
+        decided = decided_copy(similarity, copied)
     records = _with_chords(pair, evidence, decided, matched)
     return _Found("activations", decided.element, records, matched)
 
@@ -363,9 +363,9 @@ def _graph_notes(graph: NeuronGraph) -> list[str]:
 def _copy_notes(pair: Pair, element: Element) -> list[str]:
     """What is said where B looks like a permuted copy and the order found does not make it A."""
     weights = pair.weights()
-    off = unequal(*weights, element) if same_numbers(*weights) else []
-    if not off:
+    if not any(unequal(*weights, element)) or not same_numbers(*weights):
         return []
+    off = list(unequal(*weights, element))
     return [
         f"every tensor of B holds the same numbers as A's in another order, as a permuted copy of A would, but in the "
         f"order found {len(off)} of {len(weights[0].on_tensor)} still differ (first: {off[0]}), so the merge is not A"

@@ -141,7 +141,7 @@ def test_all_at_once_is_taken_back_where_it_is_wrong(networks) -> None:  # type:
         assert torch.equal(graph.apply(found, "again.weight", b["again.weight"]), ring)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6))
 def test_a_copy_is_found_exactly_where_one_of_all_orders_is_one(seed: int) -> None:
     """Against all orders of two layers of three neurons, with numbers of two values in shuffled places."""
@@ -191,7 +191,7 @@ def copied(graph: mergeid.NeuronGraph, model: nn.Module, make: type[nn.Module]) 
 def test_merging_with_a_copy_gives_the_model_back(
     make: type[nn.Module], shape: tuple[int, ...], match: str, examples: int
 ) -> None:
-    torch.manual_seed(3)
+    torch.manual_seed(1)
     model, example = make().eval(), torch.randn(shape)
     other = copied(mergeid.graph(model, example), model, make)
     data = [torch.randn(shape[1:]) for _ in range(examples)] or None

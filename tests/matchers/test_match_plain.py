@@ -112,7 +112,7 @@ def test_matchers_take_it(network, monkeypatch) -> None:  # type: ignore[no-unty
 
 
 @settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(st.integers(0, 10_000), st.floats(0, 0.25), st.sampled_from(["scrambled", "same", "some"]))
+@given(st.integers(0, 10_000), st.floats(0.01, 0.25), st.sampled_from(["scrambled", "same", "some"]))
 def test_decisions_that_are_plain_are_those_of_all_products(network, seed: int, noise: float, kind: str) -> None:  # type: ignore[no-untyped-def]
     graph, known = network
     a, b = partner(graph, known, seed, noise, 0.1)
