@@ -49,8 +49,9 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
                 element[s.id], records[s.id] = seen.perm, _seen_record(graph, s, follow, seen)
                 continue
             tree = [c for c in descendants(graph, s) if scores[c.id].any()]
-            judged = [s] if s in tree else tree
             still, best = tree_candidates(graph, full, s, start) if s.id in accepted else (start, start)
+            # where it moves, what lies in it moves too, and may say more (rows of heads under a norm's gains)
+            judged = [s] if s in tree and np.array_equal(best[s.id], follow) else tree
             fitted = tree_candidates(graph, fit, s, start)[1]
             gain, size, moved, z = 0.0, 0.0, 0, 0.0
             mean = var = unseen = 0.0

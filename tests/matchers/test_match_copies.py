@@ -201,14 +201,31 @@ def test_merging_with_a_copy_gives_the_model_back(
 
 
 def test_a_copy_that_does_not_come_back_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(3)
-    model, example = SharedNorm().eval(), torch.randn(2, 5, 6)
-    other = copied(mergeid.graph(model, example), model, SharedNorm)
     monkeypatch.setattr(copies, "LEAST_WORK", 0)
     monkeypatch.setattr(copies, "PASSES", 0)
-    plan = mergeid.plan(model, other, example_inputs=example)
-    off = not all(
-        torch.equal(plan.graph.apply(plan.element, k, other.state_dict()[k]), v) for k, v in model.state_dict().items()
-    )
-    assert off == any("so the merge is not A" in note for note in plan.notes)
-    assert off
+    seen = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, example = Capsules().eval(), torch.randn(4, 6)
+        other = copied(mergeid.graph(model, example), model, Capsules)
+        plan = mergeid.plan(model, other, example_inputs=example, match="always")
+        back = plan.graph.apply_state(plan.element, other.state_dict())
+        off = any(not torch.equal(back[k], v) for k, v in model.state_dict().items())
+        assert off == any("so the merge is not A" in note for note in plan.notes)
+        seen.add(off)
+    assert True in seen
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.02, 0.2])
+def test_what_lies_in_neurons_counts_for_them(networks, spread: float) -> None:  # type: ignore[no-untyped-def]
+    """Gains of nearly one say little of the order that they share with the rows of all heads; no copies here."""
+    graph, state = networks["shared norm"]
+    generator = torch.Generator().manual_seed(0)
+    a = weights_of(state, 0, 0, ones=False)
+    a["gain"] = 1 + spread * torch.randn(8, generator=generator, dtype=torch.float64)
+    noisy = {k: v + 1e-4 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in a.items()}
+    for seed in range(3):
+        b = graph.apply_state(graph.random_element(torch.Generator().manual_seed(seed)), noisy)
+        element = decide_from_weights(WeightSimilarity(graph, a, b), generator=torch.Generator().manual_seed(0)).element
+        back = graph.apply_state(element, b)
+        assert all(torch.allclose(back[k], noisy[k], rtol=0, atol=0) for k in a)
