@@ -122,14 +122,19 @@ def cases(folder: Path) -> list[Case]:
 
 @dataclass(frozen=True)
 class Known:
-    """All that is fitted: cases, and rows of midpoints.csv."""
+    """Cases, and rows of midpoints.csv."""
 
     cases: list[Case]
     midpoints: list[dict[str, str]]
 
 
-def known(wider: int | None = FROM_WIDER) -> Known:
-    """The zoo, and the first pairs of the wider one, so many (None: all)."""
+def known() -> Known:
+    """All that is fitted: the zoo, and the first pairs of the wider one."""
+    return both_zoos(FROM_WIDER)
+
+
+def both_zoos(wider: int | None = None) -> Known:
+    """The zoo and the wider one, or that many of its first pairs."""
     first = {r["pair"] for r in table.read(WIDER / "pairs.csv")[:wider]}
     midpoints = [r for r in table.read(WIDER / "midpoints.csv") if r["pair"] in first]
     wider = [c for c in cases(WIDER) if c.pair["pair"] in first]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fit import HERE, LEAST, MODES, Case, design, known, of
+from fit import HERE, LEAST, MODES, Case, both_zoos, design, of
 from midpoints import FEW
 from rivals import RIVALS, rival_scores
 
@@ -339,7 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "validation.md")
     options = parser.parse_args()
-    rows = known(None)
+    rows = both_zoos()
     text = written(rows.cases, rows.midpoints)
     options.out.write_text(text, encoding="utf-8")
     print(text)
