@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.casting import holds_numbers
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def examples_in(batch: Any) -> int:
 
 def returned_tensors(value: Any) -> dict[str, Tensor]:
     """Those that hold real or complex numbers: what a model computes, without indices and masks."""
-    return {k: t for k, t in dense_tensors(value).items() if t.is_floating_point() or t.is_complex()}
+    return {k: t for k, t in dense_tensors(value).items() if holds_numbers(t)}
 
 
 def dense_tensors(value: Any) -> dict[str, Tensor]:

@@ -53,25 +53,21 @@ def one_pass(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         modules = list(model.modules())
         remembered = [_remembered(vars(m), m.training or hasattr(m, "running_mean"), largest=SMALL) for m in modules]
         held = [v for m in modules for k, v in vars(m).items() if k not in _usual() and isinstance(v, torch.Tensor)]
-        states = {_address(t) for t in (*held, *(b for m in modules for b in m._buffers.values()))} - {0}
+        buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+        states = {_memory(t) for t in (*held, *buffers)} - {0}
     try:
-        yield lambda result: result.clone() if _address(result) in states else result
+        yield lambda result: result.clone() if _memory(result) in states else result
     finally:
         with _disable_current_modes():
             for put_back in remembered:
                 put_back()
 
 
-def _address(value: Any) -> int:
-    """Where a tensor's memory starts; 0 for what has none."""
-    import torch
+def _memory(value: Tensor) -> int:
+    """Where the memory starts that a tensor is a view of; 0 for what has none."""
+    from mergeid.basics.aliases import address_of
 
-    if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided or value.is_nested:
-        return 0
-    try:
-        return value.untyped_storage().data_ptr()
-    except RuntimeError:  # tensors that stand for others
-        return 0
+    return value.untyped_storage().data_ptr() if address_of(value) else 0
 
 
 def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | None = None) -> Callable[[], None]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergeid.basics.casting import holds_numbers
 from mergeid.combine.refusals import not_finite, overflows
 from mergeid.combine.tensor_plan import TensorPlan
 from mergeid.errors import MergeidError
@@ -200,7 +201,7 @@ def check_finite(checkpoint: TensorSource, names: Iterable[str]) -> None:
     """
     for name in names:
         tensor = checkpoint.tensor(name)
-        if (tensor.is_floating_point() or tensor.is_complex()) and not is_finite(tensor):
+        if holds_numbers(tensor) and not is_finite(tensor):
             raise MergeidError(not_finite(name, checkpoint, nan=bool(torch.isnan(tensor).any())))
         checkpoint.release(name)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergeid.basics.casting import holds_numbers
 from mergeid.data.batching import IGNORED, Item, ItemDataset, told
 from mergeid.data.images import normalise
 from mergeid.data.targets import add_targets
@@ -128,7 +129,7 @@ def squeeze_labels(labels: Tensor, source: str) -> Tensor:
     """Labels as integers; a trailing dimension of 1 is dropped. Raises `MergeidError` for fractions."""
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.is_floating_point() or labels.is_complex():
+    if holds_numbers(labels):
         if labels.is_complex() or not bool((labels == labels.round()).all()):
             raise MergeidError(f"the data {source} has fractional labels; expected class numbers (integers)")
         labels = labels.long()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.basics import processes
-from mergeid.basics.casting import in_precision
+from mergeid.basics.casting import holds_numbers, in_precision
 from mergeid.basics.on_demand import OnDemand, Rows, rows_of
 from mergeid.basics.on_demand import held as in_memory
 from mergeid.basics.state import evaluating, forget_derived, tensors_of
@@ -273,7 +273,7 @@ def _when_used(a: Tensor, b: Tensor, x: float, place: OnDemand, keep_precision: 
 
 def between(a: Tensor, b: Tensor, x: float, device: torch.device, keep_precision: bool = False) -> Tensor:
     """(1 − x) a + x b for floating and complex tensors: exactly a at 0, b at 1 and a where a = b. Else a."""
-    if not (a.is_floating_point() or a.is_complex()):
+    if not holds_numbers(a):
         return a
     device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     wide = torch.complex128 if a.is_complex() else torch.float64

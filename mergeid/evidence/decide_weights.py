@@ -11,7 +11,6 @@ from torch import Generator
 from mergeid.basics.when_asked import WhenAsked
 from mergeid.evidence.decide import DIRECT, MATCH, TIE, Decisions, SpaceEvidence, record_of, tree_candidates
 from mergeid.matchers.assignment import ROWS, TreeAssignment, descendants
-from mergeid.matchers.copies import copy_order
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.plain import PlainMatch, seen_plainly
 from mergeid.matchers.weight import good_start, weight_matching
@@ -29,9 +28,8 @@ def decide_from_weights(similarity: WeightSimilarity, *, generator: Generator) -
     has not seen confirm it is reported, and decides nothing. The order of a permuted copy is taken as it is found.
     """
     graph = similarity.graph
-    copied = copy_order(graph, similarity.a, similarity.b)
-    if copied is not None:
-        return decided_copy(similarity, copied)
+    if similarity.copied is not None:
+        return decided_copy(similarity, similarity.copied)
     accepted: set[str] = {s.id for s in graph.spaces}
     element = graph.identity()
     records: dict[str, SpaceEvidence] = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from math import prod
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from mergeid.matchers.copies import copy_order
 from mergeid.neuron_graph.neuron_graph import AxisMap, Element, NeuronGraph, Space
 
 KEPT_BYTES = 1 << 28
@@ -46,6 +48,11 @@ class WeightSimilarity:
                     square += sum(float(t.float().square().sum(dtype=torch.float64)) for t in parts[:2])
                 self.factor[name] = (square / (2 * x.numel())) ** -0.5 if square > 0 else 1.0
         self._norms: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def copied(self) -> Element | None:
+        """The order in which B is A, where B is a permuted copy (`copy_order`)."""
+        return copy_order(self.graph, self.a, self.b)
 
     def _pieces(
         self, name: str, order: Mapping[int, np.ndarray | None], along: int | None

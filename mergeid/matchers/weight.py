@@ -9,7 +9,6 @@ import torch
 from torch import Generator
 
 from mergeid.matchers.assignment import TreeAssignment, descendants, roots
-from mergeid.matchers.copies import copy_order
 from mergeid.matchers.inner_products import KeptScores, WeightSimilarity
 from mergeid.matchers.layerwise import layerwise_matching
 from mergeid.matchers.plain import PlainMatch, seen_plainly
@@ -125,9 +124,8 @@ def good_start(similarity: WeightSimilarity) -> Element:
     """The order of a permuted copy; else the identity or layer-wise matching, whichever has the larger objective: from
     there descent is shorter, and where much has moved its end is higher (ResNet-50: 2 of 7 s, the planted element
     either way)."""
-    copied = copy_order(similarity.graph, similarity.a, similarity.b)
-    if copied is not None:
-        return copied
+    if similarity.copied is not None:
+        return similarity.copied
     starts = [similarity.graph.identity(), layerwise_matching(similarity)]
     return max(starts, key=similarity.objective)
 

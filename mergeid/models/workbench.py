@@ -162,13 +162,14 @@ def _other_orders(a: Loaded, b: Loaded) -> list[str]:
     """Keys of tensors of whole numbers or flags, more than one, that are other ones in B."""
     import torch
 
+    from mergeid.basics.casting import holds_numbers
     from mergeid.basics.state import tensors_of
 
     theirs = tensors_of(b.model)
     return [
         key
         for key, mine in tensors_of(a.model).items()
-        if not (mine.is_floating_point() or mine.is_complex() or mine.is_meta)
+        if not (holds_numbers(mine) or mine.is_meta)
         and mine.numel() > 1
         and (other := theirs.get(key)) is not None
         and not other.is_meta

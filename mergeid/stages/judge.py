@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mergeid.basics.casting import holds_numbers
 from mergeid.basics.state import load_weights
 from mergeid.evaluate.nearness import Panel
 from mergeid.models.examples import Examples
@@ -42,7 +43,7 @@ def judge_of(
         moved = [graph.apply_state(e, s) for e, s in zip(universe, states, strict=True)]
         average = {
             k: torch.stack([m[k].to(torch.promote_types(v.dtype, torch.float64)) for m in moved]).mean(0).to(v.dtype)
-            if v.is_floating_point() or v.is_complex()
+            if holds_numbers(v)
             else v
             for k, v in moved[0].items()
         }

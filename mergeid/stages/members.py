@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.casting import holds_numbers
 from mergeid.basics.on_demand import EVERYTHING, OnDemand, Rows, rows_of, with_other_names
 from mergeid.basics.state import load_weights
 from mergeid.combine.asymmetric import effective_averages
@@ -247,8 +248,7 @@ def merged_tensors(
 
     def merges(key: str, ours: Tensor) -> bool:
         fits = all(key in s and s[key].shape == ours.shape for s in states)
-        numbers = ours.is_floating_point() or ours.is_complex()
-        return fits and numbers and key not in skipped
+        return fits and holds_numbers(ours) and key not in skipped
 
     done = [key for key, ours in states[0].items() if merges(key, ours)]
     made: dict[str, Tensor] = {}

@@ -28,7 +28,7 @@ from mergeid.evidence.decide_weights import decide_from_weights, decided_copy
 from mergeid.evidence.evidence import ActivationEvidence
 from mergeid.io.opening import Source
 from mergeid.matchers.activation import WEIGHT_SHARE, combined_matching
-from mergeid.matchers.copies import copy_order, same_numbers, unequal
+from mergeid.matchers.copies import same_numbers, unequal
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
 from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
@@ -289,7 +289,7 @@ def _with_examples(
     usual = named is None or named.name == "combined"
     copied = None
     if usual:
-        copied = copy_order(*pair.weights())
+        copied = similarity.copied
         matched = copied or combined_matching(similarity, correlation, generator=generator)
     elif matched is None:
         assert named is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mergeid.basics.aliases import tied_groups
+from mergeid.basics.casting import holds_numbers
 from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidError
 from mergeid.evaluate.measure import Metrics, evaluate_loaded
@@ -106,7 +107,7 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
     model, names, device = copy.deepcopy(members.first.model).to(run.place), members.names(), torch.device(run.place)
     trained = {k for k, _ in model.named_parameters()}
     tied = _apart(members)
-    floats = [k for k in tied if _is_number(members.models[0].state[k])]
+    floats = [k for k in tied if holds_numbers(members.models[0].state[k])]
     skipped = skipped_in(members.models[0].state, names, skip) & set(floats)
     keys = [k for k in floats if k not in skipped]
     tasks = examples.by_owner()
@@ -176,10 +177,6 @@ def adamerging(members: Members, examples: Examples, skip: Sequence[str], steps:
 def _apart(members: Members) -> dict[str, tuple[str, ...]]:
     """One key of the state dict for each tensor -> all of its keys."""
     return {keys[0]: keys for keys in tied_groups(members.first.model) if keys[0] in members.models[0].state}
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _heads(members: Members, skipped: Collection[str], device: str) -> list[dict[str, Tensor]]:
