@@ -4,10 +4,11 @@
 
 trains two timm networks (no pretrained weights; about two minutes each on one core), saves a.safetensors and
 b.safetensors in the output folder, merges them directly, with every space matched, and as mergeid decides, and
-reports loss and accuracy on the test images, each with and without re-estimated BatchNorm statistics. Then it measures
-the barrier along the whole line, and says how much of the direct average's barrier mergeid closes. Everything lies in
-the output folder: the merged checkpoints, report.json, barrier.png. A second run reuses what is there. The data
-comes from Debian:
+reports loss and accuracy on the test images, each with and without re-estimated BatchNorm statistics. Beside them is
+what `mergeid merge --data` makes of 512 unlabelled images by default, which may also solve for the weights.
+Then it measures the barrier along the whole line, and says how much of the direct average's barrier matching closes.
+Everything lies in the output folder: the merged checkpoints, report.json, barrier.png. A second run reuses what is
+there. The data comes from Debian:
 
     apt-get install dataset-fashion-mnist
 """
@@ -122,16 +123,16 @@ def score(path: Path, test_set: Images, calibration: Images | None) -> Metrics:
     )
 
 
-def merged(folder: Path, mode: str, calibration: Images, repair: bool) -> Path:
+def merged(folder: Path, mode: str, calibration: Images, repair: str, limit: int | None = None) -> Path:
     """A merge of a and b on disk. `force` replaces the last run's file; it would also merge against a verdict."""
     result = mergeid.merge(
         folder / "a.safetensors",
         folder / "b.safetensors",
-        output=folder / f"{mode}{'-repaired' if repair else ''}.safetensors",
+        output=folder / f"{mode}-{repair}.safetensors",
         match=mode,
         data=calibration,
-        limit=None,
-        repair="bn" if repair else "none",
+        limit=limit,
+        repair=repair,
         arch=f"timm/{ARCHITECTURE}",
         force=True,
     )
@@ -147,7 +148,8 @@ def report(folder: Path, test_set: Images, calibration: Images, points: int) -> 
         scores[name] = [score(path, test_set, None), score(path, test_set, calibration)]
     for mode, name in MODES.items():
         # The repaired merge carries its own statistics, so that it is scored as it lies on disk.
-        scores[name] = [score(merged(folder, mode, calibration, repair), test_set, None) for repair in (False, True)]
+        scores[name] = [score(merged(folder, mode, calibration, repair), test_set, None) for repair in ("none", "bn")]
+    scores["default"] = [score(merged(folder, "auto", calibration, "auto", 512), test_set, None)] * 2
     curves = [
         mergeid.barrier(
             folder / "a.safetensors",
@@ -177,7 +179,10 @@ def report(folder: Path, test_set: Images, calibration: Images, points: int) -> 
     show(columns, rows, title="Networks, and merges at the midpoint", caption=about, console=console)
     print()
     console.print(barrier_summary(curves, width=console.width, title="Barriers, BatchNorm re-estimated"))
-    print(f"\nmergeid closes {percent(closed)} of the barrier of the direct average with the same re-estimation")
+    a, b, default = (scores[name][0].accuracy or 0.0 for name in ("a", "b", "default"))
+    below = (a + b) / 2 - default
+    print(f"\nmatching closes {percent(closed)} of the barrier of the direct average with the same re-estimation")
+    print(f"`merge --data` loses {100 * below:.2f} points of accuracy against the mean of the two networks")
     plot_barriers(curves, folder / "barrier.png", f"{ARCHITECTURE} on Fashion-MNIST, BatchNorm re-estimated")
     return {
         "scores": {name: {"averaged": asdict(x), "re-estimated": asdict(y)} for name, (x, y) in scores.items()},

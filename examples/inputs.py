@@ -8,8 +8,9 @@ the merge at the midpoint against the mean of the two networks.
 
 - matched, or as is: `--match always` or `never`, then `--repair solve`, with 64 to 4,096 unlabelled training images
   that neither network was trained on;
-- default: what `merge --data` makes of 512 images of another kind, beside what solving on them would have made: digits
-  (scikit-learn's, at the same size) or noise.
+- default: what `merge --data` makes of 512 images of another kind, beside what matching and repairing (BatchNorm, or
+  REPAIR where there is none) or solving on them would have made: digits (scikit-learn's, at the same size) or noise;
+- alone: what `merge` makes of the weights alone.
 
 What is measured is kept in the output folder: a second run goes on where the first one was stopped.
 """
@@ -17,20 +18,23 @@ What is measured is kept in the output folder: a second run goes on where the fi
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from no_barrier import SEEDS, Task, begun, images, measured, merged, trained
+from no_barrier import SEEDS, Task, begun, images, measured, merged, normed, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mergeid
 from mergeid.errors import MergeidError
 
 FAMILIES = ("test_convnext", "test_byobnet", "test_vit")
 COUNTS = (64, 256, 512, 1024, 4096)
 OTHERS = ("digits", "noise")
+FORMS = ("default", "repaired", "solved")
 
 
 def more_images() -> Tensor:
@@ -61,7 +65,10 @@ def table(results: dict[str, dict[str, float]]) -> str:
     counts = [(f"{m} {n:,}", f"{m} {n}") for m in ("matched", "as is") for n in COUNTS]
     for title, keys in (
         ("Inputs of the networks' own kind, solved", counts),
-        ("512 inputs of another kind", [(f"{k}, {w}", f"{k} {w}") for k in OTHERS for w in ("default", "solved")]),
+        (
+            "512 inputs of another kind",
+            [("weights alone", "alone"), *((f"{k}, {w}", f"{k} {w}") for k in OTHERS for w in FORMS)],
+        ),
     ):
         lines += [f"\n{title}\n", "| | " + " | ".join(k for k, _ in keys) + " |", "|---" * (len(keys) + 1) + "|"]
         for name, found in results.items():
@@ -93,7 +100,13 @@ def main() -> None:
         for kind in OTHERS:
             x = other_images(kind)
             work.append((f"{kind} default", x, {}))
-            work.append((f"{kind} solved", x, {"match": "always", "repair": "solve", "force": True}))
+            how = {"match": "always", "force": True}
+            work.append((f"{kind} repaired", x, {**how, "repair": "bn" if normed(a) else "repair"}))
+            work.append((f"{kind} solved", x, {**how, "repair": "solve"}))
+        if "alone" not in found:
+            alone = copy.deepcopy(a)
+            alone.load_state_dict(mergeid.merge(a, b, example_inputs={task.key: own[:2]}, force=True).state)
+            found["alone"] = measured(task, alone)
         found.setdefault("ends", (measured(task, a) + measured(task, b)) / 2)
         for key, x, how in work:
             if key not in found:

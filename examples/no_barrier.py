@@ -178,7 +178,7 @@ def midpoint(task: Task, way: str, a: nn.Module, b: nn.Module) -> float:
     how: dict[str, Any] = {
         "direct": {"match": "never", "repair": "none"},
         "matched": {"match": "always", "repair": "none"},
-        "repaired": {"match": "always", "repair": "bn" if _normed(a) else "repair"},
+        "repaired": {"match": "always", "repair": "bn" if normed(a) else "repair"},
         "RegMean": {"match": "always", "repair": "none", "method": "regmean"},
         "solved": {},
         "polished": {"repair": "solve+polish"},
@@ -197,7 +197,7 @@ def merged(task: Task, a: nn.Module, b: nn.Module, x: Tensor, **how: Any) -> nn.
     return net
 
 
-def _normed(net: nn.Module) -> bool:
+def normed(net: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
 
 

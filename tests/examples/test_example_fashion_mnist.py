@@ -29,7 +29,7 @@ def test_from_training_to_the_report(tmp_path):
     done = run("--out", str(tmp_path), *SMALL)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["scores"]) == ["a", "b", "direct", "always match", "mergeid"]
+    assert list(report["scores"]) == ["a", "b", "direct", "always match", "mergeid", "default"]
     assert report["barriers"][0]["repair"] and report["barriers"][0]["count"] == 100
     # The merge on disk and the middle of the line are the same network.
     for curve, name in zip(report["barriers"], ("direct", "always match", "mergeid"), strict=True):
