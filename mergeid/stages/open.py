@@ -18,7 +18,7 @@ from mergeid.io.lora import refuse_adapter
 from mergeid.io.opening import Source, is_live, state_of
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
-from mergeid.models.configs import Agreed, agree
+from mergeid.models.configs import CHANGES, SAYS_WHICH, Agreed, Disagreement, agree, called_apart
 from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
 from mergeid.models.sizes import same_sizes
@@ -159,7 +159,7 @@ def pair_of(met: Met, other: Checkpoint, dtype: str | None = None) -> Pair:
     if met.live:
         one = bench.load(first)
         two = bench.load(other, one)
-        if met.agreed.chosen is not None:
+        if met.agreed.chosen is not None or _differ(one, two, bench):
             one, two = _in_one_class(one, two, bench.reading.config == "b")
         graph = bench.common_graph(one, two)
     else:
@@ -243,6 +243,18 @@ def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -
         folder = folder or (isinstance(first, Checkpoint) and first.is_folder)
         path = default if folder else f"{default}.safetensors"
     return check_output(path, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=output.force)
+
+
+def _differ(one: Loaded, two: Loaded, bench: Workbench) -> bool:
+    """Whether two live models compute different things with the same weights, and the user says whose code counts.
+
+    Raises `MergeidError` where that is not said."""
+    from mergeid.models.live import code_difference
+
+    found = bench.kept(("code", id(one), id(two)), (one, two), lambda: code_difference(one, two))
+    if found is None or bench.reading.config is not None:
+        return found is not None
+    raise MergeidError(f"{Disagreement(*called_apart(one, two), tuple(found))}, {CHANGES}; --config a|b {SAYS_WHICH}")
 
 
 def _in_one_class(one: Loaded, two: Loaded, second: bool) -> tuple[Loaded, Loaded]:
