@@ -311,10 +311,16 @@ def _with_examples(
     give_back()  # the scores of all passes
     run.tell("judging on held-out examples", 0, 1)
     decided = decide_from_activations(evidence, scores, cosines, matched, seed=run.seed)
-    if copied is not None and any(unequal(*pair.weights(), decided.element)):
+    if copied is not None and not _says_copied(pair, decided):
         decided = decided_copy(similarity, copied)
     records = _with_chords(pair, evidence, decided, matched)
     return _Found("activations", decided.element, records, matched)
+
+
+def _says_copied(pair: Pair, decided: Decisions) -> bool:
+    """Whether what was decided of a permuted copy makes it A again, and nobody is told that it cannot be merged."""
+    lost = any(r.decision == WILL_NOT for r in decided.spaces)
+    return not lost and not any(unequal(*pair.weights(), decided.element))
 
 
 def _stored(graph: NeuronGraph, make: Callable[[Space], np.ndarray]) -> Mapping[str, np.ndarray]:
