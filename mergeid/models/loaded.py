@@ -190,6 +190,8 @@ class ModuleAdapter:
             return found
         kept = self.library.interface(numbers) or numbers
         kept += [k for k in self.library.interface(list(found)) if k not in numbers]
+        if len(kept) > 1 and self.takes_labels:  # the loss is made of the other outputs
+            kept = [k for k in kept if k != "loss"]
         return {k: found[k] for k in kept}
 
     def logits(self, model: nn.Module) -> str | None:
