@@ -53,16 +53,22 @@ def balanced(count: int, size: int) -> list[range]:
 
 
 class NamedInputs(Sequence[Any]):
-    """Data whose items are batches by name (`mergeid.basics.nested.as_batch`), however they were given."""
+    """Data whose items are batches by name (`mergeid.basics.nested.as_batch`), however they were given.
 
-    def __init__(self, items: Any) -> None:
-        self.items = items
+    Args:
+        positional: how many inputs an item begins with, where its label follows; None: items are inputs only."""
+
+    def __init__(self, items: Any, positional: int | None = None) -> None:
+        self.items, self.positional = items, positional
 
     def __len__(self) -> int:
         return dataset_length(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        return as_batch(self.items[index])
+        found = as_batch(self.items[index])
+        if self.positional is not None:
+            found["labels"] = found.pop(f"arg{self.positional}")
+        return found
 
 
 class WholeInputs(NamedInputs):

@@ -144,6 +144,8 @@ def _chosen(found: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Ten
     out: dict[str, Tensor] = {}
     for name in wanted:
         hits = {k: t for k, t in found.items() if fnmatchcase(k, name) or k.startswith(f"{name}.")}
+        if not hits and list(found) == [""]:
+            raise MergeidError(f"outputs names {name!r}, but the model returns one tensor; leave outputs out")
         if not hits:
             raise MergeidError(
                 f"outputs names {name!r}, but the model returns {', '.join(map(repr, found))}; name one of these"

@@ -23,6 +23,7 @@ from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
 from mergeid.models.sizes import same_sizes
 from mergeid.models.vocabularies import one_vocabulary
+from mergeid.models.wrapped import of_one_wrapping
 from mergeid.request.request import Matching, Output
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def open_models(
         MergeidError: adapters instead of models, heads that contradict their config, configs that differ.
     """
     asked, sources = bench.reading, [*models, *([base] if base is not None else [])]
+    sources, unwrapped = of_one_wrapping(sources)
     opened = [bench.open(source) for source in sources]
     for checkpoint in opened:
         refuse_adapter(checkpoint)
@@ -134,7 +136,7 @@ def open_models(
         arch=asked.arch,
         layers=not skip,
     )
-    said = [*named.notes, *sized.notes, *given.notes, *both.notes, *words.notes, *agreed.notes]
+    said = [*unwrapped, *named.notes, *sized.notes, *given.notes, *both.notes, *words.notes, *agreed.notes]
     agreed = replace(agreed, resized=sized.resized, heads=both.to_json(), notes=said)
     if opened[0].module is None:
         return Met(bench, tuple(agreed.models), agreed.base, agreed, skip, both.joined)
