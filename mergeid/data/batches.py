@@ -83,7 +83,8 @@ def is_whole(dataset: Any) -> bool:
     return isinstance(dataset, WholeInputs)
 
 
-def _only(items: Sequence[Any]) -> Batch:
+def the_only(items: Sequence[Any]) -> Batch:
+    """A batch of one whole input."""
     (item,) = items
     return dict(item)
 
@@ -100,7 +101,7 @@ class FixedBatches(Sequence[Batch]):
         whole = is_whole(dataset)
         self.dataset = dataset
         self.slices = balanced(dataset_length(dataset), 1 if whole else size)
-        self.collate = _only if whole else collate or default_collate
+        self.collate = the_only if whole else collate or default_collate
 
     def __len__(self) -> int:
         return len(self.slices)
