@@ -35,6 +35,7 @@ from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
 from mergeid.models.examples import Examples
 from mergeid.models.graph import LARGE
 from mergeid.models.loaded import Loaded
+from mergeid.models.reached import unread_notes
 from mergeid.models.workbench import key_of
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.neuron_graph.turned import Turn
@@ -144,7 +145,7 @@ def make_plan(
     element, turns = (found.element, ()) if mode == "never" else _turned(pair, found.element, run)
     full, full_turns = (None, ()) if found.matched is None else _turned(pair, found.matched, run)
     if mode != "never" and saved is None:
-        notes += _copy_notes(pair, element)
+        notes += [*_copy_notes(pair, element), *unread_notes(graph, element)]
     verdict = _verdict(mode, records, notes)
     settings: dict[str, Any] = {"batch_size": run.batch_size, "weight_share": WEIGHT_SHARE}
     if matching.matcher is not None:
