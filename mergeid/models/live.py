@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from mergeid.basics.nested import mapped
 from mergeid.basics.state import load_weights
 from mergeid.models.loaded import Loaded
 from mergeid.models.running import eval_mode
@@ -65,8 +66,14 @@ def code_difference(one: Loaded, two: Loaded) -> list[ConfigDifference] | None:
     try:
         changed = copy.deepcopy(one.model)
         load_weights(changed, two.state())
+        taken, wanted = changed.state_dict(), two.state()
+        apart = next((k for k in wanted if not torch.equal(taken[k], wanted[k].to(taken[k]))), None)
+        if apart is not None:
+            return [ConfigDifference(f"whether {apart} is a tensor of its own", False, True)]
         with torch.no_grad(), eval_mode(two.model):
-            outputs = [m.forward(net, one.inputs) for m, net in ((one, changed), (two, two.model))]
+            inputs = [mapped(one.inputs, lambda t: t.clone()) for _ in range(2)]  # a model may write into them
+            runs = zip((one, two), (changed, two.model), inputs, strict=True)
+            outputs = [m.forward(net, batch) for m, net, batch in runs]
     except Exception:  # foreign code that takes no copy, or other inputs: elsewhere that is told
         return None
     formats = [t.dtype for m in (one, two) for t in m.state().values() if t.is_floating_point()]

@@ -164,6 +164,8 @@ class ModuleAdapter:
         library: the adapter of the library that the module comes from: it knows by-products.
         takes_labels: `labels` are one of its inputs, and no targets."""
         self.library, self.takes_labels = library, takes_labels
+        self.writes = False
+        """Whether the model was seen to write into its inputs, which the next pass needs as they are."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return next(iter(self.outputs(model, batch).values()))
@@ -175,13 +177,18 @@ class ModuleAdapter:
 
     def whole_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a caller reads, whatever kind of numbers it holds."""
-        from mergeid.basics.nested import dense_tensors, returned_tensors
+        from mergeid.basics.nested import dense_tensors, mapped, named_tensors, returned_tensors
         from mergeid.basics.untouched import one_pass
 
         inputs = {k: v for k, v in batch.items() if k != "labels" or self.takes_labels}
+        if self.writes:
+            inputs = mapped(inputs, lambda t: t.clone())
+        given = [t for t in named_tensors(inputs).values() if not t.is_inference()]
+        before = [t._version for t in given]
         positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
         with one_pass(model) as lasting:
             found = {k: lasting(t) for k, t in dense_tensors(model(*positional, **inputs)).items()}
+        self.writes = self.writes or before != [t._version for t in given]
         numbers = list(returned_tensors(found))
         if not numbers:
             raise MergeidError(

@@ -15,7 +15,7 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
-from mergeid.io.opening import Source, is_live, state_of
+from mergeid.io.opening import Source, is_empty, is_live, state_of
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import CHANGES, SAYS_WHICH, Agreed, Disagreement, agree, called_apart
@@ -112,6 +112,10 @@ def open_models(
     opened = [bench.open(source) for source in sources]
     for checkpoint in opened:
         refuse_adapter(checkpoint)
+        if checkpoint.module is not None and is_empty(checkpoint.module):
+            raise MergeidError(
+                f"{checkpoint.source} is on the meta device, where there are no numbers to merge; load its weights"
+            )
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
