@@ -14,8 +14,9 @@ from networks import Images, ResNet, accuracy, fashion, kept, perceptron, run, s
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
 from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.evidence.taps import choose_taps
 from mergeid.matchers import MatchTask, Training
 from mergeid.neuron_graph.neuron_graph import NeuronGraph
 from mergeid.repair.batchnorm import calibration_batches, reestimate_batchnorm

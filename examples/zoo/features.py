@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mergeid.basics.state import load_weights
 from mergeid.errors import MergeidWarning
+from mergeid.models.examples import Examples as Inputs
 from mergeid.plugins import Batch
 from mergeid.prediction.features import EndSums, Features
 from mergeid.prediction.probe import EXAMPLES, probe
@@ -59,7 +60,7 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
         ("weights", random_inputs(pair.a.group.data), None),
     ):
         partners = {"direct": second, "match": _with(nets.work, nets.state_b(nets.always(calibration)))}
-        found = probe(first, partners, ADAPTER.forward, data, ends=outputs if mode == "inputs" else None)
+        found = probe(first, partners, ADAPTER.forward, Inputs(data), ends=outputs if mode == "inputs" else None)
         for assignment, evidence in found.items():
             rival: Features = {}
             if mode == "inputs":

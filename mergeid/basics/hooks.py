@@ -6,7 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+
+def heard(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that take hooks, by name: all but the scripted ones."""
+    return ((name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
 
 
 @contextmanager

@@ -10,13 +10,16 @@ from torch import Tensor
 
 class Spread:
     """Variance of an output about its mean over the examples: element by element where all batches have one shape,
-    else by the last dimension. Padding and what is not finite is left out."""
+    else by the last dimension, or of all numbers where that too has another length (scores of every pair of nodes).
+    Padding and what is not finite is left out."""
 
     def __init__(self) -> None:
         self.shape: torch.Size | None = None
-        self.same = True
+        self.same = self.aligned = True
+        self.columns = 0
         self.whole: list[Tensor] = []
         self.last: list[Tensor] = []
+        self.every: list[Tensor] = []
         self.square = torch.zeros(2, dtype=torch.float64)
         self.numbers = 0
 
@@ -29,7 +32,11 @@ class Spread:
         self.same = self.same and not masked and values.dim() > 1 and values.shape[1:] == self.shape
         rows = values[mask.bool().cpu()] if masked and isinstance(mask, Tensor) else values
         rows = rows.reshape(-1, rows.shape[-1]) if rows.dim() > 1 else rows.reshape(-1, 1)
-        self.last = _added(self.last, rows)
+        self.every = _added(self.every, rows.reshape(-1, 1))
+        self.columns = self.columns or rows.shape[-1]
+        self.aligned = self.aligned and rows.shape[-1] == self.columns
+        if self.aligned:
+            self.last = _added(self.last, rows)
         if self.same:
             self.whole = _added(self.whole, values.flatten(1))
         self.numbers += rows.numel()
@@ -45,7 +52,7 @@ class Spread:
         return self._seen() <= torch.finfo(dtype).eps ** 2 * self._size()
 
     def _seen(self) -> float:
-        count, total, squares = self.whole if self.same else self.last
+        count, total, squares = self.whole if self.same else self.last if self.aligned else self.every
         mean = total / count.clamp(min=1)
         return float((squares - count * mean.square()).clamp(min=0).sum()) / max(self.numbers, 1)
 

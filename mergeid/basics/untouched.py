@@ -42,7 +42,8 @@ def untouched(holders: Sequence[dict[str, Any]]) -> Iterator[None]:
 
 @contextmanager
 def one_pass(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A forward pass of which the next one knows nothing: recurrent states, caches and counters are put back after it.
+    """A forward pass of which the next one knows nothing: recurrent states, caches and counters are put back after it,
+    and the random state, so that models that draw noise draw the same on the same batch.
 
     Not what is written to buffers of modules in training mode, and of layers with running statistics. Gives a function
     that takes a result out of memory that is put back."""
@@ -55,10 +56,15 @@ def one_pass(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         held = [v for m in modules for k, v in vars(m).items() if k not in _usual() and isinstance(v, torch.Tensor)]
         buffers = [b for m in modules for b in m._buffers.values() if b is not None]
         states = {_memory(t) for t in (*held, *buffers)} - {0}
+        devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+        indices = [d.index for d in devices if d.type == "cuda" and torch.cuda.is_initialized()]
+        noise = torch.random.fork_rng(indices)
+        noise.__enter__()
     try:
         yield lambda result: result.clone() if _memory(result) in states else result
     finally:
         with _disable_current_modes():
+            noise.__exit__(None, None, None)
             for put_back in remembered:
                 put_back()
 
@@ -82,7 +88,7 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
     kept = {k: v for k, v in held.items() if k not in OWN}
     own_things = {k: v for k, v in kept.items() if k not in _usual()}
     inside = [_contents(v) for v in own_things.values()]
-    own = {} if running else held.get("_buffers", {})  # a scripted module keeps them elsewhere
+    own = {} if running else held.get("_buffers", {})  # a scripted module keeps them elsewhere, under a like name
     buffers = list(own.items())
     tensors = [t for _, t in buffers if largest is None or (t is not None and t.numel() <= largest)]
     tensors += [v for v in own_things.values() if isinstance(v, torch.Tensor) and v.numel() <= SMALL]
@@ -96,7 +102,8 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
         held.update(kept)
         for each in inside:
             each()
-        own.update(buffers)
+        for name, buffer in buffers:
+            own[name] = buffer
         for tensor, value in values:
             _refill(tensor, value)
 

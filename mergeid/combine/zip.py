@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mergeid.basics.state import tensors_of
 from mergeid.errors import MergeidError
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
+from mergeid.evidence.taps import choose_taps
 from mergeid.matchers.sides import side
 from mergeid.models.running import fits_the_model
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph

@@ -53,16 +53,22 @@ def balanced(count: int, size: int) -> list[range]:
 
 
 class NamedInputs(Sequence[Any]):
-    """Data whose items are batches by name (`mergeid.basics.nested.as_batch`), however they were given."""
+    """Data whose items are batches by name (`mergeid.basics.nested.as_batch`), however they were given.
 
-    def __init__(self, items: Any) -> None:
-        self.items = items
+    Args:
+        positional: how many inputs an item begins with, where its label follows; None: items are inputs only."""
+
+    def __init__(self, items: Any, positional: int | None = None) -> None:
+        self.items, self.positional = items, positional
 
     def __len__(self) -> int:
         return dataset_length(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        return as_batch(self.items[index])
+        found = as_batch(self.items[index])
+        if self.positional is not None:
+            found["labels"] = found.pop(f"arg{self.positional}")
+        return found
 
 
 class WholeInputs(NamedInputs):
@@ -77,7 +83,8 @@ def is_whole(dataset: Any) -> bool:
     return isinstance(dataset, WholeInputs)
 
 
-def _only(items: Sequence[Any]) -> Batch:
+def the_only(items: Sequence[Any]) -> Batch:
+    """A batch of one whole input."""
     (item,) = items
     return dict(item)
 
@@ -94,7 +101,7 @@ class FixedBatches(Sequence[Batch]):
         whole = is_whole(dataset)
         self.dataset = dataset
         self.slices = balanced(dataset_length(dataset), 1 if whole else size)
-        self.collate = _only if whole else collate or default_collate
+        self.collate = the_only if whole else collate or default_collate
 
     def __len__(self) -> int:
         return len(self.slices)

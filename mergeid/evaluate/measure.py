@@ -15,7 +15,9 @@ from mergeid.data.batches import (
     consecutive,
     dataset_length,
     input_dtype,
+    is_whole,
     loaded,
+    the_only,
     to_model,
 )
 from mergeid.errors import MergeidError
@@ -75,7 +77,8 @@ def evaluate(
 
     Args:
         model: moved to the accelerator's device and run in eval mode; its training flags are restored.
-        dataset: map-style; items are mappings from the model's keywords (and ``"labels"``) to tensors.
+        dataset: map-style; items are mappings from the model's keywords (and ``"labels"``) to tensors. Whole inputs
+            (`mergeid.data.batches.is_whole`) are run one by one.
         forward: task output of a batch, ``adapter.forward``.
         loss: `LossParts` of an output, one entry per example.
         batch_size: examples per forward pass; for speed and memory only.
@@ -87,7 +90,9 @@ def evaluate(
         MergeidError: a data set without length or examples, data that does not fit the model, no task loss.
     """
     accelerator = accelerator or default_accelerator()
-    slices = consecutive(dataset_length(dataset), batch_size)
+    whole = is_whole(dataset)
+    slices = consecutive(dataset_length(dataset), 1 if whole else batch_size)
+    collate = the_only if whole else collate
     model.to(accelerator.device)
     dtype = input_dtype(model)
     sums = torch.zeros(len(slices), 3, dtype=torch.float64)
@@ -97,7 +102,7 @@ def evaluate(
             batch = to_model(raw, accelerator.device, dtype)
             with fits_the_model(batch):
                 parts = loss(run_forward(model, batch, forward, accelerator), batch)
-            sums[index] = _sums(parts, len(slices[index]))
+            sums[index] = _sums(parts, None if whole else len(slices[index]))
     total_loss, correct, count = (_exact_sum(column) for column in reduce_sum(sums, accelerator).T.tolist())
     if count == 0:
         raise MergeidError("every label of the data is ignored, so nothing can be scored; expected some that count")
@@ -118,9 +123,12 @@ def evaluate_loaded(model: Loaded, examples: Examples, run: Run) -> Metrics:
     )
 
 
-def _sums(parts: LossParts | None, examples: int) -> Tensor:
+def _sums(parts: LossParts | None, examples: int | None) -> Tensor:
+    """Over the examples; None: as many as there are losses."""
     if parts is None:
         raise MergeidError("the model has no task loss on this data; expected a task head and 'labels' in the data")
+    if examples is None and parts.loss.dim():
+        examples = len(parts.loss)
     if parts.loss.shape[:1] != (examples,) or parts.count.shape[:1] != (examples,):
         raise MergeidError(
             f"the loss function gave shapes {list(parts.loss.shape)} and {list(parts.count.shape)} for a batch of "

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from mergeid.basics import processes
 from mergeid.data.batches import MadeBatches
-from mergeid.neuron_graph.neuron_graph import NeuronGraph, TapMap
+from mergeid.errors import MergeidError
+from mergeid.evidence.taps import Key
+from mergeid.neuron_graph.neuron_graph import TapMap
 
 CHUNK, FEW = 512, 32
 """Rows that are added to the statistics at once, whatever the batch size; without a cross-covariance, whose sums are
@@ -30,25 +32,6 @@ Forward = Callable[[nn.Module, Any], Any]
 Answer = TypeVar("Answer")
 
 
-def choose_taps(graph: NeuronGraph, model: nn.Module, most: int = 3) -> dict[str, list[TapMap]]:
-    """Where to read each space: the inputs of the layers that consume it, else outputs; at most `most` of them,
-    evenly over the depth."""
-    chosen: dict[str, list[TapMap]] = {}
-    for space, taps in graph.taps.items():
-        consumed = [t for t in taps if t.kind == "in" and _has_matrix(model.get_submodule(t.module))]
-        found = consumed or [t for t in taps if t.kind == "out"] or taps
-        whole = [t for t in found if len(np.unique(t.index[t.index >= 0])) == graph.by_id[space].size] or found
-        keep = np.unique(np.linspace(0, len(whole) - 1, min(most, len(whole))).round().astype(int))
-        if len(whole):
-            chosen[space] = [whole[i] for i in keep]
-    return chosen
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
-
-
-Key = tuple[str, str, int]
 Take = Callable[[Key, Tensor], Any]
 
 
@@ -136,14 +119,27 @@ def sample_rows(tensor: Tensor, tap: TapMap, ids: Tensor, mask: Tensor | None, p
     if mask is None or rows != mask.shape[1]:
         picked = _positions(rows, per_example, seed).to(flat.device)
         values = flat[:, picked].reshape(-1, flat.shape[2])
-        return Rows(values.float().cpu(), ids.repeat_interleave(len(picked)), positions)
+        return Rows(_numbers(values.float().cpu(), tap), ids.repeat_interleave(len(picked)), positions)
     parts, example = [], []
     for e in range(examples):
         valid = torch.nonzero(mask[e]).reshape(-1)
         valid = valid[_positions(len(valid), per_example, seed).to(valid.device)]
         parts.append(flat[e, valid.to(flat.device)])
         example.append(ids[e].expand(len(valid)))
-    return Rows(torch.cat(parts).float().cpu(), torch.cat(example), positions)
+    return Rows(_numbers(torch.cat(parts).float().cpu(), tap), torch.cat(example), positions)
+
+
+def _numbers(values: Tensor, tap: TapMap) -> Tensor:
+    """Masked positions (infinite, or no numbers) count as 0. Raises `MergeidError` where nothing else is there."""
+    finite = values.isfinite()
+    if finite.all():
+        return values
+    if not finite.any():
+        raise MergeidError(
+            f"layer {tap.module or 'the model'} takes or gives nothing but NaN or infinite numbers on the data; give "
+            "examples on which both models' activations are finite"
+        )
+    return values.masked_fill(~finite, 0.0)
 
 
 def real_tokens(batch: Mapping[str, Any]) -> Tensor | None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mergeid.basics.hooks import heard
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -51,7 +53,7 @@ def _inputs(model: nn.Module, batch: Any, forward: Forward) -> dict[str, list[Te
         return read
 
     with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
+        for name, module in heard(model):
             if any(p is not None for p in module._parameters.values()):
                 stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
         forward(model, batch)

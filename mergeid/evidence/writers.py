@@ -80,7 +80,7 @@ def _owner(model: nn.Module, tensor: str) -> tuple[nn.Module | None, str]:
 
 def _enters(taps: Sequence[TapMap], tensor: str) -> bool:
     owner = tensor.rpartition(".")[0]
-    return any(t.module == owner and t.kind == "in" for t in taps)
+    return any(t.module == owner and t.kind == "in" and 0 not in t.dims for t in taps)
 
 
 def _covered(graph: NeuronGraph, tensor: str, axis: int) -> np.ndarray:

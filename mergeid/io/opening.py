@@ -129,6 +129,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hasattr(m, "_hf_hook") for m in module.modules())
 
 
+def is_empty(module: nn.Module) -> bool:
+    """Whether a live module has parameters without numbers, and no hooks that would fetch them."""
+    return any(p.is_meta for p in module.parameters()) and not has_hooks(module)
+
+
 def _of_module(module: nn.Module) -> Checkpoint:
     to_dict: Callable[[], dict[str, Any]] | None = getattr(getattr(module, "config", None), "to_dict", None)
     config = to_dict() if to_dict else None

@@ -38,7 +38,7 @@ def side(graph: NeuronGraph, model: nn.Module, tensor: str, axis: int) -> Side:
     name = tensor.rpartition(".")[0]
     for space, found in graph.on_tensor.get(tensor, []):
         if found.axis == axis:
-            kinds = {t.kind for t in graph.taps.get(space.id, []) if t.module == name}
+            kinds = {t.kind for t in graph.taps.get(space.id, []) if t.module == name and 0 not in t.dims}
             if kinds in ({"in"}, {"out"}):
                 return "in" if kinds == {"in"} else "out"
     raise MergeidError(

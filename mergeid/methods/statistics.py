@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergeid.basics.hooks import heard
 from mergeid.basics.nested import examples_in, mapped
 from mergeid.errors import MergeidError
 from mergeid.models.running import Forward, eval_mode, fits_the_model
@@ -138,7 +139,7 @@ def gram_matrices(model: nn.Module, batches: Iterable[Batch], *, forward: Forwar
 
 @contextmanager
 def _hooked(model: nn.Module, watch: Callable[[str], Callable[..., None]]) -> Iterator[None]:
-    modules = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    modules = [(n, m) for n, m in heard(model) if isinstance(getattr(m, "weight", None), Tensor)]
     owners = Counter(id(m.weight) for _, m in modules)
     modules = [(n, m) for n, m in modules if owners[id(m.weight)] == 1]  # a tied weight has no inputs of its own
     handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in modules]

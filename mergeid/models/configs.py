@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_lowercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
@@ -19,12 +19,17 @@ from mergeid.io.folders import PARTS
 from mergeid.io.tensors import TensorSource
 from mergeid.plugins import ComparesConfigs, ConfigDifference, adapter_names, get_adapter
 
+if TYPE_CHECKING:
+    from mergeid.models.loaded import Loaded
+
 UNCOUNTED = frozenset({
     "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "label_names", "num_labels", "num_classes",
     "vocab_size",
 })  # fmt: skip
 """Fields of a config that no adapter understands which say nothing of the function: storage, and what is compared with
 the tensors."""
+CHANGES = "which changes what the network computes"
+SAYS_WHICH = "says which one the merge gets"
 SHOWN = 3
 """Differences that a message names."""
 
@@ -38,7 +43,8 @@ class Disagreement:
     fields: tuple[ConfigDifference, ...]
 
     def __str__(self) -> str:
-        return f"{self.first} and {self.other} differ in {_listed(self.fields)}"
+        fields = _listed(self.fields) if self.fields else "their code"
+        return f"{self.first} and {self.other} differ in {fields}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -131,9 +137,9 @@ def agree(
         changed = tuple(d for d in fields if d.effect != "inputs")
         rest = [d for d in fields if d.effect == "inputs"]
         if changed:
-            disagreements.append(Disagreement(*_names(first, other), changed))
+            disagreements.append(Disagreement(*called_apart(first, other), changed))
         if rest:
-            one, two = _names(first, other)
+            one, two = called_apart(first, other)
             found.notes.append(
                 f"{one} and {two} differ in {_listed(rest)}, which only concerns the inputs; the result has that of "
                 f"{everyone[which or 0].source}"
@@ -142,10 +148,7 @@ def agree(
         return found
     if disagreements and which is None:
         letters = "|".join(ascii_lowercase[: len(models)])
-        raise MergeidError(
-            f"{disagreements[0]}, which changes what the network computes; --config {letters} says which one the merge "
-            "gets"
-        )
+        raise MergeidError(f"{disagreements[0]}, {CHANGES}; --config {letters} {SAYS_WHICH}")
     chosen = everyone[which or 0]
     heads = same_head and any(d.effect == "head" for x in disagreements for d in x.fields)
     adopted = [c if c is chosen else _adopting(c, chosen, heads) for c in everyone]
@@ -245,7 +248,8 @@ def _adopting(checkpoint: Checkpoint, chosen: Checkpoint, head: bool) -> Checkpo
     return replace(checkpoint, config=config, config_changed=True) if config != mine else checkpoint
 
 
-def _names(a: TensorSource, b: TensorSource) -> tuple[str, str]:
+def called_apart(a: TensorSource | Loaded, b: TensorSource | Loaded) -> tuple[str, str]:
+    """What two models are called in one message."""
     if a.source != b.source:
         return a.source, b.source
     return f"{a.source} (the first)", f"{b.source} (another)"

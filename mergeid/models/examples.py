@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Subset
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 
-from mergeid.basics.nested import as_batch, named_tensors
+from mergeid.basics.nested import named_tensors
 from mergeid.data.batches import (
     Collate,
     FixedBatches,
@@ -26,8 +27,6 @@ from mergeid.plugins import Batch
 from mergeid.request.request import OwnData
 
 if TYPE_CHECKING:
-    import torch
-
     from mergeid.models.loaded import Loaded
 
 
@@ -94,7 +93,8 @@ def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int, image_s
     if loaded.adapter.name == "torch":
         if image_size is not None:
             raise MergeidError("the data of a live module is taken as is; leave out image_size")
-        return Examples(_as_given(data, loaded))
+        items, collate = _of_loader(data)
+        return Examples(_as_given(items, loaded), collate)
     from mergeid.data import collate, load_data
 
     adapter, arch, folder = loaded.adapter, loaded.arch, loaded.folder
@@ -115,6 +115,18 @@ def _together(parts: Sequence[Examples], limit: int | None, seed: int) -> Exampl
     return Examples(ConcatDataset([p.items for p in taken]), parts[0].collate, tuple(owners)).taken(order)
 
 
+def _of_loader(data: Any) -> tuple[Any, Collate | None]:
+    """The data set of a loader and how it makes batches; anything else as it is."""
+    if not isinstance(data, DataLoader):
+        return data, None
+    if data.collate_fn is default_collate or data.collate_fn is None:
+        return data.dataset, None
+    raise MergeidError(
+        "the data is a DataLoader with its own collate_fn; expected a sequence, such as its data set, or list(loader), "
+        "whose items are whole inputs"
+    )
+
+
 def _as_given(data: Any, loaded: Loaded) -> Any:
     """A live module's data: examples that are stacked into batches where its items have one dimension less than the
     example inputs, else whole inputs."""
@@ -125,6 +137,21 @@ def _as_given(data: Any, loaded: Loaded) -> Any:
             "or dicts of its inputs"
         )
     dataset_length(data)
-    first, example = named_tensors(loaded.inputs_of(as_batch(data[0]))), named_tensors(loaded.inputs)
+    named = NamedInputs(data, _positional(loaded, data[0]))
+    first, example = named_tensors(loaded.inputs_of(named[0])), named_tensors(loaded.inputs)
     alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
-    return WholeInputs(data) if alike else NamedInputs(data)
+    return WholeInputs(data, named.positional) if alike else named
+
+
+def _positional(loaded: Loaded, item: Any) -> int | None:
+    """How many positional inputs the model is run with, where items are tuples of these and, last, of classes: what
+    torch's own data sets give."""
+    count = len(loaded.inputs)
+    paired = isinstance(item, (tuple, list)) and not hasattr(item, "_fields") and len(item) == count + 1
+    if not paired or set(loaded.inputs) != {f"arg{i}" for i in range(count)}:
+        return None
+    last = item[-1]
+    whole_number = isinstance(last, (int, np.integer)) or (
+        isinstance(last, (torch.Tensor, np.ndarray)) and last.ndim < 2 and not torch.as_tensor(last).is_floating_point()
+    )
+    return count if whole_number else None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from mergeid.basics.nested import mapped
+from mergeid.basics.state import load_weights
+from mergeid.models.loaded import Loaded
+from mergeid.models.running import eval_mode
 from mergeid.plugins import ConfigDifference
 
 HARMLESS = frozenset({"training", "inplace", "momentum", "dropout", "p", "track_running_stats", "padding_idx"})
@@ -17,6 +23,8 @@ SHAPES = frozenset({
     "hidden_size", "embed_dim", "kdim", "vdim", "head_dim",
 })  # fmt: skip
 """What the shapes of the tensors say too."""
+ROUNDING, COARSE = 1e-3, 0.05
+"""Share by which outputs of one function may differ, in float32 or wider and in shorter formats."""
 
 
 def module_differences(a: nn.Module, b: nn.Module) -> list[ConfigDifference]:
@@ -46,7 +54,66 @@ def _known(module: nn.Module) -> bool:
     return own and not isinstance(module, (_DropoutNd, nn.Identity))
 
 
+def code_difference(one: Loaded, two: Loaded) -> list[ConfigDifference] | None:
+    """What may be the reason why the first one's code, with the second one's weights, computes something else on the
+    example than the second one: attributes of modules of any code that differ (numbers, switches, words, functions).
+    None where it computes the same, and where that cannot be tried."""
+    if one.model is two.model or any(p.is_meta for m in (one.model, two.model) for p in m.parameters()):
+        return None
+    shapes = [{k: t.shape for k, t in m.state().items()} for m in (one, two)]
+    if shapes[0] != shapes[1]:
+        return None
+    try:
+        changed = copy.deepcopy(one.model)
+        load_weights(changed, two.state())
+        taken, wanted = changed.state_dict(), two.state()
+        apart = next((k for k in wanted if not torch.equal(taken[k], wanted[k].to(taken[k]))), None)
+        if apart is not None:
+            return [ConfigDifference(f"whether {apart} is a tensor of its own", False, True)]
+        with torch.no_grad(), eval_mode(two.model):
+            inputs = [mapped(one.inputs, lambda t: t.clone()) for _ in range(2)]  # a model may write into them
+            runs = zip((one, two), (changed, two.model), inputs, strict=True)
+            outputs = [m.forward(net, batch) for m, net, batch in runs]
+    except Exception:  # foreign code that takes no copy, or other inputs: elsewhere that is told
+        return None
+    formats = [t.dtype for m in (one, two) for t in m.state().values() if t.is_floating_point()]
+    fine = all(torch.finfo(d).bits >= 32 for d in formats)
+    if _apart(*outputs) <= (ROUNDING if fine else COARSE):
+        return None
+    theirs = dict(two.model.named_modules())
+    pairs = [(name, m, theirs[name]) for name, m in one.model.named_modules() if name in theirs]
+    return sorted(
+        ConfigDifference(f"{name}.{key}".removeprefix("."), _word(vars(a)[key]), _word(vars(b)[key]))
+        for name, a, b in pairs
+        for key in vars(a).keys() & vars(b).keys() - HARMLESS
+        if key[0] != "_" and _word(vars(a)[key]) is not None and _word(vars(a)[key]) != _word(vars(b)[key])
+    )
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """|a − b| / |b|, of what is finite in both."""
+    if a.shape != b.shape:
+        return float("inf")
+    x, y = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64).cpu() for t in (a, b))
+    known = x.isfinite() & y.isfinite()
+    size = float(y[known].norm())
+    return float((x - y)[known].norm()) / size if size else 0.0
+
+
+def _word(value: Any) -> Any:
+    """What a message can say of an attribute; None for what is no setting."""
+    if callable(value) and not isinstance(value, nn.Module):
+        return getattr(value, "__name__", None)
+    return value if _is_plain(value) else None
+
+
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Numbers, switches and words (and tuples of such) that a layer holds."""
-    plain, known = (bool, int, float, str, tuple), HARMLESS | SHAPES
-    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in known and isinstance(v, plain)}
+    known = HARMLESS | SHAPES
+    return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in known and _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, (bool, int, float, str))

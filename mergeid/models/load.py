@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
 from mergeid.models.converted import as_network, as_stored, names_of
-from mergeid.models.loaded import Loaded, ModuleAdapter, takes_labels
+from mergeid.models.loaded import Loaded, ModuleAdapter, check_runs, takes_labels
 from mergeid.models.mapped import LARGEST_HELD, put_mapped
 from mergeid.nn.names import is_asymmetric, plain_table, stored_keys
 from mergeid.plugins import Adapter, Architecture, Batch, KnowsModules, adapter_names, get_adapter
@@ -159,17 +160,30 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
     if given.inputs is not None and arch is None:
         example = _there(as_batch(given.inputs), run.place, module) if has_values else as_batch(given.inputs)
         library = _library(module)
-        # the models of a library take their targets under this name
-        adapter: Any = ModuleAdapter(library, takes_labels=library is None and takes_labels(module, example))
-        return Loaded(source, module, adapter, Architecture("torch", source), None, names, example, given.outputs)
+        architecture = Architecture("torch", source)
+        adapter: Any = ModuleAdapter(library, takes_labels=takes_labels(module, example))
+        found = Loaded(source, module, adapter, architecture, None, names, example, given.outputs)
+        if library is not None and adapter.takes_labels:
+            # the models of a library take their targets under this name, and a few make other inputs of them
+            without = replace(found, adapter=ModuleAdapter(library))
+            found = without if not has_values or _runs(without) or not _runs(found) else found
+        return found
     try:
-        adapter, found = find_architecture(open_checkpoint(module), arch)
+        adapter, known = find_architecture(open_checkpoint(module), arch)
     except MergeidError as error:
         raise MergeidError(f"{error}; for a live module, you can also pass example_inputs") from None
     inputs = given.inputs
-    example = as_batch(inputs) if inputs is not None else adapter.example_inputs(found, module, run.generator())
+    example = as_batch(inputs) if inputs is not None else adapter.example_inputs(known, module, run.generator())
     example = _there(example, run.place, module) if has_values else example
-    return Loaded(source, module, adapter, found, None, names, example, given.outputs)
+    return Loaded(source, module, adapter, known, None, names, example, given.outputs)
+
+
+def _runs(loaded: Loaded) -> bool:
+    try:
+        check_runs(loaded, loaded.inputs, "example_inputs")
+    except MergeidError:
+        return False
+    return True
 
 
 def _on(module: nn.Module, place: str) -> nn.Module:

@@ -144,6 +144,8 @@ def _chosen(found: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Ten
     out: dict[str, Tensor] = {}
     for name in wanted:
         hits = {k: t for k, t in found.items() if fnmatchcase(k, name) or k.startswith(f"{name}.")}
+        if not hits and list(found) == [""]:
+            raise MergeidError(f"outputs names {name!r}, but the model returns one tensor; leave outputs out")
         if not hits:
             raise MergeidError(
                 f"outputs names {name!r}, but the model returns {', '.join(map(repr, found))}; name one of these"
@@ -162,6 +164,8 @@ class ModuleAdapter:
         library: the adapter of the library that the module comes from: it knows by-products.
         takes_labels: `labels` are one of its inputs, and no targets."""
         self.library, self.takes_labels = library, takes_labels
+        self.writes = False
+        """Whether the model was seen to write into its inputs, which the next pass needs as they are."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return next(iter(self.outputs(model, batch).values()))
@@ -173,13 +177,18 @@ class ModuleAdapter:
 
     def whole_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Every tensor that a caller reads, whatever kind of numbers it holds."""
-        from mergeid.basics.nested import dense_tensors, returned_tensors
+        from mergeid.basics.nested import dense_tensors, mapped, named_tensors, returned_tensors
         from mergeid.basics.untouched import one_pass
 
         inputs = {k: v for k, v in batch.items() if k != "labels" or self.takes_labels}
+        if self.writes:
+            inputs = mapped(inputs, lambda t: t.clone())
+        given = [t for t in named_tensors(inputs).values() if not t.is_inference()]
+        before = [t._version for t in given]
         positional = [inputs.pop(k) for k in sorted((k for k in inputs if POSITION.fullmatch(k)), key=_position)]
         with one_pass(model) as lasting:
             found = {k: lasting(t) for k, t in dense_tensors(model(*positional, **inputs)).items()}
+        self.writes = self.writes or before != [t._version for t in given]
         numbers = list(returned_tensors(found))
         if not numbers:
             raise MergeidError(
@@ -190,6 +199,8 @@ class ModuleAdapter:
             return found
         kept = self.library.interface(numbers) or numbers
         kept += [k for k in self.library.interface(list(found)) if k not in numbers]
+        if len(kept) > 1 and self.takes_labels:  # the loss is made of the other outputs
+            kept = [k for k in kept if k != "loss"]
         return {k: found[k] for k in kept}
 
     def logits(self, model: nn.Module) -> str | None:

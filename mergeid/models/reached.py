@@ -12,12 +12,29 @@ from mergeid.models.loaded import Loaded, ModuleAdapter
 from mergeid.plugins import Batch
 
 if TYPE_CHECKING:
-    from mergeid.neuron_graph.neuron_graph import NeuronGraph
+    from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 
 UNREAD = "never read"
 """How the trace begins to say why such an axis is frozen."""
 SIZES = (8, 32, 128)
 """Examples that are tried in turn, where the usual few are not enough."""
+
+
+def unread_notes(graph: NeuronGraph, element: Element) -> list[str]:
+    """What is said of tensors that no example input reaches and that are as large along an axis as neurons that an
+    element reorders: if another input reaches them and they read these, they read them in the old order."""
+    still = graph.identity()
+    moved = {s.size for s in graph.spaces if s.id in element and (element[s.id] != still[s.id]).any()}
+    read = {t for t, axis, why in graph.frozen if not why.startswith(UNREAD)} | set(graph.on_tensor)
+    unread = dict.fromkeys(t for t, axis, why in graph.frozen if why.startswith(UNREAD) and t not in read)
+    left = [t for t in unread if moved & set(graph.tensors[t])]
+    if not left:
+        return []
+    more = f" and {len(left) - 1} more tensors are" if len(left) > 1 else " is"
+    return [
+        f"{left[0]}{more} never read on the example inputs, while neurons that other inputs may read there move; give "
+        "example inputs that reach all of the model"
+    ]
 
 
 def unreached(graph: NeuronGraph, loaded: Loaded) -> list[str]:

@@ -311,7 +311,7 @@ class Recorder(TorchDispatchMode):
         for g in layout.groups:
             dims = tuple(d for d, fines in enumerate(layout.dims) if any(f in g.fines for f in fines))
             fines = [f for d in dims for f in layout.dims[d]]
-            if set(fines) == set(g.fines) and 0 not in dims:
+            if set(fines) == set(g.fines):
                 labels = g.ordered(fines).reshape(-1)
                 self.taps.append(Tap(name, kind, call, tensor.dim(), dims, labels))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergeid.basics.hooks import heard
 from mergeid.basics.on_demand import OnDemand
 
 ROUNDINGS = 4
@@ -64,7 +65,7 @@ def own_statistics(model: nn.Module) -> Iterator[None]:
 
     handles = [
         m.register_forward_pre_hook(take)
-        for m in model.modules()
+        for _, m in heard(model)
         if isinstance(getattr(m, "running_mean", None), Tensor) and isinstance(getattr(m, "running_var", None), Tensor)
     ]
     try:

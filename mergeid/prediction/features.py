@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergeid.basics.memory import few_rows
 from mergeid.basics.squares import squares_of
+from mergeid.errors import MergeidError
 from mergeid.prediction.lockstep import Deviation
 
 Features = dict[str, float]
@@ -53,6 +54,11 @@ class EndSums(Sums):
 
     def add(self, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
         """Outputs [examples, …, classes]; mask: bool [examples, positions] of positions that count."""
+        if self.means_of is not None and len(self.means_of[0]) != a.shape[-1]:
+            raise MergeidError(
+                f"the outputs have {len(self.means_of[0])} classes for some inputs and {a.shape[-1]} for others; a "
+                "barrier in nats cannot be predicted for what is no logits of fixed classes"
+            )
         self.count += len(a)
         for (x, y), weight in rows_of((a, b), mask):
             lx, ly = x.log_softmax(-1), y.log_softmax(-1)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from mergeid.basics.state import tensors_of
-from mergeid.data.batches import balanced, input_dtype, to_model
+from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
-from mergeid.models.loaded import Loaded
+from mergeid.models.examples import Examples
 from mergeid.models.running import eval_mode, fits_the_model
 from mergeid.plugins import Batch
 from mergeid.prediction.features import (
@@ -77,8 +76,7 @@ def probe(
     a: nn.Module,
     partners: Mapping[str, nn.Module],
     forward: Forward,
-    examples: Sequence[Any],
-    collate: Callable[[Any], Batch] | None = None,
+    examples: Examples,
     *,
     limit: int | None = None,
     ends: EndSums | None = None,
@@ -90,7 +88,8 @@ def probe(
         a: with its own weights.
         partners: assignment ("direct", "matched") -> B with its neurons in that order.
         forward: (model, batch) -> logits [examples, …, classes].
-        examples: map-style; labels are not looked at.
+        examples: labels are not looked at. What comes as whole inputs (`Examples.whole`) is run one by one, and the
+            first dimension of its outputs counts as examples.
         limit: most examples; by default as `EXAMPLES` says.
         ends: what the models' own outputs say, if it is known of more examples than are run here.
 
@@ -100,24 +99,23 @@ def probe(
     """
     count = len(examples)
     limit = limit or max(LEAST, min(EXAMPLES, count // SHARE))
-    chosen: Any = examples if count <= limit else Subset(examples, [k * count // limit for k in range(limit)])  # type: ignore[arg-type]
+    chosen = examples if count <= limit else examples.taken([k * count // limit for k in range(limit)])
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
 
     def place(raw: Batch) -> Batch:
         return to_model(raw, device, input_dtype(a))
 
-    join = collate or torch.utils.data.default_collate
-    first = place(join([chosen[0]]))
+    first = place(chosen.batches(1)[0])
     with eval_mode(a), fits_the_model(first):
         size = together(a, forward, first)
-    slices = balanced(len(chosen), size)  # a small rest would have statistics of its own
+    batches = chosen.batches(size)  # of like sizes: a small rest would have statistics of its own
     sums = {name: _Sums() for name in partners}
     known = ends is not None and ends.count > 0
     own = ends if ends is not None and known else EndSums()
-    for k, part in enumerate(slices):
+    for k in range(len(batches)):
         if progress:
-            progress(k, len(slices))
-        batch = place(join([chosen[i] for i in part]))
+            progress(k, len(batches))
+        batch = place(batches[k])
         with fits_the_model(batch), eval_mode(a):
             seen = watch(a, forward, batch)
             for name, b in partners.items():
@@ -169,45 +167,3 @@ def together(model: nn.Module, forward: Forward, example: Batch) -> int:
     Args:
         example: a batch of one."""
     return max(1, BUDGET // max(COPIES * activation_bytes(model, forward, example), 1))
-
-
-class RandomInputs(Sequence[Batch]):
-    """Inputs that no data is needed for: the adapter's example inputs, or noise of the shape of a live module's.
-
-    Each is drawn from a seed of its own."""
-
-    def __init__(self, loaded: Loaded, count: int = EXAMPLES, seed: int = 0) -> None:
-        self.length = count
-        generator = torch.Generator().manual_seed(seed)
-        if loaded.adapter.name == "torch":
-            self.batch = {k: _noise(v, count, generator) for k, v in loaded.inputs.items()}
-        else:
-            made = loaded.adapter.example_inputs(loaded.arch, loaded.model, generator, count)
-            self.batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in loaded.inputs_of(made).items()}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        return {
-            k: v[index] if isinstance(v, Tensor) and v.dim() and len(v) == self.length else v
-            for k, v in self.batch.items()
-        }
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(self.length))
-
-
-def _noise(value: Any, count: int, generator: torch.Generator) -> Any:
-    """`count` examples like those of a tensor: normal of its mean and spread, or its own integers at random."""
-    if not isinstance(value, Tensor) or not value.dim():
-        return value
-    shape = (count, *value.shape[1:])
-    if value.is_floating_point():
-        wide = value.detach().cpu().float()
-        spread = wide.std() if wide.numel() > 1 else torch.ones(())
-        return (wide.mean() + spread * torch.randn(shape, generator=generator)).to(value.dtype)
-    pool = value.detach().cpu().reshape(-1)
-    return pool[torch.randint(len(pool), shape, generator=generator)]

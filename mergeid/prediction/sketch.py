@@ -32,7 +32,8 @@ from mergeid.basics.reading import check_regular, parse_json
 from mergeid.basics.state import tensors_of
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError, listed, shown
-from mergeid.evidence.activations import Key, TapReader, choose_taps, real_tokens, sample_rows
+from mergeid.evidence.activations import TapReader, real_tokens, sample_rows
+from mergeid.evidence.taps import Key, choose_taps
 from mergeid.io.publish import whole_file, write_text
 from mergeid.models.loaded import Loaded
 from mergeid.models.running import eval_mode, fits_the_model

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
+from mergeid.basics.hooks import heard
 from mergeid.errors import MergeidError
 from mergeid.methods.statistics import affine_axis, real_rows
 from mergeid.models.running import Forward, eval_mode, fits_the_model
@@ -108,7 +109,7 @@ def rescalable_layers(model: nn.Module, batch: Batch, *, forward: Forward) -> li
     """
     found: list[tuple[Layer, Tensor]] = []
     calls: Counter[str] = Counter()
-    modules = {n: m for n, m in model.named_modules() if isinstance(m._parameters.get("weight"), Tensor)}
+    modules = {n: m for n, m in heard(model) if isinstance(m._parameters.get("weight"), Tensor)}
     owners = Counter(id(m.weight) for m in modules.values())
 
     def watch(name: str) -> Callable[..., None]:

@@ -11,8 +11,9 @@ import torch
 from mergeid.basics.memory import SMALL_NETWORK, give_back
 from mergeid.basics.on_demand import is_on_demand
 from mergeid.data.batches import MadeBatches, input_dtype, to_model
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
 from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.evidence.taps import choose_taps
 from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
 from mergeid.models.running import fits_the_model

@@ -15,14 +15,15 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
-from mergeid.io.opening import Source, is_live, state_of
+from mergeid.io.opening import Source, is_empty, is_live, state_of
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
-from mergeid.models.configs import Agreed, agree
+from mergeid.models.configs import CHANGES, SAYS_WHICH, Agreed, Disagreement, agree, called_apart
 from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
 from mergeid.models.sizes import same_sizes
 from mergeid.models.vocabularies import one_vocabulary
+from mergeid.models.wrapped import of_one_wrapping
 from mergeid.request.request import Matching, Output
 
 if TYPE_CHECKING:
@@ -107,9 +108,14 @@ def open_models(
         MergeidError: adapters instead of models, heads that contradict their config, configs that differ.
     """
     asked, sources = bench.reading, [*models, *([base] if base is not None else [])]
+    sources, unwrapped = of_one_wrapping(sources)
     opened = [bench.open(source) for source in sources]
     for checkpoint in opened:
         refuse_adapter(checkpoint)
+        if checkpoint.module is not None and is_empty(checkpoint.module):
+            raise MergeidError(
+                f"{checkpoint.source} is on the meta device, where there are no numbers to merge; load its weights"
+            )
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
@@ -134,7 +140,7 @@ def open_models(
         arch=asked.arch,
         layers=not skip,
     )
-    said = [*named.notes, *sized.notes, *given.notes, *both.notes, *words.notes, *agreed.notes]
+    said = [*unwrapped, *named.notes, *sized.notes, *given.notes, *both.notes, *words.notes, *agreed.notes]
     agreed = replace(agreed, resized=sized.resized, heads=both.to_json(), notes=said)
     if opened[0].module is None:
         return Met(bench, tuple(agreed.models), agreed.base, agreed, skip, both.joined)
@@ -159,7 +165,7 @@ def pair_of(met: Met, other: Checkpoint, dtype: str | None = None) -> Pair:
     if met.live:
         one = bench.load(first)
         two = bench.load(other, one)
-        if met.agreed.chosen is not None:
+        if met.agreed.chosen is not None or _differ(one, two, bench):
             one, two = _in_one_class(one, two, bench.reading.config == "b")
         graph = bench.common_graph(one, two)
     else:
@@ -243,6 +249,18 @@ def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -
         folder = folder or (isinstance(first, Checkpoint) and first.is_folder)
         path = default if folder else f"{default}.safetensors"
     return check_output(path, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=output.force)
+
+
+def _differ(one: Loaded, two: Loaded, bench: Workbench) -> bool:
+    """Whether two live models compute different things with the same weights, and the user says whose code counts.
+
+    Raises `MergeidError` where that is not said."""
+    from mergeid.models.live import code_difference
+
+    found = bench.kept(("code", id(one), id(two)), (one, two), lambda: code_difference(one, two))
+    if found is None or bench.reading.config is not None:
+        return found is not None
+    raise MergeidError(f"{Disagreement(*called_apart(one, two), tuple(found))}, {CHANGES}; --config a|b {SAYS_WHICH}")
 
 
 def _in_one_class(one: Loaded, two: Loaded, second: bool) -> tuple[Loaded, Loaded]:

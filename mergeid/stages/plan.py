@@ -35,6 +35,7 @@ from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
 from mergeid.models.examples import Examples
 from mergeid.models.graph import LARGE
 from mergeid.models.loaded import Loaded
+from mergeid.models.reached import unread_notes
 from mergeid.models.workbench import key_of
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 from mergeid.neuron_graph.turned import Turn
@@ -144,7 +145,7 @@ def make_plan(
     element, turns = (found.element, ()) if mode == "never" else _turned(pair, found.element, run)
     full, full_turns = (None, ()) if found.matched is None else _turned(pair, found.matched, run)
     if mode != "never" and saved is None:
-        notes += _copy_notes(pair, element)
+        notes += [*_copy_notes(pair, element), *unread_notes(graph, element)]
     verdict = _verdict(mode, records, notes)
     settings: dict[str, Any] = {"batch_size": run.batch_size, "weight_share": WEIGHT_SHARE}
     if matching.matcher is not None:
@@ -311,10 +312,16 @@ def _with_examples(
     give_back()  # the scores of all passes
     run.tell("judging on held-out examples", 0, 1)
     decided = decide_from_activations(evidence, scores, cosines, matched, seed=run.seed)
-    if copied is not None and any(unequal(*pair.weights(), decided.element)):
+    if copied is not None and not _says_copied(pair, decided):
         decided = decided_copy(similarity, copied)
     records = _with_chords(pair, evidence, decided, matched)
     return _Found("activations", decided.element, records, matched)
+
+
+def _says_copied(pair: Pair, decided: Decisions) -> bool:
+    """Whether what was decided of a permuted copy makes it A again, and nobody is told that it cannot be merged."""
+    lost = any(r.decision == WILL_NOT for r in decided.spaces)
+    return not lost and not any(unequal(*pair.weights(), decided.element))
 
 
 def _stored(graph: NeuronGraph, make: Callable[[Space], np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -115,16 +115,18 @@ def predict_pair(
     given = met.bench.examples(calibration, pair.a)
     heard, tally = _heard(pair, given, ends, together, opinions)
     plan = make_plan(pair, matching, run, examples=given, hears=heard)
-    from mergeid.models.examples import Examples
     from mergeid.prediction.lockstep import PathsDiffer
     from mergeid.prediction.model import shipped
-    from mergeid.prediction.probe import RandomInputs, probe
+    from mergeid.prediction.probe import probe
+    from mergeid.prediction.random_inputs import random_examples
     from mergeid.prediction.worth import worth_of
     from mergeid.results.prediction import Finding, PredictResult, outlooks_of
     from mergeid.stages.trial import trials_of
 
     mode = "inputs" if calibration.given else "weights"
-    examples = Examples(RandomInputs(pair.a, seed=run.seed)) if given is None else given.batched("predict")
+    examples = random_examples(pair.a, run.seed) if given is None else given
+    if trial:
+        examples = examples.batched("--try")
     elements = {"direct": plan.graph.identity()}
     if plan.moves:
         elements["matched"] = plan.element
@@ -135,8 +137,7 @@ def predict_pair(
             first,
             partners,
             pair.a.forward,
-            examples.items,
-            examples.collate,
+            examples,
             ends=None if met.skip else ends,  # under --skip B is run with A's tensors, and says something else
             progress=lambda done, total: run.tell("running both models", done, total),
         )
@@ -262,12 +263,11 @@ def _bound(
             return no_bound()
         origin = {**state, **{n: torch.zeros_like(state[n]) for n in names}}
     fixed = _plain(pair.a.model, origin)
-    join, items = examples.collate or torch.utils.data.default_collate, examples.items
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
 
     def batch_of(count: int) -> Batch:
-        raw = join([items[i] for i in range(count)])
+        raw = examples.taken(range(count)).batches(count)[0]
         return pair.a.inputs_of(to_model(raw, device, input_dtype(first)))
 
-    batch = batch_of(min(BOUNDED, len(items), together(first, pair.a.forward, batch_of(1))))
+    batch = batch_of(1 if examples.whole else min(BOUNDED, len(examples), together(first, pair.a.forward, batch_of(1))))
     return chord_bound(first, partners["direct"], fixed, pair.a.forward, batch)

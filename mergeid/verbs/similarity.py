@@ -176,8 +176,10 @@ class _Runs:
     def shapes(self, which: int) -> dict[str, int]:
         """Layer -> its number of neurons, in forward order."""
         if which not in self._shapes:
+            from mergeid.basics.hooks import heard
+
             first = next(self.batches("reading the layers"))
-            names = [n for n, m in self.models[which].model.named_modules() if _has_matrix(m)]
+            names = [n for n, m in heard(self.models[which].model) if _has_matrix(m)]
             self._shapes[which] = self.outputs(which, names, first, lambda _, x: x.shape[-1])
         return self._shapes[which]
 
@@ -294,7 +296,8 @@ def _hooks(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], 
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
     try:
         yield
     finally:

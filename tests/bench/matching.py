@@ -41,8 +41,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
 from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.evidence.taps import choose_taps
 from mergeid.matchers import MatchTask, Training, WeightSimilarity, get_matcher, matcher_names, weight_matching
 from mergeid.matchers.layerwise import layerwise_matching
 from mergeid.matchers.weight import good_start

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mergeid
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
 from mergeid.evidence.chord import ROWS, Consumer
 from mergeid.evidence.decide import (
     DIRECT,
@@ -25,6 +25,7 @@ from mergeid.evidence.decide import (
 )
 from mergeid.evidence.decide_weights import decide_from_weights
 from mergeid.evidence.evidence import ActivationEvidence, Request
+from mergeid.evidence.taps import choose_taps
 from mergeid.matchers.activation import combined_matching
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.neuron_graph.group import same_element

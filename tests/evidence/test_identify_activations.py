@@ -8,8 +8,9 @@ from torch import nn
 
 import mergeid
 import mergeid.evidence.activations as activations
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
 from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.evidence.taps import choose_taps
 
 
 def network(seed):
@@ -54,12 +55,13 @@ class Experts(nn.Module):
         self.seed = seed
         self.stem, self.gate = nn.Linear(5, 8), nn.Linear(8, 2)
         self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)) for _ in range(2)])
-        self.head, self.cut = nn.Linear(8, 3), 0.0
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("cut", torch.zeros(()))
 
     def split(self, x):
         """Half of these examples go to each expert, but one for every step of the seed."""
         gates = self.gate(self.stem(x).relu())[:, 0].detach().sort().values
-        self.cut = float(gates[len(x) // 2 + self.seed])
+        self.cut.fill_(gates[len(x) // 2 + self.seed])
         return self
 
     def forward(self, x):

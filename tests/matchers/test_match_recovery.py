@@ -11,8 +11,9 @@ from graph_helpers import inverse, permutations_of, seeded, traced
 from tiny_transformers import configs
 from torch import Tensor, nn
 
-from mergeid.evidence.activations import PairStream, TapReader, choose_taps
+from mergeid.evidence.activations import PairStream, TapReader
 from mergeid.evidence.evidence import ActivationEvidence
+from mergeid.evidence.taps import choose_taps
 from mergeid.matchers import MatchTask, get_matcher
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph
 

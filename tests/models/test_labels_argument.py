@@ -71,3 +71,28 @@ def test_predictions_give_them_too():
     a, b = Conditional(0), Conditional(1)
     found = mergeid.predict(a, b, data=items(24), example_inputs=batch(4))
     assert found.best.nats.expected >= 0
+
+
+def test_a_library_s_model_that_makes_inputs_of_its_targets_gets_them():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    def made(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        config = T5Config(
+            vocab_size=40,
+            d_model=8,
+            d_kv=4,
+            d_ff=12,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+        return T5ForConditionalGeneration(config).eval()
+
+    a = made(0)
+    targets = {"input_ids": torch.arange(1, 15).view(2, 7), "labels": torch.arange(3, 13).view(2, 5)}
+    own = {"input_ids": targets["input_ids"], "decoder_input_ids": a._shift_right(targets["labels"])}
+    graph = mergeid.graph(a, targets)
+    assert graph.verified and [s.size for s in graph.spaces] == [s.size for s in mergeid.graph(a, own).spaces]
+    assert mergeid.predict(a, made(1), example_inputs=targets).outlooks

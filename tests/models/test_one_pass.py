@@ -110,3 +110,30 @@ def test_tables_that_shorten_their_rows_are_put_back() -> None:
     assert torch.equal(model[0].weight, before)
     assert [s.size for s in graph.spaces if s.axes] != [] and not graph.unknown_ops
     assert any((a.tensor, a.axis) == ("0.weight", 1) for s in graph.spaces for a in s.axes)
+
+
+class Noisy(nn.Module):
+    """Draws noise in every pass, as a variational autoencoder does."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.mean, self.spread, self.c = nn.Linear(6, N), nn.Linear(N, 4), nn.Linear(N, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        mean = self.mean(h)
+        return self.c(mean + torch.randn_like(mean) * self.spread(h).exp())
+
+
+def test_models_that_draw_noise_draw_the_same() -> None:
+    """Else two passes of one model are as far apart as its noise is large, and it "will not merge" with itself."""
+    a, x = Noisy(0).eval(), torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+    result = mergeid.merge(a, Noisy(0).eval(), example_inputs=x[:4], data=[(v,) for v in x])
+    assert all(torch.equal(result.state[k], v) for k, v in a.state_dict().items())
+    state = torch.get_rng_state()
+    with one_pass(a):
+        first = a(x)
+    with one_pass(a):
+        assert torch.equal(a(x), first)
+    assert torch.equal(torch.get_rng_state(), state)

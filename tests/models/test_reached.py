@@ -124,3 +124,27 @@ def test_an_adapter_is_asked_for_more_examples(tmp_path: object, monkeypatch: py
             for f in (folder, f"{folder}/s")
         )
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+class TwoExits(nn.Module):
+    """Only some inputs take the early exit."""
+
+    def __init__(self, seed: int, unused: int = 9) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.early, self.b, self.late = (nn.Linear(i, o) for i, o in ((6, 16), (16, 3), (16, 12), (12, 3)))
+        self.unused = nn.Linear(unused, 2)
+
+    def forward(self, x: Tensor, early: bool = False) -> Tensor:
+        h = self.a(x).relu()
+        return self.early(h) if early else self.late(self.b(h).relu())
+
+
+def test_tensors_that_may_read_what_moves_are_named() -> None:
+    """Merged in the old order, the other exit is that of neither model."""
+    x, a, b = torch.randn(4, 6), TwoExits(0).eval(), TwoExits(1).eval()
+    said = "early.weight is never read on the example inputs"
+    for found in (mergeid.plan(a, b, example_inputs=x, match="always"), mergeid.align(a, b, example_inputs=x)):
+        assert [n for n in found.notes if "never read" in n and n.startswith(said)], found.notes
+    same = mergeid.plan(a, TwoExits(0).eval(), example_inputs=x)
+    assert not any("never read" in n for n in same.notes)

@@ -280,11 +280,20 @@ class Matrices(nn.Module):
         return self.head(self.a(x) @ self.function(self.m))
 
 
+def rooted(m: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(m)
+    return (vectors * values.abs().sqrt()) @ vectors.mT
+
+
 MATRICES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "inverse": (torch.linalg.inv, False),
     "solution": (lambda m: torch.linalg.solve(m, torch.eye(N).to(m)), False),
     "exponential": (torch.matrix_exp, True),
     "exponential of a skew matrix": (lambda m: torch.matrix_exp(m - m.T), True),
+    "eigenvectors": (lambda m: rooted(m + m.T), True),
+    "eigenvalues": (lambda m: m * torch.linalg.eigvalsh(m + m.T)[0], True),
+    "determinant": (lambda m: m * torch.linalg.det(m), True),
+    "sign of a determinant": (lambda m: m * torch.linalg.slogdet(m).sign * torch.linalg.slogdet(m).logabsdet, True),
     "diagonal": (lambda m: torch.diag_embed(m.diagonal()), True),
     "product with a diagonal": (lambda m: m @ torch.diag(m.diagonal()), True),
 }
@@ -320,7 +329,30 @@ class Joint(nn.Module):
         return self.head(self.function(self.a(x).reshape(3, 3, 3)).sum(1))
 
 
-@pytest.mark.parametrize("function", [torch.linalg.inv, torch.matrix_exp, lambda m: torch.linalg.solve(m, m.sin())])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_the_distance_of_two_tensors_sums_over_all(p: float) -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, N), nn.Linear(5, N), nn.Linear(N, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, two = self.a(x), self.b(x)
+            return self.head(one) * torch.dist(one, two, p)
+
+    graph = sound(Apart, (X,))
+    assert only(graph, "a.weight", 0) is only(graph, "b.weight", 0) is only(graph, "head.weight", 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.linalg.inv,
+        torch.matrix_exp,
+        lambda m: m * torch.linalg.det(m)[..., None, None],
+        lambda m: torch.linalg.solve(m, m.sin()),
+    ],
+)
 def test_a_matrix_out_of_one_layer(function: Callable[[Tensor], Tensor]) -> None:
     sound(lambda: Joint(function), (X,))
 

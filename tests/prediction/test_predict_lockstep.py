@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import mergeid as m
 from mergeid.evaluate.interpolate import load_between
+from mergeid.models.examples import Examples
 from mergeid.prediction.features import EndSums, ShiftSums
 from mergeid.prediction.lockstep import PathsDiffer, lockstep, watch
 from mergeid.prediction.probe import hears, probe
@@ -103,7 +104,7 @@ def test_exact_to_second_order(make: Callable[[], nn.Module]) -> None:
 
 def test_a_model_with_itself_deviates_nowhere() -> None:
     a, x = Small(3).eval(), torch.randn(12, 1, 4, 4)
-    found = probe(a, {"direct": copy.deepcopy(a)}, forward, [{"arg0": i} for i in x])["direct"]
+    found = probe(a, {"direct": copy.deepcopy(a)}, forward, Examples([{"arg0": i} for i in x]))["direct"]
     assert found.plain["excess"] == pytest.approx(0, abs=1e-6)
     assert found.plain["deviation"] < 1e-9 and found.plain["divergence"] < 1e-9
     assert found.repaired is not None
@@ -252,7 +253,7 @@ def test_masks_in_the_state_may_be_infinite() -> None:
     """As masks that are only low."""
     data = [{"arg0": x} for x in torch.randn(32, 5, 8, generator=torch.Generator().manual_seed(0))]
     plain = [
-        probe(Masked(0, low).eval(), {"direct": Masked(1, low).eval()}, forward, data)["direct"].plain
+        probe(Masked(0, low).eval(), {"direct": Masked(1, low).eval()}, forward, Examples(data))["direct"].plain
         for low in (-1e4, -torch.inf)
     ]
     about = {"uniform", "told", "distance", "distance_worst", "cosine", "deviation"}  # to which low masks belong
@@ -269,10 +270,10 @@ def test_outputs_known_of_more_examples_count() -> None:
     with torch.no_grad():
         hear(a(whole), b(whole), {"arg0": whole})
         hear(torch.zeros(3), torch.zeros(3), {})  # no logits
-    found = probe(a, {"direct": b}, forward, data, limit=32, ends=ends)["direct"]
+    found = probe(a, {"direct": b}, forward, Examples(data), limit=32, ends=ends)["direct"]
     for key, value in ends.features().items():
         assert found.plain[key] == value
-    few = probe(a, {"direct": b}, forward, data, limit=32)["direct"]
+    few = probe(a, {"direct": b}, forward, Examples(data), limit=32)["direct"]
     assert few.plain["shift"] == found.plain["shift"] and few.plain["divergence"] != found.plain["divergence"]
 
 
@@ -292,9 +293,9 @@ def test_other_paths_are_told() -> None:
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = Small(0).eval(), Small(1).eval()
     data = [{"arg0": x} for x in torch.randn(32, 1, 4, 4)]
-    whole = probe(a, {"direct": b}, forward, data)["direct"]
+    whole = probe(a, {"direct": b}, forward, Examples(data))["direct"]
     monkeypatch.setattr("mergeid.prediction.probe.BUDGET", 100_000)
-    parts = probe(a, {"direct": b}, forward, data)["direct"]
+    parts = probe(a, {"direct": b}, forward, Examples(data))["direct"]
     for key in ("excess", "shift", "shift_sharp", "divergence", "own_entropy", "distance"):
         assert parts.plain[key] == pytest.approx(whole.plain[key], rel=1e-4, abs=1e-6)
 

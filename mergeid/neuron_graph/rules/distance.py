@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergeid.neuron_graph.combine import combine, reduce
+from mergeid.neuron_graph.combine import combine, elementwise, reduce
 from mergeid.neuron_graph.layout import FROZEN, Layout, uniform
 from mergeid.neuron_graph.rules import rule
 
@@ -27,6 +27,15 @@ def own_pairs(call: Call) -> Layout:
     """[N, K] -> one distance for each pair of rows: the rows are fixed, features are summed."""
     layout = call.freeze_dims(call.layout("self"), [0])
     return uniform(call.out.shape, FROZEN, reduce(call.facts, layout, [1], False, call.why).data)
+
+
+@rule("dist")
+def apart(call: Call) -> Layout:
+    """One distance of two tensors: all is summed."""
+    layouts = [call.layout("self"), call.layout("other")]
+    n = max(len(x.dims) for x in layouts)
+    both = elementwise(call.facts, layouts, n, call.why)
+    return uniform((), FROZEN, reduce(call.facts, both, list(range(n)), False, call.why).data)
 
 
 @rule("_trilinear")

@@ -26,6 +26,13 @@ def _transposed(layout: Layout) -> Layout:
     return layout.with_dims((*layout.dims[:-2], layout.dims[-1], layout.dims[-2]))
 
 
+def _square(call: Call, name: str) -> Layout:
+    """A matrix whose rows and columns move together."""
+    layout = _matrix(call, name)
+    relate(call.facts, layout, _transposed(layout), call.why)
+    return layout
+
+
 @rule("linalg_inv_ex")
 def inverse(call: Call) -> list[Layout | None]:
     """(P A Q)⁻¹ = Qᵀ A⁻¹ Pᵀ: rows become columns."""
@@ -50,9 +57,28 @@ def solve(call: Call) -> list[Layout | None]:
 @rule("linalg_matrix_exp")
 def power_series(call: Call) -> Layout:
     """f(P A Pᵀ) = P f(A) Pᵀ: rows and columns move together."""
-    layout = _matrix(call, "self")
-    relate(call.facts, layout, _transposed(layout), call.why)
-    return layout
+    return _square(call, "self")
+
+
+@rule("_linalg_det", "_linalg_slogdet")
+def determinant(call: Call) -> list[Layout | None]:
+    """|P A Pᵀ| = |A|. What else is returned is for gradients."""
+    data = _square(call, "A").data
+    values = call.outputs()[: len(call.outputs()) - 2]
+    return [*(uniform(t.shape, FROZEN, data) for t in values), None, None]
+
+
+@rule("_linalg_eigh")
+def eigen(call: Call) -> list[Layout | None]:
+    """P A Pᵀ = (P V) Λ (P V)ᵀ: values stay, and of the vectors the rows move, up to their signs."""
+    layout, (values, vectors) = _square(call, "A"), call.outputs()
+    found = uniform(values.shape, FROZEN, layout.data)
+    if not call["compute_v"]:
+        return [found, None]
+    lead = range(len(layout.dims) - 2)
+    rows = combine(call.facts, [(layout, [*lead, "i", "j"])], [*lead, "i"], call.why)
+    column = Fine(vectors.shape[-1], FROZEN)
+    return [found, Layout((*rows.dims, (column,)), rows.groups, rows.data)]
 
 
 @rule("linalg_cross")

@@ -1,0 +1,134 @@
+"""Live modules whose own code computes different things of the same weights are told apart by running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, relu
+
+import mergeid
+from mergeid.errors import MergeidError
+
+X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Settings that torch's own layers do not know of."""
+
+    def __init__(
+        self,
+        heads: int = 2,
+        act: Callable[[Tensor], Tensor] = relu,
+        scale: float = 1.0,
+        name: str = "",
+        hidden: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.act, self.scale, self.name, self.dropout = heads, act, scale, name, 0.1
+        self._hidden = [hidden]
+        self.qkv, self.out, self.head = nn.Linear(6, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).reshape(n, t, 8)
+        return self.head(self.act(self.out(mixed) + self._hidden[0]).mean(1))
+
+
+def made(seed: int = 0, **settings: object) -> Attention:
+    torch.manual_seed(seed)
+    return Attention(**settings).eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"heads": 4}, r"heads \(2 and 4\)"),
+        ({"act": gelu}, r"act \(relu and gelu\)"),
+        ({"scale": 0.5, "name": "other"}, "scale"),
+        ({"hidden": 1.0}, "their code"),
+    ],
+)
+@pytest.mark.parametrize("verb", [mergeid.merge, mergeid.plan, mergeid.predict])
+def test_what_code_computes_differently_is_refused(settings: dict, said: str, verb: Callable) -> None:
+    expected = rf"differ in .*{said}.*, which changes what the network computes; --config a\|b says which"
+    with pytest.raises(MergeidError, match=expected):
+        verb(made(0), made(1, **settings), example_inputs=X)
+
+
+@pytest.mark.parametrize("config", ["a", "b"])
+def test_the_user_says_whose_code_counts(config: str) -> None:
+    a, b = made(0), made(0, heads=4)
+    state = mergeid.merge(a, b, example_inputs=X, config=config, match="always").state
+    assert all(torch.equal(state[k], v) for k, v in a.state_dict().items())
+
+
+def test_names_are_no_difference() -> None:
+    assert mergeid.plan(made(0), made(1, name="other"), example_inputs=X).spaces
+
+
+class Writes(nn.Module):
+    """Scales its inputs where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(3)
+        return self.b(self.a(x).relu())
+
+
+def test_inputs_are_as_they_were_for_every_pass() -> None:
+    """Else B sees what A left of a batch, and so does the user."""
+    torch.manual_seed(0)
+    a, b, generator = Writes().eval(), Writes().eval(), torch.Generator().manual_seed(0)
+    example, data = torch.randn(2, 6, generator=generator), [torch.randn(2, 6, generator=generator) for _ in range(24)]
+    before = [x.clone() for x in (example, *data)]
+    assert mergeid.graph(a, example).spaces
+    plan = mergeid.plan(a, b, example_inputs=example, data=data)
+    found = mergeid.merge(a, b, example_inputs=example, data=data, force=True)
+    assert found.state and mergeid.predict(a, b, example_inputs=example, data=data).outlooks
+    assert all(torch.equal(x, y) for x, y in zip((example, *data), before, strict=True))
+
+    class Scaled(Writes):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(3 * x).relu())
+
+    c, d = Scaled().eval(), Scaled().eval()
+    c.load_state_dict(a.state_dict())
+    d.load_state_dict(b.state_dict())
+    same = mergeid.plan(c, d, example_inputs=example, data=data)
+    assert [s.j_match for s in plan.spaces] == pytest.approx([s.j_match for s in same.spaces])
+
+
+class Embedded(nn.Module):
+    def __init__(self, seed: int, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.e, self.f, self.o = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        if tied:
+            self.o.weight = self.e.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.f(self.e(x)).relu())
+
+
+def test_a_head_of_its_own_is_not_held_by_a_tied_one() -> None:
+    a, b, ids = Embedded(0, True).eval(), Embedded(1, False).eval(), torch.arange(8).view(2, 4)
+    with pytest.raises(MergeidError, match=r"whether \w.weight is a tensor of its own \(false and true\)"):
+        mergeid.merge(a, b, example_inputs=ids)
+    state = mergeid.merge(a, b, example_inputs=ids, config="b", match="always", force=True).state
+    assert not torch.equal(state["e.weight"], state["o.weight"])
+    assert mergeid.plan(a, Embedded(1, True).eval(), example_inputs=ids).spaces
+
+
+@pytest.mark.parametrize("match", ["never", "auto"])
+def test_nothing_is_merged_on_the_meta_device(match: str) -> None:
+    with torch.device("meta"):
+        empty = Attention()
+    with pytest.raises(MergeidError, match="Attention is on the meta device, where there are no numbers to merge"):
+        mergeid.merge(empty, made(0), match=match, example_inputs=X)
