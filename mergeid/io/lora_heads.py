@@ -36,6 +36,12 @@ def as_trained(base: Checkpoint, adapter: TensorSource, whole: Mapping[str, str]
     """
     shapes = {short: adapter.table[name].shape for short, name in whole.items()}
     places = {short: _place(base, short) for short in shapes}
+    if None in places.values() and (network := network_of(base)) is not None:
+        for short in (s for s, place in places.items() if place is None):
+            key = network.key_of(short)
+            if key in network.stacked:
+                return base
+            places[short] = None if key is None else network.name_of(key)
     other = {s: shapes[s] for s, place in places.items() if place is None or base.table[place].shape != shapes[s]}
     if not other or base.config is None:
         return base
