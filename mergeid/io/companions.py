@@ -38,18 +38,18 @@ def default_companions(checkpoint: Checkpoint) -> list[Path]:
         found = [p for p in found if not _of_tokenizer(p)] + [p for p in theirs if p.is_file() and _of_tokenizer(p)]
     if checkpoint.parts:
         return found + [folder / n for n in file_names(folder) if "/" in n and is_companion(n, of_parts=True)]
-    modules = folder / "modules.json"
-    if modules.is_file():
-        found += _module_files(folder, modules)
-    return found
+    return found + module_files(folder)
 
 
 def _of_tokenizer(path: Path) -> bool:
     return path.name.startswith(_TOKENIZER) or path.name.endswith(_TOKENIZER_ENDINGS)
 
 
-def _module_files(folder: Path, modules: Path) -> list[Path]:
+def module_files(folder: Path) -> list[Path]:
     """Files of the subfolders that a ``modules.json`` lists (a pooling or normalising step, for instance)."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return []
     try:
         steps = read_json(modules)
     except MergeidError:
