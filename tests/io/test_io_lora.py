@@ -359,11 +359,15 @@ def test_two_adapters_of_one_file_are_two_models(bases: Path, tmp_path: Path, re
         mergeid.merge(str(one), str(one), output=tmp_path / "n", match="never")
 
 
-def test_an_adapter_and_a_full_model_are_planned(bases: Path, tmp_path: Path) -> None:
+def test_an_adapter_and_a_full_model_are_planned(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = adapter(bases / "llama", tmp_path / "l", 1, target_modules=ATTENTION)
     mergeid.scramble(bases / "llama", output=tmp_path / "s", seed=3)
     done = mergeid.merge(str(tmp_path / "s"), str(folder), output=tmp_path / "out")
     assert done.verdict == "match"
+    # BASE+ADAPTER without a slash was taken for the name of an architecture
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bases / "llama", "base")
+    assert mergeid.graph("base+l").spaces
 
 
 @pytest.mark.filterwarnings("ignore:.*tie", "ignore:.*tied")  # PEFT's, about modules that it unties
