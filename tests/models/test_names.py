@@ -63,8 +63,15 @@ def test_an_encoder_and_a_task_model(tmp_path: Path, encoder_first: bool) -> Non
     assert ("left out" if encoder_first else "and kept") in notes
 
 
-@pytest.mark.parametrize("change", [{"": "module."}, {"": "_orig_mod."}, {"": "base_model.model."}, {"LayerNorm.weight": "LayerNorm.gamma",
-                                    "LayerNorm.bias": "LayerNorm.beta"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"": "module."},
+        {"": "_orig_mod."},
+        {"": "base_model.model."},
+        {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    ],
+)
 def test_wrappers_and_old_names(tmp_path: Path, change: dict[str, str]) -> None:
     a, b = (save("BertModel", seed, tmp_path / n, add_pooling_layer=False) for seed, n in enumerate("ab"))
     x, y = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
