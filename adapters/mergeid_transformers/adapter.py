@@ -304,6 +304,10 @@ class TransformersAdapter:
         """A config.json that says so."""
         return configs.config_with_classes(config, classes, labels)
 
+    def config_for(self, config: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+        """The class for a task of PEFT."""
+        return configs.config_for(config, task)
+
     def mixture(self, config: Mapping[str, Any], names: Sequence[str], asked: MixtureRequest) -> Mixture | None:
         """What decoders make; see `mergeid_transformers.mixture`."""
         return mixture.mixture(config, names, asked)

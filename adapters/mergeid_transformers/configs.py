@@ -273,6 +273,28 @@ def _coverage(model_type: str, name: str, config: Mapping[str, Any] | None, name
     return len(both), -len(keys)
 
 
+PEFT_TASKS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+"""What PEFT calls a task -> the library's table of classes for it."""
+
+
+def config_for(config: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+    """A config of the same model type with the class for a task, or of that name; None where there is none."""
+    from transformers.models.auto import modeling_auto
+
+    kind = task
+    if task in PEFT_TASKS:
+        kind = getattr(modeling_auto, PEFT_TASKS[task]).get(config.get("model_type"))
+    if not isinstance(kind, str) or not has_class(kind):
+        return None
+    return {k: v for k, v in config.items() if k != "auto_map"} | {"architectures": [kind]}
+
+
 def config_with_classes(config: Mapping[str, Any], classes: int, labels: Sequence[str] | None) -> dict[str, Any]:
     """A config.json of a network with so many classes."""
     named = [f"LABEL_{i}" for i in range(classes)] if labels is None else labels

@@ -45,6 +45,16 @@ class TiesWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesTasks(Protocol):
+    """Optional ability of an adapter: knows the class that its library uses for a task, of each kind of model."""
+
+    def config_for(self, config: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+        """The config of the same model with the class for a task, as PEFT calls it (``"SEQ_CLS"``), or of that name;
+        None: the library has none for this kind of model."""
+        ...
+
+
 class Contents(NamedTuple):
     """What a folder holds whose networks lie in several sub-folders.
 

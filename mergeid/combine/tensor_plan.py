@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from mergeid.io.tensors import TensorSource
 from mergeid.nn.names import is_asymmetric
 
 HEADS_DIFFER = "the task heads differ"
+_IN_LAYERS = re.compile(r"(^|\.)\d+\.")
 EITHER_DIFFERS = "task heads and token embeddings often differ like this"
 
 
@@ -224,13 +226,25 @@ def _vocab_size(checkpoint: TensorSource) -> int | None:
     return config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
 
 
+def _sizes_that_differ(a: TensorSource, b: TensorSource) -> str:
+    """Numbers of heads, channels and the like in which the configs differ: "num_key_value_heads (2 and 4)"."""
+    one, two = (c.config or {} for c in (a, b))
+    sizes = [k for k in one if all(type(c.get(k)) is int and c[k] > 0 for c in (one, two)) and one[k] != two[k]]
+    told = [f"{k} ({one[k]} and {two[k]})" for k in sizes if "token" not in k and k not in ("vocab_size", "num_labels")]
+    return " and ".join(told[:2])
+
+
 def _refuse_other_shapes(a: TensorSource, b: TensorSource, common: Sequence[str]) -> None:
     other = [n for n in common if a.table[n].shape != b.table[n].shape]
     if not other:
         return
     first, second = a.table[other[0]].shape, b.table[other[0]].shape
     hint = "the models differ in size or architecture (layers of different widths can be merged with --transport)"
-    if 2 * len(other) < len(common):
+    few = 2 * len(other) < len(common)
+    sizes_differ = _sizes_that_differ(a, b) if few and any(_IN_LAYERS.search(n) for n in other) else ""
+    if sizes_differ:
+        hint = f"the models differ in {sizes_differ}"
+    elif few:
         words = {
             HEADS_DIFFER: (_classes(a), _classes(b)),
             "the vocabularies differ": (_vocab_size(a), _vocab_size(b)),

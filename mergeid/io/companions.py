@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.reading import read_json, read_table, read_text
 from mergeid.errors import MergeidError, shown
-from mergeid.io.beside import is_companion
+from mergeid.io.beside import SUBFOLDERS, is_companion
 from mergeid.io.folders import file_names
 
 if TYPE_CHECKING:
@@ -28,24 +28,28 @@ def default_companions(checkpoint: Checkpoint) -> list[Path]:
     if not checkpoint.is_folder:
         return [folder / "config.json"] if (folder / "config.json").is_file() else []
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and is_companion(p.name)]
+    for sub in (folder / name for name in SUBFOLDERS):
+        if sub.is_dir():
+            found += [p for p in sorted(sub.iterdir()) if p.is_file() and is_companion(f"{sub.name}/{p.name}")]
     found = [p for p in found if p.stat().st_size <= _LARGEST]
     if checkpoint.tokenizer_folder != folder:
-        theirs = [p for p in sorted(checkpoint.tokenizer_folder.iterdir()) if p.is_file() and _of_tokenizer(p.name)]
-        found = [p for p in found if not _of_tokenizer(p.name)] + theirs
+        place = checkpoint.tokenizer_folder
+        theirs = [*sorted(place.iterdir()), *sorted(place.glob("additional_chat_templates/*.jinja"))]
+        found = [p for p in found if not _of_tokenizer(p)] + [p for p in theirs if p.is_file() and _of_tokenizer(p)]
     if checkpoint.parts:
         return found + [folder / n for n in file_names(folder) if "/" in n and is_companion(n, of_parts=True)]
-    modules = folder / "modules.json"
-    if modules.is_file():
-        found += _module_files(folder, modules)
-    return found
+    return found + module_files(folder)
 
 
-def _of_tokenizer(name: str) -> bool:
-    return name.startswith(_TOKENIZER) or name.endswith(_TOKENIZER_ENDINGS)
+def _of_tokenizer(path: Path) -> bool:
+    return path.name.startswith(_TOKENIZER) or path.name.endswith(_TOKENIZER_ENDINGS)
 
 
-def _module_files(folder: Path, modules: Path) -> list[Path]:
+def module_files(folder: Path) -> list[Path]:
     """Files of the subfolders that a ``modules.json`` lists (a pooling or normalising step, for instance)."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return []
     try:
         steps = read_json(modules)
     except MergeidError:

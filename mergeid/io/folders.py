@@ -24,6 +24,10 @@ PICKLE_INDEX = ".bin.index.json"
 
 _NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 """Beginnings of pickle file names that trainers leave beside the weights."""
+FOREIGN = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".keras", ".tflite")
+"""Endings of weights in formats that are not read."""
+DISTRIBUTED = (".distcp", "_model_states.pt", "_optim_states.pt")
+"""Endings of files that hold a part of a model for each process (FSDP, DeepSpeed)."""
 PARTS = "parts"
 """Key of the config under which the configs of the sub-folders stand."""
 
@@ -102,12 +106,15 @@ def _ambiguous(where: object, names: list[str]) -> str:
     return f"{where} contains several checkpoints ({', '.join(names)}); name one of the files"
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file can hold a model's weights, judged by its name."""
+    return name.endswith(SAFETENSORS) or (name.endswith(PICKLES) and not name.startswith(_NOT_WEIGHTS))
+
+
 def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weights:
-    pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_NOT_WEIGHTS)]
+    pickles = [n for n in names if is_weights(n)]
     if not pickles:
-        raise MergeidError(
-            f"{where} contains no weights; expected model.safetensors, or shards with model.safetensors.index.json"
-        )
+        raise MergeidError(f"{where} contains no weights; {_instead(names, where)}")
     if not allow_pickle:
         raise MergeidError(pickle_refused(f"{where} contains only {', '.join(pickles[:3])},"))
     if "pytorch_model.bin" in names:
@@ -117,6 +124,26 @@ def _find_pickles(names: list[str], where: object, allow_pickle: bool) -> Weight
     if len(pickles) > 1:
         raise MergeidError(_ambiguous(where, pickles))
     return Weights(pickles[0], None, True)
+
+
+def _instead(names: Sequence[str], where: object) -> str:
+    """What to do about a folder without weights, by what it holds in their place."""
+    foreign = next((n for n in names if n.endswith(FOREIGN)), None)
+    if foreign is not None:
+        return f"{foreign} is in a format that mergeid does not read: convert the model to safetensors"
+    below: list[str] = []
+    if isinstance(where, Path) and where.is_dir():
+        folders = [p for p in where.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        folders += [p for p in where.glob("snapshots/*") if p.is_dir()]
+        held = {p: [f.name for f in p.iterdir() if f.is_file()] for p in folders}
+        below = sorted(str(p) for p, inside in held.items() if "config.json" in inside and any(map(is_weights, inside)))
+        parts = next((p.name for p in folders if any(n.endswith(DISTRIBUTED) for n in held[p])), None)
+        if not below and parts is not None:
+            return f"{parts} holds the parts of a distributed checkpoint: save the model as one with save_pretrained"
+    if below:
+        several = f", or another of its {len(below)} models" if len(below) > 1 else ""
+        return f"expected a model's folder: name {below[0]}{several}"
+    return "expected model.safetensors, or shards with model.safetensors.index.json"
 
 
 def pickle_refused(subject: str) -> str:

@@ -19,6 +19,7 @@ from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
+from mergeid.io.lora_heads import as_trained, tokenizer_beside
 from mergeid.io.lora_places import Places, base_ties
 from mergeid.io.tensors import TensorSource
 
@@ -50,6 +51,7 @@ class LoraConfig:
         rank_stabilised: α/√r instead of α/r.
         transposed: whether the base's weights are stored [in, out] (``fan_in_fan_out``).
         base: the base model as its trainer named it.
+        task: what PEFT calls its task, or the class that it was trained in.
     """
 
     alpha: float
@@ -57,6 +59,7 @@ class LoraConfig:
     rank_stabilised: bool = False
     transposed: bool = False
     base: str | None = None
+    task: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> LoraConfig:
@@ -89,13 +92,17 @@ class LoraConfig:
                 raise MergeidError(
                     f"{path}: alpha_pattern {shown(pattern)} is no pattern ({error}); expected names of modules"
                 ) from None
-        base = told.get("base_model_name_or_path")
+        base, task = told.get("base_model_name_or_path"), told.get("task_type")
+        trained = told.get("auto_mapping")
+        if task is None and isinstance(trained, dict):
+            task = trained.get("base_model_class")
         return cls(
             float(alpha),
             {k: float(v) for k, v in alphas.items()},
             bool(told.get("use_rslora")),
             bool(told.get("fan_in_fan_out")),
             base if isinstance(base, str) and base else None,
+            task if isinstance(task, str) else None,
         )
 
     def scaling(self, module: str, rank: int) -> float:
@@ -178,6 +185,7 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
             _put_once(factors.setdefault(match[1], {}), match[2], name, adapter)
     copies = [short for short, name in whole.items() if _tied_copy(short, name, whole, adapter, base)]
     replaced = {short: name for short, name in whole.items() if short not in copies}
+    origin, base = base, as_trained(base, adapter, replaced, told.task)
     places = Places(base, folder)
     if base_ties(base):
         places = Places(places.untied([*replaced, *(f"{module}.weight" for module in factors)], copies), folder)
@@ -201,7 +209,8 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
         done[target] = module
         formed[target] = _formed(formed[target], under, target, adapter, module, parts, told)
     config = under.config if under.config_changed else None
-    return replace(derived(os.fspath(folder), base, formed, parents=[base, adapter], config=config), adapter=True)
+    found = derived(os.fspath(folder), base, formed, parents=[origin, adapter], config=config)
+    return replace(found, adapter=True, tokenizer=tokenizer_beside(base, folder) or found.tokenizer)
 
 
 def _put_once(held: dict[str, str], place: str, name: str, adapter: TensorSource) -> None:

@@ -105,6 +105,12 @@ class Places:
             if source is not None and network.name_of(key) is None:
                 found = found.with_alias(key, source)
         after = network_of(found)
+        if after is not None:  # a head's bias may be tied by the same word
+            loose = {k for k in network.tied if k not in after.tied and network.name_of(k) is None} - apart
+            partners = {k: [n for n in map(after.name_of, network.tied[k]) if n is not None] for k in loose}
+            for key in sorted(k for k in loose if partners[k] and after.name_of(k) is None):
+                found = found.with_alias(key, partners[key][0])
+            after = network_of(found)
         if after is None or any(after.name_of(key) is None or after.tied.get(key) for key in apart):
             raise refused
         return found

@@ -20,12 +20,14 @@ class Network:
         keys: name in the files -> key of the network's state dict.
         tied: key -> the other keys of the same parameter.
         stacked: keys that the library puts together of several tensors of the files.
+        shapes: key -> shape.
     """
 
     adapter: Adapter
     keys: dict[str, str]
     tied: dict[str, frozenset[str]]
     stacked: frozenset[str]
+    shapes: dict[str, tuple[int, ...]]
 
     def name_of(self, key: str) -> str | None:
         """The name in the files of a key."""
@@ -57,4 +59,5 @@ def network_of(checkpoint: TensorSource) -> Network | None:
     adapter, arch, model = found[0]
     tied = {key: frozenset(group) - {key} for group in tied_groups(model) for key in group if len(group) > 1}
     stacked = adapter.stacked(model, checkpoint.table) if isinstance(adapter, StacksExperts) else {}
-    return Network(adapter, adapter.tensor_names(arch, model, checkpoint.table), tied, frozenset(stacked))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return Network(adapter, adapter.tensor_names(arch, model, checkpoint.table), tied, frozenset(stacked), shapes)

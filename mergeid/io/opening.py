@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.basics.reading import read_table
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.checkpoint import Checkpoint
-from mergeid.io.folders import PICKLES, contents_of, find_weights, pickle_refused, read_index, together
+from mergeid.io.folders import PICKLES, contents_of, find_weights, is_weights, pickle_refused, read_index, together
 from mergeid.io.header import Header, read_header
 from mergeid.io.lora import ADAPTER_CONFIG
 from mergeid.plugins import TensorInfo
@@ -159,7 +160,7 @@ def _adapter(text: str, allow_pickle: bool, dequantise: bool) -> Checkpoint | No
         adapter = str(download(adapter))
     apart = bool(plus and under) and os.path.isdir(_home(adapter)) and not os.path.exists(_home(text))
     folder = Path(_home(adapter if apart else text))
-    if not os.path.isfile(folder / ADAPTER_CONFIG) or os.path.isfile(folder / "config.json"):
+    if not os.path.isfile(folder / ADAPTER_CONFIG) or (not apart and _holds_model(folder)):
         if apart:
             raise MergeidError(f"{adapter} in {text} is not a PEFT adapter; expected a folder with {ADAPTER_CONFIG}")
         return None
@@ -173,12 +174,46 @@ def _adapter(text: str, allow_pickle: bool, dequantise: bool) -> Checkpoint | No
             why = f"has the base {told.base}, which is not on this machine" if told.base else "does not name its base"
             raise MergeidError(f"{text} is a PEFT adapter (LoRA) and {why}; name both as BASE+{text}")
         under = str(place)
-    file = folder / "adapter_model.safetensors"
     opened = open_checkpoint(under, allow_pickle=allow_pickle, dequantise=dequantise)
-    if not file.is_file():
-        hint = "; convert adapter_model.bin to safetensors" if (folder / "adapter_model.bin").is_file() else ""
-        raise MergeidError(f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors{hint}")
-    return laid_on(opened, open_checkpoint(str(file)), told)
+    if apart and told.base is not None and _another(told.base, opened):
+        warnings.warn(
+            f"{adapter} was trained on {told.base}, and is laid on {under} as requested", MergeidWarning, stacklevel=2
+        )
+    held = [folder / f"adapter_model{ending}" for ending in (".safetensors", ".bin")]
+    file = next((f for f in held if f.is_file()), None)
+    if file is None:
+        raise MergeidError(
+            f"{folder} has {ADAPTER_CONFIG} and no {held[0].name}; expected the adapter's weights beside its config: "
+            "copy or download it again"
+        )
+    return laid_on(opened, open_checkpoint(str(file), allow_pickle=allow_pickle), told)
+
+
+def _another(trained: str, named: Checkpoint) -> bool:
+    """Whether the base that an adapter names is known to be another than the one that the user names: both are hub ids,
+    or the former lies here too with other tensors, or other numbers at their beginning."""
+    import torch
+
+    place = _home(trained)
+    if not os.path.isdir(place):
+        both_hub = _is_hub_id(trained) and _is_hub_id(named.source) and not os.path.exists(_home(named.source))
+        return both_hub and trained.split("@")[0] != named.source.split("@")[0]
+    if os.path.exists(named.path) and os.path.samefile(place, named.path):
+        return False
+    try:
+        other = open_checkpoint(place)
+    except MergeidError:  # whatever lies there now
+        return False
+    if other.table != named.table:
+        return True
+    return not all(torch.equal(*(c.tensor(n).flatten()[:16] for c in (other, named))) for n in other.table)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder with an adapter's config holds a whole model too: its config, and weights that are not the
+    adapter's. Trainers leave the base's config beside an adapter."""
+    names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("adapter_model.")]
+    return "config.json" in names and any(map(is_weights, names))
 
 
 def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:

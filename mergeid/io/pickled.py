@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ MOST_EXPANDED = 1 << 20
 """Bytes up to which a tensor may be larger than what is stored of it."""
 _AVERAGED = ("state_dict_ema", "model_ema")
 """Keys of weights that were averaged over the training: those that timm's scripts report on, and its loader takes."""
+_AVERAGE = re.compile(r"(^|_)(ema|swa|average|averaged|polyak)(_|$)", re.IGNORECASE)
 _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "module")
 """Keys under which training scripts put the state dict."""
 
@@ -53,6 +55,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
                     MergeidWarning,
                     stacklevel=2,
                 )
+            else:
+                _tell_of_averages(path, found, key)
             found = found[key]
             break
     if not isinstance(found, Mapping):
@@ -63,6 +67,19 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         _check_plain(path, name, tensor)
     return {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+
+
+def _tell_of_averages(path: Path, found: Mapping[str, object], taken: str) -> None:
+    """Warns where averaged weights lie beside the ones that are read, under a key that not every script uses so."""
+    import warnings
+
+    other = next((k for k, v in found.items() if _AVERAGE.search(str(k)) and isinstance(v, Mapping) and v), None)
+    if other is not None:
+        warnings.warn(
+            f"{path} also holds {shown(other)}, which may be averaged weights; those under {taken!r} are used",
+            MergeidWarning,
+            stacklevel=3,
+        )
 
 
 def _check_plain(path: Path, name: str, tensor: Tensor) -> None:

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Union
 from mergeid.basics import stopping
 from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
+from mergeid.io.beside import SUBFOLDERS
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dtypes import dtype_name, tensor_bytes
 from mergeid.io.journal import Journal
@@ -188,7 +189,10 @@ class CheckpointWriter:
 
     def _inside(self, companion: Path) -> Path:
         folder = self._like.path if self._like.is_folder else self._like.path.parent
-        return companion.relative_to(folder) if companion.is_relative_to(folder) else Path(companion.name)
+        if companion.is_relative_to(folder):
+            return companion.relative_to(folder)
+        sub = companion.parent.name
+        return Path(sub, companion.name) if sub in SUBFOLDERS else Path(companion.name)
 
     def _check_space(self) -> None:
         places = [self._place(shard) for shard in self._layout.shards]

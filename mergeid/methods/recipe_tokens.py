@@ -10,6 +10,9 @@ from mergeid.errors import MergeidError
 from mergeid.io.recipe_schema import ModelTokenEntry, RecipeFile, TokenEntry, ZeroEntry
 from mergeid.request.vocabulary import TokenRow, Vocabulary
 
+_OLD = "model:"
+"""How older recipes of mergekit begin the name of the model whose tokenizer is meant."""
+
 
 def vocabulary_of(told: RecipeFile, models: Sequence[str], base: str | None) -> Vocabulary | None:
     """The tokens that a recipe asks for; None: all models have the same.
@@ -26,6 +29,8 @@ def vocabulary_of(told: RecipeFile, models: Sequence[str], base: str | None) -> 
     source = told.tokenizer_source if entry is None else entry.source
     if source is None:
         return None
+    if source not in models:
+        source = source.removeprefix(_OLD)
 
     def letter(name: str, whose: str) -> str:
         if name in models[: len(ascii_lowercase)]:

@@ -93,7 +93,7 @@ def load_checkpoint(
     if missing:
         raise MergeidError(
             f"{checkpoint.source} lacks {len(missing)} of the {len(own)} tensors of {arch.id} (first: {missing[0]!r}); "
-            "name its architecture with --arch"
+            "name its architecture with --arch, or merge the tensors as is with --match never"
         )
     if run.place != "cpu":
         _in_bfloat16(model, checkpoint, names)

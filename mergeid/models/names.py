@@ -102,11 +102,13 @@ def _keys(
 ) -> tuple[dict[str, str], dict[str, str]] | None:
     """The keys of the first model's network that both files' tensors are; None where no network is known. The other's
     experts are put together, or taken apart, as the first one's are."""
+    if (wrapped := _without_prefix(first, other)) is not None:
+        return wrapped
     try:
         adapter, chosen = find_architecture(first, arch)
         network = build(adapter, chosen, Room.of(first.table), device="meta")
     except MergeidError:
-        return _without_prefix(first, other)
+        return None
     other, note = as_in_first(first, other, adapter, chosen, network)
     if note:
         found.models[at] = other
@@ -120,7 +122,7 @@ def _keys(
 
 
 def _without_prefix(first: TensorSource, other: TensorSource) -> tuple[dict[str, str], dict[str, str]] | None:
-    """Of networks that no library has: wrappers put one prefix before every name."""
+    """Where one prefix before every name is all that differs, as wrappers put it there."""
     for longer, shorter in ((first, other), (other, first)):
         name = next(iter(shorter.table))
         full = next((n for n in longer.table if n.endswith(f".{name}")), None)

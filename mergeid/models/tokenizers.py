@@ -12,6 +12,8 @@ from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import tokenizer_vocabulary
 
 TOKENIZER, CONFIG, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+_SPECIAL = ("extra_special_tokens", "additional_special_tokens")
+"""Lists of further special tokens in a tokenizer's config, by transformers 5 and by all versions."""
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 """How a token is found in text unless its own tokenizer says otherwise."""
 
@@ -73,8 +75,15 @@ def extended(folder: Path, tokens: Mapping[str, Mapping[str, Any]]) -> tuple[dic
     files = {TOKENIZER: _text(parsed)}
     new = {str(n): {**{k: listed[t][k] for k in _PLAIN}, "content": t} for t, n in numbers.items()}
     stated = read_table(folder / CONFIG, "the tokenizer's config") if (folder / CONFIG).is_file() else {}
+    told = dict(stated)
     if isinstance(stated.get("added_tokens_decoder"), dict):
-        files[CONFIG] = _text({**stated, "added_tokens_decoder": {**stated["added_tokens_decoder"], **new}})
+        told["added_tokens_decoder"] = {**stated["added_tokens_decoder"], **new}
+    special = [t for t in numbers if listed[t]["special"]]
+    if special and stated:
+        key = next((k for k in _SPECIAL if isinstance(stated.get(k), list)), _SPECIAL[-1])
+        told[key] = [*stated.get(key, []), *special]
+    if told != stated:
+        files[CONFIG] = _text(told)
     if (folder / ADDED).is_file():
         files[ADDED] = _text({**read_table(folder / ADDED, "added tokens"), **numbers})
     return numbers, files

@@ -17,7 +17,7 @@ class MergeRequest:
     """All that a merge is asked for.
 
     Attributes:
-        models: two or more; the others are brought into the first one's order.
+        models: two or more, or one for methods that take one; the others are brought into the first one's order.
         base: what they were fine-tuned from, for methods that need it.
         transport: whether neurons are carried by optimal transport instead of being matched.
         heads: "both": one head with the classes of all.
@@ -37,7 +37,9 @@ class MergeRequest:
 
     def __post_init__(self) -> None:
         method, stage, data = self.asked.method, self.repairing.stage, self.calibration.given
-        least = method.least if method.most == 1 or self.base is not None else 2
+        average = method.weights == "shares" and method.most is None and method.statistics is None
+        # a recipe of one model gives it another dtype, other tokens, or lays an adapter on it
+        least = method.least if method.most == 1 or self.base is not None or average else 2
         if len(self.models) < least:
             raise MergeidError(
                 f"merging takes at least {'two models' if least == 2 else 'one model'}, got {len(self.models)}"

@@ -16,6 +16,7 @@ from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.opening import Source, is_empty, is_live, state_of
+from mergeid.models.beside import differences_beside
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import CHANGES, SAYS_WHICH, Agreed, Disagreement, agree, called_apart
@@ -61,6 +62,14 @@ class Met:
     def everyone(self) -> list[Checkpoint]:
         """The models and, last, the base."""
         return [*self.models, *([self.base] if self.base is not None else [])]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user of a merge should know: what was done so that the models meet, and small files in which they
+        differ and of which the output has the first one's."""
+        asked = self.bench.reading
+        tokens, template = asked.tokenizer is not None, asked.chat_template is not None
+        return [*self.agreed.notes, *differences_beside(self.models, tokens=tokens, template=template)]
 
     @property
     def float_names(self) -> list[str]:

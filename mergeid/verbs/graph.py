@@ -80,7 +80,7 @@ def _found(source: Source, reading: Reading, run: Run, revision: str | None) -> 
         return load_model(source, reading, run, revision=revision)
     text = os.fspath(source)
     config = text.endswith(".json")
-    if not config and os.path.exists(text):
+    if not config and (os.path.exists(text) or os.path.isdir(text.rpartition("+")[2])):
         return load_model(source, reading, run, revision=revision)
     try:
         return bare(text, run)

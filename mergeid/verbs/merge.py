@@ -229,7 +229,7 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     members = _members(request, met, settings, places)
     if members is not None and members.examples is not None and request.repairing.target == "mean":
         members = replace(members, examples=replace(members.examples, owners=None))
-    result = MergeResult("direct", notes=[*met.agreed.notes, *notes], in_place=places.to_json() if places else None)
+    result = MergeResult("direct", notes=[*met.notes, *notes], in_place=places.to_json() if places else None)
     repaired: dict[str, Tensor] = {}
     if members is not None:
         members = members.measured(run)

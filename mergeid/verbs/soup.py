@@ -123,7 +123,7 @@ def soup(
         alone = [*single]
         request = replace(request, weights=stage.shares(len(models), chosen))
     members = replace(members, settings=request.over(len(models), met.float_names))
-    notes = [*met.agreed.notes, *notes_of(members)]
+    notes = [*met.notes, *notes_of(members)]
     made = SoupResult(
         how,
         tuple(

@@ -117,7 +117,7 @@ def zip_models(
         raise MergeidError(f"--data must hold at least {LEAST} examples to zip by, and it holds {len(examples or ())}")
     zipped = _zipped(pair, examples, run, up_to, across)
     result = _result(pair, zipped, one_head)
-    result = replace(result, notes=[*result.notes, *met.agreed.notes])
+    result = replace(result, notes=[*result.notes, *met.notes])
     if repair:
         run.tell("estimating BatchNorm statistics", 0, 1)
         result = _renormalised(result, pair, examples, run)

@@ -252,6 +252,26 @@ def test_index_that_is_no_json(tmp_path: Path) -> None:
         open_checkpoint(folder / "model.safetensors.index.json")
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["m.gguf"], "m.gguf is in a format that mergeid does not read: convert the model to safetensors"),
+        (["tf_model.h5"], "tf_model.h5 is in a format"),
+        (["checkpoint-9/config.json", "checkpoint-9/model.safetensors"], "a model's folder: name .*checkpoint-9$"),
+        (["snapshots/x/config.json", "snapshots/x/model.safetensors"], "a model's folder: name .*snapshots/x$"),
+        (["step1/mp_rank_00_model_states.pt"], "step1 holds the parts of a distributed checkpoint"),
+        (["fsdp_0/__0_0.distcp"], "fsdp_0 holds the parts of a distributed checkpoint"),
+        (["optimizer.pt", "logs/a.txt"], "expected model.safetensors, or shards"),
+    ],
+)
+def test_a_folder_without_weights_says_what_it_holds_instead(tmp_path: Path, files: list[str], said: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(MergeidError, match=f"contains no weights; .*{said}"):
+        open_checkpoint(tmp_path)
+
+
 def test_shards_without_index_and_several_files_and_none(tmp_path: Path) -> None:
     with pytest.raises(MergeidError, match=r"contains no weights; expected model.safetensors"):
         open_checkpoint(tmp_path)

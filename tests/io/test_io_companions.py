@@ -30,6 +30,22 @@ def test_config_tokenizer_and_code_but_no_records_or_weights(tmp_path: Path) -> 
     assert [str(p.relative_to(tmp_path)) for p in found] == kept
 
 
+def test_templates_by_name_generating_code_and_terms_travel_and_an_adapter_beside_does_not(tmp_path: Path) -> None:
+    """Templates in a sub-folder, code that generates and the licence were left behind; the config of an adapter was
+    copied without its weights, so that transformers refused the folder."""
+    inside = ["additional_chat_templates/tool.jinja", "custom_generate/generate.py"]
+    kept = ["LICENSE", "NOTICE.md", "config.json", *inside]
+    other = ["adapter_config.json", "additional_chat_templates/.hidden", "custom_generate/a.bin", "runs/a.json"]
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "a", [*kept, *other])
+    found = default_companions(open_checkpoint(tmp_path / "a"))
+    assert [p.relative_to(tmp_path / "a").as_posix() for p in found] == kept
+    (tmp_path / "b").mkdir()
+    merge_checkpoints(tmp_path / "a", make(tmp_path / "b", []), tmp_path / "merged")
+    assert all((tmp_path / "merged" / name).is_file() for name in kept)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
 def test_a_file_has_its_config_and_memory_has_none(tmp_path: Path) -> None:
     make(tmp_path, ["config.json", "tokenizer.json"])
     assert default_companions(open_checkpoint(tmp_path / "model.safetensors")) == [tmp_path / "config.json"]

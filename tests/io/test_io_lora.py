@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import mergeid
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, MergeidWarning
 from mergeid.io.lora_forming import LoraConfig as ReadConfig
 from mergeid.io.lora_forming import shared_base
 from mergeid.io.opening import open_checkpoint
@@ -359,11 +359,15 @@ def test_two_adapters_of_one_file_are_two_models(bases: Path, tmp_path: Path, re
         mergeid.merge(str(one), str(one), output=tmp_path / "n", match="never")
 
 
-def test_an_adapter_and_a_full_model_are_planned(bases: Path, tmp_path: Path) -> None:
+def test_an_adapter_and_a_full_model_are_planned(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = adapter(bases / "llama", tmp_path / "l", 1, target_modules=ATTENTION)
     mergeid.scramble(bases / "llama", output=tmp_path / "s", seed=3)
     done = mergeid.merge(str(tmp_path / "s"), str(folder), output=tmp_path / "out")
     assert done.verdict == "match"
+    # BASE+ADAPTER without a slash was taken for the name of an architecture
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bases / "llama", "base")
+    assert mergeid.graph("base+l").spaces
 
 
 @pytest.mark.filterwarnings("ignore:.*tie", "ignore:.*tied")  # PEFT's, about modules that it unties
@@ -428,9 +432,10 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
     refused("of type 'IA3'; expected LORA", bad, peft_type="IA3")
     refused("lora_alpha is 'much'", bad, lora_alpha="much")
     refused("has layer_replication, which is more", f"{base}+{bad}", layer_replication=[[0, 2]])
-    refused(
-        r"changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has no such tensor", f"{bases / 'gpt2'}+{bad}"
-    )
+    with pytest.warns(MergeidWarning, match="was trained on .*llama, and is laid on .*gpt2 as requested"):
+        refused(
+            "changes 'model.layers.0.self_attn.q_proj.weight', and .*gpt2 has no such tensor", f"{bases / 'gpt2'}+{bad}"
+        )
     refused("is not a PEFT adapter; expected a folder with adapter_config.json", f"{bad}+{base}")
     tensors = load_file(folder / "adapter_model.safetensors")
     first = next(n for n in tensors if n.endswith("lora_A.weight"))
@@ -445,6 +450,38 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
         mergeid.extract(base, base=base, output=tmp_path / "none")
     with pytest.raises(MergeidError, match="--rank is 0"):
         mergeid.extract(base, base=base, output=tmp_path / "none", rank=0)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_beside_the_config_of_its_base(bases: Path, tmp_path: Path, alone: bool) -> None:
+    """Trainers leave ``config.json`` in an adapter's folder, which was then called no adapter. With a whole model's
+    weights beside it, the folder is that model."""
+    base = bases / "llama"
+    folder = adapter(base, tmp_path / "l", 1, target_modules=ATTENTION)
+    shutil.copy(base / "config.json", folder)
+    torch.save({"step": 3}, folder / "optimizer.pt")
+    found = open_checkpoint(str(folder) if alone else f"{base}+{folder}")
+    expected = by_peft(base, folder)
+    assert all(torch.allclose(found.tensor(n), expected[n], atol=1e-6) for n in found.table)
+    shutil.copy(base / "model.safetensors", folder)
+    found, whole = open_checkpoint(str(folder) if alone else f"{base}+{folder}"), load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found.tensor(name), whole[name]) is alone
+
+
+def test_an_adapter_in_a_pickle(bases: Path, tmp_path: Path) -> None:
+    """As PEFT wrote them: refused with the option that reads them; that option did not."""
+    folder = adapter(bases / "llama", tmp_path / "l", 1, target_modules=ATTENTION)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    expected = by_peft(bases / "llama", folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(MergeidError, match=r"adapter_model.bin is a pickle .* --allow-pickle"):
+        open_checkpoint(str(folder))
+    found = open_checkpoint(str(folder), allow_pickle=True)
+    assert all(torch.allclose(found.tensor(n), expected[n], atol=1e-6) for n in found.table)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(MergeidError, match=r"no adapter_model.safetensors; expected the adapter's weights"):
+        open_checkpoint(str(folder))
 
 
 def test_merge_of_adapters_is_written_as_an_adapter(bases: Path, tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_averaged_weights_of_a_training_checkpoint_are_read_and_that_is_said(tmp
     assert torch.equal(found.tensor("w"), load_state_dict(str(tmp_path / "last.pth.tar"))["w"])
 
 
+@pytest.mark.parametrize("key", ["ema", "ema_state_dict", "swa_model"])
+def test_weights_that_may_be_averaged_are_named_where_others_are_read(tmp_path: Path, key: str) -> None:
+    """Nothing said that a checkpoint holds two models."""
+    torch.save({"model": {"w": torch.ones(2)}, key: {"w": torch.zeros(2)}, "epoch": 3}, tmp_path / "last.pth")
+    with pytest.warns(mergeid.MergeidWarning, match=f"also holds '{key}'.*; those under 'model' are used"):
+        found = open_checkpoint(tmp_path / "last.pth", allow_pickle=True)
+    assert found.tensor("w").tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("averaged", [True, False], ids=["EMA", "no EMA"])
 def test_checkpoints_as_the_training_script_of_timm_saves_them(averaged: bool, tmp_path: Path) -> None:
     """With its options, optimizer and, under another key, the averaged weights; of a wrapped model too."""

@@ -206,12 +206,27 @@ def test_linear_is_normalised_unless_it_says_no() -> None:
     assert not parse_recipe({**table, "parameters": {"normalize": False}}).normalize
 
 
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_an_average_of_one_model(work: Path, method: str) -> None:
+    """A way to give it another dtype or other tokens. It was refused."""
+    lines = f"merge_method: {method}\nmodels:\n- model: a.safetensors\n  parameters: {{weight: 2}}\ndtype: bfloat16\n"
+    (work / "recipe.yaml").write_text(lines)
+    found = merged(work, "recipe.yaml", "-o", "merged.safetensors")
+    assert all(torch.equal(found[n], t.bfloat16()) for n, t in network(0).items())
+    if method == "linear":
+        (work / "recipe.yaml").write_text(lines + "parameters: {normalize: false}\n")
+        found = merged(work, "recipe.yaml", "-o", "merged.safetensors")
+        assert all(torch.equal(found[n], 2 * t.bfloat16()) for n, t in network(0).items())
+
+
 def test_whose_tokens_the_result_has() -> None:
     table: dict[str, Any] = {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}
     assert parse_recipe(table).parameters == {"max_iter": 10, "tol": 1e-5} and parse_recipe(table).tokenizer is None
     for source, found in (("union", "union"), ("a", "a"), ("b", "b"), ("base", "a")):
         for told in ({"tokenizer_source": source}, {"tokenizer": {"source": source}}):
             assert parse_recipe({**table, **told}).tokenizer == Vocabulary(found, multiple=1)
+    old = parse_recipe({**table, "tokenizer_source": "model:b"}).tokenizer  # as mergekit's recipes of 2023 have it
+    assert old == Vocabulary("b", multiple=1)
     models = [{"model": "a", "parameters": {"weight": 1}}]
     based = {"merge_method": "task_arithmetic", "base_model": "c", "models": models}
     assert parse_recipe({**based, "tokenizer_source": "base"}).tokenizer == Vocabulary("base", "base", multiple=1)

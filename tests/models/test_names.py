@@ -63,8 +63,15 @@ def test_an_encoder_and_a_task_model(tmp_path: Path, encoder_first: bool) -> Non
     assert ("left out" if encoder_first else "and kept") in notes
 
 
-@pytest.mark.parametrize("change", [{"": "module."}, {"": "_orig_mod."}, {"LayerNorm.weight": "LayerNorm.gamma",
-                                    "LayerNorm.bias": "LayerNorm.beta"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"": "module."},
+        {"": "_orig_mod."},
+        {"": "base_model.model."},
+        {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+    ],
+)
 def test_wrappers_and_old_names(tmp_path: Path, change: dict[str, str]) -> None:
     a, b = (save("BertModel", seed, tmp_path / n, add_pooling_layer=False) for seed, n in enumerate("ab"))
     x, y = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
@@ -104,3 +111,13 @@ def test_what_is_still_refused(tmp_path: Path) -> None:
     save_file({n: t for n, t in tensors.items() if n != name}, b / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(MergeidError, match=f"{name}' is only in"):
         mergeid.merge(a, b, output=tmp_path / "out", match="never")
+
+
+def test_layers_of_other_sizes_are_no_heads(tmp_path: Path) -> None:
+    """The message was about task heads and tokens, and advised to skip the layers."""
+    told = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    for name, heads in (("a", 2), ("b", 4)):
+        config = transformers.LlamaConfig(**told, num_attention_heads=4, num_key_value_heads=heads)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    with pytest.raises(MergeidError, match=r"k_proj.*; the models differ in num_key_value_heads \(2 and 4\)$"):
+        merged(tmp_path / "a", tmp_path / "b", tmp_path / "out")

@@ -141,6 +141,8 @@ def test_union_where_each_has_its_own_tokens(tmp_path: Path, tied: bool) -> None
     text = "w1 left right <y> w15 <x>"
     assert tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]) == text.split()
     assert tokenizer.decode([rows["<y>"], rows["w15"]], skip_special_tokens=True) == "w15"
+    named = [set(transformers.AutoTokenizer.from_pretrained(m).all_special_tokens) for m in (out, a, b)]
+    assert named[0] == named[1] | named[2]  # those of b were only known to the tokenizer's core
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == 21 and model.config.eos_token_id == model.generation_config.eos_token_id == 5
     assert model(torch.tensor([list(rows.values())])).logits.isfinite().all()
