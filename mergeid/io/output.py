@@ -96,9 +96,10 @@ def _resolved(name: str, what: str) -> Path:
     """Where an output really lies. Raises `MergeidError` for what cannot be the name of a file."""
     try:
         final = Path(os.path.realpath(Path(name).expanduser()))
-        os.lstat(final)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(final)
+    except FileNotFoundError:
+        raise MergeidError(f"{what} {name} cannot be written: the working directory is gone; enter another") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise MergeidError(f"{what} {name} cannot be written: {reason(error)}; choose another place") from None
     if not final.name:

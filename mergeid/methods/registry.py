@@ -35,7 +35,7 @@ LARGEST_WEIGHT = 1e12
 Need = Union[bool, float, str, Sequence[Any], "Tensor", "torch.Generator", None]
 """What a method may declare: a parameter, one per model, the base's tensor, statistics, a generator."""
 MethodFunction = Callable[..., "Formed"]
-"""(tensors, weights, \*\*what the method declares) -> tensor, or the pieces that it is formed in."""
+"""(tensors, weights, all that the method declares) -> tensor, or the pieces that it is formed in."""
 
 
 @dataclass(frozen=True)
