@@ -82,7 +82,7 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
     kept = {k: v for k, v in held.items() if k not in OWN}
     own_things = {k: v for k, v in kept.items() if k not in _usual()}
     inside = [_contents(v) for v in own_things.values()]
-    own = {} if running else held.get("_buffers", {})  # a scripted module keeps them elsewhere
+    own = {} if running else held.get("_buffers", {})
     buffers = list(own.items())
     tensors = [t for _, t in buffers if largest is None or (t is not None and t.numel() <= largest)]
     tensors += [v for v in own_things.values() if isinstance(v, torch.Tensor) and v.numel() <= SMALL]
@@ -96,7 +96,8 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
         held.update(kept)
         for each in inside:
             each()
-        own.update(buffers)
+        if isinstance(own, dict):  # a scripted module keeps them elsewhere
+            own.update(buffers)
         for tensor, value in values:
             _refill(tensor, value)
 

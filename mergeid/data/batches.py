@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 
 from mergeid.basics.casting import kept_kind
 from mergeid.basics.nested import as_batch, mapped
+from mergeid.data.batching import told
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 
@@ -28,7 +29,7 @@ def dataset_length(dataset: Any) -> int:
     """Number of examples. Raises `MergeidError` for a data set without a length or without examples."""
     try:
         count = len(dataset)
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:  # no length, or one below 0 or beyond 2^63
         raise MergeidError(
             f"the dataset {type(dataset).__name__} has no length; expected a map-style dataset "
             "(with __len__ and __getitem__), so turn a stream into a list first"
@@ -62,7 +63,28 @@ class NamedInputs(Sequence[Any]):
         return dataset_length(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        return as_batch(self.items[index])
+        try:
+            return as_batch(self.items[index])
+        except MergeidError:
+            raise
+        except Exception as error:  # the user's own code
+            if isinstance(error, IndexError) and not 0 <= index < len(self):
+                raise  # which ends a loop over them
+            raise MergeidError(f"example {index} of the data cannot be read ({told(error)}); repair it") from error
+
+
+class LabelledInputs(NamedInputs):
+    """Data whose items are tuples of inputs, of which the last one is the label."""
+
+    def __init__(self, items: Any, label: str) -> None:
+        super().__init__(items)
+        self.label = label
+
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        if self.label not in item:
+            raise MergeidError(f"example {index} of the data has no label, which others have; give it to all of them")
+        return {**{k: v for k, v in item.items() if k != self.label}, "labels": item[self.label]}
 
 
 class WholeInputs(NamedInputs):
@@ -175,6 +197,8 @@ def to_model(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> B
 
     def place(key: str, value: Any) -> Any:
         def moved(x: torch.Tensor) -> torch.Tensor:
+            if x.is_meta and device.type != "meta":
+                raise MergeidError(f"the input {key!r} is on the meta device and holds no values; expected real inputs")
             wanted = x.dtype if dtype is None or key == "labels" else kept_kind(x, dtype)
             return x.to(device=device, dtype=wanted, non_blocking=True)
 

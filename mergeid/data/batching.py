@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
@@ -23,6 +23,17 @@ def told(error: BaseException) -> str:
     """What an error of another library, or of the user's own code, says: its kind and first line."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
+
+
+def unloaded(data: Any) -> Any:
+    """The dataset of a `DataLoader`, whose batches are made anew here; anything else as it is.
+
+    Raises `MergeidError` where the loader makes batches in a way of its own."""
+    if not isinstance(data, DataLoader):
+        return data
+    if data.collate_fn not in (default_collate, default_convert):
+        raise MergeidError("the data is a DataLoader with a collate_fn of its own; expected its dataset")
+    return data.dataset
 
 
 class Item(dict[str, Any]):

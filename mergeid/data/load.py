@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergeid.basics.reading import check_regular
 from mergeid.data import arrays, conform, images, text
-from mergeid.data.batching import Item, ItemDataset, told
+from mergeid.data.batching import Item, ItemDataset, told, unloaded
 from mergeid.data.chat import chat_name
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture
@@ -195,6 +195,7 @@ def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | 
 
 
 def _object(data: Any, about: Mapping[str, Any], folder: Path | None, seed: int, source: str) -> ItemDataset:
+    data = unloaded(data)
     if isinstance(data, ItemDataset):
         return data
     if isinstance(data, Mapping):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError
-from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.checkpoint import Checkpoint, check_values
 from mergeid.io.folders import PICKLES, contents_of, find_weights, pickle_refused, read_index, together
 from mergeid.io.header import Header, read_header
 from mergeid.io.lora import ADAPTER_CONFIG
@@ -96,8 +96,13 @@ def module_of(source: Source) -> nn.Module | None:
 def _live(source: object) -> nn.Module:
     """What is no path has to be a module."""
     from torch import nn
+    from torch.nn.parameter import UninitializedTensorMixin
 
     if isinstance(source, nn.Module):
+        if any(isinstance(t, UninitializedTensorMixin) for t in (*source.parameters(), *source.buffers())):
+            raise MergeidError(
+                f"{type(source).__name__} has lazy layers without weights; run it once on an input, which makes them"
+            )
         return source
     if isinstance(source, type) and issubclass(source, nn.Module):
         given, so = f"the class {source.__name__}", "make a module of it, which has weights"
@@ -122,6 +127,14 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     return {k: v.to("cpu") for k, v in get_state_dict_offloaded_model(module).items()}
+
+
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """`state_of` a module whose tensors all hold values. Raises `MergeidError` where one is on the meta device."""
+    found = state_of(module)
+    for name, value in found.items():
+        check_values(name, value, type(module).__name__)
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:

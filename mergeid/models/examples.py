@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from mergeid.basics.nested import as_batch, named_tensors
+from mergeid.basics.nested import named_tensors
 from mergeid.data.batches import (
     Collate,
     FixedBatches,
+    LabelledInputs,
     NamedInputs,
     WholeInputs,
     dataset_length,
@@ -21,6 +24,7 @@ from mergeid.data.batches import (
     is_whole,
     to_model,
 )
+from mergeid.data.batching import unloaded
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 from mergeid.request.request import OwnData
@@ -124,7 +128,30 @@ def _as_given(data: Any, loaded: Loaded) -> Any:
             f"the data of the live module {loaded.source} is {kind}; expected a sequence of examples: tensors, tuples "
             "or dicts of its inputs"
         )
+    data = unloaded(data)
+    if not hasattr(data, "__getitem__") or isinstance(data, (nn.Module, bytes)):
+        raise MergeidError(
+            f"the data of the live module {loaded.source} is of type {type(data).__name__}; expected a list of "
+            "examples, or a dataset with __len__ and __getitem__"
+        )
     dataset_length(data)
-    first, example = named_tensors(loaded.inputs_of(as_batch(data[0]))), named_tensors(loaded.inputs)
+    data = NamedInputs(data)
+    first, example = named_tensors(loaded.inputs_of(data[0])), named_tensors(loaded.inputs)
+    if _has_labels(loaded.inputs_of(data[0]), loaded.inputs, loaded.model):
+        return LabelledInputs(data.items, f"arg{len(loaded.inputs)}")
     alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
-    return WholeInputs(data) if alike else NamedInputs(data)
+    return WholeInputs(data.items) if alike else data
+
+
+def _has_labels(first: Mapping[str, Any], example: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether items are tuples with one entry more than the module's forward takes: inputs and a label."""
+    names = {f"arg{i}" for i in range(len(example))}
+    if set(example) != names or set(first) != names | {f"arg{len(example)}"}:
+        return False
+    try:
+        inspect.signature(model.forward).bind(*range(len(first)))
+    except TypeError:
+        return True
+    except ValueError:  # compiled code has no signature
+        return False
+    return False

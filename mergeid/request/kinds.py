@@ -28,6 +28,7 @@ _NAMES = {
     Mapping: "a mapping",
     Callable: "a function",
 }
+_MANY = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
 def kinds_of(signature: inspect.Signature, modules: Iterable[str]) -> Kinds:
@@ -158,6 +159,10 @@ def _told(value: Any) -> str:
 
 
 def _described(hint: Any) -> str:
-    kinds = [get_origin(choice) or choice for choice in _choices(hint)]
-    words = [_NAMES.get(kind) or f"a {getattr(kind, '__name__', None) or kind.__forward_arg__}" for kind in kinds]
+    words = []
+    for choice in _choices(hint):
+        kind = get_origin(choice) or choice
+        inside = _MANY.get(get_args(choice)[0]) if kind is Sequence and get_args(choice) else None
+        named = _NAMES.get(kind) or f"a {getattr(kind, '__name__', None) or kind.__forward_arg__}"
+        words.append(f"{named} of {inside}" if inside else named)
     return " or ".join(dict.fromkeys(words))

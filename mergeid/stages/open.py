@@ -15,7 +15,7 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
-from mergeid.io.opening import Source, is_live, state_of
+from mergeid.io.opening import Source, is_live, values_of
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
 from mergeid.models.configs import Agreed, agree
@@ -213,7 +213,7 @@ def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:
     both = open_models(bench.under(replace(bench.reading, skip=skip, config=chosen)), [first, base])
     check_tensors(both, both.models[1])
     if origin.module is not None:
-        return state_of(origin.module)
+        return values_of(origin.module)
     return bench.load(both.models[1], like).state()
 
 
