@@ -68,12 +68,12 @@ def _plain(tensor: Tensor) -> Tensor:
     """Integer formats with which torch cannot calculate, as int64. Raises `MergeidError` where that does not hold
     them, and for complex numbers."""
     if tensor.is_complex():
-        raise MergeidError("an array holds complex numbers; expected real ones")
+        raise MergeidError("its numbers are complex; expected real ones")
     if tensor.dtype not in (torch.uint16, torch.uint32, torch.uint64):
         return tensor
     wide = tensor.long()
     if tensor.dtype == torch.uint64 and bool((wide < 0).any()):
-        raise MergeidError("an array holds integers of 2^63 and more; expected smaller ones")
+        raise MergeidError("it holds integers of 2^63 and more; expected smaller ones")
     return wide
 
 

@@ -174,7 +174,7 @@ def _can_be_batched(examples: range) -> Iterator[None]:
         raise MergeidError(
             f"examples {examples[0]} to {examples[-1]} of the data cannot be read as one batch: "
             f"{type(error).__name__}: {first_line(error)}; "
-            "expected items of equal keys and shapes, or a collate function"
+            "expected items of equal keys and shapes"
         ) from error
 
 

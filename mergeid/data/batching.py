@@ -70,7 +70,9 @@ class ItemDataset(Dataset[Item]):
         except MergeidError:
             raise
         except Exception as error:  # the user's own code and files, and whatever library reads them
-            raise MergeidError(f"example {index} of the data {self.source} cannot be read ({told(error)})") from error
+            raise MergeidError(
+                f"example {index} of the data {self.source} cannot be read ({told(error)}); repair or remove it"
+            ) from error
 
     def subset(self, indices: Sequence[int]) -> ItemDataset:
         """The examples of these indices, in this order."""

@@ -223,7 +223,9 @@ def _encode(
     item.pad_id = int(about.get("pad_id") or 0)
     if task == "masked":
         if tokenizer.mask_token_id is None:
-            raise MergeidError("the tokenizer has no mask token, which a masked language model's loss needs")
+            raise MergeidError(
+                "the tokenizer has no mask token, which masked language models need; name one in tokenizer_config.json"
+            )
         special = torch.tensor(made["special_tokens_mask"], dtype=torch.bool)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         item["input_ids"], item["labels"] = mask_tokens(

@@ -120,7 +120,9 @@ def evaluate_loaded(model: Loaded, examples: Examples, run: Run) -> Metrics:
 
 def _sums(parts: LossParts | None, examples: int) -> Tensor:
     if parts is None:
-        raise MergeidError("the model has no task loss on this data; expected a task head and 'labels' in the data")
+        raise MergeidError(
+            "the model has no task loss on this data; give data with labels, and a model with a task head"
+        )
     if parts.loss.shape[:1] != (examples,) or parts.count.shape[:1] != (examples,):
         raise MergeidError(
             f"the loss function gave shapes {list(parts.loss.shape)} and {list(parts.count.shape)} for a batch of "

@@ -254,10 +254,8 @@ def check_weights(
             what rounding leaves is scaled away).
     """
     if not all(isinstance(w, Real) and -LARGEST_WEIGHT <= w <= LARGEST_WEIGHT for w in weights):
-        named = " + ".join(shown(w) for w in weights)
-        raise MergeidError(
-            f"weights {named} are not all usable; expected finite shares or factors near 1 (option --weights)"
-        )
+        named, most = " + ".join(shown(w) for w in weights), f"{LARGEST_WEIGHT:g}"
+        raise MergeidError(f"weights {named} cannot be used; expected numbers of at most {most} (option --weights)")
     weights = [float(w) for w in weights]
     told = " + ".join(f"{w:g}" for w in weights)
     if len(weights) != models:

@@ -100,7 +100,7 @@ def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
         return (1 - (place - low)) * values[low] + (place - low) * values[high]
     except (TypeError, OverflowError):
         raise MergeidError(
-            f"the values {listed(map(shown, values))} are not numbers, so they cannot form a gradient"
+            f"the values {listed(map(shown, values))} cannot form a gradient over the layers; expected numbers"
         ) from None
 
 

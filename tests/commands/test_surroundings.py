@@ -172,3 +172,33 @@ def test_a_config_that_makes_no_model_is_named(tmp_path: Path, capsys: pytest.Ca
         save_file({"w": torch.zeros(1)}, tmp_path / name / "model.safetensors")
     assert run(["plan", str(tmp_path / "some"), str(tmp_path / "other")]) == 2
     assert f"{tmp_path / 'some'}: config.json does not describe a 'bert' model" in capsys.readouterr().err
+
+
+def test_a_result_never_becomes_a_part_of_an_input(tmp_path: Path) -> None:
+    """``graph a --json a/generation_config.json`` made a file that the next program reads as the model's."""
+    from mergeid.io.output import check_files
+
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "b.safetensors")
+    for name in ("a/config.json", "a/mergeid.json", "a/model.safetensors.index.json", "a/vocab.txt", "config.json"):
+        with pytest.raises(MergeidError, match=f"-o .*{name} would be read as a part of the input"):
+            check_files({"-o": tmp_path / name}, [str(folder), str(tmp_path / "b.safetensors")])
+    for name in ("a/plan.json", "plan.json", "mergeid.json"):
+        check_files({"-o": tmp_path / name}, [str(folder), str(tmp_path / "b.safetensors")])
+    check_files({"-o": tmp_path / "config.json"}, [str(folder)])
+
+
+@pytest.mark.parametrize("name", ["new\nline", "\x1b[31m", "\udcff\udcfe", "-x", "%s{0}"])
+def test_models_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Bytes that are no UTF-8 ended in an error of ours where the models' origins are told apart."""
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    for seed, file in enumerate((f"{name}.safetensors", "b.safetensors")):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_resnet", num_classes=3, in_chans=1).state_dict(), f"x{seed}.safetensors")
+        os.rename(f"x{seed}.safetensors", file)
+    words = ["merge", "--arch", "timm/test_resnet", "--force", "-o", "o.safetensors", "--resume", "--"]
+    assert run([*words, f"{name}.safetensors", "b.safetensors"]) == 0
+    assert (tmp_path / "o.safetensors").is_file()
