@@ -69,7 +69,7 @@ def shown(value: object, most: int = _QUOTED) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, Mapping):
-        return f"a table of {len(value)} entries" if len(value) != 1 else "a table of one entry"
+        return {0: "an empty table", 1: "a table of one entry"}.get(len(value), f"a table of {len(value)} entries")
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}" if value else "an empty list"
     return f"of type {type(value).__name__}"

@@ -86,7 +86,8 @@ class DiffusersAdapter:
         if name not in self.architectures() and stated is None:
             near = plugins.near_names(name, self.architectures())
             raise MergeidError(
-                f"diffusers has no network {name!r}" + (f"; near names are {', '.join(near)}" if near else "")
+                f"diffusers has no network {name!r}; "
+                + (f"near names are {', '.join(near)}" if near else "mergeid adapters 'diffusers/*' lists them")
             )
         if config is None and table is not None and single_file.flux_config(table) is None:
             raise MergeidError(

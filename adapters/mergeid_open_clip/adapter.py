@@ -60,7 +60,11 @@ class OpenClipAdapter:
         known = list(self.architectures())
         if name not in known:
             near = plugins.near_names(name, known)
-            hint = f"; near names are {', '.join(near)}" if near else "; pip install 'mergeid[open-clip]'" * (not known)
+            hint = (
+                f"; near names are {', '.join(near)}"
+                if near
+                else ("; mergeid adapters 'open_clip/*' lists them" if known else "; pip install 'mergeid[open-clip]'")
+            )
             raise MergeidError(f"open_clip has no model {name!r}{hint}")
         import open_clip
 

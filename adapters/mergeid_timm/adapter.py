@@ -256,7 +256,9 @@ class TimmAdapter:
         x = batch.get("x")
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             given = list(x.shape) if isinstance(x, torch.Tensor) else ", ".join(batch) or "nothing"
-            raise MergeidError(f"timm models take images 'x' [batch, channels, height, width]; the data has {given}")
+            raise MergeidError(
+                f"timm models take images 'x' [batch, channels, height, width], not {given}; give images"
+            )
         return model(x)
 
     def owns(self, model: nn.Module) -> bool:
@@ -319,7 +321,7 @@ class TimmAdapter:
         x = batch.get("x")
         if not isinstance(x, torch.Tensor):
             given = ", ".join(k for k in batch if k != "labels") or "none"
-            raise MergeidError(f"{arch.id} needs images under the key 'x', but the data has: {given}")
+            raise MergeidError(f"{arch.id} needs images under the key 'x', but the data has: {given}; rename one")
         channels, height, width = about["size"]
         wanted = f"[batch, {channels}, {height if about['fixed_size'] else 'height'}, "
         wanted += f"{width if about['fixed_size'] else 'width'}]"

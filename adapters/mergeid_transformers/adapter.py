@@ -67,7 +67,9 @@ class TransformersAdapter:
             found = self._type_of_class(name)
             if found is None:
                 library_config(name, config)  # raises with near names
-                raise MergeidError(f"transformers has no model type {name!r}")
+                raise MergeidError(
+                    f"transformers has no model type {name!r}; mergeid adapters 'transformers/*' lists them"
+                )
             model_type, chosen = found, name
         if config is None and table is not None:
             raise MergeidError(
@@ -229,7 +231,9 @@ class TransformersAdapter:
         unknown = [k for k in inputs if k not in accepted and "kwargs" not in accepted]
         if unknown or not inputs:
             raise MergeidError(
-                f"{type(model).__name__} takes no input {unknown[0]!r}" if unknown else "the batch has no inputs"
+                f"{type(model).__name__} takes no input {unknown[0]!r}; leave it out of the data, or rename it"
+                if unknown
+                else "the data has no inputs beside labels; add the model's inputs"
             )
         if "use_cache" in accepted:
             inputs["use_cache"] = False

@@ -62,7 +62,7 @@ def library_config(model_type: str, config: Mapping[str, Any] | None) -> Pretrai
     except Exception as error:  # every class has checks of its own, and a kind of error for them
         raise MergeidError(
             f"config.json does not describe a {model_type!r} model for transformers {transformers.__version__}: "
-            f"{reason(error)}"
+            f"{reason(error)}; correct it, or install the version of transformers that wrote it"
         ) from error
     for part in _parts(made):
         if hasattr(part, "use_cache"):
@@ -236,7 +236,8 @@ def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
         known = ", ".join(_default_classes(model_type)) or "none"
         raise MergeidError(
             f"transformers {transformers.__version__} has no model class {name!r} of its own for model type "
-            f"{model_type!r} (it has: {known}); mergeid never runs code that comes with a checkpoint"
+            f"{model_type!r} (it has: {known}); mergeid never runs code that comes with a checkpoint, so name one of "
+            "these in the config's architectures"
         )
     return found
 

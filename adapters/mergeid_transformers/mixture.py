@@ -177,7 +177,9 @@ def mixture(config: Config, names: Sequence[str], asked: MixtureRequest) -> Mixt
     kind = next((k for k, why in zip(named, reasons, strict=True) if not why), None)
     if kind is None:
         said = "; ".join(f"{k.name} {why}" for k, why in zip(named, reasons, strict=True))
-        raise MergeidError(f"no mixture can be made of these {dense} models: {said}")
+        raise MergeidError(
+            f"no mixture can be made of these {dense} models: {said}; choose other models or another --architecture"
+        )
     return _made(kind, whole, names, asked)
 
 

@@ -106,7 +106,7 @@ def check(arch: Architecture, task: str, batch: Batch) -> None:
     model = f"{arch.id} ({arch.options['model_class']})"
     if about["input"] not in batch:
         given = ", ".join(k for k in batch if k != "labels") or "none"
-        raise MergeidError(f"{model} needs the input {about['input']!r}, but the data has: {given}")
+        raise MergeidError(f"{model} needs the input {about['input']!r}, but the data has: {given}; rename one of them")
     x: Tensor = batch[about["input"]]
     if about["kind"] == "text":
         _check_text(model, task, x, about)
@@ -129,7 +129,8 @@ def _check_text(model: str, task: str, ids: Tensor, about: Mapping[str, Any]) ->
     if ids.dim() != (3 if task == "choice" else 2) or ids.is_floating_point():
         shape = "[batch, choices, tokens]" if task == "choice" else "[batch, tokens]"
         raise MergeidError(
-            f"{model} takes token ids as integers {shape}, but the data has {ids.dtype} {list(ids.shape)}"
+            f"{model} takes token ids as integers {shape}, but the data has {str(ids.dtype).removeprefix('torch.')} "
+            f"{list(ids.shape)}; give such ids"
         )
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     if low < 0 or high >= about["vocab_size"]:

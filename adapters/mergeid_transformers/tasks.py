@@ -146,7 +146,9 @@ def task_output(output: Any) -> Tensor:
             return pooled
         return value
     fields = ", ".join(output.keys()) if hasattr(output, "keys") else type(output).__name__
-    raise MergeidError(f"the model returns no output that mergeid can judge (it returns: {fields})")
+    raise MergeidError(
+        f"the model returns no output that mergeid can judge (it returns: {fields}); give one with a task head"
+    )
 
 
 def loss_parts(task: str, output: Tensor, labels: Tensor) -> LossParts:

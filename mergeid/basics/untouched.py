@@ -102,8 +102,8 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
         held.update(kept)
         for each in inside:
             each()
-        for name, buffer in buffers:
-            own[name] = buffer
+        if isinstance(own, dict):  # a scripted module keeps them elsewhere
+            own.update(buffers)
         for tensor, value in values:
             _refill(tensor, value)
 

@@ -39,7 +39,7 @@ from mergeid.commands import (
 from mergeid.commands import zip as zip_verb
 from mergeid.commands.launch import SHARED
 from mergeid.commands.of_mergekit import advised
-from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason
+from mergeid.errors import MergeidError, MergeidWarning, WillNotMerge, cut, plain, reason, shown
 
 FAULT = 3
 INTERRUPTED = 130
@@ -96,6 +96,7 @@ def answer(args: Sequence[str]) -> int:
         return 0
     with _plain_warnings():
         try:
+            _check_working_directory()
             return _call(words or ["--help"])
         except Exception as error:
             code = _failed(error, traced)
@@ -132,6 +133,14 @@ def _call(words: list[str]) -> int:
     return command.main(args=words, prog_name="mergeid", standalone_mode=False) or 0
 
 
+def _check_working_directory() -> None:
+    """Raises `MergeidError` where it has been removed, which libraries below do not survive."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MergeidError(f"the working directory cannot be used: {reason(error)}; change to another one") from None
+
+
 def _failed(error: Exception, traced: bool) -> int:
     """Say what happened, in one line, and return the exit code that belongs to it."""
     if isinstance(error, WillNotMerge):
@@ -143,6 +152,8 @@ def _failed(error: Exception, traced: bool) -> int:
     if isinstance(error, BrokenPipeError):
         _drop_stdout()  # the reader (head, less) is gone; the interpreter would complain again while flushing at exit
         return BROKEN_PIPE
+    if isinstance(error, OSError):
+        _drop_unwritable_stdout()
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         # Typer brings its own copy of click from some version on, so there is no one class to catch.
         return _say(f"error: {_usage(error)}", error.exit_code)
@@ -167,9 +178,28 @@ def _fault(error: Exception) -> str:
 
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
+    if (told := _expected(error)) is not None:
+        return f"{told}; see {context.command_path} --help" if context is not None else told
     text = advised(_suggested(plain(error.format_message()).rstrip(".").replace("Value error, ", "")))
     see = "" if context is None else f"{' See' if text.endswith('?') else '; see'} {context.command_path} --help"
     return text + see
+
+
+def _expected(error: Any) -> str | None:
+    """What a value that does not parse is, and what was expected, where Typer leaves both to pydantic."""
+    asked = getattr(error.__cause__, "errors", None)
+    found = asked()[0] if callable(asked) else {}
+    limits = found.get("ctx", {})
+    expected = {
+        "int_parsing": "a whole number",
+        "int_parsing_size": "a whole number of fewer digits",
+        "float_parsing": "a number",
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "less_than_equal": f"at most {limits.get('le')}",
+        "string_unicode": "text in UTF-8",
+    }.get(found.get("type", ""))
+    name = next(iter(getattr(getattr(error, "param", None), "opts", ())), None)
+    return None if expected is None or name is None else f"{name} is {shown(found['input'])}; expected {expected}"
 
 
 def _suggested(text: str) -> str:
@@ -187,6 +217,15 @@ def _say(text: str, code: int) -> int:
         with contextlib.suppress(OSError):
             print(f"mergeid: {plain(text)}", file=sys.stderr, flush=True)
     return code
+
+
+def _drop_unwritable_stdout() -> None:
+    """What is still buffered is tried once more now, so that the interpreter does not complain of it at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
 
 
 def _drop_stdout() -> None:

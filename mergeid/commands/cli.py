@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 done but the answer is "no", 2 bad input, 3 a fault of mer
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -17,10 +18,24 @@ from mergeid.basics import stopping
 def main() -> NoReturn:
     """Entry point of the installed command."""
     stopping.install()
+    _open_streams()
     gc.set_threshold(50_000)  # what is imported stays, and to look through it again and again takes a quarter second
     from mergeid.commands.app import finish
 
     sys.exit(finish(run(sys.argv[1:])))
+
+
+def _open_streams() -> None:
+    """Where a standard stream is closed (``2>&-``), the next file that is opened would get its number, and what
+    libraries print there would end up in that file: an output may be such a file."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            while os.open(os.devnull, os.O_RDWR) < number:
+                pass  # a lower number is closed too
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def run(args: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ class Work:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Told by long work how far it is: a bar on a terminal, else a line every few seconds."""
-        if not is_first():
+        if not is_first() or sys.stderr is None:
             return
         if sys.stderr.isatty():
             self._advance(stage, done, total)
@@ -76,7 +76,8 @@ class Work:
             self._last = now
             share, left = (f": {100 * done // total} %", self._left(done, total, now)) if total else ("", None)
             time_left = "" if left is None else f" ({duration(left)} left)"
-            print(f"mergeid: {stage}{time_left}{share}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # work goes on where nobody can be told how far it is
+                print(f"mergeid: {stage}{time_left}{share}", file=sys.stderr, flush=True)
 
     def _left(self, done: int, total: int, now: float) -> float | None:
         """Seconds until this stage ends, at the pace since it began; None before there is one."""
@@ -130,7 +131,8 @@ class Work:
     def note(self, text: str) -> None:
         """A remark, on stderr."""
         self.close()
-        print(f"mergeid: {plain(text)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"mergeid: {plain(text)}", file=sys.stderr, flush=True)
 
     def wrote(self, files: Iterable[os.PathLike[str] | str]) -> None:
         """Where the outputs lie, one per line."""

@@ -16,7 +16,7 @@ from mergeid.basics.casting import holds_numbers
 from mergeid.data.batching import IGNORED, Item, ItemDataset, told
 from mergeid.data.images import normalise
 from mergeid.data.targets import add_targets
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, listed
 
 INPUT_NAMES = ("x", "inputs", "input", "images", "image", "pixel_values", "input_ids", "input_values",
                "input_features", "data", "X")  # fmt: skip
@@ -24,6 +24,8 @@ LABEL_NAMES = ("labels", "label", "y", "targets", "target")
 STREAMED = 1 << 16
 """Examples that are taken at most from an iterable without a length."""
 STREAMED_BYTES = 1 << 32
+_KINDS = {"U": "text", "S": "text", "O": "Python objects", "M": "dates", "m": "times", "V": "records"}
+"""Kinds of NumPy arrays that hold no numbers."""
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -66,12 +68,12 @@ def _plain(tensor: Tensor) -> Tensor:
     """Integer formats with which torch cannot calculate, as int64. Raises `MergeidError` where that does not hold
     them, and for complex numbers."""
     if tensor.is_complex():
-        raise MergeidError("an array holds complex numbers; expected real ones")
+        raise MergeidError("its numbers are complex; expected real ones")
     if tensor.dtype not in (torch.uint16, torch.uint32, torch.uint64):
         return tensor
     wide = tensor.long()
     if tensor.dtype == torch.uint64 and bool((wide < 0).any()):
-        raise MergeidError("an array holds integers of 2^63 and more; expected smaller ones")
+        raise MergeidError("it holds integers of 2^63 and more; expected smaller ones")
     return wide
 
 
@@ -113,7 +115,7 @@ def rename(arrays: Mapping[str, Any], about: Mapping[str, Any], source: str) -> 
         if name is None and about.get("kind") is None:
             return found  # a live module: the keys are its own keywords
         if name is None:
-            given = ", ".join(found) or "nothing"
+            given = listed(found) or "nothing"
             raise MergeidError(
                 f"the data {source} has no inputs: it holds {given}; expected one of {', '.join(INPUT_NAMES)}"
             )
@@ -130,8 +132,10 @@ def squeeze_labels(labels: Tensor, source: str) -> Tensor:
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if holds_numbers(labels):
-        if labels.is_complex() or not bool((labels == labels.round()).all()):
-            raise MergeidError(f"the data {source} has fractional labels; expected class numbers (integers)")
+        if labels.is_complex() or not bool((labels == labels.round()).all() and labels.isfinite().all()):
+            raise MergeidError(
+                f"the data {source} has fractional, NaN or infinite labels; expected class numbers (integers)"
+            )
         labels = labels.long()
     return labels.long()
 
@@ -199,10 +203,11 @@ def as_tensor(name: str, value: Any, source: str) -> Tensor:
     except MergeidError as error:
         raise MergeidError(f"the data {source}, {name!r}: {error}") from error
     except Exception as error:  # TypeError, ValueError, RuntimeError, OverflowError, by the kind of value
-        raise MergeidError(
-            f"the data {source} has {name!r} of the kind {type(value).__name__}, which cannot become a tensor "
-            f"({told(error)}); give tensors or numbers"
-        ) from error
+        if isinstance(value, np.ndarray):  # which formats torch takes is of no help to whoever has text or dates
+            told_of = f"{name!r} as an array of {_KINDS.get(value.dtype.kind, value.dtype.name)}"
+        else:
+            told_of = f"{name!r} of the kind {type(value).__name__}, which cannot become a tensor ({told(error)})"
+        raise MergeidError(f"the data {source} has {told_of}; expected numbers") from error
 
 
 def gathered(data: Iterable[Any], source: str) -> list[Any]:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 
 from mergeid.basics.casting import kept_kind
 from mergeid.basics.nested import as_batch, mapped
+from mergeid.data.batching import told
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 
@@ -28,7 +29,7 @@ def dataset_length(dataset: Any) -> int:
     """Number of examples. Raises `MergeidError` for a data set without a length or without examples."""
     try:
         count = len(dataset)
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:  # no length, or one below 0 or beyond 2^63
         raise MergeidError(
             f"the dataset {type(dataset).__name__} has no length; expected a map-style dataset "
             "(with __len__ and __getitem__), so turn a stream into a list first"
@@ -56,19 +57,34 @@ class NamedInputs(Sequence[Any]):
     """Data whose items are batches by name (`mergeid.basics.nested.as_batch`), however they were given.
 
     Args:
-        positional: how many inputs an item begins with, where its label follows; None: items are inputs only."""
+        label: name of the entry that is no input but the label; None: items are inputs only.
 
-    def __init__(self, items: Any, positional: int | None = None) -> None:
-        self.items, self.positional = items, positional
+    An item that cannot be read raises `MergeidError`, as does one that lacks its label."""
+
+    def __init__(self, items: Any, label: str | None = None) -> None:
+        self.items, self.label = items, label
 
     def __len__(self) -> int:
         return dataset_length(self.items)
 
+    def given(self, index: int) -> Any:
+        """An item as it is. Raises `MergeidError` where it cannot be read."""
+        try:
+            return self.items[index]
+        except MergeidError:
+            raise
+        except Exception as error:  # the user's own code
+            if isinstance(error, IndexError) and not 0 <= index < len(self):
+                raise  # which ends a loop over them
+            raise MergeidError(f"example {index} of the data cannot be read ({told(error)}); repair it") from error
+
     def __getitem__(self, index: Any) -> Any:
-        found = as_batch(self.items[index])
-        if self.positional is not None:
-            found["labels"] = found.pop(f"arg{self.positional}")
-        return found
+        found = as_batch(self.given(index))
+        if self.label is None:
+            return found
+        if self.label not in found:
+            raise MergeidError(f"example {index} of the data has no label, which others have; give it to all of them")
+        return {**{k: v for k, v in found.items() if k != self.label}, "labels": found[self.label]}
 
 
 class WholeInputs(NamedInputs):
@@ -159,7 +175,7 @@ def _can_be_batched(examples: range) -> Iterator[None]:
         raise MergeidError(
             f"examples {examples[0]} to {examples[-1]} of the data cannot be read as one batch: "
             f"{type(error).__name__}: {first_line(error)}; "
-            "expected items of equal keys and shapes, or a collate function"
+            "expected items of equal keys and shapes"
         ) from error
 
 
@@ -182,6 +198,8 @@ def to_model(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> B
 
     def place(key: str, value: Any) -> Any:
         def moved(x: torch.Tensor) -> torch.Tensor:
+            if x.is_meta and device.type != "meta":
+                raise MergeidError(f"the input {key!r} is on the meta device and holds no values; expected real inputs")
             wanted = x.dtype if dtype is None or key == "labels" else kept_kind(x, dtype)
             return x.to(device=device, dtype=wanted, non_blocking=True)
 

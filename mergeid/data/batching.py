@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
@@ -23,6 +23,20 @@ def told(error: BaseException) -> str:
     """What an error of another library, or of the user's own code, says: its kind and first line."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
+
+
+def unloaded(data: Any) -> Any:
+    """The dataset of a `DataLoader`, whose batches are made anew here; anything else as it is.
+
+    Raises `MergeidError` where the loader makes batches in a way of its own."""
+    if not isinstance(data, DataLoader):
+        return data
+    if data.collate_fn not in (default_collate, default_convert):
+        raise MergeidError(
+            "the data is a DataLoader with a collate_fn of its own; expected its dataset, or list(loader), whose items "
+            "are whole inputs"
+        )
+    return data.dataset
 
 
 class Item(dict[str, Any]):
@@ -59,7 +73,9 @@ class ItemDataset(Dataset[Item]):
         except MergeidError:
             raise
         except Exception as error:  # the user's own code and files, and whatever library reads them
-            raise MergeidError(f"example {index} of the data {self.source} cannot be read ({told(error)})") from error
+            raise MergeidError(
+                f"example {index} of the data {self.source} cannot be read ({told(error)}); repair or remove it"
+            ) from error
 
     def subset(self, indices: Sequence[int]) -> ItemDataset:
         """The examples of these indices, in this order."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mergeid.data.batching import IGNORED, Item, ItemDataset, collate, told
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, listed
 from mergeid.plugins import Adapter, Architecture, Batch
 
 INPUT_OF_KIND = {"image": "x", "text": "input_ids"}
@@ -82,12 +82,14 @@ def check_batch(batch: Batch, adapter: Adapter, arch: Architecture, about: Mappi
         return
     x = batch.get(about["input"])
     if not isinstance(x, torch.Tensor):
-        given = ", ".join(k for k in batch if k != "labels") or "none"
-        raise MergeidError(f"{arch.id} needs the input {about['input']!r}, but the data has: {given}")
+        given = listed(k for k in batch if k != "labels") or "none"
+        raise MergeidError(
+            f"{arch.id} needs the input {about['input']!r}, but the data has: {given}; rename one of them"
+        )
     if about.get("kind") == "image" and (x.dim() != 4 or x.shape[1] != about["size"][0]):
         raise MergeidError(
             f"{arch.id} takes images [batch, {', '.join(map(str, about['size']))}], but the data has shape "
-            f"{list(x.shape)}"
+            f"{list(x.shape)}; give images of that shape"
         )
     if about.get("vocab_size") and x.numel() and int(x.max()) >= about["vocab_size"]:
         raise MergeidError(f"token id {int(x.max())} is out of range: {arch.id} has {about['vocab_size']} tokens")

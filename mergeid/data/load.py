@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergeid.basics.reading import check_regular
 from mergeid.data import arrays, conform, images, text
-from mergeid.data.batching import Item, ItemDataset, told
+from mergeid.data.batching import Item, ItemDataset, told, unloaded
 from mergeid.data.chat import chat_name
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture
@@ -40,10 +41,10 @@ def load_data(
 
     Args:
         spec: an image folder (class sub-folders, or flat and unlabelled), a text file, a ``.jsonl``/``.json`` file of
-            ``{"text": …, "label": …}``, a ``.safetensors`` or ``.npz`` file with inputs and labels,
-            ``module:function`` that returns any of the objects below, a Hugging Face dataset's name (``org/name`` or
-            ``org/name@split``); or an object: a torch dataset, a dict of tensors, a list of examples, an
-            ``(inputs, labels)`` pair of tensors.
+            ``{"text": …, "label": …}``, a ``.csv``/``.tsv`` file whose first line names such columns, a
+            ``.safetensors`` or ``.npz`` file with inputs and labels, ``module:function`` that returns any of the
+            objects below, a Hugging Face dataset's name (``org/name`` or ``org/name@split``); or an object: a torch
+            dataset, a dict of tensors, a list of examples, an ``(inputs, labels)`` pair of tensors.
         adapter, arch: the model's adapter and architecture; they say what an input looks like.
         folder: the checkpoint's folder, whose tokenizer and preprocessor files are used.
         limit: at most so many examples, drawn without replacement.
@@ -88,7 +89,11 @@ def _open(spec: Any, about: Mapping[str, Any], folder: Path | None, seed: int) -
                 return _file(path, about, folder, seed)
         except OSError as error:
             where = error.filename or path
-            raise MergeidError(f"the data {where} cannot be read ({error.strerror or told(error)})") from error
+            raise MergeidError(
+                f"the data {where} cannot be read ({error.strerror or told(error)}); check its permissions"
+            ) from error
+        if os.path.lexists(path):
+            check_regular(path, "a file or folder of examples")
         return _named(str(spec), about, folder, seed)
     return _object(spec, about, folder, seed, type(spec).__name__)
 
@@ -113,6 +118,8 @@ def _file(path: Path, about: Mapping[str, Any], folder: Path | None, seed: int) 
     if about.get("kind") == "text":
         if suffix in (".jsonl", ".json"):
             return text.record_dataset(text.read_records(path), about, folder, seed, str(path))
+        if suffix in text.COLUMNS and (rows := text.read_columns(path, text.COLUMNS[suffix])) is not None:
+            return text.record_dataset(rows, about, folder, seed, str(path))
         if suffix in TEXT_SUFFIXES:
             return text.text_file([path], about, folder, seed, str(path))
     wanted = {"image": "an image folder", "text": "a text or jsonl file"}.get(str(about.get("kind")))
@@ -188,6 +195,7 @@ def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | 
 
 
 def _object(data: Any, about: Mapping[str, Any], folder: Path | None, seed: int, source: str) -> ItemDataset:
+    data = unloaded(data)
     if isinstance(data, ItemDataset):
         return data
     if isinstance(data, Mapping):

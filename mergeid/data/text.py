@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from mergeid.data.batching import IGNORED, Item, ItemDataset, told
 from mergeid.data.chat import chat_name, written_out
 from mergeid.data.targets import add_targets, mask_tokens
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, listed
 
 TEXT_NAMES = ("text", "sentence", "content", "input", "prompt", "question", "premise")
 SECOND_NAMES = ("text_pair", "sentence2", "hypothesis", "text2")
 TARGET_NAMES = ("target", "summary", "answer", "output", "completion")
 LABEL_NAMES = ("label", "labels", "y", "class")
+COLUMNS = {".csv": ",", ".tsv": "\t"}
+"""Ending of a table's file -> what separates its columns."""
 
 
 def load_tokenizer(folder: Path | None) -> Any:
@@ -70,6 +74,36 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise MergeidError(f'{path}, line {number}, must be an object such as {{"text": …, "label": …}}')
         rows.append(row)
     return rows
+
+
+def read_columns(path: Path, separator: str) -> list[dict[str, Any]] | None:
+    """The records of a ``.csv`` or ``.tsv`` file whose first line names a column of text; None for any other, which is
+    read as plain text. Labels that are written in digits are numbers.
+
+    Raises `MergeidError` for a line with more or fewer columns."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator)
+    rows: list[dict[str, Any]] = []
+    try:
+        names = [name.strip() for name in next(lines, [])]
+        if not set(names) & set(TEXT_NAMES):
+            return None
+        for values in lines:
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise MergeidError(
+                    f"{path}, line {lines.line_num}, has {len(values)} columns where the first line has {len(names)}; "
+                    "put text that holds the separator in quotes"
+                )
+            rows.append({n: _number(v) if n in LABEL_NAMES else v for n, v in zip(names, values, strict=True)})
+    except csv.Error as error:
+        raise MergeidError(f"{path}, line {lines.line_num}, cannot be read ({told(error)}); repair it") from error
+    return rows
+
+
+def _number(text: str) -> int | str:
+    digits = text.strip().removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdecimal() and len(digits) < 19 else text
 
 
 def _parsed(text: str, what: str) -> Any:
@@ -136,7 +170,7 @@ def record_dataset(
     text_name = _name_of(rows, TEXT_NAMES)
     if rows and text_name is None:
         _refuse_mixed(rows, TEXT_NAMES, source)
-        given = ", ".join(rows[0]) or "nothing"
+        given = listed(rows[0]) or "nothing"
         raise MergeidError(
             f"the data {source} has no text: its records hold {given}; expected one of {', '.join(TEXT_NAMES)}"
         )
@@ -189,9 +223,11 @@ def _encode(
     item.pad_id = int(about.get("pad_id") or 0)
     if task == "masked":
         if tokenizer.mask_token_id is None:
-            raise MergeidError("the tokenizer has no mask token, which a masked language model's loss needs")
+            raise MergeidError(
+                "the tokenizer has no mask token, which masked language models need; name one in tokenizer_config.json"
+            )
         special = torch.tensor(made["special_tokens_mask"], dtype=torch.bool)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         item["input_ids"], item["labels"] = mask_tokens(
             item["input_ids"], special, tokenizer.mask_token_id, generator, ignored=IGNORED
         )

@@ -126,7 +126,9 @@ def evaluate_loaded(model: Loaded, examples: Examples, run: Run) -> Metrics:
 def _sums(parts: LossParts | None, examples: int | None) -> Tensor:
     """Over the examples; None: as many as there are losses."""
     if parts is None:
-        raise MergeidError("the model has no task loss on this data; expected a task head and 'labels' in the data")
+        raise MergeidError(
+            "the model has no task loss on this data; give data with labels, and a model with a task head"
+        )
     if examples is None and parts.loss.dim():
         examples = len(parts.loss)
     if parts.loss.shape[:1] != (examples,) or parts.count.shape[:1] != (examples,):

@@ -44,6 +44,22 @@ BARE = Room(100_000, 10**13, 2**25, "a network of that size cannot be traced")
 
 
 @contextmanager
+def naming(source: str) -> Iterator[None]:
+    """While open, what an adapter says against a model, whose files it never sees, begins with the model's name.
+
+    Raises:
+        MergeidError: of the same class.
+    """
+    try:
+        yield
+    except MergeidError as error:
+        text = str(error)
+        if text.startswith(f"{source} ") or f"{source}/" in text or f"{source}:" in text:
+            raise
+        raise type(error)(f"{source}: {text}") from error
+
+
+@contextmanager
 def within(room: Room, what: str) -> Iterator[None]:
     """While open, a model that outgrows `room` is stopped, and whatever a library says against its config is one
     sentence: what is built here is what a file says.

@@ -21,6 +21,14 @@ HASHED_AT_ONCE = 1 << 24
 """Bytes of a file that are hashed before they are let go of."""
 
 
+def check_values(name: str, tensor: Tensor, source: str) -> None:
+    """Raises `MergeidError` for a tensor on the meta device."""
+    if tensor.is_meta:
+        raise MergeidError(
+            f"tensor {name!r} of {source} is on the meta device and holds no values; load its weights first"
+        )
+
+
 @dataclass(frozen=True)
 class Part:
     """One of several networks in a folder.
@@ -113,9 +121,10 @@ class Checkpoint:
 
         Raises:
             KeyError: no such tensor.
-            MergeidError: a dtype that torch cannot hold (sub-byte formats).
+            MergeidError: a dtype that torch cannot hold (sub-byte formats), or no values (meta tensors).
         """
         if self._tensors is not None and name in self._tensors:
+            check_values(name, self._tensors[name], self.source)
             return self._tensors[name].detach().cpu()
         import torch
 

@@ -66,7 +66,7 @@ class Derived(Checkpoint):
     def origin(self, name: str) -> str:
         one = self.formed[name]
         parts = [one.how, one.info.dtype, str(one.info.shape), *(source.origin(of) for source, of in one.reads)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def release(self, name: str) -> None:
         for checkpoint, source in self.formed[name].reads:
@@ -99,7 +99,7 @@ def origins(checkpoints: Iterable[Checkpoint]) -> str:
     found = hashlib.sha256()
     for checkpoint in checkpoints:
         for name in checkpoint.table:
-            found.update(f"{name}\n{checkpoint.origin(name)}\n".encode())
+            found.update(f"{name}\n{checkpoint.origin(name)}\n".encode("utf-8", "surrogatepass"))
     return found.hexdigest()
 
 

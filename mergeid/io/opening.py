@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, MergeidWarning
-from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.checkpoint import Checkpoint, check_values
 from mergeid.io.folders import PICKLES, contents_of, find_weights, is_weights, pickle_refused, read_index, together
 from mergeid.io.header import Header, read_header
 from mergeid.io.lora import ADAPTER_CONFIG
@@ -97,8 +97,13 @@ def module_of(source: Source) -> nn.Module | None:
 def _live(source: object) -> nn.Module:
     """What is no path has to be a module."""
     from torch import nn
+    from torch.nn.parameter import UninitializedTensorMixin
 
     if isinstance(source, nn.Module):
+        if any(isinstance(t, UninitializedTensorMixin) for t in (*source.parameters(), *source.buffers())):
+            raise MergeidError(
+                f"{type(source).__name__} has lazy layers without weights; run it once on an input, which makes them"
+            )
         return source
     if isinstance(source, type) and issubclass(source, nn.Module):
         given, so = f"the class {source.__name__}", "make a module of it, which has weights"
@@ -125,14 +130,25 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.to("cpu") for k, v in get_state_dict_offloaded_model(module).items()}
 
 
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """`state_of` a module whose tensors all hold values. Raises `MergeidError` where one is on the meta device."""
+    found = state_of(module)
+    for name, value in found.items():
+        check_values(name, value, type(module).__name__)
+    return found
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of Accelerate move its weights."""
     return any(hasattr(m, "_hf_hook") for m in module.modules())
 
 
-def is_empty(module: nn.Module) -> bool:
-    """Whether a live module has parameters without numbers, and no hooks that would fetch them."""
-    return any(p.is_meta for p in module.parameters()) and not has_hooks(module)
+def check_numbers(module: nn.Module) -> None:
+    """Raises `MergeidError` for a live module that has parameters without numbers, and no hooks that would fetch
+    them."""
+    if not has_hooks(module):
+        for name, parameter in module.named_parameters():
+            check_values(name, parameter, type(module).__name__)
 
 
 def _of_module(module: nn.Module) -> Checkpoint:

@@ -80,6 +80,9 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
         if final.name.endswith((SAFETENSORS, *PICKLES)):
             raise MergeidError(f"{what} has the ending of a weight file; expected a name such as {path.stem}.json")
         _check_untouched(final, what, given)
+        owner = next((i for i in given if _would_be_part(final, i)), None)
+        if owner is not None:
+            raise MergeidError(f"{what} would be read as a part of the input {owner}; choose another name")
         if final.is_dir():
             raise MergeidError(f"{what} is a folder; expected the name of a file")
         if final.exists() and not final.is_file():
@@ -96,9 +99,10 @@ def _resolved(name: str, what: str) -> Path:
     """Where an output really lies. Raises `MergeidError` for what cannot be the name of a file."""
     try:
         final = Path(os.path.realpath(Path(name).expanduser()))
-        os.lstat(final)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(final)
+    except FileNotFoundError:
+        raise MergeidError(f"{what} {name} cannot be written: the working directory is gone; enter another") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise MergeidError(f"{what} {name} cannot be written: {reason(error)}; choose another place") from None
     if not final.name:
@@ -130,6 +134,14 @@ def _check_untouched(final: Path, what: str, inputs: list[Path], option: str = "
             raise MergeidError(f"{what} is inside the input folder {given}; {other}, or another place")
         if real.is_file() and final.parent == real.parent and _READ_BESIDE.fullmatch(final.name):
             raise MergeidError(f"{what} belongs to the input {given}; {other}")
+
+
+def _would_be_part(final: Path, given: Path) -> bool:
+    """Whether a file of that name says something of a model where it lies: of the folder, or of the file beside it."""
+    real = Path(os.path.realpath(given))
+    if real.is_dir():
+        return final.parent == real and bool(final.name == RECORD or _READ_BESIDE.fullmatch(final.name))
+    return final.parent == real.parent and bool(_READ_BESIDE.fullmatch(final.name))
 
 
 def _holds_weights(folder: Path) -> bool:

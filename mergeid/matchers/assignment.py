@@ -9,6 +9,7 @@ One solver does for all sizes: SciPy's takes 0.3 s of one core for 2,048 unrelat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
@@ -16,6 +17,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mergeid.errors import MergeidError
 from mergeid.neuron_graph.group import block_images, block_ranks
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
@@ -34,6 +36,11 @@ def assign(score: np.ndarray) -> np.ndarray:
     n = len(score)
     if n == 1:
         return np.zeros(1, np.int64)
+    if not (math.isfinite(score.max()) and math.isfinite(score.min())):
+        raise MergeidError(
+            "the neurons cannot be compared: their weights, or their activations on the data, hold NaN or infinite "
+            "values; check the models and the data"
+        )
     plain = _read_off(score)
     if plain is not None:
         return plain

@@ -43,7 +43,7 @@ def emr(
     """
     if task > len(tensors):
         raise MergeidError(
-            f"parameter 'task' is {task}, and there are {len(tensors)} models; expected one of them, or 0"
+            f"parameter 'task' is {task}; expected 1 to {len(tensors)}, for one of the models, or 0 for none"
         )
     dtype, to = wide(tensors)
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergeid.basics.reading import read_yaml_documents
-from mergeid.errors import MergeidError, MergeidWarning
+from mergeid.errors import MergeidError, MergeidWarning, listed
 from mergeid.io.recipe_schema import ModuleEntry, RecipeFile, SliceEntry
 from mergeid.io.schema import validated
 from mergeid.methods.recipe_settings import Table, complement, joined, settings_of, shared, words_in
@@ -141,7 +141,8 @@ def in_order(recipes: Sequence[Recipe], name: str = "the recipe") -> list[Recipe
         if recipe in done:
             return
         if recipe.name is not None and recipe.name in above:
-            raise MergeidError(f"{name}: {recipe.name!r} depends on itself ({' → '.join(map(str, above))})")
+            chain = listed(above) if len(above) > 8 else " → ".join(map(str, above))
+            raise MergeidError(f"{name}: {recipe.name!r} depends on itself ({chain}); expected merges of other models")
         for source in recipe.sources():
             if source in named:
                 visit(named[source], (*above, recipe.name))

@@ -35,7 +35,7 @@ LARGEST_WEIGHT = 1e12
 Need = Union[bool, float, str, Sequence[Any], "Tensor", "torch.Generator", None]
 """What a method may declare: a parameter, one per model, the base's tensor, statistics, a generator."""
 MethodFunction = Callable[..., "Formed"]
-"""(tensors, weights, \*\*what the method declares) -> tensor, or the pieces that it is formed in."""
+"""(tensors, weights, all that the method declares) -> tensor, or the pieces that it is formed in."""
 
 
 @dataclass(frozen=True)
@@ -254,10 +254,8 @@ def check_weights(
             what rounding leaves is scaled away).
     """
     if not all(isinstance(w, Real) and -LARGEST_WEIGHT <= w <= LARGEST_WEIGHT for w in weights):
-        named = " + ".join(shown(w) for w in weights)
-        raise MergeidError(
-            f"weights {named} are not all usable; expected finite shares or factors near 1 (option --weights)"
-        )
+        named, most = " + ".join(shown(w) for w in weights), f"{LARGEST_WEIGHT:g}"
+        raise MergeidError(f"weights {named} cannot be used; expected numbers of at most {most} (option --weights)")
     weights = [float(w) for w in weights]
     told = " + ".join(f"{w:g}" for w in weights)
     if len(weights) != models:

@@ -100,7 +100,7 @@ def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
         return (1 - (place - low)) * values[low] + (place - low) * values[high]
     except (TypeError, OverflowError):
         raise MergeidError(
-            f"the values {listed(map(shown, values))} are not numbers, so they cannot form a gradient"
+            f"the values {listed(map(shown, values))} cannot form a gradient over the layers; expected numbers"
         ) from None
 
 
@@ -284,15 +284,24 @@ def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | 
     """One setting per model from weights as users give them: one number per model, or glob -> one number per model."""
     if weights is None or not isinstance(weights, Mapping):
         return None if weights is None else list(weights)
+    for pattern, values in weights.items():
+        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not all(map(_is_number, values)):
+            raise MergeidError(
+                f"weights for {shown(pattern)} are {shown(values)}; expected one number per model (option --weights)"
+            )
     counts = {len(values) for values in weights.values()}
     if len(counts) != 1:
-        shown = ", ".join(f"{len(v)} for {k!r}" for k, v in weights.items())
+        given = ", ".join(f"{len(v)} for {k!r}" for k, v in weights.items())
         raise MergeidError(
-            f"different numbers of weights: {shown or 'none'}; expected one per model (option --weights)"
+            f"different numbers of weights: {given or 'none'}; expected one per model (option --weights)"
         )
     return [
         tuple(Condition(float(values[i]), pattern) for pattern, values in weights.items()) for i in range(counts.pop())
     ]
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and getattr(value, "shape", ()) == ()
 
 
 def _plain(setting: Setting) -> Any:

@@ -128,7 +128,7 @@ def gram_matrices(model: nn.Module, batches: Iterable[Batch], *, forward: Forwar
             with fits_the_model(batch):
                 forward(model, batch)
     if not current[0]:
-        raise MergeidError("Gram matrices cannot be measured without data; expected calibration batches")
+        raise MergeidError("RegMean needs the inputs of every layer, which data give; add examples (option --data)")
     found = {}
     for name, total in sums.items():
         axis = axes[name]
@@ -192,7 +192,7 @@ def fisher_diagonal(
         for name, parameter in parameters.items():
             parameter.requires_grad_(required[name])
     if count == 0:
-        raise MergeidError("the Fisher information cannot be measured without data; expected calibration batches")
+        raise MergeidError("Fisher information needs gradients on examples; give some (option --data)")
     first = {id(p): n for n, p in parameters.items()}
     aliases = {n: first.get(id(p)) for n, p in model.named_parameters(remove_duplicate=False)}
     return {n: squares[origin] / count for n, origin in aliases.items() if origin is not None}

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from mergeid.errors import MergeidError
-from mergeid.io.building import BARE, Room, within
+from mergeid.io.building import BARE, Room, naming, within
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.tensors import TensorSource
@@ -31,7 +31,8 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
     found = []
     for name in adapter_names():
         adapter = get_adapter(name)
-        with within(Room.of(table), checkpoint.source) if config is not None else nullcontext():
+        room = within(Room.of(table), checkpoint.source) if config is not None else nullcontext()
+        with naming(checkpoint.source), room:
             match = adapter.recognise(table, config, checkpoint.metadata)
         if match is not None:
             found.append((adapter, match))
@@ -91,7 +92,7 @@ def described_by(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Archite
     """The architecture that a config.json alone describes. Raises `MergeidError` where it does not say which."""
     for name in adapter_names():
         adapter = get_adapter(name)
-        with within(BARE, path):
+        with naming(path), within(BARE, path):
             found = adapter.recognise({}, config, {})
         if found is not None:
             return adapter, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 from mergeid.basics.nested import named_tensors
 from mergeid.data.batches import (
@@ -22,6 +24,7 @@ from mergeid.data.batches import (
     is_whole,
     to_model,
 )
+from mergeid.data.batching import unloaded
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 from mergeid.request.request import OwnData
@@ -93,8 +96,7 @@ def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int, image_s
     if loaded.adapter.name == "torch":
         if image_size is not None:
             raise MergeidError("the data of a live module is taken as is; leave out image_size")
-        items, collate = _of_loader(data)
-        return Examples(_as_given(items, loaded), collate)
+        return Examples(_as_given(data, loaded))
     from mergeid.data import collate, load_data
 
     adapter, arch, folder = loaded.adapter, loaded.arch, loaded.folder
@@ -115,18 +117,6 @@ def _together(parts: Sequence[Examples], limit: int | None, seed: int) -> Exampl
     return Examples(ConcatDataset([p.items for p in taken]), parts[0].collate, tuple(owners)).taken(order)
 
 
-def _of_loader(data: Any) -> tuple[Any, Collate | None]:
-    """The data set of a loader and how it makes batches; anything else as it is."""
-    if not isinstance(data, DataLoader):
-        return data, None
-    if data.collate_fn is default_collate or data.collate_fn is None:
-        return data.dataset, None
-    raise MergeidError(
-        "the data is a DataLoader with its own collate_fn; expected a sequence, such as its data set, or list(loader), "
-        "whose items are whole inputs"
-    )
-
-
 def _as_given(data: Any, loaded: Loaded) -> Any:
     """A live module's data: examples that are stacked into batches where its items have one dimension less than the
     example inputs, else whole inputs."""
@@ -136,22 +126,36 @@ def _as_given(data: Any, loaded: Loaded) -> Any:
             f"the data of the live module {loaded.source} is {kind}; expected a sequence of examples: tensors, tuples "
             "or dicts of its inputs"
         )
+    data = unloaded(data)
+    if not hasattr(data, "__getitem__") or isinstance(data, (nn.Module, bytes)):
+        raise MergeidError(
+            f"the data of the live module {loaded.source} is of type {type(data).__name__}; expected a list of "
+            "examples, or a dataset with __len__ and __getitem__"
+        )
     dataset_length(data)
-    named = NamedInputs(data, _positional(loaded, data[0]))
+    count = len(loaded.inputs)
+    label = f"arg{count}" if _ends_with_label(NamedInputs(data).given(0), loaded.inputs, loaded.model) else None
+    named = NamedInputs(data, label)
     first, example = named_tensors(loaded.inputs_of(named[0])), named_tensors(loaded.inputs)
     alike = set(first) == set(example) and all(t.dim() == example[k].dim() for k, t in first.items())
-    return WholeInputs(data, named.positional) if alike else named
+    return WholeInputs(data, label) if alike else named
 
 
-def _positional(loaded: Loaded, item: Any) -> int | None:
-    """How many positional inputs the model is run with, where items are tuples of these and, last, of classes: what
-    torch's own data sets give."""
-    count = len(loaded.inputs)
+def _ends_with_label(item: Any, inputs: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether items are tuples of the positional inputs that the model is run with and, last, a label, as torch's own
+    datasets give them: a class, or what the forward has no place for."""
+    count = len(inputs)
     paired = isinstance(item, (tuple, list)) and not hasattr(item, "_fields") and len(item) == count + 1
-    if not paired or set(loaded.inputs) != {f"arg{i}" for i in range(count)}:
-        return None
+    if not paired or set(inputs) != {f"arg{i}" for i in range(count)}:
+        return False
     last = item[-1]
-    whole_number = isinstance(last, (int, np.integer)) or (
-        isinstance(last, (torch.Tensor, np.ndarray)) and last.ndim < 2 and not torch.as_tensor(last).is_floating_point()
-    )
-    return count if whole_number else None
+    array = isinstance(last, (torch.Tensor, np.ndarray)) and last.ndim < 2
+    if isinstance(last, (int, np.integer)) or (array and not torch.as_tensor(last).is_floating_point()):
+        return True
+    try:
+        inspect.signature(model.forward).bind(*range(count + 1))
+    except TypeError:
+        return True
+    except ValueError:  # compiled code has no signature
+        return False
+    return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.nested import as_batch
 from mergeid.errors import MergeidError
-from mergeid.io.building import BARE, Room, build, skeleton
+from mergeid.io.building import BARE, Room, build, naming, skeleton
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.dtypes import torch_dtype
@@ -65,13 +65,14 @@ def load_checkpoint(
     from mergeid.basics.aliases import tied_groups
 
     room, large = Room.of(checkpoint.table), _size(checkpoint) > LARGEST_HELD and not is_asymmetric(checkpoint.table)
-    model = skeleton(adapter, arch, room) if large else None
-    mapped = model is not None
-    if model is None and like is not None and not large and _stands_for(like, arch, checkpoint):
-        model = copy.deepcopy(like.model)
-    if model is None:
-        model = build(adapter, arch, room, device=run.place)
-    plain = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
+    with naming(checkpoint.source):
+        model = skeleton(adapter, arch, room) if large else None
+        mapped = model is not None
+        if model is None and like is not None and not large and _stands_for(like, arch, checkpoint):
+            model = copy.deepcopy(like.model)
+        if model is None:
+            model = build(adapter, arch, room, device=run.place)
+        plain = adapter.tensor_names(arch, model, plain_table(checkpoint.table))
     checkpoint = as_network(checkpoint, adapter, model)
     names = names_of(checkpoint, plain)
     if is_asymmetric(checkpoint.table):

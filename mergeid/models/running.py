@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergeid.basics import processes
 from mergeid.data.batches import describe, first_line
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, reason
 from mergeid.plugins import Batch
 
 if TYPE_CHECKING:
@@ -24,9 +24,22 @@ PATIENCE = timedelta(days=7)
 
 def default_accelerator() -> Accelerator:
     """Accelerate as the launcher, the environment or an earlier call set it up."""
-    from accelerate import Accelerator
+    return _accelerator()
 
-    return Accelerator()
+
+def _accelerator(**asked: object) -> Accelerator:
+    from accelerate import Accelerator, PartialState
+
+    before = bool(PartialState._shared_state)
+    try:
+        return Accelerator(**asked)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError) as error:
+        if before:  # only another device can be in its way
+            raise
+        raise MergeidError(
+            f"Accelerate cannot be set up: {reason(error)}; check how the processes are launched, and the variables "
+            "ACCELERATE_*, RANK, WORLD_SIZE and MASTER_ADDR of the environment"
+        ) from error
 
 
 def make_accelerator(device: str | None = None) -> Accelerator:
@@ -35,11 +48,10 @@ def make_accelerator(device: str | None = None) -> Accelerator:
     Raises `MergeidError` when the device is not there, or when this Python process already works on another one
     (Accelerate keeps one device per process).
     """
-    from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     if device is None:
-        return Accelerator()
+        return _accelerator()
     try:
         wanted = torch.device(device)
         if wanted.type != "cpu":
@@ -51,7 +63,7 @@ def make_accelerator(device: str | None = None) -> Accelerator:
     try:
         # processes wait for the one whose part takes longest
         patient = [InitProcessGroupKwargs(timeout=PATIENCE)] if processes.launched() > 1 else []
-        accelerator = Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=patient)
+        accelerator = _accelerator(cpu=wanted.type == "cpu", kwargs_handlers=patient)
     except ValueError as error:
         raise MergeidError(
             f"device {device!r} was asked for, but Accelerate is already set up on another device; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, reason
 from mergeid.io.publish import whole_file
 
 if TYPE_CHECKING:
@@ -196,10 +196,14 @@ def plot_heat_map(
 
 def save_plot(draw: Callable[[Figure], None], path: str | Path, title: str = "") -> Path:
     """Draws into a new figure and writes it: whole or not at all, the same bytes for the same content."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     path = check_plot_path(path)
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ValueError as error:  # of its settings, a backend that it does not know
+        raise MergeidError(
+            f"matplotlib cannot draw {path}: {reason(error)}; check MPLBACKEND and matplotlibrc"
+        ) from error
     with rc_context({"svg.hashsalt": "mergeid", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(layout="constrained", dpi=150)
         draw(figure)

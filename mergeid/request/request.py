@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,8 @@ class Example:
         """Example inputs as a caller gives them, with the outputs that are named beside them."""
         if isinstance(outputs, str):
             outputs = (outputs,)
+        if isinstance(given, Iterator):
+            raise MergeidError("example_inputs is an iterator; expected a tensor, a tuple of inputs or a dict of them")
         return given if isinstance(given, cls) and not outputs else cls(given, tuple(outputs))
 
 

@@ -40,9 +40,10 @@ def planned_members(
     except NoModel as error:
         if matching.mode != "auto" or settings.method.statistics:
             raise
-        without = " (without --data)" if calibration.given else ""
+        text, without = str(error), " (without --data)" if calibration.given else ""
         raise NoModel(
-            f"{error}; or merge the tensors as is with --match never{without}, which builds no model"
+            f"{text}{' Or' if text.endswith('?') else '; or'} merge the tensors as is with --match never{without}, "
+            "which builds no model"
         ) from error
     first = pairs[0].a
     examples = bench.examples(calibration, first)

@@ -15,7 +15,7 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
-from mergeid.io.opening import Source, is_empty, is_live, state_of
+from mergeid.io.opening import Source, check_numbers, is_live, values_of
 from mergeid.models.beside import differences_beside
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
@@ -121,10 +121,8 @@ def open_models(
     opened = [bench.open(source) for source in sources]
     for checkpoint in opened:
         refuse_adapter(checkpoint)
-        if checkpoint.module is not None and is_empty(checkpoint.module):
-            raise MergeidError(
-                f"{checkpoint.source} is on the meta device, where there are no numbers to merge; load its weights"
-            )
+        if checkpoint.module is not None:
+            check_numbers(checkpoint.module)
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
@@ -228,7 +226,7 @@ def origin_of(met: Met, base: Source, like: Loaded) -> dict[str, Tensor]:
     both = open_models(bench.under(replace(bench.reading, skip=skip, config=chosen)), [first, base])
     check_tensors(both, both.models[1])
     if origin.module is not None:
-        return state_of(origin.module)
+        return values_of(origin.module)
     return bench.load(both.models[1], like).state()
 
 

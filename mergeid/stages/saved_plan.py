@@ -71,7 +71,7 @@ def saved_plan(pair: Pair, path: str | os.PathLike[str], prints: tuple[str, str]
     from mergeid.io.written import PlanFile
 
     file = os.fspath(path)
-    told = validated(PlanFile, read_json(file), file)
+    told = validated(PlanFile, read_json(file, "a plan that mergeid plan --output wrote"), file)
     graph, again = pair.graph, f"make one with mergeid plan A B --output {file}"
     if len(told.fingerprints) != 2:
         raise MergeidError(f"{file} does not say which weights it was made for; {again}")

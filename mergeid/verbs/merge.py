@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mergeid.basics import processes
 from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.io.opening import Source, is_live, state_of
+from mergeid.io.opening import Source, is_live, values_of
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings, MethodRequest, setting_of_weights
 from mergeid.models.workbench import Workbench
@@ -381,8 +381,8 @@ def _state(met: Met, members: Members | None, settings: MergeSettings) -> dict[s
     if members is not None:
         state, names = members.merged_state(met.skip), members.names()
     else:
-        states, names = [state_of(c.module) for c in met.models if c.module is not None], {}
-        base = None if met.base is None or met.base.module is None else state_of(met.base.module).__getitem__
+        states, names = [values_of(c.module) for c in met.models if c.module is not None], {}
+        base = None if met.base is None or met.base.module is None else values_of(met.base.module).__getitem__
         state = dict(merged_tensors(states, settings, base=base, skip=met.skip))
     merged = set(met.float_names)
     for key, value in state.items():  # as a merge of files refuses them

@@ -179,7 +179,7 @@ def test_array_layouts():
         ({"x": torch.zeros(2, 3, 64, 64), "y": torch.tensor([0, 4])}, RESNET, "label 4 .* 4 classes"),
         ({"x": torch.zeros(9, 3, 64, 64), "y": torch.tensor([0] * 8 + [-1])}, RESNET, "label -1 .* 4 classes"),
         ({"x": torch.zeros(2, 3, 64, 64), "y": torch.tensor([0, 1, 2])}, RESNET, r"lengths \(x 2, labels 3\)"),
-        ({"x": torch.zeros(2, 3, 64, 64), "y": torch.tensor([0.5, 1])}, RESNET, "fractional labels"),
+        ({"x": torch.zeros(2, 3, 64, 64), "y": torch.tensor([0.5, 1])}, RESNET, "fractional, NaN or infinite labels"),
         ({"weights": torch.zeros(2)}, RESNET, "has no inputs: it holds weights; expected one of x"),
         ({"x": torch.zeros(0, 3, 64, 64)}, RESNET, "is empty"),
         ({"input_ids": torch.full((2, 5), 30522)}, MASKED, "token id 30522 .* vocabulary of 30522"),

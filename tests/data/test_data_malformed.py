@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -197,11 +198,11 @@ def test_folders_named_by_odd_digits(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.array([object()])}, "cannot be read|cannot become a tensor"),
-        ({"x": np.array(["a", "b"])}, "cannot become a tensor"),
+        ({"x": np.array([object()])}, "cannot be read|array of Python objects"),
+        ({"x": np.array(["a", "b"])}, "'x' as an array of text; expected numbers"),
         ({"x": np.zeros((2, 3, 64, 64), complex)}, "complex numbers"),
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([2**63, 0], np.uint64)}, "2.63 and more"),
-        ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([np.nan, 0])}, "fractional labels"),
+        ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([np.nan, 0])}, "fractional, NaN or infinite labels"),
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([1e30, 0])}, "label .* 4 classes"),
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.zeros((2, 4))}, "one class number per image"),
         ({"x": np.full((6, 3, 64, 64), [[[[0]]]] * 5 + [[[[np.inf]]]])}, "example 5 .*NaN or infinite"),
@@ -294,3 +295,58 @@ def test_preprocessor_files_of_any_content(stated, tmp_path):
         assert len(str(error)) < 600
     else:
         assert found.shape == (3, 32, 32) and bool(found.isfinite().all())
+
+
+def test_tables_whose_first_line_names_the_text(bert: tuple[Architecture, Path], tmp_path: Path) -> None:
+    """The first line, and the labels, were read as text."""
+    arch, folder = bert
+    table, same = tmp_path / "d.csv", tmp_path / "d.jsonl"
+    table.write_text('label,text\n2,"a, b"\n\n0,c\n', encoding="utf-8-sig")
+    same.write_text('{"label": 2, "text": "a, b"}\n{"label": 0, "text": "c"}\n')
+    data = load_data(table, adapter=HF, arch=arch, folder=folder)
+    wanted = load_data(same, adapter=HF, arch=arch, folder=folder)
+    assert len(data) == len(wanted) == 2
+    for one, other in zip(data, wanted, strict=True):  # type: ignore[call-overload]
+        assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)
+    (tmp_path / "d.tsv").write_text("text\tlabel\na b\t1\n")
+    assert int(load_data(tmp_path / "d.tsv", adapter=HF, arch=arch, folder=folder)[0]["labels"]) == 1
+    (tmp_path / "lines.csv").write_text("a b\nc, d\n")
+    assert len(load_data(tmp_path / "lines.csv", adapter=HF, arch=arch, folder=folder)) == 2
+    for text, message in (
+        ("text,label\na,b,1\n", "line 2, has 3 columns where the first line has 2"),
+        ("text,label\na,x\n", "has the label 'x', which the model does not know; expected 0 to 2"),
+        ('text,label\n"' + "a" * 200_000, "line 2, cannot be read"),
+    ):
+        table.write_text(text)
+        refused(message, table, arch, folder)
+
+
+def test_what_is_neither_file_nor_folder(bert: tuple[Architecture, Path], tmp_path: Path) -> None:
+    """They were taken for names of datasets on the hub."""
+    arch, folder = bert
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused("pipe is a named pipe; expected a file or folder of examples", tmp_path / "pipe", arch, folder)
+    refused("cannot read .*loop: .*symbolic links", tmp_path / "loop", arch, folder)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 0.5])
+def test_labels_that_are_no_numbers_of_classes(bert: tuple[Architecture, Path], tmp_path: Path, bad: float) -> None:
+    np.savez(tmp_path / "d.npz", input_ids=np.ones((2, 3), int), labels=np.array([0.0, bad]))
+    refused("fractional, NaN or infinite labels; expected class numbers", tmp_path / "d.npz", *bert)
+
+
+@pytest.mark.parametrize(("values", "kind"), [(["a"], "text"), (np.array(["2026-01-01"], "M8[D]"), "dates")])
+def test_arrays_of_no_numbers(bert: tuple[Architecture, Path], tmp_path: Path, values: object, kind: str) -> None:
+    np.savez(tmp_path / "d.npz", input_ids=np.array(values))
+    refused(f"has 'input_ids' as an array of {kind}; expected numbers$", tmp_path / "d.npz", *bert)
+
+
+@pytest.mark.parametrize("seed", [2**62, 2**63 - 1])
+def test_masks_for_every_seed_that_is_allowed(bert: tuple[Architecture, Path], tmp_path: Path, seed: int) -> None:
+    """Beyond some 2^43, examples could not be read (overflow): times in nanoseconds are such seeds."""
+    masked = HF.recognise({}, {**bert[0].options["config"], "architectures": ["BertForMaskedLM"]}, {})
+    assert masked is not None
+    (tmp_path / "d.txt").write_text("a b c d e f\n" * 3)
+    data = load_data(tmp_path / "d.txt", adapter=HF, arch=masked, folder=bert[1], seed=seed)
+    assert all(int((data[i]["labels"] != -100).sum()) == 1 for i in range(3))

@@ -26,6 +26,9 @@ FEW = {
     "sketches": 8,
     "graphs": 5,
     "kept": 8,
+    "plans": 8,
+    "adapters": 12,
+    "places": 25,
 }
 
 

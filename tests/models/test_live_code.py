@@ -130,5 +130,5 @@ def test_a_head_of_its_own_is_not_held_by_a_tied_one() -> None:
 def test_nothing_is_merged_on_the_meta_device(match: str) -> None:
     with torch.device("meta"):
         empty = Attention()
-    with pytest.raises(MergeidError, match="Attention is on the meta device, where there are no numbers to merge"):
+    with pytest.raises(MergeidError, match="of Attention is on the meta device and holds no values; load its weights"):
         mergeid.merge(empty, made(0), match=match, example_inputs=X)

@@ -1,3 +1,17 @@
 """All campaigns; importing this registers them."""
 
-from . import data, folders, graphs, headers, hub, kept, pickles, recipes, sketches, values  # noqa: F401
+from . import (  # noqa: F401
+    adapters,
+    data,
+    folders,
+    graphs,
+    headers,
+    hub,
+    kept,
+    pickles,
+    places,
+    plans,
+    recipes,
+    sketches,
+    values,
+)

@@ -35,6 +35,7 @@ with contextlib.redirect_stdout(sys.stderr):
     for words in (["graph", "a", "--json", "g.json"], ["sketch", "a", "--data", "d.npz", "-o", "a.sketch"],
                   ["sketch", "b", "--data", "d.npz", "-o", "b.sketch"],
                   ["barrier", "a", "b", "--data", "d.npz", "--points", "3", "--resume", "r.json", "-o", "x.json"],
+                  ["plan", "a", "b", "-o", "p.json"], ["plan", "a", "b", "--data", "d.npz", "-o", "pd.json"],
                   ["merge", "a", "b", "-o", "m", "--match", "never"]):
         code = run(words)
         if code:
@@ -45,10 +46,10 @@ with contextlib.redirect_stdout(sys.stderr):
 @functools.cache
 def folder() -> Path:
     """a/ and b/ (BERT), a.safetensors and b.safetensors (test_resnet, one channel, 3 classes), d.npz, g.json, a.sketch,
-    b.sketch, r.json (a barrier to resume), m/ (a merge with its record)."""
+    b.sketch, r.json (a barrier to resume), p.json and pd.json (saved plans), m/ (a merge with its record)."""
     home = Path(os.environ.get("MERGEID_FUZZ_MODELS") or tempfile.mkdtemp(prefix="mergeid-fuzz-models-"))
     home.mkdir(parents=True, exist_ok=True)
-    if not (home / "m").exists():
+    if not (home / "pd.json").exists():
         root = Path(__file__).parents[3]
         here = os.pathsep.join((str(root), str(root / "adapters"), os.environ.get("PYTHONPATH", "")))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": here}

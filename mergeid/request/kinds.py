@@ -1,0 +1,168 @@
+"""Of what kind each argument of a verb is to be: asked once, at the door, of what the verb's own signature says."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Real
+from typing import Annotated, Any, ForwardRef, TypeVar, Union, get_args, get_origin
+
+from mergeid.errors import MergeidError, shown
+
+Kinds = dict[str, Any]
+"""Parameter -> its hint, evaluated; `Any` for one that cannot be told here."""
+
+_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    types.NoneType: "None",
+    os.PathLike: "a path",
+    Sequence: "a list",
+    tuple: "a tuple",
+    Mapping: "a mapping",
+    Callable: "a function",
+}
+_MANY = {str: "texts", int: "whole numbers", float: "numbers"}
+
+
+def kinds_of(signature: inspect.Signature, modules: Iterable[str]) -> Kinds:
+    """The hints of a verb's parameters, as far as they need nothing that only type checkers import.
+
+    Args:
+        modules: in whose names the hints are written, the verb's own last.
+    """
+    names = {name: value for module in modules for name, value in vars(sys.modules[module]).items()}
+    found = {p.name: _evaluated(p.annotation, names) for p in signature.parameters.values()}
+    several = {p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL}
+    return {name: Sequence[hint] if name in several else hint for name, hint in found.items()}  # type: ignore[valid-type]
+
+
+def checked(arguments: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
+    """The arguments, each of the kind that its hint asks for. Where texts are expected, one text stands for a list of
+    it, which would otherwise be read letter by letter; where text is, a path or one of torch's devices and dtypes
+    stands for its name; where a number is, one of NumPy's or torch's for Python's; where a list is, any iterable.
+
+    Raises `MergeidError` for an argument of another kind."""
+    found = dict(arguments)
+    for name, hint in kinds.items():
+        if name not in found:
+            continue
+        value = found[name] = _gathered(_number_of(found[name], hint), hint)
+        if _fits(value, hint):
+            continue
+        if isinstance(value, str) and _fits((value,), hint):
+            found[name] = (value,)
+        elif (text := _name_of(value)) is not None and _fits(text, hint):
+            found[name] = text
+        else:
+            raise MergeidError(_sentence(name, value, hint))
+    return found
+
+
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return Any
+    try:
+        return eval(annotation, names) if isinstance(annotation, str) else annotation
+    except (NameError, AttributeError, TypeError):  # of a module that is not imported here
+        return Any
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The kinds that a hint allows, without what is said about them."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (Union, types.UnionType):
+        return [choice for part in get_args(hint) for choice in _choices(part)]
+    return [types.NoneType if hint is None else hint]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return any(_is(value, choice) for choice in _choices(hint))
+
+
+def _is(value: Any, choice: Any) -> bool:
+    kind = get_origin(choice) or choice
+    if kind is Any or isinstance(kind, (str, ForwardRef, TypeVar)) or not isinstance(kind, type):
+        return True
+    if kind is bool:
+        return isinstance(value, bool) or (_whole(value) in (0, 1) and not hasattr(value, "shape"))
+    if kind is int:
+        return not isinstance(value, bool) and _whole(value) is not None
+    if kind is float:
+        return not isinstance(value, bool) and isinstance(value, Real)
+    if kind is Sequence or kind is tuple:
+        return _is_list(value) and _odd_one(value, choice) is None
+    return isinstance(value, kind)
+
+
+def _number_of(value: Any, hint: Any) -> Any:
+    if getattr(value, "shape", None) == () and hasattr(value, "item") and {bool, int, float} & {*_choices(hint)}:
+        return value.item()
+    return value
+
+
+def _gathered(value: Any, hint: Any) -> Any:
+    """Iterables that are used up, or have no order, as they come."""
+    lists = [get_origin(choice) is Sequence for choice in _choices(hint)]
+    others = any(_is(value, choice) for choice, is_list in zip(_choices(hint), lists, strict=True) if not is_list)
+    if not any(lists) or others or not _is_list(value) or hasattr(value, "__getitem__"):
+        return value
+    return tuple(value)
+
+
+def _is_list(value: Any) -> bool:
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, type)):
+        return False
+    return getattr(value, "shape", None) != ()  # an array without dimensions has nothing to go through
+
+
+def _odd_one(value: Any, choice: Any) -> tuple[Any] | None:
+    """The first entry of another kind, where that can be seen without using the entries up."""
+    parts = get_args(choice)
+    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Sized):
+        return None
+    return next(((entry,) for entry in value if not _fits(entry, parts[0])), None)
+
+
+def _whole(value: Any) -> int | None:
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _name_of(value: Any) -> str | None:
+    if isinstance(value, os.PathLike):
+        name = os.fspath(value)
+        return name if isinstance(name, str) else None
+    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+        return str(value).removeprefix("torch.")
+    return None
+
+
+def _sentence(name: str, value: Any, hint: Any) -> str:
+    for choice in _choices(hint):
+        if _is_list(value) and get_origin(choice) is Sequence and (odd := _odd_one(value, choice)) is not None:
+            return f"{name} has an entry that is {_told(odd[0])}; expected {_described(get_args(choice)[0])}"
+    return f"{name} is {_told(value)}; expected {_described(hint)}"
+
+
+def _told(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, bool) else shown(value)
+
+
+def _described(hint: Any) -> str:
+    words = []
+    for choice in _choices(hint):
+        kind = get_origin(choice) or choice
+        inside = _MANY.get(get_args(choice)[0]) if kind is Sequence and get_args(choice) else None
+        named = _NAMES.get(kind) or f"a {getattr(kind, '__name__', None) or kind.__forward_arg__}"
+        words.append(f"{named} of {inside}" if inside else named)
+    return " or ".join(dict.fromkeys(words))
