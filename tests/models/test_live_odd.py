@@ -80,7 +80,7 @@ def test_a_second_input_stays_one() -> None:
         (Made(lambda i: next(iter(()))), "example 0 of the data cannot be read .StopIteration"),
         (Made(lambda i: X[i], -1), "the dataset Made has no length"),
         (Made(lambda i: X[i].to("meta")), "the input 'arg0' is on the meta device and holds no values"),
-        (Made(lambda i: X[i] * float("nan")), "nothing but NaN or infinite numbers on the data; give examples on which"),
+        (Made(lambda i: X[i] * float("nan")), "nothing but NaN or infinite numbers on the data; give examples"),
         (Made(lambda i: (X[i], Y[i]) if i < 20 else (X[i],)), "example 20 of the data has no label"),
         (DataLoader(list(X), collate_fn=list), "a DataLoader with a collate_fn of its own; expected its dataset"),
         ({1, 2}, "is of type set; expected a list of examples"),
