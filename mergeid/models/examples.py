@@ -122,8 +122,8 @@ def _of_loader(data: Any) -> tuple[Any, Collate | None]:
     if data.collate_fn is default_collate or data.collate_fn is None:
         return data.dataset, None
     raise MergeidError(
-        "the data is a DataLoader with its own collate_fn; expected a sequence, such as its data set, or list(loader), "
-        "whose items are whole inputs"
+        "the data is a DataLoader with its own collate_fn; expected a sequence, such as list(loader), whose items are "
+        "whole inputs"
     )
 
 
