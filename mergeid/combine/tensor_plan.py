@@ -80,6 +80,8 @@ def plan_tensors(a: Checkpoint, b: Checkpoint, *, skip: Sequence[str] = (), dtyp
                 f"tensor {name!r} is {a.table[name].dtype} in {a.source} and {b.table[name].dtype} in {b.source}; "
                 f"expected the same kind of numbers: take it from the first with --skip {name!r}"
             )
+    if not merged and not skip:
+        raise MergeidError(f"{a.source} and {b.source} have no floating-point weights; expected some to merge")
     if not merged:
         raise MergeidError(f"no weights of {a.source} and {b.source} are left to merge; skip fewer tensors (--skip)")
     target = parse_dtype(dtype) if dtype is not None else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -149,6 +149,27 @@ def check_numbers(module: nn.Module) -> None:
     if not has_hooks(module):
         for name, parameter in module.named_parameters():
             check_values(name, parameter, type(module).__name__)
+
+
+def of_one_wrapping(models: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The models; where torch wraps only some live ones (compiled, data-parallel, averaged), what is inside, and a note
+    that says so."""
+    modules = [module_of(m) for m in models]
+    if any(m is None for m in modules) or len({tuple(m.state_dict()) for m in modules if m is not None}) == 1:
+        return list(models), []
+    inside = [_inside(m) for m in modules]
+    if len({frozenset(m.state_dict()) for m in inside}) > 1:
+        return list(models), []
+    kinds = sorted({type(m).__name__ for m, inner in zip(modules, inside, strict=True) if m is not inner})
+    return inside, [f"not all models are wrapped ({', '.join(kinds)}): what is inside was taken, with its own names"]
+
+
+def _inside(module: Any) -> Any:
+    children = list(module.named_children())
+    while type(module).__module__.startswith("torch.") and [n for n, _ in children] in (["module"], ["_orig_mod"]):
+        module = children[0][1]
+        children = list(module.named_children())
+    return module
 
 
 def _of_module(module: nn.Module) -> Checkpoint:

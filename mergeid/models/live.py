@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from mergeid.basics.nested import mapped
 from mergeid.basics.state import load_weights
 from mergeid.models.loaded import Loaded
+from mergeid.models.mapped import LARGEST_HELD
 from mergeid.models.running import eval_mode
 from mergeid.plugins import ConfigDifference
 
@@ -57,8 +58,9 @@ def _known(module: nn.Module) -> bool:
 def code_difference(one: Loaded, two: Loaded) -> list[ConfigDifference] | None:
     """What may be the reason why the first one's code, with the second one's weights, computes something else on the
     example than the second one: attributes of modules of any code that differ (numbers, switches, words, functions).
-    None where it computes the same, and where that cannot be tried."""
-    if one.model is two.model or any(p.is_meta for m in (one.model, two.model) for p in m.parameters()):
+    None where it computes the same, and where that cannot be tried; large models are not copied for it."""
+    held = [p for m in (one.model, two.model) for p in m.parameters()]
+    if one.model is two.model or any(p.is_meta for p in held) or sum(p.numel() for p in held) > 2 * LARGEST_HELD:
         return None
     shapes = [{k: t.shape for k, t in m.state().items()} for m in (one, two)]
     if shapes[0] != shapes[1]:

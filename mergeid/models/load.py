@@ -166,7 +166,8 @@ def _live(module: nn.Module, reading: Reading, run: Run) -> Loaded:
         found = Loaded(source, module, adapter, architecture, None, names, example, given.outputs)
         if library is not None and adapter.takes_labels:
             # the models of a library take their targets under this name, and a few make other inputs of them
-            without = replace(found, adapter=ModuleAdapter(library))
+            plain: Any = ModuleAdapter(library)
+            without = replace(found, adapter=plain)
             found = without if not has_values or _runs(without) or not _runs(found) else found
         return found
     try:

@@ -57,7 +57,7 @@ class EndSums(Sums):
         if self.means_of is not None and len(self.means_of[0]) != a.shape[-1]:
             raise MergeidError(
                 f"the outputs have {len(self.means_of[0])} classes for some inputs and {a.shape[-1]} for others; a "
-                "barrier in nats cannot be predicted for what is no logits of fixed classes"
+                "barrier in nats can only be predicted for logits of fixed classes"
             )
         self.count += len(a)
         for (x, y), weight in rows_of((a, b), mask):

@@ -15,7 +15,7 @@ from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
-from mergeid.io.opening import Source, check_numbers, is_live, values_of
+from mergeid.io.opening import Source, check_numbers, is_live, of_one_wrapping, values_of
 from mergeid.models.beside import differences_beside
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
@@ -24,7 +24,6 @@ from mergeid.models.heads import SameHeads, same_heads
 from mergeid.models.names import same_names
 from mergeid.models.sizes import same_sizes
 from mergeid.models.vocabularies import one_vocabulary
-from mergeid.models.wrapped import of_one_wrapping
 from mergeid.request.request import Matching, Output
 
 if TYPE_CHECKING:

@@ -105,6 +105,11 @@ def test_inputs_are_as_they_were_for_every_pass() -> None:
     assert [s.j_match for s in plan.spaces] == pytest.approx([s.j_match for s in same.spaces])
 
 
+def test_modules_without_weights() -> None:
+    with pytest.raises(MergeidError, match=r"ReLU .*have no floating-point weights; expected some to merge"):
+        mergeid.merge(nn.ReLU(), nn.ReLU(), example_inputs=X)
+
+
 class Embedded(nn.Module):
     def __init__(self, seed: int, tied: bool) -> None:
         super().__init__()
