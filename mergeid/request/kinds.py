@@ -7,7 +7,7 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any, ForwardRef, TypeVar, Union, get_args, get_origin
 
@@ -126,7 +126,7 @@ def _is_list(value: Any) -> bool:
 def _odd_one(value: Any, choice: Any) -> tuple[Any] | None:
     """The first entry of another kind, where that can be seen without using the entries up."""
     parts = get_args(choice)
-    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Sized):
+    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Collection):
         return None
     return next(((entry,) for entry in value if not _fits(entry, parts[0])), None)
 
