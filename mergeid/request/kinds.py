@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import os
@@ -37,7 +38,7 @@ def kinds_of(signature: inspect.Signature, modules: Iterable[str]) -> Kinds:
     Args:
         modules: in whose names the hints are written, the verb's own last.
     """
-    names = {name: value for module in modules for name, value in vars(sys.modules[module]).items()}
+    names = _Names({name: value for module in modules for name, value in vars(sys.modules[module]).items()})
     found = {p.name: _evaluated(p.annotation, names) for p in signature.parameters.values()}
     several = {p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL}
     return {name: Sequence[hint] if name in several else hint for name, hint in found.items()}  # type: ignore[valid-type]
@@ -65,12 +66,19 @@ def checked(arguments: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
     return found
 
 
-def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+class _Names(dict[str, Any]):
+    """What hints may name; what only type checkers import stands for anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return vars(builtins)[name] if hasattr(builtins, name) else TypeVar(name)  # type: ignore[misc]
+
+
+def _evaluated(annotation: Any, names: _Names) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     try:
-        return eval(annotation, names) if isinstance(annotation, str) else annotation
-    except (NameError, AttributeError, TypeError):  # of a module that is not imported here
+        return eval(annotation, {}, names) if isinstance(annotation, str) else annotation
+    except (AttributeError, TypeError):  # of a module that is not imported here
         return Any
 
 
