@@ -22,8 +22,8 @@ def check_labels(model: str, labels: Tensor, examples: int, classes: int) -> Non
     """Raises `MergeidError` unless labels are one class number per example."""
     if labels.dim() != 1 or labels.shape[0] != examples or labels.is_floating_point():
         raise MergeidError(
-            f"{model} needs one class number (a whole number) per image, but the labels are "
-            f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)} for {examples} images; give one for each"
+            f"{model} needs one class number per image, but the labels are {str(labels.dtype).removeprefix('torch.')} "
+            f"{list(labels.shape)} for {examples} images; give one whole number for each"
         )
     low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
     if low < 0 or high >= classes:

@@ -10,6 +10,7 @@ from mergeid.commands import arguments as o
 from mergeid.commands.launch import together
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import check_outputs, to_text, working, write_report
+from mergeid.errors import MergeidError
 from mergeid.io.publish import write_whole
 from mergeid.verbs.barrier import barrier
 
@@ -31,6 +32,8 @@ def command(
 
     Under ``accelerate launch`` the processes share out the points and the examples; the first prints and writes.
     """
+    if call.given("calibration") and not any(map(call.given, ("match", "repair", "solve"))):
+        raise MergeidError("--calibration is read for --match, --repair and --solve; add one of them, or leave it out")
     check_outputs((a, b, *call.reads), output=output, plot=plot, report=page, resume=call.path("resume"))
     with working(as_json) as work:
         with together(call):

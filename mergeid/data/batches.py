@@ -7,7 +7,6 @@ batch is computed exactly as it would be by one process.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -48,8 +47,8 @@ def consecutive(count: int, size: int) -> list[range]:
 
 def balanced(count: int, size: int) -> list[range]:
     """0 … count−1 in ⌈count / size⌉ runs whose lengths differ by one at most, so that no run is a small rest."""
-    pieces = math.ceil(count / max(size, 1)) if count else 0
-    bounds = [round(count * k / pieces) for k in range(pieces + 1)]
+    pieces = -(-count // max(size, 1))
+    bounds = [round(count * k / max(pieces, 1)) for k in range(pieces + 1)]
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 

@@ -97,13 +97,9 @@ def module_of(source: Source) -> nn.Module | None:
 def _live(source: object) -> nn.Module:
     """What is no path has to be a module."""
     from torch import nn
-    from torch.nn.parameter import UninitializedTensorMixin
 
     if isinstance(source, nn.Module):
-        if any(isinstance(t, UninitializedTensorMixin) for t in (*source.parameters(), *source.buffers())):
-            raise MergeidError(
-                f"{type(source).__name__} has lazy layers without weights; run it once on an input, which makes them"
-            )
+        refuse_lazy(source)
         return source
     if isinstance(source, type) and issubclass(source, nn.Module):
         given, so = f"the class {source.__name__}", "make a module of it, which has weights"
@@ -112,6 +108,17 @@ def _live(source: object) -> nn.Module:
     else:
         given, so = f"an object of type {type(source).__name__}", "name its file, or give its module"
     raise MergeidError(f"a model is {given}; expected a file, a folder, a hub id or a live module: {so}")
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Raises `MergeidError` for a module with layers that get their weights when they are first run."""
+    from torch.nn.parameter import is_lazy
+
+    lazy = next((n for n, p in (*module.named_parameters(), *module.named_buffers()) if is_lazy(p)), None)
+    if lazy is not None:
+        raise MergeidError(
+            f"parameter {lazy!r} of {type(module).__name__} has no shape yet (a lazy layer); run the model once first"
+        )
 
 
 def is_live(source: Source) -> bool:

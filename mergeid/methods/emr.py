@@ -43,7 +43,7 @@ def emr(
     """
     if task > len(tensors):
         raise MergeidError(
-            f"parameter 'task' is {task}; expected 1 to {len(tensors)}, for one of the models, or 0 for none"
+            f"parameter 'task' is {task}; expected 1 to {len(tensors)} for one of the models, or 0 for none"
         )
     dtype, to = wide(tensors)
 

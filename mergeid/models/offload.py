@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from mergeid.errors import MergeidError
-from mergeid.io.opening import has_hooks, state_of
+from mergeid.io.opening import has_hooks, refuse_lazy, state_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,13 +16,7 @@ def in_memory(module: nn.Module) -> nn.Module:
     """The module itself where its weights are in place; else a plain copy of it with all weights in memory.
 
     Raises `MergeidError` for layers without a shape yet, and where weights are nowhere to be found."""
-    from torch.nn.parameter import is_lazy
-
-    lazy = next((n for n, p in (*module.named_parameters(), *module.named_buffers()) if is_lazy(p)), None)
-    if lazy is not None:
-        raise MergeidError(
-            f"parameter {lazy!r} of {type(module).__name__} has no shape yet (a lazy layer); run the model once first"
-        )
+    refuse_lazy(module)
     if not has_hooks(module):
         return module
     from accelerate.hooks import remove_hook_from_module

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any, ForwardRef, TypeVar, Union, get_args, get_origin
 
@@ -37,7 +38,7 @@ def kinds_of(signature: inspect.Signature, modules: Iterable[str]) -> Kinds:
     Args:
         modules: in whose names the hints are written, the verb's own last.
     """
-    names = {name: value for module in modules for name, value in vars(sys.modules[module]).items()}
+    names = _Names({name: value for module in modules for name, value in vars(sys.modules[module]).items()})
     found = {p.name: _evaluated(p.annotation, names) for p in signature.parameters.values()}
     several = {p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL}
     return {name: Sequence[hint] if name in several else hint for name, hint in found.items()}  # type: ignore[valid-type]
@@ -65,12 +66,19 @@ def checked(arguments: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
     return found
 
 
-def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+class _Names(dict[str, Any]):
+    """What hints may name; what only type checkers import stands for anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return vars(builtins)[name] if hasattr(builtins, name) else TypeVar(name)  # type: ignore[misc]
+
+
+def _evaluated(annotation: Any, names: _Names) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     try:
-        return eval(annotation, names) if isinstance(annotation, str) else annotation
-    except (NameError, AttributeError, TypeError):  # of a module that is not imported here
+        return eval(annotation, {}, names) if isinstance(annotation, str) else annotation
+    except (AttributeError, TypeError):  # of a module that is not imported here
         return Any
 
 
@@ -126,7 +134,7 @@ def _is_list(value: Any) -> bool:
 def _odd_one(value: Any, choice: Any) -> tuple[Any] | None:
     """The first entry of another kind, where that can be seen without using the entries up."""
     parts = get_args(choice)
-    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Sized):
+    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Collection):
         return None
     return next(((entry,) for entry in value if not _fits(entry, parts[0])), None)
 

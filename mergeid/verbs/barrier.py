@@ -93,8 +93,6 @@ def barrier(
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)
     if calibration_limit is not None:
         check_count("calibration_limit", calibration_limit)
-    if calibration is not None and match == "never" and not (repair or solve):
-        raise MergeidError("--calibration is read for --match, --repair and --solve; add one of them, or leave it out")
     measured, matching = Calibration(data, limit), Matching(match, matcher)
     held = Calibration(data if calibration is None else calibration, calibration_limit)
     if points < 2:

@@ -122,7 +122,7 @@ def _chosen(shapes: Mapping[str, int], layers: Sequence[str], loaded: Loaded) ->
                 f"--layers {pattern!r} matches no layer of {loaded.source}; its layers are "
                 f"{', '.join(list(shapes)[:3])}, …"
             )
-    return [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in layers)]
+    return [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in layers or ("*",))]
 
 
 @dataclass

@@ -276,7 +276,7 @@ def test_example_inputs_run(adapter, name):
 def test_misfits_are_named(adapter):
     arch = Architecture("timm", "resnet18", {"num_classes": 5})
     model = adapter.build(arch, device="meta")
-    with pytest.raises(MergeidError, match=r"take images 'x'.*the data has \[3, 64\]"):
+    with pytest.raises(MergeidError, match=r"take images 'x'.*, not \[3, 64\]"):
         adapter.forward(model, {"x": torch.zeros(3, 64)})
     with pytest.raises(MergeidError, match=r"takes images \[batch, 3, height, width\]"):
         adapter.check(arch, {"x": torch.zeros(2, 1, 64, 64)})

@@ -309,7 +309,7 @@ def test_quantised(work: Path) -> None:
             ["merge", "a.safetensors", "b.safetensors", "--match", "sometimes"],
             "'--match'.*sometimes.*auto.*never.*always",
         ),
-        (["merge", "a.safetensors", "b.safetensors", "--limit", "many"], "'--limit'"),
+        (["merge", "a.safetensors", "b.safetensors", "--limit", "many"], "--limit is 'many'; expected a whole number"),
         (["frobnicate"], "frobnicate"),
         (["barrier", "a.safetensors", "b.safetensors"], "--data"),
         (["barrier", "a.safetensors", "b.safetensors", "--data", "d.npz", "--plot", "p.gif"], "p.gif.*.png"),

@@ -200,7 +200,7 @@ def test_folders_named_by_odd_digits(tmp_path):
     [
         ({"x": np.array([object()])}, "cannot be read|array of Python objects"),
         ({"x": np.array(["a", "b"])}, "'x' as an array of text; expected numbers"),
-        ({"x": np.zeros((2, 3, 64, 64), complex)}, "complex numbers"),
+        ({"x": np.zeros((2, 3, 64, 64), complex)}, "its numbers are complex; expected real ones"),
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([2**63, 0], np.uint64)}, "2.63 and more"),
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([np.nan, 0])}, "fractional, NaN or infinite labels"),
         ({"x": np.zeros((2, 3, 64, 64), np.float32), "y": np.array([1e30, 0])}, "label .* 4 classes"),

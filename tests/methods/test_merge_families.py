@@ -444,7 +444,7 @@ def test_solving_singular_systems_is_the_pseudo_inverse() -> None:
         ("slerp", 3, {}, "'slerp' merges 2 models, got 3.*karcher"),
         ("linear", 3, {"weights": [0.5, 0.5]}, "2 weights given .* for 3 models"),
         ("linear", 2, {"weights": [0.5, 0.6]}, "sum to 1.1"),
-        ("ties", 2, {"weights": [0.5, math.inf]}, "not all usable"),
+        ("ties", 2, {"weights": [0.5, math.inf]}, "weights 0.5 . inf cannot be used"),
     ],
 )
 def test_settings_that_are_refused(name: str, models: int, told: dict[str, Any], match: str) -> None:

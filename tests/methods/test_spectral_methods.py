@@ -127,7 +127,7 @@ def test_emr(seed: int, task: int) -> None:
         masked = np.where(own * chosen > 0, chosen, 0.0)
         chosen = masked * np.abs(own).sum() / np.abs(masked).sum()
     np.testing.assert_allclose(merge("emr", tensors, base, task=task, scale=0.9), base + 0.9 * chosen, rtol=1e-9)
-    with pytest.raises(MergeidError, match="'task' is 4, and there are 3 models"):
+    with pytest.raises(MergeidError, match="'task' is 4; expected 1 to 3 for one of the models, or 0 for none"):
         merge("emr", tensors, base, task=4)
 
 

@@ -67,6 +67,7 @@ def test_odd_arguments_never_raise_anything_else(name: str, data: st.DataObject)
         ({"seed": True}, "^seed is True; expected a whole number$"),
         ({"skip": [1]}, "^skip has an entry that is 1; expected text$"),
         ({"progress": "x"}, "^progress is 'x'; expected a function or None$"),
+        ({"outputs": b"x"}, "^outputs is of type bytes; expected a list of texts$"),
         ({"normalize": "yes"}, "^normalize is 'yes'; expected True or False or None$"),
     ],
 )
@@ -107,3 +108,21 @@ def test_what_stands_for_a_name_or_a_number(tmp_path: Path) -> None:
         )
     assert load_file(out)["w"].dtype == torch.float16
     assert load_file(out)["w"].tolist() == [0.75, 0.75]
+
+
+def test_lists_of_what_only_type_checkers_import() -> None:
+    with pytest.raises(MergeidError, match=r"^sketches is 3; expected a list$"):
+        mergeid.predict_sketches(3)  # type: ignore[arg-type]
+
+
+def test_batches_larger_than_any_number() -> None:
+    """A quotient that rounds to nothing made no batches at all."""
+    from mergeid.data.batches import balanced
+
+    assert balanced(3, 10**400) == [range(3)] and balanced(0, 4) == []
+    assert [len(r) for r in balanced(10, 4)] == [3, 4, 3]
+    data = list(torch.randn(8, 4))
+    a, b = nn.Linear(4, 3), nn.Linear(4, 3)
+    example = data[0][None]
+    found = [mergeid.similarity(a, b, data=data, example_inputs=example, layers=which) for which in ([], ["*"])]
+    assert len(found[0].layers) == len(found[1].layers) > 0
