@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.opening import Source, is_live, state_of
 from mergeid.models.beside import differences_beside
@@ -119,6 +120,7 @@ def open_models(
     opened = [bench.open(source) for source in sources]
     for checkpoint in opened:
         refuse_adapter(checkpoint)
+        refuse_quantised(checkpoint, [])  # before names that no network has are left out
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
