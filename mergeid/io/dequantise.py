@@ -35,10 +35,12 @@ def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
     """Raises `MergeidError` for a checkpoint whose tensors of these names are not the weights themselves."""
     settings = (checkpoint.config or {}).get("quantization_config")
     if settings:
-        kind = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
+        cure = "give --dequantise, or dequantise it first"
+        if not (_is_known(checkpoint) or _is_float(checkpoint)):
+            cure = "dequantise it with the tool that made it"
         raise MergeidError(
-            f"{checkpoint.source} is quantised (quantization_config in its config.json: {kind}); expected float "
-            "weights: give --dequantise, or dequantise it first"
+            f"{checkpoint.source} is quantised (quantization_config in its config.json: {_method(settings)}); expected "
+            f"float weights: {cure}"
         )
     odd = [n for n in names if checkpoint.table[n].dtype not in (*MERGEABLE, *INTEGERS)]
     odd += [n for n in names if checkpoint.table[n].dtype in INTEGERS and n.endswith("weight")]
@@ -86,17 +88,34 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
         used |= {*reads}
         how = f"dequantised by {config.get(QUANTISED)}"
         formed[name] = Formed(made, form, tuple((checkpoint, n) for n in reads), how)
-    if not formed:
-        if QUANTISED in config:
-            raise MergeidError(
-                f"{checkpoint.source} is quantised in a way that --dequantise does not know; expected float8 or "
-                "bitsandbytes weights: dequantise it with the tool that made it"
-            )
+    if not formed and QUANTISED not in config:
         return checkpoint
-    order = [n for n in table if n in formed or not (n in used or n.endswith(IGNORED))]
+    if not formed and not _is_float(checkpoint):
+        kind = _method(config[QUANTISED])
+        raise MergeidError(
+            f"{checkpoint.source} is quantised in a way that --dequantise does not know ({kind}); expected float8 or "
+            "bitsandbytes weights: dequantise it with the tool that made it"
+        )
+    order = [n for n in table if n in formed or not (formed and (n in used or n.endswith(IGNORED)))]
     plain = {k: v for k, v in config.items() if k != QUANTISED}
     every = {n: formed[n] if n in formed else read_from(checkpoint, n) for n in order}
     return derived(checkpoint.source, checkpoint, every, parents=[checkpoint], config=plain if config else None)
+
+
+def _method(settings: Any) -> str:
+    return str(settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings)
+
+
+def _is_known(checkpoint: TensorSource) -> bool:
+    """Whether it has weights in a format that can be read in floating point."""
+    table = checkpoint.table
+    return any(i.dtype.startswith("F8_") or n.endswith(".SCB") or STATE in n for n, i in table.items())
+
+
+def _is_float(checkpoint: TensorSource) -> bool:
+    """Whether all is in floating point already, and the config speaks of what the model was before: training tools save
+    adapters that are merged into a quantised base so."""
+    return all(info.dtype in MERGEABLE for info in checkpoint.table.values())
 
 
 def _target(config: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.combine.tensor_plan import mergeable, plan_many, plan_tensors
 from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
+from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.opening import Source, check_numbers, is_live, of_one_wrapping, values_of
 from mergeid.models.beside import differences_beside
@@ -120,6 +121,7 @@ def open_models(
     opened = [bench.open(source) for source in sources]
     for checkpoint in opened:
         refuse_adapter(checkpoint)
+        refuse_quantised(checkpoint, [])  # before names that no network has are left out
         if checkpoint.module is not None:
             check_numbers(checkpoint.module)
     named = same_names(opened, asked.arch)

@@ -170,6 +170,26 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "m", {"l.qweight": torch.ones(4, dtype=torch.int32)}, quantization_config={"bits": 4})
     with pytest.raises(MergeidError, match="does not know"):
         dequantised(open_checkpoint(folder))
+    told = {"quant_method": "awq"}
+    folder = _folder(tmp_path / "n", {"l.qweight": torch.ones(4, dtype=torch.int32)}, quantization_config=told)
+    with pytest.raises(MergeidError, match=r"does not know \(awq\)"):
+        dequantised(open_checkpoint(folder))
+    with pytest.raises(
+        MergeidError, match=r"json: awq.; expected float weights: dequantise it with the tool that made"
+    ):
+        mergeid.merge(folder, folder, output=tmp_path / "out")
+
+
+def test_floating_point_weights_under_a_config_that_says_otherwise(tmp_path: Path) -> None:
+    """What training tools leave of an adapter that they merged into a quantised base. It was refused either way."""
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for seed, name in enumerate("ab"):
+        _folder(tmp_path / name, {"l.weight": torch.full((2, 2), float(seed))}, quantization_config=told)
+    with pytest.raises(MergeidError, match="give --dequantise"):
+        mergeid.merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "out", match="never")
+    mergeid.merge(tmp_path / "a", tmp_path / "b", output=tmp_path / "out", match="never", dequantise=True)
+    assert load_file(tmp_path / "out" / "model.safetensors")["l.weight"].tolist() == [[0.5, 0.5]] * 2
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 EIGHT = torch.ones(8, 6).to(torch.float8_e4m3fn)
