@@ -237,11 +237,12 @@ def test_bad_graphs(part: str) -> None:
     [
         ({"freeze": ["a.wieght[0]"]}, r"freeze 'a.wieght\[0\]' matches no axis of the model; did you mean .*a.weight"),
         ({"freeze": ["a.bias[1]"]}, r"freeze 'a.bias\[1\]' matches no axis"),
-        ({"freeze": "a.bias"}, "expected a list"),
+        ({"freeze": 3}, "freeze is 3; expected a list of texts"),
         ({"tie": [("a.weight", "b.weight[0]")]}, r"does not name an axis; expected TENSOR\[AXIS\]"),
         ({"tie": [("a.weight[2]", "b.weight[0]")]}, r"the model has no axis 'a.weight\[2\]'"),
         ({"tie": [("a.weight[0]", "b.weight[1]")]}, r"\(5 positions\) to b.weight\[1\] \(8 positions\)"),
-        ({"tie": ["a.weight[0]"]}, "is not a pair"),
+        ({"tie": ["a.weight[0]"]}, "tie has an entry that is 'a.weight.0.'; expected a tuple"),
+        ({"tie": [("a.weight[0]",)]}, "is not a pair"),
         ({"graph": "nowhere.json"}, "no such graph file: nowhere.json"),
         ({"graph": WRONG, "freeze": ["a.bias"]}, "freeze= and tie= are for a traced graph"),
         ({"more_inputs": [torch.zeros(2, 7)]}, r"Branches does not run on more_inputs\[0\] \(RuntimeError: mat1"),
@@ -252,6 +253,11 @@ def test_bad_graphs(part: str) -> None:
 def test_bad_input(options: dict, part: str) -> None:
     with pytest.raises(MergeidError, match=part):
         mergeid.graph(made(Branches), **{"example_inputs": X, **options})
+
+
+def test_one_text_is_a_list_of_it() -> None:
+    one, many = (mergeid.graph(made(Branches), X, freeze=f) for f in ("a.bias[0]", ["a.bias[0]"]))
+    assert one.to_json() == many.to_json()
 
 
 def test_no_output() -> None:
@@ -403,7 +409,7 @@ def test_what_is_no_model_is_refused_in_a_sentence(given: object, expected: str)
 def test_no_further_inputs() -> None:
     model = made(Branches)
     assert len(mergeid.graph(model, X, more_inputs=None).spaces) == len(mergeid.graph(model, X).spaces)
-    with pytest.raises(MergeidError, match="more_inputs is 3; expected a list of further inputs"):
+    with pytest.raises(MergeidError, match="more_inputs is 3; expected a list or None"):
         mergeid.graph(model, X, more_inputs=3)
 
 

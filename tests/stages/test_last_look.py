@@ -300,7 +300,7 @@ def test_a_merge_that_is_too_far_is_refused_and_nothing_is_written(match, tmp_pa
 
 @pytest.mark.parametrize("value", [-1, float("nan"), "0.5", True])
 def test_a_threshold_that_is_none(value):
-    with pytest.raises(MergeidError, match=r"--refuse-above is .*expected 0 or more"):
+    with pytest.raises(MergeidError, match=r"refuse.above is .*expected (0 or more|a number)"):
         mergeid.merge(head(0), head(1), data=data(20), example_inputs=torch.randn(2, 6), refuse_above=value)
 
 
