@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
@@ -12,13 +11,13 @@ from mergeid.basics.reading import read_table
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import module_files, vocabulary
 from mergeid.models.chat_templates import chat_template
+from mergeid.models.configs import called_apart, differing
 from mergeid.models.token_numbers import GENERATION
+from mergeid.plugins import ConfigDifference
 
 TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
 UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 """Tokenizers whose tokens are not compared."""
-SHOWN = 3
-"""Fields that a note names."""
 
 
 def differences_beside(models: Sequence[Checkpoint], *, tokens: bool, template: bool) -> list[str]:
@@ -36,9 +35,7 @@ def differences_beside(models: Sequence[Checkpoint], *, tokens: bool, template: 
     for i, other in enumerate(others, 1):
         if not other.is_folder or not other.files:
             continue
-        two, letter = f"{first.source} and {other.source}", ascii_lowercase[i : i + 1]
-        if first.source == other.source:
-            two = f"{first.source} (the first) and {other.source} (another)"
+        two, letter = " and ".join(called_apart(first, other)), ascii_lowercase[i : i + 1]
         if not tokens:
             notes += _numbers(two, first, other) + _tokenizers(two, first, other, letter)
         if not template:
@@ -51,11 +48,11 @@ def differences_beside(models: Sequence[Checkpoint], *, tokens: bool, template: 
 
 def _numbers(two: str, first: Checkpoint, other: Checkpoint) -> list[str]:
     mine, theirs = _special(first), _special(other)
-    found = [
-        (k, mine[k], theirs[k]) for k in TOKENS if k in mine and k in theirs and _many(mine[k]) != _many(theirs[k])
-    ]
-    said = f"{two} differ in {_listed(found)}, which generation uses; the result has that of {first.source}"
-    return [said] if found else []
+    both = [k for k in TOKENS if k in mine and k in theirs and _many(mine[k]) != _many(theirs[k])]
+    found = [ConfigDifference(k, mine[k], theirs[k]) for k in both]
+    if not found:
+        return []
+    return [f"{two} differ in {differing(found)}, which generation uses; the result has that of {first.source}"]
 
 
 def _special(model: Checkpoint) -> dict[str, Any]:
@@ -103,26 +100,17 @@ def _templates(two: str, first: Checkpoint, other: Checkpoint, letter: str) -> l
 
 def _modules(two: str, first: Checkpoint, other: Checkpoint) -> list[str]:
     """What lies behind an encoder whose weights alone are merged: how tokens are pooled to a sentence."""
-    found: list[tuple[str, Any, Any]] = []
+    found: list[ConfigDifference] = []
     for path in module_files(first.path):
         name = path.relative_to(first.path)
         if path.suffix == ".json" and (other.path / name).is_file():
             mine, theirs = (_table(folder / name) for folder in (first.path, other.path))
             keys = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
-            found += [(f"{name.as_posix()}: {k}", mine.get(k), theirs.get(k)) for k in keys]
-    said = f"{two} differ in {_listed(found)}; the result has that of {first.source}, which decides what a vector says"
-    return [said] if found else []
+            found += [ConfigDifference(f"{name.as_posix()}: {k}", mine.get(k), theirs.get(k)) for k in keys]
+    if not found:
+        return []
+    return [f"{two} differ in {differing(found)}, which makes a text's vector; the result has that of {first.source}"]
 
 
 def _table(path: Path) -> dict[str, Any]:
     return read_table(path, "settings of a module")
-
-
-def _listed(found: Sequence[tuple[str, Any, Any]]) -> str:
-    shown = [f"{k} ({_value(a)} and {_value(b)})" for k, a, b in found[:SHOWN]]
-    more = len(found) - SHOWN
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-def _value(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value, default=str)[:60]
