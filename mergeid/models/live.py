@@ -115,7 +115,7 @@ def _is_of_code(one: Loaded, two: Loaded) -> bool:
         return False
     modules = dict(changed.named_modules())
     for name, key, value in _states(two, wanted, one.inputs):
-        holder: dict[str, Any] = vars(modules[name])
+        holder = modules[name].__dict__
         (holder["_buffers"] if key in holder["_buffers"] else holder)[key] = copy.deepcopy(value)
     return not _alike((one, changed), (two, wanted))
 

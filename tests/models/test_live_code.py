@@ -69,6 +69,10 @@ def test_the_user_says_whose_code_counts(config: str) -> None:
     a, b = made(0), made(0, heads=4)
     state = mergeid.merge(a, b, example_inputs=X, config=config, match="always").state
     assert all(torch.equal(state[k], v) for k, v in a.state_dict().items())
+    same = {"heads": 4} if config == "b" else {}
+    wanted = mergeid.plan(made(0, **same), made(1, **same), example_inputs=X).spaces
+    found = mergeid.plan(made(0), made(1, heads=4), example_inputs=X, config=config).spaces
+    assert [(s.size, s.j_match) for s in found] == [(s.size, s.j_match) for s in wanted]
 
 
 def test_names_are_no_difference() -> None:
