@@ -42,7 +42,7 @@ def differences_beside(models: Sequence[Checkpoint], *, tokens: bool, template: 
             notes += _templates(two, first, other, letter)
         notes += _modules(two, first, other)
         if (other.path / GENERATION).is_file() and not (first.path / GENERATION).is_file():
-            notes.append(f"{other.source} has {GENERATION}; the result has none, for {first.source} has none")
+            notes.append(f"{other.source} has {GENERATION}; the result has none, since {first.source} has none")
     return notes
 
 
@@ -72,7 +72,7 @@ def _tokenizers(two: str, first: Checkpoint, other: Checkpoint, letter: str) -> 
     mine, theirs = _tokenizer(first), _tokenizer(other)
     if theirs and not mine:
         return [
-            f"{other.source} has a tokenizer; the result has none, for {first.source} has none (--tokenizer {letter} "
+            f"{other.source} has a tokenizer; the result has none, since {first.source} has none (--tokenizer {letter} "
             "takes it)"
         ]
     for name in UNREAD:
@@ -94,7 +94,7 @@ def _templates(two: str, first: Checkpoint, other: Checkpoint, letter: str) -> l
         return []
     take = f"(--chat-template {letter} takes that of {other.source})"
     if mine is None:
-        return [f"{other.source} has a chat template; the result has none, for {first.source} has none {take}"]
+        return [f"{other.source} has a chat template; the result has none, since {first.source} has none {take}"]
     return [f"{two} have different chat templates; the result has that of {first.source} {take}"]
 
 
@@ -109,7 +109,8 @@ def _modules(two: str, first: Checkpoint, other: Checkpoint) -> list[str]:
             found += [ConfigDifference(f"{name.as_posix()}: {k}", mine.get(k), theirs.get(k)) for k in keys]
     if not found:
         return []
-    return [f"{two} differ in {differing(found)}, which makes a text's vector; the result has that of {first.source}"]
+    told = f"{two} differ in {differing(found)}, which decides how a text becomes a vector"
+    return [f"{told}; the result has that of {first.source}"]
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def _is_list(value: Any) -> bool:
 def _odd_one(value: Any, choice: Any) -> tuple[Any] | None:
     """The first entry of another kind, where that can be seen without using the entries up."""
     parts = get_args(choice)
-    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Collection):
+    told = parts not in ((), (Any,)) and get_origin(parts[0]) is not tuple  # of pairs the verb says more
+    if get_origin(choice) is not Sequence or not told or not isinstance(value, Collection):
         return None
     return next(((entry,) for entry in value if not _fits(entry, parts[0])), None)
 

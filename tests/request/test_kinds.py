@@ -111,6 +111,12 @@ def test_what_stands_for_a_name_or_a_number(tmp_path: Path) -> None:
     assert load_file(out)["w"].tolist() == [0.75, 0.75]
 
 
+def test_one_axis_is_frozen_as_a_list_of_it() -> None:
+    x, net = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    for freeze in ("0.bias", ["0.bias"]):
+        assert mergeid.graph(net, x, freeze=freeze).spaces == []
+
+
 @pytest.mark.parametrize(
     ("argument", "taken"),
     [
