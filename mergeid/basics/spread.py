@@ -16,10 +16,8 @@ class Spread:
     def __init__(self) -> None:
         self.shape: torch.Size | None = None
         self.same = self.aligned = True
-        self.columns = 0
         self.whole: list[Tensor] = []
         self.last: list[Tensor] = []
-        self.every: list[Tensor] = []
         self.square = torch.zeros(2, dtype=torch.float64)
         self.numbers = 0
 
@@ -32,11 +30,9 @@ class Spread:
         self.same = self.same and not masked and values.dim() > 1 and values.shape[1:] == self.shape
         rows = values[mask.bool().cpu()] if masked and isinstance(mask, Tensor) else values
         rows = rows.reshape(-1, rows.shape[-1]) if rows.dim() > 1 else rows.reshape(-1, 1)
-        self.every = _added(self.every, rows.reshape(-1, 1))
-        self.columns = self.columns or rows.shape[-1]
-        self.aligned = self.aligned and rows.shape[-1] == self.columns
-        if self.aligned:
-            self.last = _added(self.last, rows)
+        if self.aligned and self.last and rows.shape[-1] != len(self.last[0]):
+            self.aligned, self.last = False, [s.sum(0, keepdim=True) for s in self.last]
+        self.last = _added(self.last, rows if self.aligned else rows.reshape(-1, 1))
         if self.same:
             self.whole = _added(self.whole, values.flatten(1))
         self.numbers += rows.numel()
@@ -52,7 +48,7 @@ class Spread:
         return self._seen() <= torch.finfo(dtype).eps ** 2 * self._size()
 
     def _seen(self) -> float:
-        count, total, squares = self.whole if self.same else self.last if self.aligned else self.every
+        count, total, squares = self.whole if self.same else self.last
         mean = total / count.clamp(min=1)
         return float((squares - count * mean.square()).clamp(min=0).sum()) / max(self.numbers, 1)
 

@@ -123,7 +123,7 @@ def _refill(buffer: Tensor, value: Tensor) -> None:
 
     if buffer.shape != value.shape:
         buffer.data = value
-    elif not torch.equal(buffer, value):
+    elif buffer.layout != torch.strided or not torch.equal(buffer, value):  # which sparse ones are not asked
         with torch.no_grad():
             buffer.copy_(value)
 

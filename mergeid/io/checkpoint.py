@@ -22,10 +22,15 @@ HASHED_AT_ONCE = 1 << 24
 
 
 def check_values(name: str, tensor: Tensor, source: str) -> None:
-    """Raises `MergeidError` for a tensor on the meta device."""
+    """Raises `MergeidError` for a tensor on the meta device, and for a sparse one."""
     if tensor.is_meta:
         raise MergeidError(
             f"tensor {name!r} of {source} is on the meta device and holds no values; load its weights first"
+        )
+    if getattr(tensor, "is_sparse", False) or getattr(tensor, "is_sparse_csr", False):
+        raise MergeidError(
+            f"tensor {name!r} of {source} is sparse; expected a dense one, or a buffer that is not saved "
+            "(persistent=False)"
         )
 
 

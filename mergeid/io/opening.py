@@ -138,7 +138,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def values_of(module: nn.Module) -> dict[str, Tensor]:
-    """`state_of` a module whose tensors all hold values. Raises `MergeidError` where one is on the meta device."""
+    """`state_of` a module whose tensors all hold values. Raises `MergeidError` as `check_values`."""
     found = state_of(module)
     for name, value in found.items():
         check_values(name, value, type(module).__name__)
@@ -151,11 +151,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def check_numbers(module: nn.Module) -> None:
-    """Raises `MergeidError` for a live module that has parameters without numbers, and no hooks that would fetch
-    them."""
+    """Raises `MergeidError` as `check_values` for a live module that has no hooks which would fetch its numbers."""
     if not has_hooks(module):
-        for name, parameter in module.named_parameters():
-            check_values(name, parameter, type(module).__name__)
+        values_of(module)
 
 
 def of_one_wrapping(models: Sequence[Any]) -> tuple[list[Any], list[str]]:

@@ -102,7 +102,9 @@ def _resolved(name: str, what: str) -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(final)
     except FileNotFoundError:
-        raise MergeidError(f"{what} {name} cannot be written: the working directory is gone; enter another") from None
+        raise MergeidError(
+            f"{what} {name} cannot be written: the working directory is gone; change to another one"
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         raise MergeidError(f"{what} {name} cannot be written: {reason(error)}; choose another place") from None
     if not final.name:

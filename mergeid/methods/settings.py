@@ -283,7 +283,7 @@ class MethodRequest:
 def setting_of_weights(weights: Sequence[Any] | Mapping[str, Sequence[float]] | None) -> list[Any] | None:
     """One setting per model from weights as users give them: one number per model, or glob -> one number per model."""
     if weights is None or not isinstance(weights, Mapping):
-        return None if weights is None else list(weights)
+        return None if weights is None else [w.item() if getattr(w, "shape", None) == () else w for w in weights]
     for pattern, values in weights.items():
         if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not all(map(_is_number, values)):
             raise MergeidError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
@@ -12,13 +11,13 @@ from mergeid.basics.reading import read_table
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.companions import module_files, vocabulary
 from mergeid.models.chat_templates import chat_template
+from mergeid.models.configs import called_apart, differing
 from mergeid.models.token_numbers import GENERATION
+from mergeid.plugins import ConfigDifference
 
 TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
 UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 """Tokenizers whose tokens are not compared."""
-SHOWN = 3
-"""Fields that a note names."""
 
 
 def differences_beside(models: Sequence[Checkpoint], *, tokens: bool, template: bool) -> list[str]:
@@ -36,26 +35,24 @@ def differences_beside(models: Sequence[Checkpoint], *, tokens: bool, template: 
     for i, other in enumerate(others, 1):
         if not other.is_folder or not other.files:
             continue
-        two, letter = f"{first.source} and {other.source}", ascii_lowercase[i : i + 1]
-        if first.source == other.source:
-            two = f"{first.source} (the first) and {other.source} (another)"
+        two, letter = " and ".join(called_apart(first, other)), ascii_lowercase[i : i + 1]
         if not tokens:
             notes += _numbers(two, first, other) + _tokenizers(two, first, other, letter)
         if not template:
             notes += _templates(two, first, other, letter)
         notes += _modules(two, first, other)
         if (other.path / GENERATION).is_file() and not (first.path / GENERATION).is_file():
-            notes.append(f"{other.source} has {GENERATION}; the result has none, for {first.source} has none")
+            notes.append(f"{other.source} has {GENERATION}; the result has none, since {first.source} has none")
     return notes
 
 
 def _numbers(two: str, first: Checkpoint, other: Checkpoint) -> list[str]:
     mine, theirs = _special(first), _special(other)
-    found = [
-        (k, mine[k], theirs[k]) for k in TOKENS if k in mine and k in theirs and _many(mine[k]) != _many(theirs[k])
-    ]
-    said = f"{two} differ in {_listed(found)}, which generation uses; the result has that of {first.source}"
-    return [said] if found else []
+    both = [k for k in TOKENS if k in mine and k in theirs and _many(mine[k]) != _many(theirs[k])]
+    found = [ConfigDifference(k, mine[k], theirs[k]) for k in both]
+    if not found:
+        return []
+    return [f"{two} differ in {differing(found)}, which generation uses; the result has that of {first.source}"]
 
 
 def _special(model: Checkpoint) -> dict[str, Any]:
@@ -75,7 +72,7 @@ def _tokenizers(two: str, first: Checkpoint, other: Checkpoint, letter: str) -> 
     mine, theirs = _tokenizer(first), _tokenizer(other)
     if theirs and not mine:
         return [
-            f"{other.source} has a tokenizer; the result has none, for {first.source} has none (--tokenizer {letter} "
+            f"{other.source} has a tokenizer; the result has none, since {first.source} has none (--tokenizer {letter} "
             "takes it)"
         ]
     for name in UNREAD:
@@ -97,32 +94,24 @@ def _templates(two: str, first: Checkpoint, other: Checkpoint, letter: str) -> l
         return []
     take = f"(--chat-template {letter} takes that of {other.source})"
     if mine is None:
-        return [f"{other.source} has a chat template; the result has none, for {first.source} has none {take}"]
+        return [f"{other.source} has a chat template; the result has none, since {first.source} has none {take}"]
     return [f"{two} have different chat templates; the result has that of {first.source} {take}"]
 
 
 def _modules(two: str, first: Checkpoint, other: Checkpoint) -> list[str]:
     """What lies behind an encoder whose weights alone are merged: how tokens are pooled to a sentence."""
-    found: list[tuple[str, Any, Any]] = []
+    found: list[ConfigDifference] = []
     for path in module_files(first.path):
         name = path.relative_to(first.path)
         if path.suffix == ".json" and (other.path / name).is_file():
             mine, theirs = (_table(folder / name) for folder in (first.path, other.path))
             keys = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
-            found += [(f"{name.as_posix()}: {k}", mine.get(k), theirs.get(k)) for k in keys]
-    said = f"{two} differ in {_listed(found)}; the result has that of {first.source}, which decides what a vector says"
-    return [said] if found else []
+            found += [ConfigDifference(f"{name.as_posix()}: {k}", mine.get(k), theirs.get(k)) for k in keys]
+    if not found:
+        return []
+    told = f"{two} differ in {differing(found)}, which decides how a text becomes a vector"
+    return [f"{told}; the result has that of {first.source}"]
 
 
 def _table(path: Path) -> dict[str, Any]:
     return read_table(path, "settings of a module")
-
-
-def _listed(found: Sequence[tuple[str, Any, Any]]) -> str:
-    shown = [f"{k} ({_value(a)} and {_value(b)})" for k, a, b in found[:SHOWN]]
-    more = len(found) - SHOWN
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-def _value(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value, default=str)[:60]

@@ -42,6 +42,8 @@ def _copied(value: Any, memo: Memo) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if isinstance(value, Tensor) and value.grad_fn is not None:  # of a pass, kept by a hook
+        return memo.setdefault(id(value), value.detach().clone())
     if isinstance(value, FunctionType):
         return _copied_function(value, memo)
     if isinstance(value, MethodType):

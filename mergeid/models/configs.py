@@ -43,7 +43,7 @@ class Disagreement:
     fields: tuple[ConfigDifference, ...]
 
     def __str__(self) -> str:
-        fields = _listed(self.fields) if self.fields else "their code"
+        fields = differing(self.fields) if self.fields else "their code"
         return f"{self.first} and {self.other} differ in {fields}"
 
     def to_json(self) -> dict[str, Any]:
@@ -124,12 +124,12 @@ def agree(
         names = ", ".join(c.source for c in lacking)
         found.notes.append(f"{names} came without config.json; that of {donor.source} was used")
         found.models, found.base = everyone[: len(models)], everyone[-1] if base is not None else None
-    modules = [c.module for c in everyone if c.module is not None] if all(c.module for c in everyone) else []
+    modules = [c.module for c in everyone if c.module is not None]  # of which some have a length, and it is 0
     first = everyone[0]
     disagreements = []
     for i, other in enumerate(everyone[1:], 1):
         told = _differences(said[0], said[i])
-        if layers and not told and modules:
+        if layers and not told and len(modules) == len(everyone):
             from mergeid.models.live import module_differences
 
             told = module_differences(modules[0], modules[i])
@@ -141,7 +141,7 @@ def agree(
         if rest:
             one, two = called_apart(first, other)
             found.notes.append(
-                f"{one} and {two} differ in {_listed(rest)}, which only concerns the inputs; the result has that of "
+                f"{one} and {two} differ in {differing(rest)}, which only concerns the inputs; the result has that of "
                 f"{everyone[which or 0].source}"
             )
     if not disagreements and not which:
@@ -255,7 +255,8 @@ def called_apart(a: TensorSource | Loaded, b: TensorSource | Loaded) -> tuple[st
     return f"{a.source} (the first)", f"{b.source} (another)"
 
 
-def _listed(fields: Sequence[ConfigDifference]) -> str:
+def differing(fields: Sequence[ConfigDifference]) -> str:
+    """The first few of them, with both values."""
     shown = [f"{d.field} ({_value(d.a)} and {_value(d.b)})" for d in fields[:SHOWN]]
     if len(fields) > SHOWN:
         shown.append(f"{len(fields) - SHOWN} more fields")

@@ -148,9 +148,7 @@ def _ends_with_label(item: Any, inputs: Mapping[str, Any], model: nn.Module) -> 
     paired = isinstance(item, (tuple, list)) and not hasattr(item, "_fields") and len(item) == count + 1
     if not paired or set(inputs) != {f"arg{i}" for i in range(count)}:
         return False
-    last = item[-1]
-    array = isinstance(last, (torch.Tensor, np.ndarray)) and last.ndim < 2
-    if isinstance(last, (int, np.integer)) or (array and not torch.as_tensor(last).is_floating_point()):
+    if _is_class(item[-1]):
         return True
     try:
         inspect.signature(model.forward).bind(*range(count + 1))
@@ -159,3 +157,11 @@ def _ends_with_label(item: Any, inputs: Mapping[str, Any], model: nn.Module) -> 
     except ValueError:  # compiled code has no signature
         return False
     return False
+
+
+def _is_class(last: Any) -> bool:
+    """One whole number; several may be a mask, for which the forward may have a place."""
+    if isinstance(last, torch.Tensor):
+        return last.numel() == 1 and not last.is_floating_point() and not last.is_complex()
+    array = isinstance(last, np.ndarray) and last.size == 1 and last.dtype.kind in "iub"
+    return array or isinstance(last, (int, np.integer))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeid.basics.nested import as_batch
-from mergeid.errors import MergeidError, shown
+from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture, Batch, KnowsHeads, KnowsModules, LossParts, ReturnsSeveral
 
 if TYPE_CHECKING:
@@ -271,11 +271,5 @@ def check_runs(loaded: Loaded, batch: Batch, what: str) -> None:
 
 
 def further_batches(inputs: Iterable[Any] | None, loaded: Loaded) -> list[Batch]:
-    """More example inputs of a live module as batches.
-
-    Raises `MergeidError` where they are no list of such."""
-    if inputs is None:
-        return []
-    if not isinstance(inputs, Iterable):
-        raise MergeidError(f"more_inputs is {shown(inputs)}; expected a list of further inputs, each as example_inputs")
-    return [loaded.inputs_of(as_batch(x)) for x in inputs]
+    """More example inputs of a live module as batches."""
+    return [loaded.inputs_of(as_batch(x)) for x in (() if inputs is None else inputs)]

@@ -42,8 +42,6 @@ class Constraints:
             axes: (tensor, axis) -> its labels.
 
         Raises `MergeidError` for a tensor or axis that the model does not have, or a tie of unequal lengths."""
-        if isinstance(self.freeze, str):
-            raise MergeidError(f"freeze={self.freeze!r} is one string; expected a list of TENSOR[AXIS] or TENSOR")
         for text in self.freeze:
             for key in _matching(text, axes):
                 facts.freeze(axes[key], FROZEN_BY_HAND)

@@ -46,8 +46,9 @@ def kinds_of(signature: inspect.Signature, modules: Iterable[str]) -> Kinds:
 
 def checked(arguments: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
     """The arguments, each of the kind that its hint asks for. Where texts are expected, one text stands for a list of
-    it, which would otherwise be read letter by letter; where text is, a path or one of torch's devices and dtypes
-    stands for its name; where a number is, one of NumPy's or torch's for Python's; where a list is, any iterable.
+    it, which would otherwise be read letter by letter; where text is, a path, or a device or dtype of torch or NumPy,
+    stands for its name; where a number is, one of NumPy's or torch's for Python's, also in lists; where a list is, any
+    iterable, or None for none.
 
     Raises `MergeidError` for an argument of another kind."""
     found = dict(arguments)
@@ -111,18 +112,27 @@ def _is(value: Any, choice: Any) -> bool:
 
 
 def _number_of(value: Any, hint: Any) -> Any:
-    if getattr(value, "shape", None) == () and hasattr(value, "item") and {bool, int, float} & {*_choices(hint)}:
-        return value.item()
+    choices = _choices(hint)
+    if {bool, int, float} & {*choices} and not isinstance(value, (int, float)):
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):
+            return value.item()
+        if float in choices and isinstance(value, Real):  # a fraction
+            return float(value)
+    entries = next((get_args(c)[0] for c in choices if get_origin(c) is Sequence and get_args(c)), None)
+    if entries in (int, float) and _is_list(value) and isinstance(value, Collection):
+        return tuple(_number_of(entry, entries) for entry in value)
     return value
 
 
 def _gathered(value: Any, hint: Any) -> Any:
     """Iterables that are used up, or have no order, as they come."""
-    lists = [get_origin(choice) is Sequence for choice in _choices(hint)]
-    others = any(_is(value, choice) for choice, is_list in zip(_choices(hint), lists, strict=True) if not is_list)
-    if not any(lists) or others or not _is_list(value) or hasattr(value, "__getitem__"):
+    choices = _choices(hint)
+    others = [choice for choice in choices if get_origin(choice) is not Sequence]
+    if len(others) == len(choices) or any(_is(value, c) for c in others if isinstance(get_origin(c) or c, type)):
         return value
-    return tuple(value)
+    if value is None and not any(c is Any for c in others):
+        return ()
+    return tuple(value) if _is_list(value) and not hasattr(value, "__getitem__") else value
 
 
 def _is_list(value: Any) -> bool:
@@ -134,7 +144,8 @@ def _is_list(value: Any) -> bool:
 def _odd_one(value: Any, choice: Any) -> tuple[Any] | None:
     """The first entry of another kind, where that can be seen without using the entries up."""
     parts = get_args(choice)
-    if get_origin(choice) is not Sequence or parts in ((), (Any,)) or not isinstance(value, Collection):
+    told = parts not in ((), (Any,)) and get_origin(parts[0]) is not tuple  # of pairs the verb says more
+    if get_origin(choice) is not Sequence or not told or not isinstance(value, Collection):
         return None
     return next(((entry,) for entry in value if not _fits(entry, parts[0])), None)
 
@@ -152,7 +163,10 @@ def _name_of(value: Any) -> str | None:
         return name if isinstance(name, str) else None
     if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
         return str(value).removeprefix("torch.")
-    return None
+    if getattr(value, "__module__", None) == "numpy" and isinstance(value, type):  # numpy.float16
+        return value.__name__
+    name = getattr(value, "name", None) if type(value).__module__.startswith("numpy") else None
+    return name if isinstance(name, str) else None
 
 
 def _sentence(name: str, value: Any, hint: Any) -> str:

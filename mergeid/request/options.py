@@ -180,7 +180,7 @@ ImageSize = Annotated[
 ]
 Force = Annotated[bool, switch("Overwrite an existing output.", OUTPUT)]
 ShardSize = Annotated[
-    Union[str, int, None],
+    Union[str, float, None],
     Option("Largest size of one weight file in a folder, such as 5GB. Default: files as in A.", OUTPUT, "SIZE"),
 ]
 Resume = Annotated[
@@ -269,4 +269,6 @@ RefuseAbove = Annotated[
 ]
 Seed = Annotated[int, Option("Random seed.", HOW, "N", kind=int, least=0, most=LARGEST_SEED)]
 BatchSize = Annotated[int, Option("Examples per forward pass.", HOW, "N", kind=int, least=1)]
-Device = Annotated[str, Option("cpu, cuda, cuda:1, mps …; auto: cuda if there is a GPU, else cpu.", HOW, "DEVICE")]
+Device = Annotated[
+    Union[str, None], Option("cpu, cuda, cuda:1, mps …; auto: cuda if there is a GPU, else cpu.", HOW, "DEVICE")
+]

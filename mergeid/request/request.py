@@ -114,8 +114,6 @@ class Example:
     @classmethod
     def of(cls, given: Any, outputs: Sequence[str] = ()) -> Example:
         """Example inputs as a caller gives them, with the outputs that are named beside them."""
-        if isinstance(outputs, str):
-            outputs = (outputs,)
         if isinstance(given, Iterator):
             raise MergeidError("example_inputs is an iterator; expected a tensor, a tuple of inputs or a dict of them")
         return given if isinstance(given, cls) and not outputs else cls(given, tuple(outputs))
@@ -287,7 +285,7 @@ class Output:
 _UNITS = {"": 1, "B": 1} | {p + i + "B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "I")}
 
 
-def bytes_of(size: int | str | None) -> int | None:
+def bytes_of(size: float | str | None) -> int | None:
     """A number of bytes as people write it: 5000000, "5GB", "500 MiB".
 
     Raises `MergeidError` for what is no size."""

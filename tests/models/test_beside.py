@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
         r"eos_token_id \(\[2, 5\] and 2\)",
     ),
     "inside": ({CONFIG: {"text_config": {"pad_token_id": 0}}}, {CONFIG: {"pad_token_id": 1}}, r"pad_token_id \(0 and"),
-    "generation": ({}, {GENERATION: {}}, "b has generation_config.json; the result has none, for .*a has none"),
+    "generation": ({}, {GENERATION: {}}, "b has generation_config.json; the result has none, since .*a has none"),
     "tokenizer": ({}, {"tokenizerDOTjson": {}}, r"b has a tokenizer; the result has none, .*\(--tokenizer b takes it"),
     "unread": ({"tokenizerDOTmodel": "x"}, {"tokenizerDOTmodel": "y"}, "its tokens are not compared"),
     "template": ({}, {JINJA: "x"}, r"b has a chat template; the result has none, .*\(--chat-template b takes"),

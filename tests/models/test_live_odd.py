@@ -71,6 +71,30 @@ def test_a_second_input_stays_one() -> None:
     mergeid.plan(Two(), Two(), data=[(x, torch.tensor(2.0)) for x in X], example_inputs=X[:4])
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, "numpy"])
+def test_a_mask_is_no_label(kind: Any) -> None:
+    """Where the forward has a place for it; padding counted, as if there were no mask."""
+    seen: list[bool] = []
+
+    class Pooled(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.embed, self.inner = nn.Embedding(9, 4), net(seed)
+
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            seen.append(mask is not None)
+            found = self.embed(ids)
+            return self.inner(
+                found.mean(1) if mask is None else (found * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+            )
+
+    ids, mask = torch.arange(240).view(24, 10) % 9, torch.arange(10) < torch.arange(1, 25)[:, None]
+    given = [m.numpy() if kind == "numpy" else m.to(kind) for m in mask]
+    mergeid.plan(Pooled(0), Pooled(1), data=list(zip(ids, given, strict=True)), example_inputs=ids[:4])
+    assert any(seen)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,43 @@ def test_what_stands_for_a_name_or_a_number(tmp_path: Path) -> None:
         )
     assert load_file(out)["w"].dtype == torch.float16
     assert load_file(out)["w"].tolist() == [0.75, 0.75]
+
+
+def test_one_axis_is_frozen_as_a_list_of_it() -> None:
+    x, net = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    for freeze in ("0.bias", ["0.bias"]):
+        assert mergeid.graph(net, x, freeze=freeze).spaces == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "taken"),
+    [
+        ({"skip": None}, ()),
+        ({"outputs": None}, ()),
+        ({"device": None}, None),
+        ({"density": torch.tensor([0.5, 0.25])}, (0.5, 0.25)),
+        ({"density": [torch.tensor(0.5), np.float32(0.25)]}, (0.5, 0.25)),
+        ({"density": Fraction(1, 2)}, 0.5),
+        ({"dtype": np.float16}, "float16"),
+        ({"dtype": np.dtype("float16")}, "float16"),
+        ({"shard_size": 5e9}, 5e9),
+        ({"a": (name for name in "xy")}, ("x", "y")),
+        ({"a": {"first": "x", "second": "y"}.values()}, ("x", "y")),
+    ],
+)
+def test_what_people_write_is_taken(argument: dict[str, Any], taken: Any) -> None:
+    """Some of it was taken before kinds were asked for, and the rest meant nothing else."""
+    assert [*checked(argument, kinds(mergeid.merge)).values()] == [taken]
+
+
+def test_weights_may_be_tensors() -> None:
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    with torch.no_grad():
+        expected = a.weight / 4 + b.weight * 3 / 4
+    for weights in (torch.tensor([0.25, 0.75]), [torch.tensor(0.25), torch.tensor(0.75)], np.array([0.25, 0.75])):
+        state = mergeid.merge(a, b, match="never", weights=weights).state
+        assert state is not None
+        torch.testing.assert_close(state["weight"], expected)
 
 
 def test_lists_of_what_only_type_checkers_import() -> None:
