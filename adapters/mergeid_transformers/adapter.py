@@ -21,7 +21,7 @@ from mergeid.plugins import (
     TensorTable,
 )
 from mergeid_transformers import compare, configs, files, labels, mixture, modules
-from mergeid_transformers.names import stacked, tensor_names
+from mergeid_transformers.names import computed, stacked, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +160,10 @@ class TransformersAdapter:
     def stacked(self, model: nn.Module, names: Iterable[str]) -> Mapping[str, Sequence[Sequence[str]]]:
         """See `mergeid.plugins.StacksExperts`."""
         return stacked(model, names)
+
+    def computed(self, model: nn.Module, missing: Sequence[str]) -> Sequence[str]:
+        """See `mergeid.plugins.ComputesTables`."""
+        return computed(model, missing)
 
     def conversions(self, model: nn.Module, table: TensorTable) -> Sequence[plugins.Conversion]:
         """See `mergeid.plugins.ConvertsWeights`."""

@@ -315,6 +315,9 @@ def samples(draft: Draft) -> Tensor:
     for s in strides if isinstance(strides, (list, tuple)) else ():
         stride *= int(s)
     count = 16 * stride if stride > 1 else CODEC_SAMPLES
+    hop = number(config, "hop_length")
+    if hop and "input_features" in draft.required and "input_features" in draft.batch:
+        count = hop * draft.batch["input_features"].shape[1]  # one sound as features and as samples
     if getattr(audio, "audio_channels", None) or _wants_channel(audio):
         return draft.random(draft.size, int(getattr(audio, "audio_channels", None) or 1), count)
     return draft.random(draft.size, count)

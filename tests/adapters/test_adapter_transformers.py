@@ -366,3 +366,29 @@ def test_preprocessing_from_the_folder(adapter, tmp_path):
 )  # fmt: skip
 def test_space_labels(adapter, axes, label):
     assert adapter.space_label(Architecture("transformers", "any"), axes) == label
+
+
+def test_a_class_without_a_forward_pass_is_named(adapter):
+    arch = Architecture("transformers", "bark", {"config": BARK, "model_class": "BarkModel"})
+    model = adapter.build(arch)
+    with pytest.raises(MergeidError, match="BarkModel has no forward pass of its own"):
+        adapter.example_inputs(arch, model, torch.Generator().manual_seed(0))
+
+
+BARK: dict[str, Any] = {
+    f"{part}_config": {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "input_vocab_size": 40}
+    for part in ("semantic", "coarse_acoustics", "fine_acoustics")
+}
+BARK["codec_config"] = {"model_type": "encodec", "num_filters": 4, "hidden_size": 8, "codebook_dim": 8}
+
+
+def test_inputs_of_images_and_text_tell_their_tokens_apart(adapter):
+    from mergeid_transformers.configs import library_config
+    from mergeid_transformers.shrink import shrunken
+
+    config = {**shrunken(library_config("ernie4_5_vl_moe", None)).to_dict(), "model_type": "ernie4_5_vl_moe"}
+    arch = recognised(adapter, {**config, "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"]})
+    batch = adapter.example_inputs(arch, adapter.build(arch), torch.Generator().manual_seed(0))
+    types = batch["moe_mm_token_type_ids"]
+    assert types.shape == batch["input_ids"].shape and set(types.unique().tolist()) == {0, 1}
+    assert torch.equal(types, (batch["input_ids"] == config["image_token_id"]).long())

@@ -184,6 +184,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
     },
     "janus": {"vision_config": {"projection_dim": 4096}},
+    "lw_detr": {"projector_scale_factors": [1.0]},
     "ovis2": {"hidden_size": 4096},
     "vitmatte": {"hidden_size": 768},
     "voxtral": {"audio_token_id": 24},
