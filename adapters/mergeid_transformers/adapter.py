@@ -145,7 +145,8 @@ class TransformersAdapter:
                 f"({type(error).__name__}: {plugins.reason(error)}); check that config and transformers version belong "
                 "together"
             ) from error
-        if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
+        pooler = getattr(model, POOLER, None)
+        if not arch.options.get("pooler", True) and isinstance(pooler, torch.nn.Module) and list(pooler.parameters()):
             model.pooler = None
         model = model.eval().to(dtype=torch.float32)
         if str(device) == "meta" or not any(p.is_meta for p in model.parameters()):

@@ -326,6 +326,8 @@ def _vectors(model: Any, owner: Any, kind: str, batch: Batch, key: str) -> int |
     found = getattr(found, "last_hidden_state", found)
     if isinstance(found, (list, tuple)):
         found = torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
+    if kind == "audio" and found.shape[-1] != model.get_input_embeddings().weight.shape[-1]:
+        return None  # parts of a default configuration that do not fit together
     rows = found.numel() // found.shape[-1]
     size = batch["input_ids"].shape[0]
     return rows // size if rows % size == 0 else None
