@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from mergeid.basics.abilities import ComputesTables as ComputesTables
 from mergeid.basics.abilities import Contents as Contents
 from mergeid.basics.abilities import KnowsFolders as KnowsFolders
 from mergeid.basics.abilities import KnowsHeads as KnowsHeads

@@ -21,7 +21,7 @@ from mergeid.plugins import (
     TensorTable,
 )
 from mergeid_transformers import compare, configs, files, labels, mixture, modules
-from mergeid_transformers.names import stacked, tensor_names
+from mergeid_transformers.names import computed, stacked, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,8 @@ class TransformersAdapter:
                 f"({type(error).__name__}: {plugins.reason(error)}); check that config and transformers version belong "
                 "together"
             ) from error
-        if not arch.options.get("pooler", True) and isinstance(getattr(model, POOLER, None), torch.nn.Module):
+        pooler = getattr(model, POOLER, None)
+        if not arch.options.get("pooler", True) and isinstance(pooler, torch.nn.Module) and list(pooler.parameters()):
             model.pooler = None
         model = model.eval().to(dtype=torch.float32)
         if str(device) == "meta" or not any(p.is_meta for p in model.parameters()):
@@ -160,6 +161,10 @@ class TransformersAdapter:
     def stacked(self, model: nn.Module, names: Iterable[str]) -> Mapping[str, Sequence[Sequence[str]]]:
         """See `mergeid.plugins.StacksExperts`."""
         return stacked(model, names)
+
+    def computed(self, model: nn.Module, missing: Sequence[str]) -> Sequence[str]:
+        """See `mergeid.plugins.ComputesTables`."""
+        return computed(model, missing)
 
     def conversions(self, model: nn.Module, table: TensorTable) -> Sequence[plugins.Conversion]:
         """See `mergeid.plugins.ConvertsWeights`."""

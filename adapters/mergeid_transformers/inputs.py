@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Sequence lengths to choose from: long enough to show what is per token, short enough to trace in no time.
 LENGTHS = (11, 13, 17, 19, 23, 9, 10, 8)
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
+TYPES_OF_TOKENS = frozenset({"mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids"})
 CHOICES = 2
 # Their position tables (fairseq's) start counting after the padding index, which costs pad + 1 positions.
 POSITIONS_AFTER_PADDING = frozenset(
@@ -155,6 +156,11 @@ def example_inputs(model: nn.Module, task: str, generator: torch.Generator, batc
     if config.model_type == "pop2piano":
         batch.pop("input_ids", None), batch.pop("attention_mask", None)  # its sound stands in their place
     arguments.add(draft)
+    if type(model).forward is torch.nn.Module.forward:
+        raise MergeidError(
+            f"{type(model).__name__} has no forward pass of its own (its parts are run one by one, by generate() or "
+            "another model), so no graph can be traced; merge its tensors as is with --match never"
+        )
     if not batch:
         raise MergeidError(
             f"mergeid cannot make inputs for {type(model).__name__}: its forward takes {', '.join(sorted(names))}; "
@@ -238,6 +244,7 @@ def _join_media_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
 
     if "input_ids" not in batch:
         return
+    image: int | None = None
     for kind, key, fields in _KINDS:
         token = next((t for f in fields if isinstance(t := _token(config, f), int)), None)
         if key not in batch or token is None:
@@ -256,11 +263,9 @@ def _join_media_and_text(model: nn.Module, config: Any, batch: Batch) -> None:
         batch["input_ids"] = torch.cat((places, batch["input_ids"]), dim=1)
         if "attention_mask" in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        names = parameters_of(model)
-        if "mm_token_type_ids" in names and kind == "image":
-            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
-        if "token_type_ids" in names and kind == "image":
-            batch["token_type_ids"] = (batch["input_ids"] == token).long()
+        image = token if kind == "image" else image
+    for name in TYPES_OF_TOKENS & parameters_of(model) if image is not None else ():
+        batch[name] = (batch["input_ids"] == image).long()
 
 
 _BESIDE = {
@@ -314,10 +319,15 @@ def _vectors(model: Any, owner: Any, kind: str, batch: Batch, key: str) -> int |
         break
     if found is None:
         return None
+    padded = getattr(owner.config, "audio_soft_tokens_per_image", None)
+    if kind == "audio" and isinstance(padded, int):
+        return padded  # whatever the length of the sound (Gemma 3n)
     found = getattr(found, "pooler_output", found) if getattr(found, "pooler_output", None) is not None else found
     found = getattr(found, "last_hidden_state", found)
     if isinstance(found, (list, tuple)):
         found = torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
+    if kind == "audio" and found.shape[-1] != model.get_input_embeddings().weight.shape[-1]:
+        return None  # parts of a default configuration that do not fit together
     rows = found.numel() // found.shape[-1]
     size = batch["input_ids"].shape[0]
     return rows // size if rows % size == 0 else None

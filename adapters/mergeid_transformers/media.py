@@ -22,7 +22,7 @@ MEL_FIELDS = (
 )
 MEL_LAST = frozenset({"univnet", "speech_to_text", "nemotron3_5_transcribe_audio"})
 """Their first layer is a convolution, but they transpose their input themselves."""
-MEL_FIRST = frozenset({"qwen3_asr_encoder"})
+MEL_FIRST = frozenset({"qwen3_asr_encoder", "qwen3_omni_moe_audio_encoder"})
 """Their first layer is a convolution over mel bins and frames as over an image."""
 AUDIO_PARTS = ("audio_config", "encoder_config", "speech_config", "audio_encoder", "encoder", "semantic_model_config")
 VISION_PARTS = (
@@ -277,7 +277,7 @@ def features(draft: Draft) -> Tensor:
     if draft.config.model_type == "voxtral_realtime":
         return draft.random(draft.size, mel, 8 * draft.length)  # eight frames beside every token
     if mel_first(draft):
-        if positions and draft.config.model_type not in MEL_FIRST:
+        if positions and not _as_image(draft.config):
             frames = 2 * positions
         return draft.random(draft.size, mel, frames)
     width = number(draft.config, "num_chroma") or number(audio, "feature_projection_input_dim", "input_dim") or mel
@@ -297,10 +297,14 @@ def mel_first(draft: Draft) -> bool:
     from torch import nn
 
     mel = mel_bins(draft.config)
-    if draft.config.model_type in MEL_FIRST:
+    if _as_image(draft.config):
         return True
     convolved = any(isinstance(m, nn.Conv1d) and m.in_channels == mel for m in draft.model.modules())
     return convolved and draft.config.model_type not in MEL_LAST
+
+
+def _as_image(config: Any) -> bool:
+    return bool(MEL_FIRST & {config.model_type, getattr(audio_part(config), "model_type", "")})
 
 
 def samples(draft: Draft) -> Tensor:
@@ -315,6 +319,9 @@ def samples(draft: Draft) -> Tensor:
     for s in strides if isinstance(strides, (list, tuple)) else ():
         stride *= int(s)
     count = 16 * stride if stride > 1 else CODEC_SAMPLES
+    hop = number(config, "hop_length")
+    if hop and "input_features" in draft.required and "input_features" in draft.batch:
+        count = hop * draft.batch["input_features"].shape[1]  # one sound as features and as samples
     if getattr(audio, "audio_channels", None) or _wants_channel(audio):
         return draft.random(draft.size, int(getattr(audio, "audio_channels", None) or 1), count)
     return draft.random(draft.size, count)

@@ -37,6 +37,16 @@ def tensor_names(model: nn.Module, table: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def computed(model: Any, missing: Iterable[str]) -> list[str]:
+    """Of the keys that a file lacks those that the library does not look for there: what it leaves out when it saves,
+    or has the right value for (sinusoidal positions, a bias of zeros)."""
+    patterns: list[str] = []
+    for module in model.modules():
+        for field in ("_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing"):
+            patterns.extend(getattr(module, field, None) or ())
+    return [key for key in missing if any(re.search(p, key) for p in patterns)]
+
+
 def _key_of(name: str, keys: set[str], rename: Renaming, prefix: str) -> str | None:
     for bare in _unwrapped(name):
         new = rename(bare)

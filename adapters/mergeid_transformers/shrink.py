@@ -123,7 +123,7 @@ class Shrinker:
         for part in tree(config):
             self._anchor(part)
         given = {k: v for k, v in vars(config).items() if not k.startswith("_")}
-        if given.get("stage_names"):
+        if given.get("stage_names") or (config.model_type == "timm_backbone" and config.out_indices):
             given["out_indices"] = list(config.out_indices)
         base = vars(PretrainedConfig())
         content: dict[str, Any] = {}
@@ -224,6 +224,8 @@ class Shrinker:
             return value
         if name == "num_kv_shared_layers":
             return min(value or 0, depth // 2)
+        if name == "out_indices" and config.model_type == "timm_backbone":
+            return value  # of stages, which only its name tells
         if name == "num_pos_feats":
             return self.width(config, 2 * value) // 2
         if LAYER_INDICES_NAME.search(name) and not name.startswith("num") and (integer(value) or integers(value)):
@@ -283,6 +285,8 @@ class Shrinker:
             return min(value, 5)
         if COUNTS_NAME.search(name):
             return self._count(own, value)
+        if name == "max_2d_position_embeddings":
+            return value  # places on a page, which some networks find themselves (0 to 1000)
         if POSITIONS_NAME.search(name):
             return 32 if name == "max_source_positions" and value == 1500 else min(value, POSITIONS)
         capped = _capped(SMALL, name, value)

@@ -55,6 +55,7 @@ OUTPUT_FIELDS = (
     "heatmaps",
     "last_hidden_states",
     "decoded_pixel_values",
+    "decoder_class_logits",
 )
 # Heads that are judged together, laid behind each other along the last dimension (all further ones flat).
 BESIDE = {
@@ -62,6 +63,7 @@ BESIDE = {
     "class_queries_logits": ("masks_queries_logits",),
     "pred_masks": ("iou_scores",),
     "text_features": ("image_features",),
+    "decoder_class_logits": ("decoder_coord_logits",),
     "keypoints": ("scores", "descriptors", "matching_scores"),
 }
 

@@ -55,6 +55,16 @@ class NamesTasks(Protocol):
         ...
 
 
+@runtime_checkable
+class ComputesTables(Protocol):
+    """Optional ability of an adapter: knows weights that its library computes and leaves out of files, such as
+    sinusoidal positions."""
+
+    def computed(self, model: nn.Module, missing: Sequence[str]) -> Sequence[str]:
+        """Of the keys of the model's state dict that a file lacks those whose values a built model has already."""
+        ...
+
+
 class Contents(NamedTuple):
     """What a folder holds whose networks lie in several sub-folders.
 

@@ -17,6 +17,7 @@ from mergeid.io.dtypes import torch_dtype
 from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
+from mergeid.models.computed import fill_computed
 from mergeid.models.converted import as_network, as_stored, names_of
 from mergeid.models.loaded import Loaded, ModuleAdapter, check_runs, takes_labels
 from mergeid.models.mapped import LARGEST_HELD, put_mapped
@@ -91,6 +92,9 @@ def load_checkpoint(
             )
     given, tied = set(names.values()), {k: set(group) for group in tied_groups(model) for k in group}
     missing = [k for k in own if k not in given and own[k].is_floating_point() and not tied.get(k, set()) & given]
+    if missing:
+        found = fill_computed(model, adapter, missing, lambda: build(adapter, arch, room))
+        missing = [k for k in missing if k not in found]
     if missing:
         raise MergeidError(
             f"{checkpoint.source} lacks {len(missing)} of the {len(own)} tensors of {arch.id} (first: {missing[0]!r}); "

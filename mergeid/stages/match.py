@@ -41,6 +41,8 @@ def planned_members(
         if matching.mode != "auto" or settings.method.statistics:
             raise
         text, without = str(error), " (without --data)" if calibration.given else ""
+        if "--match never" in text:  # it says so itself
+            raise
         raise NoModel(
             f"{text}{' Or' if text.endswith('?') else '; or'} merge the tensors as is with --match never{without}, "
             "which builds no model"

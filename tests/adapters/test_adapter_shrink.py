@@ -26,6 +26,8 @@ NAMED = {
     "swin": "SwinForImageClassification",
     "clip": "CLIPModel",
     "whisper": "WhisperForConditionalGeneration",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration",
+    "xcodec2": "Xcodec2Model",
 }
 
 
@@ -52,6 +54,17 @@ def test_every_kind_of_layer_remains(name):
     for field, values in kinds.items():
         now = getattr(small, field)
         assert len(now) == small.num_hidden_layers and set(now) == set(values)
+
+
+def test_what_only_the_network_knows_stays():
+    """Places on a page that the network finds itself, and stages of a tower that only its name tells."""
+    full = library_config("pp_doclayout_v2", None)
+    small = shrunken(full)
+    assert small.reading_order_config.max_2d_position_embeddings == 1024
+    assert small.reading_order_config.hidden_size < full.reading_order_config.hidden_size
+    small = shrunken(library_config("omdet-turbo", None))
+    assert list(small.backbone_config.out_indices) == [1, 2, 3]
+    assert list(small.encoder_in_channels) == [192, 384, 768]
 
 
 def test_relations_between_fields():

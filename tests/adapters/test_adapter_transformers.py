@@ -366,3 +366,70 @@ def test_preprocessing_from_the_folder(adapter, tmp_path):
 )  # fmt: skip
 def test_space_labels(adapter, axes, label):
     assert adapter.space_label(Architecture("transformers", "any"), axes) == label
+
+
+def test_a_class_without_a_forward_pass_is_named(adapter):
+    arch = Architecture("transformers", "bark", {"config": BARK, "model_class": "BarkModel"})
+    model = adapter.build(arch)
+    with pytest.raises(MergeidError, match="BarkModel has no forward pass of its own"):
+        adapter.example_inputs(arch, model, torch.Generator().manual_seed(0))
+
+
+BARK: dict[str, Any] = {
+    f"{part}_config": {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "input_vocab_size": 40}
+    for part in ("semantic", "coarse_acoustics", "fine_acoustics")
+}
+BARK["codec_config"] = {"model_type": "encodec", "num_filters": 4, "hidden_size": 8, "codebook_dim": 8}
+
+
+def test_inputs_of_images_and_text_tell_their_tokens_apart(adapter):
+    from mergeid_transformers.configs import library_config
+    from mergeid_transformers.shrink import shrunken
+
+    config = {**shrunken(library_config("ernie4_5_vl_moe", None)).to_dict(), "model_type": "ernie4_5_vl_moe"}
+    arch = recognised(adapter, {**config, "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"]})
+    batch = adapter.example_inputs(arch, adapter.build(arch), torch.Generator().manual_seed(0))
+    types = batch["moe_mm_token_type_ids"]
+    assert types.shape == batch["input_ids"].shape and set(types.unique().tolist()) == {0, 1}
+    assert torch.equal(types, (batch["input_ids"] == config["image_token_id"]).long())
+
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 8, "intermediate_size": 20,
+}  # fmt: skip
+OMNI: dict[str, Any] = {
+    "model_type": "qwen3_omni_moe_thinker", "audio_token_id": 50, "image_token_id": 51, "video_token_id": 52,
+    "vision_start_token_id": 53, "vision_end_token_id": 54,
+    "audio_config": {
+        "d_model": 16, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "encoder_layers": 1, "num_mel_bins": 20,
+        "max_source_positions": 300, "n_window": 50, "output_dim": 16, "downsample_hidden_size": 8,
+    },
+    "vision_config": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 14,
+        "spatial_merge_size": 1, "deepstack_visual_indexes": [0], "out_hidden_size": 16, "num_position_embeddings": 64,
+    },
+    "text_config": {
+        **TEXT, "moe_intermediate_size": 12, "num_experts": 2, "num_experts_per_tok": 1,
+        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+
+
+def test_sound_of_more_frames_than_mel_bins_reaches_its_tower(adapter):
+    arch = recognised(adapter, {**OMNI, "architectures": ["Qwen3OmniMoeThinkerForConditionalGeneration"]})
+    model = adapter.build(arch)
+    batch = adapter.example_inputs(arch, model, torch.Generator().manual_seed(0))
+    assert batch["input_features"].shape[1] == 20
+    assert adapter.forward(model, batch).isfinite().all()
+    assert (batch["input_ids"] == 50).any() and (batch["input_ids"] == 51).any()
+
+
+def test_a_pooler_without_weights_is_built(adapter):
+    config = {**TEXT, "model_type": "gemma4_vision", "patch_size": 8, "position_embedding_size": 64}
+    whole = recognised(adapter, {**config, "architectures": ["Gemma4VisionModel"]})
+    table = table_of(adapter.build(whole).state_dict())
+    arch = recognised(adapter, {**config, "architectures": ["Gemma4VisionModel"]}, table)
+    model = adapter.build(arch)
+    batch = adapter.example_inputs(arch, model, torch.Generator().manual_seed(0))
+    assert adapter.forward(model, batch).isfinite().all()
