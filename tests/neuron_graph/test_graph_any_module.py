@@ -240,6 +240,7 @@ def test_bad_graphs(part: str) -> None:
         ({"freeze": 3}, "freeze is 3; expected a list of texts"),
         ({"tie": [("a.weight", "b.weight[0]")]}, r"does not name an axis; expected TENSOR\[AXIS\]"),
         ({"tie": [("a.weight[2]", "b.weight[0]")]}, r"the model has no axis 'a.weight\[2\]'"),
+        ({"tie": ["a.weight[0]"]}, "is not a pair"),
         ({"tie": [("a.weight[0]", "b.weight[1]")]}, r"\(5 positions\) to b.weight\[1\] \(8 positions\)"),
         ({"tie": [("a.weight[0]",)]}, "is not a pair"),
         ({"graph": "nowhere.json"}, "no such graph file: nowhere.json"),
