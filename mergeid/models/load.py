@@ -94,6 +94,12 @@ def load_checkpoint(
     missing = [k for k in own if k not in given and own[k].is_floating_point() and not tied.get(k, set()) & given]
     if missing:
         found = fill_computed(model, adapter, missing, lambda: build(adapter, arch, room))
+        held = min(found & like.model.state_dict().keys(), default=None) if like is not None else None
+        if like is not None and held is not None:  # its neurons could move there, and here they cannot
+            raise MergeidError(
+                f"{checkpoint.source} leaves out {held!r}, which its library computes, and {like.source} holds it; "
+                "save both with one version of the library, or name the first one second"
+            )
         missing = [k for k in missing if k not in found]
     if missing:
         raise MergeidError(

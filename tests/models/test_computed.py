@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,19 @@ def test_no_neuron_moves_in_a_table_that_no_file_holds(tmp_path):
     a = marian(tmp_path / "a")
     spaces = mergeid.graph(a).spaces
     assert not [s for s in spaces if any("embed_positions" in str(x) or "layer_norm" in str(x) for x in s.axes)]
+
+
+def test_one_that_holds_the_tables_orders_none_that_lacks_them(tmp_path):
+    """Its neurons could move in its own tables; the other would come out as another function."""
+    a = marian(tmp_path / "a")
+    shutil.copytree(a, whole := tmp_path / "whole")
+    tensors = load_file(a / "model.safetensors")
+    tables = {n: t for n, t in transformers.MarianMTModel.from_pretrained(a).state_dict().items() if "embed_pos" in n}
+    save_file({**tensors, **{n: t.clone() for n, t in tables.items()}}, whole / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeidError, match="leaves out 'model"):
+        mergeid.align(a, to=whole, output=tmp_path / "x", skip=list(tables), match="always")
+    mergeid.align(whole, to=a, output=tmp_path / "y", skip=list(tables), match="always")
+    torch.testing.assert_close(logits(tmp_path / "y"), logits(a))
 
 
 def test_a_weight_that_nobody_computes_is_missing(tmp_path):
