@@ -124,6 +124,7 @@ def last_look(
     dear = not {SOLVE, LEANING}.isdisjoint(kinds)
     parts = 1 if kinds == ["none"] else PARTS_OF_DEAR if dear else PARTS
     dearest = dear and is_on_demand(members.first.model)
+    run.tell("running the models", 0, 1)
     panel = panel_of(parts=(parts, 1) if dearest else parts)
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():
