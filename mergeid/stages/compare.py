@@ -129,12 +129,12 @@ def last_look(
     found: dict[tuple[str, str], dict[str, Far]] = {}
     for name, merge in merges.items():
         run.tell("comparing the merges", len(found), len(merges) * len(kinds))
-        for kind, (far,) in _tried((panel,), merge, kinds, skip=skip, device=run.place):
+        for kind, (far,) in _tried((panel,), merge, kinds, skip=skip, run=run):
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
     if chosen.repair == SOLVE:
         far = found[chosen.chosen, SOLVE]
-        return _leant(merges[chosen.chosen], chosen, far, partial(_tried, (panel,), skip=skip, device=run.place), run)
+        return _leant(merges[chosen.chosen], chosen, far, partial(_tried, (panel,), skip=skip, run=run), run)
     if stage == "auto" and chosen.worst.value > NEAR and can_be_solved(members):
         said = panel.agreement() if one_task else {}
         chosen = replace(chosen, unlike=next((a for a in said.values() if not a.told), None))
@@ -148,7 +148,7 @@ def last_look(
         some = {name: merge for name, merge in merges.items() if name == chosen.chosen or name in also}
         # from the models, and from their mean alone
         panels = (panel_of(parts=PARTS_OF_DEAR), panel_of(parts=PARTS_OF_DEAR, either=False))
-        return _solved(chosen, some, panels, partial(_tried, panels, skip=skip, device=run.place), run)
+        return _solved(chosen, some, panels, partial(_tried, panels, skip=skip, run=run), run)
     return merges[chosen.chosen], chosen
 
 
@@ -231,17 +231,21 @@ def _same(ours: Tensor, merged: Tensor) -> bool:
 
 
 def _tried(
-    panels: Sequence[Panel], members: Members, kinds: Sequence[str], *, skip: Sequence[str], device: str
+    panels: Sequence[Panel], members: Members, kinds: Sequence[str], *, skip: Sequence[str], run: Run
 ) -> Iterator[tuple[str, list[dict[str, Far]]]]:
     """How far one merge is from the models, under each repair, as each of the panels sees it; they have the same
     parts."""
     state = members.merged_state(skip)
-    net = copy.deepcopy(members.first.model).to(device)
+    net = copy.deepcopy(members.first.model).to(run.place)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        run.tell(f"on trial: {stage}", done, total)
 
     def far(kind: str, part: int) -> list[dict[str, Far]]:
         load_weights(net, state)
         if kind != "none":
-            repair_network(replace(members, examples=panels[0].rest(part)), net, mode=kind, skip=skip, device=device)
+            rest = replace(members, examples=panels[0].rest(part))
+            repair_network(rest, net, mode=kind, skip=skip, device=run.place, progress=tell)
         return [panel.far(net, part) for panel in panels]
 
     for kind in kinds:

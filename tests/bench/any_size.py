@@ -2,9 +2,10 @@
 
     python tests/bench/any_size.py 0.3B --work /tmp/any-size
 
-writes a random bf16 model of a Llama's layers, scrambles it, adds 10 % noise, and brings it back; what a step took
-goes to tables/any_size.csv. The yardstick is a bare loop: one product of every tensor on each of its axes of
-neurons, n² d each. Steps that are in the table already are not done again (`--again` does them).
+writes a random bf16 model of a Llama's layers, scrambles it, adds 10 % noise, and brings it back; then it solves the
+average of the model and a noisy copy. What a step took goes to tables/any_size.csv. The yardstick is a bare loop: one
+product of every tensor on each of its axes of neurons, n² d each. Steps that are in the table already are not done
+again (`--again` does them).
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ SHAPES = {
 TABLE = Path(__file__).parent / "tables" / "any_size.csv"
 STEPS = (
     "scramble", "loop", "align", "merge", "plan", "merge as planned", "plan with data", "merge with data", "predict",
+    "solve with data",
 )  # fmt: skip
+SOLVE = ("--match", "never", "--repair", "solve")
 NOISE = 0.1
 MOST = {"0.3B": 900, "1.2B": 1800, "8B": 6144}
-WITH_DATA, TIMES = 3072, 4
-"""What is asked: MiB of anonymous memory from weights and with data, and CPU time over the bare loop's."""
+WITH_DATA, SOLVED, TIMES = 3072, 4096, 4
+"""What is asked: MiB of anonymous memory from weights, with data, and solved; CPU time over the bare loop's."""
 
 
 def tensors(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -170,7 +173,7 @@ def main() -> None:
     work = given.work / given.size
     rows = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
     done = {(r["model"], r["step"]) for r in rows}
-    a, b, out = work / "a", work / "b", work / "out"
+    a, b, near, out = work / "a", work / "b", work / "near", work / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     data, saved = work / "texts.safetensors", work / "plan.json"
     if not a.exists():
@@ -197,9 +200,13 @@ def main() -> None:
                 "plan with data": ["plan", a, b, "--data", data],
                 "predict": ["predict", a, b, "--data", data],
                 "merge with data": ["merge", a, b, "-o", out, "--data", data, "--force"],
+                "solve with data": ["merge", a, near, "-o", out, "--data", data, "--force", *SOLVE],
             }[step]
             if step == "scramble":
                 shutil.rmtree(b, ignore_errors=True)
+            if step.startswith("solve") and not near.exists():
+                shutil.copytree(a, near)
+                add_noise(near)
             command = [sys.executable, "-m", "mergeid", *map(str, verb)]
             used = run(command, environment=environment, log=work / f"{step}.log", interval=0.01)
             row |= {"cpu_seconds": f"{used.cpu:.1f}", "anonymous_MiB": f"{used.anonymous / 2**20:.0f}"}
@@ -226,7 +233,8 @@ def judge(rows: list[dict[str, str]]) -> None:
     for r in rows:
         if r["step"] == "loop":
             continue
-        most = WITH_DATA if "data" in r["step"] or r["step"] == "predict" else MOST.get(r["model"])
+        with_data = SOLVED if r["step"].startswith("solve") else WITH_DATA
+        most = with_data if "data" in r["step"] or r["step"] == "predict" else MOST.get(r["model"])
         asked = "" if most is None else f" (asked: {most})"
         times = (
             f", {float(r['cpu_seconds']) / loop:.1f} of one product per axis (asked of align and merge: {TIMES})"

@@ -245,3 +245,18 @@ def test_what_is_written_is_as_near_as_regmean(steps: int) -> None:
     regmean = [value for name, value in found.items() if name.endswith("+regmean")]
     chosen = found[label(made.comparison["chosen"], made.comparison["repair"])]
     assert regmean and chosen <= min(regmean) + max(1e-3, 0.15 * apart) + 0.02
+
+
+def test_a_merge_that_is_solved_on_trial_says_how_far_it_is() -> None:
+    told: list[tuple[str, int, int]] = []
+    a, b = sine(0, 5), sine(1, 5)
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(9))
+    mergeid.merge(
+        a, b, data=[{"input": row} for row in x], example_inputs={"input": x[:2]}, match="never", repair="solve",
+        force=True, progress=lambda *step: told.append(step),
+    )  # fmt: skip
+    stage = "solving layer by layer"
+    layers = [(k, 3) for k in range(3)]
+    assert [step[1:] for step in told if step[0] == stage] == layers
+    on_trial = [step[1:] for step in told if step[0] == f"on trial: {stage}"]
+    assert on_trial and on_trial == layers * (len(on_trial) // len(layers))
