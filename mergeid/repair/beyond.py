@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mergeid.plugins import Batch
-from mergeid.repair.paced import Forward, Node, Place, Value, record
+from mergeid.repair.paced import Node, Place, Value
 
 VIEWS = frozenset({"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"})
 SAME = frozenset({"clone", "contiguous", "alias", "detach"})
@@ -89,9 +88,12 @@ def _given(x: Any, state: Mapping[str, Tensor], kept: Mapping[Value, Tensor], no
     return [_given(y, state, kept, now) for y in x] if isinstance(x, (list, tuple)) else x
 
 
-def beyond(model: nn.Module, forward: Forward, batch: Batch) -> dict[int, Beyond]:
-    """The maps behind the operations on weights of one pass, by their numbers; only where there is more than views."""
-    nodes = record(model, forward, batch)
+def beyond(nodes: Sequence[Node]) -> dict[int, Beyond]:
+    """The maps behind the operations on weights of one pass, by their numbers; only where there is more than views.
+
+    Args:
+        nodes: its operations on activations.
+    """
     users: dict[Value, list[Node]] = defaultdict(list)
     for node in nodes:
         for value in dict.fromkeys(node.takes):

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mergeid.basics.nested import named_tensors
 from mergeid.basics.on_demand import memory_of
-from mergeid.basics.state import tensors_of
+from mergeid.basics.state import forget_derived, tensors_of
 from mergeid.plugins import Batch
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -101,7 +101,7 @@ class Stop:
         out: what it answered; None where the network rests before it.
         step: its number among all operations on activations.
         block: columns of the answer that are looked at together, where it is too wide to be held; else 0.
-        shape: of the (first) answer, of `operations`.
+        shape: of the (first) answer, in a `Record`.
     """
 
     index: int
@@ -266,47 +266,44 @@ def parameters_of(model: nn.Module) -> frozenset[str]:
 def _flat(values: Sequence[Any]) -> list[Any]:
     found: list[Any] = []
     for x in values:
-        if isinstance(x, (list, tuple)):
-            found += _flat(x)
-        else:
-            found.append(x)
+        found += _flat(x) if isinstance(x, (list, tuple)) else [x]
     return found
 
 
-def operations(model: nn.Module, forward: Forward, batch: Batch) -> list[Stop]:
-    """All operations on weights and activations of one pass; tensors that are no weights are let go."""
-    seen: list[Stop] = []
+@dataclass(frozen=True)
+class Record:
+    """What one pass executes, without the tensors: operations on weights and activations, and all on activations."""
+
+    stops: list[Stop]
+    nodes: list[Node]
+
+
+def record(model: nn.Module, forward: Forward, batch: Batch) -> Record:
+    """One pass; tensors that are no weights are let go."""
+    found = Record([], [])
 
     def meet(stop: Stop) -> Any:
         out = stop.func(*stop.args, **stop.kwargs)
-        first = next((x for x in _flat((out,)) if isinstance(x, Tensor)), None)
-        shape = tuple(first.shape) if first is not None else ()
-        seen.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places, {}, shape=shape))
+        found.stops.append(Stop(stop.index, stop.func, [], {}, stop.weights, stop.places, {}, shape=_shape(out)))
         return out
-
-    with torch.no_grad(), _Watch(model, batch, meet):
-        forward(model, batch)
-    return seen
-
-
-def record(model: nn.Module, forward: Forward, batch: Batch) -> list[Node]:
-    """All operations on activations of one pass, without the tensors."""
-    nodes: list[Node] = []
 
     def met(step: int, index: int | None, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         spelled, named = watch.spelled(args), {k: watch.spelled(v) for k, v in kwargs.items()}
         flat = _flat((*spelled, *named.values()))
         takes = tuple(x for x in flat if isinstance(x, Value))
         opaque = any(isinstance(x, Tensor) for x in flat)
-        first = next((x for x in _flat((out,)) if isinstance(x, Tensor)), None)
-        shape = tuple(first.shape) if first is not None else ()
         kept = tuple(None if isinstance(x, Tensor) else x for x in spelled)
-        nodes.append(Node(step, index, func, kept, named, takes, shape, opaque))
+        found.nodes.append(Node(step, index, func, kept, named, takes, _shape(out), opaque))
 
-    watch = _Watch(model, batch, lambda stop: stop.func(*stop.args, **stop.kwargs), met)
-    with torch.no_grad(), watch:
+    forget_derived(model)  # every pass computes what it keeps of its weights
+    with torch.no_grad(), _Watch(model, batch, meet, met) as watch:
         forward(model, batch)
-    return nodes
+    return found
+
+
+def _shape(out: Any) -> tuple[int, ...]:
+    """Of the first tensor."""
+    return next((tuple(x.shape) for x in _flat((out,)) if isinstance(x, Tensor)), ())
 
 
 class Paced:
@@ -370,6 +367,7 @@ class Paced:
         self._go.acquire()
         try:
             if not self._ending:
+                forget_derived(self.model)
                 with torch.no_grad(), _Watch(self.model, self.batch, self._meet, self._met):
                     self.forward(self.model, self.batch)
         except _Stopped:

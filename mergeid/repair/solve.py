@@ -14,30 +14,28 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergeid.basics.memory import give_back
-from mergeid.basics.nested import examples_in, named_tensors
+from mergeid.basics.nested import examples_in
 from mergeid.basics.on_demand import OnDemand, formed, is_on_demand, memory_of
 from mergeid.basics.on_disk import on_disk
 from mergeid.errors import MergeidError
 from mergeid.evidence.activations import real_tokens
 from mergeid.plugins import Batch
-from mergeid.repair.beyond import Beyond, beyond
+from mergeid.repair.beyond import Beyond
 from mergeid.repair.channels import ChannelMoments, fit_channels
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.few_rows import Gathered, fit_gathered
 from mergeid.repair.layers import Layer, Part, answer_of, block_of, by_model, layer_of
-from mergeid.repair.orders import outers
+from mergeid.repair.layout import layouts
 from mergeid.repair.paced import Forward, Paced, Stop, Value, parameters_of
-from mergeid.repair.uses import solvable
 
-T = TypeVar("T")
 UNSEEN = 4
 """Every fourth example judges, the others fit."""
 ROWS_PER_INPUT, LEAST_ROWS = 32, 16384
@@ -116,11 +114,11 @@ def solve_network(
     nets: list[list[Paced]] = []
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            found = solvable(merged, forward, batches[0], frozen)
+            shaped = layouts(merged, forward, batches, frozen)
+            found = shaped[0].solvable
             wanted, fitted = frozenset(stop.index for stop in found), parameters_of(merged)
-            shaped = _by_shape(batches, lambda batch: beyond(merged, forward, batch))
-            maps = [{k: v for k, v in behind.items() if k in wanted} for behind in shaped]
-            orders = _by_shape(batches, lambda batch: outers(merged, forward, batch, wanted))
+            maps = [{k: v for k, v in each.beyond.items() if k in wanted} for each in shaped]
+            orders = [each.outers for each in shaped]
             alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
             blocks = {stop.index: block for stop in alone if (block := block_of(stop))}
             nets = [
@@ -175,18 +173,6 @@ def _twin(net: nn.Module) -> nn.Module:
     not another's."""
     tensors = (*net.parameters(), *net.buffers())
     return copy.deepcopy(net, {id(t): t for t in tensors})
-
-
-def _by_shape(batches: Sequence[Batch], look: Callable[[Batch], T]) -> list[T]:
-    """What is seen in every batch, looked up once for all batches of one shape."""
-    known: dict[Any, T] = {}
-    out = []
-    for batch in batches:
-        key = tuple((k, tuple(v.shape)) for k, v in named_tensors(batch).items())
-        if key not in known:
-            known[key] = look(batch)
-        out.append(known[key])
-    return out
 
 
 def _needed(behind: Mapping[int, Beyond]) -> frozenset[Value]:

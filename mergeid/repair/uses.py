@@ -10,22 +10,21 @@ from torch import nn
 
 from mergeid.basics.on_demand import memory_of
 from mergeid.basics.state import tensors_of
-from mergeid.plugins import Batch
 from mergeid.repair.beyond import NORMS
 from mergeid.repair.layers import KINDS
-from mergeid.repair.paced import Forward, Place, Stop, operations, parameters_of
+from mergeid.repair.paced import Place, Stop, parameters_of
 
 STATISTICS = (3, 4)
 """Arguments of a batch norm that hold running statistics, which stay as they are."""
 
 
-def solvable(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> list[Stop]:
+def solvable(model: nn.Module, seen: Sequence[Stop], frozen: Collection[str]) -> list[Stop]:
     """The operations of a kind that can be solved whose weights are parameters, not frozen, and used nowhere else.
 
     Args:
+        seen: the operations of one pass on its weights and activations.
         frozen: keys of the state dict that stay as they are.
     """
-    seen = operations(model, forward, batch)
     fitted = parameters_of(model)
     state = tensors_of(model, keep_vars=True)
     still = {memory_of(state[k]) for k in frozen}

@@ -13,6 +13,7 @@ from mergeid.models.examples import Examples
 from mergeid.models.running import make_accelerator
 from mergeid.repair.batchnorm import reestimated
 from mergeid.repair.beyond import Beyond, beyond
+from mergeid.repair.paced import record
 from mergeid.repair.rescale import _median_ratio
 
 
@@ -32,7 +33,7 @@ class Behind(nn.Module):
 
 
 def first(net: nn.Module, x: Tensor) -> Beyond | None:
-    return beyond(net, lambda model, batch: model(batch["x"]), {"x": x}).get(0)
+    return beyond(record(net, lambda model, batch: model(batch["x"]), {"x": x}).nodes).get(0)
 
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))

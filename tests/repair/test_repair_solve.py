@@ -19,7 +19,7 @@ from mergeid.errors import MergeidError
 from mergeid.repair.beyond import beyond
 from mergeid.repair.closed_form import Fit
 from mergeid.repair.layers import layer_of
-from mergeid.repair.paced import Paced, Stop, operations
+from mergeid.repair.paced import Paced, Stop, record
 from mergeid.repair.solve import Shares, solve_network
 
 
@@ -339,7 +339,7 @@ def test_other_operations_are_refused() -> None:
 
 def test_operations_of_a_pass() -> None:
     a, _ = pair()
-    names = [stop.name for stop in operations(a, forward, BATCHES[0])]
+    names = [stop.name for stop in record(a, forward, BATCHES[0]).stops]
     assert names.count("convolution") == 2 and names[-1] == "addmm"
 
 
@@ -427,8 +427,9 @@ def test_what_lies_behind_a_layer_is_what_the_network_computes() -> None:
     """The map of every layer, beside the tensors of an ordinary pass."""
     net, _ = pair(kind=Residual)
     batch = {"x": X[:5]}
-    maps = beyond(net, forward, batch)
-    names = {stop.index: stop for stop in operations(net, forward, batch)}
+    seen = record(net, forward, batch)
+    maps = beyond(seen.nodes)
+    names = {stop.index: stop for stop in seen.stops}
     found = {"+".join(sorted(names[k].weights.values())): v for k, v in maps.items()}
     assert set(found) == {"conv.weight", "batch.bias+batch.running_mean+batch.running_var+batch.weight",
                           "down.bias+down.weight"}  # fmt: skip

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergeid.repair.orders import outers
-from mergeid.repair.paced import operations
+from mergeid.repair.paced import record
 from mergeid.repair.solve import SolvedLayer, solve_network
 
 N, L, H, D = 64, 6, 2, 4
@@ -79,14 +79,15 @@ def test_the_order_of_rows_makes_no_difference(order: str) -> None:
 def test_where_the_examples_lie(order: str, outer: int, count: int) -> None:
     net = Ordered(0, order).eval()
     batch = {"x": X[:count]}
-    wanted = [stop.index for stop in operations(net, forward, batch)]
+    wanted = record(net, forward, batch).stops
     assert len(wanted) == 4
-    assert outers(net, forward, batch, wanted) == dict.fromkeys(wanted, outer)
+    assert outers(net, forward, batch, wanted) == {stop.index: outer for stop in wanted}
 
 
 def test_a_batch_of_one_has_one_order() -> None:
     net = Ordered(0, "last").eval()
-    assert outers(net, forward, {"x": X[:1]}, [0, 1, 2, 3]) == dict.fromkeys(range(4), 1)
+    batch = {"x": X[:1]}
+    assert outers(net, forward, batch, record(net, forward, batch).stops) == dict.fromkeys(range(4), 1)
 
 
 class Attending(nn.Module):
