@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,8 +34,6 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     near = {k: v + 0.01 * v.std() if v.is_floating_point() and v.numel() > 1 else v for k, v in state.items()}
     torch.save(near, "b.pth")
     save_file(near, "b.safetensors")
-    torch.manual_seed(1)
-    torch.save({k: torch.randn_like(v) if v.is_floating_point() else v for k, v in state.items()}, "unlike.pth")
     rng = np.random.default_rng(0)
     for i in range(48):
         folder = tmp_path / "images" / str(i % 2)
@@ -87,10 +87,14 @@ def test_the_commands_after_a_prediction(said: Said, tmp_path: Path) -> None:
     assert (tmp_path / "merged.safetensors").exists()
 
 
-def test_the_command_after_a_plan_of_models_that_will_not_merge(said: Said) -> None:
-    command = following(said(f"plan a.pth unlike.pth {KEPT}"))
-    assert command.startswith("predict a.pth unlike.pth ")
-    said(command)
+def test_the_command_after_a_plan_of_models_that_will_not_merge() -> None:
+    from mergeid.commands.plan import _next
+    from mergeid.commands.terminal import Call
+    from mergeid.verbs.plan import plan
+
+    call = Call(plan, inspect.signature(plan).bind_partial(data="images", allow_pickle=True))
+    printed = _next(SimpleNamespace(verdict="will not merge"), call, "a.pth", "b.pth")  # type: ignore[arg-type]
+    assert following(printed) == "predict a.pth b.pth --data images --allow-pickle"
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "folder"])
