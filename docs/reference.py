@@ -183,7 +183,7 @@ def _coverage(libraries: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     rows = []
     for name, models in libraries.items():
         built = [m for m in models if m["traced"] == "1"]
-        hold = [m for m in built if m["verified"] == "1" and m["held_again"] == "1"]
+        hold = [m for m in built if m["verified"] == m["held_again"] == "1" and int(m["spaces"] or 0) > 0]
         shares = sorted(float(m["share"]) for m in hold)
         seconds = [float(m["seconds"]) for m in hold if m["seconds"]]
         rows.append(

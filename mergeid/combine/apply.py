@@ -273,8 +273,9 @@ def _warn(models: Sequence[Checkpoint], plan: TensorPlan, dtype: str | None) -> 
         subject = f"tensor {name!r} and {more} more have" if more else f"tensor {name!r} has"
         b = next(c for c in models[1:] if c.table[name].dtype != a.table[name].dtype)
         kinds = f"{a.table[name].dtype} in {a.source}, {b.table[name].dtype} in {b.source}"
+        merged = plan.dtypes.get(name, a.table[name].dtype)
         warnings.warn(
-            f"{subject} different dtypes ({kinds}); merged in the wider one (choose with --dtype)",
+            f"{subject} different dtypes ({kinds}); merged in {merged}, which holds both (choose with --dtype)",
             MergeidWarning,
             stacklevel=3,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def plan_tensors(a: Checkpoint, b: Checkpoint, *, skip: Sequence[str] = (), dtyp
     """
 
     def skipped(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in skip)
+        return any(fnmatchcase(name, pattern) for pattern in skip) or _counts(name, a, b)
 
     names = {**dict.fromkeys(a.table), **dict.fromkeys(b.table)}
     for pattern in skip:
@@ -136,12 +137,18 @@ def plan_many(
             dtypes[name] = wider(dtypes.get(name, chosen), chosen)
     return TensorPlan(
         merged=plans[0].merged,
-        compared=plans[0].compared,
+        compared=tuple(n for n in plans[0].compared if all(n in p.compared for p in plans)),
         skipped=tuple(dict.fromkeys(n for p in plans for n in p.skipped)),
         left_out=tuple(dict.fromkeys(n for p in plans for n in p.left_out)),
         widened=tuple(dict.fromkeys(n for p in plans for n in p.widened)),
         dtypes=dtypes,
     )
+
+
+def _counts(name: str, a: TensorSource, b: TensorSource) -> bool:
+    """Whether it is a single whole number of one model alone, such as the step counters that old files lack."""
+    found = [c.table[name] for c in (a, b) if name in c.table]
+    return len(found) == 1 and found[0].dtype in INTEGERS and math.prod(found[0].shape) == 1
 
 
 def _kind(checkpoint: TensorSource, name: str) -> str:
@@ -205,14 +212,21 @@ def _refuse_other_names(a: TensorSource, b: TensorSource, names: Sequence[str], 
 
 
 def _prefix_hint(a: TensorSource, b: TensorSource) -> str:
-    """Wrappers (data-parallel, compiled) put one prefix before every name."""
+    """Wrappers (data-parallel, compiled) put one prefix before every name. Raises where other tensors lie beside."""
     for first, second in ((a, b), (b, a)):
         name = next(iter(first.table))
         longer = next((n for n in second.table if n.endswith("." + name)), None)
         if longer is not None:
             prefix = longer.removesuffix(name)
-            if {prefix + n for n in first.table} == set(second.table):
+            more = [n for n in second.table if not n.startswith(prefix)]
+            if not {prefix + n for n in first.table} <= second.table.keys():
+                continue
+            if not more:
                 return f", because every name of {second.source} begins with {prefix!r}"
+            raise MergeidError(
+                f"{second.source} has the tensors of {first.source} under {prefix!r}, beside {_and_more(more)}; "
+                "expected those of the network alone: save its own state dict"
+            )
     return ""
 
 
@@ -296,11 +310,11 @@ def _refuse_other_labels(a: Checkpoint, b: Checkpoint, skipped: Sequence[str]) -
         ]
         if rows and not set(rows) & set(skipped):
             token = next(t for t in [*tokens, *other_tokens] if tokens.get(t) != other_tokens.get(t))
+            one, two = (f"number {found[token]}" if token in found else "missing" for found in (tokens, other_tokens))
             raise MergeidError(
-                f"tokenizers differ: token {token!r} is number {tokens.get(token)} in {a.source} and "
-                f"{other_tokens.get(token)} in {b.source}; expected one vocabulary: match the rows by token with "
-                f"--tokenizer a (or b, union), or take the first model's embedding with "
-                f"{_pattern(rows, list(a.table))}"
+                f"tokenizers differ: token {token!r} is {one} in {a.source} and {two} in {b.source}; expected one "
+                "vocabulary: match the rows by token with --tokenizer a (or b, union), or take the first model's "
+                f"embedding with {_pattern(rows, list(a.table))}"
             )
 
 

@@ -75,15 +75,15 @@ def command(
             work.close()
             print_plan(found, work.console, verbose=verbose)
             work.wrote([p for p in (output, plot, page) if p is not None])
-            work.say(f"Next: {_next(found, call, a, b)}")
+            work.say(_next(found, call, a, b))
     return 1 if strict and found.verdict == "will not merge" else 0
 
 
 def _next(plan: Plan, call: Call[Plan], a: str, b: str) -> str:
     """What to run after this plan: the merge, or what says more where there will be none."""
     if plan.verdict == "will not merge":
-        return f"{call.next(predict, a, b)}, to see what a merge would lose"
-    return merge_after(call, a, b)
+        return f"Next, to see what a merge would lose: {call.next(predict, a, b)}"
+    return f"Next: {merge_after(call, a, b)}"
 
 
 def _estimate(a: str, b: str, call: Call[Plan], as_json: bool) -> int:

@@ -61,7 +61,7 @@ def command(
         if not work.as_json:
             _shown(work, result)
             work.wrote([p for p in (output, page) if p is not None])
-            work.say(f"Next: {_next(result, call, *models)}")
+            work.say(_next(result, call, *models))
     return 0
 
 
@@ -95,14 +95,14 @@ def _shown(work: Work, result: PredictResult) -> None:
 def _next(result: PredictResult, call: Call[PredictResult], a: str, b: str) -> str:
     """What to run after this prediction: the merge where it is sure or was tried, else what says more."""
     if not result.trials and (way := result.sure) is not None:
-        return merge_after(call, a, b, way.options)
+        return f"Next: {merge_after(call, a, b, way.options)}"
     if result.mode == "weights":
-        return f"{call.next(predict, a, b)} --data DATA, to run the models on examples of their kind"
+        return f"Next, to run the models on examples of their kind: {call.next(predict, a, b)} --data DATA"
     if not result.trials:
-        return f"{call.next(predict, a, b, also=('--try',))}, to make the merges in memory and measure them"
+        return f"Next, to make the merges in memory and measure them: {call.next(predict, a, b, also=('--try',))}"
     best = result.best_trial
     how = best.options if best is not None and best.lost <= result.tolerated else ()
-    return merge_after(call, a, b, how)
+    return f"Next: {merge_after(call, a, b, how)}"
 
 
 def _matrix(work: Work, models: list[str], tolerate: float, output: Path | None, plot: Path | None) -> int:

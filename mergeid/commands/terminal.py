@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
@@ -103,14 +102,11 @@ class Call(Generic[Answer]):
 
 def merge_after(call: Call[Any], a: str, b: str, how: Sequence[str] = ()) -> str:
     """The merge of a pair after another command, into a name that nothing has yet; `how`: more of its options."""
-    from mergeid.io.folders import PICKLES, SAFETENSORS
+    from mergeid.io.output import free_name
     from mergeid.verbs.merge import merge
 
-    ending = SAFETENSORS if a.endswith((SAFETENSORS, *PICKLES)) else ""
-    names = (f"merged{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
-    output = next(name for name in names if not Path(name).exists())
     # plain averages, which are the default, have no use for a base
-    return call.next(merge, a, b, also=(*how, "-o", output), without=("base",))
+    return call.next(merge, a, b, also=(*how, "-o", free_name(a)), without=("base",))
 
 
 def command_of(verb: Callable[..., Answer]) -> Callable[[Callable[..., int]], Callable[..., int]]:

@@ -42,6 +42,13 @@ def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
             f"{checkpoint.source} is quantised (quantization_config in its config.json: {_method(settings)}); expected "
             f"float weights: {cure}"
         )
+    packed = [n for n in names if checkpoint.table[n].dtype in INTEGERS and _scaled_beside(checkpoint, n)]
+    if packed:
+        more = f" (and {len(packed) - 1} more)" if len(packed) > 1 else ""
+        raise MergeidError(
+            f"tensor {packed[0]!r}{more} of {checkpoint.source} holds whole numbers with scales beside it, which are "
+            "quantised weights; expected float weights: dequantise it with the tool that made it"
+        )
     odd = [n for n in names if checkpoint.table[n].dtype not in (*MERGEABLE, *INTEGERS)]
     odd += [n for n in names if checkpoint.table[n].dtype in INTEGERS and n.endswith("weight")]
     if odd:
@@ -50,6 +57,15 @@ def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
             f"tensor {odd[0]!r}{more} of {checkpoint.source} is {checkpoint.table[odd[0]].dtype}, a quantised or "
             "unknown dtype; expected F64, F32, F16 or BF16 weights: give --dequantise, or dequantise it first"
         )
+
+
+def _scaled_beside(checkpoint: TensorSource, name: str) -> bool:
+    """Whether a table has scales, as packed weights do: weight_packed and weight_scale (vLLM), weight and weight_scale
+    (NVFP4), x_blocks and x_scales (MXFP4), _data and _scale (Quanto), W_q and scale (HQQ)."""
+    module, dot, last = name.rpartition(".")
+    stems = (last, last.rpartition("_")[0]) if "_" in last else (last,)
+    scales = [f"{stem}{end}" for stem in stems for end in ("_scale", "_scales")] + ["scale"] * (last == "W_q")
+    return len(checkpoint.table[name].shape) > 1 and any(f"{module}{dot}{n}" in checkpoint.table for n in scales)
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:

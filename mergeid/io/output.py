@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 
 from mergeid.basics import stopping
@@ -34,6 +35,17 @@ RECORD = "mergeid.json"
 def is_single_file(output: str | os.PathLike[str]) -> bool:
     """Whether an output path means one file (``*.safetensors``) rather than a folder."""
     return os.fspath(output).endswith(SAFETENSORS)
+
+
+def default_name(first: str | os.PathLike[str], stem: str = "merged") -> str:
+    """The output of models of which this is the first, where it is given no name: a file for a file, else a folder."""
+    return f"{stem}{SAFETENSORS}" if os.fspath(first).endswith((SAFETENSORS, *PICKLES)) else stem
+
+
+def free_name(first: str | os.PathLike[str]) -> str:
+    """A name of that kind which nothing has yet: merged, merged-2, …"""
+    names = (default_name(first, "merged" if i == 1 else f"merged-{i}") for i in count(1))
+    return next(name for name in names if not Path(name).exists())
 
 
 def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Input] = (), force: bool = False) -> Path:

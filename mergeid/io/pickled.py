@@ -20,6 +20,8 @@ MOST_EXPANDED = 1 << 20
 _AVERAGED = ("state_dict_ema", "model_ema")
 """Keys of weights that were averaged over the training: those that timm's scripts report on, and its loader takes."""
 _AVERAGE = re.compile(r"(^|_)(ema|swa|average|averaged|polyak)(_|$)", re.IGNORECASE)
+_UPDATES = "n_averaged"
+"""What torch's AveragedModel keeps beside the weights under ``module.``: how often they were averaged."""
 _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "module")
 """Keys under which training scripts put the state dict."""
 
@@ -59,6 +61,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
                 _tell_of_averages(path, found, key)
             found = found[key]
             break
+    if isinstance(found, Mapping) and all(str(k) == _UPDATES or str(k).startswith("module.") for k in found):
+        found = {k: v for k, v in found.items() if k != _UPDATES}
     if not isinstance(found, Mapping):
         raise MergeidError(f"{path} holds a {type(found).__name__}; expected a state dict (names and tensors)")
     tensors = {str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}

@@ -158,7 +158,7 @@ Heads = Annotated[
         shown=False,
     ),
 ]
-AllowPickle = Annotated[bool, switch("Also read .bin and .pt files.", INPUT)]
+AllowPickle = Annotated[bool, switch("Also read pickled weights: .bin, .pt, .pth and .ckpt files.", INPUT)]
 Dequantise = Annotated[
     bool, switch("Read float8 and bitsandbytes weights in floating point; the result is not quantised.", INPUT)
 ]
@@ -214,7 +214,12 @@ Push = Annotated[
 ]
 Dtype = Annotated[
     Union[str, None],
-    Option("Dtype of the result: float32, float16, bfloat16 or float64. Default: as in A.", OUTPUT, "DTYPE"),
+    Option(
+        "Dtype of the result: float32, float16, bfloat16 or float64. Default: as in A; if the models differ, one that "
+        "holds all their numbers.",
+        OUTPUT,
+        "DTYPE",
+    ),
 ]
 Match = Annotated[
     str,

@@ -247,15 +247,15 @@ def output_path(output: Output, reads: Sequence[Any], default: str = "merged") -
         default: its name, if none is given.
 
     Raises `MergeidError` where it cannot be written."""
-    from mergeid.io.folders import PICKLES
-    from mergeid.io.output import check_output
+    from mergeid.io.output import check_output, default_name
 
     path = output.path
     if path is None:
         first = reads[0]
-        folder = isinstance(first, (str, os.PathLike)) and not str(first).endswith((".safetensors", *PICKLES))
-        folder = folder or (isinstance(first, Checkpoint) and first.is_folder)
-        path = default if folder else f"{default}.safetensors"
+        if isinstance(first, (str, os.PathLike)):
+            path = default_name(first, default)
+        else:
+            path = default if isinstance(first, Checkpoint) and first.is_folder else f"{default}.safetensors"
     return check_output(path, inputs=[x for x in reads if isinstance(x, (str, os.PathLike))], force=output.force)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.opening import Source, is_live
+from mergeid.io.output import default_name, free_name
 from mergeid.methods.settings import MethodRequest
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
@@ -253,8 +254,7 @@ def _tried(task: _Task) -> _Tried:
     from mergeid.verbs.merge import merge_models
 
     with TemporaryFolder() as folder:
-        single = Path(os.fspath(task.a)).suffix == ".safetensors"  # type: ignore[arg-type]
-        output = Path(folder) / ("merged.safetensors" if single else "merged")
+        output = Path(folder) / default_name(task.a)  # type: ignore[arg-type]
         try:
             request = MergeRequest(
                 (task.a, task.b),
@@ -353,4 +353,5 @@ def _with_next(found: Report, task: _Task) -> Report:
         match = {"direct": "never", "matched": "always"}.get(way)
         words = ["--match", match] if match else []
         words += ["--repair", "bn" if repaired else "none"]
-    return replace(found, next_command=_command("merge", task, *words, "-o", "merged.safetensors"))
+    name = free_name(task.a)  # type: ignore[arg-type]
+    return replace(found, next_command=_command("merge", task, *words, "-o", name))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergeid.combine.tensor_plan import architecture_name, plan_tensors
+from mergeid.combine.tensor_plan import architecture_name, plan_many, plan_tensors
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.opening import open_checkpoint
@@ -69,9 +69,33 @@ def test_extra_and_missing_tensors() -> None:
     refuse(r"--skip 'head\.\*'", changed(head__weight=None, head__bias=None))
 
 
+def test_a_counter_that_one_model_lacks_is_no_weight() -> None:
+    """Files of old torch versions have no step counters, and those of torch's AveragedModel count the averages."""
+    older = changed(norm__count=None)
+    for shape in ((), (1,)):
+        newer = changed(norm__count=torch.full(shape, 3))
+        plan = plan_tensors(memory("A", newer), memory("B", older))
+        assert plan.skipped == ("norm.count",) and plan.left_out == () and "norm.count" not in plan.compared
+        plan = plan_tensors(memory("A", older), memory("B", newer))
+        assert plan.skipped == () and plan.left_out == ("norm.count",)
+        assert plan.merged == tuple(n for n, t in older.items() if t.is_floating_point())
+    three = [memory("A", BASE), memory("B", BASE), memory("C", older)]
+    assert plan_many(three).compared == () and plan_many(three[:2], base=three[2]).compared == ("norm.count",)
+    refuse("tensor 'norm.count' is only in A;", older, changed(norm__count=torch.tensor([3, 4])))
+    refuse("tensor 'scale' is only in B;", changed(scale=torch.tensor(1.0)))
+
+
+def test_names_under_a_prefix_beside_others() -> None:
+    wrapped = {f"net.{n}": t for n, t in BASE.items()}
+    every = "because every name of B begins with 'net.'; expected two checkpoints of one architecture"
+    refuse(every, wrapped)
+    beside = r"^B has the tensors of A under 'net.', beside 'loss.weight' \(and 1 more\); expected .*: save its own"
+    refuse(beside, {"loss.weight": torch.zeros(3), **wrapped, "loss.bias": torch.zeros(3)})
+
+
 def test_different_architectures() -> None:
     other = {f"layer{i}": torch.zeros(1) for i in range(9)}
-    refuse("A and B are different architectures: they share 0 of 15 tensor names; expected", other)
+    refuse("A and B are different architectures: they share 0 of 14 tensor names; expected", other)
     configs = ({"architecture": "resnet18"}, {"architectures": ["BertModel"], "model_type": "bert"})
     refuse(r"different architectures \(resnet18 and BertModel\)", other, configs=configs)
     wrapped = {"module." + n: t for n, t in BASE.items()}
@@ -160,4 +184,6 @@ def test_tokenizers(tmp_path: Path, file: str) -> None:
     plan_tensors(a, same)
     with pytest.raises(MergeidError, match=r"tokenizers differ: token 'v' is number 1 in .* 2 in .*'emb.weight'"):
         plan_tensors(a, b)
+    with pytest.raises(MergeidError, match=r"token 'z' is number 3 in .*c and missing in .*a; expected one"):
+        plan_tensors(folder("c", ["u", "v", "w", "z"]), a)
     plan_tensors(a, b, skip=["emb.*"])

@@ -334,7 +334,7 @@ def test_same_file_twice(work: Path) -> None:
 def test_different_number_formats(work: Path) -> None:
     save_file(tensors(2, torch.float16), work / "half.safetensors")
     done = mergeid("merge", "half.safetensors", "a.safetensors", "--match", "never", cwd=work)
-    merged(done, "different dtypes.*F16.*half.safetensors.*F32.*a.safetensors.*wider.*--dtype")
+    merged(done, "different dtypes.*F16.*half.safetensors.*F32.*a.safetensors.*merged in F32, which.*--dtype")
     assert load_file(work / "merged.safetensors")["fc.bias"].dtype == torch.float32
     chosen = ("--dtype", "bfloat16", "-o", "chosen.safetensors")
     merged(mergeid("merge", "half.safetensors", "a.safetensors", "--match", "never", *chosen, cwd=work))

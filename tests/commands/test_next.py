@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,10 +52,10 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def following(printed: str) -> str:
-    """The command of the line ``Next:``, which is the last one."""
-    line = printed.splitlines()[-1]
-    assert line.startswith("Next: mergeid ")
-    return line.removeprefix("Next: mergeid ")
+    """The command of the line ``Next:``, which is the last one, and where nothing stands behind the command."""
+    said, _, command = printed.splitlines()[-1].partition(": mergeid ")
+    assert said == "Next" or said.startswith("Next, to ")
+    return command
 
 
 KEPT = "--data images --allow-pickle --limit 32 --image-size 32"
@@ -72,6 +74,9 @@ def test_the_command_after_a_plan(said: Said, tmp_path: Path) -> None:
 def test_the_commands_after_a_prediction(said: Said, tmp_path: Path) -> None:
     first = following(said("predict a.pth b.pth --allow-pickle --tolerate 0.02"))
     assert first.startswith("predict a.pth b.pth") and "--tolerate 0.02" in first
+    second = following(said(f"{first.replace('DATA', 'images')} --limit 32 --image-size 32"))
+    assert second.endswith("--try") or second.startswith("merge ")
+    said(second)
     tried = said(f"predict a.pth b.pth {KEPT} --try")
     assert "in a trial" in tried
     based = following(said(f"predict a.pth b.pth {KEPT} --base b.safetensors --try"))
@@ -80,6 +85,32 @@ def test_the_commands_after_a_prediction(said: Said, tmp_path: Path) -> None:
     assert command.startswith("merge a.pth b.pth ") and set(KEPT.split()) <= set(command.split())
     said(command)
     assert (tmp_path / "merged.safetensors").exists()
+
+
+def test_the_command_after_a_plan_of_models_that_will_not_merge() -> None:
+    from mergeid.commands.plan import _next
+    from mergeid.commands.terminal import Call
+    from mergeid.verbs.plan import plan
+
+    call = Call(plan, inspect.signature(plan).bind_partial(data="images", allow_pickle=True))
+    printed = _next(SimpleNamespace(verdict="will not merge"), call, "a.pth", "b.pth")  # type: ignore[arg-type]
+    assert following(printed) == "predict a.pth b.pth --data images --allow-pickle"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "folder"])
+def test_the_command_after_a_report(said: Said, tmp_path: Path, kind: str) -> None:
+    """It makes the merge where nothing lies yet, of the models' own kind."""
+    names = [f"{name}.{kind}" for name in "ab"]
+    if kind != "pth":
+        for name, place in zip("ab", names, strict=True):
+            place = f"{place}/model.safetensors" if kind == "folder" else place
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            save_file(torch.load(tmp_path / f"{name}.pth"), tmp_path / place)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged.safetensors").touch()
+    command = following(said(f"report {' '.join(names)} {KEPT} --points 3 --no-merge -o page.html"))
+    assert command.endswith("-o merged-2" if kind == "folder" else "-o merged-2.safetensors")
+    said(command)
 
 
 def test_the_command_after_a_ranking(said: Said, tmp_path: Path) -> None:

@@ -30,10 +30,14 @@ def test_the_page_of_schemas_is_up_to_date(reference: ModuleType) -> None:
             assert not each.get("properties") or f"### {name.removesuffix('Entry')}" in page
 
 
-def test_every_table_of_the_benchmarks_is_on_the_page(reference: ModuleType, tmp_path: Path) -> None:
+def test_the_page_of_benchmarks_is_up_to_date(reference: ModuleType, tmp_path: Path) -> None:
     page = reference.benchmarks_page(reference.TABLES)
+    assert (DOCS / "pages" / "benchmarks.md").read_text(encoding="utf-8") == page, "run python docs/reference.py"
     for path in reference.TABLES.glob("*.csv"):
         title = reference.OTHERS.get(path.stem, (path.stem.replace("_", " ").capitalize(),))[0]
         assert f"| {path.stem} |" in page if path.stem in reference.LIBRARIES else f"## {title}" in page
+    heads = "name,traced,verified,held_again,share,spaces,seconds"
+    (tmp_path / "timm.csv").write_text(f"{heads}\na,1,1,1,0.5,2,1\nb,1,1,1,0,0,1\nc,1,1,0,0.5,2,1\nd,0,,,,,\n")
+    assert "| timm | 4 | 3 | 1 | 50.00% |" in reference.benchmarks_page(tmp_path), "no free space: it does not hold"
     (tmp_path / "speed.csv").write_text("what,cpu_seconds,note\nlinear|slerp,1.23456,\n")
     assert "| what | CPU seconds |\n|---|---|\n| linear\\|slerp | 1.23 |" in reference.benchmarks_page(tmp_path)

@@ -180,6 +180,43 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
         mergeid.merge(folder, folder, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "kind", ["weight_packed weight_scale", "gate_blocks gate_scales", "weight._data weight._scale", "W_q scale"]
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_packed_weights_that_no_config_tells_of_are_refused(tmp_path: Path, kind: str, asked: bool) -> None:
+    """Their whole numbers would be A's, and the scales beside them an average. Scales may be in float8."""
+    values, scales = (f"layers.0.{n}" for n in kind.split())
+    paths = []
+    for i in range(2):
+        packed = {values: torch.full((4, 8), i, dtype=torch.uint8), "norm.weight": _weight(1)[0]}
+        save_file({**packed, scales: _weight(4, 1, i).to(torch.float8_e4m3fn)}, tmp_path / f"{i}.safetensors")
+        paths.append(tmp_path / f"{i}.safetensors")
+    output = tmp_path / "out.safetensors"
+    if not asked:  # float8 is refused before all
+        for path in paths:
+            save_file({k: t.float() if "cale" in k else t for k, t in load_file(path).items()}, path)
+    with pytest.raises(MergeidError, match=r"with scales beside it.*: dequantise it with the tool that made it"):
+        mergeid.merge(*paths, output=output, match="never", dequantise=asked)
+    assert not output.exists()
+
+
+def test_tables_of_whole_numbers_are_no_quantised_weights(tmp_path: Path) -> None:
+    """Positions of Swin's bias tables, which lie beside a scale of another thing; counters of fake quantisation."""
+    tables = {
+        "attn.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
+        "attn.logit_scale": torch.ones(2, 1),
+    }
+    tables |= {"fc.scale": torch.ones(1), "fc.zero_point": torch.zeros(1, dtype=torch.int32), "fc.weight": _weight()}
+    tables |= {"codes.index": torch.zeros(2, 2, dtype=torch.int64), "codes.scale": torch.ones(2)}
+    for step, name in enumerate("ab"):
+        state = {k: t + step if t.is_floating_point() else t for k, t in tables.items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    output = tmp_path / "o.safetensors"
+    mergeid.merge(tmp_path / "a.safetensors", tmp_path / "b.safetensors", output=output, match="never")
+    torch.testing.assert_close(load_file(output)["fc.weight"], tables["fc.weight"] + 0.5)
+
+
 def test_floating_point_weights_under_a_config_that_says_otherwise(tmp_path: Path) -> None:
     """What training tools leave of an adapter that they merged into a quantised base. It was refused either way."""
     told = {"quant_method": "bitsandbytes", "load_in_4bit": True}

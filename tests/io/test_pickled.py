@@ -57,6 +57,26 @@ def test_averaged_weights_of_a_training_checkpoint_are_read_and_that_is_said(tmp
     assert torch.equal(found.tensor("w"), load_state_dict(str(tmp_path / "last.pth.tar"))["w"])
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_torch_averages_is_merged_with_a_plain_one(wrapped: bool, tmp_path: Path) -> None:
+    """Its weights lie under ``module.``, beside a count of the averages."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    averaged.update_parameters(network)
+    state = averaged.state_dict()
+    assert "n_averaged" in state
+    torch.save({"state_dict": state} if wrapped else state, tmp_path / "a.pth")
+    plain = {k: v + 1 if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    torch.save(plain, tmp_path / "b.pth")
+    for first, second in ("ab", "ba"):
+        paths = [tmp_path / f"{name}.pth" for name in (first, second)]
+        output = tmp_path / f"{first}{second}.safetensors"
+        mergeid.merge(*paths, output=output, match="never", allow_pickle=True)
+        merged = {k.removeprefix("module."): v for k, v in load_file(output).items()}
+        assert merged.keys() == plain.keys()
+        assert all(torch.allclose(merged[k], v - 0.5) for k, v in plain.items() if v.is_floating_point())
+
+
 @pytest.mark.parametrize("key", ["ema", "ema_state_dict", "swa_model"])
 def test_weights_that_may_be_averaged_are_named_where_others_are_read(tmp_path: Path, key: str) -> None:
     """Nothing said that a checkpoint holds two models."""
