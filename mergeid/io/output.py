@@ -95,6 +95,18 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
         _check_folder(final.parent, what)
 
 
+def check_new(outputs: Mapping[str, Path | None]) -> None:
+    """Raises `MergeidError` for a file that exists already, unless nothing is in it.
+
+    Args:
+        outputs: as for `check_files`, which looks at them first."""
+    for option, path in outputs.items():
+        if path is not None and (final := Path(os.path.expanduser(path))).is_file() and final.stat().st_size:
+            raise MergeidError(
+                f"output {path} exists already; choose another name (option {option}) or pass --force to replace it"
+            )
+
+
 def _resolved(name: str, what: str) -> Path:
     """Where an output really lies. Raises `MergeidError` for what cannot be the name of a file."""
     try:
