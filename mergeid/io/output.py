@@ -24,6 +24,9 @@ _READ_BESIDE = re.compile(
 )
 """Files that may be read where a file of weights lies beside them."""
 
+_FILES = (".json", ".yaml", ".yml", ".txt", ".html", ".gguf", ".onnx", ".h5", ".npz", ".zip")
+"""Endings of what people take for files, and never for folders of weights."""
+
 Input = str | os.PathLike[str]
 """Something that is read: a file, a folder, or a name that is neither (a hub id, a function)."""
 
@@ -50,7 +53,8 @@ def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Input] = ()
             written, has a wrong ending, or is a folder that does not look like a model's.
     """
     name = os.fspath(output)
-    if name.endswith((*PICKLES, ".json")):
+    lower = name.lower()
+    if lower.endswith((*PICKLES, *_FILES)) or (lower.endswith(SAFETENSORS) and not is_single_file(name)):
         raise MergeidError(f"output {name} has a wrong ending; expected a .safetensors file or a folder (option -o)")
     final = _resolved(name, "output")
     given = _paths(inputs)

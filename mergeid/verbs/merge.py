@@ -202,7 +202,9 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
         whole = os.path.join(folder, "merged")
         result = merge_models(replace(request, output=replace(request.output, path=whole)), bench)
         merged = replace(open_checkpoint(whole), source=f"the merge of {' and '.join(m.source for m in opened)}")
-        done = extract(merged, base=origin, output=target, rank=rank, force=request.output.force)
+        done = extract(
+            merged, base=origin, output=target, rank=rank, arch=bench.reading.arch, force=request.output.force
+        )
     lost = f"{100 * done.error:.2g} % of the update" if done.error >= 1e-4 else "less than 0.01 % of the update"
     note = f"written as an adapter of rank {rank} on {origin.source}, which leaves out {lost}"
     return _noted(replace(result, files=done.files), note)
