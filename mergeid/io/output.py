@@ -82,7 +82,8 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
         what = f"{option} {path}"
         final = _resolved(os.fspath(path), option)
         if final.name.endswith((SAFETENSORS, *PICKLES)):
-            raise MergeidError(f"{what} has the ending of a weight file; expected a name such as {path.stem}.json")
+            ending = ".html" if option == "--report" else ".json"
+            raise MergeidError(f"{what} has the ending of a weight file; expected a name such as {path.stem}{ending}")
         _check_untouched(final, what, given)
         owner = next((i for i in given if _would_be_part(final, i)), None)
         if owner is not None:
