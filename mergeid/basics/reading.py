@@ -38,7 +38,7 @@ def check_regular(path: str | os.PathLike[str], expected: str) -> os.stat_result
     reader wait for ever; `expected` says what should be there."""
     name = os.fspath(path)
     try:
-        found = os.stat(name)
+        found = os.stat(os.path.expanduser(name))  # shells leave the ~ of --option=~/file as it is
     except (FileNotFoundError, NotADirectoryError):
         raise MergeidError(f"no such file or folder: {name}; expected {expected}") from None
     except ValueError:
@@ -59,7 +59,7 @@ def read_bytes(path: str | os.PathLike[str], expected: str, largest: int = LARGE
     size = check_regular(path, expected).st_size
     if size <= largest:
         try:
-            with open(path, "rb") as file:
+            with open(os.path.expanduser(name), "rb") as file:
                 content = file.read(largest + 1)
         except OSError as error:
             raise MergeidError(f"cannot read {name}: {reason(error)}; expected {expected}") from None

@@ -17,6 +17,11 @@ def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor
     return only_tensors(model.state_dict(keep_vars=keep_vars))
 
 
+def others_of(model: nn.Module) -> dict[str, Any]:
+    """What is no tensor in the state dict: extra state, the number format of packed weights."""
+    return {k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}
+
+
 def only_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Those of a state dict."""
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}

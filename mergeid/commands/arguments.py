@@ -139,3 +139,6 @@ Page = Annotated[
     typer.Option("--report", metavar="FILE", rich_help_panel=OUTPUT, help="Also write the result as an HTML page."),
 ]
 JsonFile = Annotated[Path | None, written("Also write the result as a JSON file.")]
+Force = Annotated[
+    bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Overwrite an existing output.", show_default=False)
+]

@@ -26,6 +26,7 @@ def command(
     output: Annotated[Path | None, o.written("Also write the curve as a JSON file.")] = None,
     plot: Annotated[Path | None, o.drawn("Draw the curve")] = None,
     page: o.Page = None,
+    force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Measure the loss barrier between A and B on labelled data, as is or matched.
@@ -34,7 +35,7 @@ def command(
     """
     if call.given("calibration") and not any(map(call.given, ("match", "repair", "solve"))):
         raise MergeidError("--calibration is read for --match, --repair and --solve; add one of them, or leave it out")
-    check_outputs((a, b, *call.reads), output=output, plot=plot, report=page, resume=call.path("resume"))
+    check_outputs((a, b, *call.reads), force, output=output, plot=plot, report=page, resume=call.path("resume"))
     with working(as_json) as work:
         with together(call):
             result = call(a, b, progress=work.progress)

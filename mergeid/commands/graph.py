@@ -13,7 +13,7 @@ from mergeid.commands import arguments as o
 from mergeid.commands.terminal import Call, command_of
 from mergeid.commands.work import to_text, working
 from mergeid.errors import MergeidError
-from mergeid.io.output import check_files
+from mergeid.io.output import check_files, check_new
 from mergeid.io.publish import write_whole
 from mergeid.request.options import HOW, OUTPUT
 from mergeid.verbs.graph import graph
@@ -55,6 +55,7 @@ def command(
             help="Explain one axis, such as 'conv1.weight[1]': its space, or why it is frozen.",
         ),
     ] = None,
+    force: o.Force = False,
     given: Annotated[
         Path | None,
         typer.Option(
@@ -69,6 +70,8 @@ def command(
     """Show which neurons of a model can be permuted: its neuron graph, traced from one forward pass and verified."""
     target = Path(json_target) if json_target not in (None, "-") else None
     check_files({"--json": target, "-o": output}, (model, given, *call.reads))
+    if not force:
+        check_new({"--json": target, "-o": output})
     files = {option: file for option, file in (("--json", target), ("-o", output)) if file is not None}
     as_json = json_target is not None
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or Path(model).suffix in o.WEIGHTS):

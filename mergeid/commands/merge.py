@@ -86,9 +86,7 @@ def command(
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         beside = {"--weights": weights, "--density": density, "--set": settings}
         stages = _stages(models[0], call, [option for option, value in beside.items() if value])
-    elif len(models) == 1 and not call.given("base"):
-        raise MergeidError("Missing argument 'B'; expected at least two models, or one recipe (a .yaml file)")
-    check_outputs((*models, *call.reads), report=page)
+    check_outputs((*models, *call.reads), call.given("force"), report=page)
     in_steps = len(stages) > 1 or call.given("as_adapter")  # a step reads what the one before it wrote
     if in_steps and not is_first():
         return 0
@@ -108,7 +106,7 @@ def command(
             result = merge_stages(stages, call.path("output"), merged, opened)
         else:
             shares = o.parse_all_weights(weights or [])
-            result = call(models, weights=shares, parameters=told, repair=stage, progress=work.progress)
+            result = call(*models, weights=shares, parameters=told, repair=stage, progress=work.progress)
         if not is_first():
             return 0
         if page is not None:

@@ -14,6 +14,7 @@ from mergeid.commands.terminal import Call, command_of, merge_after
 from mergeid.commands.work import check_outputs, to_text, working, write_report
 from mergeid.io.publish import write_whole
 from mergeid.request.options import HOW
+from mergeid.verbs.barrier import barrier
 from mergeid.verbs.plan import plan
 from mergeid.verbs.predict import predict
 
@@ -29,6 +30,7 @@ def command(
     output: Annotated[Path | None, o.written("Also write the plan as a JSON file.")] = None,
     plot: Annotated[Path | None, o.drawn("Draw the evidence space by space in order of depth")] = None,
     page: o.Page = None,
+    force: o.Force = False,
     verbose: o.Verbose = False,
     as_json: o.Json = False,
     strict: Annotated[
@@ -50,7 +52,7 @@ def command(
     (which store their fixed parts), the plan also says what structure identifies. No weights are written. Under
     ``accelerate launch`` the processes share out the examples and the spaces to match.
     """
-    check_outputs((a, b, *call.reads), output=output, plot=plot, report=page)
+    check_outputs((a, b, *call.reads), force, output=output, plot=plot, report=page)
     if estimate:
         return _estimate(a, b, call, as_json) if is_first() else 0
     with working(as_json) as work:
@@ -81,6 +83,9 @@ def command(
 
 def _next(plan: Plan, call: Call[Plan], a: str, b: str) -> str:
     """What to run after this plan: the merge, or what says more where there will be none."""
+    if plan.verdict == "will not merge" and call.given("heads"):  # which predictions know nothing of
+        also = () if call.given("data") else ("--data", "DATA")
+        return f"{call.next(barrier, a, b, also=also)}, with labels of all classes, to see what a merge would lose"
     if plan.verdict == "will not merge":
         return f"Next, to see what a merge would lose: {call.next(predict, a, b)}"
     return f"Next: {merge_after(call, a, b)}"

@@ -30,6 +30,7 @@ def command(
     output: o.JsonFile = None,
     plot: Annotated[Path | None, o.drawn("For sketches: draw the matrix")] = None,
     page: o.Page = None,
+    force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Predict the barrier between A and B, as is and matched, without merging them.
@@ -50,7 +51,7 @@ def command(
         raise MergeidError("--plot draws the matrix of sketches; expected files made by mergeid sketch")
     if page is not None and all(sketched):
         raise MergeidError("--report is about one pair of models; sketches have a matrix (--plot)")
-    check_outputs((*models, *call.reads), output=output, plot=plot, report=page)
+    check_outputs((*models, *call.reads), force, output=output, plot=plot, report=page)
     with working(as_json) as work:
         if all(sketched):
             return _matrix(work, models, call.number("tolerate"), output, plot)

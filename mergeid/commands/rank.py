@@ -33,6 +33,7 @@ def command(
             "--plot", metavar="FILE", rich_help_panel=OUTPUT, help="With --every: draw the matrix: .png or .svg."
         ),
     ] = None,
+    force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Predict which of several models merges best with the first one, without merging them.
@@ -45,7 +46,7 @@ def command(
 
     if plot is not None and not call.given("every"):
         raise MergeidError("--plot draws the matrix of every pair; add --every")
-    check_outputs((*models, *call.reads), output=output, plot=plot)
+    check_outputs((*models, *call.reads), force, output=output, plot=plot)
     with working(as_json) as work:
         result = call(models, progress=work.progress)
         written(work, result, output)

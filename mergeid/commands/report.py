@@ -33,7 +33,7 @@ def command(
 
     The page works offline and on a phone, and shows measured values only. No weights are written.
     """
-    check_outputs((a, b, *call.reads), output=output)
+    check_outputs((a, b, *call.reads), call.given("force"), output=output)
     with working(as_json) as work:
         found = call(a, b, output=output, progress=work.progress)
         from mergeid.reporting.page.verdict import ends, merges, sentence

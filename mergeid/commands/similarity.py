@@ -22,10 +22,11 @@ def command(
     b: o.B,
     output: o.JsonFile = None,
     plot: Annotated[Path | None, o.drawn("Draw CKA of all layers of A with all of B as a heat map")] = None,
+    force: o.Force = False,
     as_json: o.Json = False,
 ) -> int:
     """Compare the layers of A and B on the same data: CKA (plain and unbiased), SVCCA and PWCCA."""
-    check_outputs((a, b, *call.reads), output=output, plot=plot)
+    check_outputs((a, b, *call.reads), force, output=output, plot=plot)
     with working(as_json) as work:
         result = call(a, b, progress=work.progress)
         if output is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from mergeid.basics.processes import is_first
 from mergeid.basics.reading import json_text
 from mergeid.errors import plain, visible
-from mergeid.io.output import check_files
+from mergeid.io.output import check_files, check_new
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,18 +210,22 @@ def write_report(path: Path, result: Any, models: Sequence[str]) -> None:
     write_page(report_of(result, models), path, "--report")
 
 
-def check_outputs(inputs: Iterable[str | os.PathLike[str] | None], **outputs: Path | None) -> None:
+def check_outputs(inputs: Iterable[str | os.PathLike[str] | None], force: bool = False, **outputs: Path | None) -> None:
     """To be called before long work.
 
     Args:
         inputs: all that the command reads.
+        force: whether files that exist already are replaced; what is resumed always is.
         outputs: ``output`` (-o), ``plot``, ``resume``: what it writes besides weights.
 
     Raises:
-        MergeidError: one of them cannot be written, or is an input or another output.
+        MergeidError: one of them cannot be written, is there already, or is an input or another output.
     """
     if (plot := outputs.get("plot")) is not None:
         from mergeid.reporting.plots import check_plot_path
 
         check_plot_path(plot)
-    check_files({"-o" if name == "output" else f"--{name}": path for name, path in outputs.items()}, inputs)
+    named = {"-o" if name == "output" else f"--{name}": path for name, path in outputs.items()}
+    check_files(named, inputs)
+    if not force:
+        check_new({option: path for option, path in named.items() if option != "--resume"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from mergeid.plugins import Batch
 IGNORED = -100
 """Label of a position that is not scored: the ``ignore_index`` of PyTorch's cross-entropy."""
 
+SHUFFLED = 1 << 20
+"""Examples that a random order is made of; of more, some are drawn."""
 MASKS = frozenset({"attention_mask", "decoder_attention_mask"})
 IDS = frozenset({"input_ids", "decoder_input_ids"})
 
@@ -37,6 +40,13 @@ def unloaded(data: Any) -> Any:
             "are whole inputs"
         )
     return data.dataset
+
+
+def drawn(count: int, limit: int, seed: int) -> list[int]:
+    """`limit` of so many examples, in their order. Of data too long to be shuffled none but those are numbered."""
+    if count <= SHUFFLED:
+        return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+    return sorted(random.Random(seed).sample(range(count), limit))
 
 
 class Item(dict[str, Any]):

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from mergeid.basics.reading import check_regular
 from mergeid.data import arrays, conform, images, text
-from mergeid.data.batching import Item, ItemDataset, told, unloaded
+from mergeid.data.batching import SHUFFLED, Item, ItemDataset, drawn, told, unloaded
 from mergeid.data.chat import chat_name
 from mergeid.errors import MergeidError
 from mergeid.plugins import Adapter, Architecture
@@ -24,6 +25,8 @@ FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?(@(?P<split>\w+))?$")
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".text", ".rst", ".py", ".csv", ".tsv", ".log", ""})
 SPLITS = ("validation", "test", "train")
+Draw = tuple[int | None, int]
+"""How many examples are taken at most, and the seed."""
 
 
 def load_data(
@@ -64,16 +67,16 @@ def load_data(
     if max_length is not None and about.get("kind") == "text":
         longest = about.get("position_limit")
         about["max_length"] = min(max_length, longest) if longest else max_length
-    dataset = _open(spec, about, folder, seed)
+    dataset = _open(spec, about, folder, (limit, seed))
     conform.check(dataset, adapter, arch, about)
     dataset = dataset.watched(lambda item: conform.check_item(item, about))
     if limit is not None and limit < len(dataset):
-        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
-        dataset = dataset.subset(sorted(chosen.tolist()))
+        dataset = dataset.subset(drawn(len(dataset), limit, seed))
     return dataset
 
 
-def _open(spec: Any, about: Mapping[str, Any], folder: Path | None, seed: int) -> ItemDataset:
+def _open(spec: Any, about: Mapping[str, Any], folder: Path | None, draw: Draw) -> ItemDataset:
+    seed = draw[1]
     if isinstance(spec, (str, os.PathLike)):
         if not os.fspath(spec).strip():
             raise MergeidError("the data has an empty name; leave the option out, or name a file or folder")
@@ -94,8 +97,8 @@ def _open(spec: Any, about: Mapping[str, Any], folder: Path | None, seed: int) -
             ) from error
         if os.path.lexists(path):
             check_regular(path, "a file or folder of examples")
-        return _named(str(spec), about, folder, seed)
-    return _object(spec, about, folder, seed, type(spec).__name__)
+        return _named(str(spec), about, folder, draw)
+    return _object(spec, about, folder, draw, type(spec).__name__)
 
 
 def _folder(path: Path, about: Mapping[str, Any], folder: Path | None, seed: int) -> ItemDataset:
@@ -130,15 +133,15 @@ def _file(path: Path, about: Mapping[str, Any], folder: Path | None, seed: int) 
     )
 
 
-def _named(spec: str, about: Mapping[str, Any], folder: Path | None, seed: int) -> ItemDataset:
+def _named(spec: str, about: Mapping[str, Any], folder: Path | None, draw: Draw) -> ItemDataset:
     if FUNCTION.match(spec):
-        return _object(_call(spec), about, folder, seed, spec)
+        return _object(_call(spec), about, folder, draw, spec)
     match = HUB_NAME.match(spec)
     if match is None or (Path(spec).suffix and "/" not in spec) or spec.startswith((".", "/", "~")):
         raise MergeidError(
             f"the data {spec} does not exist; give a file, a folder, module:function or a Hugging Face dataset's name"
         )
-    return _hub(spec.partition("@")[0], match["split"], about, folder, seed)
+    return _hub(spec.partition("@")[0], match["split"], about, folder, draw)
 
 
 def _call(spec: str) -> Any:
@@ -174,7 +177,7 @@ def _call(spec: str) -> Any:
         ) from error
 
 
-def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | None, seed: int) -> ItemDataset:
+def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | None, draw: Draw) -> ItemDataset:
     try:
         import datasets
     except ImportError as error:
@@ -191,10 +194,10 @@ def _hub(name: str, split: str | None, about: Mapping[str, Any], folder: Path | 
     if split is None and isinstance(loaded, Mapping):
         split = next((s for s in SPLITS if s in loaded), next(iter(loaded), None))
         loaded = loaded[split]
-    return _rows(loaded, about, folder, seed, f"{name}@{split}")
+    return _rows(loaded, about, folder, draw, f"{name}@{split}")
 
 
-def _object(data: Any, about: Mapping[str, Any], folder: Path | None, seed: int, source: str) -> ItemDataset:
+def _object(data: Any, about: Mapping[str, Any], folder: Path | None, draw: Draw, source: str) -> ItemDataset:
     data = unloaded(data)
     if isinstance(data, ItemDataset):
         return data
@@ -211,15 +214,18 @@ def _object(data: Any, about: Mapping[str, Any], folder: Path | None, seed: int,
     try:
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             data = arrays.gathered(data, source)
-        return _rows(data, about, folder, seed, source)
+        return _rows(data, about, folder, draw, source)
     except MergeidError:
         raise
     except Exception as error:  # the data set is the user's own code
         raise MergeidError(f"the data {source} cannot be read ({told(error)}); expected a list of examples") from error
 
 
-def _rows(rows: Any, about: Mapping[str, Any], folder: Path | None, seed: int, source: str) -> ItemDataset:
+def _rows(rows: Any, about: Mapping[str, Any], folder: Path | None, draw: Draw, source: str) -> ItemDataset:
     """A sequence of examples: strings and records of text, images with labels, or ready inputs."""
+    limit, seed = draw
+    if limit is not None and limit < len(rows) > SHUFFLED:  # before all texts are read
+        rows = Subset(rows, drawn(len(rows), limit, seed))
     first = rows[0] if len(rows) else None
     if about.get("kind") == "text" and isinstance(first, str):
         return text.record_dataset([{"text": r} for r in rows], about, folder, seed, source)

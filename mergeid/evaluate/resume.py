@@ -33,7 +33,7 @@ class PointFile:
     """
 
     def __init__(self, path: Path, digest: str, accelerator: Accelerator) -> None:
-        self.path, self.digest, self.accelerator = Path(path), digest, accelerator
+        self.path, self.digest, self.accelerator = Path(os.path.expanduser(path)), digest, accelerator
         self._curves: dict[str, dict[str, Any]] = {}
 
     def load(self) -> dict[float, Metrics]:

@@ -121,6 +121,11 @@ class Checkpoint:
             _tensors=dict(tensors),
         )
 
+    def check_values(self) -> None:
+        """Raises `MergeidError` as `check_values` for a tensor in memory."""
+        for name, tensor in (self._tensors or {}).items():
+            check_values(name, tensor, self.source)
+
     def tensor(self, name: str) -> Tensor:
         """One tensor on the CPU, backed by the mapped file (no copy). Do not write into it.
 

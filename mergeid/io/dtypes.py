@@ -48,7 +48,7 @@ _ALIASES = {
 }  # fmt: skip
 
 
-def parse_dtype(text: str) -> str:
+def parse_dtype(text: str, given: str = "option --dtype") -> str:
     """``"float16"``, ``"fp16"``, ``"half"``, ``"torch.float16"`` or ``"F16"`` -> ``"F16"``.
 
     Raises:
@@ -57,9 +57,7 @@ def parse_dtype(text: str) -> str:
     name = text.strip().lower().removeprefix("torch.")
     found = _ALIASES.get(name) or (name.upper() if name.upper() in FLOATS else None)
     if found is None:
-        raise MergeidError(
-            f"unknown dtype {text!r}; expected one of float64, float32, float16, bfloat16 (option --dtype)"
-        )
+        raise MergeidError(f"unknown dtype {text!r}; expected one of float64, float32, float16, bfloat16 ({given})")
     return found
 
 

@@ -1,8 +1,9 @@
 """A PEFT adapter laid on its base: a model whose tensors are formed from the base's and the factors, one at a time.
 
 LoRA: W + (α/r) B A (Hu et al. 2021, arXiv:2106.09685); rsLoRA: α/√r (Kalajdzievski 2023, arXiv:2312.03732); DoRA:
-m · V / ‖V‖ with V = W + (α/r) B A, norms per output (Liu et al. 2024, arXiv:2402.09353). Sums are taken in float64 for
-weights of 32 bits and in float32 for those of 16, and rounded once.
+m · V / ‖V‖ with V = W + (α/r) B A, norms per output (Liu et al. 2024, arXiv:2402.09353). (IA)³: rows of W and its bias,
+or columns of W in feed-forward layers, times a vector (Liu et al. 2022, arXiv:2205.05638). All is computed in float64
+for weights of 32 bits and in float32 for those of 16, and rounded once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"^(.*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?$")
+_FACTOR = re.compile(r"^(.*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|ia3_l)(?:\.(weight|bias))?$")
 _WRAPPERS = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
 """What PEFT puts into the names of modules that it saves whole or wraps."""
 
@@ -63,12 +64,12 @@ class LoraConfig:
 
     @classmethod
     def read(cls, path: Path) -> LoraConfig:
-        """Raises `MergeidError` for an adapter of another kind than LoRA, or one that lacks what is needed."""
+        """Raises `MergeidError` for an adapter of another kind than LoRA or (IA)³, or one that lacks what is needed."""
         told = read_table(path, "the config of a PEFT adapter")
         kind = told.get("peft_type")
-        if kind != "LORA":
+        if kind not in ("LORA", "IA3"):
             raise MergeidError(
-                f"{path.parent} is a PEFT adapter of type {shown(kind)}; expected LORA: merge it with PEFT first"
+                f"{path.parent} is a PEFT adapter of type {shown(kind)}; expected LORA or IA3: merge it with PEFT first"
             )
         start = told.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_FROM_BASE):
@@ -82,6 +83,7 @@ class LoraConfig:
             )
         alpha: Any
         alpha, alphas = told.get("lora_alpha"), told.get("alpha_pattern") or {}
+        alpha = 1.0 if kind == "IA3" else alpha
         if not _number(alpha) or not isinstance(alphas, dict) or not all(map(_number, alphas.values())):
             told_of = f"lora_alpha is {shown(alpha)} and alpha_pattern {shown(alphas)}"
             raise MergeidError(f"{path}: {told_of}; expected numbers")
@@ -207,6 +209,9 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
                 "adapter again with PEFT"
             )
         done[target] = module
+        if (vector := parts.get("ia3_l")) is not None:
+            formed |= _scaled(formed, under, target, adapter, vector, told)
+            continue
         formed[target] = _formed(formed[target], under, target, adapter, module, parts, told)
     config = under.config if under.config_changed else None
     found = derived(os.fspath(folder), base, formed, parents=[origin, adapter], config=config)
@@ -270,6 +275,33 @@ def _formed(
     reads = tuple((adapter, name) for name in (first, second, magnitude) if name is not None)
     how = f"{under.how}, LoRA times {scaling}, transposed {transposed}, embedding {embedding}, DoRA {magnitude}"
     return Formed(under.info, form, (*under.reads, *reads), how)
+
+
+def _scaled(
+    formed: Mapping[str, Formed], base: TensorSource, target: str, adapter: TensorSource, vector: str, told: LoraConfig
+) -> dict[str, Formed]:
+    """A weight [out, in] times a vector [out, 1] of outputs, and the layer's bias with it, or [1, in] of inputs."""
+    shape, own = base.table[target].shape, adapter.table[vector].shape
+    rows, columns = (1, 0) if told.transposed else (0, 1)
+    on_outputs = len(shape) == 2 and own == (shape[rows], 1)
+    if not on_outputs and (len(shape) != 2 or own != (1, shape[columns])):
+        raise _misfit(adapter.file_of[vector], vector, own, base, target)
+
+    def times(under: Formed, *, bias: bool) -> Formed:
+        def form() -> Tensor:
+            import torch
+
+            value, by = under.form(), _finite(adapter, vector)
+            wide = torch.float64 if value.dtype.itemsize >= 4 else torch.float32
+            by = by.flatten() if bias else by.T if told.transposed else by
+            return (value.to(wide) * by.to(wide)).to(value.dtype)
+
+        how = f"{under.how}, times a vector, transposed {told.transposed}"
+        return Formed(under.info, form, (*under.reads, (adapter, vector)), how)
+
+    bias = f"{target.removesuffix('.weight')}.bias"
+    found = {target: times(formed[target], bias=False)}
+    return found | ({bias: times(formed[bias], bias=True)} if on_outputs and bias in formed else {})
 
 
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapped: bool) -> bool:

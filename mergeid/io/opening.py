@@ -150,12 +150,6 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hasattr(m, "_hf_hook") for m in module.modules())
 
 
-def check_numbers(module: nn.Module) -> None:
-    """Raises `MergeidError` as `check_values` for a live module that has no hooks which would fetch its numbers."""
-    if not has_hooks(module):
-        values_of(module)
-
-
 def of_one_wrapping(models: Sequence[Any]) -> tuple[list[Any], list[str]]:
     """The models; where torch wraps only some live ones (compiled, data-parallel, averaged), what is inside, and a note
     that says so."""

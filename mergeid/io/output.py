@@ -25,6 +25,9 @@ _READ_BESIDE = re.compile(
 )
 """Files that may be read where a file of weights lies beside them."""
 
+_FILES = (".json", ".yaml", ".yml", ".txt", ".html", ".gguf", ".onnx", ".h5", ".npz", ".zip")
+"""Endings of what people take for files, and never for folders of weights."""
+
 Input = str | os.PathLike[str]
 """Something that is read: a file, a folder, or a name that is neither (a hub id, a function)."""
 
@@ -62,7 +65,8 @@ def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Input] = ()
             written, has a wrong ending, or is a folder that does not look like a model's.
     """
     name = os.fspath(output)
-    if name.endswith((*PICKLES, ".json")):
+    lower = name.lower()
+    if lower.endswith((*PICKLES, *_FILES)) or (lower.endswith(SAFETENSORS) and not is_single_file(name)):
         raise MergeidError(f"output {name} has a wrong ending; expected a .safetensors file or a folder (option -o)")
     final = _resolved(name, "output")
     given = _paths(inputs)
@@ -90,7 +94,8 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
         what = f"{option} {path}"
         final = _resolved(os.fspath(path), option)
         if final.name.endswith((SAFETENSORS, *PICKLES)):
-            raise MergeidError(f"{what} has the ending of a weight file; expected a name such as {path.stem}.json")
+            ending = ".html" if option == "--report" else ".json"
+            raise MergeidError(f"{what} has the ending of a weight file; expected a name such as {path.stem}{ending}")
         _check_untouched(final, what, given)
         owner = next((i for i in given if _would_be_part(final, i)), None)
         if owner is not None:
@@ -105,6 +110,18 @@ def check_files(outputs: Mapping[str, Path | None], inputs: Iterable[Input | Non
             )
         taken[final] = option
         _check_folder(final.parent, what)
+
+
+def check_new(outputs: Mapping[str, Path | None]) -> None:
+    """Raises `MergeidError` for a file that exists already, unless nothing is in it.
+
+    Args:
+        outputs: as for `check_files`, which looks at them first."""
+    for option, path in outputs.items():
+        if path is not None and (final := Path(os.path.expanduser(path))).is_file() and final.stat().st_size:
+            raise MergeidError(
+                f"output {path} exists already; choose another name (option {option}) or pass --force to replace it"
+            )
 
 
 def _resolved(name: str, what: str) -> Path:

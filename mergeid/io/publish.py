@@ -53,7 +53,7 @@ def whole_file(path: Path, option: str) -> Iterator[Path]:
     Raises:
         MergeidError: it cannot be written; then nothing is left behind.
     """
-    final = Path(os.path.realpath(path))
+    final = Path(os.path.realpath(os.path.expanduser(path)))
     partial = hidden(final)
     try:
         yield partial

@@ -27,6 +27,7 @@ from typing import Any
 
 from mergeid.basics.reading import read_yaml_documents
 from mergeid.errors import MergeidError, MergeidWarning, listed
+from mergeid.io.dtypes import parse_dtype
 from mergeid.io.recipe_schema import ModuleEntry, RecipeFile, SliceEntry
 from mergeid.io.schema import validated
 from mergeid.methods.recipe_settings import Table, complement, joined, settings_of, shared, words_in
@@ -172,6 +173,9 @@ def parse_recipe(parsed: Any, name: str = "the recipe") -> Recipe:
         if only is not None:
             everywhere = shared([settings_of(only.parameters), everywhere])
         dtype = told.out_dtype or told.dtype
+        for key, value in (("dtype", told.dtype), ("out_dtype", told.out_dtype)):
+            if value is not None:
+                parse_dtype(value, key)
         if modules and only is None:
             found = _of_modules(method, modules, told, everywhere, dtype)
         elif slices is not None:

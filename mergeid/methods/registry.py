@@ -80,7 +80,9 @@ class Parameter:
         number = not isinstance(value, bool) and isinstance(value, (int, float))
         high = min(self.high, LARGEST_WEIGHT)  # compared as they are: a whole number may be beyond every float
         if not number or not max(self.low, -high) <= value <= high or (kind is int and value != int(value)):
-            raise MergeidError(f"parameter {self.name!r} is {shown(value)}; expected {wanted}{self._range()}")
+            beyond = number and abs(value) > LARGEST_WEIGHT
+            bounds = f" of at most {LARGEST_WEIGHT:g}" if beyond else self._range()
+            raise MergeidError(f"parameter {self.name!r} is {shown(value)}; expected {wanted}{bounds}")
         return kind(value)
 
     def _range(self) -> str:

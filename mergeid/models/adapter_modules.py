@@ -46,9 +46,9 @@ class Anatomy:
     modules: dict[str, nn.Module]
 
     @classmethod
-    def of(cls, model: Checkpoint) -> Anatomy:
-        """Built without memory."""
-        adapter, arch = find_architecture(model)
+    def of(cls, model: Checkpoint, name: str | None = None) -> Anatomy:
+        """Built without memory; `name`: of its architecture, where the files do not say."""
+        adapter, arch = find_architecture(model, name)
         network = build(adapter, arch, Room.of(model.table), device="meta")
         tied = {key: tuple(k for k in group if k != key) for group in tied_groups(network) for key in group}
         modules = dict(network.named_modules(remove_duplicate=False))

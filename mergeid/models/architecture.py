@@ -44,8 +44,9 @@ def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[
         )
     hints = [h(table) for n in adapter_names() if (h := getattr(get_adapter(n), "nearest", None))]
     near = f" (nearest: {'; '.join(h for h in hints if h)})" if any(hints) else ""
+    named = f"{arch} and " if arch is not None else ""
     raise MergeidError(
-        f"cannot tell the architecture of {checkpoint.source} from its {len(checkpoint.table)} tensors{near}; "
+        f"cannot tell the architecture of {checkpoint.source} from {named}its {len(checkpoint.table)} tensors{near}; "
         f"specify it with --arch (timm/NAME, transformers/TYPE or a config.json), or put its config.json beside it"
     )
 
@@ -57,7 +58,7 @@ def stated_config(checkpoint: TensorSource, arch: str | None) -> dict[str, Any] 
         return checkpoint.config
     from mergeid.basics.reading import read_table
 
-    if not os.path.isfile(arch):
+    if not os.path.isfile(os.path.expanduser(arch)):
         raise MergeidError(f"--arch {arch}: no such config file")
     return read_table(arch, "the model's config.json")
 

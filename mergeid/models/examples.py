@@ -24,7 +24,7 @@ from mergeid.data.batches import (
     is_whole,
     to_model,
 )
-from mergeid.data.batching import unloaded
+from mergeid.data.batching import drawn, unloaded
 from mergeid.errors import MergeidError
 from mergeid.plugins import Batch
 from mergeid.request.request import OwnData
@@ -96,7 +96,8 @@ def examples_of(data: Any, loaded: Loaded, limit: int | None, seed: int, image_s
     if loaded.adapter.name == "torch":
         if image_size is not None:
             raise MergeidError("the data of a live module is taken as is; leave out image_size")
-        return Examples(_as_given(data, loaded))
+        given = Examples(_as_given(data, loaded))
+        return given if limit is None or limit >= len(given) else given.taken(drawn(len(given), limit, seed))
     from mergeid.data import collate, load_data
 
     adapter, arch, folder = loaded.adapter, loaded.arch, loaded.folder
@@ -155,7 +156,7 @@ def _ends_with_label(item: Any, inputs: Mapping[str, Any], model: nn.Module) -> 
     except TypeError:
         return True
     except ValueError:  # compiled code has no signature
-        return False
+        pass
     return False
 
 

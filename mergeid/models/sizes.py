@@ -49,6 +49,8 @@ def same_sizes(models: Sequence[Checkpoint], reading: Reading, letters: int) -> 
     Raises `MergeidError` for a tensor that depends on the size and that the library does not resample."""
     found = SameSizes(list(models))
     first = models[0]
+    if reading.image_size is not None and first.files:
+        _check_takes_images(first, reading)
     if not any(_differing(c, first, reading.skip) for c in models[1:]) or not all(c.files for c in models):
         return found
     try:
@@ -67,6 +69,19 @@ def same_sizes(models: Sequence[Checkpoint], reading: Reading, letters: int) -> 
         if made is not None:
             _resize(found, i, at, made, adapter, archs[at])
     return found
+
+
+def _check_takes_images(first: Checkpoint, reading: Reading) -> None:
+    """Raises `MergeidError` for a size of images that no image has, also where no data is given."""
+    from mergeid.data.conform import facts
+
+    try:
+        adapter, arch = find_architecture(first, reading.arch)
+    except MergeidError:  # nothing is known of this network
+        return
+    folder = first.path if first.is_folder else first.path.parent
+    if facts(adapter, arch, folder).get("kind") not in (None, "image"):
+        raise MergeidError(f"{arch.id} takes no images; leave out --image-size")
 
 
 def _differing(one: Checkpoint, other: Checkpoint, skip: Sequence[str]) -> bool:

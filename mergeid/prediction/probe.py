@@ -142,11 +142,16 @@ def hears(*sums: EndSums | TogetherSums | Opinions) -> Callable[[Any, Any, Batch
     """Adds both models' outputs on a batch, where they are logits."""
 
     def add(a: Any, b: Any, batch: Batch) -> None:
-        if is_logits(a) and is_logits(b):
+        if comparable(a, b):
             for each in sums:
                 each.add(a, b, real_tokens(batch))
 
     return add
+
+
+def comparable(a: Any, b: Any) -> bool:
+    """Whether both are logits, of as many classes: heads that the user leaves out of the merge may have others."""
+    return is_logits(a) and is_logits(b) and a.shape == b.shape
 
 
 def is_logits(out: Any) -> bool:

@@ -152,7 +152,7 @@ Skip = Annotated[
 Heads = Annotated[
     Union[str, None],
     Option(
-        "both: for classifiers with different classes, write one head with A's classes, then B's.",
+        "both: for classifiers with different classes, make one head with A's classes, then B's.",
         HOW,
         choices=HEADS,
         shown=False,

@@ -24,7 +24,8 @@ LIMIT = 512
 LARGEST_SEED = 2**63 - 1
 MATCHES = ("auto", "never", "always")
 TARGETS = ("own", "mean")
-HEADS = ("both",)
+BOTH = "both"
+HEADS = (BOTH,)
 REPAIRS = ("auto", "bn", "repair", "regmean", "solve", "solve+lean", "solve+polish", "none")
 REFUSE_ABOVE = 0.5
 """Distance from the models beyond which a merge is not written: half a nat, or half of an output's variance."""

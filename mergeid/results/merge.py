@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mergeid.results.plan import Plan
 
 
@@ -24,7 +22,7 @@ class MergeResult:
             merge.
         notes: what the user should know.
         repaired: tensors that were repaired after the merge.
-        state: the merged state dict, for live modules.
+        state: the merged state dict, for live modules; what is no tensor in it (`get_extra_state`) is the first one's.
         report: what happened to the tensors, as JSON.
         repair: what the repair stage did, with the spread of activations before and after; None where there was none.
         in_place: per further model, how many of its rows are nearest to the same row of the first model
@@ -38,7 +36,7 @@ class MergeResult:
     plans: list[Plan] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
-    state: dict[str, Tensor] | None = None
+    state: dict[str, Any] | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     repair: Mapping[str, Any] | None = None
     comparison: Mapping[str, Any] | None = None

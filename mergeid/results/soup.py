@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class SoupResult:
     entropy: tuple[float, float] | None
     examples: int
     files: list[Path] = field(default_factory=list)
-    state: dict[str, Tensor] | None = None
+    state: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     report: Mapping[str, Any] = field(default_factory=dict)
 

@@ -52,7 +52,7 @@ def planned_members(
     elements = None
     if matching.matcher is not None and len(others) > 1:
         elements = common_order(pairs, matching.matcher, bench.run, examples)
-    members = [Member(first if met.joined is None else replace(first, joined=met.joined))]
+    members = [Member(first)]
     seen = list(places.found.values()) if places is not None and places.speaks else None
     for i, pair in enumerate(pairs):
         if seen is not None:

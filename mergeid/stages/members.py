@@ -22,7 +22,7 @@ from mergeid.combine.by_torch import combine, whole
 from mergeid.data.batches import input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.methods.registry import get_method
-from mergeid.methods.settings import MergeSettings
+from mergeid.methods.settings import MergeSettings, MethodRequest
 from mergeid.methods.statistics import Gram, fisher_diagonal, gram_matrices
 from mergeid.models.examples import Examples
 from mergeid.models.loaded import Loaded
@@ -277,4 +277,6 @@ def merged_tensors(
 def averaged_pair(a: Loaded, b: Loaded, plan: Plan, examples: Examples) -> Members:
     """The plain average of two models, the second one as planned."""
     names = [n for n, k in a.names.items() if a.state()[k].is_floating_point()]
-    return Members([Member(a), Member(b, plan)], None, MergeSettings.of(get_method("linear"), 2, names), examples)
+    added = frozenset(a.joined.tensors if a.joined is not None else ())
+    settings = MethodRequest(get_method("linear"), added=added).over(2, names)
+    return Members([Member(a), Member(b, plan)], None, settings, examples)

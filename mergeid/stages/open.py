@@ -16,7 +16,7 @@ from mergeid.errors import MergeidError, NoModel
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.lora import refuse_adapter
-from mergeid.io.opening import Source, check_numbers, is_live, of_one_wrapping, values_of
+from mergeid.io.opening import Source, is_live, of_one_wrapping, values_of
 from mergeid.models.beside import differences_beside
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
@@ -57,6 +57,18 @@ class Met:
     @property
     def live(self) -> bool:
         return is_live(self.models[0])
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Of live modules: what is no tensor in the state dict of the one whose code counts."""
+        from mergeid.basics.state import others_of
+
+        module = self.models[1 if self.bench.reading.config == "b" else 0].module
+        return {} if module is None else others_of(module)
+
+    def with_joined(self, first: Loaded) -> Loaded:
+        """The first model, loaded, which knows of the joined head."""
+        return first if self.joined is None else replace(first, joined=self.joined)
 
     @property
     def everyone(self) -> list[Checkpoint]:
@@ -123,7 +135,7 @@ def open_models(
         refuse_adapter(checkpoint)
         refuse_quantised(checkpoint, [])  # before names that no network has are left out
         if checkpoint.module is not None:
-            check_numbers(checkpoint.module)
+            checkpoint.check_values()
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)
@@ -183,7 +195,7 @@ def pair_of(met: Met, other: Checkpoint, dtype: str | None = None) -> Pair:
             graph = bench.common_graph(one, two)
         except MergeidError as error:
             raise NoModel(str(error)) from error
-    return Pair(one, two.apart_from(one), unskipped(graph, one, met.skip))
+    return Pair(met.with_joined(one), two.apart_from(one), unskipped(graph, one, met.skip))
 
 
 def check_tensors(met: Met, other: Checkpoint, dtype: str | None = None) -> None:

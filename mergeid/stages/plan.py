@@ -42,7 +42,7 @@ from mergeid.neuron_graph.turned import Turn
 from mergeid.neuron_graph.turns import candidates, find_turns
 from mergeid.nn.folding import effective_state
 from mergeid.nn.names import is_asymmetric
-from mergeid.request.request import Calibration, Matching, Run
+from mergeid.request.request import BOTH, Calibration, Matching, Run
 from mergeid.results.plan import Plan
 from mergeid.stages.gather import Hears, evidence_of, passes
 from mergeid.stages.open import Met, Pair, origin_of, pair_of
@@ -150,6 +150,8 @@ def make_plan(
     settings: dict[str, Any] = {"batch_size": run.batch_size, "weight_share": WEIGHT_SHARE}
     if matching.matcher is not None:
         settings["matcher"] = matching.matcher
+    if pair.a.joined is not None:
+        settings["heads"] = BOTH
     return Plan(
         pair.a.source,
         pair.b.source,

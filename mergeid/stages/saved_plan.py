@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeid.basics.reading import read_json
 from mergeid.errors import MergeidError
 from mergeid.evidence.decide import SpaceEvidence
+from mergeid.io.plans import read_plan
 from mergeid.neuron_graph.group import NoImage
 from mergeid.neuron_graph.neuron_graph import Element
+from mergeid.request.request import BOTH
 from mergeid.stages.open import Pair
 
 SAMPLE = 8
@@ -67,14 +68,14 @@ def saved_plan(pair: Pair, path: str | os.PathLike[str], prints: tuple[str, str]
         prints: the fingerprints of both models.
 
     Raises `MergeidError` where the file is no plan, or one of other models."""
-    from mergeid.io.schema import validated
-    from mergeid.io.written import PlanFile
-
-    file = os.fspath(path)
-    told = validated(PlanFile, read_json(file, "a plan that mergeid plan --output wrote"), file)
-    graph, again = pair.graph, f"make one with mergeid plan A B --output {file}"
+    file, told = os.fspath(path), read_plan(path)
+    graph, again = pair.graph, f"make one with mergeid plan A B --force --output {file}"
     if len(told.fingerprints) != 2:
         raise MergeidError(f"{file} does not say which weights it was made for; {again}")
+    heads = None if pair.a.joined is None else BOTH
+    if (of_plan := told.settings.get("heads")) != heads:
+        made = f"without --heads {heads}" if heads else f"with --heads {of_plan}, which is not asked for here"
+        raise MergeidError(f"{file} was made {made}; {again}{f' --heads {heads}' if heads else ''}")
     for loaded, own, known in zip((pair.a, pair.b), prints, told.fingerprints, strict=True):
         if own != known:
             raise MergeidError(f"{file} was made for other weights than those of {loaded.source}; {again}")

@@ -53,7 +53,7 @@ def transported_members(met: Met, settings: MergeSettings, calibration: Calibrat
     first = loaded[0]
     graph = unskipped(bench.graph(first), first, met.skip)
     examples = bench.examples(calibration, first)
-    members = [Member(first if met.joined is None else replace(first, joined=met.joined))]
+    members = [Member(met.with_joined(first))]
     for other in loaded[1:]:
         run.tell("optimal transport", len(members) - 1, len(loaded) - 1)
         state = _carried_state(Pair(first, other, graph), examples, met.skip, run)

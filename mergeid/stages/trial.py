@@ -77,6 +77,12 @@ def trials_of(
         [replace(said, logits=shelf.take(said.logits)) for said in _said(pair.a, m.model, halves[1], run)]
         for m in (pair.a, pair.b)
     ]
+    classes = [said[0].logits.shape[-1] for said in own]
+    if classes[0] != classes[1]:
+        raise MergeidError(
+            f"--try compares merges with what both models say, and {pair.a.source} has {classes[0]} classes and "
+            f"{pair.b.source} {classes[1]}; leave it out"
+        )
     net, found = copy.deepcopy(pair.a.model).to(run.place), []
     known = {o.label: o for o in outlooks}
     work = [(name, kind) for kind in kinds for name in merges]

@@ -78,6 +78,7 @@ def align(
         return _transported(met, calibration, target)
     check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [to, b])
+    from mergeid.basics.state import others_of
     from mergeid.stages.plan import plan_pair
     from mergeid.stages.write import digest_of, reordered, rewrite
 
@@ -87,7 +88,7 @@ def align(
         made = made.over(met.bench.graph(pair.a).of_shapes(shapes))
     result = MergeResult(made.verdict, plans=[made], notes=list(made.notes))
     if target is None:
-        return replace(result, state=made.carry_state(pair.b.state()))
+        return replace(result, state={**others_of(pair.b.model), **made.carry_state(pair.b.state())})
     assert pair.b.checkpoint is not None
     record = {"align": made.to_json(), **met.agreed.record()}
     request = {k: v for k, v in made.to_json().items() if k in ("turns", "maps")}
@@ -104,6 +105,7 @@ def _default(b: Source) -> str:
 
 def _transported(met: Met, calibration: Calibration, target: Output | None) -> MergeResult:
     """B on A's neurons, in the files that A has."""
+    from mergeid.basics.state import others_of
     from mergeid.combine.tensor_plan import plan_tensors
     from mergeid.methods.registry import get_method
     from mergeid.methods.settings import MergeSettings
@@ -114,7 +116,7 @@ def _transported(met: Met, calibration: Calibration, target: Output | None) -> M
     one, two = (m.loaded.checkpoint for m in members.models)
     result = MergeResult("transported")
     if target is None:
-        return replace(result, state=members.models[1].state)
+        return replace(result, state={**others_of(members.models[1].loaded.model), **members.models[1].state})
     assert one is not None and two is not None
     plan_tensors(one, two, skip=met.skip)  # what else differs (heads, labels) is said here
     record = {"align": {"transport": True, "a": one.source, "b": two.source}}

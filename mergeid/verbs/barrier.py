@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
+from mergeid.io.dtypes import parse_dtype, torch_dtype
 from mergeid.io.opening import Source
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
@@ -18,7 +19,6 @@ from mergeid.request.request import LIMIT, Calibration, Example, Matching, Progr
 from mergeid.stages.open import Pair, check_matching, open_models, pair_of, skipped_keys
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from mergeid.models.examples import Examples
@@ -48,6 +48,7 @@ def barrier(
     arch: o.Arch = None,
     config: o.Config = None,
     skip: o.Skip = (),
+    heads: o.Heads = None,
     limit: Annotated[int | None, o.count("Number of examples to take from DATA. Default: all.", o.INPUT, 1)] = None,
     image_size: o.ImageSize = None,
     calibration_limit: int | None = LIMIT,
@@ -77,6 +78,8 @@ def barrier(
         data: labelled data.
         match: "never" measures the pair as it is, "auto" and "always" align B first (evidence from `calibration`).
         matcher, config: as for `plan`.
+        heads: "both": for classifiers with different classes, as for `merge`: every network on the line has both heads,
+            and labels count A's classes, then B's. The ends then know one model's classes only.
         repair: estimate the BatchNorm statistics again at every point, on `calibration`.
         solve: measure also what solving (`merge --repair solve`) makes of every network between the ends. The result is
             then that curve, and `beside` holds the pair as it is and, unless `match` is "never", as matched.
@@ -84,7 +87,7 @@ def barrier(
         calibration: data for matching and repair; default: `data`.
         limit: most examples to measure on; None: all.
         image_size: height and width of the data's images; None: the model's own.
-        dtype: "float64" measures in float64.
+        dtype: "float64" measures in float64; "float32", "bfloat16" and "float16" are taken too, with their short names.
         outputs: names or globs of those outputs of live modules that count (``"logits"``, ``"0"``); default: all.
         resume: JSON file of finished points.
 
@@ -97,9 +100,14 @@ def barrier(
     held = Calibration(data if calibration is None else calibration, calibration_limit)
     if points < 2:
         raise MergeidError(f"--points must be at least 2, got {points}")
+    if heads is not None and solve:
+        raise MergeidError("--solve imitates both ends, which with --heads know one model's classes; leave out one")
+    number_format = None if dtype is None else parse_dtype(dtype)
     check_matching(matching, True)
     example = Example.of(example_inputs, outputs)
-    reading = Reading(arch, config, tuple(skip), allow_pickle, example, dequantise=dequantise, image_size=image_size)
+    reading = Reading(
+        arch, config, tuple(skip), allow_pickle, example, dequantise=dequantise, image_size=image_size, heads=heads
+    )
     opening = Run.of(progress, seed=seed)  # networks are compared on the CPU, and measured on the device
     met = open_models(Workbench(reading, opening), [a, b])
     pair = pair_of(met, met.models[1])
@@ -120,7 +128,12 @@ def barrier(
     if solve and used is not None:
         lines.append((f"{named}, solved", matching, Solve(used, pair.a.inputs_of)))
     count, every = itertools.count(1), points * len(lines)
-    how = Measuring(batch_size, _dtype(dtype), mixed_precision, make_accelerator(run.device))
+    how = Measuring(
+        batch_size,
+        None if number_format is None else torch_dtype(number_format),
+        mixed_precision,
+        make_accelerator(run.device),
+    )
     fixed = skipped_keys(pair.a, met.skip)
     ends = {order: _ends(pair, order, opening, used, fixed) for _, order, _ in lines}
     curves = [
@@ -141,7 +154,7 @@ def _ends(
     pair: Pair, matching: Matching, run: Run, examples: Examples | None, fixed: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
     """The ends of the line, B in A's order, and a network for them; of asymmetric layers the effective weights, also
-    where B's masks were permuted. Tensors that are `fixed` are A's at both ends."""
+    where B's masks were permuted. Tensors that are `fixed` are A's at both ends, and a joined head is both models'."""
     from mergeid.nn.folding import fold_line
     from mergeid.stages.plan import Structural, make_plan
 
@@ -150,17 +163,6 @@ def _ends(
         made = make_plan(pair, matching, run, examples=examples, structural=Structural(beside=False))
         state_b = made.carry_state(state_b)
     state_a = pair.a.state()
-    return fold_line(state_a, {**state_b, **{key: state_a[key] for key in fixed}}, pair.a.model)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    """The number format of that name. Raises `MergeidError` for others than floating-point ones."""
-    import torch
-
-    if name is None:
-        return None
-    found = getattr(torch, name, None)
-    if found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise MergeidError(f"--dtype {name!r} is not one of float64, float32, bfloat16, float16")
-    assert isinstance(found, torch.dtype)
-    return found
+    heads = {key: state_a[key] + state_b[key] for key in pair.a.head}
+    both = {**heads, **{key: state_a[key] for key in fixed}}
+    return fold_line({**state_a, **both}, {**state_b, **both}, pair.a.model)

@@ -31,6 +31,7 @@ def extract(
     output: str | os.PathLike[str],
     rank: Annotated[int, o.Option("Rank of the factors.", o.HOW, "R", kind=int)] = 16,
     force: o.Force = False,
+    arch: o.Arch = None,
     allow_pickle: o.AllowPickle = False,
     dequantise: o.Dequantise = False,
     progress: Progress | None = None,
@@ -46,6 +47,7 @@ def extract(
         base: what it was fine-tuned from, in the same order of neurons.
         output: a new folder.
         rank: of the factors.
+        arch: the base's architecture, where the files do not say.
 
     Raises:
         MergeidError: the two do not fit, nothing changed, or the output cannot be written; nothing was written.
@@ -63,7 +65,7 @@ def extract(
     if target.suffix == ".safetensors":
         raise MergeidError(f"{target} would be one file; expected a folder for the adapter (option -o)")
     merged = plan_tensors(origin, tuned).merged
-    network = Anatomy.of(origin)
+    network = Anatomy.of(origin, arch)
     result = ExtractResult(rank)
     tensors: dict[str, Tensor] = {}
     factored: set[str] = set()

@@ -13,21 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mergeid.basics import processes
 from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, WillNotMerge
-from mergeid.io.opening import Source, is_live, values_of
+from mergeid.io.opening import Source, is_live, open_checkpoint, values_of
+from mergeid.io.plans import heads_of
 from mergeid.methods.registry import get_method
 from mergeid.methods.settings import MergeSettings, MethodRequest, setting_of_weights
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import (
-    REFUSE_ABOVE,
-    Matching,
-    Output,
-    OwnData,
-    Repairing,
-    Run,
-    bytes_of,
-)
+from mergeid.request.request import REFUSE_ABOVE, Matching, Output, OwnData, Repairing, Run, bytes_of
 from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.merge import MergeResult
 from mergeid.stages.merge_request import MergeRequest
@@ -164,6 +157,7 @@ def merge(
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
+    heads = heads or heads_of(plan)
     run, reading = requests_of(usual, batch_size, tokenizer, chat_template, heads)
     listed: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
     request = MergeRequest(
@@ -181,7 +175,11 @@ def merge(
     )
     if as_adapter is not None:
         return _adapter(request, Workbench(reading, run), as_adapter)
-    return merge_models(request, Workbench(reading, run))
+    result = merge_models(request, Workbench(reading, run))
+    alone = b is None and base is None and not isinstance(a, (list, tuple))  # which recipes make of slices, too
+    return (
+        _noted(result, "there is only one model: it stays as it is, but for what options change") if alone else result
+    )
 
 
 def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
@@ -194,6 +192,7 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
     if request.heads is not None:
         raise MergeidError("--as-adapter writes an update of the base, which has another head; leave out --heads")
     named = [*request.models, *([request.base] if request.base is not None else [])]
+    opened = [bench.open(m) for m in request.models]
     on = shared_base([bench.open(m) for m in named])
     origin = on if on is not None else None if request.base is None else bench.open(request.base)
     if origin is None:
@@ -202,7 +201,10 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
     with TemporaryFolder(target.parent) as folder:
         whole = os.path.join(folder, "merged")
         result = merge_models(replace(request, output=replace(request.output, path=whole)), bench)
-        done = extract(whole, base=origin, output=target, rank=rank, force=request.output.force)
+        merged = replace(open_checkpoint(whole), source=f"the merge of {' and '.join(m.source for m in opened)}")
+        done = extract(
+            merged, base=origin, output=target, rank=rank, arch=bench.reading.arch, force=request.output.force
+        )
     lost = f"{100 * done.error:.2g} % of the update" if done.error >= 1e-4 else "less than 0.01 % of the update"
     note = f"written as an adapter of rank {rank} on {origin.source}, which leaves out {lost}"
     return _noted(replace(result, files=done.files), note)
@@ -245,7 +247,7 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
                 "accuracy: give --data (without --no-repair) to re-estimate them",
             )
     if output is None:
-        return replace(result, state={**_state(met, members, settings), **repaired})
+        return replace(result, state={**met.others, **_state(met, members, settings), **repaired})
     from mergeid.stages.write import inputs_of, write
 
     processes.everyones(None)  # all have looked at what lies there

@@ -30,6 +30,7 @@ def plan(
     matcher: o.Matcher = None,
     base: o.Base = None,
     certify: o.Certify = False,
+    heads: o.Heads = None,
     solve: Annotated[
         bool, o.switch("Also say what solving the planned merge would change, layer by layer. Needs --data.")
     ] = False,
@@ -46,6 +47,7 @@ def plan(
         base: what both models were fine-tuned from. With data, and with a base or the fixed parts that asymmetric
             layers store, every space's record gets the structural margins of both models (`structure`).
         certify: also compute how far the inputs of every layer may shift before its order of neurons could change.
+        heads: "both": for classifiers with different classes, as for `merge`.
         solve: also solve the planned merge in memory; `solved` then has every layer's error on unseen inputs, before
             and after.
         batch_size: examples in a forward pass.
@@ -53,7 +55,7 @@ def plan(
 
     Raises `MergeidError` for anything wrong with the input.
     """
-    run, reading = requests_of(usual, batch_size)
+    run, reading = requests_of(usual, batch_size, heads=heads)
     matching, calibration = Matching(match, matcher), calibration_of(data, usual)
     check_matching(matching, calibration.given)
     met = open_models(Workbench(reading, run), [a, b])

@@ -188,7 +188,7 @@ def _heard(pair: Pair, given: Examples | None, *sums: EndSums | TogetherSums | O
     both, or the outputs name no classes."""
     from mergeid.evaluate.agreement import Tally
     from mergeid.evaluate.nearness import EXAMPLES, classifying
-    from mergeid.prediction.probe import hears, is_logits
+    from mergeid.prediction.probe import comparable, hears
 
     listens = hears(*sums)
     asked = given is not None and given.owners is None and classifying(pair.a)
@@ -196,7 +196,7 @@ def _heard(pair: Pair, given: Examples | None, *sums: EndSums | TogetherSums | O
 
     def heard(a: Any, b: Any, batch: Batch) -> None:
         listens(a, b, batch)
-        if tally is not None and is_logits(a) and is_logits(b) and tally.examples < EXAMPLES:
+        if tally is not None and comparable(a, b) and tally.examples < EXAMPLES:
             tally.add((a, b), batch, len(a))
 
     return heard, tally

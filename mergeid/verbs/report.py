@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mergeid.basics.stopping import TemporaryFolder
 from mergeid.errors import MergeidError, WillNotMerge
 from mergeid.io.opening import Source, is_live
-from mergeid.io.output import default_name, free_name
+from mergeid.io.output import check_new, default_name, free_name
 from mergeid.methods.settings import MethodRequest
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
@@ -71,6 +71,7 @@ def report(
         Any, o.Option("Examples to match on (no labels needed). Default: DATA.", o.INPUT, "DATA")
     ] = None,
     output: str | os.PathLike[str] | None = None,
+    force: o.Force = False,
     merge: Annotated[
         bool,
         o.Option("Also make the default merge and measure it.", flags=("--merge/--no-merge",), kind=bool),
@@ -95,6 +96,7 @@ def report(
         data: labelled examples to measure on.
         calibration: examples to match on, labels unused; default: `data`.
         output: the page; None: only the result is returned (`mergeid.reporting.page.render` makes the page of it).
+        force: replace an earlier page.
         merge: also make the merge that `mergeid merge` makes by default, in a temporary folder, and measure it.
         points: number of points of every curve, at least 3.
         limit: most examples to measure on; None: all.
@@ -109,6 +111,8 @@ def report(
         raise MergeidError("a report is about files; save the live modules first")
     if points < 3:
         raise MergeidError(f"--points must be at least 3, got {points}")
+    if output is not None and not force:
+        check_new({"-o": Path(output)})
     began = time.perf_counter()
     held = Calibration(calibration if calibration is not None else data)
     run = Run.of(progress, device=device, seed=seed, batch_size=batch_size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mergeid.errors import MergeidError
 from mergeid.io.opening import Source, open_checkpoint
-from mergeid.io.output import check_files
+from mergeid.io.output import check_files, check_new
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
@@ -91,10 +91,8 @@ def check_sketch_output(output: str | os.PathLike[str], force: bool, reads: Sequ
     if path.suffix != ".sketch":
         raise MergeidError(f"-o {path}: a sketch needs the ending .sketch, such as {path.stem}.sketch")
     check_files({"-o": path}, [x for x in reads if isinstance(x, (str, os.PathLike))])
-    if path.exists() and not force:
-        raise MergeidError(
-            f"output {path} exists already; choose another name (option -o) or pass --force to replace it"
-        )
+    if not force:
+        check_new({"-o": path})
     return path
 
 

@@ -137,7 +137,7 @@ def soup(
         notes=notes,
     )
     if target is None:
-        return replace(made, state=members.merged_state(met.skip))
+        return replace(made, state={**met.others, **members.merged_state(met.skip)})
     from mergeid.results.merge import MergeResult
 
     written = write(MergeResult("soup", plans=members.plans), met, inputs_of(met, members, {}), request, target)

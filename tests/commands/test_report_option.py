@@ -41,6 +41,7 @@ def test_page_that_cannot_be_written_stops_before_any_work(
     assert run([*words, "--report", page]) == 2
     said = capsys.readouterr().err
     assert said.startswith("mergeid: error: ") and "--report" in said
+    assert ("such as a.html" in said) == (page == "a.safetensors")
     assert {p: p.read_bytes() for p in pair.iterdir() if p.is_file()} == before
 
 

@@ -429,7 +429,7 @@ def test_what_is_refused(bases: Path, tmp_path: Path) -> None:
     bad = str(tmp_path / "bad")
     refused("is a PEFT adapter .LoRA. and has the base nowhere, which is not on this machine; name both as BASE.", bad,
             base_model_name_or_path="nowhere")  # fmt: skip
-    refused("of type 'IA3'; expected LORA", bad, peft_type="IA3")
+    refused("of type 'LOHA'; expected LORA or IA3", bad, peft_type="LOHA")
     refused("lora_alpha is 'much'", bad, lora_alpha="much")
     refused("has layer_replication, which is more", f"{base}+{bad}", layer_replication=[[0, 2]])
     with pytest.warns(MergeidWarning, match="was trained on .*llama, and is laid on .*gpt2 as requested"):

@@ -207,7 +207,8 @@ def test_force_replaces_model_folders_only(pair: Path) -> None:
 def test_places_that_cannot_be(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(pair, "no/such/o.safetensors", "output folder .*no/such does not exist; create it")
     refuse(pair, "m", "same folder", force=True)
-    refuse(pair, "merged.bin", "wrong ending; expected a .safetensors file or a folder")
+    for name in ("merged.bin", "merged.SAFETENSORS", "merged.gguf", "merged.yaml"):  # a folder of that name was made
+        refuse(pair, name, "wrong ending; expected a .safetensors file or a folder")
     (pair / "d.safetensors").mkdir()
     refuse(pair, "d.safetensors", "is a folder; expected the name of a new file")
     (pair / "plain").write_text("x")

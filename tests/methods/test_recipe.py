@@ -127,7 +127,6 @@ def test_what_the_command_refuses(work: Path) -> None:
     (work / "r.yaml").write_text("merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safetensors}]\n")
     all_refused(
         work,
-        (["merge", "a.safetensors"], ["Missing argument 'B'", "recipe"]),
         ([*pair, "--method", "tie"], ["unknown merge method 'tie'", "did you mean 'ties'", "slerp"]),
         ([*pair, "--method", "ties"], ["'ties' needs the model that the others were fine-tuned from", "--base"]),
         ([*pair, "--base", "base.safetensors"], ["'linear' uses no base model", "--base"]),
@@ -266,6 +265,8 @@ TOKENIZER = "merge_method: karcher\ntokenizer:"
         ("merge_method: [", "is not valid YAML in line 1"),
         (f"{PAIR}", "lacks the key 'merge_method'"),
         (f"merge_method: tyes\n{PAIR}", "unknown merge method 'tyes'.*'ties'"),
+        (f"merge_method: linear\ndtype: float31\n{PAIR}", r"unknown dtype 'float31'; .* \(dtype\)$"),
+        (f"merge_method: linear\nout_dtype: float31\n{PAIR}", r"unknown dtype 'float31'; .* \(out_dtype\)$"),
         (f"merge_method: linear\nbasemodel: x\n{PAIR}", r"unknown key 'basemodel' \(did you mean 'base_model'"),
         ("merge_method: linear\nslices: []", "slices is an empty list"),
         (f"merge_method: linear\ngate_mode: random\n{PAIR}", "'gate_mode', which is not supported: mixtures"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -290,3 +291,15 @@ def test_heads_that_differ_are_still_refused(pair: tuple[Path, Path]) -> None:
     (b / "config.json").write_text((b / "config.json").read_text().replace('"num_classes": 4', '"num_classes": 3'))
     with pytest.raises(MergeidError, match="head"):
         mergeid.merge(a, b, match="never")
+
+
+def test_texts_have_no_size(tmp_path: Path) -> None:
+    """Also where no data is given that would be refused for it."""
+    config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = transformers.BertForMaskedLM(transformers.BertConfig(**config, intermediate_size=24))
+        net.save_pretrained(tmp_path / str(seed))
+    with pytest.raises(MergeidError, match=r"transformers/bert takes no images; leave out --image-size"):
+        mergeid.merge(tmp_path / "0", tmp_path / "1", output=tmp_path / "m", match="never", image_size=32)
+    assert not (tmp_path / "m").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -174,3 +175,19 @@ def test_peft_finds_the_factored_modules_alone(factored: set[str]) -> None:
     modules = dict(Block().named_modules())
     told = LoraConfig(target_modules=Anatomy("", {}, (), {}, frozenset(), False, modules).targets(factored))
     assert {name for name in modules if check_target_module_exists(told, name)} == factored
+
+
+def test_files_whose_architecture_is_named(tmp_path: Path) -> None:
+    """Files alone say too little of a BERT; --arch was asked for, and there was no such option."""
+    tuned("Bert", tmp_path)
+    for name in ("base", "tuned"):
+        shutil.copy(tmp_path / name / "model.safetensors", tmp_path / f"{name}.safetensors")
+    config, files = str(tmp_path / "base" / "config.json"), [tmp_path / f"{n}.safetensors" for n in ("tuned", "base")]
+    with pytest.raises(MergeidError, match="specify it with --arch"):
+        mergeid.extract(files[0], base=files[1], output=tmp_path / "adapter", rank=4)
+    mergeid.extract(files[0], base=files[1], output=tmp_path / "adapter", rank=4, arch=config)
+    mergeid.merge(
+        files[0], base=files[1], method="task_arithmetic", arch=config, output=tmp_path / "again", as_adapter=4
+    )
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
