@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
             self.layout(written[0])  # as it is before its shape changes
         call.out = self.shadows.run(func, args, kwargs)
         call.refuse_nested(call.outputs())
-        if func.is_view:
+        if func.is_view and call.tensors():
             self._viewed(call)
         else:
             self._laid_out(call, written)
