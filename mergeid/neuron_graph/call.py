@@ -66,11 +66,14 @@ class Call:
     def __init__(self, recorder: Watcher, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.recorder, self.func, self.args, self.kwargs = recorder, func, args, kwargs
         self.facts = recorder.facts
+        self.where = recorder.where()
         self.out: Any = None
         self.strides: tuple[int, ...] = ()
         self.offset = 0
         """Strides and storage offset of the first tensor before the call."""
         self.rerun: Callable[[], Result] = lambda: None
+        self.aside: list[Tensor] = []
+        """What is written on the side, and stays laid out as it was: rules say so."""
         self.bound: dict[str, Any] = {}
         for i, spec in enumerate(func._schema.arguments):
             if spec.name in kwargs:
@@ -87,8 +90,7 @@ class Call:
     @property
     def why(self) -> str:
         """The reason that the user reads when this call freezes something."""
-        where = self.recorder.where()
-        return f"{self.name} at {where}" if where else self.name
+        return f"{self.name} at {self.where}" if self.where else self.name
 
     def __getitem__(self, name: str) -> Any:
         return self.bound[name]

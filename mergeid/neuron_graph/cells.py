@@ -11,6 +11,9 @@ import numpy as np
 from mergeid.neuron_graph.group import NoImage, random_permutations
 from mergeid.neuron_graph.keys import distinct_pairs, in_order, spans
 
+MOST = 2**62
+"""Combinations of parents that int64 can count."""
+
 
 class Edges(NamedTuple):
     """Class `child` lies in class `parent` under a map of this `kind`: three arrays of one length."""
@@ -129,7 +132,7 @@ def cells_of(
     cells: list[Cell] = []
     for group in groups:
         made = _cell(group, parents, cell_of, place)
-        if made is None and nowhere[group[0]]:
+        if made is None:
             made = roles.cell(group, cell_of, place)
         if made is None:
             return [], set(parents.of(group).tolist()) or set(group.tolist())
@@ -182,7 +185,7 @@ class _Roles:
         self.by_child: tuple[np.ndarray, np.ndarray] | None = None
 
     def cell(self, group: np.ndarray, cell_of: np.ndarray, place: np.ndarray) -> Cell | None:
-        """None where a map is not defined on every member."""
+        """None where a map is not defined on every member, or combinations of parents are too many to be counted."""
         if self.by_child is None:
             self.by_child = in_order(self.edges.child, self.count)
         order, start = self.by_child
@@ -199,7 +202,7 @@ class _Roles:
             columns.setdefault(pairs[:, 1].tobytes(), pairs[:, 1].copy())
         above = np.stack(list(columns.values()))
         cells, where = cell_of[above], place[above]
-        if (cells != cells[:, :1]).any():
+        if (cells != cells[:, :1]).any() or prod(int((cell_of == c).sum()) for c in cells[:, 0]) >= MOST:
             return None
         return _in_blocks(ordered, tuple(cells[:, 0].tolist()), where.T)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +40,13 @@ _KNOWN_CONSTANTS = {"aten.eye", "aten.empty", "aten.empty_strided", "aten.empty_
 
 @dataclass
 class _View:
-    """How a view came from its parent, so that it can be derived again after a write."""
+    """How a view came from its parent: its layout is derived when somebody asks, and again after a write. Who wants
+    nothing but its shape (``zeros_like(x[:, :1])``) binds no neurons."""
 
     parent: Tensor
     call: Call
     position: int
-    version: int
+    version: int = -1
     steps: tuple[Call, ...] = ()
     """In-place changes of its shape since (transpose_, squeeze_, …)."""
 
@@ -135,11 +137,10 @@ class Recorder(TorchDispatchMode):
 
     def _derive(self, tensor: Tensor, view: _View) -> None:
         view.version = self._version(view.parent)
-        result = _flat(view.call.rerun())[view.position]
-        if result is not None:
-            self._layouts[tensor] = result
-            for step in view.steps:
-                self._layouts[tensor] = _flat(step.rerun())[0]
+        found = dict(enumerate(_flat(view.call.rerun()))).get(view.position)
+        self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True) if found is None else found
+        for step in view.steps if found is not None else ():
+            self._layouts[tensor] = _flat(step.rerun())[0]
 
     # -- calls -------------------------------------------------------------------------------------------
 
@@ -160,19 +161,28 @@ class Recorder(TorchDispatchMode):
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
         targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
         written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
+        if torch.Tag.inplace_view in func.tags:
+            self.layout(written[0])  # as it is before its shape changes
         call.out = self.shadows.run(func, args, kwargs)
         call.refuse_nested(call.outputs())
-        results = _flat(self._apply(call))
+        if func.is_view and call.tensors():
+            self._viewed(call)
+        else:
+            self._laid_out(call, written)
         if places is not None:
             for tensor in call.outputs():
                 self.counts(tensor, places)
-        if torch.Tag.inplace_view in func.tags and written and results:
+        return call.out
+
+    def _laid_out(self, call: Call, written: Sequence[Tensor]) -> None:
+        """What a call computes or writes, by its rule."""
+        results = _flat(self._apply(call))
+        if torch.Tag.inplace_view in call.func.tags and written and results:
             self._reshaped(written[0], results[0], call)
-            return call.out
-        sources = [t for t in call.tensors() if t is not None] if func.is_view else []
+            return
         outputs = call.outputs()
         for tensor in written:
-            if not any(tensor is t for t in outputs):
+            if not any(tensor is t for t in (*outputs, *call.aside)):
                 # on the side (statistics, noise): nothing that has to be known
                 self.facts.freeze(self.layout(tensor).all_labels, call.why)
         for i, tensor in enumerate(outputs):
@@ -180,16 +190,17 @@ class Recorder(TorchDispatchMode):
             if any(tensor is t for t in written):
                 if result is not None:
                     self._write(tensor, result, call)
-                continue
-            if any(tensor is t for t in call.tensors()):
-                continue
-            if result is None:
-                # computed without labels (indices, statistics that nobody reads)
-                result = uniform(tensor.shape, FROZEN, data=True)
-            self._layouts[tensor] = result
-            if sources:
-                self._views[tensor] = _View(sources[0], call, i, self._version(sources[0]))
-        return call.out
+            elif not any(tensor is t for t in call.tensors()):
+                # None: computed without labels (indices, statistics that nobody reads)
+                self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True) if result is None else result
+
+    def _viewed(self, call: Call) -> None:
+        """The outputs of a call that moves nothing in memory, to be laid out when somebody asks."""
+        tensors = call.tensors()
+        call.rerun = self._rule_of(call)
+        for i, tensor in enumerate(call.outputs()):
+            if not any(tensor is t for t in tensors):
+                self._views[tensor] = _View(tensors[0], call, i)
 
     def _opaque(self, func: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An operator that nobody can look into freezes what goes in and what comes out."""
@@ -205,21 +216,20 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _apply(self, call: Call) -> Result:
-        tensors = call.tensors()
-        rule = rule_for(call.func)
-        if not tensors and call.name not in _KNOWN_CONSTANTS:
+        if not call.tensors() and call.name not in _KNOWN_CONSTANTS:
             return [constant(t, self.shadows.value(t)) for t in call.outputs()]
-        if rule is not None:
-            call.rerun = lambda: rule(call)
-        else:
-            call.rerun = lambda: self._unknown(call)
+        call.rerun = self._rule_of(call)
         return call.rerun()
+
+    def _rule_of(self, call: Call) -> Callable[[], Result]:
+        rule = rule_for(call.func)
+        return partial(self._unknown, call) if rule is None else partial(rule, call)
 
     def _unknown(self, call: Call) -> Result:
         """Sound by default: no rule, so nothing that goes in or comes out may move."""
         layouts = [self.layout(t) for t in call.tensors()]
         if any(x.groups for x in layouts):
-            self.unknown.setdefault(call.name, self.where())
+            self.unknown.setdefault(call.name, call.where)
         for x in layouts:
             self.facts.freeze(x.all_labels, f"no rule for {call.why}")
         data = any(x.data for x in layouts)

@@ -137,19 +137,16 @@ def _simplified(cells: list[Cell]) -> list[_Draft | None]:
     for cell, m in zip(cells, moves, strict=True):
         given = [(p, cell.block_parents[:, k]) for k, p in enumerate(cell.parents) if drafts[p] is not None]
         columns = _followed(given, drafts)
-        if columns is None:
-            columns = dict(given)
-        implied = {q for q, column in columns.items() for p in columns if _says(drafts, p, columns[p], q, column)}
-        names = tuple(sorted(p for p in columns if p not in implied))
-        where = np.stack([columns[p] for p in names], 1) if names else np.zeros((len(cell.members), 0), np.int64)
-        drafts.append(_Draft(cell.members, names, where, []) if m else None)
+        said = [x for x in columns if not any(_says(drafts, *other, *x) for other in columns)]
+        said.sort(key=lambda x: x[0])
+        where = np.stack([c for _, c in said], 1) if said else np.zeros((len(cell.members), 0), np.int64)
+        drafts.append(_Draft(cell.members, tuple(p for p, _ in said), where, []) if m else None)
     return drafts
 
 
-def _followed(given: list[tuple[int, np.ndarray]], drafts: list[_Draft | None]) -> dict[int, np.ndarray] | None:
-    """The parents, or where one of them only follows, what it follows; None where that would be two members of one
-    draft, which cannot be said."""
-    columns: dict[int, np.ndarray] = {}
+def _followed(given: list[tuple[int, np.ndarray]], drafts: list[_Draft | None]) -> list[tuple[int, np.ndarray]]:
+    """The parents, or where one of them only follows, what it follows; one draft may be there in several roles."""
+    columns: list[tuple[int, np.ndarray]] = []
     queue = list(given)
     while queue:
         p, column = queue.pop(0)
@@ -158,8 +155,8 @@ def _followed(given: list[tuple[int, np.ndarray]], drafts: list[_Draft | None]) 
             continue
         if draft.members.shape[1] == 1 and draft.parents:
             queue += [(q, draft.block_parents[column, k]) for k, q in enumerate(draft.parents)]
-        elif not np.array_equal(columns.setdefault(p, column), column):
-            return None
+        elif not any(p == q and np.array_equal(column, known) for q, known in columns):
+            columns.append((p, column))
     return columns
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mergeid.neuron_graph.combine import Operand, _refine, combine
 from mergeid.neuron_graph.facts import Labels
-from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Group, Layout, merged_dim
+from mergeid.neuron_graph.layout import FROZEN, LABELLED, Fine, Group, Layout, merged_dim, take
 from mergeid.neuron_graph.rules import rule
 
 if TYPE_CHECKING:
@@ -33,6 +33,25 @@ def stack(call: Call) -> Layout:
     return concatenate(call, layouts, dim)
 
 
+@rule("slice_scatter", "select_scatter")
+def part_replaced(call: Call) -> Layout:
+    """`self` with a run of its positions, or one of them, taken from `src`."""
+    own, source = call.layout("self"), call.layout("src")
+    n = len(own.dims)
+    dim = call["dim"] % n
+    size = own.shape[dim]
+    if "index" in call.bound:
+        where = [call["index"] % size]
+        source = source.with_dims((*source.dims[:dim], (), *source.dims[dim:]))
+    else:
+        where = list(range(size)[slice(call.get("start"), call.get("end"), call["step"])])
+    if not where:
+        return own
+    index = np.arange(size)
+    index[where] = size + np.arange(len(where))
+    return take(call.facts, concatenate(call, [own, source], dim), dim, index, call.why)
+
+
 def concatenate(call: Call, layouts: Sequence[Layout], dim: int) -> Layout:
     """Lay the label arrays of the operands one after the other along `dim`.
 
@@ -48,9 +67,9 @@ def concatenate(call: Call, layouts: Sequence[Layout], dim: int) -> Layout:
     if (
         LABELLED in on_dim
         and any(k == LABELLED and not x.data for k, x in zip(on_dim, layouts, strict=True))
-        and any(k == FROZEN and x.data for k, x in zip(on_dim, layouts, strict=True))
+        and any(k == FROZEN and x.data and x.groups for k, x in zip(on_dim, layouts, strict=True))
     ):
-        # learned tokens beside the tokens of the input: a dimension of tokens
+        # learned tokens beside the tokens of the input, which have channels: a dimension of tokens
         layouts = [call.freeze_dims(x, [dim]) if not x.data else x for x in layouts]
         on_dim = [x.dims[dim][0].kind if x.dims[dim] else None for x in layouts]
     n = len(layouts[0].dims)

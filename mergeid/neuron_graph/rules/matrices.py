@@ -39,6 +39,12 @@ def inverse(call: Call) -> list[Layout | None]:
     return [_transposed(_matrix(call, "A")), None]
 
 
+@rule("linalg_pinv")
+def pseudoinverse(call: Call) -> Layout:
+    """(P A Q)⁺ = Qᵀ A⁺ Pᵀ."""
+    return _transposed(_matrix(call, "self"))
+
+
 @rule("_linalg_solve_ex")
 def solve(call: Call) -> list[Layout | None]:
     """A X = B, B [..., i, k] -> X [..., j, k]: equations are summed over, unknowns are A's columns."""
@@ -79,6 +85,23 @@ def eigen(call: Call) -> list[Layout | None]:
     rows = combine(call.facts, [(layout, [*lead, "i", "j"])], [*lead, "i"], call.why)
     column = Fine(vectors.shape[-1], FROZEN)
     return [found, Layout((*rows.dims, (column,)), rows.groups, rows.data)]
+
+
+@rule("_linalg_svd")
+def singular(call: Call) -> list[Layout | None]:
+    """P A Q = (P U) Σ (Vᵀ Q): values stay, and of the vectors the rows of U and the columns of Vᵀ move, up to signs."""
+    layout, (left, values, right) = _matrix(call, "A"), call.outputs()
+    found = uniform(values.shape, FROZEN, layout.data)
+    if not call["compute_uv"]:
+        return [None, found, None]
+    lead = range(len(layout.dims) - 2)
+    rows, columns = (combine(call.facts, [(layout, [*lead, "i", "j"])], [*lead, x], call.why) for x in "ij")
+    held = [(Fine(n, FROZEN),) if n > 1 else () for n in (left.shape[-1], right.shape[-2])]
+    return [
+        rows.with_dims((*rows.dims, held[0])),
+        found,
+        columns.with_dims((*columns.dims[:-1], held[1], columns.dims[-1])),
+    ]
 
 
 @rule("linalg_cross")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mergeid.neuron_graph.combine import elementwise
+from mergeid.neuron_graph.combine import combine, elementwise
 from mergeid.neuron_graph.layout import FREE, FROZEN, Layout, of_axes, take, uniform
 from mergeid.neuron_graph.rules import rule
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     "masked_fill",
     "where",
     "_conj",
+    "_neg_view",
+    *(f"{name}_copy" for name in ("alias", "detach", "_conj", "_neg_view")),
     "complex",
     "polar",
     "nan_to_num",
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     "prelu",
     "_prelu_kernel",
     "rrelu_with_noise",
+    "fake_quantize_per_tensor_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "_fake_quantize_learnable_per_tensor_affine",
     *(f"prims.{name}" for name in ("add", "sub", "mul", "div")),  # of tangents that are zero
 )
 def pointwise(call: Call) -> list[Layout]:
@@ -68,6 +73,40 @@ def pointwise(call: Call) -> list[Layout]:
 def constant_like(call: Call) -> Layout:
     """The same number everywhere, or none yet."""
     return uniform(call.out.shape, FREE)
+
+
+@rule("fake_quantize_per_channel_affine_cachemask", "_fake_quantize_learnable_per_channel_affine")
+def rounded_per_channel(call: Call) -> list[Layout]:
+    """Every position of `axis` in steps of its own."""
+    return _rounded(call, call["axis"], "scale", "zero_point")
+
+
+@rule("_fused_moving_avg_obs_fq_helper", "_fused_moving_avg_obs_fq_helper_functional")
+def rounded_and_observed(call: Call) -> list[Layout]:
+    """The same, with the range seen so far, in steps that follow from it, of every position of `ch_axis` or of all."""
+    kept = ("running_min", "running_max", "scale", "zero_point")
+    call.aside = [call[n] for n in kept]
+    rounded = _rounded(call, call["ch_axis"], *kept)
+    statistics = call.outputs()[2:]
+    return [*rounded[:2], *(call.layout(n) for n, _ in zip(kept, statistics, strict=False))]
+
+
+def _rounded(call: Call, axis: int, *vectors: str) -> list[Layout]:
+    x = call.layout("self")
+    letters = list(range(len(x.dims)))
+    one = [[axis % len(letters)] if call[n].numel() > 1 else [None] * call[n].dim() for n in vectors]
+    out = combine(call.facts, [(x, letters), *zip(map(call.layout, vectors), one, strict=True)], letters, call.why)
+    return [out for _ in call.outputs()]
+
+
+@rule("resize")
+def resize(call: Call) -> Layout:
+    """To the size that it has, or to another, in which nobody follows its values."""
+    layout = call.layout("self")
+    if layout.shape == tuple(call["size"]):
+        return layout
+    call.freeze_dims(layout, range(len(layout.dims)))
+    return uniform(call.out.shape, FROZEN, layout.data)
 
 
 @rule("is_same_size", "_has_same_storage_numel")
