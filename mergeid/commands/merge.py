@@ -86,6 +86,8 @@ def command(
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         beside = {"--weights": weights, "--density": density, "--set": settings}
         stages = _stages(models[0], call, [option for option, value in beside.items() if value])
+    elif len(models) == 1 and not call.given("base"):
+        raise MergeidError("Missing argument 'B'; expected at least two models, or one recipe (a .yaml file)")
     check_outputs((*models, *call.reads), call.given("force"), report=page)
     in_steps = len(stages) > 1 or call.given("as_adapter")  # a step reads what the one before it wrote
     if in_steps and not is_first():

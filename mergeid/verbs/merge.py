@@ -157,6 +157,8 @@ def merge(
             given); nothing was written.
         MergeidError: anything wrong with the input; nothing was written.
     """
+    if b is None and base is None and not isinstance(a, (list, tuple)):  # a list may be what a recipe makes of slices
+        raise MergeidError("there is only one model; name two or more, or one and the base that it was fine-tuned from")
     heads = heads or heads_of(plan)
     run, reading = requests_of(usual, batch_size, tokenizer, chat_template, heads)
     listed: list[Any] = [*a, b, *more] if isinstance(a, (list, tuple)) else [a, b, *more]
@@ -175,11 +177,7 @@ def merge(
     )
     if as_adapter is not None:
         return _adapter(request, Workbench(reading, run), as_adapter)
-    result = merge_models(request, Workbench(reading, run))
-    alone = b is None and base is None and not isinstance(a, (list, tuple))  # which recipes make of slices, too
-    return (
-        _noted(result, "there is only one model: it stays as it is, but for what options change") if alone else result
-    )
+    return merge_models(request, Workbench(reading, run))
 
 
 def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:

@@ -303,6 +303,7 @@ def test_quantised(work: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (["merge", "a.safetensors"], "Missing argument 'B'"),
         (["merge", "a.safetensors", "b.safetensors", "--frobnicate"], "--frobnicate"),
         (
             ["merge", "a.safetensors", "b.safetensors", "--match", "sometimes"],

@@ -127,6 +127,7 @@ def test_what_the_command_refuses(work: Path) -> None:
     (work / "r.yaml").write_text("merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safetensors}]\n")
     all_refused(
         work,
+        (["merge", "a.safetensors"], ["Missing argument 'B'", "recipe"]),
         ([*pair, "--method", "tie"], ["unknown merge method 'tie'", "did you mean 'ties'", "slerp"]),
         ([*pair, "--method", "ties"], ["'ties' needs the model that the others were fine-tuned from", "--base"]),
         ([*pair, "--base", "base.safetensors"], ["'linear' uses no base model", "--base"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mergeid
+from mergeid.errors import MergeidError
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -48,8 +49,6 @@ def test_extra_state_is_there(verb: Callable[[Any, Any], Any], count: int) -> No
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items() if name != "_extra_state")
 
 
-def test_one_model_is_written_as_it_is() -> None:
-    a = Counting(1).eval()
-    found = mergeid.merge(a)
-    assert all(torch.equal(found.state[name], value) for name, value in a.named_parameters())
-    assert any("there is only one model" in note for note in found.notes)
+def test_one_model_alone_is_no_merge() -> None:
+    with pytest.raises(MergeidError, match="there is only one model; name two or more"):
+        mergeid.merge(Counting(1).eval())
