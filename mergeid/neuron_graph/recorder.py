@@ -157,8 +157,7 @@ class Recorder(TorchDispatchMode):
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
         targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
         written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
-        reshapes = torch.Tag.inplace_view in func.tags
-        if reshapes:
+        if reshapes := torch.Tag.inplace_view in func.tags:
             self._set_aside(written[0], call)
         call.out = self.shadows.run(func, args, kwargs)
         call.refuse_nested(call.outputs())
@@ -173,8 +172,7 @@ class Recorder(TorchDispatchMode):
 
     def _laid_out(self, call: Call, written: Sequence[Tensor]) -> None:
         """What a call computes or writes, by its rule."""
-        results = _flat(self._apply(call))
-        outputs = call.outputs()
+        results, outputs = _flat(self._apply(call)), call.outputs()
         for tensor in written:
             if not any(tensor is t for t in (*outputs, *call.aside)):
                 # on the side (statistics, noise): nothing that has to be known
@@ -235,14 +233,13 @@ class Recorder(TorchDispatchMode):
         was = tensor.detach()
         self._layouts[was] = self.layout(tensor)
         self._versions[was] = self._versions.get(tensor, 0)
-        view: _View | None = self._views.pop(tensor, None)
-        if view is not None:
-            self._views[was] = view
-            view.call.exchange(tensor, was)
-        for other in list(self._views.values()):
-            if other.parent is tensor:
-                other.parent = was
-                other.call.exchange(tensor, was)
+        if tensor in self._views:
+            self._views[was] = self._views.pop(tensor)
+            self._views[was].call.exchange(tensor, was)
+        for view in list(self._views.values()):
+            if view.parent is tensor:
+                view.parent = was
+                view.call.exchange(tensor, was)
         call.exchange(tensor, was)
 
     def _write(self, tensor: Tensor, new: Layout, call: Call) -> None:
