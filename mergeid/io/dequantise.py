@@ -59,13 +59,22 @@ def refuse_quantised(checkpoint: TensorSource, names: Sequence[str]) -> None:
         )
 
 
+_PACKED = ("packed", "blocks", "data")
+"""Endings of the names of packed weights."""
+_COUNTED = ("I64", "U64", "BOOL")
+"""Dtypes of places and masks, which may have a scale of their own; nobody packs weights into them."""
+
+
 def _scaled_beside(checkpoint: TensorSource, name: str) -> bool:
-    """Whether a table has scales, as packed weights do: weight_packed and weight_scale (vLLM), weight and weight_scale
-    (NVFP4), x_blocks and x_scales (MXFP4), _data and _scale (Quanto), W_q and scale (HQQ)."""
+    """Whether whole numbers have scales, as packed weights do: weight_packed and weight_scale (vLLM), weight and
+    weight_scale (NVFP4), x_blocks and x_scales (MXFP4), _data and _scale (Quanto), W_q and scale (HQQ)."""
     module, dot, last = name.rpartition(".")
-    stems = (last, last.rpartition("_")[0]) if "_" in last else (last,)
+    stem, _, kind = last.rpartition("_")
+    stems = (last, stem) if kind in _PACKED else (last,)
     scales = [f"{stem}{end}" for stem in stems for end in ("_scale", "_scales")] + ["scale"] * (last == "W_q")
-    return len(checkpoint.table[name].shape) > 1 and any(f"{module}{dot}{n}" in checkpoint.table for n in scales)
+    info = checkpoint.table[name]
+    packs = info.dtype not in _COUNTED and len(info.shape) > 1
+    return packs and any(f"{module}{dot}{n}" in checkpoint.table for n in scales)
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:

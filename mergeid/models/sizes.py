@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Formed, derived, read_from
-from mergeid.models.architecture import find_architecture
+from mergeid.models.architecture import find_architecture, stated_config
 from mergeid.models.configs import index_of
 from mergeid.plugins import Architecture, Resized, ResizesTables, Size, TensorInfo
 from mergeid.request.request import Reading
@@ -80,7 +80,8 @@ def _check_takes_images(first: Checkpoint, reading: Reading) -> None:
     except MergeidError:  # nothing is known of this network
         return
     folder = first.path if first.is_folder else first.path.parent
-    if facts(adapter, arch, folder).get("kind") not in (None, "image"):
+    sees = any(word in str(stated_config(first, reading.arch) or {}) for word in ("vision", "image", "patch_size"))
+    if not sees and facts(adapter, arch, folder).get("kind") not in (None, "image"):
         raise MergeidError(f"{arch.id} takes no images; leave out --image-size")
 
 

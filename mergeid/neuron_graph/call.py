@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Union
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mergeid.errors import MergeidError
 from mergeid.neuron_graph.facts import Facts, Labels
@@ -110,6 +110,15 @@ class Call:
 
     def outputs(self) -> list[Tensor]:
         return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]
+
+    def exchange(self, old: Tensor, new: Tensor) -> None:
+        """Put one tensor in the place of another, wherever it is taken or returned."""
+
+        def put(x: Any) -> Any:
+            return new if x is old else x
+
+        self.args, self.kwargs = tree_map(put, self.args), tree_map(put, self.kwargs)
+        self.bound, self.out = tree_map(put, self.bound), tree_map(put, self.out)
 
     def refuse_nested(self, tensors: Sequence[Tensor]) -> None:
         """Raises `MergeidError` where one of these is nested: it has no shape."""

@@ -47,8 +47,6 @@ class _View:
     call: Call
     position: int
     version: int = -1
-    steps: tuple[Call, ...] = ()
-    """In-place changes of its shape since (transpose_, squeeze_, …)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +137,6 @@ class Recorder(TorchDispatchMode):
         view.version = self._version(view.parent)
         found = dict(enumerate(_flat(view.call.rerun()))).get(view.position)
         self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True) if found is None else found
-        for step in view.steps if found is not None else ():
-            self._layouts[tensor] = _flat(step.rerun())[0]
 
     # -- calls -------------------------------------------------------------------------------------------
 
@@ -161,11 +157,11 @@ class Recorder(TorchDispatchMode):
                 call.strides, call.offset = first.stride(), int(first.storage_offset())
         targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
         written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
-        if torch.Tag.inplace_view in func.tags:
-            self.layout(written[0])  # as it is before its shape changes
+        if reshapes := torch.Tag.inplace_view in func.tags:
+            self._set_aside(written[0], call)
         call.out = self.shadows.run(func, args, kwargs)
         call.refuse_nested(call.outputs())
-        if func.is_view and call.tensors():
+        if reshapes or (func.is_view and call.tensors()):
             self._viewed(call)
         else:
             self._laid_out(call, written)
@@ -176,11 +172,7 @@ class Recorder(TorchDispatchMode):
 
     def _laid_out(self, call: Call, written: Sequence[Tensor]) -> None:
         """What a call computes or writes, by its rule."""
-        results = _flat(self._apply(call))
-        if torch.Tag.inplace_view in call.func.tags and written and results:
-            self._reshaped(written[0], results[0], call)
-            return
-        outputs = call.outputs()
+        results, outputs = _flat(self._apply(call)), call.outputs()
         for tensor in written:
             if not any(tensor is t for t in (*outputs, *call.aside)):
                 # on the side (statistics, noise): nothing that has to be known
@@ -235,12 +227,20 @@ class Recorder(TorchDispatchMode):
         data = any(x.data for x in layouts)
         return [uniform(t.shape, FROZEN, data) for t in call.outputs()]
 
-    def _reshaped(self, tensor: Tensor, new: Layout | None, call: Call) -> None:
-        """The same values under another shape; nothing was written."""
-        self._layouts[tensor] = new if new is not None else uniform(tensor.shape, FROZEN, data=True)
-        view: _View | None = self._views.get(tensor)
-        if view is not None:
-            view.steps = (*view.steps, call)
+    def _set_aside(self, tensor: Tensor, call: Call) -> None:
+        """Before a call changes the shape of `tensor` in place (transpose_, squeeze_, …): what it was is another tensor
+        from now on, which its views are taken of, and so is `tensor` itself."""
+        was = tensor.detach()
+        self._layouts[was] = self.layout(tensor)
+        self._versions[was] = self._versions.get(tensor, 0)
+        if tensor in self._views:
+            self._views[was] = self._views.pop(tensor)
+            self._views[was].call.exchange(tensor, was)
+        for view in list(self._views.values()):
+            if view.parent is tensor:
+                view.parent = was
+                view.call.exchange(tensor, was)
+        call.exchange(tensor, was)
 
     def _write(self, tensor: Tensor, new: Layout, call: Call) -> None:
         """`tensor` now holds values laid out as `new`; its base and its other views follow."""

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergeid
 from mergeid import MergeidError
-from mergeid.io.dequantise import dequantised
+from mergeid.io.dequantise import dequantised, refuse_quantised
 from mergeid.io.opening import open_checkpoint
 
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
@@ -287,3 +287,19 @@ def test_a_scale_for_each_expert(tmp_path: Path) -> None:
     found = dequantised(open_checkpoint(folder)).tensor("experts.weight")
     for e in range(3):
         torch.testing.assert_close(found[e], stored[e].float() * scales[e])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"m.position_ids": torch.arange(4)[None], "m.position_scale": torch.ones(1)},
+        {"m.mask": torch.ones(4, 4, dtype=torch.bool), "m.mask_scale": torch.ones(1)},
+        {"m.table_index": torch.zeros(4, 4, dtype=torch.int32), "m.table_scale": torch.ones(1)},
+        {"m.relative": torch.zeros(4, 4, dtype=torch.int64), "m.relative_scale": torch.ones(3)},
+    ],
+    ids=["places", "mask", "table", "relative"],
+)
+def test_places_and_masks_beside_a_scale_are_no_weights(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    """They were refused as packed weights."""
+    found = open_checkpoint(_folder(tmp_path / "m", {**tensors, "m.weight": torch.ones(3, 3)}))
+    refuse_quantised(found, list(found.table))

@@ -303,3 +303,14 @@ def test_texts_have_no_size(tmp_path: Path) -> None:
     with pytest.raises(MergeidError, match=r"transformers/bert takes no images; leave out --image-size"):
         mergeid.merge(tmp_path / "0", tmp_path / "1", output=tmp_path / "m", match="never", image_size=32)
     assert not (tmp_path / "m").exists()
+
+
+def test_texts_with_images_may_have_one(tmp_path: Path) -> None:
+    """It was refused for models of both, as if they took no images."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config={**small, "vocab_size": 40}, vision_config=vision)
+    for name in ("0", "1"):
+        transformers.CLIPModel(config).save_pretrained(tmp_path / name)
+    mergeid.merge(tmp_path / "0", tmp_path / "1", output=tmp_path / "m", match="never", image_size=32, force=True)
+    assert (tmp_path / "m").is_dir()
