@@ -85,7 +85,8 @@ def _next(plan: Plan, call: Call[Plan], a: str, b: str) -> str:
     """What to run after this plan: the merge, or what says more where there will be none."""
     if plan.verdict == "will not merge" and call.given("heads"):  # which predictions know nothing of
         also = () if call.given("data") else ("--data", "DATA")
-        return f"{call.next(barrier, a, b, also=also)}, with labels of all classes, to see what a merge would lose"
+        command = call.next(barrier, a, b, also=also)
+        return f"Next, with labels of all classes, to see what a merge would lose: {command}"
     if plan.verdict == "will not merge":
         return f"Next, to see what a merge would lose: {call.next(predict, a, b)}"
     return f"Next: {merge_after(call, a, b)}"
