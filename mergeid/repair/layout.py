@@ -22,8 +22,8 @@ class Layout:
 
     Attributes:
         solvable: the operations that can be solved, in order of execution.
-        beyond: number of one of them -> the map behind it, where there is more than views.
-        outers: number of one of them -> how its examples lie (`mergeid.repair.layers.Order.outer`).
+        beyond: number of an operation on weights -> the map behind it, where there is more than views.
+        outers: number of one that can be solved -> how its examples lie (`mergeid.repair.layers.Order.outer`).
     """
 
     solvable: list[Stop]
@@ -50,6 +50,4 @@ def layouts(model: nn.Module, forward: Forward, batches: Sequence[Batch], frozen
 def _layout(model: nn.Module, forward: Forward, batch: Batch, frozen: Collection[str]) -> Layout:
     seen = record(model, forward, batch)
     stops = solvable(model, seen.stops, frozen)
-    wanted = {stop.index for stop in stops}
-    behind = {k: v for k, v in beyond(seen.nodes).items() if k in wanted}
-    return Layout(stops, behind, outers(model, forward, batch, stops))
+    return Layout(stops, beyond(seen.nodes), outers(model, forward, batch, stops))

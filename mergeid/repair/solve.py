@@ -117,8 +117,8 @@ def solve_network(
             shaped = layouts(merged, forward, batches, frozen)
             found = shaped[0].solvable
             wanted, fitted = frozenset(stop.index for stop in found), parameters_of(merged)
-            maps = [{k: v for k, v in each.beyond.items() if k in wanted} for each in shaped]
-            orders = [each.outers for each in shaped]
+            maps = [{k: v for k, v in layout.beyond.items() if k in wanted} for layout in shaped]
+            orders = [layout.outers for layout in shaped]
             alone = [stop for stop in found if not any(stop.index in behind for behind in maps)]
             blocks = {stop.index: block for stop in alone if (block := block_of(stop))}
             nets = [
