@@ -53,13 +53,13 @@ def records(zoo: Zoo, pair: Pair) -> Iterator[Record]:
     (a, b), (held, known) = zoo.nets(pair), zoo.data(pair)
     nets = PairOfNets(a, b, zoo.graph(pair.a), FAMILIES[pair.a.group.family].repair, held, known)
     plain = nets.graph.identity()
-    first, second = _with(nets.work, nets.state_a), _with(nets.work, nets.state_b(plain))
+    first, second = with_weights(nets.work, nets.state_a), with_weights(nets.work, nets.state_b(plain))
     outputs = said(first, second, known)
     for mode, data, calibration in (
         ("inputs", known, known),
         ("weights", random_inputs(pair.a.group.data), None),
     ):
-        partners = {"direct": second, "match": _with(nets.work, nets.state_b(nets.always(calibration)))}
+        partners = {"direct": second, "match": with_weights(nets.work, nets.state_b(nets.always(calibration)))}
         found = probe(first, partners, ADAPTER.forward, Inputs(data), ends=outputs if mode == "inputs" else None)
         for assignment, evidence in found.items():
             rival: Features = {}
@@ -95,7 +95,8 @@ def said(a: nn.Module, b: nn.Module, known: Examples) -> EndSums:
     return ends
 
 
-def _with(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def with_weights(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A copy of the network with other weights."""
     net = copy.deepcopy(model)
     load_weights(net, state)
     return net

@@ -21,25 +21,28 @@ import numpy as np
 import pairs_table as table
 from measuring import excess
 from tasks import shape
+from trials import ABOUT, LOST
 
 from mergeid.prediction.fitting import Design, Row, fit
 from mergeid.prediction.model import FILE, WAYS, Predictor, Term
 from mergeid.prediction.worth import Shares
 
 HERE = Path(__file__).parent
-VERSION = "7"
+VERSION = "8"
 WIDER, FROM_WIDER = HERE / "wider", 1000
 """The wider zoo, and how many of its pairs are fitted, in the order they were made; later ones are fresh."""
 NATS, POINTS = 0.02, 1.0
 """Scales of the targets: differences far below them do not matter."""
-MODES = ("inputs", "weights", "sketches")
+MODES = ("inputs", "weights", "sketches", "trial")
 LEAST = 30
 """Rows that a way is fitted to at least."""
-COLLAPSED = {"inputs": 0.02, "sketches": 0.02, "weights": 1e-4}
+COLLAPSED = {"inputs": 0.02, "sketches": 0.02, "trial": 0.02, "weights": 1e-4}
 """What a network tells of its inputs at least, of the most that it could: on random inputs trained ones say little."""
 APART_LEAST = 1e-3
 """Nats that both networks together differ by at least from either, where their gain is looked at."""
 WAY = {"direct": "direct", "match": "matched"}
+TRIED = {**WAY, "direct_repair": "repaired", "match_repair": "repaired", "solved": "solved"}
+"""Way in trials.csv -> way of merging."""
 
 LINEAR = 10.0
 """Scale of a feature, of the order of 1, that enters as it is."""
@@ -49,12 +52,14 @@ AVERAGED, FAR = Term("excess_averaged", 10 * NATS, sign=-1), Term("distance_wors
 CAPPED_SHIFT, MOVED = Term("shift", NATS, capped=True), Term("shift", NATS)
 COARSE, GAP, DROP = Term("excess", 10 * NATS, capped=True), Term("gap", LINEAR), Term("drop", 0.01)
 GAINED = Term("excess_averaged", LINEAR, sign=-1)
+HARD, HARD_FAR, SOFT, MISSED = Term("hard", NATS), Term("hard", 5 * NATS), Term("soft", NATS), Term("missed", 0.01)
 WITH_INPUTS, FROM_WEIGHTS = (EXCESS, SHIFT, AVERAGED, UNSURE, COSINE), (EXCESS, CAPPED_SHIFT, FAR)
 TERMS = {
     ("inputs", "nats"): (WITH_INPUTS, (SHARP,)),
     ("inputs", "points"): (WITH_INPUTS, (SHARP,)),
     ("weights", "nats"): (FROM_WEIGHTS, (APART,)),
     ("weights", "points"): (FROM_WEIGHTS, (APART,)),
+    ("trial", "nats"): ((*WITH_INPUTS, HARD, HARD_FAR, SOFT, MISSED), (SHARP,)),
     ("sketches", "nats"): ((COARSE, GAP, GAINED), (MOVED,)),
     ("sketches", "points"): ((COARSE, DROP, GAP, GAINED), (MOVED,)),
 }
@@ -117,7 +122,7 @@ def cases(folder: Path) -> list[Case]:
             halves, split = table.halves(pair, curve), _half_points(pair, curve)
         way = "repaired" if repaired else WAY[assignment]
         found.append(Case(pair, mode, assignment, repaired, way, values, min(nats, most), points, halves, split))
-    return found + _solved(found, table.read(folder / "midpoints.csv"))
+    return found + _solved(found, table.read(folder / "midpoints.csv")) + _tried(folder, measured)
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,21 @@ def _solved(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> li
                 nats = min(nats, best.features["uniform"])
                 new = replace(best, way="solved", nats=nats, points=points, half_points=None)
                 out.append(replace(new, halves=(halves[0], halves[1])))
+    return out
+
+
+def _tried(folder: Path, measured: Mapping[str, Mapping[str, str]]) -> list[Case]:
+    """Merges that were made and run, and what they lose at the midpoint."""
+    out = []
+    for row in table.read(folder / "trials.csv"):
+        if row["way"] not in TRIED or row["pair"] not in measured:
+            continue
+        features = {k: float(v) for k, v in list(row.items())[len(ABOUT + LOST) :] if v}
+        truth, half, other = (min(max(0.0, float(row[k])), features["uniform"]) for k in ("loss", "half", "other"))
+        way = row["best" if row["way"] == "solved" else "way"]
+        assignment, repaired = way.removesuffix("_repair"), way.endswith("_repair")
+        pair, kind = measured[row["pair"]], TRIED[row["way"]]
+        out.append(Case(pair, "trial", assignment, repaired, kind, features, truth, math.nan, (half, other), None))
     return out
 
 

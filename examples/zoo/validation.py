@@ -20,7 +20,7 @@ from fit import HERE, LEAST, MODES, Case, both_zoos, design, of
 from midpoints import FEW
 from rivals import RIVALS, rival_scores
 
-from mergeid.prediction.fitting import area_under_curve, left_out, ranks_agree
+from mergeid.prediction.fitting import area_under_curve, fit, ranks_agree
 from mergeid.prediction.labels import Measured, corrected
 from mergeid.prediction.model import WAYS, Interval, start
 
@@ -56,11 +56,13 @@ def said(found: Sequence[Case], mode: str, by: str) -> list[Said]:
         chosen = of(found, mode, "nats", way)
         if len(chosen) < LEAST:
             continue
-        rows, names = [c.row("nats") for c in chosen], [c.pair[by] for c in chosen]
-        each = [left_out(design(mode, "nats"), rows, names, tolerated=t) for t in TOLERATED]
-        for case, *intervals in zip(chosen, *each, strict=True):
-            chances = tuple(0.0 if i.within is None else i.within for i in intervals)
-            out.append(Said(case, intervals[0], chances))
+        rows = [c.row("nats") for c in chosen]
+        for name in sorted({c.pair[by] for c in chosen}):
+            model = fit(design(mode, "nats"), [r for r, c in zip(rows, chosen, strict=True) if c.pair[by] != name])
+            for case in chosen:
+                if case.pair[by] == name:
+                    each = [model.predict(case.features, level=LEVEL, tolerated=t) for t in TOLERATED]
+                    out.append(Said(case, each[0], tuple(0.0 if i.within is None else i.within for i in each)))
     return out
 
 
@@ -204,18 +206,26 @@ def _share(lost: Sequence[float]) -> str:
     return f"{np.mean([x <= REGRET for x in lost]):.1%} (mean {np.mean(lost):.4f})"
 
 
-def rivals(found: Sequence[Case], ours: Sequence[Said], trials: Mapping[tuple[str, str], float]) -> str:
+Tried = Mapping[tuple[str, str], Said]
+"""(pair, way in midpoints.csv) -> what is said of it after a trial, its family left out."""
+
+
+def rivals(ours: Sequence[Said], tried: Tried) -> str:
     """Spearman and AUROC (0.05 nats) beside others, every family left out in turn."""
     chosen = [r.case for r in ours if r.case.way != "solved"]
     everyone = {"mergeid, inputs": [r.interval.score for r in ours if r.case.way != "solved"]}
     everyone |= {name: rival_scores(name, chosen, "nats") for name in RIVALS}
     kinds = sorted({c.pair["kind"] for c in chosen})
     rows = [[name, *_against(chosen, scores, kinds)] for name, scores in everyone.items()]
-    some = [r for r in ours if (r.case.pair["pair"], _column(r.case)) in trials]
+    some = [(r, tried[key]) for r in ours if (key := (r.case.pair["pair"], _column(r.case))) in tried]
     if len(some) >= LEAST:
-        same, passes = [r.case for r in some], [trials[r.case.pair["pair"], _column(r.case)] for r in some]
-        rows.append([f"of {len(some)}: one pass of the merge, hard pseudo-labels", *_against(same, passes, kinds)])
-        rows.append([f"of {len(some)}: mergeid, inputs", *_against(same, [r.interval.score for r in some], kinds)])
+        same = [r.case for r, _ in some]
+        scored = {
+            "mergeid, inputs": [r.interval.score for r, _ in some],
+            "one pass of the merge, hard pseudo-labels": [t.case.features["hard"] for _, t in some],
+            "mergeid, after that pass (`--try`)": [t.interval.score for _, t in some],
+        }
+        rows += [[f"of {len(some)}: {name}", *_against(same, scores, kinds)] for name, scores in scored.items()]
     return markdown(("", "all", *kinds, *(f"way {w}" for w in WAYS)), rows)
 
 
@@ -231,12 +241,14 @@ def _against(found: Sequence[Case], scores: Sequence[float], kinds: Sequence[str
     return [cell(g) for g in groups]
 
 
-def solved_limits(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) -> str:
+def solved_limits(rows: Sequence[Said], tried: Tried, midpoints: Sequence[Mapping[str, str]]) -> str:
     """AUROC of what can be known of a solved merge before it is measured: said without making it, and, once it is made,
     by a run of it with or without labels. The last row is what the measurement itself can tell."""
-    measured = {m["pair"]: m for m in midpoints if m.get("half_solved") and m.get("trial_hard_solved")}
-    own = [r for r in rows if r.case.way == "solved" and r.case.pair["pair"] in measured]
+    measured = {m["pair"]: m for m in midpoints if m.get("half_solved")}
+    own = [r for r in rows if r.case.pair["pair"] in measured and (r.case.pair["pair"], "solved") in tried]
+    own = [r for r in own if r.case.way == "solved"]
     of_pair = [measured[r.case.pair["pair"]] for r in own]
+    after = [tried[r.case.pair["pair"], "solved"] for r in own]
 
     def column(name: str) -> list[float]:
         return [float(m[name]) for m in of_pair]
@@ -244,7 +256,8 @@ def solved_limits(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) 
     whole = column("loss_solved")
     known: dict[str, tuple[list[float], list[float]]] = {
         "predicted, no merge made": ([r.interval.score for r in own], whole),
-        "made and run, hard pseudo-labels (`--try`)": (column("trial_hard_solved"), whole),
+        "made and run, hard pseudo-labels": ([t.case.features["hard"] for t in after], whole),
+        "predicted, made and run (`--try`)": ([t.interval.score for t in after], whole),
         "made and run, 64 labels": (column("few_solved"), whole),
         "half of the test set, for the other half": (column("half_solved"), column("other_solved")),
     }
@@ -305,6 +318,7 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
         f"class has {CLASSES}. p: of a coverage of 90 %, pairs that share a model counted as dependent. Untrusted rows "
         "count in every figure. `within`: said / true, every pair alike / true, every family (or set) alike (pairs).\n",
     ]
+    of_mode: dict[str, list[Said]] = {}
     for mode in MODES:
         for by in ("family", "data"):
             rows = said(found, mode, by)
@@ -315,22 +329,20 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
             text += [f"\n## Mode {mode}, every {by.replace('data', 'data set')} left out in turn\n"]
             text += [markdown(HEADER, tables), "\n" + rejected(rows, by) + "\n", reliability(rows, by)]
             text += ["\n" + ranking(rows)]
-            if (mode, by) == ("inputs", "family"):
-                trials = {
-                    (m["pair"], k.removeprefix("trial_hard_")): float(v)
-                    for m in midpoints
-                    for k, v in m.items()
-                    if k.startswith("trial_hard_") and v
-                }
-                beside, solved_best = rivals(found, rows, trials), solved_limits(rows, midpoints)
-                labelled = with_labels(rows, midpoints)
+            if by == "family":
+                of_mode[mode] = rows
+    tried = {(r.case.pair["pair"], _column(r.case)): r for r in of_mode["trial"]}
+    beside = rivals(of_mode["inputs"], tried)
+    solved_best = solved_limits(of_mode["inputs"], tried, midpoints)
     text += ["\n## Beside others, every family left out in turn\n", "Spearman / AUROC, rivals fitted alike.\n", beside]
     text += ["\n## What can be known of a solved merge\n", solved_best]
     text += [
         f"\n## With {FEW} labels, every family left out in turn\n",
         "Spearman of what a merge loses or gains at the midpoint, on all test examples but those with the labels. "
         "Ceiling: one half of the test set for the other.\n",
-        labelled,
+        with_labels(of_mode["inputs"], midpoints),
+        f"\n## With {FEW} labels after a trial, every family left out in turn\n",
+        with_labels(of_mode["trial"], midpoints),
     ]
     return "\n".join(text) + "\n"
 

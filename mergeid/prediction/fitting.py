@@ -31,7 +31,10 @@ from mergeid.prediction.model import (
 LEAST = 0.05
 """Smallest scale of an error on the target's scale."""
 LEVEL = 0.9
-"""Coverage that intervals are widened to."""
+"""Coverage of intervals."""
+WIDENED = 0.91
+"""Share of the rows of groups left out that intervals are widened to hold: more than `LEVEL`, since a new group may lie
+farther out than few groups tell. Chosen where families and, which nothing is fitted to, data sets are left out."""
 MOST = 200
 """Residuals of a pool that are kept in the file."""
 LEAST_POOL = 40
@@ -121,7 +124,7 @@ def _pool(rows: Sequence[Row], normal: np.ndarray, *, above: bool = False) -> Po
 
 
 def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray, above: bool) -> float:
-    """By how much the intervals of all other groups must be widened to hold a share `LEVEL` of the rows of the groups
+    """By how much the intervals of all other groups must be widened to hold a share `WIDENED` of the rows of the groups
     left out, and at least 1: groups differ by more than what varies inside them."""
     names = np.array([r.group for r in rows])
     needed = np.full(len(rows), np.inf)
@@ -133,7 +136,7 @@ def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray, above:
         if low < 0 < high:
             needed[~rest] = np.maximum(normal[~rest] / low, normal[~rest] / high)
     order = np.argsort(needed, kind="stable")
-    at = int(np.searchsorted(np.arange(1, len(order) + 1) / len(order), LEVEL - 1e-9))
+    at = int(np.searchsorted(np.arange(1, len(order) + 1) / len(order), WIDENED - 1e-9))
     found = float(needed[order[min(at, len(order) - 1)]])
     return max(1.0, found) if np.isfinite(found) else 1.0
 

@@ -1,6 +1,7 @@
 """What a merged network, once it is there, says on the models' own inputs: a trial, no prediction.
 
-Labels are what the models say together, m = (p_a + p_b) / 2: hard ones are its most probable class, soft ones m itself.
+Labels are what the models say together, m = (p_a + p_b) / 2: hard ones are its most probable class, soft ones m itself,
+sharp ones m to the power `SHARP`.
 Against them the merged network loses more than the models do on average, or less. True labels take their place where
 they are known. Outputs are read as logits.
 """
@@ -31,6 +32,7 @@ class TrialSums(Sums):
                 {
                     "hard": gap.gather(-1, best)[..., 0],
                     "soft": expected(mixed.exp(), gap),
+                    "sharp": expected((SHARP * mixed).softmax(-1), gap),
                     "beyond": expected((SHARP * rows[0]).softmax(-1), logs[0] - logs[2]),
                     "missed": (right[0] + right[1]) / 2 - right[2],
                 },
@@ -38,8 +40,8 @@ class TrialSums(Sums):
             )
 
     def features(self) -> Features:
-        """`hard`, `soft`: nats; `beyond`: nats lost beyond A alone, by A's predictions to the power `SHARP`; `missed`:
-        share of the hard labels."""
+        """`hard`, `soft`, `sharp`: nats; `beyond`: nats lost beyond A alone, by A's predictions to the power `SHARP`;
+        `missed`: share of the hard labels."""
         return self.means()
 
 

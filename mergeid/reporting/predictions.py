@@ -51,27 +51,33 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
 
 
 def trials_table(result: PredictResult, *, width: int) -> Table:
-    """One row per merge that was made and run; of those with labels their own loss, and the corrected prediction."""
+    """One row per merge that was made and run: what is expected of it, by labels where there are some, and what it said
+    of the inputs."""
     labelled = any(t.labelled for t in result.trials)
-    columns = [Column("trial"), Column("hard", "right"), Column("soft", "right")]
-    if labelled:
-        columns += [
-            Column("by labels", "right"),
-            Column("and prediction", "right"),
-            Column("90 % interval", "right", optional=1),
-        ]
-    columns.append(Column("missed", "right", optional=2))
+    columns = [
+        Column("trial"),
+        Column("nats lost", "right"),
+        Column("90 % interval", "right"),
+        *([Column("by labels", "right")] if labelled else [Column(f"≤ {result.tolerated:g} nats", "right")]),
+        Column("hard", "right", optional=1),
+        Column("soft", "right", optional=1),
+        Column("missed", "right", optional=2),
+    ]
     rows: list[Sequence[Any]] = []
     for t in result.trials:
-        row, known = [t.label, f"{t.hard:.3f}", f"{t.soft:.3f}"], t.labelled
+        raw = [f"{t.hard:.3f}", f"{t.soft:.3f}", f"{100 * t.missed:.1f} %"]
+        nats, known = t.nats if t.nats is not None and t.nats.trusted else None, t.labelled
+        row = ["", "", ""]
         if known is not None:
             span = f"{known.corrected_low:.3f} to {known.corrected_high:.3f}"
-            row += [f"{known.nats:.3f}", f"{known.corrected:.3f}", span]
-        rows.append([*row, *([""] * (len(columns) - len(row) - 1)), f"{100 * t.missed:.1f} %"])
-    count = result.trials[0].examples
-    title = f"trials on {count} inputs: nats lost against the models' mean, by pseudo-labels"
-    caption = "hard: the class that both models together find most probable counts as the truth. soft: their mean "
-    caption += "prediction does. and prediction: the loss by labels, corrected by what was predicted." * labelled
+            row = [f"{known.corrected:.3f}", span, f"{known.nats:.3f}"]
+        elif nats is not None:
+            row = [_number(nats.expected), _span(nats), "" if nats.within is None else f"{nats.within:.2f}"]
+        rows.append([t.label, *row, *raw])
+    by = "labels, trial" if labelled else "trial"
+    title = f"trials on {result.trials[0].examples} inputs: nats lost against the models' mean"
+    caption = f"nats lost: expected on other inputs, by {by} and prediction together. hard: the class that both models "
+    caption += "together find most probable counts as the truth. soft: their mean prediction does."
     return make_table(columns, rows, width=width, title=title, caption=caption)
 
 

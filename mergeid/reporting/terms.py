@@ -57,7 +57,7 @@ TERMS = (
     Term("accuracy", "The share of examples whose most probable class is the right one.", ("accuracy alone",)),
     Term(
         "trial",
-        "A merge that --try makes in memory and runs on the data. Its loss is measured, not predicted.",
+        "A merge that --try makes in memory and runs on the data. What it says there makes the prediction better.",
         ("trials", "--try"),
     ),
     Term(
@@ -68,7 +68,6 @@ TERMS = (
     ),
     Term("soft", "Nats that a merge lost in a trial, where the mean prediction of both models counts as the truth."),
     Term("by labels", "Nats that a merge lost in a trial, measured with the labels of the data."),
-    Term("and prediction", "The loss of a trial by labels, corrected by what was predicted of this merge before."),
     Term(
         "missed",
         "The share of classes that a merge predicts less often than the models do, counted over the inputs of a trial.",

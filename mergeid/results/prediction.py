@@ -12,6 +12,7 @@ from mergeid.prediction.features import Features, LayerDeviation
 from mergeid.prediction.model import Interval, Predictor
 from mergeid.prediction.opinions import Opinions
 from mergeid.prediction.worth import Interference, Worth
+from mergeid.results.comparison import MATCHED
 from mergeid.results.trial import Trial
 
 FORMAT = "mergeid.predict/1"
@@ -138,11 +139,7 @@ class PredictResult:
         tried = self.best_trial
         if tried is None:
             return advise(self.outlooks, self.tolerated, "random input" if self.mode == "weights" else "input")
-        lost = f"{'loses' if tried.lost > 0 else 'gains'} {abs(tried.lost):.2g} nats in a trial"
-        if tried.lost <= self.tolerated:
-            return f"Merge them: the best way ({tried.label}) {lost}."
-        more = f"more than the {self.tolerated:g} tolerated"
-        return f"Merge them with care: even the best way ({tried.label}) {lost}, {more}."
+        return advise_tried(tried, self.tolerated)
 
     @property
     def said_of_worth(self) -> str:
@@ -199,6 +196,42 @@ class Finding:
     repaired: Features | None
     layers: Sequence[LayerDeviation]
 
+    def features(self, repaired: bool) -> Features:
+        """Of the merge with or without repair."""
+        return self.repaired if repaired and self.repaired is not None else self.plain
+
+
+def easiest(found: Sequence[Finding]) -> tuple[Finding, Features]:
+    """Of all ways that are not solved, the one whose networks' own runs lose least: what a solved merge starts from."""
+    ways = ((f, x) for f in found for x in (f.plain, f.repaired) if x is not None)
+    return min(ways, key=lambda way: way[1]["excess"])
+
+
+@dataclass(frozen=True)
+class TrialReader:
+    """What a trial says of a merge on other inputs, together with what the networks' own runs said before it.
+
+    Attributes:
+        found: of the pair, under every assignment.
+    """
+
+    predictor: Predictor
+    found: Sequence[Finding]
+    tolerated: float
+
+    def nats(self, trial: Trial) -> Interval | None:
+        """See `Trial.nats`."""
+        way = trial.fitted_way
+        model = None if way is None else self.predictor.model("trial", "nats", way)
+        if model is None:
+            return None
+        features = easiest(self.found)[1]
+        if way != "solved":
+            own = [f for f in self.found if (f.assignment == MATCHED) == (trial.merge == MATCHED)]
+            features = own[0].features(way == "repaired") if own else features
+        said = {"hard": trial.hard, "soft": trial.soft, "sharp": trial.sharp, "missed": trial.missed}
+        return model.predict({**features, **said}, tolerated=self.tolerated)
+
 
 def outlooks_of(predictor: Predictor, mode: str, found: Sequence[Finding], tolerated: float) -> list[Outlook]:
     """Every way to merge the pair that the predictor knows in this mode."""
@@ -207,9 +240,7 @@ def outlooks_of(predictor: Predictor, mode: str, found: Sequence[Finding], toler
         out.append(_outlook(predictor, mode, f, f.plain, f.assignment, tolerated))
         if f.repaired is not None:
             out.append(_outlook(predictor, mode, f, f.repaired, "repaired", tolerated))
-    best, features = min(
-        ((f, x) for f in found for x in (f.plain, f.repaired) if x is not None), key=lambda pair: pair[1]["excess"]
-    )
+    best, features = easiest(found)
     known = [o for o in out if o is not None]
     same = any(o.nats.score == -math.inf for o in known)
     if not same:  # else there is nothing to solve
@@ -266,6 +297,27 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
     return (
         f"Measure before you merge: the best way ({best.label}) is expected to lose {best.nats.expected:.2g} nats "
         f"(90 % interval {best.nats.low:.2g} to {best.nats.high:.2g})."
+    )
+
+
+def advise_tried(best: Trial, tolerated: float) -> str:
+    """One sentence: what to do after trials, of which this was the best."""
+    nats = best.nats if best.labelled is None and best.nats is not None and best.nats.trusted else None
+    if nats is None:
+        lost = f"{'gains' if best.lost < 0 else 'loses'} {abs(best.lost):.2g} nats in a trial"
+        if best.lost <= tolerated:
+            return f"Merge them: the best way ({best.label}) {lost}."
+        more = f"more than the {tolerated:g} tolerated"
+        return f"Merge them with care: even the best way ({best.label}) {lost}, {more}."
+    if (nats.within or 0.0) >= SURE:
+        return (
+            f"Merge them: after its trial, the best way ({best.label}) is expected to lose at most {tolerated:g} nats "
+            f"with probability {nats.within:.2f}."
+        )
+    even, more = ("even ", f", more than the {tolerated:g} tolerated") if nats.low > tolerated else ("", "")
+    return (
+        f"Merge them with care: after its trial, {even}the best way ({best.label}) is expected to lose "
+        f"{nats.expected:.2g} nats (90 % interval {nats.low:.2g} to {nats.high:.2g}){more}."
     )
 
 

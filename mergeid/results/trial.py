@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mergeid.prediction.model import Interval
 from mergeid.results.comparison import PLAIN
 
 REPAIRS = {"none": "", "bn": ", repaired", "repair": ", rescaled", "regmean": ", RegMean"}
@@ -47,6 +48,9 @@ class Trial:
         examples: inputs that it was run on.
         labelled: the same by true labels; None without.
         beyond: nats lost beyond A alone, where A's predictions, made surer, take the place of labels.
+        sharp: as `soft`, by their mean prediction made surer.
+        nats: the loss beyond the mean of the models' that is expected of the merge on other inputs, by the trial and by
+            what was predicted of it before; None for a merge that nothing was fitted on.
     """
 
     merge: str
@@ -57,6 +61,8 @@ class Trial:
     examples: int
     labelled: Labelled | None = None
     beyond: float = 0.0
+    sharp: float = 0.0
+    nats: Interval | None = None
 
     @property
     def label(self) -> str:
@@ -64,6 +70,13 @@ class Trial:
         if self.repair in SOLVED:
             return SOLVED[self.repair]
         return ("direct" if self.merge == PLAIN else "matched") + REPAIRS[self.repair]
+
+    @property
+    def fitted_way(self) -> str | None:
+        """The way of `mergeid.prediction.model.WAYS` that it is one of; None for one that nothing was fitted on."""
+        if self.repair == "none":
+            return "direct" if self.merge == PLAIN else "matched"
+        return {"bn": "repaired", "solve": "solved"}.get(self.repair)
 
     @property
     def lost(self) -> float:
@@ -84,4 +97,4 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        return {"way": self.label, **asdict(self)}
+        return {"way": self.label, **asdict(self), "nats": None if self.nats is None else self.nats.to_json()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from mergeid.models.examples import Examples
     from mergeid.models.loaded import Loaded
     from mergeid.plugins import Batch
+    from mergeid.prediction.model import Interval
     from mergeid.request.request import Run
     from mergeid.results.plan import Plan
-    from mergeid.results.prediction import Outlook
+    from mergeid.results.prediction import TrialReader
     from mergeid.stages.open import Pair
 
 EXAMPLES = 512
@@ -57,12 +58,12 @@ class Said:
 
 
 def trials_of(
-    pair: Pair, plan: Plan, examples: Examples, run: Run, *, skip: Sequence[str] = (), outlooks: Sequence[Outlook] = ()
+    pair: Pair, plan: Plan, examples: Examples, run: Run, *, skip: Sequence[str] = (), reader: TrialReader | None = None
 ) -> list[Trial]:
     """Every merge that the pair has, the simplest first.
 
     Args:
-        plan: with every space matched. outlooks: what was predicted, for the correction by labels.
+        plan: with every space matched. reader: says what is expected on other inputs.
 
     Raises:
         MergeidError: outputs that are no logits."""
@@ -84,14 +85,13 @@ def trials_of(
             f"{pair.b.source} {classes[1]}; leave it out"
         )
     net, found = copy.deepcopy(pair.a.model).to(run.place), []
-    known = {o.label: o for o in outlooks}
     work = [(name, kind) for kind in kinds for name in merges]
     for k, (name, kind) in enumerate(work):
         run.tell("trying merges", k, len(work) + 1)
         load_weights(net, merges[name].merged_state(skip))
         if kind != "none":
             repair_network(merges[name], net, mode=kind, skip=skip, device=run.place)
-        found.append(_trial(name, kind, own, _said(pair.a, net, halves[1], run), known))
+        found.append(_trial(name, kind, own, _said(pair.a, net, halves[1], run), reader))
     if can_be_solved(members) and len(halves[0]) >= LEAST:
         run.tell("trying a solved merge", len(work), len(work) + 1)
         best = min(found, key=lambda t: t.soft).merge
@@ -101,7 +101,7 @@ def trials_of(
             load_weights(net, merges[best].merged_state(skip))
             try:
                 repair_network(merges[best], net, mode=kind, skip=skip, device=run.place)
-                found.append(_trial(best, kind, own, _said(pair.a, net, halves[1], run), known))
+                found.append(_trial(best, kind, own, _said(pair.a, net, halves[1], run), reader))
             except MergeidError:  # what cannot be solved has no trial
                 pass
     return found
@@ -146,12 +146,12 @@ class _Labels:
         self.missed.append(-mean[1].cpu())
         self.behind.append(((b.loss - a.loss)[scored].double() / a.count[scored]).cpu())
 
-    def found(self, outlook: Outlook | None, most: float) -> Labelled | None:
+    def found(self, expected: Interval | None, most: float) -> Labelled | None:
         rows = torch.cat(self.excess) if self.excess else torch.zeros(0)
         if len(rows) < 2:
             return None
         seen = Measured(float(rows.mean()), float(rows.std()) / len(rows) ** 0.5, len(rows))
-        nats = None if outlook is None or not outlook.nats.trusted else outlook.nats
+        nats = None if expected is None or not expected.trusted else expected
         ends = (0.0, float("-inf"), float("inf")) if nats is None else (nats.expected, nats.low, nats.high)
         both = corrected(seen, *ends, most=most)
         points, behind = 100 * float(torch.cat(self.missed).mean()), float(torch.cat(self.behind).mean())
@@ -160,7 +160,7 @@ class _Labels:
 
 
 def _trial(
-    name: str, kind: str, own: Sequence[Sequence[Said]], said: Iterable[Said], known: Mapping[str, Outlook]
+    name: str, kind: str, own: Sequence[Sequence[Said]], said: Iterable[Said], reader: TrialReader | None
 ) -> Trial:
     sums, labels = TrialSums(), _Labels()
     for a, b, merged in zip(*own, said, strict=True):
@@ -169,5 +169,7 @@ def _trial(
             labels.add(a.lost, b.lost, merged.lost)
     classes = (own[0][0].logits > -math.inf).flatten(0, -2).any(0).sum()  # the others are ruled out
     found, most = sums.features(), math.log(max(int(classes), 2))
-    trial = Trial(name, kind, found["hard"], found["soft"], found["missed"], sums.count, beyond=found["beyond"])
-    return replace(trial, labelled=labels.found(known.get(trial.label), most))
+    hard, soft, missed = found["hard"], found["soft"], found["missed"]
+    trial = Trial(name, kind, hard, soft, missed, sums.count, beyond=found["beyond"], sharp=found["sharp"])
+    nats = None if reader is None else reader.nats(trial)
+    return replace(trial, nats=nats, labelled=labels.found(nats, most))

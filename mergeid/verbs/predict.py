@@ -120,7 +120,7 @@ def predict_pair(
     from mergeid.prediction.probe import probe
     from mergeid.prediction.random_inputs import random_examples
     from mergeid.prediction.worth import worth_of
-    from mergeid.results.prediction import Finding, PredictResult, outlooks_of
+    from mergeid.results.prediction import Finding, PredictResult, TrialReader, outlooks_of
     from mergeid.stages.trial import trials_of
 
     mode = "inputs" if calibration.given else "weights"
@@ -143,13 +143,10 @@ def predict_pair(
         )
     except PathsDiffer as error:
         raise MergeidError(f"cannot tell: {error}; measure the pair with mergeid barrier") from error
-    outlooks = outlooks_of(
-        shipped(),
-        mode,
-        [Finding(k, e.plain, e.repaired if calibration.given else None, e.layers) for k, e in found.items()],
-        tolerate,
-    )
-    trials = trials_of(pair, plan, examples, run, skip=met.skip, outlooks=outlooks) if trial else []
+    findings = [Finding(k, e.plain, e.repaired if calibration.given else None, e.layers) for k, e in found.items()]
+    outlooks = outlooks_of(shipped(), mode, findings, tolerate)
+    reader = TrialReader(shipped(), findings, tolerate)
+    trials = trials_of(pair, plan, examples, run, skip=met.skip, reader=reader) if trial else []
     worth = None
     if calibration.given and together.count and not met.skip:
         worth = worth_of(together.features(), shipped().shares, [t.soft for t in trials])

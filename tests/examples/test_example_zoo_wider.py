@@ -13,7 +13,7 @@ from examples_helpers import modules_of, of_one_group
 ZOO = Path(__file__).parents[2] / "examples" / "zoo"
 MODULES = (
     "tabular", "tasks", "families", "recipes", "training", "measuring", "pairs_table", "build", "baselines", "features",
-    "midpoints", "wider_families", "wider", "rivals", "fit", "validation", "fresh",
+    "midpoints", "wider_families", "wider", "trials", "rivals", "fit", "validation", "fresh",
 )  # fmt: skip
 
 
@@ -48,6 +48,33 @@ def test_midpoints_go_on_and_are_what_they_say(mini, tmp_path):
     assert f["loss_solved"] < f["loss_direct"]
     merge, _, repair = row["default_is"].partition("+")
     assert merge in ("plain", "mixed", "matched") and repair in ("", "bn", "repair", "solve")
+
+
+def test_trials_go_on_and_are_what_they_say(mini, tmp_path):
+    """The losses are those of `midpoints.csv`, and what the merge says is of inputs that it was not solved on."""
+    first = next(p for p in mini.recipes.work() if p.kind == "independent")
+    built = mini.build.Zoo(tmp_path / "cache")
+    for ways in ((), (), ("direct",)):
+        mini.trials.run(tmp_path, built, [first], 9.0, ways)
+    rows = {r["way"]: r for r in mini.pairs_table.read(tmp_path / "trials.csv")}
+    assert len(rows) == len(mini.pairs_table.read(tmp_path / "trials.csv")), "no way twice"
+    assert {"direct", "match", "solved"} <= set(rows)
+    mini.midpoints.run(tmp_path, tmp_path / "cache", only=first.id)
+    (known,) = mini.pairs_table.read(tmp_path / "midpoints.csv")
+    for way in ("direct", "match", "solved"):
+        assert float(rows[way]["loss"]) == pytest.approx(float(known[f"loss_{way}"]), abs=1e-5)
+        assert float(rows[way]["loss_a"]) == pytest.approx(float(known["loss_a"]), abs=1e-5)
+    (a, b), (_, inputs) = built.nets(first), built.data(first)
+    with torch.no_grad():
+        x = inputs.batch()["arg0"][1::2]
+        la, lb = (net(x).double().log_softmax(-1) for net in (a, b))
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.copy_((p + q) / 2)
+        gap = (la + lb) / 2 - a(x).double().log_softmax(-1)
+    best = (la.exp() + lb.exp()).argmax(-1, keepdim=True)
+    assert float(rows["direct"]["hard"]) == pytest.approx(float(gap.gather(1, best).mean()), abs=1e-4)
+    seen = [set(k for k, v in rows[way].items() if v) for way in ("direct", "solved")]
+    assert seen[0] == seen[1] >= {"excess", "shift", "uniform", "told", "sharp", "missed"}
 
 
 def test_fine_tunes_of_low_rank(zoo, tmp_path):

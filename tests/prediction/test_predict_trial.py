@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 import mergeid as m
 from mergeid.errors import MergeidError
 from mergeid.prediction.labels import Measured, corrected
+from mergeid.prediction.model import Interval, Model, Pool, Predictor, Term
 from mergeid.prediction.trial import TogetherSums, TrialSums
 from mergeid.prediction.worth import Shares, interference_of, worth_of
-from mergeid.results.prediction import PredictResult
+from mergeid.results.prediction import Finding, PredictResult, TrialReader, advise_tried
 from mergeid.stages import trial
 
 LABELLED = [{"arg0": x, "labels": y} for x, y in zip(X, labels(X), strict=True)]
@@ -100,6 +102,50 @@ def test_a_trial_needs_data(nets: tuple[nn.Module, nn.Module]) -> None:
         m.predict(*nets, example_inputs=X[:2], trial=True)
 
 
+# -- what is expected after a trial -------------------------------------------------------------------------
+
+
+def reader(nets: tuple[nn.Module, nn.Module]) -> tuple[TrialReader, PredictResult]:
+    """Of a predictor that takes the hard loss for what is lost, with an interval from half of it to twice as much."""
+    term = Term("hard", 0.02, weight=1.0)
+    pool = Pool((-0.5, 0.0, 0.5), (0.0, 1.0, 0.0))
+    own = Model("nats", 0.02, 0.0, (term,), 1.0, 0.0, (), {"all": pool})
+    predictor = Predictor("0", {}, {("trial", "nats", w): own for w in ("direct", "matched", "solved")})
+    found = m.predict(*nets, data=DATA, example_inputs=X[:2], trial=True)
+    features = {"uniform": math.log(3), "own_entropy": 0.5, "divergence": 0.3, "excess": 0.1, "told": 1.0}
+    findings = [Finding(k, features, None, []) for k in ("direct", "matched")]
+    return TrialReader(predictor, findings, 0.01), found
+
+
+def test_what_is_expected_rests_on_the_trial(nets: tuple[nn.Module, nn.Module]) -> None:
+    read, found = reader(nets)
+    for t in found.trials:
+        nats = read.nats(t)
+        if t.repair in ("regmean", "solve+lean"):
+            assert nats is None, "nothing was fitted on it"
+        else:
+            assert nats is not None
+            assert nats.expected == pytest.approx(min(max(t.hard, 0.0), math.log(3)), abs=1e-9)
+    worse = replace(found.trials[0], hard=found.trials[0].hard + 0.1)
+    one, two = (read.nats(t) for t in (found.trials[0], worse))
+    assert one is not None and two is not None and one.expected < two.expected
+
+
+def test_the_advice_after_a_trial_says_what_is_expected(found: PredictResult) -> None:
+    best = replace(found.trials[0], labelled=None, nats=None, soft=0.0)
+
+    def said(expected: float, low: float, high: float, within: float | None) -> str:
+        nats = Interval(expected, low, high, 0.0, within, 0.0)
+        return advise_tried(replace(best, nats=nats), 0.01)
+
+    assert "with probability 0.95" in said(0.001, 0.0, 0.02, 0.95)
+    even = said(0.2, 0.1, 0.3, 0.0)
+    assert "with care" in even and "0.2 nats (90 % interval 0.1 to 0.3), more than the 0.01 tolerated" in even
+    between = said(0.02, 0.0, 0.05, 0.4)
+    assert "with care" in between and "tolerated" not in between
+    assert advise_tried(best, 0.01) == "Merge them: the best way (direct) loses 0 nats in a trial."
+
+
 # -- sums ---------------------------------------------------------------------------------------------------
 
 logits = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed))
@@ -129,7 +175,7 @@ def test_an_ensemble_gains_at_most_what_two_can(rng: np.random.Generator, size: 
     assert worth.kept is not None and 0 <= worth.kept <= 1
 
 
-def test_what_a_merge_loses_beyond_a() -> None:
+def test_what_a_merge_loses_beyond_a_and_by_surer_predictions() -> None:
     rng = np.random.default_rng(3)
     a, b, merged = (torch.from_numpy(rng.standard_normal((20, 4))) for _ in range(3))
     sums = TrialSums()
@@ -138,6 +184,10 @@ def test_what_a_merge_loses_beyond_a() -> None:
     q = q / q.sum(-1, keepdim=True)
     expected = F.cross_entropy(merged, q) - F.cross_entropy(a, q)
     assert sums.features()["beyond"] == pytest.approx(float(expected))
+    both = (a.softmax(-1) + b.softmax(-1)) ** 1.5
+    both = both / both.sum(-1, keepdim=True)
+    lost = F.cross_entropy(merged, both) - (F.cross_entropy(a, both) + F.cross_entropy(b, both)) / 2
+    assert sums.features()["sharp"] == pytest.approx(float(lost))
 
 
 def test_a_class_that_is_ruled_out_changes_nothing() -> None:
