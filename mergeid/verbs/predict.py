@@ -158,10 +158,7 @@ def predict_pair(
     if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
     if tally is not None and tally.examples and not (seen := tally.agreement()).told:
-        notes.append(
-            f"{seen.found_out}. What is said about a merge holds for such inputs only; give inputs like those that the "
-            f"models were trained on"
-        )
+        notes.append(seen.held_against)
     if any(not o.nats.trusted and not o.nats.collapsed for o in outlooks):
         notes.append("parts of the evidence are far outside what the predictor was fitted on, so it cannot tell there")
     return PredictResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -209,6 +210,14 @@ def test_a_sketch_of_a_scrambled_model_matches(nets: dict[str, nn.Module]) -> No
     assert ways["direct"].nats.expected > 0.05
 
 
+def test_sketches_say_too_that_inputs_are_of_another_kind(nets: dict[str, nn.Module]) -> None:
+    """Inputs that differ only where the training's told nothing: the models are sure, each of something else."""
+    odd = [{"arg0": torch.cat([torch.zeros(3), 100 * x[3:]])} for x in X]
+    for data, told in ((odd, True), (DATA, False)):
+        notes = m.predict_sketches([sketched(nets[k], data=data) for k in ("a", "far")]).pairs[0, 1].notes
+        assert any("of another kind than the training data" in note for note in notes) == told
+
+
 def test_no_model_runs_for_sketches(nets: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     made = [sketched(net) for net in nets.values()]
 
@@ -292,3 +301,23 @@ def test_refused_in_the_terminal(work: Path) -> None:
         (["predict", "x.sketch", "y.sketch", "--data", "data.npz"], ["leave out --data, --base and --try"]),
         (["sketch", "a.safetensors", "--data", "data.npz", "-o", "a.json"], ["ending .sketch"]),
     )
+
+
+def test_points_have_one_decimal_and_sentences_no_more_than_thousandths() -> None:
+    """2.650 points claimed digits that no prediction has; 0.00067 and 1.2e-05 nats are no losses to speak of."""
+    from rich.console import Console
+
+    from mergeid.prediction.model import Interval
+    from mergeid.reporting.predictions import prediction_table
+    from mergeid.results.prediction import Worth, in_nats
+
+    said = {0.00067: "0.001", 1.2e-5: "0", -1e-9: "0", -0.004: "-0.004", 0.0342: "0.034", 0.61: "0.61", 12.4: "12"}
+    assert {value: in_nats(value) for value in said} == said
+    points = Interval(2.6499, 0.94, 32.51, 0.0, 0.5, 0.0)
+    ways = [Outlook("direct", False, Interval(0.1, 0.0, 0.2, 0.0, 0.5, 0.0), points, [])]
+    found = PredictResult("a", "b", "x", "inputs", 64, 0.01, ways, None, "1", worth=Worth(0.0, -1e-3, 6.7e-4, 0.0, 1.0))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(prediction_table(found, width=120))
+    row = next(line for line in console.export_text().splitlines() if line.startswith("direct"))
+    assert "0.100  0.000 to 0.200" in row and " 2.6 " in row and "0.9 to 32.5" in row
+    assert "at most 0.001 nats" in found.said_of_worth

@@ -140,6 +140,16 @@ def test_verdict_follows_the_measured_loss() -> None:
     assert sentence(nothing) == ("no", "These two models will not merge: they have nothing in common.")
 
 
+@pytest.mark.parametrize(("middle", "tone"), [(0.3, "care"), (1.0, "no")])
+def test_models_whose_own_statistics_fit_badly_make_no_merge_good(middle: float, tone: str) -> None:
+    """Inputs prepared in another way than in training: next to models at chance, any re-estimated merge looks good."""
+    as_is = curve("direct", 3.0, 2.9, 2.9, 2.8, 2.6)
+    repaired = curve("matched, repaired", 0.1, 0.2, middle, 0.2, 0.12, repair=True)
+    verdict, said = sentence(replace(report(), solved=(), curves=(as_is, repaired)))
+    assert verdict == tone and "seem to be off" in said and "10.0" in said and "95.0" in said
+    assert sentence(replace(report(), solved=(), curves=(repaired, as_is)))[0] == tone
+
+
 def test_every_space_is_drawn_once() -> None:
     given = report()
     assert given.plan is not None
