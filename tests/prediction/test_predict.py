@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +219,25 @@ def test_sketches_say_too_that_inputs_are_of_another_kind(nets: dict[str, nn.Mod
         assert any("of another kind than the training data" in note for note in notes) == told
 
 
+def test_the_drawn_matrix_makes_no_mountains_of_molehills(
+    nets: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses next to nothing are dark, and a model has none with itself."""
+    from mergeid.commands import predict as command
+    from mergeid.reporting import plots
+
+    drawn: list[tuple[np.ndarray, float]] = []
+    monkeypatch.setattr(
+        plots, "plot_heat_map", lambda rows, columns, values, *_, largest, **__: drawn.append((values, largest))
+    )
+    for names in (("a", "near"), ("a", "far")):
+        matrix = m.predict_sketches([sketched(nets[name]) for name in names])
+        command.matrix_shown(SimpleNamespace(as_json=True), matrix, tmp_path / "x.png")  # type: ignore[arg-type]
+    assert all(np.isnan(values.diagonal()).all() for values, _ in drawn)
+    (near, least), (far, most) = drawn
+    assert near[0, 1] < 0.05 and least == 0.1 and most == max(0.1, far[0, 1])
+
+
 def test_no_model_runs_for_sketches(nets: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     made = [sketched(net) for net in nets.values()]
 
@@ -321,3 +341,16 @@ def test_points_have_one_decimal_and_sentences_no_more_than_thousandths() -> Non
     row = next(line for line in console.export_text().splitlines() if line.startswith("direct"))
     assert "0.100  0.000 to 0.200" in row and " 2.6 " in row and "0.9 to 32.5" in row
     assert "at most 0.001 nats" in found.said_of_worth
+
+
+@pytest.mark.parametrize(("kind", "told"), [("BertModel", True), ("BertForSequenceClassification", False)])
+def test_outputs_that_are_features_are_no_losses(kind: str, told: bool, tmp_path: Path) -> None:
+    """Embeddings and noise of diffusion models were given nats and accuracy points without a word."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, num_labels=3, **sizes)
+        getattr(transformers, kind)(config).save_pretrained(tmp_path / name)
+    found = m.predict(tmp_path / "a", tmp_path / "b")
+    assert any("not known to be class scores" in note for note in found.notes) == told

@@ -99,7 +99,7 @@ def sentence(report: Report) -> tuple[str, str]:
     two, found = ends(report), merges(report)
     best = next((f for f in found if f.best), None)
     if best is not None and len(two) == 2:
-        return _measured(best, two, _restored(report))
+        return _measured(report, best, two)
     if report.merge is not None and report.merge.files:
         return _written(report.merge)
     if report.refused:
@@ -133,15 +133,18 @@ def _written(merge: MergeResult) -> tuple[str, str]:
     return "yes" if looked["distance"] <= NEAR else "care", f"The models were merged {way}; {far}."
 
 
-def _measured(best: Figure, two: tuple[Figure, ...], restored: tuple[Figure, ...]) -> tuple[str, str]:
+def _measured(report: Report, best: Figure, two: tuple[Figure, ...]) -> tuple[str, str]:
     """A merge whose statistics fit the inputs looks good beside models whose own do not: those say nothing of it."""
+    restored = _restored(report)
     gained = _loss(two) - _loss(restored) if restored else 0.0
-    cost = best.loss - (_loss(restored) if gained > LARGE else _loss(two))
+    cost = best.loss - _loss(two)
     way = WAYS.get(best.kind, best.kind)
     have = f"the merged network {_has(best)}, the two models {_have(two)}"
     if gained > LARGE:
         what = "The inputs, or the models' BatchNorm statistics, seem to be off"
-        return ("no" if cost > LARGE else "care"), f"{what}: {have}, and {_have(restored)} once these are re-estimated."
+        return "care", f"{what}: {have}, and {_have(restored)} once these are re-estimated."
+    if cost > LARGE and report.plan is None:  # of a barrier alone, which measures the ways that it was asked for
+        return "care", f"Not in this way ({best.name}): {have}. Other ways were not measured."
     if cost > LARGE:
         return "no", f"Do not merge these two models: at best ({best.name}), {have}."
     if cost > SMALL:
