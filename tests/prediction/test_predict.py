@@ -172,8 +172,10 @@ def test_bad_input(nets: dict[str, nn.Module]) -> None:
         predict(nets["a"], nets["far"], tolerate=-1.0)
     with pytest.raises(MergeidError, match="--tolerate must be a loss"):
         m.predict_sketches(["a.sketch", "b.sketch"], tolerate=float("nan"))
-    with pytest.raises(MergeidError, match="at least 16 examples"):
+    with pytest.raises(MergeidError, match=r"at least 16 examples are needed .*, and there are 3; .* a larger --limit"):
         predict(nets["a"], nets["far"], data=DATA[:3])
+    with pytest.raises(MergeidError, match=r"and there are 5; .* a larger --limit"):
+        predict(nets["a"], nets["far"], limit=5)
     numbers = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 1)).eval()
     with pytest.raises(MergeidError, match="not class logits"):
         predict(numbers, copy.deepcopy(numbers))
