@@ -13,12 +13,15 @@ from validation import markdown
 REGRET = 0.01
 """Nats that the chosen partner may lose more than the best one."""
 MODES = {"inputs": "mergeid rank, inputs", "weights": "mergeid rank, no data", "trial": "mergeid rank --try"}
+KNOWN = "mergeid rank, inputs, were the candidates' test losses known"
+"""What the rule of `mergeid rank` would choose if it did not have to guess how good the candidates are."""
 RIVALS: Mapping[str, tuple[str, int]] = {
     "highest cosine of the task vectors": ("cosine", -1),
     "lowest cosine of the task vectors": ("cosine", 1),
     "nearest in the weights": ("distance", 1),
     "highest CKA of the outputs": ("cka", -1),
     "least loss against the mean of the two (rank before)": ("inputs_score", 1),
+    "least test loss of the candidate itself": ("loss_candidate", 1),
 }
 Cell = Callable[[table.Row], float]
 
@@ -72,12 +75,18 @@ def _cell(name: str, sign: int = 1) -> Cell:
     return lambda row: sign * float(row[name])
 
 
+def _known(row: table.Row) -> float:
+    return float(row["loss_candidate"]) / 2 + float(row["inputs_expected"])
+
+
 def choosers(rows: Sequence[table.Row]) -> dict[str, tuple[Cell, Cell]]:
     """name -> what partners are put in order by, and the loss of the merge that it makes."""
     found = {}
     for mode, name in MODES.items():
         if any(r.get(f"{mode}_place") for r in rows):
             found[name] = _cell(f"{mode}_place"), _cell(f"{mode}_loss")
+    if MODES["inputs"] in found:
+        found[KNOWN] = _known, _cell("inputs_loss")
     return {**found, **{name: (_cell(*how), _cell("loss_direct")) for name, how in RIVALS.items()}}
 
 

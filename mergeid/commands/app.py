@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from mergeid.basics.processes import is_first, speaks
 from mergeid.commands import (
@@ -46,8 +47,28 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 TRACEBACK = "--traceback"
 
+
+def _untyped(found: list[Any]) -> list[Any]:
+    """Parameters whose help names no Python type: a switch has no value, and what an argument is its own help says."""
+    for p in found:
+        if p.param_type_name == "argument" or getattr(p, "is_flag", False):
+            p.display_type_rich = lambda ctx: None
+    return found
+
+
+class _Verb(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _untyped(super().get_params(ctx))
+
+
+class _Verbs(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _untyped(super().get_params(ctx))
+
+
 app = typer.Typer(
     name="mergeid",
+    cls=_Verbs,
     help="Will these two models merge, and how?",
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -62,7 +83,7 @@ _VERBS = (
 for _verb in _VERBS:
     # Rich keeps the line breaks of a docstring inside its paragraphs; the terminal has its own width.
     _help = "\n\n".join(" ".join(p.split()) for p in (_verb.command.__doc__ or "").split("\n\n"))
-    app.command(_verb.__name__.rpartition(".")[2], help=_help)(_verb.command)
+    app.command(_verb.__name__.rpartition(".")[2], cls=_Verb, help=_help)(_verb.command)
 
 
 def _version(wanted: bool) -> None:

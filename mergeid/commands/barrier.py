@@ -31,7 +31,7 @@ def command(
 ) -> int:
     """Measure the loss barrier between A and B on labelled data, as is or matched.
 
-    Under ``accelerate launch`` the processes share out the points and the examples; the first prints and writes.
+    Under `accelerate launch` the processes share out the points and the examples; the first prints and writes.
     """
     if call.given("calibration") and not any(map(call.given, ("match", "repair", "solve"))):
         raise MergeidError("--calibration is read for --match, --repair and --solve; add one of them, or leave it out")

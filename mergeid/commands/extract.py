@@ -48,7 +48,7 @@ def command(
         whole = f"; {len(result.whole)} other tensors are stored in full" if result.whole else ""
         work.say(
             f"{len(result.errors)} weights as factors of rank {result.rank}, which leave out "
-            f"{100 * result.error:.2g} % of the change (relative Frobenius norm){whole}."
+            f"{result.left_out} of the change (relative Frobenius norm){whole}."
         )
         work.wrote(result.files)
     return 0

@@ -76,7 +76,7 @@ def command(
     then run on the data, and the one nearest to the models is written. Every further model is brought into A's order.
     The output follows A: tensor order, shards, metadata, config and tokenizer files. mergeid.json beside it records
     what was done. If the models will not merge, nothing is written and the exit code is 1. Recipes have mergekit's
-    format. Under ``accelerate launch`` the processes share the work, and the first writes and prints.
+    format. Under `accelerate launch` the processes share the work, and the first writes and prints.
     """
     if call.text("method") in ("zip", "zipit"):
         raise MergeidError("zip is a command of its own, because its result may have two heads; see mergeid zip --help")

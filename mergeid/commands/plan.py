@@ -50,7 +50,7 @@ def command(
 
     Without --data only the weights are compared, which is weaker evidence. With --base, or with asymmetric layers
     (which store their fixed parts), the plan also says what structure identifies. No weights are written. Under
-    ``accelerate launch`` the processes share out the examples and the spaces to match.
+    `accelerate launch` the processes share out the examples and the spaces to match.
     """
     check_outputs((a, b, *call.reads), force, output=output, plot=plot, report=page)
     if estimate:

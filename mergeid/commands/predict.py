@@ -17,6 +17,9 @@ from mergeid.verbs.predict import predict
 if TYPE_CHECKING:
     from mergeid.results.prediction import PredictionMatrix, PredictResult
 
+LEAST_SCALE = 0.1
+"""Nats that the scale of a drawn matrix reaches at least: losses next to nothing must not look like large ones."""
+
 
 @command_of(predict)
 def command(
@@ -126,8 +129,9 @@ def matrix_shown(work: Work, matrix: PredictionMatrix, plot: Path | None) -> Non
 
         from mergeid.reporting.plots import plot_heat_map
 
-        values = np.array(matrix.expected())
-        largest = float(values[np.isfinite(values)].max(initial=0.0)) or 1.0
+        values = np.array(matrix.expected(), dtype=float)
+        np.fill_diagonal(values, np.nan)  # no pair
+        largest = float(values[np.isfinite(values)].max(initial=LEAST_SCALE))
         plot_heat_map(matrix.names, matrix.names, values, plot, label="expected barrier in nats", largest=largest)
     if not work.as_json:
         from mergeid.reporting.predictions import matrix_table

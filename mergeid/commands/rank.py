@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,14 +64,21 @@ def command(
                 work.say(f"Left out: {name}: {why}.")
         if not work.as_json:
             work.wrote([p for p in (output, plot) if p is not None])
-            if not isinstance(result, PredictionMatrix) and (following := _next(result, call)):
-                work.say(f"Next: {following}")
+            if not isinstance(result, PredictionMatrix) and (following := _next(result, call, models)):
+                work.say(following)
     return 0
 
 
-def _next(ranking: Ranking, call: Call[Ranking | PredictionMatrix]) -> str | None:
-    """The merge with the best partner; None where no partner can be judged."""
+def _next(ranking: Ranking, call: Call[Ranking | PredictionMatrix], models: Sequence[str]) -> str | None:
+    """The merge with the best partner; where nothing is gained by it, a closer look; None where no partner can be
+    judged, or where the closer look was this one."""
     best = ranking.partners[0]
     if best.tried is None and not best.way.nats.trusted:
         return None
-    return merge_after(call, best.result.a, best.result.b, best.options)
+    if not ranking.gains_nothing:
+        return f"Next: {merge_after(call, best.result.a, best.result.b, best.options)}"
+    if best.tried is not None:
+        return None
+    if not call.given("data"):
+        return f"Next, to run the models on examples of their kind: {call.next(rank, *models)} --data DATA"
+    return f"Next, to make the merges in memory and measure them: {call.next(rank, *models, also=('--try',))}"

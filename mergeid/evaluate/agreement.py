@@ -83,3 +83,16 @@ class Tally:
         error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else float("inf")
         classes = max(map(len, self._named.values()))
         return Agreement(float(sure.mean()), float(alike.mean()), chance, error, len(gap), classes)
+
+
+def agreement_of(one: Tensor, other: Tensor) -> Agreement:
+    """Of two models' logits [rows, classes] on the same inputs, every row alike."""
+    tops = [logits.double().softmax(-1).max(-1) for logits in (one, other)]
+    often = [torch.bincount(top.indices, minlength=one.shape[-1]).double() / len(one) for top in tops]
+    sure = (tops[0].values + tops[1].values) / 2
+    alike = (tops[0].indices == tops[1].indices).double()
+    gap = sure - alike
+    error = float(gap.std()) / sqrt(len(gap)) if len(gap) > 1 else float("inf")
+    return Agreement(
+        float(sure.mean()), float(alike.mean()), float(often[0] @ often[1]), error, len(gap), one.shape[-1]
+    )

@@ -166,3 +166,14 @@ def _is_class(last: Any) -> bool:
         return last.numel() == 1 and not last.is_floating_point() and not last.is_complex()
     array = isinstance(last, np.ndarray) and last.size == 1 and last.dtype.kind in "iub"
     return array or isinstance(last, (int, np.integer))
+
+
+def enough(examples: Examples | None, least: int, what: str) -> Examples:
+    """The examples. Raises `MergeidError` where there are fewer than `least`; `what`: they are needed for."""
+    count = 0 if examples is None else len(examples)
+    if examples is None or count < least:
+        raise MergeidError(
+            f"at least {least} examples are needed {what}, and there are {count}; give more in --data, or a larger "
+            f"--limit"
+        )
+    return examples

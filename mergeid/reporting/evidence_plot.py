@@ -90,7 +90,8 @@ def _iota(axis: Any, spaces: Sequence[SpaceEvidence]) -> bool:
             if s.iota_low is not None and s.iota_high is not None:
                 axis.vlines(i, s.iota_low, s.iota_high, color="0.4", linewidth=1.2)
         _marked(axis, spaces, values)
-        axis.set_ylim(min(-0.1, *axis.get_ylim()), max(1.15, *axis.get_ylim()))
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(-0.1, low - 0.06), max(1.15, high))
         axis.set_ylabel("ι [95 %]")
     return _known(values)
 

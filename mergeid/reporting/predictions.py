@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergeid.reporting.tables import Column, make_table
@@ -39,15 +39,17 @@ def prediction_table(result: PredictResult, *, width: int) -> Table:
                 o.label,
                 _number(o.nats.expected) if sure else "cannot tell",
                 _span(o.nats) if sure else "",
-                _number(points.expected) if points else "",
-                _span(points) if points else "",
+                _points(points.expected) if points else "",
+                _span(points, _points) if points else "",
                 f"{o.nats.within:.2f}" if sure and o.nats.within is not None else "",
                 ", ".join(x.layer.removesuffix(".weight") for x in o.layers) or "none",
             ]
         )
     run = {"inputs": "inputs", "weights": "random inputs", "sketches": "inputs (sketched)"}[result.mode]
     title = f"{result.a} and {result.b}, by {result.examples} {run}"
-    return make_table(columns, rows, width=width, title=title, caption=_legend(result.outlooks, result.tolerated))
+    return make_table(
+        columns, rows, width=width, title=title, caption=_legend(result.outlooks, result.tolerated, points=True)
+    )
 
 
 def trials_table(result: PredictResult, *, width: int) -> Table:
@@ -148,20 +150,24 @@ def matrix_table(matrix: PredictionMatrix, *, width: int) -> Table:
     return make_table(columns, shown, width=width, title=f"the {len(shown)} easiest of {len(ordered)} pairs")
 
 
-def _legend(outlooks: Sequence[Outlook], tolerated: float) -> str:
-    """What the columns mean, as far as they are filled."""
+def _legend(outlooks: Sequence[Outlook], tolerated: float, *, points: bool = False) -> str:
+    """What the columns mean, as far as they are filled; `points`: whether there is one of accuracy."""
     known = [o for o in outlooks if o.nats.trusted]
     if not known:
         return ""
     text = f"nats lost: loss above the models' own. ≤ {tolerated:g} nats: probability of losing no more."
-    points = " points: accuracy lost." if any(o.points is not None for o in known) else ""
-    return text + points + (" +: may lose more than a guess." if any(o.nats.open for o in known) else "")
+    text += " points: accuracy lost." * (points and any(o.points is not None for o in known))
+    return text + (" +: may lose more than a guess." if any(o.nats.open for o in known) else "")
 
 
 def _number(value: float) -> str:
     return "–" if not math.isfinite(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _span(value: Interval) -> str:
-    high = "∞" if math.isinf(value.high) else _number(value.high)
-    return f"{_number(value.low)} to {high}{'+' if value.open else ''}"
+def _points(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "–"
+
+
+def _span(value: Interval, shown: Callable[[float], str] = _number) -> str:
+    high = "∞" if math.isinf(value.high) else shown(value.high)
+    return f"{shown(value.low)} to {high}{'+' if value.open else ''}"

@@ -125,6 +125,12 @@ TERMS = (
         "No order of B's neurons makes them correspond to A's, so an average of these two networks would not work.",
     ),
     Term(
+        "mixed",
+        "The merge as planned: B's neurons are put into A's order in the spaces where the plan says so, and stay as "
+        "they are in the others. Beside it, plain matches none of them and matched all.",
+        ("planned",),
+    ),
+    Term(
         "moved",
         "How many neurons of a space change position when B is put into A's order.",
     ),
@@ -161,19 +167,19 @@ TERMS = (
         "After averaging, every layer is refitted in closed form, so that its outputs on the calibration inputs are as "
         "near as possible to the models' mean. The result is no longer on the straight line between the models. Where "
         "neurons hardly correspond, hidden layers lean to one model (solve+lean).",
-        ("solved, leaning", "solve", "matched+solve", "plain+solve", "solve+lean", "matched+solve+lean"),
+        ("solved, leaning", "solve", "solve+lean", "solve+polish"),
     ),
     Term(
         "regmean",
         "After averaging, every linear layer is refitted in closed form, so that it answers each model's own inputs as "
         "nearly as possible like that model.",
-        ("matched, regmean", "direct, regmean", "matched+regmean", "plain+regmean", "mixed+regmean"),
+        ("matched, regmean", "direct, regmean"),
     ),
     Term(
         "repaired",
         "The statistics of the normalisation layers are re-estimated after the merge, because averaging shrinks the "
         "activations.",
-        ("repair", "re-estimated", "batchnorm", "plain+bn", "matched+bn"),
+        ("repair", "re-estimated", "batchnorm", "bn"),
     ),
     Term(
         "calibration inputs",
@@ -284,8 +290,9 @@ def explain(word: str) -> Term:
         MergeidError: an unknown word; the message names near ones."""
     wanted = word.strip().casefold()
     known = {name.casefold(): term for term in TERMS for name in (term.name, *term.also)}
-    if wanted in known:
-        return known[wanted]
+    for part in (wanted, wanted.partition("+")[2]):  # a merge and its repair: what is not named so as a whole
+        if part in known:
+            return known[part]
     near = list(dict.fromkeys(known[n].name for n in difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)))
     hint = f"did you mean {' or '.join(near)}?" if near else "mergeid explain without a word lists all terms"
     raise MergeidError(f"no explanation for {word!r}; {hint}")

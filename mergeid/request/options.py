@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from mergeid.request.request import HEADS, LARGEST_SEED, MATCHES, TARGETS
+from mergeid.request.request import HEADS, MATCHES, TARGETS
 from mergeid.request.vocabulary import Vocabulary
 
 INPUT, OUTPUT, HOW = "Input", "Output", "How"
@@ -272,7 +272,7 @@ RefuseAbove = Annotated[
         kind=float,
     ),
 ]
-Seed = Annotated[int, Option("Random seed.", HOW, "N", kind=int, least=0, most=LARGEST_SEED)]
+Seed = Annotated[int, Option("Random seed.", HOW, "N", kind=int, least=0)]
 BatchSize = Annotated[int, Option("Examples per forward pass.", HOW, "N", kind=int, least=1)]
 Device = Annotated[
     Union[str, None], Option("cpu, cuda, cuda:1, mps …; auto: cuda if there is a GPU, else cpu.", HOW, "DEVICE")

@@ -67,6 +67,14 @@ class Agreement:
             f"models are {self.sure:.0%} sure of their classes, but name the same one on {self.alike:.0%} only"
         )
 
+    @property
+    def held_against(self) -> str:
+        """What the user is told then of a prediction."""
+        return (
+            f"{self.found_out}. What is said about a merge holds for such inputs only; give inputs like those that the "
+            f"models were trained on, prepared in the same way"
+        )
+
     def note(self, leans: bool) -> str:
         """What the user is told then of a merge. `leans`: whether the one that is written does."""
         did = (
@@ -75,11 +83,11 @@ class Agreement:
             if leans
             else "So no merge was solved."
         )
-        apart = "" if self.one_name else ", or, for models of different tasks, separate data for each (--data a=…,b=…)"
+        apart = "" if self.one_name else ". For models of different tasks, give separate data for each (--data a=…,b=…)"
         kinds = ", and of several classes" if self.one_name else ""
         return (
-            f"{self.found_out}. {did} Give inputs like those that the models were trained on{kinds}{apart}; "
-            f"--repair solve solves anyway"
+            f"{self.found_out}. {did} Give inputs like those that the models were trained on, prepared in the same "
+            f"way{kinds}{apart}; --repair solve solves anyway"
         )
 
     def to_json(self) -> dict[str, float]:

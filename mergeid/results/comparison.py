@@ -139,4 +139,6 @@ def label(merge: str, repair: str) -> str:
 
 def shown(distance: float) -> str:
     """With the decimals that `TIE` tells apart."""
-    return f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:.3g}"
+    return (
+        f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:,.0f}" if abs(distance) < 1e9 else f"{distance:.3g}"
+    )

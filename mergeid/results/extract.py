@@ -23,6 +23,11 @@ class ExtractResult:
     error: float = 0.0
     whole: list[str] = field(default_factory=list)
 
+    @property
+    def left_out(self) -> str:
+        """`error` in percent, with its sign."""
+        return f"{100 * self.error:.2g} %" if self.error >= 1e-4 else "less than 0.01 %"
+
     def to_json(self) -> dict[str, Any]:
         """Everything."""
         return {**self.__dict__, "files": [str(f) for f in self.files]}

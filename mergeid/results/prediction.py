@@ -149,16 +149,16 @@ class PredictResult:
         w = self.worth
         if w.high <= self.tolerated:
             return (
-                f"Both models together would gain at most {max(w.high, 0.0):.2g} nats over the better one, so little "
-                f"can be gained by merging them."
+                f"Both models together would gain at most {in_nats(max(w.high, 0.0))} nats over the better one, so "
+                f"little can be gained by merging them."
             )
-        gains = f"gain about {w.gain:.2g} nats over" if w.gain > 0 else "be no better than"
+        gains = f"gain about {in_nats(w.gain)} nats over" if w.gain > 0 else "be no better than"
         kept = ""
         if w.kept is not None and w.gain > 0:
             kept = f", and the best merge tried keeps {w.kept:.0%} of what they gain on average"
         return (
-            f"Both models together would {gains} the better one (90 % interval {w.low:.2g} to {w.high:.2g}, without "
-            f"labels){kept}."
+            f"Both models together would {gains} the better one (90 % interval {in_nats(w.low)} to {in_nats(w.high)}, "
+            f"without labels){kept}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -266,6 +266,13 @@ def _outlook(
     )
 
 
+def in_nats(value: float) -> str:
+    """A loss as sentences say it: two digits that count, and nothing below a thousandth."""
+    if abs(value) >= 10:
+        return f"{value:.0f}"
+    return f"{value:.2g}" if abs(value) >= 0.01 else f"{round(value, 3) + 0.0:.3f}".rstrip("0").rstrip(".")
+
+
 def sure_of(outlooks: Sequence[Outlook]) -> Outlook | None:
     """See `PredictResult.sure`."""
     sure = [o for o in outlooks if o.nats.trusted and (o.nats.within or 0.0) >= SURE]
@@ -291,12 +298,12 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
     best = min(known, key=lambda o: (o.nats.expected, o.trouble))
     if min(o.nats.low for o in known) > tolerated:
         return (
-            f"Do not average these two: even the best way ({best.label}) is expected to lose {best.nats.expected:.2g} "
-            f"nats, more than the {tolerated:g} tolerated."
+            f"Do not average these two: even the best way ({best.label}) is expected to lose "
+            f"{in_nats(best.nats.expected)} nats, more than the {tolerated:g} tolerated."
         )
     return (
-        f"Measure before you merge: the best way ({best.label}) is expected to lose {best.nats.expected:.2g} nats "
-        f"(90 % interval {best.nats.low:.2g} to {best.nats.high:.2g})."
+        f"Measure before you merge: the best way ({best.label}) is expected to lose {in_nats(best.nats.expected)} nats "
+        f"(90 % interval {in_nats(best.nats.low)} to {in_nats(best.nats.high)})."
     )
 
 
@@ -304,7 +311,7 @@ def advise_tried(best: Trial, tolerated: float) -> str:
     """One sentence: what to do after trials, of which this was the best."""
     nats = best.nats if best.labelled is None and best.nats is not None and best.nats.trusted else None
     if nats is None:
-        lost = f"{'gains' if best.lost < 0 else 'loses'} {abs(best.lost):.2g} nats in a trial"
+        lost = f"{'gains' if best.lost < 0 else 'loses'} {in_nats(abs(best.lost))} nats in a trial"
         if best.lost <= tolerated:
             return f"Merge them: the best way ({best.label}) {lost}."
         more = f"more than the {tolerated:g} tolerated"
@@ -317,7 +324,7 @@ def advise_tried(best: Trial, tolerated: float) -> str:
     even, more = ("even ", f", more than the {tolerated:g} tolerated") if nats.low > tolerated else ("", "")
     return (
         f"Merge them with care: after its trial, {even}the best way ({best.label}) is expected to lose "
-        f"{nats.expected:.2g} nats (90 % interval {nats.low:.2g} to {nats.high:.2g}){more}."
+        f"{in_nats(nats.expected)} nats (90 % interval {in_nats(nats.low)} to {in_nats(nats.high)}){more}."
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergeid.prediction.opinions import behind
-from mergeid.results.prediction import Outlook, PredictResult
+from mergeid.results.prediction import Outlook, PredictResult, in_nats
 from mergeid.results.trial import Trial
 
 FORMAT = "mergeid.ranking/1"
@@ -102,6 +102,12 @@ class Ranking:
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
     @property
+    def gains_nothing(self) -> bool:
+        """Whether even the best merge loses more than is tolerated against the model alone."""
+        lost = self.partners[0].beyond
+        return lost is not None and lost > self.tolerated
+
+    @property
     def advice(self) -> str:
         """One sentence: whom to merge with."""
         best = self.partners[0]
@@ -113,10 +119,12 @@ class Ranking:
         lost, how = best.beyond, "expected" if best.tried is None else "in a trial"
         pair = f"{self.model} (A) with {best.name} (B), {best.label}"
         if lost is None:
-            return f"Merge {pair}: {best.way.nats.expected:.2g} nats lost (expected)."
-        if lost > self.tolerated:
-            return f"Nothing is gained: even the best merge, {pair}, loses {lost:.2g} nats against A alone ({how})."
-        return f"Merge {pair}: {abs(lost):.2g} nats {'lost' if lost > 0 else 'gained'} against A alone ({how})."
+            return f"Merge {pair}: {in_nats(best.way.nats.expected)} nats lost (expected)."
+        if self.gains_nothing:
+            return (
+                f"Nothing is gained: even the best merge, {pair}, loses {in_nats(lost)} nats against A alone ({how})."
+            )
+        return f"Merge {pair}: {in_nats(abs(lost))} nats {'lost' if lost > 0 else 'gained'} against A alone ({how})."
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""

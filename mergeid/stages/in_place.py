@@ -97,7 +97,7 @@ def on_astray(pair: Pair, seen: InPlace) -> tuple[Pair, str | None]:
     if not left:
         return pair, None
     rows = sum(len(found) for found in seen.astray.values())
-    near = f"{seen.rows - rows:,} of {seen.rows:,} rows of its weights are nearest to the same row of the first model"
+    near = f"{seen.rows - rows:,} of {seen.rows:,} rows of the weights are nearest to the same row of the first model"
     where = f", so {len(left)} spaces are in its order already; the {len(wanted)} others were planned"
     note = near + (where if wanted else ", so all spaces are in its order already")
     return replace(pair, graph=graph.without(left, "every row is in its own place")), note

@@ -14,7 +14,6 @@ from mergeid.basics.memory import give_back
 from mergeid.basics.when_asked import Stored, WhenAsked
 from mergeid.combine.asymmetric import compared
 from mergeid.data.batches import input_dtype, to_model
-from mergeid.errors import MergeidError
 from mergeid.evidence.decide import (
     DIRECT,
     MATCH,
@@ -32,7 +31,7 @@ from mergeid.matchers.copies import same_numbers, unequal
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import Matcher, MatchTask, Training, check_matcher, get_matcher
 from mergeid.matchers.turning import heads_of, matched_turns, paired_heads
-from mergeid.models.examples import Examples
+from mergeid.models.examples import Examples, enough
 from mergeid.models.graph import LARGE
 from mergeid.models.loaded import Loaded
 from mergeid.models.reached import unread_notes
@@ -108,8 +107,8 @@ def make_plan(
     mode = matching.mode if saved is None else saved.match
     asked, graph, count = structural or Structural(), pair.graph, 0 if examples is None else len(examples)
     notes = [*_graph_notes(graph), *compared(pair.a.state(), pair.b.state())]
-    if examples is not None and count < LEAST:
-        raise MergeidError(f"--data must hold at least {LEAST} examples for the evidence, and it holds {count}")
+    if examples is not None:
+        enough(examples, LEAST, "for the evidence")
     maps = Undone(pair) if mode == "never" or matched is not None else undone(pair, run)
     pair = maps.pair
     notes += maps.notes

@@ -19,7 +19,7 @@ from mergeid.basics.reading import json_text
 from mergeid.errors import MergeidError
 from mergeid.io.publish import whole_file, write_text, write_whole
 from mergeid.request import options as o
-from mergeid.request.request import Progress, Run
+from mergeid.request.request import Progress, Run, check_seed
 from mergeid.verbs.barrier import barrier
 from mergeid.verbs.load import load
 from mergeid.verbs.merge import merge
@@ -310,6 +310,7 @@ def run(
     from mergeid.reporting.page.content import Measured
     from mergeid.reporting.plots import plot_barriers
 
+    check_seed(seed)
     began = time.perf_counter()
     folder = Path(output)
     place = _Folder(folder)
@@ -317,7 +318,7 @@ def run(
     digits = load_digits()
     a, b, data, held_out = (folder / n for n in ("a.safetensors", "b.safetensors", "calibration.npz", "test.npz"))
     with one_thread():
-        seeds = {"a": 2 * seed + 1, "b": 2 * seed + 2}
+        seeds = {"a": (2 * seed + 1) % 2**63, "b": (2 * seed + 2) % 2**63}
         reused = place.networks(seeds, digits, progress or (lambda *_: None), force)
         for path, arrays in (
             (data, {"x": digits.train_x[:CALIBRATION]}),

@@ -203,8 +203,7 @@ def _adapter(request: MergeRequest, bench: Workbench, rank: int) -> MergeResult:
         done = extract(
             merged, base=origin, output=target, rank=rank, arch=bench.reading.arch, force=request.output.force
         )
-    lost = f"{100 * done.error:.2g} % of the update" if done.error >= 1e-4 else "less than 0.01 % of the update"
-    note = f"written as an adapter of rank {rank} on {origin.source}, which leaves out {lost}"
+    note = f"written as an adapter of rank {rank} on {origin.source}, which leaves out {done.left_out} of the update"
     return _noted(replace(result, files=done.files), note)
 
 

@@ -106,6 +106,8 @@ def predict_pair(
     if trial and not calibration.given:
         raise MergeidError("--try runs the merges on inputs of the models' kind; name some with --data")
     pair, run = pair_of(met, met.models[1]), met.bench.run
+    from mergeid.evaluate.nearness import classifying
+    from mergeid.models.loaded import ModuleAdapter
     from mergeid.prediction.features import EndSums
     from mergeid.prediction.opinions import Opinions
     from mergeid.prediction.trial import TogetherSums
@@ -152,13 +154,15 @@ def predict_pair(
         worth = worth_of(together.features(), shipped().shares, [t.soft for t in trials])
     origin = None if base is None else origin_of(met, base, pair.a)
     notes = [n for n in (*met.agreed.notes, *plan.notes) if not n.startswith("no calibration data")]
+    if not isinstance(pair.a.adapter, ModuleAdapter) and not classifying(pair.a):
+        notes.append(
+            "the outputs are not known to be class scores: if they are none, nats and points mean nothing. mergeid "
+            "merge --data compares outputs of any kind"
+        )
     if not calibration.given:
         notes.append("no --data: both models were run on random inputs, which is weaker evidence than real ones")
     if tally is not None and tally.examples and not (seen := tally.agreement()).told:
-        notes.append(
-            f"{seen.found_out}. What is said about a merge holds for such inputs only; give inputs like those that the "
-            f"models were trained on"
-        )
+        notes.append(seen.held_against)
     if any(not o.nats.trusted and not o.nats.collapsed for o in outlooks):
         notes.append("parts of the evidence are far outside what the predictor was fitted on, so it cannot tell there")
     return PredictResult(

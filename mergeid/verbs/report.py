@@ -125,7 +125,7 @@ def report(
     curves = _curves(task)
     prediction, unpredicted = _predicted(task)
     tried = _tried(task) if merge else _Tried()
-    notes = [*plan.notes, *unpredicted, *tried.notes]
+    notes = [*plan.notes, *unpredicted, *tried.notes, *(prediction.notes if prediction is not None else ())]
     if calibration is None:
         notes.append("the models were matched and measured on the same data; give --calibration to keep them apart")
     own = ["--limit", str(limit)] if limit is not None else []
@@ -276,12 +276,13 @@ def _tried(task: _Task) -> _Tried:
         except MergeidError as error:
             return _Tried(notes=(f"no merge was made: {error}",))
         kind = "" if made.repair is None else str(made.repair["kind"])
+        said = tuple(made.notes)
         if not kind.startswith(SOLVE):
-            return _Tried(made)
+            return _Tried(made, notes=said)
         loaded = load_model(output, Reading(task.reading.arch), task.met.bench.run)
         found = evaluate_loaded(loaded, task.examples, task.run)
     curves = (_solved(task, made, found),) if kind == SOLVE else ()  # one that leans has no twin at other shares
-    return _Tried(made, (Measured("solved", found.loss, found.accuracy),), curves)
+    return _Tried(made, (Measured("solved", found.loss, found.accuracy),), curves, notes=said)
 
 
 def _solved(task: _Task, made: MergeResult, found: Metrics) -> BarrierResult:

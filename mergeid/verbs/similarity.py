@@ -86,9 +86,9 @@ def similarity(
     bench = Workbench(reading, run)
     one = bench.load(a)
     two = bench.load(b).apart_from(one)
-    examples = bench.examples(Calibration(data, limit), one)
-    if examples is None or len(examples) < 4:
-        raise MergeidError(f"--data must hold at least 4 examples, and it holds {len(examples or ())}")
+    from mergeid.models.examples import enough
+
+    examples = enough(bench.examples(Calibration(data, limit), one), 4, "to compare layers")
     runs = _Runs((one, two), examples, per_example, run)
     names_a, names_b = (_chosen(runs.shapes(i), layers, loaded) for i, loaded in enumerate((one, two)))
     found = runs.map(names_a, names_b)

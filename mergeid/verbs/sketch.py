@@ -112,6 +112,7 @@ def predict_sketches(
     check_tolerated(tolerate)
     if len(sketches) < 2:
         raise MergeidError("a single sketch makes no pair; give at least two")
+    from mergeid.evaluate.agreement import agreement_of
     from mergeid.prediction.model import shipped
     from mergeid.prediction.sketch import Sketch, load_sketch
     from mergeid.prediction.sketched import Standard, as_elements, check_alike, output_features
@@ -129,6 +130,7 @@ def predict_sketches(
                 progress("comparing sketches", len(found), total)
             b = made[j]
             outputs = output_features(a, b)
+            seen = agreement_of(a.sketch.logits, b.sketch.logits)
             findings = [_finding(a, b, name, e, outputs) for name, e in as_elements(a, b).items()]
             found[i, j] = PredictResult(
                 names[i],
@@ -140,6 +142,7 @@ def predict_sketches(
                 outlooks_of(predictor, "sketches", findings, tolerate),
                 None,
                 predictor.version,
+                [] if seen.told else [seen.held_against],
             )
     return PredictionMatrix(names, tolerate, found)
 

@@ -112,9 +112,9 @@ def zip_models(
     met = open_models(bench, [a, b], heads=one_head, widths=False)
     pair = _pair(met, one_head)
     _same_trunk(pair)
-    examples = bench.examples(calibration, pair.a)
-    if examples is None or len(examples) < LEAST:
-        raise MergeidError(f"--data must hold at least {LEAST} examples to zip by, and it holds {len(examples or ())}")
+    from mergeid.models.examples import enough
+
+    examples = enough(bench.examples(calibration, pair.a), LEAST, "to zip by")
     zipped = _zipped(pair, examples, run, up_to, across)
     result = _result(pair, zipped, one_head)
     result = replace(result, notes=[*result.notes, *met.notes])

@@ -78,6 +78,7 @@ def test_help_of_every_verb(inside: Inside, verb: str, columns: int) -> None:
     assert done.code == 0 and done.stderr == "" and "--json" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= columns
     assert "\x1b" not in done.stdout
+    assert not re.search(r"<(bool|str|list)|\d{7}|``", done.stdout), "Python's types, bounds that nobody meets, markup"
 
 
 def test_version(tmp_path: Path) -> None:

@@ -149,13 +149,18 @@ def test_warnings_as_errors(pair: Path) -> None:
         (("--limit", "x"), "--limit is 'x'; expected a whole number; see mergeid merge --help"),
         (("--limit", "1.5"), "--limit is '1.5'; expected a whole number; see mergeid merge --help"),
         (("--limit", "0"), "--limit is '0'; expected at least 1; see mergeid merge --help"),
-        (("--seed", str(2**64)), f"--seed is '{2**64}'; expected at most {2**63 - 1}; see mergeid merge --help"),
+        (("--seed", str(2**64)), f"seed is {2**64}; expected a whole number from 0 to 2^63 - 1 (option --seed)"),
         (("--refuse-above", "x"), "--refuse-above is 'x'; expected a number; see mergeid merge --help"),
     ],
 )
 def test_numbers_that_are_none(words: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["merge", "a", "b", *words]) == 2
     assert capsys.readouterr().err == f"mergeid: error: {message}\n"
+
+
+def test_a_seed_that_is_none_starts_no_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--seed", str(2**63), "-o", str(tmp_path / "demo")]) == 2
+    assert "2^63 - 1 (option --seed)" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_calibration_that_nothing_reads(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mergeid.evaluate.agreement import Tally
+from mergeid.evaluate.agreement import Tally, agreement_of
 from mergeid.evaluate.nearness import Panel
 from mergeid.models.examples import Examples
 from mergeid.results.agreement import BORNE_OUT, DOUBT, Agreement
@@ -140,3 +141,10 @@ def test_a_panel_asks_about_classes_that_all_models_speak_of() -> None:
     assert not panel(models, data, classes=False).agreement()
     assert not panel(models[:1], data).agreement()
     assert not panel(models, data, owners=tuple(k % 2 for k in range(23))).agreement()
+
+
+def test_rows_of_logits_say_what_batches_of_them_do() -> None:
+    """Sketches hold rows; models are asked batch by batch."""
+    one, other = torch.randn(2, 40, 5, generator=seeded(0))
+    expected = tallied([one, other], [0.5, 0.5], {"arg0": torch.zeros(40, 5)}, 25)
+    assert asdict(agreement_of(one, other)) == pytest.approx(asdict(expected))

@@ -60,6 +60,7 @@ def row(place: int, loss: float, candidate: float, score: float) -> dict[str, st
         "inputs_place": str(place),
         "inputs_loss": str(loss),
         "inputs_score": str(score),
+        "inputs_expected": str(max(0.0, score)),
     }
 
 
@@ -70,6 +71,8 @@ def test_what_a_choice_costs(zoo):
     before = "least loss against the mean of the two (rank before)"
     assert report.regret(own, report.MERGED, *by[rank]) == pytest.approx(0.02)
     assert report.regret(own, report.MERGED, *by[before]) == pytest.approx(0.4)
+    bad = [{**own[0], "loss_candidate": "4.5"}, *own[1:]]
+    assert report.regret(bad, report.MERGED, *by[report.KNOWN]) == 0
     assert report.regret(own, report.ABOVE, *by[rank]) == pytest.approx(0.02)
     assert report.regret(own, report.ABOVE, *by[before]) == 0
     assert report.by_chance(own, report.MERGED)[0] == pytest.approx(1 / 3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,8 +172,10 @@ def test_bad_input(nets: dict[str, nn.Module]) -> None:
         predict(nets["a"], nets["far"], tolerate=-1.0)
     with pytest.raises(MergeidError, match="--tolerate must be a loss"):
         m.predict_sketches(["a.sketch", "b.sketch"], tolerate=float("nan"))
-    with pytest.raises(MergeidError, match="at least 16 examples"):
+    with pytest.raises(MergeidError, match=r"at least 16 examples are needed .*, and there are 3; .* a larger --limit"):
         predict(nets["a"], nets["far"], data=DATA[:3])
+    with pytest.raises(MergeidError, match=r"and there are 5; .* a larger --limit"):
+        predict(nets["a"], nets["far"], limit=5)
     numbers = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 1)).eval()
     with pytest.raises(MergeidError, match="not class logits"):
         predict(numbers, copy.deepcopy(numbers))
@@ -207,6 +211,33 @@ def test_a_sketch_of_a_scrambled_model_matches(nets: dict[str, nn.Module]) -> No
     ways = by_name(found)
     assert ways["matched"].nats.expected == pytest.approx(0, abs=1e-6)
     assert ways["direct"].nats.expected > 0.05
+
+
+def test_sketches_say_too_that_inputs_are_of_another_kind(nets: dict[str, nn.Module]) -> None:
+    """Inputs that differ only where the training's told nothing: the models are sure, each of something else."""
+    odd = [{"arg0": torch.cat([torch.zeros(3), 100 * x[3:]])} for x in X]
+    for data, told in ((odd, True), (DATA, False)):
+        notes = m.predict_sketches([sketched(nets[k], data=data) for k in ("a", "far")]).pairs[0, 1].notes
+        assert any("of another kind than the training data" in note for note in notes) == told
+
+
+def test_the_drawn_matrix_makes_no_mountains_of_molehills(
+    nets: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses next to nothing are dark, and a model has none with itself."""
+    from mergeid.commands import predict as command
+    from mergeid.reporting import plots
+
+    drawn: list[tuple[np.ndarray, float]] = []
+    monkeypatch.setattr(
+        plots, "plot_heat_map", lambda rows, columns, values, *_, largest, **__: drawn.append((values, largest))
+    )
+    for names in (("a", "near"), ("a", "far")):
+        matrix = m.predict_sketches([sketched(nets[name]) for name in names])
+        command.matrix_shown(SimpleNamespace(as_json=True), matrix, tmp_path / "x.png")  # type: ignore[arg-type]
+    assert all(np.isnan(values.diagonal()).all() for values, _ in drawn)
+    (near, least), (far, most) = drawn
+    assert near[0, 1] < 0.05 and least == 0.1 and most == max(0.1, far[0, 1])
 
 
 def test_no_model_runs_for_sketches(nets: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,3 +323,36 @@ def test_refused_in_the_terminal(work: Path) -> None:
         (["predict", "x.sketch", "y.sketch", "--data", "data.npz"], ["leave out --data, --base and --try"]),
         (["sketch", "a.safetensors", "--data", "data.npz", "-o", "a.json"], ["ending .sketch"]),
     )
+
+
+def test_points_have_one_decimal_and_sentences_no_more_than_thousandths() -> None:
+    """2.650 points claimed digits that no prediction has; 0.00067 and 1.2e-05 nats are no losses to speak of."""
+    from rich.console import Console
+
+    from mergeid.prediction.model import Interval
+    from mergeid.reporting.predictions import prediction_table
+    from mergeid.results.prediction import Worth, in_nats
+
+    said = {0.00067: "0.001", 1.2e-5: "0", -1e-9: "0", -0.004: "-0.004", 0.0342: "0.034", 0.61: "0.61", 12.4: "12"}
+    assert {value: in_nats(value) for value in said} == said
+    points = Interval(2.6499, 0.94, 32.51, 0.0, 0.5, 0.0)
+    ways = [Outlook("direct", False, Interval(0.1, 0.0, 0.2, 0.0, 0.5, 0.0), points, [])]
+    found = PredictResult("a", "b", "x", "inputs", 64, 0.01, ways, None, "1", worth=Worth(0.0, -1e-3, 6.7e-4, 0.0, 1.0))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(prediction_table(found, width=120))
+    row = next(line for line in console.export_text().splitlines() if line.startswith("direct"))
+    assert "0.100  0.000 to 0.200" in row and " 2.6 " in row and "0.9 to 32.5" in row
+    assert "at most 0.001 nats" in found.said_of_worth
+
+
+@pytest.mark.parametrize(("kind", "told"), [("BertModel", True), ("BertForSequenceClassification", False)])
+def test_outputs_that_are_features_are_no_losses(kind: str, told: bool, tmp_path: Path) -> None:
+    """Embeddings and noise of diffusion models were given nats and accuracy points without a word."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, num_labels=3, **sizes)
+        getattr(transformers, kind)(config).save_pretrained(tmp_path / name)
+    found = m.predict(tmp_path / "a", tmp_path / "b")
+    assert any("not known to be class scores" in note for note in found.notes) == told

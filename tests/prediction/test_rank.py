@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from test_predict import DATA, X, labels, trained
 from torch import nn
 
 import mergeid as m
 import mergeid.models.examples as examples
+from mergeid.commands.rank import _next
+from mergeid.commands.terminal import Call
 from mergeid.errors import MergeidError
+from mergeid.reporting.predictions import ranking_table
 from mergeid.results.ranking import Ranking
-from mergeid.verbs.rank import models_in, names_of
+from mergeid.verbs.rank import models_in, names_of, rank
 
 HOW = {"data": DATA, "example_inputs": X[:2]}
 
@@ -124,6 +130,29 @@ def test_trials_decide_where_there_are_any(nets: dict[str, nn.Module]) -> None:
     for p in found.partners:
         assert p.beyond == min(t.beyond for t in p.result.trials)
         assert p.trial is not None and p.tried == p.trial.soft and p.label == p.trial.label
+
+
+def test_the_table_explains_the_columns_that_it_has(nets: dict[str, nn.Module]) -> None:
+    found = m.rank(list(nets.values()), **HOW)
+    assert isinstance(found, Ranking) and any(p.way.points is not None for p in found.partners)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(ranking_table(found, width=120))
+    assert "points:" not in console.export_text()
+
+
+@pytest.mark.parametrize("words", [{}, {"data": "d"}, {"data": "d", "trial": True}])
+def test_nothing_gained_is_followed_by_no_merge(nets: dict[str, nn.Module], words: dict[str, object]) -> None:
+    """But by a closer look, as far as there is one."""
+    call = Call(rank, inspect.signature(rank).bind_partial(**words))
+    how = {**HOW, "trial": True} if words.get("trial") else HOW
+    found = m.rank([nets["near"], nets["far"]], tolerate=0.0, **how)
+    assert isinstance(found, Ranking) and found.gains_nothing and found.advice.startswith("Nothing is gained")
+    printed = _next(found, call, ["a", "b"])
+    if words.get("trial"):
+        assert printed is None
+    else:
+        assert printed is not None and "mergeid rank a b" in printed
+        assert printed.endswith("--try" if words else "--data DATA")
 
 
 def test_every_pair(nets: dict[str, nn.Module]) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 import mergeid
+from mergeid.results.comparison import shown
+from mergeid.results.extract import ExtractResult
 
 
 def network(seed: int) -> nn.Sequential:
@@ -23,3 +25,10 @@ def test_results_are_shown_in_short() -> None:
     assert all(len(text) < 250 and "array" not in text and "tensor(" not in text for text in shown)
     assert f"verdict={plan.verdict!r}" in shown[0] and "1 spaces on 4 tensors, verified" in shown[1]
     assert "state=4 tensors" in shown[3] and f"{predicted.outlooks[0].label}: " in shown[4]
+
+
+def test_small_and_large_figures_are_said_in_plain_digits() -> None:
+    """A refusal said 1.35e+05, an extraction 6.2e-06 %."""
+    said = {1e-9: "less than 0.01 %", 2e-4: "0.02 %", 0.0312: "3.1 %"}
+    assert {error: ExtractResult(8, error=error).left_out for error in said} == said
+    assert [shown(value) for value in (0.0123, 12.5, 135_000.0)] == ["0.012", "12.500", "135,000"]

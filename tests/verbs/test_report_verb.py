@@ -35,6 +35,8 @@ def test_report_of_two_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {p.name for p in tmp_path.iterdir()} == before | {"page.html"}
     direct = mergeid.barrier("a.safetensors", "b.safetensors", data="x.npz", points=3, device="cpu")
     assert found.curves[0].label == "direct" and found.curves[0].losses == direct.losses
+    assert found.prediction is not None and found.merge is not None and found.prediction.notes
+    assert {*found.prediction.notes, *found.merge.notes} <= set(found.notes)
     page = Path("page.html").read_text(encoding="utf-8")
     assert all(f.sha256 in page for f in found.inputs) and len(found.inputs) == 2
     assert f"{direct.losses[0]:.4f}" in page and found.command in page.replace("&#39;", "'")

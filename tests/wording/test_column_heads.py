@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergeid.reporting.terms import explain
+from mergeid.results.comparison import label
 
 ROOT = Path(__file__).parent.parent.parent / "mergeid"
 SAY_THEMSELVES = {
@@ -39,3 +40,14 @@ def test_the_heads_are_found() -> None:
 @pytest.mark.parametrize("head", FOUND)
 def test_a_head_is_explained(head: str) -> None:
     assert explain(head).meaning.endswith(".")
+
+
+@pytest.mark.parametrize("merge", ["plain", "mixed", "matched"])
+@pytest.mark.parametrize("repair", ["none", "bn", "repair", "regmean", "solve", "solve+lean", "solve+polish"])
+def test_every_merge_that_the_last_look_names_is_explained(merge: str, repair: str) -> None:
+    assert explain(label(merge, repair)).name == {
+        "none": {"plain": "direct", "mixed": "mixed", "matched": "match"}[merge],
+        "bn": "repaired",
+        "repair": "repaired",
+        "regmean": "regmean",
+    }.get(repair, "solved")

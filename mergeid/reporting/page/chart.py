@@ -58,7 +58,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Range:
-    """A predicted interval beside what was measured, places in percent; `inside` is None where nothing was measured."""
+    """A predicted interval beside what was measured, places in percent; `inside` is None where nothing was measured.
+
+    An open one reaches to the right edge."""
 
     name: str
     low: float
@@ -68,6 +70,7 @@ class Range:
     text: str
     inside: bool | None
     trusted: bool
+    open: bool
 
 
 def nice(low: float, high: float, count: int = 4) -> list[float]:
@@ -161,6 +164,6 @@ def ranges(prediction: PredictResult, curves: Sequence[BarrierResult]) -> tuple[
         if m is not None:
             told = f"{m:.3f} nats" if math.isfinite(m) else "a breakdown"
             said += f"; measured {told}, {'inside' if inside else 'outside'} the interval"
-        values = (place(o.nats.low), place(o.nats.high), place(o.nats.expected))
-        out.append(Range(o.label, *values, None if m is None else place(m), said, inside, o.nats.trusted))
+        values = (place(o.nats.low), 100.0 if o.nats.open else place(o.nats.high), place(o.nats.expected))
+        out.append(Range(o.label, *values, None if m is None else place(m), said, inside, o.nats.trusted, o.nats.open))
     return tuple(out), tuple(Tick(place(v), f"{v:g}") for v in nice(0, top))

@@ -66,7 +66,16 @@ def ends(report: Report) -> tuple[Figure, ...]:
     """Both models, as they are."""
     if not report.curves:
         return ()
-    curve = next((c for c in report.curves if not c.repair), report.curves[0])
+    return _ends_of(next((c for c in report.curves if not c.repair), report.curves[0]))
+
+
+def _restored(report: Report) -> tuple[Figure, ...]:
+    """Both models with their BatchNorm statistics re-estimated on the inputs that the merges are made on."""
+    curve = next((c for c in report.curves if c.repair), None)
+    return () if curve is None else _ends_of(curve)
+
+
+def _ends_of(curve: BarrierResult) -> tuple[Figure, ...]:
     return tuple(
         Figure(name, "end", curve.losses[i], None if curve.accuracies is None else curve.accuracies[i])
         for name, i in (("Model A", 0), ("Model B", -1))
@@ -90,7 +99,7 @@ def sentence(report: Report) -> tuple[str, str]:
     two, found = ends(report), merges(report)
     best = next((f for f in found if f.best), None)
     if best is not None and len(two) == 2:
-        return _measured(best, two)
+        return _measured(report, best, two)
     if report.merge is not None and report.merge.files:
         return _written(report.merge)
     if report.refused:
@@ -124,15 +133,33 @@ def _written(merge: MergeResult) -> tuple[str, str]:
     return "yes" if looked["distance"] <= NEAR else "care", f"The models were merged {way}; {far}."
 
 
-def _measured(best: Figure, two: tuple[Figure, ...]) -> tuple[str, str]:
-    cost = best.loss - (two[0].loss + two[1].loss) / 2
+def _measured(report: Report, best: Figure, two: tuple[Figure, ...]) -> tuple[str, str]:
+    """A merge whose statistics fit the inputs looks good beside models whose own do not: those say nothing of it."""
+    restored = _restored(report)
+    gained = _loss(two) - _loss(restored) if restored else 0.0
+    cost = best.loss - _loss(two)
     way = WAYS.get(best.kind, best.kind)
-    if best.accuracy is not None and two[0].accuracy is not None and two[1].accuracy is not None:
-        have = f"the merged network gets {best.shown}, the two models get {two[0].shown} and {two[1].shown}"
-    else:
-        have = f"the merged network has a loss of {best.shown}, the two models have {two[0].shown} and {two[1].shown}"
+    have = f"the merged network {_has(best)}, the two models {_have(two)}"
+    if gained > LARGE:
+        what = "The inputs, or the models' BatchNorm statistics, seem to be off"
+        return "care", f"{what}: {have}, and {_have(restored)} once these are re-estimated."
+    if cost > LARGE and report.plan is None:  # of a barrier alone, which measures the ways that it was asked for
+        return "care", f"Not in this way ({best.name}): {have}. Other ways were not measured."
     if cost > LARGE:
         return "no", f"Do not merge these two models: at best ({best.name}), {have}."
     if cost > SMALL:
         return "care", f"They merge at a price: {way}; {have}."
     return "yes", f"They merge well: {way}; {have}."
+
+
+def _loss(two: tuple[Figure, ...]) -> float:
+    return (two[0].loss + two[1].loss) / 2
+
+
+def _has(one: Figure) -> str:
+    return f"gets {one.shown}" if one.accuracy is not None else f"has a loss of {one.shown}"
+
+
+def _have(two: tuple[Figure, ...]) -> str:
+    word = "get" if two[0].accuracy is not None else "have"
+    return f"{word} {two[0].shown} and {two[1].shown}"

@@ -13,12 +13,14 @@ import pytest
 from pages import curve, report
 
 from mergeid.errors import MergeidError
-from mergeid.reporting.page import Measured, render, report_of
-from mergeid.reporting.page.chart import loss_chart, nice
+from mergeid.prediction.model import Interval
+from mergeid.reporting.page import Measured, Report, render, report_of
+from mergeid.reporting.page.chart import loss_chart, nice, ranges
 from mergeid.reporting.page.network import draw, rows_of
 from mergeid.reporting.page.verdict import merges, sentence
 from mergeid.reporting.terms import TERMS, explain
 from mergeid.results.merge import MergeResult
+from mergeid.results.prediction import Outlook, PredictResult
 
 HOSTILE = '"><script>alert(1)</script>&\x1b[31m'
 VOID = {"meta", "input", "br", "path"}
@@ -138,6 +140,33 @@ def test_verdict_follows_the_measured_loss() -> None:
     assert sentence(replace(given, curves=given.curves[:1]))[0] == "no"
     nothing = replace(given, curves=(), plan=None, prediction=None, refused="they have nothing in common")
     assert sentence(nothing) == ("no", "These two models will not merge: they have nothing in common.")
+
+
+def test_a_curve_alone_damns_no_other_way() -> None:
+    alone = Report("a", "b", curves=(curve("direct", 0.1, 0.6, 1.3, 0.6, 0.12),))
+    assert sentence(alone)[0] == "care" and sentence(alone)[1].startswith("Not in this way (direct): ")
+    assert "They do not merge" not in render(alone)
+
+
+def test_an_open_interval_has_no_end_on_the_page() -> None:
+    """What was measured beyond it is inside of it, and lies on it."""
+    open_one = Interval(1.7, 0.7, 2.3, 0.0, 0.0, 0.0, False, True)
+    closed = Interval(0.4, 0.1, 1.0, 0.0, 0.0, 0.0)
+    ways = [Outlook(name, False, nats, None, []) for name, nats in (("direct", open_one), ("matched", closed))]
+    predicted = PredictResult("a", "b", "x", "inputs", 64, 0.01, ways, None, "1")
+    told, _ = ranges(predicted, (curve("direct", 0, 2, 4, 2, 0),))
+    assert told[0].inside and told[0].low < told[0].measured < told[0].high == 100 and told[0].open
+    assert not told[1].open and told[1].high < 100
+
+
+@pytest.mark.parametrize("middle", [0.3, 1.0])
+def test_models_whose_own_statistics_fit_badly_make_no_merge_good(middle: float) -> None:
+    """Inputs prepared in another way than in training: next to models at chance, any re-estimated merge looks good."""
+    as_is = curve("direct", 3.0, 2.9, 2.9, 2.8, 2.6)
+    repaired = curve("matched, repaired", 0.1, 0.2, middle, 0.2, 0.12, repair=True)
+    verdict, said = sentence(replace(report(), solved=(), curves=(as_is, repaired)))
+    assert verdict == "care" and "seem to be off" in said and "10.0" in said and "95.0" in said
+    assert sentence(replace(report(), solved=(), curves=(repaired, as_is)))[0] == "care"
 
 
 def test_every_space_is_drawn_once() -> None:
