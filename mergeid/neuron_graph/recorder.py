@@ -255,8 +255,8 @@ class Recorder(TorchDispatchMode):
         self.shadows.follow(tensor, value)
 
     def _let_go(self, tensor: Tensor, held: bool, call: Call) -> None:
-        """A result did not fit into the memory that was given for it (out=). Where this `held` something, what shares it
-        is not followed."""
+        """A result did not fit into the memory that was given for it (out=). Where this `held` anything, what shares
+        it is not followed."""
         root = self.root(tensor)
         kin = [t for t in list(self._views) if self.root(t) is root] if held else []
         for each in [t for t in (root, *kin) if t is not tensor and held]:
