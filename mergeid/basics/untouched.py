@@ -95,6 +95,7 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
     if largest is None and held.get("max_norm") is not None:
         tensors.append(held.get("_parameters", {}).get("weight"))
     values = [(t, t.detach().clone()) for t in tensors if t is not None and not t.is_meta]
+    shaped = [(t, t.detach()) for t in _plain_parameters(held)]
 
     def put_back() -> None:
         for name in [k for k in held if k not in kept and k not in OWN]:
@@ -104,10 +105,22 @@ def _remembered(held: dict[str, Any], running: bool = False, *, largest: int | N
             each()
         if isinstance(own, dict):  # a scripted module keeps them elsewhere
             own.update(buffers)
+        for tensor, as_it_was in shaped:
+            if (tensor.shape, tensor.stride()) != (as_it_was.shape, as_it_was.stride()):  # t_() and the like
+                tensor.data = as_it_was
         for tensor, value in values:
             _refill(tensor, value)
 
     return put_back
+
+
+def _plain_parameters(held: dict[str, Any]) -> list[Tensor]:
+    """Those that have a shape and strides."""
+    import torch
+
+    own = held.get("_parameters")
+    found = own.values() if isinstance(own, dict) else ()
+    return [t for t in found if type(t) is torch.nn.Parameter and t.layout == torch.strided]
 
 
 @cache

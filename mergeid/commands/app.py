@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -46,6 +47,8 @@ FAULT = 3
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 TRACEBACK = "--traceback"
+PLACES = ("MODEL", "BASE", "A", "DATA", "OUT", "FILE", "[FILE]", "FOLDER")
+"""What the values of options stand for that name files or models."""
 
 
 def _untyped(found: list[Any]) -> list[Any]:
@@ -151,7 +154,23 @@ def _call(words: list[str]) -> int:
     command = typer.main.get_command(app)
     if words[0] == "graph":
         words = ["graph", *graph.spell_out_json(words[1:], command.commands["graph"])]  # type: ignore[attr-defined]
+    if words[0] in command.commands:  # type: ignore[attr-defined]
+        _check_named(words, command.commands[words[0]].params)  # type: ignore[attr-defined]
     return command.main(args=words, prog_name="mergeid", standalone_mode=False) or 0
+
+
+def _check_named(words: Sequence[str], params: Sequence[Any]) -> None:
+    """Raises `MergeidError` for a file or model without a name (a variable that is not set), which the parser takes for
+    the working directory."""
+    kinds = {o: p.metavar for p in params for o in p.opts if o.startswith("-") and not getattr(p, "is_flag", False)}
+    for before, word in pairwise(words):
+        option = before if word == "" else word[:-1]
+        if word == "" and (before == "--" or option not in kinds) and words[0] not in ("explain", "adapters"):
+            raise MergeidError(
+                f"an argument of mergeid {words[0]} is empty; expected the name of a file, folder or model"
+            )
+        if (word == "" or word.endswith("=")) and kinds.get(option) in PLACES:
+            raise MergeidError(f"{option} is empty; expected the name of a file, folder or model")
 
 
 def _check_working_directory() -> None:

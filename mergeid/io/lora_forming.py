@@ -20,6 +20,8 @@ from mergeid.basics.reading import read_table
 from mergeid.errors import MergeidError, shown
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Derived, Formed, derived, read_from
+from mergeid.io.ia3_forming import feedforward_of, scaled, scales_inputs
+from mergeid.io.lora_checks import finite, misfit
 from mergeid.io.lora_heads import as_trained, tokenizer_beside
 from mergeid.io.lora_places import Places, base_ties
 from mergeid.io.tensors import TensorSource
@@ -53,6 +55,7 @@ class LoraConfig:
         transposed: whether the base's weights are stored [in, out] (``fan_in_fan_out``).
         base: the base model as its trainer named it.
         task: what PEFT calls its task, or the class that it was trained in.
+        feedforward: pattern of names, or ends of names, of the modules whose inputs (IA)³ scales.
     """
 
     alpha: float
@@ -61,6 +64,7 @@ class LoraConfig:
     transposed: bool = False
     base: str | None = None
     task: str | None = None
+    feedforward: str | tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> LoraConfig:
@@ -105,6 +109,7 @@ class LoraConfig:
             bool(told.get("fan_in_fan_out")),
             base if isinstance(base, str) and base else None,
             task if isinstance(task, str) else None,
+            feedforward_of(path, told.get("feedforward_modules")),
         )
 
     def scaling(self, module: str, rank: int) -> float:
@@ -198,7 +203,7 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
         target = places.of(short)
         _put_once(held, target, name, adapter)
         if adapter.table[name].shape != under.table[target].shape:
-            raise _misfit(folder, name, adapter.table[name].shape, base, target)
+            raise misfit(folder, name, adapter.table[name].shape, base, target)
         formed[target] = _replaced(adapter, name, under, target)
     done: dict[str, str] = {}
     for module, parts in factors.items():
@@ -210,7 +215,8 @@ def laid_on(base: Checkpoint, adapter: Checkpoint, told: LoraConfig) -> Derived:
             )
         done[target] = module
         if (vector := parts.get("ia3_l")) is not None:
-            formed |= _scaled(formed, under, target, adapter, vector, told)
+            inputs = scales_inputs(told.feedforward, module)
+            formed |= scaled(formed, under, target, adapter, vector, inputs=inputs, transposed=told.transposed)
             continue
         formed[target] = _formed(formed[target], under, target, adapter, module, parts, told)
     config = under.config if under.config_changed else None
@@ -255,13 +261,13 @@ def _formed(
     shape = base.table[target].shape
     transposed = told.transposed and not embedding and len(shape) == 2
     if not _fits(shapes[0], shapes[1], shape, embedding or transposed):
-        raise _misfit(adapter.file_of[first], first, shapes[0], base, target)
+        raise misfit(adapter.file_of[first], first, shapes[0], base, target)
     if magnitude is not None and math.prod(adapter.table[magnitude].shape) != shape[1 if transposed else 0]:
-        raise _misfit(adapter.file_of[magnitude], magnitude, adapter.table[magnitude].shape, base, target)
+        raise misfit(adapter.file_of[magnitude], magnitude, adapter.table[magnitude].shape, base, target)
     scaling = told.scaling(module, shapes[0][0])
 
     def form() -> Tensor:
-        a, b, *more = (_finite(adapter, name) for name in (first, second, magnitude) if name is not None)
+        a, b, *more = (finite(adapter, name) for name in (first, second, magnitude) if name is not None)
         found = Factors(a, b, scaling, more[0] if more else None, transposed, embedding)
         weight = under.form()
         changed = found.on(weight)
@@ -277,33 +283,6 @@ def _formed(
     return Formed(under.info, form, (*under.reads, *reads), how)
 
 
-def _scaled(
-    formed: Mapping[str, Formed], base: TensorSource, target: str, adapter: TensorSource, vector: str, told: LoraConfig
-) -> dict[str, Formed]:
-    """A weight [out, in] times a vector [out, 1] of outputs, and the layer's bias with it, or [1, in] of inputs."""
-    shape, own = base.table[target].shape, adapter.table[vector].shape
-    rows, columns = (1, 0) if told.transposed else (0, 1)
-    on_outputs = len(shape) == 2 and own == (shape[rows], 1)
-    if not on_outputs and (len(shape) != 2 or own != (1, shape[columns])):
-        raise _misfit(adapter.file_of[vector], vector, own, base, target)
-
-    def times(under: Formed, *, bias: bool) -> Formed:
-        def form() -> Tensor:
-            import torch
-
-            value, by = under.form(), _finite(adapter, vector)
-            wide = torch.float64 if value.dtype.itemsize >= 4 else torch.float32
-            by = by.flatten() if bias else by.T if told.transposed else by
-            return (value.to(wide) * by.to(wide)).to(value.dtype)
-
-        how = f"{under.how}, times a vector, transposed {told.transposed}"
-        return Formed(under.info, form, (*under.reads, (adapter, vector)), how)
-
-    bias = f"{target.removesuffix('.weight')}.bias"
-    found = {target: times(formed[target], bias=False)}
-    return found | ({bias: times(formed[bias], bias=True)} if on_outputs and bias in formed else {})
-
-
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapped: bool) -> bool:
     if min(len(a), len(b)) < 2 or a[0] < 1:
         return False
@@ -311,18 +290,6 @@ def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], swapp
     if swapped:
         product = (product[1], product[0], *product[2:])
     return b[1] == a[0] and math.prod(b[2:]) == 1 and product == tuple(weight)
-
-
-def _finite(adapter: TensorSource, name: str) -> Tensor:
-    """A tensor of the adapter. Raises `MergeidError` where it holds NaN or infinite numbers."""
-    found = adapter.tensor(name)
-    seen = found.float() if found.dtype.itemsize == 1 else found  # torch does not ask that of float8
-    if not bool(seen.isfinite().all()):
-        what = "NaN" if bool(seen.isnan().any()) else "an infinite number"
-        raise MergeidError(
-            f"{adapter.file_of[name]}: {name} holds {what}; expected finite numbers: use another adapter"
-        )
-    return found
 
 
 def _named(pattern: str) -> re.Pattern[str]:
@@ -346,14 +313,7 @@ def _replaced(adapter: TensorSource, name: str, base: TensorSource, target: str)
     from mergeid.io.dtypes import torch_dtype
 
     dtype = torch_dtype(base.table[target].dtype)
-    return Formed(base.table[target], lambda: _finite(adapter, name).to(dtype), ((adapter, name),), "whole")
-
-
-def _misfit(folder: Path, name: str, shape: tuple[int, ...], base: TensorSource, target: str) -> MergeidError:
-    return MergeidError(
-        f"{folder}: {name} {list(shape)} does not fit {target} {list(base.table[target].shape)} of {base.source}; "
-        "expected the base that the adapter was trained on"
-    )
+    return Formed(base.table[target], lambda: finite(adapter, name).to(dtype), ((adapter, name),), "whole")
 
 
 def _number(value: Any) -> bool:

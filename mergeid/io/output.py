@@ -65,6 +65,8 @@ def check_output(output: str | os.PathLike[str], *, inputs: Iterable[Input] = ()
             written, has a wrong ending, or is a folder that does not look like a model's.
     """
     name = os.fspath(output)
+    if not name:
+        raise MergeidError("the output has no name; expected a .safetensors file or a folder (option -o)")
     lower = name.lower()
     if lower.endswith((*PICKLES, *_FILES)) or (lower.endswith(SAFETENSORS) and not is_single_file(name)):
         raise MergeidError(f"output {name} has a wrong ending; expected a .safetensors file or a folder (option -o)")

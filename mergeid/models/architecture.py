@@ -63,6 +63,15 @@ def stated_config(checkpoint: TensorSource, arch: str | None) -> dict[str, Any] 
     return read_table(arch, "the model's config.json")
 
 
+def check_named(checkpoint: Checkpoint, arch: str | None) -> None:
+    """Raises `MergeidError` for an ``--arch`` that names nothing, also where no network is built."""
+    if arch is None or checkpoint.module is not None:
+        return
+    config = stated_config(checkpoint, arch)
+    if not arch.endswith(".json"):
+        resolve_name(arch, None, config)
+
+
 def resolve_name(
     arch: str, table: Mapping[str, Any] | None, config: Mapping[str, Any] | None
 ) -> tuple[Adapter, Architecture]:

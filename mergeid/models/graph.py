@@ -105,7 +105,7 @@ def _traced(
     Args:
         moved: copies a batch to where the model is.
     """
-    from mergeid.neuron_graph.recorder import Pass
+    from mergeid.neuron_graph.recording import Pass
     from mergeid.neuron_graph.trace import trace, trace_repeated
 
     model, inputs = loaded.model, moved(loaded.inputs)

@@ -55,6 +55,10 @@ class Watcher(Protocol):
         """The places that a tensor holds."""
         ...
 
+    def root(self, tensor: Tensor) -> Tensor:
+        """What a tensor is a view of, in the end."""
+        ...
+
     def use(self, tensors: Iterable[Tensor]) -> None:
         """The numbers of these tensors are read: neurons whose places they are stand still."""
         ...
@@ -68,9 +72,6 @@ class Call:
         self.facts = recorder.facts
         self.where = recorder.where()
         self.out: Any = None
-        self.strides: tuple[int, ...] = ()
-        self.offset = 0
-        """Strides and storage offset of the first tensor before the call."""
         self.rerun: Callable[[], Result] = lambda: None
         self.aside: list[Tensor] = []
         """What is written on the side, and stays laid out as it was: rules say so."""
@@ -106,7 +107,14 @@ class Call:
         return self.recorder.layout(tensor)
 
     def tensors(self) -> list[Tensor]:
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        """Those that it reads: not the memory that is given for its results (out=)."""
+        given = [s.name for s in self.func._schema.arguments if s.is_out]
+        read = {k: v for k, v in self.kwargs.items() if k not in given} if given else self.kwargs
+        return [x for x in tree_leaves((self.args, read)) if isinstance(x, Tensor)]
+
+    def is_given(self, tensor: Tensor) -> bool:
+        """Whether it is memory for a result (out=)."""
+        return any(s.is_out and self.kwargs.get(s.name) is tensor for s in self.func._schema.arguments)
 
     def outputs(self) -> list[Tensor]:
         return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]

@@ -10,18 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mergeid.basics.nested import named_tensors
-from mergeid.basics.state import uncompiled
-from mergeid.errors import MergeidError
 from mergeid.neuron_graph.atoms import atoms
 from mergeid.neuron_graph.call import Call, Places, Result
 from mergeid.neuron_graph.combine import relate
@@ -29,7 +26,6 @@ from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.constants import constant
 from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
-from mergeid.neuron_graph.leaving import Leaving
 from mergeid.neuron_graph.rules import rule_for
 from mergeid.neuron_graph.rules.places import places_through
 from mergeid.neuron_graph.shadows import Shadows
@@ -152,19 +148,23 @@ class Recorder(TorchDispatchMode):
         call = Call(self, func, args, kwargs)
         call.refuse_nested(call.tensors())
         places = places_through(call)
-        for first in call.tensors()[:1]:
-            if first.layout == torch.strided:
-                call.strides, call.offset = first.stride(), int(first.storage_offset())
         targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
         written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
         if reshapes := torch.Tag.inplace_view in func.tags:
-            self._set_aside(written[0], call)
+            call.exchange(written[0], self._set_aside(written[0]))
+        shapes = [tuple(t.shape) for t in written]
         call.out = self.shadows.run(func, args, kwargs)
         call.refuse_nested(call.outputs())
+        grown = [] if reshapes else [(t, n) for t, n in zip(written, shapes, strict=True) if tuple(t.shape) != n]
+        for tensor, shape in grown:
+            self._let_go(tensor, prod(shape) > 0, call)
         if reshapes or (func.is_view and call.tensors()):
             self._viewed(call)
         else:
             self._laid_out(call, written)
+        for tensor, shape in grown:
+            if prod(shape):
+                self.facts.freeze(self.layout(tensor).all_labels, call.why)
         if places is not None:
             for tensor in call.outputs():
                 self.counts(tensor, places)
@@ -180,8 +180,8 @@ class Recorder(TorchDispatchMode):
         for i, tensor in enumerate(outputs):
             result = results[i] if i < len(results) else None
             if any(tensor is t for t in written):
-                if result is not None:
-                    self._write(tensor, result, call)
+                if result is not None or call.is_given(tensor):
+                    self._write(tensor, result or uniform(tensor.shape, FROZEN, data=True), call)
             elif not any(tensor is t for t in call.tensors()):
                 # None: computed without labels (indices, statistics that nobody reads)
                 self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True) if result is None else result
@@ -227,9 +227,9 @@ class Recorder(TorchDispatchMode):
         data = any(x.data for x in layouts)
         return [uniform(t.shape, FROZEN, data) for t in call.outputs()]
 
-    def _set_aside(self, tensor: Tensor, call: Call) -> None:
-        """Before a call changes the shape of `tensor` in place (transpose_, squeeze_, …): what it was is another tensor
-        from now on, which its views are taken of, and so is `tensor` itself."""
+    def _set_aside(self, tensor: Tensor) -> Tensor:
+        """Before the shape of `tensor` changes in place (transpose_, squeeze_, …): what it was is another tensor from
+        now on, which its views are taken of, and so is `tensor` itself."""
         was = tensor.detach()
         self._layouts[was] = self.layout(tensor)
         self._versions[was] = self._versions.get(tensor, 0)
@@ -240,7 +240,30 @@ class Recorder(TorchDispatchMode):
             if view.parent is tensor:
                 view.parent = was
                 view.call.exchange(tensor, was)
-        call.exchange(tensor, was)
+        return was
+
+    def assigned(self, tensor: Tensor, value: Tensor) -> None:
+        """``tensor.data = value``: it is a view of other memory from now on."""
+        if value is tensor:
+            return
+        with _disable_current_modes():
+            self._set_aside(tensor)
+        call = Call(self, torch.ops.aten.alias.default, (value,), {})
+        call.out = tensor
+        call.rerun = self._rule_of(call)
+        self._views[tensor] = _View(value, call, 0)
+        self.shadows.follow(tensor, value)
+
+    def _let_go(self, tensor: Tensor, held: bool, call: Call) -> None:
+        """A result did not fit into the memory that was given for it (out=). Where this `held` anything, what shares
+        it is not followed."""
+        root = self.root(tensor)
+        kin = [t for t in list(self._views) if self.root(t) is root] if held else []
+        for each in [t for t in (root, *kin) if t is not tensor and held]:
+            self.facts.freeze(self.layout(each).all_labels, call.why)
+        for each in (tensor, root, *kin) if held else (tensor,):
+            self._views.pop(each, None)
+            self._layouts[each] = uniform(each.shape, FROZEN, data=True)
 
     def _write(self, tensor: Tensor, new: Layout, call: Call) -> None:
         """`tensor` now holds values laid out as `new`; its base and its other views follow."""
@@ -250,7 +273,7 @@ class Recorder(TorchDispatchMode):
             self._versions[tensor] = self._versions.get(tensor, 0) + 1
             return
         old = self.layout(tensor)
-        root = self._root(tensor)
+        root = self.root(tensor)
         # a part is written where all positions were alike, or what is written varies
         part = tensor.numel() < root.numel() and _has_free(self.layout(root))
         if part or _has_free(old) or (new.data and not old.data):
@@ -258,7 +281,7 @@ class Recorder(TorchDispatchMode):
             old = self.layout(tensor)
         relate(self.facts, old, new, call.why)
 
-    def _root(self, tensor: Tensor) -> Tensor:
+    def root(self, tensor: Tensor) -> Tensor:
         """What it is a view of."""
         view: _View | None = self._views.get(tensor)
         while view is not None:
@@ -332,69 +355,3 @@ def _has_free(layout: Layout) -> bool:
 
 def _flat(result: Result) -> list[Layout | None]:
     return [result] if isinstance(result, Layout) or result is None else list(result)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass.
-
-    Attributes:
-        inputs: every tensor in this nest is an input: frozen in all dimensions.
-        forward: returns all outputs that a caller reads; all labels on them are frozen.
-        values: for inputs on the meta device, the same nest with real tensors.
-    """
-
-    inputs: Any
-    forward: Callable[[], Any]
-    values: Any = None
-
-
-def record(model: nn.Module, state: Mapping[str, Tensor], passes: Sequence[Pass]) -> Recorder:
-    """Run every pass once, one after the other, and return what was seen in all of them.
-
-    Activations are tapped in the first pass alone.
-
-    Args:
-        model: the module that the passes call, in eval mode.
-        state: its state dict with the live tensors (``keep_vars=True``).
-    """
-    recorder = Recorder()
-    recorder.add_parameters(state)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for one in passes:
-            _run(recorder, model, one)
-            recorder.tapping = False
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    _freeze_unread(recorder, model)
-    return recorder
-
-
-def _run(recorder: Recorder, model: nn.Module, one: Pass) -> None:
-    inputs = named_tensors(one.inputs)
-    if one.values is not None:
-        for name, value in named_tensors(one.values).items():
-            recorder.shadows.add(inputs[name], value)
-    for tensor in inputs.values():
-        recorder.add_input(tensor)
-    seen = Leaving(recorder.leaves)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled(), recorder.watching(model), recorder, seen:
-        output = one.forward()
-    recorder.use(named_tensors(output).values())
-    for tensor in named_tensors(output).values():
-        recorder.facts.freeze(recorder.layout(tensor).all_labels, "model output")
-
-
-def _freeze_unread(recorder: Recorder, model: nn.Module) -> None:
-    """Rows of a table that this input never reached (positions beyond its length) may matter to another input."""
-    read = recorder.facts.read()
-    several = [labels for labels in recorder.axes.values() if len(labels) > 1]
-    if several and not any(read[labels].any() for labels in several):
-        raise MergeidError(
-            f"the forward pass of {type(model).__name__} on the example inputs used none of its {len(recorder.axes)} "
-            "weights; give inputs that run through it, and a model that uses its own tensors"
-        )
-    for labels in several:  # an axis of size 1 has nothing to be told apart from
-        recorder.facts.freeze(labels[~read[labels]], "never read by the traced forward pass")

@@ -31,6 +31,12 @@ class Shadows:
     def add(self, tensor: Tensor, value: Tensor) -> None:
         self._values[tensor] = value
 
+    def follow(self, tensor: Tensor, other: Tensor) -> None:
+        """`tensor` has the values of another one from now on."""
+        self._values.pop(tensor, None)
+        if other in self._values:
+            self._values[tensor] = self._values[other]
+
     def value(self, tensor: Tensor) -> Tensor | None:
         """The tensor itself where it is real, its values where they are known, else None."""
         if not tensor.is_meta:

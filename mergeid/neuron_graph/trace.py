@@ -18,7 +18,8 @@ from mergeid.basics.state import forget_derived, tensors_of
 from mergeid.neuron_graph.by_hand import Constraints
 from mergeid.neuron_graph.cells import Cell
 from mergeid.neuron_graph.neuron_graph import AxisMap, NeuronGraph, Space, TapMap
-from mergeid.neuron_graph.recorder import Pass, Recorder, record
+from mergeid.neuron_graph.recorder import Recorder
+from mergeid.neuron_graph.recording import Pass, record
 from mergeid.neuron_graph.repeated import extended, shortened, stacks
 from mergeid.neuron_graph.solve import Solution, solve
 

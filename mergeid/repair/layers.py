@@ -19,8 +19,8 @@ WIDE, BLOCK = 1 << 25, 1 << 24
 """Numbers beyond which an answer is not held; numbers of it that are formed at a time then."""
 DEAD = 1e-6
 """A channel that counts less than that share of the largest is not fitted."""
-Rows = tuple[Tensor, Tensor]
-"""Inputs [examples, positions, d] and answers [examples, positions, m]."""
+Rows = Callable[[int, Tensor, Tensor | None], Tensor]
+"""(Part, input or answer of the call, chosen positions or None) -> [examples, positions, …]."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,15 @@ class Layer:
     Attributes:
         parts: its linear maps (one per group or expert).
         positions: how many rows an example has.
-        rows: (part, input tensors of the call, answer, chosen positions or None) -> rows of that part.
+        inputs: of a part [examples, positions, d]; answers: its own [examples, positions, m].
+        source: the input tensor of the call.
         by_model: whether each part belongs to the model of that number.
     """
 
     parts: list[Part]
     positions: int
-    rows: Callable[[int, Tensor, Tensor, Tensor | None], Rows]
+    inputs: Rows
+    answers: Rows
     source: Tensor
     by_model: bool = False
 
@@ -136,11 +138,14 @@ def by_model(layer: Layer, sizes: Sequence[int]) -> Layer:
     offsets = [None] * len(sizes) if whole.bias is None else whole.bias.split(list(sizes))
     parts = [Part(w, b, turned=whole.turned) for w, b in zip(whole.weight.split(list(sizes)), offsets, strict=True)]
 
-    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
-        x, y = layer.rows(0, source, answer, at)
-        return x, y.split(list(sizes), -1)[part]
+    def inputs(part: int, source: Tensor, at: Tensor | None) -> Tensor:
+        return layer.inputs(0, source, at)
 
-    return replace(layer, parts=parts, rows=rows, by_model=True)
+    def answers(part: int, answer: Tensor, at: Tensor | None) -> Tensor:
+        own: Tensor = layer.answers(0, answer, at).split(list(sizes), -1)[part]
+        return own
+
+    return replace(layer, parts=parts, inputs=inputs, answers=answers, by_model=True)
 
 
 def layer_of(stop: Stop, examples: int, outer: int = 1) -> Layer | None:
@@ -177,20 +182,22 @@ def _matmul(stop: Stop, order: Order, left: int, right: int, bias: Tensor | None
     if not order.fits(x.shape[1]) or len(x) != stacked:
         return None
 
-    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+    def inputs(part: int, source: Tensor, at: Tensor | None) -> Tensor:
+        x = (source.mT if turned else source).reshape(stacked, -1, source.shape[-2 if turned else -1])
+        return _picked(order.split(x[0 if stop.block else part]), at)
+
+    def answers(part: int, answer: Tensor, at: Tensor | None) -> Tensor:
         if stop.block:
             answer, part = answer[:, part * stop.block : (part + 1) * stop.block], 0
         out = answer.mT if turned else answer
-        x = (source.mT if turned else source).reshape(stacked, -1, source.shape[-2 if turned else -1])[part]
-        y = out.reshape(stacked, -1, out.shape[-1])[part]
-        return _picked(order.split(x), at), _picked(order.split(y), at)
+        return _picked(order.split(out.reshape(stacked, -1, out.shape[-1])[part]), at)
 
     parts = [Part(m, bias, turned=not turned) for m in w]
     if stop.block:
         pieces = parts[0].weight.split(stop.block)
         offsets = [None] * len(pieces) if bias is None else bias.split(stop.block)
         parts = [Part(piece, offset, turned=True) for piece, offset in zip(pieces, offsets, strict=True)]
-    return Layer(parts, x.shape[1] // order.examples, rows, b if turned else a)
+    return Layer(parts, x.shape[1] // order.examples, inputs, answers, b if turned else a)
 
 
 def block_of(stop: Stop) -> int:
@@ -254,7 +261,14 @@ def _convolution(stop: Stop, order: Order) -> Layer | None:
         count *= n
     wide = w.shape[1] if transposed else len(w) // groups
 
-    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
+    def chosen(channels_last: Tensor, at: Tensor | None) -> Tensor:
+        """[examples, positions…, …] at some positions, or all."""
+        if at is None:
+            return channels_last.reshape(len(channels_last), count, *channels_last.shape[1 + nd :])
+        where: tuple[Any, ...] = (slice(None), *torch.unravel_index(at, tuple(out)))
+        return channels_last[where]
+
+    def inputs(part: int, source: Tensor, at: Tensor | None) -> Tensor:
         each = source.shape[1] // groups
         h = source[:, part * each : (part + 1) * each]
         if transposed:
@@ -267,14 +281,13 @@ def _convolution(stop: Stop, order: Order) -> Layer | None:
             h = h.unfold(2 + i, span[i] + 1, step[i])
         taps: list[Any] = [slice(None), slice(None)] + [slice(None)] * nd
         taps += [slice(None, None, dilation[i]) for i in range(nd)]
-        h = h[tuple(taps)]
-        places = torch.arange(count) if at is None else at
-        where: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(places, tuple(out)))
-        patches = h[where]  # [examples, channels, positions, kernel]
+        h = h[tuple(taps)].movedim(1, 1 + nd)  # [examples, positions…, channels, kernel…]
         if transposed:
-            patches = patches.flip(tuple(range(3, 3 + nd)))
-        y = answer[:, part * wide : (part + 1) * wide][where]
-        return patches.movedim(2, 1).flatten(2), y.movedim(2, 1)
+            h = h.flip(tuple(range(2 + nd, 2 + 2 * nd)))
+        return chosen(h, at).flatten(2)
+
+    def answers(part: int, answer: Tensor, at: Tensor | None) -> Tensor:
+        return chosen(answer[:, part * wide : (part + 1) * wide].movedim(1, -1), at)
 
     inner = len(w) // groups
     kernels = [
@@ -282,27 +295,25 @@ def _convolution(stop: Stop, order: Order) -> Layer | None:
         for g in range(groups)
     ]
     parts = [Part(k, None if bias is None else bias[g * wide : (g + 1) * wide]) for g, k in enumerate(kernels)]
-    return Layer(parts, count, rows, x)
+    return Layer(parts, count, inputs, answers, x)
 
 
 def _each(value: Sequence[int], nd: int) -> list[int]:
     return list(value) * nd if len(value) == 1 else list(value)
 
 
-def _channels_first(scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
-    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
-        u, v = (t.flatten(2) if t.dim() > 2 else t[..., None] for t in (scaled(source), answer))
-        return _picked(u.mT, at), _picked(v.mT, at)
+def _channels_first(scaled: Callable[[Tensor], Tensor]) -> tuple[Rows, Rows]:
+    def answers(part: int, answer: Tensor, at: Tensor | None) -> Tensor:
+        return _picked((answer.flatten(2) if answer.dim() > 2 else answer[..., None]).mT, at)
 
-    return rows
+    return lambda part, source, at: answers(part, scaled(source), at), answers
 
 
-def _channels_last(order: Order, scaled: Callable[[Tensor], Tensor]) -> Callable[..., Rows]:
-    def rows(part: int, source: Tensor, answer: Tensor, at: Tensor | None) -> Rows:
-        u, v = (order.split(t) for t in (scaled(source), answer))
-        return _picked(u, at), _picked(v, at)
+def _channels_last(order: Order, scaled: Callable[[Tensor], Tensor]) -> tuple[Rows, Rows]:
+    def answers(part: int, answer: Tensor, at: Tensor | None) -> Tensor:
+        return _picked(order.split(answer), at)
 
-    return rows
+    return lambda part, source, at: answers(part, scaled(source), at), answers
 
 
 def _batch_norm(stop: Stop, order: Order) -> Layer | None:
@@ -316,7 +327,7 @@ def _batch_norm(stop: Stop, order: Order) -> Layer | None:
         return F.batch_norm(h, mean, variance, None, None, False, 0.0, epsilon)
 
     positions = x[0].numel() // x.shape[1]
-    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(scaled), x)
+    return Layer([Part(weight, bias, alone=True)], positions, *_channels_first(scaled), x)
 
 
 def _layer_norm(stop: Stop, order: Order) -> Layer | None:
@@ -328,7 +339,7 @@ def _layer_norm(stop: Stop, order: Order) -> Layer | None:
         return F.layer_norm(h, shape, None, None, epsilon)
 
     positions = x.numel() // shape[0] // order.examples
-    return Layer([Part(weight, bias, alone=True)], positions, _channels_last(order, scaled), x)
+    return Layer([Part(weight, bias, alone=True)], positions, *_channels_last(order, scaled), x)
 
 
 def _rms_norm(stop: Stop, order: Order) -> Layer | None:
@@ -341,7 +352,7 @@ def _rms_norm(stop: Stop, order: Order) -> Layer | None:
         return F.rms_norm(h, shape, None, epsilon)
 
     positions = x.numel() // shape[0] // order.examples
-    return Layer([Part(weight, None, alone=True)], positions, _channels_last(order, scaled), x)
+    return Layer([Part(weight, None, alone=True)], positions, *_channels_last(order, scaled), x)
 
 
 def _group_norm(stop: Stop, order: Order) -> Layer | None:
@@ -354,7 +365,7 @@ def _group_norm(stop: Stop, order: Order) -> Layer | None:
         return F.group_norm(h, groups, None, None, epsilon)
 
     positions = x[0].numel() // x.shape[1]
-    return Layer([Part(weight, bias, alone=True)], positions, _channels_first(scaled), x)
+    return Layer([Part(weight, bias, alone=True)], positions, *_channels_first(scaled), x)
 
 
 def _scale(stop: Stop, order: Order) -> Layer | None:
@@ -367,7 +378,7 @@ def _scale(stop: Stop, order: Order) -> Layer | None:
     if not fits or not order.fits(x.numel() // len(w)):
         return None
     positions = x.numel() // len(w) // order.examples
-    return Layer([Part(w, None, alone=True)], positions, _channels_last(order, lambda h: h), x)
+    return Layer([Part(w, None, alone=True)], positions, *_channels_last(order, lambda h: h), x)
 
 
 KINDS: dict[str, Callable[[Stop, Order], Layer | None]] = {

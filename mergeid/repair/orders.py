@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mergeid.basics.nested import examples_in, mapped, named_tensors
 from mergeid.basics.on_demand import OnDemand
 from mergeid.plugins import Batch
-from mergeid.repair.layers import answer_of, layer_of
+from mergeid.repair.layers import layer_of
 from mergeid.repair.paced import Forward, Paced, Stop
 
 POSITIONS, FEW = 64, 11
@@ -87,7 +87,7 @@ def _outer(stop: Stop, examples: int) -> int | None:
         layer = layer_of(stop, examples, outer)
         if layer is None:
             continue
-        x, _ = layer.rows(0, layer.source, answer_of(stop), positions)
+        x = layer.inputs(0, layer.source, positions)
         one, same, other = (x[i].double().nan_to_num(0.0, 0.0, 0.0) for i in range(3))
         error, gap = float((one - same).abs().max()), float((one - other).abs().max())
         if error <= ALIKE * gap and gap > 0:

@@ -341,7 +341,7 @@ def _by_channel(layer: Layer, gain: Tensor) -> Tensor | None:
     found = []
     at = torch.linspace(0, layer.positions - 1, min(layer.positions, 8)).long()
     for p in range(len(layer.parts)):
-        values = layer.rows(p, layer.source, gain, at)[1].flatten(0, 1)
+        values = layer.answers(p, gain, at).flatten(0, 1)
         if not torch.allclose(values, values[:1].expand_as(values), rtol=1e-6, atol=1e-9 * float(values.abs().max())):
             return None
         found.append(values[0])
@@ -366,11 +366,11 @@ def _moments(
         if layer.positions > most:
             generator = torch.Generator().manual_seed(seed + 104729 * layer.positions)
             at = torch.randperm(layer.positions, generator=generator)[:most].sort().values
-        rows = [layer.rows(p, layer.source, y, at) for y in side.answers]
-        x = rows[0][0]
-        answers = torch.zeros_like(rows[0][1])
+        x = layer.inputs(p, layer.source, at)
+        rows = [layer.answers(p, y, at) for y in side.answers]
+        answers = torch.zeros_like(rows[0])
         weights = side.weights(p)
-        for i, (_, y) in enumerate(rows):
+        for i, y in enumerate(rows):
             answers += y * weights[:, i, None, None].to(y)
         mask = real_tokens(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool)

@@ -17,6 +17,7 @@ from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.opening import Source, is_live, of_one_wrapping, values_of
+from mergeid.models.architecture import check_named
 from mergeid.models.beside import differences_beside
 from mergeid.models.both_heads import JoinedHead, both_heads
 from mergeid.models.chat_templates import with_chat_template
@@ -136,6 +137,7 @@ def open_models(
         refuse_quantised(checkpoint, [])  # before names that no network has are left out
         if checkpoint.module is not None:
             checkpoint.check_values()
+    check_named(opened[0], asked.arch)
     named = same_names(opened, asked.arch)
     sized = same_sizes(named.models, asked, len(models))
     given = same_heads(sized.models, asked.skip) if heads else SameHeads(sized.models)

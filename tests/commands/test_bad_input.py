@@ -16,6 +16,10 @@ import torch
 from command_line import Done, mergeid
 from safetensors.torch import load_file, save_file
 
+from mergeid.commands.app import answer
+from mergeid.errors import MergeidError
+from mergeid.io.output import check_output
+
 SHAPES = {
     "conv.weight": (8, 3, 3, 3),
     "conv.bias": (8,),
@@ -129,6 +133,51 @@ def test_empty_file(work: Path) -> None:
     (work / "empty.safetensors").touch()
     done = mergeid("merge", "a.safetensors", "empty.safetensors", cwd=work)
     refused(done, r"empty.safetensors is empty \(0 bytes\)", "expected", "again")
+
+
+EMPTY = {
+    "merge a.safetensors b.safetensors --match never -o @": "-o",
+    "merge a.safetensors b.safetensors --match never --output=": "--output",
+    "merge a.safetensors b.safetensors --data @ -o m.safetensors": "--data",
+    "merge a.safetensors b.safetensors --base= -o m.safetensors": "--base",
+    "merge a.safetensors b.safetensors --report @ -o m.safetensors": "--report",
+    "merge a.safetensors @ --match never -o m.safetensors": "an argument of mergeid merge",
+    "merge --force @ b.safetensors -o m.safetensors": "an argument of mergeid merge",
+    "merge -o m.safetensors -- @ b.safetensors": "an argument of mergeid merge",
+    "align b.safetensors --to @ -o m.safetensors": "--to",
+    "scramble a.safetensors -o @": "-o",
+    "plan a.safetensors b.safetensors --output @": "--output",
+    "graph a.safetensors --json @": "--json",
+    "graph @": "an argument of mergeid graph",
+    "barrier a.safetensors b.safetensors --data x.npz --plot=": "--plot",
+    "extract a.safetensors --base @ -o m": "--base",
+}
+"""@ stands for a word without letters."""
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_names_that_are_empty(
+    line: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser takes them for the working directory, which messages then spoke of."""
+    monkeypatch.chdir(work)
+    assert answer(["" if word == "@" else word for word in line.split()]) == 2
+    said = f"mergeid: error: {EMPTY[line]} is empty; expected the name of a file, folder or model\n"
+    assert capsys.readouterr().err == said
+    assert sorted(p.name for p in work.iterdir()) == ["a.safetensors", "b.safetensors"]
+    with pytest.raises(MergeidError, match="the output has no name; expected"):
+        check_output("")
+
+
+@pytest.mark.parametrize("arch", ["nonsense", "timm/nonsense", "no/config.json"])
+def test_architectures_that_nobody_knows(
+    arch: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no network is built of them."""
+    monkeypatch.chdir(work)
+    assert answer(["merge", "a.safetensors", "b.safetensors", "--match", "never", "--arch", arch, "-o", "m"]) == 2
+    assert re.search(r"unknown architecture|has no architecture|no such config file", capsys.readouterr().err)
+    assert not (work / "m").exists()
 
 
 def test_other_shapes(work: Path) -> None:

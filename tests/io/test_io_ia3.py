@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import transformers
 from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
 
 import mergeid
 from mergeid.errors import MergeidError
@@ -76,3 +79,43 @@ def test_a_vector_of_another_size(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "wide")
     with pytest.raises(MergeidError, match=r"ia3_l \[.*\] does not fit .* of .*wide; expected the base"):
         open_checkpoint(f"{tmp_path / 'wide'}+{tmp_path / 'one'}")
+
+
+class Convolutions(nn.Module):
+    """As many inputs as outputs, more and fewer, in groups, with kernels of two and of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.wider = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 12, 1, bias=False)
+        self.grouped, self.depthwise = nn.Conv2d(12, 6, 3, groups=3), nn.Conv2d(6, 12, 3, groups=6)
+        self.volume, self.head = nn.Conv3d(12, 4, 2), nn.Linear(4, 3)
+
+
+LAYERS = ["square", "wider", "grouped", "depthwise", "volume", "head"]
+
+
+@pytest.mark.parametrize("inputs", [[], *([name] for name in LAYERS), LAYERS, "(squ|dep|gro).*"], ids=str)
+def test_convolutions_too(tmp_path: Path, inputs: Any) -> None:
+    """They were refused, as vectors of another size."""
+    torch.manual_seed(0)
+    base = Convolutions()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    tuned = get_peft_model(base, IA3Config(target_modules=LAYERS, feedforward_modules=inputs))
+    for key, parameter in tuned.named_parameters():
+        if "ia3_" in key:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "one")
+    ours = open_checkpoint(f"{tmp_path / 'base.safetensors'}+{tmp_path / 'one'}")
+    theirs = tuned.merge_and_unload().state_dict()
+    assert set(ours.table) == set(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours.tensor(key), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("told", ["(", 3, [1], {"a": 1}])
+def test_feedforward_modules_that_are_none(tmp_path: Path, told: Any) -> None:
+    adapters(tmp_path, "biases")
+    config = tmp_path / "one" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "feedforward_modules": told}))
+    with pytest.raises(MergeidError, match=r"adapter_config.json: feedforward_modules .*expected names of modules"):
+        open_checkpoint(tmp_path / "one")

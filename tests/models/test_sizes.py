@@ -293,9 +293,18 @@ def test_heads_that_differ_are_still_refused(pair: tuple[Path, Path]) -> None:
         mergeid.merge(a, b, match="never")
 
 
-def test_texts_have_no_size(tmp_path: Path) -> None:
-    """Also where no data is given that would be refused for it."""
-    config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+@pytest.mark.parametrize(
+    "told",
+    [
+        {}, {"_name_or_path": "me/vision-image"}, {"id2label": {0: "image"}}, {"patch_size": 16}, {"image_size": 224},
+        {"image_token_id": 7}, {"vision_config": None}, {"vision_feature_layer": -2}, {"use_image": False},
+        {"pixel_values": None}, {"task_specific_params": {"image": {}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_texts_have_no_size(tmp_path: Path, told: dict[str, Any]) -> None:
+    """Also where no data is given that would be refused for it, whatever else their config tells."""
+    config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **told}
     for seed in range(2):
         torch.manual_seed(seed)
         net = transformers.BertForMaskedLM(transformers.BertConfig(**config, intermediate_size=24))

@@ -73,3 +73,39 @@ def test_after_an_error_too() -> None:
         net(torch.randn(3, 6))
         _ = 1 / 0
     assert net.calls == 0 and net.last is None and not net.seen
+
+
+def left_transposed(net: nn.Module, x: Tensor) -> Tensor:
+    return x @ net.a.weight.t_() + net.a.bias
+
+
+def given_other_memory(net: nn.Module, x: Tensor) -> Tensor:
+    net.a.weight.data = net.a.weight.t().contiguous()
+    return x @ net.a.weight + net.a.bias
+
+
+def left_longer(net: nn.Module, x: Tensor) -> Tensor:
+    return x @ net.a.weight.t() + net.a.bias.unsqueeze_(0)
+
+
+@pytest.mark.parametrize("first", [left_transposed, given_other_memory, left_longer])
+def test_parameters_keep_their_shapes(first: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Merges ended in "tensor 'a.weight' has shape [6, 8] in Net and [8, 6] in Net"."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.act(first(self, x)))
+
+    torch.manual_seed(0)
+    a = Net().eval()
+    b, order = copy.deepcopy(a), torch.randperm(8)
+    shuffled = {"a.weight": a.a.weight[order], "a.bias": a.a.bias[order], "b.weight": a.b.weight[:, order]}
+    b.load_state_dict({**a.state_dict(), **shuffled})
+    b.a.bias.data += 1e-3  # no copy, whose order could be read off the weights
+    merged = mergeid.merge(a, b, data=DATA, example_inputs=X).state
+    assert all(torch.allclose(merged[k], v, atol=2e-3) for k, v in a.state_dict().items())
+    assert a.a.weight.shape == (8, 6) and a.a.bias.shape == (8,) and torch.equal(b.a.weight, shuffled["a.weight"])

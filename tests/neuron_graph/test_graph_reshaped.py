@@ -1,4 +1,4 @@
-"""Tensors whose shape changes in place (t_, squeeze_, …) while views of them are about."""
+"""Tensors whose shape changes in place (t_, squeeze_, …), that are read by strides, or are given other memory."""
 
 from __future__ import annotations
 
@@ -132,4 +132,119 @@ def test_views_taken_before(run: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     graph = sound(Reshaped, (X,))
     assert sorted(s.size for s in graph.spaces) == CASES[run]
+    assert not graph.unknown_ops
+
+
+class Between(nn.Module):
+    """Layers of 8 neurons, what is done with their activations [3, 8], and a head."""
+
+    def __init__(self, between: Callable[[Between, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.m, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.between(self, self.a(x).tanh()))
+
+
+def back_and_forth(net: Between, h: Tensor) -> Tensor:
+    h.t_()
+    h.transpose_(0, 1)
+    h.t_()
+    return h.relu_().t_()
+
+
+def put_in_columns(net: Between, h: Tensor) -> Tensor:
+    h.as_strided_((8, 3), (1, 8))
+    return h.t_()
+
+
+def read_beside_a_view(net: Between, h: Tensor) -> Tensor:
+    """The other half than the view has."""
+    return torch.cat([h.narrow(1, 0, 4).as_strided((3, 4), (8, 1), 4), h[:, :4]], 1)
+
+
+def resized(net: Between, h: Tensor) -> Tensor:
+    return h.resize_(8, 3).mul_(2).resize_as_(torch.empty(3, 8))
+
+
+def cut_short(net: Between, h: Tensor) -> Tensor:
+    return h.resize_(2, 8)
+
+
+def given_other_numbers(net: Between, h: Tensor) -> Tensor:
+    k = net.m(h)
+    k.data = net.m(h + 1).tanh()
+    return k
+
+
+def given_another_shape(net: Between, h: Tensor) -> Tensor:
+    part = h[:, :4]
+    h.data = h.data.t()
+    return torch.cat([part, h.t()[:, 4:]], 1)
+
+
+def given_and_written(net: Between, h: Tensor) -> Tensor:
+    k = torch.zeros(3, 8, dtype=h.dtype)
+    k.data = h
+    k.mul_(2)
+    return h
+
+
+def into_nothing(net: Between, h: Tensor) -> Tensor:
+    """A view is what torch makes for the mode to see."""
+    return torch.sin(h, out=torch.empty(0, dtype=h.dtype))
+
+
+def into_a_view_of_nothing(net: Between, h: Tensor) -> Tensor:
+    return torch.sin(h, out=torch.zeros(0, dtype=h.dtype)[:])
+
+
+def into_too_little(net: Between, h: Tensor) -> Tensor:
+    made = h.new_zeros(5)
+    part = made[:3]
+    torch.sin(h, out=made)
+    return made + part[:, None]
+
+
+STRIDED: dict[str, tuple[Callable[[Between, Tensor], Tensor], list[int]]] = {
+    "back and forth": (back_and_forth, [8]),
+    "the same": (lambda net, h: h.as_strided(h.shape, h.stride()), [8]),
+    "columns": (lambda net, h: torch.as_strided(h, (8, 3), (1, 8)).t(), [8]),
+    "columns in place": (put_in_columns, [8]),
+    "halves": (lambda net, h: torch.cat([h.as_strided((3, 4), (8, 1), k) for k in (4, 0)], 1), [8]),
+    "every other": (lambda net, h: torch.cat([h.as_strided((3, 4), (8, 2), k) for k in (0, 1)], 1), [8]),
+    "rows apart": (lambda net, h: h.as_strided((3, 2, 4), (8, 4, 1)).flatten(1), [8]),
+    "expanded": (lambda net, h: h.as_strided((2, 3, 8), (0, 8, 1)).sum(0), [8]),
+    "a row": (lambda net, h: h.as_strided((1, 8), (8, 1), 8), [8]),
+    "a copy": (lambda net, h: torch.as_strided_copy(h, (3, 8), (8, 1)), [8]),
+    "beside a view": (read_beside_a_view, [8]),
+    "one neuron": (lambda net, h: h.as_strided((3, 1), (8, 1), 2) + h, [7]),
+    "windows": (lambda net, h: torch.cat([h.as_strided((3, 5, 4), (8, 1, 1))[:, k] for k in (0, 3)], 1), []),
+    "a diagonal": (lambda net, h: h * (h.t() @ h).as_strided((8,), (9,)), []),
+    "weights in columns": (lambda net, h: h @ net.m.weight.as_strided((8, 8), (1, 8)), [8, 8]),
+    "half of the weights": (lambda net, h: (h @ net.m.weight.as_strided((4, 8), (8, 1)).t()).repeat(1, 2), [4, 8, 8]),
+    "weights in a row": (
+        lambda net, h: h @ torch.cat([net.m.weight.flatten(), net.m.bias]).as_strided((8, 8), (8, 1)).t(),
+        [8, 8],
+    ),
+    "resized": (resized, [8]),
+    "cut short": (cut_short, [8]),
+    "other numbers": (given_other_numbers, [8, 8]),
+    "another shape": (given_another_shape, [8]),
+    "given and written": (given_and_written, [8]),
+    "into nothing": (into_nothing, [8]),
+    "into a view of nothing": (into_a_view_of_nothing, [8]),
+    "into too little": (into_too_little, []),
+}
+"""[3, 8] -> [rows, 8], and the sizes of the spaces that move."""
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("name", STRIDED)
+def test_memory_is_followed(name: str) -> None:
+    """It was frozen, neurons came apart ("into nothing"), or the trace broke ("another shape")."""
+    between, sizes = STRIDED[name]
+    graph = sound(lambda: Between(between), (torch.randn(3, 6),))
+    assert sorted(s.size for s in graph.spaces) == sizes
     assert not graph.unknown_ops

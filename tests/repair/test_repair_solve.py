@@ -273,7 +273,7 @@ def test_patches_are_what_the_convolution_sees(stride: Any, padding: Any, dilati
     assert layer is not None and len(layer.parts) == groups
     at = torch.tensor([0, 3, layer.positions - 1])
     for places in (None, at):
-        found = [layer.rows(g, layer.source, stop.out, places) for g in range(groups)]
+        found = [(layer.inputs(g, layer.source, places), layer.answers(g, stop.out, places)) for g in range(groups)]
         for part, (inputs, answers) in zip(layer.parts, found, strict=True):
             assert part.bias is not None
             torch.testing.assert_close(inputs @ part.matrix.T + part.bias, answers, rtol=1e-4, atol=1e-5)
@@ -295,7 +295,7 @@ def test_patches_of_transposed_convolutions(stride: Any, padding: Any, more: Any
     assert layer is not None and len(layer.parts) == groups
     for places in (None, torch.tensor([0, 3, layer.positions - 1])):
         for g, part in enumerate(layer.parts):
-            inputs, answers = layer.rows(g, layer.source, stop.out, places)
+            inputs, answers = layer.inputs(g, layer.source, places), layer.answers(g, stop.out, places)
             assert part.bias is not None
             torch.testing.assert_close(inputs @ part.matrix.T + part.bias, answers, rtol=1e-4, atol=1e-5)
     before = model.weight.detach().clone()

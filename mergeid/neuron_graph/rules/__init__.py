@@ -20,6 +20,7 @@ _RULES: dict[str, Rule] = {}
 _FAMILIES = (
     "pointwise",
     "movement",
+    "memory",
     "joining",
     "indexing",
     "scatter",

@@ -262,32 +262,3 @@ def diagonal(call: Call) -> Layout:
     layout = permuted(layout, [*rest, rows, columns])
     layout = view(call.facts, layout, [*layout.shape[:-2], height * width], call.why)
     return take(call.facts, layout, n - 2, pairs, call.why)
-
-
-@rule("as_strided")
-def as_strided(call: Call) -> Layout:
-    """Only the strides of size-1 dimensions changed (pooling does this for memory formats), or windows over the last
-    dimensions (spectrograms); else frozen."""
-    layout = call.layout("self")
-    shape, strides, new = layout.shape, call.strides, call["stride"]
-    n = len(shape)
-    moved = call["storage_offset"] not in (None, call.offset)
-    same = layout.shape == tuple(call.out.shape) and all(
-        old == now for size, old, now in zip(shape, strides, new, strict=True) if size > 1
-    )
-    if same and not moved:
-        return layout
-    kept = 0
-    while kept < min(n, len(new)) - 1 and (shape[kept], strides[kept]) == (call.out.shape[kept], new[kept]):
-        kept += 1
-    dense = all(strides[d] == prod(shape[d + 1 :]) for d in range(kept, n))
-    if moved or not dense or _span(call.out.shape[kept:], new[kept:]) >= prod(shape[kept:]):
-        kept = 0
-    layout = call.freeze_dims(layout, range(kept, n))
-    rest = uniform(call.out.shape[kept:], FROZEN).dims
-    return layout.with_dims((*layout.dims[:kept], *rest))
-
-
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """How far the last element lies behind the first."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -99,16 +99,6 @@ def _rounded(call: Call, axis: int, *vectors: str) -> list[Layout]:
     return [out for _ in call.outputs()]
 
 
-@rule("resize")
-def resize(call: Call) -> Layout:
-    """To the size that it has, or to another, in which nobody follows its values."""
-    layout = call.layout("self")
-    if layout.shape == tuple(call["size"]):
-        return layout
-    call.freeze_dims(layout, range(len(layout.dims)))
-    return uniform(call.out.shape, FROZEN, layout.data)
-
-
 @rule("is_same_size", "_has_same_storage_numel")
 def shapes(call: Call) -> list[Layout]:
     """Asks for no values, and returns no tensor."""
