@@ -52,14 +52,14 @@ AVERAGED, FAR = Term("excess_averaged", 10 * NATS, sign=-1), Term("distance_wors
 CAPPED_SHIFT, MOVED = Term("shift", NATS, capped=True), Term("shift", NATS)
 COARSE, GAP, DROP = Term("excess", 10 * NATS, capped=True), Term("gap", LINEAR), Term("drop", 0.01)
 GAINED = Term("excess_averaged", LINEAR, sign=-1)
-HARD, HARD_FAR, SOFT, MISSED = Term("hard", NATS), Term("hard", 5 * NATS), Term("soft", NATS), Term("missed", 0.01)
+HARD, SOFT = Term("hard", 5 * NATS), Term("soft", NATS)
 WITH_INPUTS, FROM_WEIGHTS = (EXCESS, SHIFT, AVERAGED, UNSURE, COSINE), (EXCESS, CAPPED_SHIFT, FAR)
 TERMS = {
     ("inputs", "nats"): (WITH_INPUTS, (SHARP,)),
     ("inputs", "points"): (WITH_INPUTS, (SHARP,)),
     ("weights", "nats"): (FROM_WEIGHTS, (APART,)),
     ("weights", "points"): (FROM_WEIGHTS, (APART,)),
-    ("trial", "nats"): ((*WITH_INPUTS, HARD, HARD_FAR, SOFT, MISSED), (SHARP,)),
+    ("trial", "nats"): ((*WITH_INPUTS, HARD, SOFT), (SHARP,)),
     ("sketches", "nats"): ((COARSE, GAP, GAINED), (MOVED,)),
     ("sketches", "points"): ((COARSE, DROP, GAP, GAINED), (MOVED,)),
 }
