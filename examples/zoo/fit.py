@@ -41,7 +41,8 @@ COLLAPSED = {"inputs": 0.02, "sketches": 0.02, "trial": 0.02, "weights": 1e-4}
 APART_LEAST = 1e-3
 """Nats that both networks together differ by at least from either, where their gain is looked at."""
 WAY = {"direct": "direct", "match": "matched"}
-TRIED = {**WAY, "direct_repair": "repaired", "match_repair": "repaired", "solved": "solved"}
+REPAIRED = {"direct_repair": "repaired", "match_repair": "repaired"}
+TRIED = {**WAY, **REPAIRED, "solved": "solved", "leaning": "leaning"}
 """Way in trials.csv -> way of merging."""
 
 LINEAR = 10.0
@@ -175,7 +176,7 @@ def _tried(folder: Path, measured: Mapping[str, Mapping[str, str]]) -> list[Case
             continue
         features = {k: float(v) for k, v in list(row.items())[len(ABOUT + LOST) :] if v}
         truth, half, other = (min(max(0.0, float(row[k])), features["uniform"]) for k in ("loss", "half", "other"))
-        way = row["best" if row["way"] == "solved" else "way"]
+        way = row["best" if TRIED[row["way"]] in ("solved", "leaning") else "way"]
         assignment, repaired = way.removesuffix("_repair"), way.endswith("_repair")
         pair, kind = measured[row["pair"]], TRIED[row["way"]]
         out.append(Case(pair, "trial", assignment, repaired, kind, features, truth, math.nan, (half, other), None))

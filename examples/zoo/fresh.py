@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pairs_table as table
 from fit import HERE, MODES, Case, cases, known, of
-from validation import BAD, HEADER, TOLERATED, Said, figures, markdown, parts, reliability
+from validation import BAD, HEADER, TOLERATED, Said, figures, limit_of, markdown, parts, reliability
 
 from mergeid.prediction.model import WAYS, Predictor, shipped
 
@@ -49,7 +49,7 @@ def written(predictor: Predictor, found: Sequence[Case], made: Sequence[str]) ->
             **parts(rows),
             **{f"new families: {name}": own for name, own in parts(new).items() if "family" not in name},
         }
-        tables = [[name, *figures(own, BAD["solved"] if "way solved" in name else 0.05)] for name, own in named.items()]
+        tables = [[name, *figures(own, limit_of(name))] for name, own in named.items()]
         text += [f"\n## Mode {mode}\n", markdown(HEADER, tables), "\n" + reliability(rows, "family")]
     return "\n".join(text) + "\n"
 

@@ -22,7 +22,8 @@ from mergeid.prediction.chance import Chance
 from mergeid.prediction.worth import Shares
 
 FORMAT = "mergeid.predictor/3"
-WAYS = ("direct", "matched", "repaired", "solved")
+WAYS = ("direct", "matched", "repaired", "solved", "leaning")
+"""Of merging a pair; solved merges that lean to one model are only told of after a trial."""
 FILE = "coefficients.json"
 SAME = 1e-9
 """Divergence of the predictions, and deviation of the layers, up to which two models are one and the same."""

@@ -13,7 +13,7 @@ from mergeid.prediction.model import Interval, Predictor
 from mergeid.prediction.opinions import Opinions
 from mergeid.prediction.worth import Interference, Worth
 from mergeid.results.comparison import MATCHED
-from mergeid.results.trial import Trial
+from mergeid.results.trial import SOLVED, Trial
 
 FORMAT = "mergeid.predict/1"
 SURE = 0.9
@@ -226,7 +226,7 @@ class TrialReader:
         if model is None:
             return None
         features = easiest(self.found)[1]
-        if way != "solved":
+        if trial.repair not in SOLVED:
             own = [f for f in self.found if (f.assignment == MATCHED) == (trial.merge == MATCHED)]
             features = own[0].features(way == "repaired") if own else features
         said = {"hard": trial.hard, "soft": trial.soft, "sharp": trial.sharp, "missed": trial.missed}

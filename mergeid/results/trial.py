@@ -76,7 +76,7 @@ class Trial:
         """The way of `mergeid.prediction.model.WAYS` that it is one of; None for one that nothing was fitted on."""
         if self.repair == "none":
             return "direct" if self.merge == PLAIN else "matched"
-        return {"bn": "repaired", "solve": "solved"}.get(self.repair)
+        return {"bn": "repaired", "solve": "solved", "solve+lean": "leaning"}.get(self.repair)
 
     @property
     def lost(self) -> float:
