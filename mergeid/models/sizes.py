@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.derived import Formed, derived, read_from
-from mergeid.models.architecture import find_architecture
+from mergeid.models.architecture import find_architecture, stated_config
 from mergeid.models.configs import index_of
 from mergeid.plugins import Architecture, Resized, ResizesTables, Size, TensorInfo
 from mergeid.request.request import Reading
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SEEING = ("vision", "visual", "visn", "image", "pixel", "patch")
-"""In the names of layers that take images; most of them have kernels besides."""
+"""In the names of layers and models that take images; most of them have kernels besides."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ def same_sizes(models: Sequence[Checkpoint], reading: Reading, letters: int) -> 
 
 def _check_takes_images(first: Checkpoint, reading: Reading) -> None:
     """Raises `MergeidError` for a size of images that no image has, also where no data is given. Models of texts and
-    images are known by their tensors: configs of texts speak of images too."""
+    images are known by their tensors and classes: configs of texts speak of images too."""
     from mergeid.data.conform import facts
 
     try:
@@ -84,7 +84,9 @@ def _check_takes_images(first: Checkpoint, reading: Reading) -> None:
     except MergeidError:  # nothing is known of this network
         return
     folder = first.path if first.is_folder else first.path.parent
-    sees = any(len(t.shape) > 3 or any(word in name for word in _SEEING) for name, t in first.table.items())
+    told = (stated_config(first, reading.arch) or {}).get("architectures")
+    names = [*first.table, arch.id.lower(), str(told).lower()]
+    sees = any(len(t.shape) > 3 for t in first.table.values()) or any(word in n for n in names for word in _SEEING)
     if not sees and facts(adapter, arch, folder).get("kind") not in (None, "image"):
         raise MergeidError(f"{arch.id} takes no images; leave out --image-size")
 

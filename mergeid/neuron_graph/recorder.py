@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mergeid.basics.aliases import place_of
 from mergeid.neuron_graph.atoms import atoms
 from mergeid.neuron_graph.call import Call, Places, Result
 from mergeid.neuron_graph.combine import relate
@@ -246,6 +247,11 @@ class Recorder(TorchDispatchMode):
         """``tensor.data = value``: it is a view of other memory from now on."""
         if value is tensor:
             return
+        root = self.root(tensor)
+        with _disable_current_modes():
+            same = value.stride() == root.stride() and place_of(value) == place_of(root)
+        if same and value not in self._layouts and value not in self._views:
+            value = root  # put back after a pass, by who kept it unseen
         with _disable_current_modes():
             self._set_aside(tensor)
         call = Call(self, torch.ops.aten.alias.default, (value,), {})

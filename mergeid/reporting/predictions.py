@@ -71,8 +71,11 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
         nats, known = t.nats if t.nats is not None and t.nats.trusted else None, t.labelled
         row = ["", "", ""]
         if known is not None:
-            span = f"{known.corrected_low:.3f} to {known.corrected_high:.3f}"
-            row = [f"{known.corrected:.3f}", span, f"{known.nats:.3f}"]
+            low, high, both, own = (
+                f"{round(x, 3) + 0.0:.3f}"  # no minus before zeros
+                for x in (known.corrected_low, known.corrected_high, known.corrected, known.nats)
+            )
+            row = [both, f"{low} to {high}", own]
         elif nats is not None:
             row = [_number(nats.expected), _span(nats), "" if nats.within is None else f"{nats.within:.2f}"]
         rows.append([t.label, *row, *raw])

@@ -311,7 +311,8 @@ def advise_tried(best: Trial, tolerated: float) -> str:
     """One sentence: what to do after trials, of which this was the best."""
     nats = best.nats if best.labelled is None and best.nats is not None and best.nats.trusted else None
     if nats is None:
-        lost = f"{'gains' if best.lost < 0 else 'loses'} {in_nats(abs(best.lost))} nats in a trial"
+        gains = in_nats(best.lost).startswith("-")
+        lost = f"{'gains' if gains else 'loses'} {in_nats(abs(best.lost))} nats in a trial"
         if best.lost <= tolerated:
             return f"Merge them: the best way ({best.label}) {lost}."
         more = f"more than the {tolerated:g} tolerated"
@@ -322,8 +323,9 @@ def advise_tried(best: Trial, tolerated: float) -> str:
             f"with probability {nats.within:.2f}."
         )
     even, more = ("even ", f", more than the {tolerated:g} tolerated") if nats.low > tolerated else ("", "")
+    care = "" if nats.high <= tolerated else " with care"
     return (
-        f"Merge them with care: after its trial, {even}the best way ({best.label}) is expected to lose "
+        f"Merge them{care}: after its trial, {even}the best way ({best.label}) is expected to lose "
         f"{in_nats(nats.expected)} nats (90 % interval {in_nats(nats.low)} to {in_nats(nats.high)}){more}."
     )
 

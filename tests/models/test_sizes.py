@@ -314,6 +314,18 @@ def test_texts_have_no_size(tmp_path: Path, told: dict[str, Any]) -> None:
     assert not (tmp_path / "m").exists()
 
 
+def test_images_without_kernels_may_have_one(tmp_path: Path) -> None:
+    """It was refused where no tensor's name speaks of images, as if the model took none."""
+    config = transformers.PerceiverConfig(
+        num_latents=4, d_latents=16, d_model=261, num_blocks=1, num_self_attends_per_block=1,
+        num_self_attention_heads=2, num_cross_attention_heads=1, num_labels=3,
+    )  # fmt: skip
+    for seed in range(2):
+        torch.manual_seed(seed)
+        transformers.PerceiverForImageClassificationFourier(config).save_pretrained(tmp_path / str(seed))
+    mergeid.merge(tmp_path / "0", tmp_path / "1", output=tmp_path / "m", match="never", image_size=32, force=True)
+
+
 def test_texts_with_images_may_have_one(tmp_path: Path) -> None:
     """It was refused for models of both, as if they took no images."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

@@ -6,8 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graph_helpers import sound
+from graph_helpers import seeded, sound, worst_change
 from torch import Tensor, nn
+
+from mergeid.basics.untouched import one_pass
+from mergeid.neuron_graph.recording import Pass
+from mergeid.neuron_graph.trace import trace
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
@@ -248,3 +252,30 @@ def test_memory_is_followed(name: str) -> None:
     graph = sound(lambda: Between(between), (torch.randn(3, 6),))
     assert sorted(s.size for s in graph.spaces) == sizes
     assert not graph.unknown_ops
+
+
+def turned_in_place(net: Between, h: Tensor) -> Tensor:
+    net.m.weight.t_()
+    return net.m(h)
+
+
+def turned_by_numbers(net: Between, h: Tensor) -> Tensor:
+    net.m.weight.data = net.m.weight.data.t()
+    return net.m(h)
+
+
+@pytest.mark.parametrize("between", [turned_in_place, turned_by_numbers])
+def test_shapes_put_back_are_followed(between: Callable[[Between, Tensor], Tensor]) -> None:
+    """A second pass took the weight, which has its own shape again, for a constant: nothing moved."""
+    model = seeded(lambda: Between(between))
+    inputs = torch.randn(2, 3, 6, dtype=torch.float64)
+
+    def forward(x: Tensor) -> Tensor:
+        with one_pass(model):
+            found: Tensor = model(x)
+        return found
+
+    passes = [Pass(x := each[None], lambda x=x: forward(x[0])) for each in inputs]
+    graph = trace(model, passes[0].inputs, passes[0].forward, more=passes[1:], name="turned")
+    assert sorted(s.size for s in graph.spaces) == [8, 8]
+    assert worst_change(graph, seeded(lambda: Between(between)), (inputs[0],)) < 1e-9

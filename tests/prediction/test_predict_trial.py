@@ -143,7 +143,10 @@ def test_the_advice_after_a_trial_says_what_is_expected(found: PredictResult) ->
     assert "with care" in even and "0.2 nats (90 % interval 0.1 to 0.3), more than the 0.01 tolerated" in even
     between = said(0.02, 0.0, 0.05, 0.4)
     assert "with care" in between and "tolerated" not in between
-    assert advise_tried(best, 0.01) == "Merge them: the best way (direct) loses 0 nats in a trial."
+    inside = said(0.006, 0.0, 0.008, 0.83)
+    assert inside.startswith("Merge them: ") and "0.006 nats (90 % interval 0 to 0.008)." in inside
+    for none in (best, replace(best, soft=-1e-17)):
+        assert advise_tried(none, 0.01) == "Merge them: the best way (direct) loses 0 nats in a trial."
 
 
 # -- sums ---------------------------------------------------------------------------------------------------
