@@ -56,33 +56,31 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
     """One row per merge that was made and run: what is expected of it, by labels where there are some, and what it said
     of the inputs."""
     labelled = any(t.labelled for t in result.trials)
+    told = labelled or any(t.nats is not None and t.nats.trusted for t in result.trials)
+    last = "by labels" if labelled else f"≤ {result.tolerated:g} nats"
+    expected = [Column(name, "right") for name in ("nats lost", "90 % interval", last)] if told else []
     columns = [
         Column("trial"),
-        Column("nats lost", "right"),
-        Column("90 % interval", "right"),
-        *([Column("by labels", "right")] if labelled else [Column(f"≤ {result.tolerated:g} nats", "right")]),
-        Column("hard", "right", optional=1),
-        Column("soft", "right", optional=1),
+        *expected,
+        Column("hard", "right", optional=int(told)),
+        Column("soft", "right", optional=int(told)),
         Column("missed", "right", optional=2),
     ]
     rows: list[Sequence[Any]] = []
     for t in result.trials:
-        raw = [f"{t.hard:.3f}", f"{t.soft:.3f}", f"{100 * t.missed:.1f} %"]
         nats, known = t.nats if t.nats is not None and t.nats.trusted else None, t.labelled
-        row = ["", "", ""]
+        row = [""] * len(expected)
         if known is not None:
-            low, high, both, own = (
-                f"{round(x, 3) + 0.0:.3f}"  # no minus before zeros
-                for x in (known.corrected_low, known.corrected_high, known.corrected, known.nats)
-            )
-            row = [both, f"{low} to {high}", own]
+            span = f"{_number(known.corrected_low)} to {_number(known.corrected_high)}"
+            row = [_number(known.corrected), span, _number(known.nats)]
         elif nats is not None:
             row = [_number(nats.expected), _span(nats), "" if nats.within is None else f"{nats.within:.2f}"]
-        rows.append([t.label, *row, *raw])
+        rows.append([t.label, *row, _number(t.hard), _number(t.soft), f"{round(100 * t.missed, 1) + 0.0:.1f} %"])
     by = "labels, trial" if labelled else "trial"
     title = f"trials on {result.trials[0].examples} inputs: nats lost against the models' mean"
-    caption = f"nats lost: expected on other inputs, by {by} and prediction together. hard: the class that both models "
-    caption += "together find most probable counts as the truth. soft: their mean prediction does."
+    caption = f"nats lost: expected on other inputs, by {by} and prediction together. " * told
+    caption += "hard: the class that both models together find most probable counts as the truth. soft: their mean "
+    caption += "prediction does."
     return make_table(columns, rows, width=width, title=title, caption=caption)
 
 
@@ -164,7 +162,8 @@ def _legend(outlooks: Sequence[Outlook], tolerated: float, *, points: bool = Fal
 
 
 def _number(value: float) -> str:
-    return "–" if not math.isfinite(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    digits = 3 if value < 10 else 1
+    return f"{round(value, digits) + 0.0:.{digits}f}" if math.isfinite(value) else "–"  # no minus before zeros
 
 
 def _points(value: float) -> str:

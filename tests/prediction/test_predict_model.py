@@ -208,8 +208,11 @@ def test_through_json() -> None:
 
 def test_the_shipped_coefficients() -> None:
     found = shipped()
-    known = {m: {w for mode, unit, w in found.models if (mode, unit) == (m, "nats")} for m in ("inputs", "weights")}
-    assert known["inputs"] == set(WAYS) and known["weights"] == {"direct", "matched"}
+    known = {
+        m: {w for mode, unit, w in found.models if (mode, unit) == (m, "nats")} for m in ("inputs", "weights", "trial")
+    }
+    assert known["inputs"] == set(WAYS) - {"leaning"} and known["trial"] == set(WAYS)
+    assert known["weights"] == {"direct", "matched"}
     for model in found.models.values():
         assert isinstance(model, Model) and all(t.weight >= 0 for t in model.terms)
         assert any(t.weight > 0 for t in model.terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_predict import DATA, X, labels, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ from mergeid.prediction.labels import Measured, corrected
 from mergeid.prediction.model import Interval, Model, Pool, Predictor, Term
 from mergeid.prediction.trial import TogetherSums, TrialSums
 from mergeid.prediction.worth import Shares, interference_of, worth_of
+from mergeid.reporting.predictions import trials_table
 from mergeid.results.prediction import Finding, PredictResult, TrialReader, advise_tried
 from mergeid.stages import trial
 
@@ -129,6 +132,26 @@ def test_what_is_expected_rests_on_the_trial(nets: tuple[nn.Module, nn.Module]) 
     worse = replace(found.trials[0], hard=found.trials[0].hard + 0.1)
     one, two = (read.nats(t) for t in (found.trials[0], worse))
     assert one is not None and two is not None and one.expected < two.expected
+
+
+def test_the_table_of_trials_has_no_empty_columns(nets: tuple[nn.Module, nn.Module], found: PredictResult) -> None:
+    def shown(result: PredictResult) -> str:
+        console = Console(width=140, record=True, file=io.StringIO())
+        console.print(trials_table(result, width=140))
+        return console.export_text()
+
+    def told(expected: float) -> PredictResult:
+        nats = Interval(expected, 0.0, 0.3, 0.0, 0.25, 0.0)
+        return replace(found, trials=[replace(t, labelled=None, nats=nats, hard=-1e-5) for t in found.trials])
+
+    assert "by labels" in shown(found) and "≤ 0.01" not in shown(found)
+    assert "0.125" in shown(told(0.125)) and "0.000 to 0.300" in shown(told(0.125)) and "0.25" in shown(told(0.125))
+    assert "-0.000" not in shown(told(0.125))
+    bare = shown(replace(found, trials=[replace(t, labelled=None, nats=None) for t in found.trials]))
+    assert "interval" not in bare and "expected" not in bare
+    # left out: B is run with A's tensors before the trial, and with its own in it
+    skipped = m.predict(*nets, data=DATA, example_inputs=X[:2], trial=True, skip=["2.*"])
+    assert all(t.nats is None for t in skipped.trials)
 
 
 def test_the_advice_after_a_trial_says_what_is_expected(found: PredictResult) -> None:
