@@ -30,6 +30,7 @@ RUNS = {
     "--repair --points 5",
     "align": "align b.safetensors --to a.safetensors --data calibration.npz --limit 256 -o b-in-order.safetensors",
     "predict": "predict a.safetensors b.safetensors --data calibration.npz --limit 256",
+    "predict-try": "predict a.safetensors b.safetensors --data calibration.npz --limit 256 --try",
     "sketch": "sketch a.safetensors --data calibration.npz -o a.sketch",
     "sketch-b": "sketch b.safetensors --data calibration.npz -o b.sketch",
     "predict-sketches": "predict a.sketch b.sketch",

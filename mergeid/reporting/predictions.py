@@ -76,7 +76,7 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
         elif nats is not None:
             row = [_number(nats.expected), _span(nats), "" if nats.within is None else f"{nats.within:.2f}"]
         rows.append([t.label, *row, _number(t.hard), _number(t.soft), f"{round(100 * t.missed, 1) + 0.0:.1f} %"])
-    by = "labels, trial" if labelled else "trial"
+    by = "labels" if labelled else "trial"
     title = f"trials on {result.trials[0].examples} inputs: nats lost against the models' mean"
     caption = f"nats lost: expected on other inputs, by {by} and prediction together. " * told
     caption += "hard: the class that both models together find most probable counts as the truth. soft: their mean "

@@ -221,15 +221,23 @@ class TrialReader:
 
     def nats(self, trial: Trial) -> Interval | None:
         """See `Trial.nats`."""
+        said = {"hard": trial.hard, "soft": trial.soft, "sharp": trial.sharp, "missed": trial.missed}
+        return self._told("trial", trial, said)
+
+    def before_labels(self, trial: Trial) -> Interval | None:
+        """What labels correct. Of merges that are not solved it is what was predicted: beside labels the run without
+        them says no more, and among fine-tunes it leads astray (`examples/zoo/validation.md`)."""
+        return trial.nats if trial.repair in SOLVED else self._told("inputs", trial, {})
+
+    def _told(self, mode: str, trial: Trial, said: Features) -> Interval | None:
         way = trial.fitted_way
-        model = None if way is None else self.predictor.model("trial", "nats", way)
+        model = None if way is None else self.predictor.model(mode, "nats", way)
         if model is None:
             return None
         features = easiest(self.found)[1]
         if trial.repair not in SOLVED:
             own = [f for f in self.found if (f.assignment == MATCHED) == (trial.merge == MATCHED)]
             features = own[0].features(way == "repaired") if own else features
-        said = {"hard": trial.hard, "soft": trial.soft, "sharp": trial.sharp, "missed": trial.missed}
         return model.predict({**features, **said}, tolerated=self.tolerated)
 
 

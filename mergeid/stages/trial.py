@@ -171,5 +171,7 @@ def _trial(
     found, most = sums.features(), math.log(max(int(classes), 2))
     hard, soft, missed = found["hard"], found["soft"], found["missed"]
     trial = Trial(name, kind, hard, soft, missed, sums.count, beyond=found["beyond"], sharp=found["sharp"])
-    nats = None if reader is None else reader.nats(trial)
-    return replace(trial, nats=nats, labelled=labels.found(nats, most))
+    if reader is None:
+        return replace(trial, labelled=labels.found(None, most))
+    trial = replace(trial, nats=reader.nats(trial))
+    return replace(trial, labelled=labels.found(reader.before_labels(trial), most))

@@ -129,6 +129,9 @@ def test_what_is_expected_rests_on_the_trial(nets: tuple[nn.Module, nn.Module]) 
         else:
             assert nats is not None
             assert nats.expected == pytest.approx(min(max(t.hard, 0.0), math.log(3)), abs=1e-9)
+    # labels correct what was predicted of merges that are not solved, and what is expected of solved ones
+    priors = {t.label: read.before_labels(replace(t, nats=read.nats(t))) for t in found.trials}
+    assert priors["direct"] is None and priors["solved"] is not None, "nothing predicts the first here"
     worse = replace(found.trials[0], hard=found.trials[0].hard + 0.1)
     one, two = (read.nats(t) for t in (found.trials[0], worse))
     assert one is not None and two is not None and one.expected < two.expected
