@@ -147,8 +147,8 @@ def test_a_norm_behind_one_place_alone_is_none_of_a_channel() -> None:
 
     def layer(values: Tensor) -> Layer:
         part = cast(Any, SimpleNamespace())
-        rows: Callable[..., Any] = lambda p, x, y, at: (x, y if at is None else y[:, at])  # noqa: E731
-        return Layer([part], values.shape[1], rows, values)
+        rows: Callable[..., Any] = lambda p, y, at: y if at is None else y[:, at]  # noqa: E731
+        return Layer([part], values.shape[1], rows, rows, values)
 
     even = torch.tensor([2.0, 3.0]).expand(4, 9, 2).clone()
     found = _by_channel(layer(even), even)
