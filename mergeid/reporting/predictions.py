@@ -56,7 +56,7 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
     """One row per merge that was made and run: what is expected of it, by labels where there are some, and what it said
     of the inputs."""
     labelled = any(t.labelled for t in result.trials)
-    told = labelled or any(t.nats is not None and t.nats.trusted for t in result.trials)
+    told = labelled or any(t.trusted for t in result.trials)
     last = "by labels" if labelled else f"≤ {result.tolerated:g} nats"
     expected = [Column(name, "right") for name in ("nats lost", "90 % interval", last)] if told else []
     columns = [
@@ -68,7 +68,7 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
     ]
     rows: list[Sequence[Any]] = []
     for t in result.trials:
-        nats, known = t.nats if t.nats is not None and t.nats.trusted else None, t.labelled
+        nats, known = t.trusted, t.labelled
         row = [""] * len(expected)
         if known is not None:
             span = f"{_number(known.corrected_low)} to {_number(known.corrected_high)}"

@@ -317,7 +317,7 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
 
 def advise_tried(best: Trial, tolerated: float) -> str:
     """One sentence: what to do after trials, of which this was the best."""
-    nats = best.nats if best.labelled is None and best.nats is not None and best.nats.trusted else None
+    nats = best.trusted if best.labelled is None else None
     if nats is None:
         gains = in_nats(best.lost).startswith("-")
         lost = f"{'gains' if gains else 'loses'} {in_nats(abs(best.lost))} nats in a trial"

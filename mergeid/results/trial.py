@@ -79,6 +79,11 @@ class Trial:
         return {"bn": "repaired", "solve": "solved", "solve+lean": "leaning"}.get(self.repair)
 
     @property
+    def trusted(self) -> Interval | None:
+        """`nats`, where they are to be trusted."""
+        return self.nats if self.nats is not None and self.nats.trusted else None
+
+    @property
     def lost(self) -> float:
         """Nats that it lost: by labels and prediction together, where there are labels."""
         return self.soft if self.labelled is None else self.labelled.corrected
