@@ -28,12 +28,15 @@ from mergeid.prediction.model import FILE, WAYS, Predictor, Term
 from mergeid.prediction.worth import Shares
 
 HERE = Path(__file__).parent
-VERSION = "8"
+VERSION = "9"
 WIDER, FROM_WIDER = HERE / "wider", 1000
 """The wider zoo, and how many of its pairs are fitted, in the order they were made; later ones are fresh."""
 NATS, POINTS = 0.02, 1.0
 """Scales of the targets: differences far below them do not matter."""
 MODES = ("inputs", "weights", "sketches", "trial")
+GAINS = {"inputs": 0.0, "sketches": 0.0, "trial": 0.5, "weights": 0.0}
+"""How much what is gained counts beside what is lost: a barrier tells nothing of it. Chosen with the terms: of trials a
+half ranks losses better than 0 or 1 do, and gains nearly as well as 1."""
 LEAST = 30
 """Rows that a way is fitted to at least."""
 COLLAPSED = {"inputs": 0.02, "sketches": 0.02, "trial": 0.02, "weights": 1e-4}
@@ -53,14 +56,15 @@ AVERAGED, FAR = Term("excess_averaged", 10 * NATS, sign=-1), Term("distance_wors
 CAPPED_SHIFT, MOVED = Term("shift", NATS, capped=True), Term("shift", NATS)
 COARSE, GAP, DROP = Term("excess", 10 * NATS, capped=True), Term("gap", LINEAR), Term("drop", 0.01)
 GAINED = Term("excess_averaged", LINEAR, sign=-1)
-HARD, SOFT = Term("hard", 5 * NATS), Term("soft", NATS)
+FAR_APART = Term("divergence", 10 * NATS)
+HARD, SOFT = Term("hard", 5 * NATS), Term("soft", NATS / 4)
 WITH_INPUTS, FROM_WEIGHTS = (EXCESS, SHIFT, AVERAGED, UNSURE, COSINE), (EXCESS, CAPPED_SHIFT, FAR)
 TERMS = {
     ("inputs", "nats"): (WITH_INPUTS, (SHARP,)),
     ("inputs", "points"): (WITH_INPUTS, (SHARP,)),
     ("weights", "nats"): (FROM_WEIGHTS, (APART,)),
     ("weights", "points"): (FROM_WEIGHTS, (APART,)),
-    ("trial", "nats"): ((*WITH_INPUTS, HARD, SOFT), (SHARP,)),
+    ("trial", "nats"): ((*WITH_INPUTS, HARD, SOFT), (SHARP, FAR_APART)),
     ("sketches", "nats"): ((COARSE, GAP, GAINED), (MOVED,)),
     ("sketches", "points"): ((COARSE, DROP, GAP, GAINED), (MOVED,)),
 }
@@ -76,7 +80,7 @@ class Case:
     Attributes:
         way: of `mergeid.prediction.model.WAYS`.
         nats: at most what a uniform guess loses, beyond which nothing is predicted; of solved merges the loss at the
-            midpoint beyond the mean of both models'.
+            midpoint beyond the mean of both models'; after a trial so of all, negative where it is less.
         halves, half_points: the same on two halves of the test set; None where they were not measured.
     """
 
@@ -97,7 +101,7 @@ class Case:
 
 
 def design(mode: str, unit: str) -> Design:
-    return Design(unit, NATS if unit == "nats" else POINTS, *TERMS[mode, unit], COLLAPSED[mode])
+    return Design(unit, NATS if unit == "nats" else POINTS, *TERMS[mode, unit], COLLAPSED[mode], GAINS[mode])
 
 
 def cases(folder: Path) -> list[Case]:
@@ -175,7 +179,8 @@ def _tried(folder: Path, measured: Mapping[str, Mapping[str, str]]) -> list[Case
         if row["way"] not in TRIED or row["pair"] not in measured:
             continue
         features = {k: float(v) for k, v in list(row.items())[len(ABOUT + LOST) :] if v}
-        truth, half, other = (min(max(0.0, float(row[k])), features["uniform"]) for k in ("loss", "half", "other"))
+        most = features["uniform"]
+        truth, half, other = (min(max(-most, float(row[k])), most) for k in ("loss", "half", "other"))
         way = row["best" if TRIED[row["way"]] in ("solved", "leaning") else "way"]
         assignment, repaired = way.removesuffix("_repair"), way.endswith("_repair")
         pair, kind = measured[row["pair"]], TRIED[row["way"]]

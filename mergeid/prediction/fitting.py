@@ -34,7 +34,10 @@ LEVEL = 0.9
 """Coverage of intervals."""
 WIDENED = 0.91
 """Share of the rows of groups left out that intervals are widened to hold: more than `LEVEL`, since a new group may lie
-farther out than few groups tell. Chosen where families and, which nothing is fitted to, data sets are left out."""
+farther out than few groups tell. Chosen where families and, which nothing is fitted to, data sets are left out. Where
+gains are told, and no target is cut off at 0, `LEVEL` is enough."""
+NARROWED = 200
+"""Rows of a pool, where gains are told, from which intervals that hold too many are narrowed."""
 MOST = 200
 """Residuals of a pool that are kept in the file."""
 LEAST_POOL = 40
@@ -45,14 +48,15 @@ TOLERATED, NATS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 0.02
 
 @dataclass(frozen=True)
 class Design:
-    """What is fitted: terms of the prediction and of the error's scale, without weights, and what a collapsed network
-    tells of its inputs at most."""
+    """What is fitted: terms of the prediction and of the error's scale, without weights, what a collapsed network tells
+    of its inputs at most, and how much gains count (`Model.gains`)."""
 
     unit: str
     scale: float
     terms: tuple[Term, ...]
     spreads: tuple[Term, ...] = ()
     collapsed: float = 0.0
+    gains: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Row:
     """One measured pair under one assignment.
 
     Attributes:
-        target: barrier in nats or points.
+        target: barrier in nats or points, or what is lost; negative where it is gained.
         group: what is left out together. weight: in the fit.
     """
 
@@ -89,17 +93,17 @@ def fit(design: Design, rows: Sequence[Row], *, calibrate: bool = True) -> Model
     normal = left / width
     kinds = np.array([start(r.features) for r in ordered])
     targets = _targets(design, ordered)
-    held = _held(ordered, normal)
+    held = normal if design.gains else _held(ordered, normal)
     nothing = (left - targets) / width  # where a loss of 0 lies, in widths from the score
     pools = {}
     for kind in (ALL, *np.unique(kinds).tolist()):
         at = np.flatnonzero((kinds == kind) | (kind == ALL))
         if kind != ALL and not _enough(ordered, at):
             continue
-        pools[kind] = _pool([ordered[i] for i in at], held[at])
+        pools[kind] = _pool([ordered[i] for i in at], held[at], gains=design.gains > 0)
         low, _ = pools[kind].ends(LEVEL)
         from_zero = at[low <= nothing[at]]
-        if _enough(ordered, from_zero):
+        if not design.gains and _enough(ordered, from_zero):
             pools[kind + FROM_ZERO] = _pool([ordered[i] for i in from_zero], held[from_zero], above=True)
     losses = np.asarray(lift(np.array(TOLERATED) * design.scale / NATS, design.scale))
     return replace(model, pools=pools, chance=fitted_chance(losses.tolist(), targets - left, targets))
@@ -115,17 +119,18 @@ def _held(rows: Sequence[Row], normal: np.ndarray) -> np.ndarray:
     return np.where([r.target <= 0 for r in rows], np.minimum(normal, 0.0), normal)
 
 
-def _pool(rows: Sequence[Row], normal: np.ndarray, *, above: bool = False) -> Pool:
+def _pool(rows: Sequence[Row], normal: np.ndarray, *, above: bool = False, gains: bool = False) -> Pool:
     """Of intervals with two ends, or with an upper one alone."""
     share = _shares(rows)
     order = np.argsort(normal, kind="stable")
     kept, shares = _thinned(normal[order], share[order])
-    return Pool(tuple(kept), tuple(shares), _stretch(rows, normal, share, above))
+    return Pool(tuple(kept), tuple(shares), _stretch(rows, normal, share, above, gains))
 
 
-def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray, above: bool) -> float:
-    """By how much the intervals of all other groups must be widened to hold a share `WIDENED` of the rows of the groups
-    left out, and at least 1: groups differ by more than what varies inside them."""
+def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray, above: bool, gains: bool) -> float:
+    """By how much the intervals of all other groups must be widened to hold a share `WIDENED` (`gains`: `LEVEL`) of the
+    rows of the groups left out, since groups differ by more than what varies inside them; at least 1, but for many rows
+    with `gains`."""
     names = np.array([r.group for r in rows])
     needed = np.full(len(rows), np.inf)
     for g in np.unique(names):
@@ -136,9 +141,10 @@ def _stretch(rows: Sequence[Row], normal: np.ndarray, shares: np.ndarray, above:
         if low < 0 < high:
             needed[~rest] = np.maximum(normal[~rest] / low, normal[~rest] / high)
     order = np.argsort(needed, kind="stable")
-    at = int(np.searchsorted(np.arange(1, len(order) + 1) / len(order), WIDENED - 1e-9))
+    at = int(np.searchsorted(np.arange(1, len(order) + 1) / len(order), (LEVEL if gains else WIDENED) - 1e-9))
     found = float(needed[order[min(at, len(order) - 1)]])
-    return max(1.0, found) if np.isfinite(found) else 1.0
+    least = 0.0 if gains and len(rows) >= NARROWED else 1.0
+    return max(least, found) if np.isfinite(found) else 1.0
 
 
 def left_out(
@@ -180,7 +186,7 @@ def _shares(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _targets(design: Design, rows: Sequence[Row]) -> np.ndarray:
-    return np.asarray(lift([r.target for r in rows], design.scale))
+    return np.asarray(lift([r.target for r in rows], design.scale, design.gains))
 
 
 def _least_squares(design: Design, rows: Sequence[Row]) -> Model:
@@ -194,7 +200,10 @@ def _least_squares(design: Design, rows: Sequence[Row]) -> Model:
     )
     intercept = float(weights[-2] - weights[-1])
     return Model(
-        design.unit, design.scale, intercept, terms, LEAST, 0.0, (), reach=_reach(x), collapsed=design.collapsed
+        *(design.unit, design.scale, intercept, terms, LEAST, 0.0, ()),
+        reach=_reach(x),
+        collapsed=design.collapsed,
+        gains=design.gains,
     )
 
 
@@ -210,7 +219,7 @@ def _reach(x: np.ndarray) -> Reach:
 
 
 def _residuals(model: Model, rows: Sequence[Row]) -> np.ndarray:
-    return np.array([float(lift(r.target, model.scale)) - model.score(r.features) for r in rows])
+    return np.array([float(model.lifted(r.target)) - model.score(r.features) for r in rows])
 
 
 def _with_scale(model: Model, design: Design, rows: Sequence[Row], residuals: np.ndarray) -> Model:

@@ -2,7 +2,8 @@
 families of networks that it was not fitted on.
 
 The barrier is predicted on the scale t = asinh(y / (2 s)), with s nats (or accuracy points) below which differences
-do not matter: linear near 0 and a logarithm far from it.
+do not matter: linear near 0 and a logarithm far from it. What a merge gains, y < 0, counts for less on it, or not at
+all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mergeid.errors import MergeidError
 from mergeid.prediction.chance import Chance
 from mergeid.prediction.worth import Shares
 
-FORMAT = "mergeid.predictor/3"
+FORMAT = "mergeid.predictor/4"
 WAYS = ("direct", "matched", "repaired", "solved", "leaning")
 """Of merging a pair; solved merges that lean to one model are only told of after a trial."""
 FILE = "coefficients.json"
@@ -37,16 +38,24 @@ SHARED_START, APART_START = "shared", "apart"
 SHARED = 0.5
 """Cosine of two models' weights from which they are taken to come from one start."""
 MOST_POINTS = 100.0
+FAR = 40.0
+"""On the scale t: beyond all that there is to lose or to gain."""
+PLAIN = ("unit", "scale", "intercept", "least", "spread", "collapsed", "gains")
+"""Of a model, as they lie in the file."""
 
 
-def lift(y: Any, scale: float) -> Any:
-    """asinh(y / (2 scale)): odd, about y / (2 scale) near 0, about log(y / scale) far from it."""
-    return np.arcsinh(np.asarray(y, float) / (2 * scale))
+def lift(y: Any, scale: float, gains: float = 1.0) -> Any:
+    """asinh(y / (2 scale)): odd, about y / (2 scale) near 0, about log(y / scale) far from it; `gains` times as much
+    below 0."""
+    t = np.arcsinh(np.asarray(y, float) / (2 * scale))
+    return np.where(t < 0, gains * t, t)
 
 
-def lower(t: Any, scale: float) -> Any:
-    """The inverse of `lift`."""
-    return 2 * scale * np.sinh(np.asarray(t, float))
+def lower(t: Any, scale: float, gains: float = 1.0) -> Any:
+    """The inverse of `lift`; nothing below 0 for gains that do not count."""
+    t = np.asarray(t, float)
+    below = t / gains if gains else np.zeros_like(t)
+    return 2 * scale * np.sinh(np.where(t < 0, below, t))
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class Interval:
     """What is expected of one quantity.
 
     Attributes:
-        expected, low, high: in nats or points, 0 ≤ low ≤ expected ≤ high ≤ the most that there can be.
+        expected, low, high: in nats or points, low ≤ expected ≤ high ≤ the most that there can be to lose; not below 0,
+            or where gains are told (`Model.gains`) not below the same with a minus.
         score: the prediction before it is cut off, on the scale t: what pairs are ranked by.
         within: probability of at most the tolerated loss; None where none was named.
         beyond: how far the pair lies outside what the predictor was fitted on (0: inside).
@@ -124,7 +134,7 @@ class Pool:
 
     Attributes:
         residuals: ascending; shares: their weights, sum 1.
-        stretch: ≥ 1, by which the interval is wider than those residuals ask for, because families differ.
+        stretch: by which the interval is wider than those residuals ask for, because families differ.
     """
 
     residuals: tuple[float, ...]
@@ -196,6 +206,7 @@ class Model:
             begins at 0 again by themselves (`FROM_ZERO`).
         chance: of staying within a loss. reach: of the pairs fitted.
         collapsed: least that a model has to tell of its inputs (`mergeid.prediction.features.EndSums`).
+        gains: how much what is gained counts beside what is lost, on the scale t; 0: it is not told.
     """
 
     unit: str
@@ -209,9 +220,14 @@ class Model:
     chance: Chance = field(default_factory=Chance)
     reach: Reach = Reach()
     collapsed: float = 0.0
+    gains: float = 0.0
 
     def values(self, features: Mapping[str, float]) -> list[float]:
         return [t.value(features) for t in self.terms]
+
+    def lifted(self, y: Any) -> Any:
+        """Losses (or points) on the scale t."""
+        return lift(y, self.scale, self.gains)
 
     def score(self, features: Mapping[str, float]) -> float:
         return self.intercept + sum(t.weight * t.value(features) for t in self.terms)
@@ -232,19 +248,21 @@ class Model:
         """The expected value with an interval that holds it with probability `level` on a new family.
 
         What lies outside the range that the model was fitted on widens the interval in proportion. Nothing leaves
-        [0, `most`]."""
+        [0, `most`], or [-`most`, `most`] where gains are told."""
         if features.get("divergence", 1.0) <= SAME and features.get("deviation", 0.0) <= SAME:
             return Interval(0.0, 0.0, 0.0, -math.inf, None if tolerated is None else 1.0, 0.0)
         most, collapsed = self.most(features), features.get("told", 1.0) < self.collapsed
         score, beyond = self.score(features), self.beyond(features)
         width = self.width(features) * (1 + beyond)
         if not (math.isfinite(score) and math.isfinite(width)):
-            return Interval(most, 0.0, most, math.inf, None, math.inf, collapsed, self.unit == "nats")
+            return Interval(
+                most, self._cut(-math.inf, most), most, math.inf, None, math.inf, collapsed, self.unit == "nats"
+            )
         ends = (score + width * q for q in self.ends(start(features), score, width, level))
         expected, low, high = (self._cut(t, most) for t in (score, *ends))
         within = None
         if tolerated is not None:
-            within = 1.0 if tolerated >= most else self.chance(float(lift(tolerated, self.scale)), score)
+            within = 1.0 if tolerated >= most else self.chance(float(self.lifted(tolerated)), score)
         high = max(high, expected)
         ends_there = self.unit == "nats" and high >= most
         return Interval(expected, min(low, expected), high, score, within, beyond, collapsed, ends_there)
@@ -256,17 +274,20 @@ class Model:
         that the interval may miss, and not half of it."""
         kind = kind if kind in self.pools else ALL
         low, high = self.pools.get(kind, NO_POOL).ends(level)
-        if score + width * low > 0:
+        if self.gains or score + width * low > 0:
             return low, high
         above = self.pools.get(kind + FROM_ZERO)
         return low, high if above is None else above.end(level)
 
     def _cut(self, t: float, most: float) -> float:
-        return most if t >= 40 else min(float(lower(max(t, 0.0), self.scale)), most)
+        least = -most if self.gains else 0.0
+        if abs(t) >= FAR:
+            return most if t > 0 else least
+        return max(min(float(lower(t, self.scale, self.gains)), most), least)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **{k: getattr(self, k) for k in ("unit", "scale", "intercept", "least", "spread", "collapsed")},
+            **{k: getattr(self, k) for k in PLAIN},
             "terms": [t.__dict__ for t in self.terms],
             "spreads": [t.__dict__ for t in self.spreads],
             "chance": self.chance.to_json(),
@@ -276,9 +297,8 @@ class Model:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Model:
-        plain = {k: data[k] for k in ("unit", "scale", "intercept", "least", "spread", "collapsed")}
         return cls(
-            **plain,
+            **{k: data[k] for k in PLAIN},
             terms=tuple(Term(**t) for t in data["terms"]),
             spreads=tuple(Term(**t) for t in data["spreads"]),
             pools={k: Pool.from_json(p) for k, p in data["pools"].items()},

@@ -78,7 +78,7 @@ def trials_table(result: PredictResult, *, width: int) -> Table:
         rows.append([t.label, *row, _number(t.hard), _number(t.soft), f"{round(100 * t.missed, 1) + 0.0:.1f} %"])
     by = "labels" if labelled else "trial"
     title = f"trials on {result.trials[0].examples} inputs: nats lost against the models' mean"
-    caption = f"nats lost: expected on other inputs, by {by} and prediction together. " * told
+    caption = f"nats lost: expected on other inputs, by {by} and prediction together; negative where gained. " * told
     caption += "hard: the class that both models together find most probable counts as the truth. soft: their mean "
     caption += "prediction does."
     return make_table(columns, rows, width=width, title=title, caption=caption)

@@ -125,8 +125,10 @@ class PredictResult:
 
     @property
     def best_trial(self) -> Trial | None:
-        """The merge that lost least of those that were made in memory and run; None where none were."""
-        return min(self.trials, key=lambda t: t.lost, default=None)
+        """Of the merges that were made in memory and run, the one that is expected to lose least; where nothing is
+        expected of any, the one that lost least. None where none were run."""
+        told = [t for t in self.trials if t.expected is not None]
+        return min(told or self.trials, key=lambda t: t.lost if t.expected is None else t.expected, default=None)
 
     @property
     def sure(self) -> Outlook | None:
@@ -326,15 +328,18 @@ def advise_tried(best: Trial, tolerated: float) -> str:
         more = f"more than the {tolerated:g} tolerated"
         return f"Merge them with care: even the best way ({best.label}) {lost}, {more}."
     if (nats.within or 0.0) >= SURE:
+        gain = f"gain {in_nats(-nats.expected)} nats over the models' mean, and to " if nats.high < 0 else ""
         return (
-            f"Merge them: after its trial, the best way ({best.label}) is expected to lose at most {tolerated:g} nats "
-            f"with probability {nats.within:.2f}."
+            f"Merge them: after its trial, the best way ({best.label}) is expected to {gain}lose at most "
+            f"{tolerated:g} nats with probability {nats.within:.2f}."
         )
     even, more = ("even ", f", more than the {tolerated:g} tolerated") if nats.low > tolerated else ("", "")
     care = "" if nats.high <= tolerated else " with care"
+    gains = in_nats(nats.expected).startswith("-")
+    verb, ends = ("gain", (-nats.high, -nats.low)) if gains else ("lose", (nats.low, nats.high))
     return (
-        f"Merge them{care}: after its trial, {even}the best way ({best.label}) is expected to lose "
-        f"{in_nats(nats.expected)} nats (90 % interval {in_nats(nats.low)} to {in_nats(nats.high)}){more}."
+        f"Merge them{care}: after its trial, {even}the best way ({best.label}) is expected to {verb} "
+        f"{in_nats(abs(nats.expected))} nats (90 % interval {in_nats(ends[0])} to {in_nats(ends[1])}){more}."
     )
 
 

@@ -50,7 +50,7 @@ class Trial:
         beyond: nats lost beyond A alone, where A's predictions, made surer, take the place of labels.
         sharp: as `soft`, by their mean prediction made surer.
         nats: the loss beyond the mean of the models' that is expected of the merge on other inputs, by the trial and by
-            what was predicted of it before; None for a merge that nothing was fitted on.
+            what was predicted of it before; negative where it is less. None for a merge that nothing was fitted on.
     """
 
     merge: str
@@ -87,6 +87,13 @@ class Trial:
     def lost(self) -> float:
         """Nats that it lost: by labels and prediction together, where there are labels."""
         return self.soft if self.labelled is None else self.labelled.corrected
+
+    @property
+    def expected(self) -> float | None:
+        """Nats that it is expected to lose on other inputs, by labels, else by the trial; None where nothing tells."""
+        if self.labelled is not None:
+            return self.labelled.corrected
+        return None if self.trusted is None else self.trusted.expected
 
     @property
     def against_a(self) -> float:

@@ -47,6 +47,44 @@ def test_the_scale_goes_back(y: float, scale: float) -> None:
     assert lower(lift(y, scale), scale) == pytest.approx(y, rel=1e-9, abs=1e-9)
 
 
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 10), st.floats(0.05, 2))
+def test_gains_count_as_much_as_they_are_said_to(y: float, scale: float, gains: float) -> None:
+    assert lift(-abs(y), scale, gains) == pytest.approx(-gains * lift(abs(y), scale, gains))
+    assert lower(lift(y, scale, gains), scale, gains) == pytest.approx(y, rel=1e-9, abs=1e-9)
+    # where they do not count there are none
+    assert lift(y, scale, 0.0) == lift(max(y, 0.0), scale)
+    assert lower(lift(y, scale, 0.0), scale, 0.0) == pytest.approx(max(y, 0.0), rel=1e-9, abs=1e-9)
+
+
+def gaining(seed: int, groups: int = 8, each: int = 40) -> list[Row]:
+    """Targets that follow x on both sides of 0, with errors of the same kind."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for g in range(groups):
+        for _ in range(each):
+            t = rng.uniform(-3, 3)
+            y = float(lower(t + 0.3 * rng.standard_normal(), 0.02, 0.5))
+            x = float(lower(t, 0.02, 0.5))
+            found.append(Row({"x": x, "z": 1.0, "divergence": 0.1, "uniform": 50.0}, y, f"g{g}"))
+    return found
+
+
+def test_gains_are_predicted_where_they_count() -> None:
+    """The same rows, with and without gains: what is told of losses is much the same."""
+    telling = fit(replace(DESIGN, gains=0.5), gaining(1))
+    silent = fit(DESIGN, gaining(1))
+    new = gaining(2, groups=20)
+    found = [telling.predict(r.features) for r in new]
+    assert 0.86 < coverage(new, found) < 0.95
+    assert ranks_agree([i.expected for i in found], [r.target for r in new]) > 0.95
+    gained = [(i, r) for i, r in zip(found, new, strict=True) if r.target < -0.5]
+    assert len(gained) > 50 and all(i.expected < 0 and i.low < i.expected < i.high for i, _ in gained)
+    for row in new:
+        assert silent.predict(row.features).low >= 0
+    again = Model.from_json(json.loads(json.dumps(telling.to_json())))
+    assert [again.predict(r.features).expected for r in new] == pytest.approx([i.expected for i in found])
+
+
 def test_finds_planted_weights() -> None:
     model = fit(DESIGN, rows(0, noise=0.05))
     assert model.terms[0].weight == pytest.approx(0.8, abs=0.02)
@@ -202,7 +240,7 @@ def test_through_json() -> None:
     for r in rows(5, groups=1):
         one, two = model.predict(r.features), again.predict(r.features)
         assert one.expected == pytest.approx(two.expected) and one.high == pytest.approx(two.high, rel=1e-2)
-    with pytest.raises(MergeidError, match=r"mergeid\.predictor/3"):
+    with pytest.raises(MergeidError, match=r"mergeid\.predictor/4"):
         Predictor.from_json({"format": "other"})
 
 
@@ -246,9 +284,10 @@ def test_nothing_leaves_its_physical_limits() -> None:
     for k in range(10_000):
         model, features = models[k % len(models)], drawn(rng, names)
         most = 100.0 if model.unit == "points" else features["uniform"]
+        least = -most if model.gains else 0.0
         tolerated = float(10 ** rng.uniform(-5, 2))
         found = model.predict(features, tolerated=tolerated)
-        assert 0 <= found.low <= found.expected <= found.high <= most, (features, found)
+        assert least <= found.low <= found.expected <= found.high <= most, (features, found)
         assert found.within is None or 0 <= found.within <= 1
         assert found.open == (model.unit == "nats" and found.high == most) and found.holds(found.expected)
         assert found.holds(2 * most + 1) == found.open and not found.holds(found.low - 0.1, 0.05)

@@ -26,6 +26,7 @@ from mergeid.prediction.trial import TogetherSums, TrialSums
 from mergeid.prediction.worth import Shares, interference_of, worth_of
 from mergeid.reporting.predictions import trials_table
 from mergeid.results.prediction import Finding, PredictResult, TrialReader, advise_tried
+from mergeid.results.trial import Trial
 from mergeid.stages import trial
 
 LABELLED = [{"arg0": x, "labels": y} for x, y in zip(X, labels(X), strict=True)]
@@ -171,8 +172,26 @@ def test_the_advice_after_a_trial_says_what_is_expected(found: PredictResult) ->
     assert "with care" in between and "tolerated" not in between
     inside = said(0.006, 0.0, 0.008, 0.83)
     assert inside.startswith("Merge them: ") and "0.006 nats (90 % interval 0 to 0.008)." in inside
+    gains = said(-0.12, -0.2, 0.03, 0.7)
+    assert "is expected to gain 0.12 nats (90 % interval -0.03 to 0.2)." in gains
+    sure = said(-0.12, -0.2, -0.03, 0.99)
+    assert "gain 0.12 nats over the models' mean, and to lose at most 0.01 nats with probability 0.99." in sure
     for none in (best, replace(best, soft=-1e-17)):
         assert advise_tried(none, 0.01) == "Merge them: the best way (direct) loses 0 nats in a trial."
+
+
+def test_the_best_trial_is_the_one_that_is_expected_to_lose_least(found: PredictResult) -> None:
+    """By labels, or else by what a trial says of other inputs; what nothing tells of comes last."""
+
+    def told(expected: float | None, lost: float) -> Trial:
+        nats = None if expected is None else Interval(expected, expected - 1, expected + 1, 0.0, 0.5, 0.0)
+        return replace(found.trials[0], labelled=None, nats=nats, soft=lost)
+
+    a, b, c = told(0.2, -0.5), told(-0.1, 0.3), told(None, -2.0)
+    assert replace(found, trials=[a, b, c]).best_trial is b
+    assert replace(found, trials=[told(None, 0.1), c]).best_trial is c
+    by_labels = min(found.trials, key=lambda t: math.inf if t.labelled is None else t.labelled.corrected)
+    assert found.best_trial is by_labels
 
 
 # -- sums ---------------------------------------------------------------------------------------------------
@@ -272,6 +291,9 @@ def test_a_predicted_loss_of_nothing_says_nothing_of_a_gain() -> None:
     assert gain.expected == pytest.approx(-0.4, abs=2e-3) and gain.high < -0.3
     assert 0 < loss.expected < 0.1
     assert loss.low < loss.expected < loss.high
+    # one that tells of gains holds back what is measured on either side
+    held = [corrected(Measured(x, 0.05, 1000), -0.1, -0.12, -0.08).expected for x in (-0.5, 0.3)]
+    assert -0.3 < held[0] < -0.1 < held[1] < 0.1
     # and one that ends at a uniform guess nothing of what lies beyond it
     far = corrected(Measured(3.8, 0.05, 1000), 2.0, 1.0, 2.3, most=2.3)
     assert far.expected == pytest.approx(3.8, abs=2e-2)
