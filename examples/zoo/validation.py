@@ -318,8 +318,8 @@ def written(found: Sequence[Case], midpoints: Sequence[Mapping[str, str]]) -> st
         f"({len(solved)} pairs so far) solved. Written by `validation.py`. A family (or a data set) is left out "
         "altogether, the predictor fitted and its intervals made from the rest, and asked about what was left out.\n",
         "Nats are of the barrier on eleven points, of solved merges of the midpoint's loss beyond the mean of both "
-        "models', at most what a uniform guess loses (of 1.6 % of the merges it is more). After a trial they are of every "
-        "merge's midpoint, negative where it gains. Ceiling: Spearman of two "
+        "models', at most what a uniform guess loses (of 1.6 % of the merges it is more). After a trial they are of "
+        "every merge's midpoint, negative where it gains. Ceiling: Spearman of two "
         "halves of the test set. AUROC: more than 0.05 nats, of solved merges by themselves more than 0.01, where each "
         f"class has {CLASSES}. p: of a coverage of 90 %, pairs that share a model counted as dependent. Untrusted rows "
         "count in every figure. `within`: said / true, every pair alike / true, every family (or set) alike (pairs).\n",
