@@ -5,9 +5,10 @@
 trains small networks with a fixed part on scikit-learn's digits (some seconds each), certifies their layers on clean
 images, and shifts the inputs: images more and more rotated, noisy, faded, inverted, occluded and moved, and a growing
 share of the data from a single class. For every layer and shift it measures how far the covariance of the layer's
-inputs moved, ‖E‖, computes all costs anew on the shifted support, and counts decisions that flip: a swap that became as
-good as the identity, or a permutation. Where ‖E‖ is below the shift radius, none may. Half-masked layers have no
-certificate, however large their margin: some S_i are singular.
+inputs moved, ‖E‖, computes all costs anew on the shifted support, and counts decisions that flip: a swap that became
+as good as the identity, or a permutation. Where ‖E‖ is below the shift radius, none may. Half-masked layers have next
+to no certificate, however large their margin: some S_i are singular, or nearly. Their radius is 0, or so small that it
+only covers a shift that leaves the covariance as it was (inverting all images, in the first layer).
 """
 
 from __future__ import annotations

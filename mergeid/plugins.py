@@ -19,6 +19,7 @@ from mergeid.basics.abilities import Contents as Contents
 from mergeid.basics.abilities import KnowsFolders as KnowsFolders
 from mergeid.basics.abilities import KnowsHeads as KnowsHeads
 from mergeid.basics.abilities import KnowsModules as KnowsModules
+from mergeid.basics.abilities import KnowsNames as KnowsNames
 from mergeid.basics.abilities import NamesTasks as NamesTasks
 from mergeid.basics.abilities import TiesWeights as TiesWeights
 from mergeid.basics.mixtures import MakesMixtures as MakesMixtures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,12 @@ class OpenClipAdapter:
         except ImportError:
             return []
         return sorted(open_clip.list_models())
+
+    def at_hand(self, name: str, config: Mapping[str, Any] | None) -> bool:
+        """Whether the installed open_clip has a config of that name (it is not imported)."""
+        spec = find_spec("open_clip")
+        folders = (spec.submodule_search_locations or []) if spec is not None else []
+        return any(f"{name}.json" in (p.name for p in Path(f, "model_configs").glob("*.json")) for f in folders)
 
     def recognise(
         self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]

@@ -73,13 +73,13 @@ class TimmAdapter:
         shortest name is chosen.
         """
         stated = (config or {}).get("architecture")
-        if isinstance(stated, str) and self._known(stated):
+        if isinstance(stated, str) and self.at_hand(stated):
             return self._stated(stated, table, config)
         if (config or {}).get("model_type") is not None:
             return None
         for key in HINTS:
             hint = metadata.get(key, "").removeprefix("timm/")
-            if hint and self._known(hint):
+            if hint and self.at_hand(hint):
                 return self._stated(hint, table, None)
         found = load_index().lookup(shapes_of(table))
         if not found:
@@ -88,9 +88,9 @@ class TimmAdapter:
         same = [m.name for m in found if m.options == best.options]
         return Architecture(self.name, best.name, dict(best.options), tuple(dict.fromkeys(same)))
 
-    @staticmethod
-    def _known(name: str) -> bool:
-        return name.partition(".")[0] in load_index().by_name
+    def at_hand(self, name: str, config: Mapping[str, Any] | None = None) -> bool:
+        """Whether the shipped index has the name."""
+        return name.removeprefix("timm/").partition(".")[0] in load_index().by_name
 
     def _stated(self, stated: str, table: TensorTable, config: Mapping[str, Any] | None) -> Architecture:
         """An architecture that a config or the metadata names, with options read off the table where possible."""
@@ -118,7 +118,7 @@ class TimmAdapter:
         """
         name = name.removeprefix("timm/")
         plain = name.partition(".")[0]
-        if not self._known(name) and not names.installed(plain):
+        if not self.at_hand(name) and not names.installed(plain):
             near = plugins.near_names(plain, self.architectures())
             raise MergeidError(
                 f"timm has no architecture {name!r}"
@@ -127,7 +127,7 @@ class TimmAdapter:
             )
         theirs = config if config is not None and "architecture" in config else None
         arch = self._stated(name, table or {}, theirs)
-        if table and self._known(name) and load_index().read_options(plain, shapes_of(table)) is None:
+        if table and self.at_hand(name) and load_index().read_options(plain, shapes_of(table)) is None:
             return self._despite_difference(arch, table)
         return arch
 
@@ -336,12 +336,12 @@ class TimmAdapter:
     def described(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
         """A hub config.json, or the architecture that the file's metadata name."""
         stated = (config or {}).get("architecture")
-        if config is not None and isinstance(stated, str) and self._known(compare.name_of(stated)):
+        if config is not None and isinstance(stated, str) and self.at_hand(compare.name_of(stated)):
             return config
         if config is not None and config.get("model_type") is not None:
             return None
         hints = (metadata.get(key, "") for key in HINTS)
-        hint = next((h for h in hints if h and self._known(compare.name_of(h))), None)
+        hint = next((h for h in hints if h and self.at_hand(compare.name_of(h))), None)
         return None if hint is None else {"architecture": hint}
 
     def config_differences(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[ConfigDifference]:

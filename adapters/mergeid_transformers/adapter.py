@@ -46,6 +46,12 @@ class TransformersAdapter:
 
         return model_types()
 
+    def at_hand(self, name: str, config: Mapping[str, Any] | None) -> bool:
+        """Whether the installed transformers has a file for that model type, and the config says no other."""
+        from mergeid_transformers.installed import has_type
+
+        return (config or {}).get("model_type") in (None, name) and has_type(name)
+
     def recognise(
         self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
     ) -> Architecture | None:

@@ -24,6 +24,16 @@ class KnowsModules(Protocol):
 
 
 @runtime_checkable
+class KnowsNames(Protocol):
+    """Optional ability of an adapter: knows names of architectures without importing its library."""
+
+    def at_hand(self, name: str, config: Mapping[str, Any] | None) -> bool:
+        """Whether `Adapter.resolve` takes the name beside this ``config.json``. False: that takes the library to say.
+        Costs a look into a file at most."""
+        ...
+
+
+@runtime_checkable
 class KnowsHeads(Protocol):
     """A `KnowsModules` that can tell which output of a live module holds class logits."""
 

@@ -24,7 +24,7 @@ from mergeid.request.options import HOW, INPUT, OUTPUT, Option
 
 Answer = TypeVar("Answer")
 Other = TypeVar("Other")
-READ = ("base", "data", "calibration", "arch")
+READ = ("base", "data", "calibration")
 """Keywords that name what is read."""
 PANELS = (INPUT, OUTPUT, HOW)
 
@@ -94,7 +94,9 @@ class Call(Generic[Answer]):
     @property
     def reads(self) -> list[str | None]:
         """What is read besides the models, and must not be written."""
-        return [self.asked.arguments.get(k) for k in READ]
+        from mergeid.request.request import config_file
+
+        return [*(self.asked.arguments.get(k) for k in READ), config_file(self.asked.arguments.get("arch"))]
 
     def _value(self, keyword: str) -> object:
         return self.asked.arguments.get(keyword, inspect.signature(self.verb).parameters[keyword].default)

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from mergeid.errors import MergeidError
+from mergeid.errors import MergeidError, shown
 from mergeid.io.building import BARE, Room, naming, within
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.lora import refuse_adapter
 from mergeid.io.tensors import TensorSource
 from mergeid.nn.names import plain_table
-from mergeid.plugins import Adapter, Architecture, adapter_names, get_adapter, near_names
+from mergeid.plugins import Adapter, Architecture, KnowsNames, adapter_names, get_adapter, near_names
+
+NEAR = 4
+"""Near names that a refusal lists."""
 
 
 def find_architecture(checkpoint: Checkpoint, arch: str | None = None) -> tuple[Adapter, Architecture]:
@@ -64,12 +67,20 @@ def stated_config(checkpoint: TensorSource, arch: str | None) -> dict[str, Any] 
 
 
 def check_named(checkpoint: Checkpoint, arch: str | None) -> None:
-    """Raises `MergeidError` for an ``--arch`` that names nothing, also where no network is built."""
+    """Raises `MergeidError` for an ``--arch`` that names nothing, also where no network is built. Libraries are
+    imported only for a name that is not known without them."""
     if arch is None or checkpoint.module is not None:
         return
     config = stated_config(checkpoint, arch)
-    if not arch.endswith(".json"):
+    if not arch.endswith(".json") and not _known_at_once(arch, config):
         resolve_name(arch, None, config)
+
+
+def _known_at_once(arch: str, config: Mapping[str, Any] | None) -> bool:
+    prefix, _, rest = arch.partition("/")
+    libraries, name = ([prefix], rest) if rest and prefix in adapter_names() else (adapter_names(), arch)
+    found = (get_adapter(n) for n in libraries)
+    return any(isinstance(adapter, KnowsNames) and adapter.at_hand(name, config) for adapter in found)
 
 
 def resolve_name(
@@ -78,7 +89,12 @@ def resolve_name(
     """The architecture of that name: ``adapter/name``, or a name that one adapter knows.
 
     Raises `MergeidError` for an unknown one, with near names."""
-    prefix, _, rest = arch.partition("/")
+    prefix, slash, rest = arch.partition("/")
+    if not rest and prefix in adapter_names():
+        raise MergeidError(
+            f"--arch {arch} names a library without an architecture; expected {prefix}/NAME, and mergeid adapters "
+            f"'{prefix}/*' lists the names"
+        )
     if rest and prefix in adapter_names():
         adapter = get_adapter(prefix)
         return adapter, adapter.resolve(rest, table, config)
@@ -91,11 +107,11 @@ def resolve_name(
         raise MergeidError(
             f"{arch!r} is the name of several architectures; give {' or '.join(f'{k}/{arch}' for k in known)}"
         )
-    near = [f"{n}/{x}" for n, names_of in names.items() for x in near_names(rest or arch, names_of, 3)]
-    raise MergeidError(
-        f"unknown architecture {arch!r}; "
-        + (f"did you mean {', '.join(near)}?" if near else f"expected ADAPTER/NAME, ADAPTER one of {', '.join(names)}")
-    )
+    libraries = {x: n for n, names_of in names.items() for x in names_of}
+    near = [f"{libraries[x]}/{x}" for x in near_names(rest or arch, libraries, NEAR)]
+    expected = f"expected LIBRARY/NAME, LIBRARY one of {', '.join(names)}"
+    what = f"no library {shown(prefix)}" if slash and prefix else f"unknown architecture {shown(arch)}"
+    raise MergeidError(f"--arch: {what}; {expected}" + (f"; near names are {', '.join(near)}" if near else ""))
 
 
 def described_by(path: str, config: Mapping[str, Any]) -> tuple[Adapter, Architecture]:

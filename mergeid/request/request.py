@@ -120,6 +120,11 @@ class Example:
         return given if isinstance(given, cls) and not outputs else cls(given, tuple(outputs))
 
 
+def config_file(arch: str | None) -> str | None:
+    """What ``--arch`` gives, if it is a file."""
+    return arch if arch is not None and arch.endswith(".json") else None
+
+
 @dataclass(frozen=True)
 class Reading:
     """How models are read.
@@ -137,7 +142,7 @@ class Reading:
         image_size: height and width that the images of the data are brought to; None: the model's own.
         heads: "both": classifiers get one head with the classes of all; None: their heads are merged.
 
-    Raises `MergeidError` for a size that is no whole number, and for an unknown choice of heads.
+    Raises `MergeidError` for an empty name, a size that is no whole number, and for an unknown choice of heads.
     """
 
     arch: str | None = None
@@ -152,10 +157,17 @@ class Reading:
     heads: str | None = None
 
     def __post_init__(self) -> None:
+        if self.arch is not None and not self.arch.strip():
+            raise MergeidError("--arch is empty; expected a name such as timm/resnet18, or leave it out")
         if self.heads not in (None, *HEADS):
             raise MergeidError(f"--heads {shown(self.heads)} is not one of {', '.join(HEADS)}")
         if self.image_size is not None:
             check_count("image_size", self.image_size)
+
+    @property
+    def config_file(self) -> str | None:
+        """The file that the architecture is read off; None where it is a name."""
+        return config_file(self.arch)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def align(
     asked, target = Output(output, force=force, shard_size=bytes_of(shard_size), resume=resume), None
     if not (is_live(b) and output is None):
         asked = replace(asked, path=output or _default(b))
-        target = replace(asked, path=output_path(asked, [to, b, base, data, plan, reading.arch]))
+        target = replace(asked, path=output_path(asked, [to, b, base, data, plan, reading.config_file]))
     if transport:
         check_transport(matching, base=base is not None)
         met = open_models(Workbench(reading, run), [to, b], widths=False)

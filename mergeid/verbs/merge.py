@@ -20,7 +20,7 @@ from mergeid.methods.settings import MergeSettings, MethodRequest, setting_of_we
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import REFUSE_ABOVE, Matching, Output, OwnData, Repairing, Run, bytes_of
+from mergeid.request.request import REFUSE_ABOVE, Matching, Output, OwnData, Reading, Repairing, Run, bytes_of
 from mergeid.request.usual import Usual, calibration_of, requests_of
 from mergeid.results.merge import MergeResult
 from mergeid.stages.merge_request import MergeRequest
@@ -212,7 +212,7 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     run, config = bench.run, bench.reading.config
     if is_live(request.models[0]) and len(request.models) > 2 and config not in (None, "a"):
         raise MergeidError("with more than two live modules the first one's config counts (a); put that module first")
-    output = _target(request, bench.reading.arch)
+    output = _target(request, bench.reading)
     repo = request.output.push
     if repo is not None:
         from mergeid.io.push import check_push
@@ -258,13 +258,13 @@ def merge_models(request: MergeRequest, bench: Workbench) -> MergeResult:
     return push_merge(result, met, request.asked.method.name, repo)
 
 
-def _target(request: MergeRequest, arch: str | None) -> Output | None:
+def _target(request: MergeRequest, reading: Reading) -> Output | None:
     """Where the merge is written; None: a merge of live modules stays in memory."""
     if is_live(request.models[0]) and request.output.path is None:
         return None
     data = request.calibration.data
     given = data.data if isinstance(data, OwnData) else [data]
-    reads = [*request.models, request.base, request.matching.plan, *given, arch]
+    reads = [*request.models, request.base, request.matching.plan, *given, reading.config_file]
     return replace(request.output, path=output_path(request.output, reads))
 
 

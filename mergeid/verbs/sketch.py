@@ -13,7 +13,7 @@ from mergeid.io.output import check_files, check_new
 from mergeid.models.workbench import Workbench
 from mergeid.request import options as o
 from mergeid.request.boundary import verb
-from mergeid.request.request import Calibration, Example, Progress, Reading, Run
+from mergeid.request.request import Calibration, Example, Progress, Reading, Run, config_file
 from mergeid.verbs.predict import TOLERATED, check_tolerated
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def sketch(
         limit: most inputs. force: replace an earlier output.
 
     Raises `MergeidError` for anything wrong with the input."""
-    target = None if output is None else check_sketch_output(output, force, [source, data, arch])
+    target = None if output is None else check_sketch_output(output, force, [source, data, config_file(arch)])
     if limit < 2:
         raise MergeidError(f"--limit must be at least 2 for a sketch, got {limit}")
     from mergeid.models.architecture import stated_config

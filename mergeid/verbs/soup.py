@@ -94,7 +94,7 @@ def soup(
         )
     target = None
     if not (is_live(models[0]) and output is None):
-        reads = [*models, base, data, reading.arch]
+        reads = [*models, base, data, reading.config_file]
         target = replace(asked, path=output_path(asked, reads, "soup"))
     met = open_models(Workbench(reading, run), models, base)
     request = MethodRequest(get_method("linear" if base is None else "task_arithmetic"), seed=run.seed)

@@ -51,6 +51,15 @@ def test_follows_the_protocol(adapter):
     assert {"bert", "gpt2", "llama", "t5", "vit"} <= set(adapter.architectures())
 
 
+def test_names_at_hand_are_model_types(adapter):
+    """Read off files, the other spelling of a name among them, and never beside a config that says another."""
+    types = set(adapter.architectures())
+    spelt = types | {n.replace("-", "_") for n in types} | {n.replace("_", "-") for n in types}
+    found = {n for n in spelt | {"", ".", "../bert", "auto", "deprecated", "bert/../gpt2"} if adapter.at_hand(n, None)}
+    assert found <= types and len(found) > len(types) / 2 and {"bert", "xlm-roberta", "llama", "vit"} <= found
+    assert adapter.at_hand("bert", {"model_type": "bert"}) and not adapter.at_hand("bert", {"model_type": "gpt2"})
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_build_run_and_score_as_the_library_does(adapter, name):
     """Our loss, summed and divided by its count, is the model's own; the batch is seeded and fits the model."""

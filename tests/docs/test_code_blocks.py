@@ -132,3 +132,14 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     done = subprocess.run([*words, "-d", str(tmp_path / "site")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "site/commands/index.html").is_file()
+
+
+def test_every_measured_figure_names_its_script() -> None:
+    """One that is there, or the row says that there is none."""
+    page = (ROOT / "docs/pages/measured.md").read_text(encoding="utf-8")
+    rows = [row for row in page.partition("## Coverage")[0].splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 20
+    for row in rows:
+        what = row.split(" | ")[0]
+        named = [n.split()[0] for n in re.findall(r"`([^`]+/[^`]+)`", what)]
+        assert any((ROOT / n).exists() for n in named) != what.endswith("(measured once, no script)"), what

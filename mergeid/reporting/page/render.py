@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid.errors import visible
 from mergeid.io.publish import write_whole
 from mergeid.reporting.page import chart, network, verdict
+from mergeid.reporting.show_merge import repair_line
 from mergeid.reporting.tables import NOTHING
 from mergeid.reporting.terms import TERMS
 
@@ -23,6 +24,11 @@ OF_THE_PAGE = ("space", "J", "ι", "direct", "match", "will not merge", "barrier
 """Terms that the page explains at its end."""
 KINDS = {"direct": "direct", "match": "match", "will not merge": "wont"}
 """Decision to its class in the style sheet."""
+FITTED = (
+    "So the weights were computed from the calibration inputs too, not from the models' weights alone. Test the merged "
+    "network on other inputs before you use it."
+)
+SCALED = "Apart from that, the weights were computed from the models' weights alone."
 
 
 def render(report: Report) -> str:
@@ -45,6 +51,7 @@ def render(report: Report) -> str:
         spans=spans,
         axis=axis,
         **_looked(report),
+        repaired=_repaired(report),
         terms=[t for name in OF_THE_PAGE for t in TERMS if t.name == name],
         style=_text("style.css"),
         script=_text("script.js"),
@@ -68,6 +75,14 @@ def _looked(report: Report) -> dict[str, Any]:
     unit = {"nats": "in nats", "relative": "as a share of the outputs' variance"}
     best = comparison["chosen"] + ("" if comparison["repair"] == "none" else f"+{comparison['repair']}")
     return {"looked": rows, "looked_best": best, "looked_unit": unit.get(comparison["unit"], "mean of all outputs")}
+
+
+def _repaired(report: Report) -> tuple[str, ...]:
+    """What was done to the averaged weights, and what that means for whoever uses them."""
+    repair = report.merge.repair if report.merge is not None else None
+    if repair is None:
+        return ()
+    return repair_line(repair), FITTED if verdict.fitted(repair) else SCALED
 
 
 def _counts(report: Report) -> dict[str, int]:

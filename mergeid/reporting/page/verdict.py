@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergeid.reporting.tables import percent
 
@@ -125,12 +126,19 @@ def _written(merge: MergeResult) -> tuple[str, str]:
         "direct": "with their neurons as is",
         "transported": "after mapping B's neurons onto A's by optimal transport",
     }.get(merge.verdict, "although they do not correspond")
+    if merge.repair is not None and fitted(merge.repair):
+        way += f", then {merge.repair['layers']} layers of the average were refitted"
     looked = merge.comparison
     if looked is None or looked.get("distance") is None:
         return "care", f"The models were merged {way}; nothing was measured."
     unit = {"nats": " nats", "relative": " of the outputs' variance"}.get(looked["unit"], "")
     far = f"the result is {looked['distance']:.3f}{unit} away from their own predictions on the calibration inputs"
     return "yes" if looked["distance"] <= NEAR else "care", f"The models were merged {way}; {far}."
+
+
+def fitted(repair: Mapping[str, Any]) -> bool:
+    """Whether a repair computed weights from the calibration inputs, instead of scaling or shifting activations."""
+    return str(repair["kind"]).startswith("solve") or repair["kind"] == "regmean"
 
 
 def _measured(report: Report, best: Figure, two: tuple[Figure, ...]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from mergeid.reporting.page import Measured, Report, render, report_of
 from mergeid.reporting.page.chart import loss_chart, nice, ranges
 from mergeid.reporting.page.network import draw, rows_of
 from mergeid.reporting.page.verdict import merges, sentence
+from mergeid.reporting.show_merge import repair_line
 from mergeid.reporting.terms import TERMS, explain
 from mergeid.results.merge import MergeResult
 from mergeid.results.prediction import Outlook, PredictResult
@@ -110,6 +112,23 @@ def test_page_of_each_kind_of_result() -> None:
         parsed(page)
         assert said in page
     assert "<em>chosen</em>" in page and page.count("not finite") == 1
+
+
+@pytest.mark.parametrize("kind", ["solve", "solve+lean", "solve+polish", "regmean", "bn", "repair", "repair+bn"])
+def test_page_of_a_merge_says_what_was_done_to_its_weights(kind: str) -> None:
+    """As the terminal does, and whether they are still averages."""
+    repair = {"kind": kind, "layers": 29, "examples": 256, "error_before": 0.28, "error_after": 0.07}
+    repair |= {"spread_before": 0.6, "spread_after": 0.99, "leans_to": "b.safetensors" if "lean" in kind else None}
+    if kind == "solve+polish":
+        repair |= {"distance_before": 0.125, "distance_after": 0.0625}
+    page = render(report_of(MergeResult("match", [Path(__file__)], repair=repair), ["a", "b"]))
+    parsed(page)
+    text = html.unescape(page)
+    assert repair_line(repair) in text and "29" in repair_line(repair)
+    fitted = kind.startswith("solve") or kind == "regmean"
+    assert ("Test the merged network on other inputs" in text) == fitted
+    assert ("then 29 layers of the average were refitted" in text) == fitted
+    assert "repaired-title" not in render(report_of(MergeResult("match", [Path(__file__)]), ["a", "b"]))
 
 
 def test_curves_are_drawn_where_they_were_measured() -> None:
