@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergeid.repair.paced import Node, Place, Value
+from mergeid.repair.made import Place
+from mergeid.repair.paced import Node, Value
 
 VIEWS = frozenset({"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"})
 SAME = frozenset({"clone", "contiguous", "alias", "detach"})

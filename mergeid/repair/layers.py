@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mergeid.basics.on_demand import OnDemand
 from mergeid.repair.closed_form import Fit
-from mergeid.repair.paced import Derived, Stop
+from mergeid.repair.made import Derived
+from mergeid.repair.paced import Stop
 
 WIDE, BLOCK = 1 << 25, 1 << 24
 """Numbers beyond which an answer is not held; numbers of it that are formed at a time then."""

@@ -22,6 +22,7 @@ from mergeid.basics.nested import named_tensors
 from mergeid.basics.on_demand import memory_of
 from mergeid.basics.state import forget_derived, tensors_of
 from mergeid.plugins import Batch
+from mergeid.repair.made import Derived, Made, Place, flat
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -31,35 +32,12 @@ class _Stopped(BaseException):
 
 
 @dataclass(frozen=True)
-class Derived:
-    """A tensor that the network computes from weights alone (standardised kernels, weight norm, 1 + gain).
-
-    Attributes:
-        leaves: the parameters that it comes from, by name; buffers stay as they are.
-        remake: computes it again from other values of these, differentiably.
-    """
-
-    leaves: dict[str, Tensor]
-    remake: Callable[[Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
 class Value:
     """A tensor of one pass: which operation on activations made it, and as which of its answers. Inputs have negative
     numbers."""
 
     step: int
     output: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """A weight, or a strided part of one."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -149,35 +127,30 @@ class _Watch(TorchDispatchMode):
             value = self.state[name]
             if value.is_floating_point() and value.numel():
                 self.names.setdefault(memory_of(value), name)
-        self.made: Any = WeakIdKeyDictionary()
+        self.made = Made(self._place)
+        self.leaves = {name: value for name, value in self.state.items() if name in self.fitted}
         self.live: Any = WeakIdKeyDictionary()
         for k, tensor in enumerate(named_tensors(batch).values()):
             self.live[tensor] = Value(-1 - k, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, Tensor)]
-        live = any(t in self.live for t in tensors)
-        if not live:
-            out = func(*args, **kwargs)
-            if any(self._weight(t) is not None or t in self.made for t in tensors):
-                for k, x in enumerate(_flat((out,))):
-                    if isinstance(x, Tensor) and self._weight(x) is None:
-                        self.made[x] = (func, args, kwargs, k)
-            return out
-        places = {i: list(dict.fromkeys(found)) for i, x in enumerate(args) if (found := self._places(x))}
+        tensors = [x for x in flat((*args, *kwargs.values())) if isinstance(x, Tensor)]
+        if not any(t in self.live for t in tensors):
+            return self.made.run(func, args, kwargs)
+        places = {i: found for i, x in enumerate(args) if (found := self.made.places(x))}
         step, self.step = self.step, self.step + 1
         index = self.count if places else None
         if index is not None:
             self.count += 1
             weights = {i: "+".join(dict.fromkeys(place.name for place in found)) for i, found in places.items()}
-            derived = {i: self._derived(args[i]) for i in places if args[i] in self.made}
+            derived = {i: self.made.derived(args[i], self.leaves) for i in places if args[i] in self.made}
             out = self.meet(Stop(index, func, args, kwargs, weights, places, derived, step=step))
         else:
             out = func(*args, **kwargs)
         if self.met is not None:
             self.met(step, index, func, args, kwargs, out)
-        for k, x in enumerate(_flat((out,))):
+        for k, x in enumerate(flat((out,))):
             if isinstance(x, Tensor):
                 self.live[x] = Value(step, k)
         return out
@@ -202,72 +175,10 @@ class _Watch(TorchDispatchMode):
         name = self._weight(x)
         return None if name is None else Place(name, tuple(x.shape), tuple(x.stride()), int(x.storage_offset()))
 
-    def _places(self, x: Any) -> list[Place]:
-        place = self._place(x)
-        if place is not None:
-            return [place]
-        if not isinstance(x, Tensor) or x not in self.made:
-            return []
-        _, args, kwargs, _ = self.made[x]
-        return [place for y in _flat((*args, *kwargs.values())) for place in self._places(y)]
-
-    def _derived(self, tensor: Tensor) -> Derived:
-        leaves: dict[str, Tensor] = {}
-
-        def gather(x: Any) -> None:
-            if not isinstance(x, Tensor):
-                return
-            name = self._weight(x)
-            if name in self.fitted:
-                leaves[name] = self.state[name]
-            elif name is None and x in self.made:
-                _, args, kwargs, _ = self.made[x]
-                for y in _flat((*args, *kwargs.values())):
-                    gather(y)
-
-        def remake(values: Mapping[str, Tensor]) -> Tensor:
-            done: dict[int, Tensor] = {}
-
-            def of(x: Any) -> Any:
-                if isinstance(x, (list, tuple)):
-                    return type(x)(of(y) for y in x)
-                if not isinstance(x, Tensor):
-                    return x
-                if id(x) not in done:
-                    name = self._weight(x)
-                    if name in leaves:
-                        offset = x.storage_offset() - leaves[name].storage_offset()
-                        done[id(x)] = values[name].as_strided(x.shape, x.stride(), offset)
-                    elif name is None and x in self.made:
-                        func, args, kwargs, k = self.made[x]
-                        wide = next(iter(values.values())).dtype
-                        given = {
-                            key: wide if isinstance(y, torch.dtype) and y.is_floating_point else of(y)
-                            for key, y in kwargs.items()
-                        }
-                        done[id(x)] = _flat((func(*of(args), **given),))[k]
-                    else:
-                        like = next(iter(values.values()))
-                        done[id(x)] = x.to(like.dtype) if x.is_floating_point() else x
-                return done[id(x)]
-
-            answer: Tensor = of(tensor)
-            return answer
-
-        gather(tensor)
-        return Derived(leaves, remake)
-
 
 def parameters_of(model: nn.Module) -> frozenset[str]:
     """All names of parameters, those of shared ones included."""
     return frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for x in values:
-        found += _flat(x) if isinstance(x, (list, tuple)) else [x]
-    return found
 
 
 @dataclass(frozen=True)
@@ -289,9 +200,9 @@ def record(model: nn.Module, forward: Forward, batch: Batch) -> Record:
 
     def met(step: int, index: int | None, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         spelled, named = watch.spelled(args), {k: watch.spelled(v) for k, v in kwargs.items()}
-        flat = _flat((*spelled, *named.values()))
-        takes = tuple(x for x in flat if isinstance(x, Value))
-        opaque = any(isinstance(x, Tensor) for x in flat)
+        given = flat((*spelled, *named.values()))
+        takes = tuple(x for x in given if isinstance(x, Value))
+        opaque = any(isinstance(x, Tensor) for x in given)
         kept = tuple(None if isinstance(x, Tensor) else x for x in spelled)
         found.nodes.append(Node(step, index, func, kept, named, takes, _shape(out), opaque))
 
@@ -303,7 +214,7 @@ def record(model: nn.Module, forward: Forward, batch: Batch) -> Record:
 
 def _shape(out: Any) -> tuple[int, ...]:
     """Of the first tensor."""
-    return next((tuple(x.shape) for x in _flat((out,)) if isinstance(x, Tensor)), ())
+    return next((tuple(x.shape) for x in flat((out,)) if isinstance(x, Tensor)), ())
 
 
 class Paced:
@@ -379,7 +290,7 @@ class Paced:
         self._rests.release()
 
     def _met(self, step: int, index: int | None, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        for k, x in enumerate(_flat((out,))):
+        for k, x in enumerate(flat((out,))):
             if isinstance(x, Tensor) and Value(step, k) in self.keep:
                 self.kept[Value(step, k)] = x
 

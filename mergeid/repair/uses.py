@@ -12,7 +12,8 @@ from mergeid.basics.on_demand import memory_of
 from mergeid.basics.state import tensors_of
 from mergeid.repair.beyond import NORMS
 from mergeid.repair.layers import KINDS
-from mergeid.repair.paced import Place, Stop, parameters_of
+from mergeid.repair.made import Place
+from mergeid.repair.paced import Stop, parameters_of
 
 STATISTICS = (3, 4)
 """Arguments of a batch norm that hold running statistics, which stay as they are."""

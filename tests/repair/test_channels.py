@@ -13,7 +13,7 @@ from mergeid.repair.channels import ChannelMoments, channel_solution, fit_channe
 from mergeid.repair.closed_form import RIDGES, Moments, ridge_solution
 from mergeid.repair.derived import fit_derived
 from mergeid.repair.layers import Part
-from mergeid.repair.paced import Derived
+from mergeid.repair.made import Derived
 
 
 def rows(n: int, m: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import mergeid
-from mergeid.repair.paced import Place
+from mergeid.repair.made import Place
 from mergeid.repair.solve import SolvedLayer, solve_network
 from mergeid.repair.uses import overlap
 
