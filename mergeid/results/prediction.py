@@ -18,6 +18,7 @@ from mergeid.results.trial import SOLVED, Trial
 FORMAT = "mergeid.predict/1"
 SURE = 0.9
 """Probability from which the advice says so."""
+SAYS_ONE_THING = "one of the models makes the same prediction for every {kind}"
 NAMED = 3
 """Layers that are named as the cause."""
 
@@ -293,7 +294,7 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
     """One sentence: what to do; `kind`: of inputs that the models ran on."""
     known = [o for o in outlooks if o.nats.trusted]
     if not known:
-        why = f"one of the models makes the same prediction for every {kind}"
+        why = SAYS_ONE_THING.format(kind=kind)
         if not any(o.nats.collapsed for o in outlooks):
             why = "the pair is unlike anything that the predictor was fitted on"
         return f"Cannot tell: {why}; measure what a merge loses."
@@ -320,6 +321,8 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
 def advise_tried(best: Trial, tolerated: float) -> str:
     """One sentence: what to do after trials, of which this was the best."""
     nats = best.trusted if best.labelled is None else None
+    if nats is None and best.labelled is None and best.nats is not None and best.nats.collapsed:
+        return f"Cannot tell: {SAYS_ONE_THING.format(kind='input')}; measure what a merge loses."
     if nats is None:
         gains = in_nats(best.lost).startswith("-")
         lost = f"{'gains' if gains else 'loses'} {in_nats(abs(best.lost))} nats in a trial"
@@ -328,7 +331,8 @@ def advise_tried(best: Trial, tolerated: float) -> str:
         more = f"more than the {tolerated:g} tolerated"
         return f"Merge them with care: even the best way ({best.label}) {lost}, {more}."
     if (nats.within or 0.0) >= SURE:
-        gain = f"gain {in_nats(-nats.expected)} nats over the models' mean, and to " if nats.high < 0 else ""
+        sure_gain = in_nats(nats.high).startswith("-")
+        gain = f"gain {in_nats(-nats.expected)} nats over the models' mean, and to " if sure_gain else ""
         return (
             f"Merge them: after its trial, the best way ({best.label}) is expected to {gain}lose at most "
             f"{tolerated:g} nats with probability {nats.within:.2f}."

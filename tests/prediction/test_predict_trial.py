@@ -176,6 +176,10 @@ def test_the_advice_after_a_trial_says_what_is_expected(found: PredictResult) ->
     assert "is expected to gain 0.12 nats (90 % interval -0.03 to 0.2)." in gains
     sure = said(-0.12, -0.2, -0.03, 0.99)
     assert "gain 0.12 nats over the models' mean, and to lose at most 0.01 nats with probability 0.99." in sure
+    hardly = said(-0.0003, -0.0006, -0.0001, 0.99)
+    assert "gain" not in hardly and "lose at most 0.01 nats" in hardly
+    collapsed = replace(best, nats=replace(Interval(-2.0, -2.3, 0.0, 0.0, 0.99, 0.0), collapsed=True), soft=-24.0)
+    assert advise_tried(collapsed, 0.01).startswith("Cannot tell: one of the models makes the same prediction")
     for none in (best, replace(best, soft=-1e-17)):
         assert advise_tried(none, 0.01) == "Merge them: the best way (direct) loses 0 nats in a trial."
 
