@@ -110,7 +110,9 @@ def resolve_name(
     libraries = {x: n for n, names_of in names.items() for x in names_of}
     near = [f"{libraries[x]}/{x}" for x in near_names(rest or arch, libraries, NEAR)]
     expected = f"expected LIBRARY/NAME, LIBRARY one of {', '.join(names)}"
-    what = f"no library {shown(prefix)}" if slash and prefix else f"unknown architecture {shown(arch)}"
+    what = f"unknown architecture {shown(arch)}"
+    if slash and prefix:
+        what = f"no library {shown(prefix)} in {shown(arch)}"
     raise MergeidError(f"--arch: {what}; {expected}" + (f"; near names are {', '.join(near)}" if near else ""))
 
 

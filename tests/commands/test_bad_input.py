@@ -194,7 +194,7 @@ NOBODY_KNOWS = {
     "  ": "--arch is empty; expected a name such as timm/resnet18",
     "timm": "names a library without an architecture; expected timm/NAME",
     "transformers/": "names a library without an architecture; expected transformers/NAME",
-    "torchvision/resnet18": "no library 'torchvision'; expected LIBRARY/NAME",
+    "torchvision/resnet18": "no library 'torchvision' in 'torchvision/resnet18'; expected LIBRARY/NAME",
     "resnett18": "near names are timm/resnet18",
     "/": "unknown architecture '/'",
     ".": "unknown architecture '.'",
