@@ -17,6 +17,7 @@ from mergeid.prediction.chance import fitted_chance
 from mergeid.prediction.model import (
     ALL,
     FROM_ZERO,
+    LEVEL,
     Interval,
     Model,
     Pool,
@@ -30,8 +31,6 @@ from mergeid.prediction.model import (
 
 LEAST = 0.05
 """Smallest scale of an error on the target's scale."""
-LEVEL = 0.9
-"""Coverage of intervals."""
 WIDENED = 0.91
 """Share of the rows of groups left out that intervals are widened to hold: more than `LEVEL`, since a new group may lie
 farther out than few groups tell. Chosen where families and, which nothing is fitted to, data sets are left out. Where

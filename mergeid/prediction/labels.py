@@ -15,8 +15,8 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-LEVEL = 0.9
-"""Of intervals."""
+from mergeid.prediction.model import LEVEL
+
 LEAST_SPREAD = 1e-4
 """Nats: no prediction is surer than that."""
 FAR, POINTS = 8.0, 2001

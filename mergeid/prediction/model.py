@@ -37,6 +37,8 @@ SHARED_START, APART_START = "shared", "apart"
 """Kinds of start, and names of their pools."""
 SHARED = 0.5
 """Cosine of two models' weights from which they are taken to come from one start."""
+LEVEL = 0.9
+"""Coverage of intervals."""
 MOST_POINTS = 100.0
 FAR = 40.0
 """On the scale t: beyond all that there is to lose or to gain."""
@@ -244,7 +246,9 @@ class Model:
         """What there is to lose: all points, or the nats that a uniform guess loses; beyond it nothing is told."""
         return MOST_POINTS if self.unit == "points" else max(features.get("uniform", math.inf), 0.0)
 
-    def predict(self, features: Mapping[str, float], *, level: float = 0.9, tolerated: float | None = None) -> Interval:
+    def predict(
+        self, features: Mapping[str, float], *, level: float = LEVEL, tolerated: float | None = None
+    ) -> Interval:
         """The expected value with an interval that holds it with probability `level` on a new family.
 
         What lies outside the range that the model was fitted on widens the interval in proportion. Nothing leaves

@@ -114,12 +114,13 @@ class Made:
         known.pop(id(v), None)
         return list(known.values())
 
-    def _spelled(self, x: Any, old: Mapping[int, Tensor]) -> Any:
-        if isinstance(x, (list, tuple)):
-            return type(x)(self._spelled(y, old) for y in x)
-        if not isinstance(x, Tensor) or self.place(x) is not None:
-            return x
-        return self.recipes[x] if x in self.recipes else old.get(id(x), x)
+    def _spelled(self, given: Any, old: Mapping[int, Tensor]) -> Any:
+        def recipe(x: Any) -> Any:
+            if not isinstance(x, Tensor) or self.place(x) is not None:
+                return x
+            return self.recipes[x] if x in self.recipes else old.get(id(x), x)
+
+        return _each(given, recipe)
 
     def derived(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Derived:
         """How to compute it again.
@@ -135,8 +136,6 @@ class Made:
             dtype = next(iter(values.values())).dtype
 
             def of(x: Any) -> Any:
-                if isinstance(x, (list, tuple)):
-                    return type(x)(of(y) for y in x)
                 if not isinstance(x, (Tensor, Recipe)):
                     return x
                 if id(x) not in done:
@@ -151,9 +150,8 @@ class Made:
                 return x.to(dtype) if x.is_floating_point() else x
 
             def again(made: Recipe) -> Any:
-                return _answers(made.func, of(made.args), {k: _wide(of(v), dtype) for k, v in made.kwargs.items()})[
-                    made.output
-                ]
+                named = {k: _wide(_each(v, of), dtype) for k, v in made.kwargs.items()}
+                return _answers(made.func, _each(made.args, of), named)[made.output]
 
             answer: Tensor = of(recipe)
             return answer
@@ -167,6 +165,11 @@ def flat(values: Sequence[Any]) -> list[Any]:
     for x in values:
         found += flat(x) if isinstance(x, (list, tuple)) else [x]
     return found
+
+
+def _each(x: Any, change: Callable[[Any], Any]) -> Any:
+    """An argument with everything in its lists and tuples changed."""
+    return type(x)(_each(y, change) for y in x) if isinstance(x, (list, tuple)) else change(x)
 
 
 def _wide(x: Any, dtype: torch.dtype) -> Any:
@@ -189,14 +192,8 @@ def _answers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     if any(id(x) in over for x in flat(list(kwargs.values()))):  # out=…, which cannot be differentiated
         found = flat((func.overloadpacket(*args, **{k: v for k, v in kwargs.items() if id(v) not in over}),))
         return [*found, *found]
-    args = _copied(args, over)
+    args = _each(args, lambda x: x.clone() if id(x) in over else x)
     return [*flat((func(*args, **kwargs),)), *_written(func, args, kwargs)]
-
-
-def _copied(x: Any, which: set[int]) -> Any:
-    if isinstance(x, (list, tuple)):
-        return type(x)(_copied(y, which) for y in x)
-    return x.clone() if isinstance(x, Tensor) and id(x) in which else x
 
 
 Strides = tuple[tuple[int, ...], tuple[int, ...], int]

@@ -297,7 +297,7 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
         why = SAYS_ONE_THING.format(kind=kind)
         if not any(o.nats.collapsed for o in outlooks):
             why = "the pair is unlike anything that the predictor was fitted on"
-        return f"Cannot tell: {why}; measure what a merge loses."
+        return _cannot_tell(why)
     if (sure := sure_of(known)) is not None:
         way = {"direct": "as is", "matched": "after matching their neurons"}[sure.assignment]
         more = " and re-estimate the normalisation statistics" if sure.repaired else ""
@@ -318,11 +318,15 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
     )
 
 
+def _cannot_tell(why: str) -> str:
+    return f"Cannot tell: {why}; measure what a merge loses."
+
+
 def advise_tried(best: Trial, tolerated: float) -> str:
     """One sentence: what to do after trials, of which this was the best."""
+    if best.labelled is None and best.nats is not None and best.nats.collapsed:
+        return _cannot_tell(SAYS_ONE_THING.format(kind="input"))
     nats = best.trusted if best.labelled is None else None
-    if nats is None and best.labelled is None and best.nats is not None and best.nats.collapsed:
-        return f"Cannot tell: {SAYS_ONE_THING.format(kind='input')}; measure what a merge loses."
     if nats is None:
         gains = in_nats(best.lost).startswith("-")
         lost = f"{'gains' if gains else 'loses'} {in_nats(abs(best.lost))} nats in a trial"
