@@ -275,7 +275,7 @@ def solved_limits(rows: Sequence[Said], tried: Tried, midpoints: Sequence[Mappin
 
 def with_labels(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) -> str:
     """Spearman of what a merge loses or gains at the midpoint, on all test examples but `FEW`: of what is predicted, of
-    what the labels of these few say, and of both together (`mergeid.prediction.labels`); by kind and by way."""
+    what the labels of these few say, and of both together (`mergeid.prediction.labels`); of all, by kind and by way."""
     measured = {m["pair"]: m for m in midpoints}
     kinds: dict[str, list[tuple[float, float, float, float, float, float]]] = {}
     for r in rows:
@@ -289,7 +289,7 @@ def with_labels(rows: Sequence[Said], midpoints: Sequence[Mapping[str, str]]) ->
                 Measured(few, error, FEW), own.expected, own.low, own.high, most=r.case.features["uniform"]
             )
             found = (rest, own.score, few, both.expected, half, other)
-            for name in (r.case.pair["kind"], f"{r.case.pair['kind']}, {r.case.way}"):
+            for name in ("all", r.case.pair["kind"], f"{r.case.pair['kind']}, {r.case.way}"):
                 kinds.setdefault(name, []).append(found)
     cells = []
     for name, values in sorted(kinds.items()):

@@ -31,7 +31,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(pair: Path) -> dict[str, Any]:
     """From this process alone."""
     found: dict[str, Any] = json.loads(json.dumps(results(pair, pair / "merged")))
-    assert found["plan"]["verdict"] == "match" and found["merge"]["repair"] is not None
+    assert found["plan"]["verdict"] == "match" and found["solved"] is not None
     assert found["plan"]["examples"] == found["barrier"]["count"] == EXAMPLES
     return found
 
@@ -43,8 +43,9 @@ def test_the_number_of_processes_does_not_show(count: int, pair: Path, here: dic
     done = launched(count, [str(WORKER), str(pair), str(output), str(count)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(output.with_suffix(".json").read_text()) == here
-    ours, theirs = (load_file(f / "model.safetensors") for f in (pair / "merged", output))
-    assert all(torch.equal(theirs[k], v) for k, v in ours.items()) and ours.keys() == theirs.keys()
+    for name in ("", "-solved"):
+        ours, theirs = (load_file(Path(f"{f}{name}") / "model.safetensors") for f in (pair / "merged", output))
+        assert all(torch.equal(theirs[k], v) for k, v in ours.items()) and ours.keys() == theirs.keys()
 
 
 @pytest.mark.slow

@@ -53,10 +53,13 @@ def results(folder: Path, output: Path) -> dict[str, Any]:
     always = mergeid.plan(a, b, match="always", **how).to_json()
     weights = mergeid.plan(a, b).to_json()
     merge = mergeid.merge(a, b, output=output, force=True, **how).to_json()
+    refitted = output.with_name(f"{output.name}-solved")
+    solved = mergeid.merge(a, b, repair="solve", output=refitted, force=True, **how)
     curve = mergeid.barrier(a, b, data=data, match="auto", repair=True, points=5, calibration_limit=None).to_json()
     for known in ("seconds", "report", "files"):
         merge.pop(known, None)
-    return {"plan": plan, "always": always, "weights": weights, "merge": merge, "barrier": curve}
+    said = {"plan": plan, "always": always, "weights": weights, "merge": merge, "barrier": curve}
+    return {**said, "solved": solved.to_json()["repair"]}
 
 
 if __name__ == "__main__":
