@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,14 @@ def test_the_circle_finder_finds_circles() -> None:
 
 def test_the_top_holds_folders_and_little_else() -> None:
     assert {p.name for p in ROOT.iterdir() if p.is_file()} == TOP
+
+
+def test_the_project_holds_what_it_names_and_no_output_of_a_run() -> None:
+    """A merge without `--output` writes `merged` where it is run: committed, it fails whoever merges there."""
+    top = Path(__file__).parents[1]
+    if not (top / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=top, capture_output=True, text=True, check=True).stdout.split("\n")
+    names = {name.split("/")[0] for name in listed if name and not name.startswith(".")}
+    folders = {"mergeid", "adapters", "tests", "examples", "docs"}
+    assert names == folders | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"}

@@ -284,13 +284,13 @@ def test_skipped_tables_stay_the_first_ones(pair: tuple[Path, Path], tmp_path: P
     assert torch.equal(found, own)
 
 
-def test_heads_that_differ_are_still_refused(pair: tuple[Path, Path]) -> None:
+def test_heads_that_differ_are_still_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = pair
     state = load_file(b / "model.safetensors")
     save_file({k: v[:3].clone() if k.startswith("head.") else v for k, v in state.items()}, b / "model.safetensors")
     (b / "config.json").write_text((b / "config.json").read_text().replace('"num_classes": 4', '"num_classes": 3'))
     with pytest.raises(MergeidError, match="head"):
-        mergeid.merge(a, b, match="never")
+        mergeid.merge(a, b, output=tmp_path / "out", match="never")
 
 
 @pytest.mark.parametrize(
