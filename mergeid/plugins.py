@@ -20,6 +20,7 @@ from mergeid.basics.abilities import KnowsFolders as KnowsFolders
 from mergeid.basics.abilities import KnowsHeads as KnowsHeads
 from mergeid.basics.abilities import KnowsModules as KnowsModules
 from mergeid.basics.abilities import KnowsNames as KnowsNames
+from mergeid.basics.abilities import KnowsUnread as KnowsUnread
 from mergeid.basics.abilities import NamesTasks as NamesTasks
 from mergeid.basics.abilities import TiesWeights as TiesWeights
 from mergeid.basics.mixtures import MakesMixtures as MakesMixtures
@@ -101,8 +102,7 @@ class Adapter(Protocol):
         self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]
     ) -> Architecture | None:
         """The architecture of a checkpoint from its tensor names and shapes, the ``config.json`` beside it and
-        the file's metadata, without building a model (≤ 2 s). None: not one of this library's.
-        """
+        the file's metadata, without building a model (≤ 2 s). None: not one of this library's."""
         ...
 
     def resolve(self, name: str, table: TensorTable | None, config: Mapping[str, Any] | None) -> Architecture:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergeid import plugins
 from mergeid.plugins import Architecture, Batch, ConfigDifference, Contents, LossParts, MergeidError, TensorTable
 from mergeid_diffusers import pipeline, single_file
+from mergeid_diffusers.installed import has_network, is_network
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,11 @@ class DiffusersAdapter:
             return []
         from diffusers.models.modeling_utils import ModelMixin
 
-        found = (n for n in dir(diffusers) if n[0].isupper() and ("Model" in n or "UNet" in n or "Autoencoder" in n))
-        return sorted(n for n in found if _is_class(getattr(diffusers, n), ModelMixin))
+        return sorted(n for n in dir(diffusers) if is_network(n) and _is_class(getattr(diffusers, n), ModelMixin))
+
+    def at_hand(self, name: str, config: Mapping[str, Any] | None) -> bool:
+        """Whether the installed diffusers has a file with that network, and the config says no other."""
+        return (config or {}).get(CLASS) in (None, name) and has_network(name)
 
     def recognise(
         self, table: TensorTable, config: Mapping[str, Any] | None, metadata: Mapping[str, str]

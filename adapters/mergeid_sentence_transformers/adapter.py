@@ -33,6 +33,10 @@ class SentenceTransformersAdapter:
         """The sub-folders with weights; see `mergeid_sentence_transformers.folder`."""
         return folders.contents(names, read)
 
+    def unread(self, names: Sequence[str], read: Callable[[str], Any]) -> Sequence[str]:
+        """An encoder's own pooled output; see `mergeid_sentence_transformers.folder`."""
+        return folders.unread(names, read)
+
     def architectures(self) -> Iterable[str]:
         """One: what it is made of stands in the folder."""
         return [NAME]
@@ -116,7 +120,7 @@ class SentenceTransformersAdapter:
 
         found = model(inputs(batch))
         name, task = embedding(found)
-        return {name: task, **{k: v for k, v in found.items() if k == "pooler_output"}}
+        return {name: task, **{k: v for k, v in found.items() if k == folders.POOLED}}
 
     def loss(self, arch: Architecture, output: Tensor, batch: Batch) -> LossParts | None:
         """None: an embedding has no labels."""
@@ -163,7 +167,9 @@ class SentenceTransformersAdapter:
         for folder in a["settings"]:
             found += [
                 d._replace(effect="inputs") if d.field.endswith(("max_seq_length", "do_lower_case")) else d
-                for d in plugins.part_differences(a["settings"][folder], b["settings"].get(folder, {}), f"{folder}/")
+                for d in plugins.part_differences(
+                    a["settings"][folder], b["settings"].get(folder, {}), f"{folder}/".lstrip("/")
+                )
             ]
         return found
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mergeid.plugins import Architecture, Batch, MergeidError, get_adapter, returned_tensors
-from mergeid_sentence_transformers.folder import Step
+from mergeid_sentence_transformers.folder import LIBRARY, POOLED, Step
 
-LIBRARY = "sentence_transformers."
 FEATURES = ("logits", "last_hidden_state")
 """What an encoder returns for every token."""
 
@@ -38,7 +37,7 @@ class Chain(nn.Module):
             if i == self.encoder:
                 returned = _encoded(module, features)
                 found["token_embeddings"] = next(returned[k] for k in (*FEATURES, *returned) if k in returned)
-                found |= {k: v for k, v in returned.items() if k == "pooler_output"}
+                found |= {k: v for k, v in returned.items() if k == POOLED}
             else:
                 found = module(found)
         return found

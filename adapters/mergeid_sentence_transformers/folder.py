@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from mergeid.plugins import Contents, MergeidError
 LISTING = "modules.json"
 WEIGHTS = (".safetensors", ".bin")
 SETTINGS = ("config.json", "_config.json")
+ENCODER_SETTINGS = "sentence_bert_config.json"
+LIBRARY = "sentence_transformers."
+POOLED = "pooler_output"
 NOT_SETTINGS = ("tokenizer_config.json", "preprocessor_config.json", "generation_config.json", "processor_config.json")
 
 
@@ -59,6 +63,22 @@ def contents(names: Sequence[str], read: Callable[[str], Any]) -> Contents | Non
         "parts": {f: own.get("config.json", {}) for f, own in settings.items()},
     }
     return Contents(tuple(dict.fromkeys(folders)), config)
+
+
+def unread(names: Sequence[str], read: Callable[[str], Any]) -> tuple[str, ...]:
+    """The pooled output of a transformers encoder whose tokens the library's own modules go on with."""
+    if LISTING not in names:
+        return ()
+    try:
+        listed = steps_of(read(LISTING))
+    except MergeidError:
+        return ()
+    encoders = [s for s in listed if s.encodes]
+    if len(encoders) != 1 or not all(s.kind.startswith(LIBRARY) for s in listed):
+        return ()
+    file = f"{encoders[0].folder}/{ENCODER_SETTINGS}".lstrip("/")
+    settings = read(file) if file in names else {}
+    return () if POOLED in json.dumps(settings) else (POOLED,)
 
 
 def steps_of(listing: Any) -> list[Step]:

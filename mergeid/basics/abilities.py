@@ -101,3 +101,16 @@ class KnowsFolders(Protocol):
             read: name of a JSON file there -> its content.
         """
         ...
+
+
+@runtime_checkable
+class KnowsUnread(Protocol):
+    """Optional ability of an adapter: knows outputs of a folder's network that its library never reads."""
+
+    def unread(self, names: Sequence[str], read: Callable[[str], Any]) -> Sequence[str]:
+        """Their names (`ReturnsSeveral.outputs`). They are frozen as the others are, but merges are not judged by them.
+
+        Args:
+            names, read: as of `KnowsFolders.contents`.
+        """
+        ...

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from mergeid.basics.on_demand import OnDemand, memory_of
 
@@ -85,6 +88,12 @@ def _reach(tensor: Tensor) -> int:
 
 def _end(tensor: Tensor) -> int:
     return address_of(tensor) + _reach(tensor) * tensor.element_size()
+
+
+def written_among(func: OpOverload, bound: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes into; bound: its arguments, by the names of its schema."""
+    over = [bound.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for x in tree_leaves(over) if isinstance(x, Tensor)]
 
 
 def shared_alike(copied: nn.Module, original: nn.Module) -> nn.Module:

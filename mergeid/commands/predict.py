@@ -65,7 +65,8 @@ def command(
         if not work.as_json:
             _shown(work, result)
             work.wrote([p for p in (output, page) if p is not None])
-            work.say(_next(result, call, *models))
+            if following := _next(result, call, *models):
+                work.say(following)
     return 0
 
 
@@ -96,8 +97,9 @@ def _shown(work: Work, result: PredictResult) -> None:
         work.say(f"Note: {note}.")
 
 
-def _next(result: PredictResult, call: Call[PredictResult], a: str, b: str) -> str:
-    """What to run after this prediction: the merge where it is sure or was tried, else what says more."""
+def _next(result: PredictResult, call: Call[PredictResult], a: str, b: str) -> str | None:
+    """What to run after this prediction: the merge where it is sure or was tried, else what says more; None where the
+    trials could not tell."""
     if not result.trials and (way := result.sure) is not None:
         return f"Next: {merge_after(call, a, b, way.options)}"
     if result.mode == "weights":
@@ -105,7 +107,9 @@ def _next(result: PredictResult, call: Call[PredictResult], a: str, b: str) -> s
     if not result.trials:
         return f"Next, to make the merges in memory and measure them: {call.next(predict, a, b, also=('--try',))}"
     best = result.best_trial
-    how = best.options if best is not None and best.lost <= result.tolerated else ()
+    if best is None or best.says_nothing:
+        return None
+    how = best.options if best.lost <= result.tolerated else ()
     return f"Next: {merge_after(call, a, b, how)}"
 
 

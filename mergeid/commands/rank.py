@@ -71,9 +71,9 @@ def command(
 
 def _next(ranking: Ranking, call: Call[Ranking | PredictionMatrix], models: Sequence[str]) -> str | None:
     """The merge with the best partner; where nothing is gained by it, a closer look; None where no partner can be
-    judged, or where the closer look was this one."""
-    best = ranking.partners[0]
-    if best.tried is None and not best.way.nats.trusted:
+    judged, or where no closer look would tell more."""
+    best = ranking.best
+    if best.same or not best.told:
         return None
     if not ranking.gains_nothing:
         return f"Next: {merge_after(call, best.result.a, best.result.b, best.options)}"

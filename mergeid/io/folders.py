@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mergeid.basics.reading import read_json, read_table
 from mergeid.errors import MergeidError
 from mergeid.io.checkpoint import Checkpoint, Part
-from mergeid.plugins import Contents, KnowsFolders, adapter_names, get_adapter
+from mergeid.plugins import Contents, KnowsFolders, KnowsUnread, adapter_names, get_adapter
 
 SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -190,6 +190,14 @@ def contents(names: Sequence[str], read: Callable[[str], Any]) -> Contents | Non
 def contents_of(folder: Path) -> Contents | None:
     """The same of a folder on this machine."""
     return contents(file_names(folder), lambda name: read_json(folder / name))
+
+
+def unread_of(folder: Path) -> frozenset[str]:
+    """Outputs of a folder's network that the library it was written by never reads."""
+    names = file_names(folder)
+    adapters = map(get_adapter, adapter_names() if any(n.endswith(".json") for n in names) else ())
+    knowing = (a for a in adapters if isinstance(a, KnowsUnread))
+    return frozenset(name for a in knowing for name in a.unread(names, lambda n: read_json(folder / n)))
 
 
 def file_names(folder: Path) -> list[str]:

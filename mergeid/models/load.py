@@ -14,6 +14,7 @@ from mergeid.io.building import BARE, Room, build, naming, skeleton
 from mergeid.io.checkpoint import Checkpoint
 from mergeid.io.dequantise import refuse_quantised
 from mergeid.io.dtypes import torch_dtype
+from mergeid.io.folders import unread_of
 from mergeid.io.opening import Source, module_of, open_checkpoint
 from mergeid.io.tensors import TensorSource
 from mergeid.models.architecture import described_by, find_architecture, resolve_name
@@ -111,7 +112,8 @@ def load_checkpoint(
     (put_mapped if mapped else _put)(model, checkpoint, names)
     model = model.to(run.place).eval()
     example = _there(adapter.example_inputs(arch, model, run.generator()), run.place, model)
-    return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example)
+    unread = unread_of(checkpoint.path) if checkpoint.is_folder else frozenset()
+    return Loaded(checkpoint.source, model, adapter, arch, checkpoint, names, example, unread=unread)
 
 
 def _stands_for(like: Loaded, arch: Architecture, checkpoint: TensorSource) -> bool:

@@ -36,6 +36,7 @@ class Loaded:
         names: checkpoint tensor name -> key of the model's state dict.
         example: the batch that traces the model.
         wanted: names (or globs) of the outputs that count; none: all of them.
+        unread: names of outputs that count as an interface, but that nobody reads: merges are not judged by them.
         joined: its head, where that has the classes of several models.
     """
 
@@ -48,6 +49,7 @@ class Loaded:
     example: Batch
     wanted: tuple[str, ...] = ()
     joined: JoinedHead | None = None
+    unread: frozenset[str] = frozenset()
 
     def apart_from(self, other: Loaded) -> Loaded:
         """Itself, with a network of its own where both share one: a model that meets itself."""

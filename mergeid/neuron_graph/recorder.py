@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mergeid.basics.aliases import place_of
+from mergeid.basics.aliases import place_of, written_among
 from mergeid.neuron_graph.atoms import atoms
 from mergeid.neuron_graph.call import Call, Places, Result
 from mergeid.neuron_graph.combine import relate
@@ -149,8 +149,7 @@ class Recorder(TorchDispatchMode):
         call = Call(self, func, args, kwargs)
         call.refuse_nested(call.tensors())
         places = places_through(call)
-        targets = [call.bound.get(s.name) for s in func._schema.arguments if s.alias_info and s.alias_info.is_write]
-        written: list[Tensor] = [t for t in tree_leaves(targets) if isinstance(t, Tensor)]
+        written = written_among(func, call.bound)
         if reshapes := torch.Tag.inplace_view in func.tags:
             call.exchange(written[0], self._set_aside(written[0]))
         shapes = [tuple(t.shape) for t in written]

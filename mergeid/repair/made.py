@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mergeid.basics.aliases import written_among
 from mergeid.basics.on_demand import memory_of
 
 
@@ -180,10 +181,8 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     """The tensors that the operation writes into."""
     if not isinstance(func, torch._ops.OpOverload):
         return []
-    names = [a.name for a in func._schema.arguments]
-    found = {**dict(zip(names, args, strict=False)), **kwargs}
-    over = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [x for x in flat([found.get(name) for name in over]) if isinstance(x, Tensor)]
+    found = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    return written_among(func, found)
 
 
 def _answers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

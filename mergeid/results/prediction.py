@@ -215,28 +215,28 @@ class TrialReader:
     """What a trial says of a merge on other inputs, together with what the networks' own runs said before it.
 
     Attributes:
-        found: of the pair, under every assignment.
+        found: of the pair, under every assignment. outlooks: what was predicted of it.
     """
 
     predictor: Predictor
     found: Sequence[Finding]
+    outlooks: Sequence[Outlook]
     tolerated: float
-
-    def nats(self, trial: Trial) -> Interval | None:
-        """See `Trial.nats`."""
-        said = {"hard": trial.hard, "soft": trial.soft, "sharp": trial.sharp, "missed": trial.missed}
-        return self._told("trial", trial, said)
 
     def before_labels(self, trial: Trial) -> Interval | None:
         """What labels correct. Of merges that are not solved it is what was predicted: beside labels the run without
         them says no more, and among fine-tunes it leads astray (`examples/zoo/validation.md`)."""
-        return trial.nats if trial.repair in SOLVED else self._told("inputs", trial, {})
+        if trial.repair in SOLVED:
+            return trial.nats
+        return next((o.nats for o in self.outlooks if o.label == trial.label), None)
 
-    def _told(self, mode: str, trial: Trial, said: Features) -> Interval | None:
+    def nats(self, trial: Trial) -> Interval | None:
+        """See `Trial.nats`."""
         way = trial.fitted_way
-        model = None if way is None else self.predictor.model(mode, "nats", way)
+        model = None if way is None else self.predictor.model("trial", "nats", way)
         if model is None:
             return None
+        said = {"hard": trial.hard, "soft": trial.soft, "sharp": trial.sharp, "missed": trial.missed}
         features = easiest(self.found)[1]
         if trial.repair not in SOLVED:
             own = [f for f in self.found if (f.assignment == MATCHED) == (trial.merge == MATCHED)]
@@ -297,7 +297,7 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
         why = SAYS_ONE_THING.format(kind=kind)
         if not any(o.nats.collapsed for o in outlooks):
             why = "the pair is unlike anything that the predictor was fitted on"
-        return _cannot_tell(why)
+        return cannot_tell(why)
     if (sure := sure_of(known)) is not None:
         way = {"direct": "as is", "matched": "after matching their neurons"}[sure.assignment]
         more = " and re-estimate the normalisation statistics" if sure.repaired else ""
@@ -318,14 +318,15 @@ def advise(outlooks: Sequence[Outlook], tolerated: float, kind: str = "input") -
     )
 
 
-def _cannot_tell(why: str) -> str:
+def cannot_tell(why: str) -> str:
+    """One sentence: no merge is advised, and why."""
     return f"Cannot tell: {why}; measure what a merge loses."
 
 
 def advise_tried(best: Trial, tolerated: float) -> str:
     """One sentence: what to do after trials, of which this was the best."""
-    if best.labelled is None and best.nats is not None and best.nats.collapsed:
-        return _cannot_tell(SAYS_ONE_THING.format(kind="input"))
+    if best.says_nothing:
+        return cannot_tell(SAYS_ONE_THING.format(kind="input"))
     nats = best.trusted if best.labelled is None else None
     if nats is None:
         gains = in_nats(best.lost).startswith("-")

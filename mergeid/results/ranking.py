@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergeid.prediction.opinions import behind
-from mergeid.results.prediction import Outlook, PredictResult, in_nats
+from mergeid.results.prediction import SAYS_ONE_THING, Outlook, PredictResult, cannot_tell, in_nats
 from mergeid.results.trial import Trial
 
 FORMAT = "mergeid.ranking/1"
@@ -30,6 +31,16 @@ class Partner:
         """The way that loses least, among those that can be told."""
         known = [o for o in self.result.outlooks if o.nats.trusted] or self.result.outlooks
         return min(known, key=lambda o: (o.change, o.trouble, o.nats.score))
+
+    @property
+    def same(self) -> bool:
+        """Whether it computes the same as the model, perhaps with its neurons in another order."""
+        return any(o.nats.score == -math.inf for o in self.result.outlooks)
+
+    @property
+    def told(self) -> bool:
+        """Whether something is known of its merge: by a trial, else by what is predicted."""
+        return self.way.nats.trusted if self.trial is None else not self.trial.says_nothing
 
     @property
     def trial(self) -> Trial | None:
@@ -102,16 +113,34 @@ class Ranking:
         return cls(model, tolerated, sorted(found, key=_place), list(failed))
 
     @property
+    def best(self) -> Partner:
+        """The first that does not compute the same as the model."""
+        return next((p for p in self.partners if not p.same), self.partners[0])
+
+    @property
     def gains_nothing(self) -> bool:
-        """Whether even the best merge loses more than is tolerated against the model alone."""
-        lost = self.partners[0].beyond
-        return lost is not None and lost > self.tolerated
+        """Whether even the best merge loses more than is tolerated against the model alone, or is the model."""
+        lost = self.best.beyond
+        return self.best.same or (lost is not None and lost > self.tolerated)
 
     @property
     def advice(self) -> str:
-        """One sentence: whom to merge with."""
-        best = self.partners[0]
-        if not best.way.nats.trusted and best.tried is None:
+        """Whom to merge with, and who computes the same as the model."""
+        same = [p.name for p in self.partners if p.same]
+        if len(same) == len(self.partners):
+            whom = f"{same[0]} (B) computes" if len(same) == 1 else "all candidates compute"
+            return f"Nothing is gained by a merge: {whom} the same as {self.model} (A)."
+        if not same:
+            return self._advice
+        verb = "computes" if len(same) == 1 else "compute"
+        return f"{self._advice} {', '.join(same)} {verb} the same as {self.model} (A)."
+
+    @property
+    def _advice(self) -> str:
+        best = self.best
+        if not best.told:
+            if best.trial is not None:
+                return cannot_tell(SAYS_ONE_THING.format(kind="input"))
             return (
                 "Cannot tell: every candidate is unlike anything that the predictor was fitted on; measure them with "
                 "mergeid barrier, or use --try."
@@ -140,5 +169,4 @@ class Ranking:
 
 def _place(partner: Partner) -> tuple[bool, float, float, str]:
     nats, beyond = partner.way.nats, partner.beyond
-    unknown = partner.trial is None and not nats.trusted
-    return unknown, 0.0 if beyond is None else beyond, nats.score, partner.name
+    return not partner.told, 0.0 if beyond is None else beyond, nats.score, partner.name

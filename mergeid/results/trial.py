@@ -84,6 +84,11 @@ class Trial:
         return self.nats if self.nats is not None and self.nats.trusted else None
 
     @property
+    def says_nothing(self) -> bool:
+        """Whether a model makes one prediction for all inputs, so that what was lost of it tells nothing; labels do."""
+        return self.labelled is None and self.nats is not None and self.nats.collapsed
+
+    @property
     def lost(self) -> float:
         """Nats that it lost: by labels and prediction together, where there are labels."""
         return self.soft if self.labelled is None else self.labelled.corrected

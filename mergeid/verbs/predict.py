@@ -147,7 +147,7 @@ def predict_pair(
         raise MergeidError(f"cannot tell: {error}; measure the pair with mergeid barrier") from error
     findings = [Finding(k, e.plain, e.repaired if calibration.given else None, e.layers) for k, e in found.items()]
     outlooks = outlooks_of(shipped(), mode, findings, tolerate)
-    reader = None if met.skip else TrialReader(shipped(), findings, tolerate)  # as for `ends`
+    reader = None if met.skip else TrialReader(shipped(), findings, outlooks, tolerate)  # as for `ends`
     trials = trials_of(pair, plan, examples, run, skip=met.skip, reader=reader) if trial else []
     worth = None
     if calibration.given and together.count and not met.skip:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import mergeid
 from mergeid import MergeidError
 
 pytest.importorskip("diffusers")
+from mergeid_diffusers.adapter import DiffusersAdapter
 
 UNET: dict[str, Any] = {
     "block_out_channels": [8, 16],
@@ -266,3 +269,32 @@ def test_single_file_in_comfyui_names_is_aligned_and_keeps_its_names(
     mergeid.merge(tmp_path / "x" / "a.safetensors", tmp_path / "x" / "b.safetensors", output=out)
     for key, value in load_file(out).items():
         torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-6)
+
+
+def test_names_at_hand_are_networks() -> None:
+    """Read off files, and never beside a config that says another."""
+    import diffusers
+
+    adapter = DiffusersAdapter()
+    networks = set(adapter.architectures())
+    odd = {"", ".", "unet", "UNet2DConditionModel(", "AutoModel", "../Model", "UNet\n"}
+    found = {n for n in {*dir(diffusers), *odd} if adapter.at_hand(n, None)}
+    assert found <= networks and len(found) > 0.9 * len(networks) and set(NETWORKS) <= found
+    stated = {"_class_name": "AutoencoderKL"}
+    assert adapter.at_hand("AutoencoderKL", stated) and not adapter.at_hand("UNet2DModel", stated)
+
+
+@pytest.mark.parametrize("arch", ["diffusers/AutoencoderKL", "AutoencoderKL"])
+def test_a_plain_merge_with_a_name_imports_no_library(tmp_path: Path, arch: str) -> None:
+    for seed, name in enumerate("ab"):
+        numbers = torch.randn(40, 30, generator=torch.Generator().manual_seed(seed))
+        save_file({"w.weight": numbers}, tmp_path / f"{name}.safetensors")
+    words = ["mergeid", "merge", "a.safetensors", "b.safetensors", "-o", "o.safetensors", "--match", "never"]
+    code = (
+        f"import sys; sys.argv = {[*words, '--arch', arch]}\n"
+        "from mergeid.commands.cli import main\n"
+        "try:\n    code = main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert not code and not {'torch', 'diffusers'} & {*sys.modules}, code"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -156,3 +156,40 @@ def test_two_fine_tunes_of_minilm(tmp_path: Path) -> None:
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert max((again[k] - out[k]).abs().max().item() for k in out if out[k].is_floating_point()) < 1e-6
     torch.testing.assert_close(_encoded(tmp_path / "again"), _encoded(tmp_path / "out"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pooler_that_no_module_reads_refuses_no_merge(tmp_path: Path) -> None:
+    """Drawn anew for each run, as the library does where the base has none; merges are not judged by it."""
+    base = saved_folder(tmp_path / "a", 0)
+    for name, without in (("b", False), ("c", True), ("d", True)):
+        shutil.copytree(base, tmp_path / name)
+        if without:  # the encoder alone has weights
+            shutil.rmtree(tmp_path / name / "2_Dense")
+            shutil.rmtree(tmp_path / name / "3_Dense")
+            listing = json.loads((tmp_path / name / "modules.json").read_text())
+            kept = [m for m in listing if not m["path"].endswith("Dense")]
+            (tmp_path / name / "modules.json").write_text(json.dumps(kept))
+    for k, name in enumerate("bd"):
+        file = tmp_path / name / "model.safetensors"
+        state = load_file(file)
+        pooler = next(key for key in state if key.endswith("pooler.dense.weight"))
+        state[pooler] = torch.randn(state[pooler].shape, generator=torch.Generator().manual_seed(k))
+        save_file(state, file, {"format": "pt"})
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(" ".join("abcdefgh"[(i * k) % 8] for k in range(2 + i % 7)) for i in range(64)))
+    for a, b in ("ab", "cd"):
+        result = mergeid.merge(tmp_path / a, tmp_path / b, data=str(texts), output=tmp_path / f"merged-{a}")
+        assert result.comparison is not None
+        assert torch.equal(_encoded(tmp_path / f"merged-{a}"), _encoded(tmp_path / a))
+    # modules of one's own may read anything, and so may an encoder that is told to
+    own = json.loads((tmp_path / "c" / "modules.json").read_text())
+    own[1]["type"] = "mine.Pooling"
+    (tmp_path / "c" / "modules.json").write_text(json.dumps(own))
+    asked = tmp_path / "a" / "sentence_bert_config.json"
+    asked.write_text(asked.read_text().replace('"last_hidden_state"', '"pooler_output"'))
+    with pytest.raises(MergeidError, match=r"differ in sentence_bert_config\.json\.modality_config"):
+        mergeid.merge(tmp_path / "a", tmp_path / "b", data=str(texts), output=tmp_path / "other-a")
+    shutil.copy(asked, tmp_path / "b" / asked.name)
+    for a, b in ("ab", "cd"):
+        with pytest.raises(mergeid.WillNotMerge, match="'pooler_output'"):
+            mergeid.merge(tmp_path / a, tmp_path / b, data=str(texts), output=tmp_path / f"other-{a}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import math
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mergeid as m
+from mergeid.commands.predict import _next
+from mergeid.commands.terminal import Call
 from mergeid.errors import MergeidError
 from mergeid.prediction.labels import Measured, corrected
 from mergeid.prediction.model import Interval, Model, Pool, Predictor, Term
@@ -118,7 +121,7 @@ def reader(nets: tuple[nn.Module, nn.Module]) -> tuple[TrialReader, PredictResul
     found = m.predict(*nets, data=DATA, example_inputs=X[:2], trial=True)
     features = {"uniform": math.log(3), "own_entropy": 0.5, "divergence": 0.3, "excess": 0.1, "told": 1.0}
     findings = [Finding(k, features, None, []) for k in ("direct", "matched")]
-    return TrialReader(predictor, findings, 0.01), found
+    return TrialReader(predictor, findings, found.outlooks, 0.01), found
 
 
 def test_what_is_expected_rests_on_the_trial(nets: tuple[nn.Module, nn.Module]) -> None:
@@ -132,7 +135,9 @@ def test_what_is_expected_rests_on_the_trial(nets: tuple[nn.Module, nn.Module]) 
             assert nats.expected == pytest.approx(min(max(t.hard, 0.0), math.log(3)), abs=1e-9)
     # labels correct what was predicted of merges that are not solved, and what is expected of solved ones
     priors = {t.label: read.before_labels(replace(t, nats=read.nats(t))) for t in found.trials}
-    assert priors["direct"] is None and priors["solved"] is not None, "nothing predicts the first here"
+    predicted = {o.label: o.nats for o in found.outlooks}
+    assert all(priors[way] is predicted[way] for way in ("direct", "matched"))
+    assert priors["solved"] is not None and priors["solved"] is not predicted["solved"]
     worse = replace(found.trials[0], hard=found.trials[0].hard + 0.1)
     one, two = (read.nats(t) for t in (found.trials[0], worse))
     assert one is not None and two is not None and one.expected < two.expected
@@ -182,6 +187,18 @@ def test_the_advice_after_a_trial_says_what_is_expected(found: PredictResult) ->
     assert advise_tried(collapsed, 0.01).startswith("Cannot tell: one of the models makes the same prediction")
     for none in (best, replace(best, soft=-1e-17)):
         assert advise_tried(none, 0.01) == "Merge them: the best way (direct) loses 0 nats in a trial."
+
+
+def test_no_merge_follows_a_trial_that_cannot_tell(found: PredictResult) -> None:
+    """Labels tell."""
+    call = Call(m.predict, inspect.signature(m.predict).bind_partial(data="d", trial=True))
+    dead = replace(Interval(-2.0, -2.3, 0.0, 0.0, 0.99, 0.0), collapsed=True)
+    trials = [replace(t, nats=dead, labelled=None, soft=-24.0) for t in found.trials]
+    told = replace(found, trials=trials)
+    assert told.advice.startswith("Cannot tell") and _next(told, call, "a", "b") is None
+    known = replace(found, trials=[replace(t, nats=dead) for t in found.trials])
+    following = _next(known, call, "a", "b")
+    assert following is not None and "mergeid merge a b" in following
 
 
 def test_the_best_trial_is_the_one_that_is_expected_to_lose_least(found: PredictResult) -> None:

@@ -48,8 +48,45 @@ def test_the_nearest_comes_first(nets: dict[str, nn.Module]) -> None:
     scores = [p.beyond for p in found.partners]
     assert None not in scores and scores == sorted(scores, key=float)
     assert {p.name: p.beyond for p in found.partners}["model 4"] == pytest.approx(0, abs=1e-9)  # its own copy
-    assert found.advice.startswith(f"Merge model 1 (A) with {found.partners[0].name} (B), direct")
+    assert found.best.name == "model 3" and found.gains_nothing
+    assert found.advice.startswith("Nothing is gained: even the best merge, model 1 (A) with model 3 (B), ")
+    assert found.advice.endswith(" model 4 computes the same as model 1 (A).")
     json.dumps(found.to_json())
+
+
+def moved(net: nn.Module) -> nn.Module:
+    """The same function, its hidden neurons in another order."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        for p, axis in ((net[0].weight, 0), (net[0].bias, 0), (net[2].weight, 1)):  # type: ignore[index]
+            p.copy_(p.flip(axis))
+    return net
+
+
+@pytest.mark.parametrize("given", [{"data": DATA}, {"data": DATA, "trial": True}, {}])
+def test_nothing_is_gained_by_a_merge_with_oneself(nets: dict[str, nn.Module], given: dict[str, object]) -> None:
+    """Neither with a copy nor with the same neurons in another order."""
+    call = Call(rank, inspect.signature(rank).bind_partial())
+    a = nets["a"]
+    for others, whom in (([a], "model 2 (B) computes"), ([copy.deepcopy(a), moved(a)], "all candidates compute")):
+        found = m.rank([a, *others], example_inputs=X[:2], **given)
+        assert isinstance(found, Ranking) and found.gains_nothing
+        assert found.advice == f"Nothing is gained by a merge: {whom} the same as model 1 (A)."
+        assert _next(found, call, ["a", "b"]) is None
+
+
+def test_nothing_is_advised_of_a_collapsed_partner(nets: dict[str, nn.Module]) -> None:
+    """One that says the same of every input; its merges may seem to gain in a trial, and come last all the same."""
+    dead = copy.deepcopy(nets["a"])
+    with torch.no_grad():
+        dead[2].weight.zero_()  # type: ignore[index, union-attr, operator]
+        dead[2].bias.copy_(torch.tensor([9.0, 0, 0, 0]))  # type: ignore[index, union-attr, operator]
+    call = Call(rank, inspect.signature(rank).bind_partial(data="d", trial=True))
+    found = m.rank([nets["a"], dead], trial=True, **HOW)
+    assert isinstance(found, Ranking) and found.advice.startswith("Cannot tell: one of the models makes the same")
+    assert _next(found, call, ["a", "b"]) is None
+    both = m.rank([nets["a"], dead, nets["near"]], trial=True, **HOW)
+    assert isinstance(both, Ranking) and [p.name for p in both.partners] == ["model 3", "model 2"]
 
 
 @pytest.fixture(scope="module")
