@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRESS = re.compile(r"^mergeid: [\w .()-]+( \([\d hmins]+ left\))?(: \d+ %)?$")
+PROGRESS = re.compile(r"^mergeid: (on trial: )?[\w .()-]+( \([\d hmins]+ left\))?(: \d+ %)?$")
 """Plain progress, which a slow machine adds to stderr."""
 
 
@@ -51,7 +51,7 @@ def mergeid(*words: object, cwd: Path, columns: int = 80, before: Callable[[], N
         capture_output=True,
         text=True,
         preexec_fn=before,
-        timeout=300,
+        timeout=900,  # for what hangs; the demo trains for minutes on a busy machine
         env={**os.environ, "COLUMNS": str(columns), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
     )
     after = files_in(cwd)
