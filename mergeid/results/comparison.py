@@ -139,6 +139,7 @@ def label(merge: str, repair: str) -> str:
 
 def shown(distance: float) -> str:
     """With the decimals that `TIE` tells apart."""
+    distance = round(distance, 3) + 0.0 if abs(distance) < 1 else distance  # no -0.000
     return (
         f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:,.0f}" if abs(distance) < 1e9 else f"{distance:.3g}"
     )
