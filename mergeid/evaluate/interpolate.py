@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from mergeid.models.examples import Examples
 from mergeid.models.running import Forward, default_accelerator
 from mergeid.plugins import Batch
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
+from mergeid.repair.kind_of_inputs import Moved, as_trained, moved
 from mergeid.repair.solve import solve_network
 from mergeid.results.barrier import BarrierResult
 
@@ -86,10 +87,14 @@ class Reestimate:
         examples: to estimate them on.
         batch: runs all of them in batches of that size, exactly but in many passes. None takes as many as one batch can
             hold, in one pass.
+        as_merged: in the way of `merge`, so that every point is the network that `merge` writes: shrunk by their
+            sampling error (`mergeid.repair.shrunken`), and as they would be on the training's kind of inputs
+            (`mergeid.repair.kind_of_inputs`). The ends are the models as they are.
     """
 
     examples: Examples | None
     batch: int | None = None
+    as_merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ def barrier_curve(
         in_memory(work)
     in_precision(evaluating(work), how.dtype, accelerator.device)
     batches, solve = None, None
+    as_merged = isinstance(repair, Reestimate) and repair.as_merged
     if isinstance(repair, Solve):
         solve = _solver(line, work, repair, forward, keep_precision=how.dtype is not None)
     elif held is not None and repair is not None:
@@ -171,7 +177,7 @@ def barrier_curve(
             "model": type(line.model).__qualname__,
             "dtype": str(how.dtype),
             "precision": precision,
-            "repair": batches is not None and len(batches.dataset),
+            "repair": batches is not None and [len(batches.dataset), as_merged],
             "device": accelerator.device.type,
             "task": [getattr(part, "__qualname__", type(part).__qualname__) for part in (line.forward, line.loss)],
         }
@@ -182,7 +188,8 @@ def barrier_curve(
     def measured(x: float) -> Metrics:
         load_between(work, line.state_a, line.state_b, x, keep_precision=how.dtype is not None)
         if batches is not None:
-            reestimate_batchnorm(work, batches, forward=forward, accelerator=accelerator)
+            reestimate_batchnorm(work, batches, forward=forward, accelerator=accelerator, shrink=as_merged)
+            as_trained(work, [replace(end, share=s) for end, s in zip(ends, (1 - x, x), strict=False) if s])
         if solve is not None and 0 < x < 1:
             solve(x)
         return evaluate(
@@ -197,6 +204,11 @@ def barrier_curve(
         )
 
     left = [x for x in grid if x not in points]
+    ends: list[Moved] = []
+    if as_merged and batches is not None and left:
+        for x in (0.0, 1.0):
+            load_between(work, line.state_a, line.state_b, x, keep_precision=how.dtype is not None)
+            ends.append(moved(work, batches, 1.0, forward=forward, accelerator=accelerator))
     apart = len(left) - len(left) % processes.place()[1]  # one for each process; of the rest they share the batches
     new = chain(processes.in_turn(left[:apart], measured), map(measured, left[apart:]))
     for x in sorted(grid, key=lambda x: x not in points):

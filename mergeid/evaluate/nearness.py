@@ -194,8 +194,9 @@ class Panel:
         return {n: Far(NATS, rows - least[n]) if n in least else Far(RELATIVE, rows) for n, rows in whole.items()}
 
     def _outputs(self, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        found = {n: t for n, t in self.first.outputs(net, batch).items() if n not in self.first.unread}
-        return {n: torch.view_as_real(t) if t.is_complex() else t for n, t in found.items()}
+        found = self.first.outputs(net, batch)
+        read = {n: t for n, t in found.items() if n not in self.first.unread} or found
+        return {n: torch.view_as_real(t) if t.is_complex() else t for n, t in read.items()}
 
     def _batches(self, part: int) -> FixedBatches:
         return self._data.taken(self.parts[part]).batches(self.batch_size)

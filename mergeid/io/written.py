@@ -197,6 +197,7 @@ class RecordComparison(Own):
     error: float | None
     unlike: RecordAgreement | None = None
     apart: float | None = None
+    unasked: str | None = None
 
 
 class RecordPlaces(Own):

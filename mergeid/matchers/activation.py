@@ -9,10 +9,10 @@ from torch import Generator
 
 from mergeid.basics.when_asked import WhenAsked
 from mergeid.errors import MergeidError
-from mergeid.matchers.assignment import TreeAssignment, descendants, roots
+from mergeid.matchers.assignment import TreeAssignment, clusters, descendants
 from mergeid.matchers.inner_products import WeightSimilarity
 from mergeid.matchers.protocol import MatchTask, Needs
-from mergeid.matchers.schedule import owners_of, shared_out, sharing, waves
+from mergeid.matchers.schedule import owners_of, shared_out
 from mergeid.matchers.weight import weight_matching
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
@@ -20,6 +20,11 @@ WEIGHT_SHARE = 1.0
 """Weight of the cosine of the weights beside the correlation of the activations. A merge averages weights: two neurons
 that behave alike but are built differently (twins in a fine-tune) are no pair. Between independent seeds the cosines
 are near 0 for every pair, and the activations decide alone; silent neurons are placed by their weights."""
+
+
+TIE_SHARE = 1e-3
+"""The same of activation matching: enough to tell apart neurons that activations do not (silent ones, or those that
+differ by a scale), and little enough to give up no more than 0.002 of the mean correlation."""
 
 
 def activation_matching(
@@ -39,20 +44,18 @@ def activation_matching(
         lambda found: int(found.nbytes),
     )
     solver = TreeAssignment(graph, scores)
-    element = graph.identity()
-    tops = roots(graph)
-    trees = [descendants(graph, root) for root in tops]
+    together = clusters(graph)
+    trees = [list({s.id: s for top in tops for s in descendants(graph, top)}.values()) for tops in together]
+    start = graph.identity()
 
     def solved(k: int, start: Element) -> Element:
-        found = solver.solve(tops[k], start)
+        found = solver.solve_together(together[k], start)
         return {s.id: found[s.id] for s in trees[k]}
 
-    planned = waves(range(len(trees)), sharing(trees))
-    owners = owners_of(planned, trees)
-    for wave in planned:
-        now = element
-        for _, found in shared_out(wave, owners, lambda k, now=now: now, solved, workers):  # type: ignore[misc]
-            element = {**element, **found}
+    all_of_them = range(len(trees))
+    element = dict(start)
+    for _, found in shared_out(all_of_them, owners_of([all_of_them], trees), lambda _: start, solved, workers):
+        element |= found
     return element
 
 
@@ -86,13 +89,15 @@ def combined_matching(
 
 
 class ActivationMatcher:
-    """`activation_matching` as a matcher."""
+    """`activation_matching` as a matcher; where activations leave ties, the weights break them."""
 
     name = "activation"
     needs: Needs = "activations"
 
     def match(self, task: MatchTask) -> Element:
-        return activation_matching(task.graph, _correlation(task, self.name))
+        similarity = WeightSimilarity(task.graph, task.a, task.b)
+        found = _correlation(task, self.name)
+        return combined_matching(similarity, found, generator=task.generator, share=TIE_SHARE)
 
 
 class CombinedMatcher:

@@ -10,7 +10,7 @@ One solver does for all sizes: SciPy's takes 0.3 s of one core for 2,048 unrelat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mergeid.errors import MergeidError
-from mergeid.neuron_graph.group import block_images, block_ranks
+from mergeid.neuron_graph.group import NoImage, block_images, block_ranks, same_element
 from mergeid.neuron_graph.neuron_graph import Element, NeuronGraph, Space
 
 Scores = Mapping[str, np.ndarray]
@@ -29,6 +29,8 @@ ROWS = 256
 """Rows of a matrix that are looked at at once."""
 ROUNDS = 5
 """Most rounds over spaces that a common child couples; each round gains or is the last."""
+ROUNDING = 1e-6
+"""Share of a similarity that another start must gain: less moves neurons that are alike."""
 
 
 def assign(score: np.ndarray) -> np.ndarray:
@@ -110,6 +112,57 @@ class TreeAssignment:
             if all(np.array_equal(before[s.id], element[s.id]) for s in again):
                 break
         return element
+
+    def solve_together(self, tops: Sequence[Space], element: Element) -> Element:
+        """`element` with these roots and all that lies in them at their best, each in turn until none changes.
+
+        Roots that share what lies in them (the groups of a convolution, and the places inside a group) must move
+        together: from the order in which one is as it should be the other does not gain. So they are also sought from
+        a start in which the smallest is chosen as if what it shares could go anywhere, and the better one is taken."""
+        found = self._in_turn(tops, element)
+        if len(tops) == 1:
+            return found
+        free, start = {s.id for top in tops for s in descendants(self.graph, top)}, element
+        for top in sorted(tops, key=lambda s: s.size):
+            start = {**start, top.id: self.loosely(top, start, free)}
+            free.discard(top.id)
+        try:
+            other = self._in_turn(sorted(tops, key=lambda s: s.size), start)
+        except NoImage:
+            return found
+        own = self._value(tops, found)
+        return other if self._value(tops, other) > own + ROUNDING * abs(own) else found
+
+    def _in_turn(self, tops: Sequence[Space], element: Element) -> Element:
+        for _ in range(ROUNDS if len(tops) > 1 else 1):
+            before = element
+            for top in tops:
+                element = self.solve(top, element)
+            if same_element(before, element):
+                break
+        return element
+
+    def _value(self, tops: Sequence[Space], element: Element) -> float:
+        inside = {s.id: s.size for top in tops for s in descendants(self.graph, top)}
+        return sum(float(self.scores[k][np.arange(n), element[k]].sum(dtype=np.float64)) for k, n in inside.items())
+
+    def loosely(self, space: Space, element: Mapping[str, np.ndarray], free: AbstractSet[str]) -> np.ndarray:
+        """The best permutation of a root by its members and what lies in them; what also lies in a root of `free` may
+        go anywhere."""
+        total = self.scores[space.id]
+        for child in self.children[space.id]:
+            inner, m = self._total(child, element, free), child.members
+            if not free & {p for p in child.parents if p != space.id}:
+                total = total + self._inside(space, child, inner, element, None)
+                continue
+            column = child.block_parents[:, child.parents.index(space.id)]
+            if len(set(np.bincount(column, minlength=space.size))) > 1:
+                continue
+            best = inner.reshape(child.blocks, m, child.blocks, m).max(3).sum(1)
+            order = column.argsort(kind="stable")
+            parts = best[np.ix_(order, order)].reshape(space.size, -1, space.size, child.blocks // space.size)
+            total = total + [[_optimum(parts[i, :, j]) for j in range(space.size)] for i in range(space.size)]
+        return assign(total)
 
     def choose(
         self, space: Space, element: Mapping[str, np.ndarray], free: AbstractSet[str] = frozenset()
@@ -232,8 +285,8 @@ def best_element(graph: NeuronGraph, scores: Mapping[str, Tensor]) -> Element:
     """The group element with the largest inner product with scores (or shares) of every space."""
     solver = TreeAssignment(graph, {k: m.detach().double().numpy() for k, m in scores.items()})
     element = graph.identity()
-    for root in roots(graph):
-        element = solver.solve(root, element)
+    for tops in clusters(graph):
+        element = solver.solve_together(tops, element)
     return element
 
 
@@ -245,6 +298,18 @@ def _optimum(block: np.ndarray) -> float:
 def roots(graph: NeuronGraph) -> list[Space]:
     """Spaces without parents, in order."""
     return [s for s in graph.spaces if not s.parents]
+
+
+def clusters(graph: NeuronGraph) -> list[list[Space]]:
+    """The roots, those together that share what lies in them, at whatever remove."""
+    found: list[tuple[list[Space], set[str]]] = []
+    for root in roots(graph):
+        tops, inside = [root], {s.id for s in descendants(graph, root)}
+        for other in [f for f in found if f[1] & inside]:
+            found.remove(other)
+            tops, inside = [*other[0], *tops], inside | other[1]
+        found.append((tops, inside))
+    return [tops for tops, _ in found]
 
 
 def descendants(graph: NeuronGraph, space: Space) -> list[Space]:

@@ -27,7 +27,8 @@ def layerwise_matching(similarity: WeightSimilarity, *, workers: int | None = No
     tops = in_order(graph)
     trees = [descendants(graph, root) for root in tops]
     inside = [{s.id for s in tree} for tree in trees]
-    decided = [set().union(*inside[:k]) for k in range(len(trees))]
+    later: list[set[str]] = [set().union(*inside[k + 1 :]) for k in range(len(trees))]
+    decided: list[set[str]] = [set().union(*inside[:k]) - set().union(*inside[k:]) for k in range(len(trees))]
     apart = [near | shared for near, shared in zip(neighbours(trees), sharing(trees), strict=True)]
 
     def scores_of(k: int) -> dict[str, np.ndarray] | PlainMatch:
@@ -38,8 +39,15 @@ def layerwise_matching(similarity: WeightSimilarity, *, workers: int | None = No
     def solved(k: int, scores: dict[str, np.ndarray] | PlainMatch) -> Element:
         if isinstance(scores, PlainMatch):
             return {tops[k].id: scores.perm}
-        found = TreeAssignment(graph, scores).solve(tops[k], element)
-        return {s.id: found[s.id] for s in trees[k]}
+        solver, top = TreeAssignment(graph, scores), tops[k]
+        if not inside[k] & later[k]:
+            found = solver.solve(top, element)
+        else:  # what also lies in a later root goes where that goes
+            found = {**element, top.id: solver.loosely(top, element, later[k])}
+            for s in trees[k][1:]:
+                if s.id not in later[k]:
+                    found[s.id] = solver.choose(s, found)
+        return {s.id: found[s.id] for s in trees[k] if s.id not in later[k]}
 
     planned = waves(range(len(trees)), apart)
     owners = owners_of(planned, trees)

@@ -27,6 +27,7 @@ from mergeid.neuron_graph.composed import HigherOrderOperator, plain_calls
 from mergeid.neuron_graph.constants import constant
 from mergeid.neuron_graph.facts import Facts, Labels
 from mergeid.neuron_graph.layout import FREE, FROZEN, LABELLED, Fine, Group, Layout, of_axes, uniform
+from mergeid.neuron_graph.routes import Routes
 from mergeid.neuron_graph.rules import rule_for
 from mergeid.neuron_graph.rules.places import places_through
 from mergeid.neuron_graph.shadows import Shadows
@@ -76,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self.unknown: dict[str, str] = {}
         self.axes: dict[tuple[str, int], Labels] = {}
         self.shadows = Shadows()
+        self.routes = Routes()
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -89,11 +91,13 @@ class Recorder(TorchDispatchMode):
     def add_parameters(self, state: Mapping[str, Tensor]) -> None:
         for name, labels in atoms(self.facts, state).items():
             self._layouts[state[name]] = of_axes(labels, tuple(state[name].shape))
+            self.routes.weight(state[name])
             self._keep.append(state[name])
             self.axes |= {(name, axis): each for axis, each in enumerate(labels)}
 
     def add_input(self, tensor: Tensor) -> None:
         self._layouts[tensor] = uniform(tensor.shape, FROZEN, data=True)
+        self.routes.input(tensor)
         self._keep.append(tensor)
 
     # -- layouts -----------------------------------------------------------------------------------------
@@ -168,6 +172,7 @@ class Recorder(TorchDispatchMode):
         if places is not None:
             for tensor in call.outputs():
                 self.counts(tensor, places)
+        self.routes.follow(call)
         return call.out
 
     def _laid_out(self, call: Call, written: Sequence[Tensor]) -> None:
@@ -341,7 +346,7 @@ class Recorder(TorchDispatchMode):
         call = self._calls.get((name, kind), 0)
         self._calls[name, kind] = call + 1
         tensor = next((t for t in tree_leaves(value) if isinstance(t, Tensor)), None)
-        if tensor is None or tensor.dim() < 2 or tensor.is_complex():
+        if tensor is None or tensor.dim() < 2 or tensor.is_complex() or self.routes.routed(tensor):
             return
         layout = self.layout(tensor)
         if not layout.data:

@@ -14,14 +14,21 @@ beyond what it loses on upright ones, where measured statistics as they are lose
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mergeid.repair.batchnorm import batchnorm_layers
+from mergeid.models.running import Forward
+from mergeid.plugins import Batch
+from mergeid.repair.batchnorm import batchnorm_layers, reestimate_batchnorm
 from mergeid.repair.shrunken import CONSTANT
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Name of a layer -> mean and variance, float64 [C]."""
@@ -43,6 +50,20 @@ def statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         if layer.running_mean is not None and layer.running_var is not None:
             found[name] = layer.running_mean.double().cpu(), layer.running_var.double().cpu()
     return found
+
+
+def moved(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    share: float,
+    *,
+    forward: Forward,
+    accelerator: Accelerator,
+) -> Moved:
+    """A model's own statistics and what it measures on the calibration batches; the model keeps its own."""
+    net = copy.deepcopy(model)
+    reestimate_batchnorm(net, batches, forward=forward, accelerator=accelerator, shrink=True)
+    return Moved(statistics(model), statistics(net), share)
 
 
 @torch.no_grad()

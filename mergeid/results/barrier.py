@@ -19,7 +19,7 @@ class BarrierResult:
         losses: mean loss (nats) at each point; inf or nan where the network breaks down.
         accuracies: share of right predictions (0 to 1) at each point; None where the task has no accuracy.
         count: scored predictions at each point.
-        repair: whether BatchNorm statistics were re-estimated at each point, the ends included.
+        repair: whether BatchNorm statistics were re-estimated at each point.
         calibration: number of examples that the networks were repaired on.
         dtype: in which the networks were evaluated (``"float32"``), or the mixed precision in its place.
         label: name of the line in tables and plots ("direct", "mergeid").

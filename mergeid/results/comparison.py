@@ -41,6 +41,8 @@ class Comparison:
         are solved only so that they lean to one model.
     apart: nats that the models differ by from their mean, where they come from one start and are sure of different
         answers: then no merge is solved.
+    unasked: what the same merge is called without the repair that was asked for, where that is nearer by more than
+        chance.
     """
 
     distances: dict[str, float]
@@ -52,6 +54,7 @@ class Comparison:
     error: float | None = None
     unlike: Agreement | None = None
     apart: float | None = None
+    unasked: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The attributes, the `worst` output's distance, and the unit of all. What is not finite, which JSON has no
@@ -72,6 +75,7 @@ class Comparison:
             "error": self.error,
             "unlike": None if self.unlike is None else self.unlike.to_json(),
             "apart": self.apart,
+            "unasked": self.unasked,
         }
 
     @property
@@ -110,9 +114,24 @@ class Comparison:
             return None
         name = next(n for n, d in self.outputs.items() if d is self.worst)
         by = f" by its output {name!r}" if len(self.outputs) > 1 else ""
+        what, nearer = "even the nearest merge", ""
+        if self.unasked is not None:
+            what = "the merge with the repair asked for"
+            nearer = f", and {shown(self.distances[self.unasked])} without it ({self.unasked})"
         return (
-            f"even the nearest merge ({self.label}) is{by} {self.worst}, on {self.examples} "
-            f"calibration examples; --refuse-above is {above:g}"
+            f"{what} ({self.label}) is{by} {self.worst}, on {self.examples} "
+            f"calibration examples{nearer}; --refuse-above is {above:g}"
+        )
+
+    @property
+    def about_repair(self) -> str | None:
+        """What the user is told where the repair that was asked for does harm."""
+        if self.unasked is None:
+            return None
+        own, other = (shown(self.distances[key]) for key in (self.label, self.unasked))
+        return (
+            f"the repair does harm: on calibration examples that it was not fitted to, {self.label} is farther from "
+            f"the models than {self.unasked} ({own} to {other}). It was made as asked; --repair auto takes the nearest"
         )
 
     @property
@@ -139,6 +158,7 @@ def label(merge: str, repair: str) -> str:
 
 def shown(distance: float) -> str:
     """With the decimals that `TIE` tells apart."""
+    distance = round(distance, 3) + 0.0 if abs(distance) < 1 else distance  # no -0.000
     return (
         f"{distance:.3f}" if abs(distance) < 1e4 else f"{distance:,.0f}" if abs(distance) < 1e9 else f"{distance:.3g}"
     )

@@ -52,7 +52,7 @@ from mergeid.results.comparison import MATCHED, MIXED, PLAIN, Comparison, Distan
 from mergeid.results.plan import Plan
 from mergeid.stages.members import Member, Members
 from mergeid.stages.regressed import can_be_regressed
-from mergeid.stages.repair import LEANING, REGMEAN, SOLVE, repair_network, repairs
+from mergeid.stages.repair import LEANING, POLISHED, REGMEAN, SOLVE, repair_network, repairs
 from mergeid.stages.solving import (
     DISJOINT,
     LEFT,
@@ -132,6 +132,9 @@ def last_look(
         for kind, (far,) in _tried((panel,), merge, kinds, skip=skip, run=run):
             found[name, kind] = far
     chosen = compare(found, planned, panel.examples)
+    if stage not in ("auto", POLISHED) and chosen.repair != "none":
+        others = _tried((panel,), merges[chosen.chosen], repairs(members, "auto", run.place), skip=skip, run=run)
+        chosen = _beside_unasked(chosen, found[chosen.chosen, chosen.repair], others)
     if chosen.repair == SOLVE:
         far = found[chosen.chosen, SOLVE]
         return _leant(merges[chosen.chosen], chosen, far, partial(_tried, (panel,), skip=skip, run=run), run)
@@ -183,6 +186,22 @@ def _solved(
     return _leant(merges[solved.merge], chosen, far, tried, run)
 
 
+def _beside_unasked(
+    chosen: Comparison, own: Mapping[str, Far], others: Iterator[tuple[str, list[dict[str, Far]]]]
+) -> Comparison:
+    """The comparison with the same merge under what would be done to it unasked, and which of that is nearer by more
+    than chance."""
+    found = {kind: far for kind, (far,) in others if kind != chosen.repair}
+    means = {kind: _mean(far) for kind, far in found.items()}
+    best = min(means, key=lambda kind: means[kind])
+    gap, error = _mean(own) - means[best], _error(own, found[best]) or 0.0
+    return replace(
+        chosen,
+        distances=chosen.distances | {label(chosen.chosen, kind): mean for kind, mean in means.items()},
+        unasked=label(chosen.chosen, best) if gap > max(TIE, error) or not isfinite(_mean(own)) else None,
+    )
+
+
 def _outputs(far: Mapping[str, Far]) -> dict[str, Distance]:
     return {name: Distance(f.distance, f.unit) for name, f in far.items()}
 
@@ -202,7 +221,7 @@ def _leant(
     distances = {**chosen.distances, label(chosen.chosen, LEANING): _mean(lean)}
     if not nearer(far, lean, disagreement=0.0, tie=LEFT):
         return merge, replace(chosen, distances=distances)
-    return best, replace(chosen, distances=distances, repair=LEANING, outputs=_outputs(lean))
+    return best, replace(chosen, distances=distances, repair=LEANING, outputs=_outputs(lean), unasked=None)
 
 
 def _leaning(merge: Members, tried: Tried, run: Run) -> Sequence[Mapping[str, Far]] | None:

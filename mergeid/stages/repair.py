@@ -18,7 +18,7 @@ from mergeid.data.batches import FixedBatches, input_dtype, to_model
 from mergeid.errors import MergeidError
 from mergeid.models.running import make_accelerator
 from mergeid.repair.batchnorm import batchnorm_layers, calibration_batches, reestimate_batchnorm
-from mergeid.repair.kind_of_inputs import Moved, as_trained, statistics
+from mergeid.repair.kind_of_inputs import Moved, as_trained, moved
 from mergeid.repair.rescale import Layer, output_moments, rescalable_layers, rescale
 from mergeid.stages.members import Members, skipped_in
 
@@ -327,9 +327,8 @@ def _moved(members: Members, batches: FixedBatches, accelerator: Accelerator) ->
     found = []
     for work, weight in zip(members.workspaces(), weights, strict=True):
         if weight > 0:
-            own, net = statistics(work), copy.deepcopy(work)
-            reestimate_batchnorm(net, batches, forward=members.first.forward, accelerator=accelerator, shrink=True)
-            found.append(Moved(own, statistics(net), weight / sum(weights)))
+            share, forward = weight / sum(weights), members.first.forward
+            found.append(moved(work, batches, share, forward=forward, accelerator=accelerator))
     return found
 
 

@@ -80,7 +80,7 @@ def barrier(
         matcher, config: as for `plan`.
         heads: "both": for classifiers with different classes, as for `merge`: every network on the line has both heads,
             and labels count A's classes, then B's. The ends then know one model's classes only.
-        repair: estimate the BatchNorm statistics again at every point, on `calibration`.
+        repair: estimate the BatchNorm statistics again at every point, on `calibration`, as `merge` does.
         solve: measure also what solving (`merge --repair solve`) makes of every network between the ends. The result is
             then that curve, and `beside` holds the pair as it is and, unless `match` is "never", as matched.
         points: grid points λ from 0 to 1, at least 2.
@@ -121,7 +121,7 @@ def barrier(
         raise MergeidError("a barrier is measured on labelled examples; give them with --data")
     used = met.bench.examples(held, pair.a) if repair or solve or match != "never" else None
     named = label or LABELS[match]
-    fix = Reestimate(used) if repair else None
+    fix = Reestimate(used, as_merged=True) if repair else None
     lines: list[tuple[str, Matching, Reestimate | Solve | None]] = [(named, matching, fix)]
     if solve and match != "never":
         lines.insert(0, (LABELS["never"], Matching("never"), fix))

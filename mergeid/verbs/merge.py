@@ -325,6 +325,8 @@ def _looked(
         result = _noted(replace(result, verdict=verdict, plans=chosen.plans), found.note)
     if found.about_inputs is not None:
         result = _noted(result, found.about_inputs)
+    if found.about_repair is not None:
+        result = _noted(result, found.about_repair)
     why = found.refused(request.repairing.refuse_above)
     if why and not request.output.force:
         names = " and ".join(m.loaded.source for m in members.models)

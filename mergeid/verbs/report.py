@@ -198,7 +198,7 @@ def _curves(task: _Task) -> tuple[BarrierResult, ...]:
                 ),
                 examples,
                 how,
-                repair=Reestimate(held) if repair else None,
+                repair=Reestimate(held, as_merged=True) if repair else None,
                 progress=_counted(task.run.tell, done, len(wanted) * task.points),
             )
         )

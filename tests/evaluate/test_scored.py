@@ -38,6 +38,7 @@ def first(shifted: bool = False, classes: bool = True) -> Any:
     return SimpleNamespace(
         loss=loss,
         outputs=outputs,
+        unread=frozenset(),
         adapter=adapter,
         example=example,
         inputs={},

@@ -101,4 +101,5 @@ def runs(model: nn.Module, data: Tensor, classes: bool, outputs: Callable[[nn.Mo
         model=model,
         loss=lambda *_: 0.0 if classes else None,
         outputs=outputs,
+        unread=frozenset(),
     )

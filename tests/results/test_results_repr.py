@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -32,3 +33,11 @@ def test_small_and_large_figures_are_said_in_plain_digits() -> None:
     said = {1e-9: "less than 0.01 %", 2e-4: "0.02 %", 0.0312: "3.1 %"}
     assert {error: ExtractResult(8, error=error).left_out for error in said} == said
     assert [shown(value) for value in (0.0123, 12.5, 135_000.0)] == ["0.012", "12.500", "135,000"]
+
+
+@pytest.mark.parametrize(
+    ("distance", "text"),
+    [(-4e-4, "0.000"), (-0.0, "0.000"), (4e-4, "0.000"), (-0.0126, "-0.013"), (1.8, "1.800"), (float("inf"), "inf")],
+)
+def test_distances_next_to_nothing_have_no_sign(distance: float, text: str) -> None:
+    assert shown(distance) == text

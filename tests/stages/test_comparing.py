@@ -130,6 +130,7 @@ def panel_of(models, shares, count=3, **how):
         loss=lambda *_: 0.0,
         forward=lambda model, batch: model(batch["x"]),
         outputs=lambda model, batch: {"output": model(batch["x"])},
+        unread=frozenset(),
     )
     data = [{"x": torch.full((1,), float(i))} for i in range(count)]
     return Panel(first, models, shares=shares, examples=Examples(data), batch_size=2, device="cpu", **how)

@@ -123,7 +123,12 @@ def test_sequences_of_unequal_length_and_their_padding():
 
     model, net = Calls(lambda x: x), Calls(lambda x: torch.where(x == 0, 1e6, 0.5 * x))
     first = SimpleNamespace(
-        adapter=None, joined=None, example=rows[0], model=model, outputs=lambda m, b: {"output": m(b["x"])}
+        adapter=None,
+        joined=None,
+        unread=frozenset(),
+        example=rows[0],
+        model=model,
+        outputs=lambda m, b: {"output": m(b["x"])},
     )
     how = {"shares": [1.0], "examples": Examples(rows, collate), "device": "cpu"}
     values = torch.cat([r["x"] for r in rows])
